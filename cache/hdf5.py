@@ -1,0 +1,141 @@
+"""HDF5 files as values: datasets to bytes that depend on nothing else, and bytes to datasets without trust."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import h5py
+import numpy as np
+from numpy.typing import NDArray
+
+from ulfine_fast.cache.errors import InputError
+
+# One fixed format of the file itself: with a range, HDF5 would pick by its own version and the bytes would differ.
+_FILE_FORMAT = ("v110", "v110")
+_TEXT = h5py.string_dtype("utf-8")
+
+Content = NDArray[Any] | Sequence[str]
+
+
+def pack(
+    datasets: Mapping[str, Content],
+    attributes: Mapping[str, float | Sequence[str]] | None = None,
+    *,
+    dataset_attributes: Mapping[str, Mapping[str, Sequence[str]]] | None = None,
+) -> bytes:
+    """Makes an HDF5 file in memory.
+
+    Args:
+        datasets: path -> array (any shape), or a list of texts (n,); written in this order, each with its `sha256`.
+        attributes: attributes of the file.
+        dataset_attributes: further attributes by dataset path.
+
+    Returns:
+        The bytes of the file, a function of the arguments alone: no time stamps, no names of the machine.
+    """
+    buffer = io.BytesIO()
+    with h5py.File(buffer, "w", libver=_FILE_FORMAT) as file:
+        for name, content in datasets.items():
+            made = _create(file, name, content)
+            _attach(made, {"sha256": content_sha256(content), **(dataset_attributes or {}).get(name, {})})
+        _attach(file, attributes or {})
+    return buffer.getvalue()
+
+
+def content_sha256(content: Content) -> str:
+    """Hex digest of an array's raw little-endian bytes in C order, or of texts in UTF-8 joined by newlines."""
+    if isinstance(content, np.ndarray) and content.dtype.kind != "O":
+        ordered = np.ascontiguousarray(content, dtype=content.dtype.newbyteorder("<"))
+        return hashlib.sha256(ordered.tobytes()).hexdigest()
+    return hashlib.sha256("\n".join(np.asarray(content, dtype=object).reshape(-1)).encode()).hexdigest()
+
+
+@contextmanager
+def unpacked(data: bytes) -> Iterator[h5py.File]:
+    """Opens the bytes of an HDF5 file.
+
+    Raises:
+        InputError: not an HDF5 file, or its inside is damaged.
+    """
+    try:
+        with h5py.File(io.BytesIO(data), "r") as file:
+            yield file
+    except InputError:
+        raise
+    # What h5py raises for damaged bytes depends on where the damage is.
+    except (OSError, RuntimeError, ValueError, KeyError, TypeError, UnicodeDecodeError) as error:
+        raise InputError(f"not a readable HDF5 file ({' '.join(str(error).split())[:120]})") from error
+
+
+def take(
+    file: h5py.File, name: str, *, shape: tuple[int, ...], dtype: str | None = None, check: bool = True
+) -> NDArray[Any]:
+    """Reads one dataset whole.
+
+    Args:
+        file: an open file.
+        name: path in the file.
+        shape: what it must have, tested before anything is allocated.
+        dtype: numpy name of the type it must have; None for texts, which come as an object array of str.
+        check: whether to compare with its `sha256` attribute.
+
+    Raises:
+        InputError: missing, of another type or shape, stored outside of the file, or damaged.
+    """
+    dataset = _own_dataset(file, name)
+    if dataset.shape != shape:
+        raise InputError(f"{name} has shape {dataset.shape}, expected {shape}")
+    if dtype is None:
+        _require(h5py.check_string_dtype(dataset.dtype) is not None, f"{name} does not hold text")
+        content = dataset.asstr()[()]
+    else:
+        _require(dataset.dtype == np.dtype(dtype), f"{name} has type {dataset.dtype}, expected {dtype}")
+        content = dataset[()]
+    if check and dataset.attrs.get("sha256") != content_sha256(content):
+        raise InputError(f"{name} does not match its checksum")
+    return content
+
+
+def shape_of(file: h5py.File, name: str) -> tuple[int, ...] | None:
+    """Shape of a dataset, None where there is none."""
+    # `name in file` would follow a link; looking the link itself up does not.
+    return None if file.get(name, getlink=True) is None else tuple(_own_dataset(file, name).shape)
+
+
+def _own_dataset(file: h5py.File, name: str) -> h5py.Dataset:
+    """The dataset, provided that its content lies in this very file: a link could reach any file of the reader."""
+    parts = name.split("/")
+    for depth in range(1, len(parts) + 1):
+        link = file.get("/".join(parts[:depth]), getlink=True)
+        _require(link is not None, f"{name} is missing")
+        _require(isinstance(link, h5py.HardLink), f"{name} is a link to another place, which a cache may not hold")
+    dataset = file[name]
+    _require(isinstance(dataset, h5py.Dataset), f"{name} is not a dataset")
+    outside = dataset.is_virtual or dataset.external
+    _require(not outside, f"{name} keeps its content in another file, which a cache may not do")
+    return dataset
+
+
+def _require(truth: bool, otherwise: str) -> None:
+    if not truth:
+        raise InputError(otherwise)
+
+
+def _create(file: h5py.File, name: str, content: Content) -> h5py.Dataset:
+    if isinstance(content, np.ndarray) and content.dtype.kind != "O":
+        ordered = np.ascontiguousarray(content, dtype=content.dtype.newbyteorder("<"))
+        return file.create_dataset(name, data=ordered.reshape(content.shape), track_times=False)
+    texts = np.asarray(content, dtype=object)
+    return file.create_dataset(name, data=texts, dtype=_TEXT, track_times=False)
+
+
+def _attach(target: Any, attributes: Mapping[str, Any]) -> None:
+    for name, value in attributes.items():
+        if isinstance(value, (list, tuple)):
+            target.attrs.create(name, list(value), dtype=_TEXT)
+        else:
+            target.attrs[name] = value

@@ -1,0 +1,19 @@
+"""Where this tool keeps what it builds or downloads once."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def cache_home() -> Path:
+    """The folder for built models and downloaded data sets; it need not exist yet.
+
+    Returns:
+        `$ULFINE_FAST_HOME` if set, else `$XDG_CACHE_HOME/ulfine-fast`, else `~/.cache/ulfine-fast`; always absolute.
+    """
+    own = os.environ.get("ULFINE_FAST_HOME")
+    if own:
+        return Path(own).expanduser().absolute()
+    shared = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(shared).expanduser().absolute() / "ulfine-fast"

@@ -1,0 +1,300 @@
+"""One HDF5 shard: its layout, and how it is written, read and verified.
+
+`docs/cache-format.md` is the specification; what is written here is a function of the arrays alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+from numpy.typing import NDArray
+
+from ulfine_fast.cache import hdf5
+from ulfine_fast.cache.atomic import write_atomically
+from ulfine_fast.cache.errors import InputError
+from ulfine_fast.cache.sources.rows import SPLITS
+
+VIEWED_SPLITS = ("train", "unlabeled")  # nobody trains on val and test, so they have the plain view only
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """What every shard of a split looks like.
+
+    Attributes:
+        dim: D, length of a feature.
+        dtype: "float16" or "float32".
+        weak: Vw, weak views of each picture; 0 for none.
+        strong: Vs, strong views of each picture; 0 for none.
+    """
+
+    dim: int
+    dtype: str
+    weak: int = 0
+    strong: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """The rows of one shard, n of them, all of one split.
+
+    Attributes:
+        split: "train", "unlabeled", "val" or "test".
+        ids: n unique texts. labels: int32 (n,), -1 for unknown.
+        plain: (n, 1, D). weak: (n, Vw, D). strong: (n, Vs, D). All float16 or all float32, finite.
+        scale: float32 (n, Vw + Vs), share of the picture's area that the crop kept. flip: uint8 of that shape, 0 or 1.
+        view_seed: the seed that the views were drawn from.
+    """
+
+    split: str
+    ids: list[str]
+    labels: NDArray[np.int32]
+    plain: NDArray[Any]
+    weak: NDArray[Any]
+    strong: NDArray[Any]
+    scale: NDArray[np.float32]
+    flip: NDArray[np.uint8]
+    view_seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class ShardRecord:
+    """The JSON file beside a shard; that it exists says that the shard is finished.
+
+    Attributes:
+        shard: number, from 0. split: of all its rows.
+        first_row: where it starts in the source's order. rows_read: source rows it covers.
+        rows: rows it holds, those of pictures that could be read.
+        sha256, bytes: of the HDF5 file.
+        seconds: wall seconds spent on "read", "encode" and "write".
+        skipped: {"id", "reason"} of each picture left out.
+    """
+
+    shard: int
+    split: str
+    first_row: int
+    rows_read: int
+    rows: int
+    sha256: str
+    bytes: int
+    seconds: dict[str, float] = field(default_factory=dict)
+    skipped: list[dict[str, str]] = field(default_factory=list)
+
+    def write(self, path: Path) -> None:
+        """Writes it to `path`, atomically; call this after the shard itself is on the disk."""
+        write_atomically(path, (json.dumps(asdict(self), indent=2, sort_keys=True) + "\n").encode())
+
+    @classmethod
+    def read(cls, path: Path) -> ShardRecord:
+        """Reads it back.
+
+        Raises:
+            InputError: missing, cut, or with other fields.
+        """
+        try:
+            record = cls(**json.loads(path.read_text(encoding="utf-8")))
+        except FileNotFoundError as error:
+            raise InputError(f"shard {path.stem} is missing: no {path.name} in {path.parent}; {_REDO}") from error
+        except (OSError, ValueError, TypeError) as error:
+            raise InputError(f"shard {path.stem}: {path} is damaged ({error}); {_REDO}") from error
+        if not record._is_plausible():
+            raise InputError(f"shard {path.stem}: {path} holds values that cannot be; {_REDO}")
+        return record
+
+    def _is_plausible(self) -> bool:
+        counts = (self.shard, self.first_row, self.rows_read, self.rows, self.bytes)
+        if not all(isinstance(value, int) and value >= 0 for value in counts) or self.split not in SPLITS:
+            return False
+        return isinstance(self.skipped, list) and self.rows + len(self.skipped) == self.rows_read
+
+
+_REDO = "run the same extract command again, it redoes what is missing or damaged"
+
+
+def shard_path(cache: Path, number: int) -> Path:
+    """CACHE/shards/00000.h5; its record is the same name with .json."""
+    return cache / "shards" / f"{number:05d}.h5"
+
+
+def pack_shard(shard: Shard) -> bytes:
+    """The HDF5 file of a shard, the same bytes for the same rows.
+
+    Args:
+        shard: n rows; arrays whose lengths disagree are refused.
+
+    Raises:
+        ValueError: arrays of different lengths.
+    """
+    n = len(shard.ids)
+    arrays = {
+        "plain": shard.plain,
+        "weak": shard.weak,
+        "strong": shard.strong,
+        "scale": shard.scale,
+        "flip": shard.flip,
+    }
+    wrong = {name: array.shape for name, array in arrays.items() if len(array) != n}
+    if wrong or len(shard.labels) != n:
+        raise ValueError(f"{n} ids, {len(shard.labels)} labels and arrays of other lengths: {wrong}")
+    split = np.full(n, SPLITS.index(shard.split), dtype=np.uint8)
+    datasets: dict[str, hdf5.Content] = {"id": shard.ids, "label": shard.labels.astype(np.int32), "split": split}
+    datasets["plain"] = shard.plain  # (n, 1, D)
+    datasets |= _view_datasets(shard)
+    return hdf5.pack(datasets, dataset_attributes={"split": {"names": SPLITS}})
+
+
+def _view_datasets(shard: Shard) -> dict[str, hdf5.Content]:
+    """Views that there are none of leave no dataset."""
+    weak, strong = shard.weak.shape[1], shard.strong.shape[1]
+    if weak + strong == 0:
+        return {}
+    datasets: dict[str, hdf5.Content] = {}
+    if weak:
+        datasets["weak"] = shard.weak  # (n, Vw, D)
+    if strong:
+        datasets["strong"] = shard.strong  # (n, Vs, D)
+    return datasets | {
+        "view/kind": ["weak"] * weak + ["strong"] * strong,
+        "view/seed": np.asarray([shard.view_seed], dtype=np.int64),
+        "view/scale": shard.scale.astype(np.float32),  # (n, Vw + Vs)
+        "view/flip": shard.flip.astype(np.uint8),  # (n, Vw + Vs)
+    }
+
+
+def write_shard(path: Path, shard: Shard) -> tuple[str, int]:
+    """Writes a shard beside its final name and renames it; it counts only once its record is written too.
+
+    Returns:
+        Hex sha256 and length in bytes of the file, for the record.
+
+    Raises:
+        InputError: the file system refused; names the shard and the reason.
+    """
+    data = pack_shard(shard)
+    write_atomically(path, data)
+    return hashlib.sha256(data).hexdigest(), len(data)
+
+
+def read_shard(path: Path, layout: Layout, *, check: bool = True) -> Shard:
+    """Reads a finished shard; the file is read whole, once, and no handle is kept.
+
+    Args:
+        path: CACHE/shards/NUMBER.h5, with its record beside it.
+        layout: what the manifest says of this split.
+        check: whether to compare the file with its checksum and to look for values that are not finite.
+
+    Raises:
+        InputError: missing, unfinished, damaged, of another layout, or with NaN; names the shard (and the picture).
+    """
+    record = ShardRecord.read(path.with_suffix(".json"))
+    data = _read_bytes(path)
+    if check:
+        _refuse_other_bytes(path, data, record)
+    shard = _unpack(path, data, record, layout, check_datasets=False)
+    if check:
+        _refuse_not_finite(path, shard)
+    return shard
+
+
+def verify_shard(path: Path, layout: Layout) -> tuple[Shard | None, list[str]]:
+    """Checks a finished shard in full: the file's checksum, each dataset's, the layout, finite values.
+
+    Returns:
+        The shard where it could be read, and one sentence for each problem found.
+    """
+    problems: list[str] = []
+    shard = None
+    try:
+        record = ShardRecord.read(path.with_suffix(".json"))
+        data = _read_bytes(path)
+        # Goes on after a wrong checksum: which dataset is hit tells more.
+        problems += _problem(lambda: _refuse_other_bytes(path, data, record))
+        shard = _unpack(path, data, record, layout, check_datasets=True)
+        _refuse_not_finite(path, shard)
+    except InputError as error:
+        problems.append(str(error))
+    return shard, problems
+
+
+def is_intact(path: Path, record: ShardRecord) -> bool:
+    """Whether the shard's file is there with the bytes that its record names."""
+    try:
+        return path.stat().st_size == record.bytes and hashlib.sha256(path.read_bytes()).hexdigest() == record.sha256
+    except OSError:
+        return False
+
+
+def _problem(check: Any) -> list[str]:
+    try:
+        check()
+    except InputError as error:
+        return [str(error)]
+    return []
+
+
+def _read_bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise InputError(f"shard {path.stem} is missing: {path} ({error.strerror}); {_REDO}") from error
+
+
+def _refuse_other_bytes(path: Path, data: bytes, record: ShardRecord) -> None:
+    if hashlib.sha256(data).hexdigest() != record.sha256:
+        raise InputError(f"shard {path.stem} is damaged: {path} does not match the checksum in its record; {_REDO}")
+
+
+def _refuse_not_finite(path: Path, shard: Shard) -> None:
+    for name in ("plain", "weak", "strong"):
+        bad = ~np.isfinite(getattr(shard, name)).all(axis=(1, 2))  # (n,)
+        if bad.any():
+            row = int(np.flatnonzero(bad)[0])
+            raise InputError(
+                f"shard {path.stem}: the {name} features of picture {shard.ids[row]!r} are not finite; "
+                "leave it out of the source and extract with --mode overwrite"
+            )
+
+
+def _unpack(path: Path, data: bytes, record: ShardRecord, layout: Layout, *, check_datasets: bool) -> Shard:
+    try:
+        with hdf5.unpacked(data) as file:
+            return _from_file(file, record, layout, check_datasets)
+    except InputError as error:
+        raise InputError(f"shard {path.stem} cannot be used: {error}; {_REDO}") from error
+
+
+def _from_file(file: h5py.File, record: ShardRecord, layout: Layout, check: bool) -> Shard:
+    n, views = record.rows, layout.weak + layout.strong
+    codes = hdf5.take(file, "split", shape=(n,), dtype="uint8", check=check)
+    if (codes != SPLITS.index(record.split)).any():
+        raise InputError(f"it holds rows of another split than its record says ({record.split})")
+    return Shard(
+        split=record.split,
+        ids=hdf5.take(file, "id", shape=(n,), check=check).tolist(),
+        labels=hdf5.take(file, "label", shape=(n,), dtype="int32", check=check),
+        plain=_features(file, "plain", n, 1, layout, check),
+        weak=_features(file, "weak", n, layout.weak, layout, check),
+        strong=_features(file, "strong", n, layout.strong, layout, check),
+        scale=_view_data(file, "view/scale", (n, views), "float32", check),
+        flip=_view_data(file, "view/flip", (n, views), "uint8", check),
+        view_seed=int(_view_data(file, "view/seed", (1,), "int64", check).sum()) if views else 0,
+    )
+
+
+def _features(file: h5py.File, name: str, n: int, views: int, layout: Layout, check: bool) -> NDArray[Any]:
+    shape = (n, views, layout.dim)
+    if views == 0:
+        return np.empty(shape, dtype=layout.dtype)
+    return hdf5.take(file, name, shape=shape, dtype=layout.dtype, check=check)
+
+
+def _view_data(file: h5py.File, name: str, shape: tuple[int, ...], dtype: str, check: bool) -> NDArray[Any]:
+    if 0 in shape[1:]:
+        return np.empty(shape, dtype=dtype)
+    return hdf5.take(file, name, shape=shape, dtype=dtype, check=check)

@@ -1,0 +1,124 @@
+"""Any picture that PIL reads, as RGB: orientation honoured, transparency on white, deep grey scaled to 8 bits."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+# PIL's own limit against decompression bombs. PIL only warns between one and two times it; here it is a limit.
+MAX_PIXELS = 89_478_485
+# A strip this thin, resized by its short side, would take hundreds of megabytes before it is cropped.
+MAX_ASPECT = 200
+# PIL opens these without being able to decode them, or by starting another program.
+_NOT_DECODABLE = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
+_WHITE = (255, 255, 255, 255)
+
+
+class UnreadablePicture(Exception):
+    """A picture that is skipped.
+
+    Attributes:
+        reason: one line for the list of skipped pictures.
+    """
+
+    def __init__(self, reason: str) -> None:
+        self.reason = " ".join(reason.split())
+        super().__init__(self.reason)
+
+
+@cache
+def picture_suffixes() -> frozenset[str]:
+    """Lower-case file suffixes, with the dot, that count as pictures."""
+    formats = Image.registered_extensions().items()
+    return frozenset(suffix for suffix, name in formats if name in Image.OPEN and name not in _NOT_DECODABLE)
+
+
+def load_picture(source: Path | str | bytes) -> Image.Image:
+    """Reads one picture.
+
+    Args:
+        source: a path, or the bytes of the file.
+
+    Returns:
+        an RGB picture in memory, turned upright by its EXIF orientation; of an animation, the first frame.
+
+    Raises:
+        UnreadablePicture: not a picture, damaged, unreadable, over `MAX_PIXELS`, or thinner than 1 : `MAX_ASPECT`.
+    """
+    try:
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as picture:
+            _refuse_unreasonable(picture)
+            picture.load()
+            # Damaged EXIF data is no reason to lose a good picture.
+            with contextlib.suppress(Exception):
+                ImageOps.exif_transpose(picture, in_place=True)
+            return to_rgb(picture)
+    except UnreadablePicture:
+        raise
+    # PIL's decoders raise almost anything on damaged data: OSError, SyntaxError, ValueError, struct.error, zlib.error.
+    except Exception as error:
+        raise UnreadablePicture(_reason(error)) from error
+
+
+def to_rgb(picture: Image.Image) -> Image.Image:
+    """The picture in RGB, from any mode.
+
+    16-bit pixels are scaled from their full range; 32-bit integers and floats from the smallest usual range that holds
+    them (0..255 or 0..65535; 0..1 or 0..255), else from their own. Transparent pixels are laid on white.
+    """
+    if picture.mode == "RGB" and "transparency" not in picture.info:
+        # A copy, because the caller closes the file the picture came from.
+        return picture.copy()
+    if picture.mode.startswith("I;16"):
+        return _from_grey(np.asarray(picture).astype(np.float64) / 257.0)
+    if picture.mode in ("I", "F"):
+        return _from_grey(_to_byte_range(np.asarray(picture).astype(np.float64), picture.mode))
+    if picture.mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in picture.info:
+        return _on_white(picture)
+    return picture.convert("RGB")
+
+
+def _on_white(picture: Image.Image) -> Image.Image:
+    # PIL has no direct way from La to RGBA.
+    layer = picture.convert("LA").convert("RGBA") if picture.mode == "La" else picture.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", layer.size, _WHITE), layer).convert("RGB")
+
+
+def _to_byte_range(values: np.ndarray, mode: str) -> np.ndarray:
+    """Grey values of unknown depth, brought to 0..255 by the smallest usual range that holds them."""
+    values = np.nan_to_num(values, posinf=0.0, neginf=0.0)
+    low, high = float(values.min()), float(values.max())
+    for top in (1.0, 255.0) if mode == "F" else (255.0, 65535.0):
+        if low >= 0 and high <= top:
+            return values * (255.0 / top)
+    return (values - low) / ((high - low) or 1.0) * 255.0
+
+
+def _from_grey(values: np.ndarray) -> Image.Image:
+    grey = np.clip(np.rint(values), 0, 255).astype(np.uint8)  # (H, W)
+    return Image.fromarray(grey).convert("RGB")
+
+
+def _refuse_unreasonable(picture: Image.Image) -> None:
+    """Looks at the header only, before any pixel is decoded."""
+    width, height = picture.size
+    if width * height > MAX_PIXELS:
+        raise UnreadablePicture(f"{width} x {height} pixels, more than {MAX_PIXELS:,}")
+    if max(width, height) > MAX_ASPECT * min(width, height):
+        raise UnreadablePicture(f"{width} x {height} pixels, thinner than 1 : {MAX_ASPECT}")
+
+
+def _reason(error: Exception) -> str:
+    """One line without the path or the object's address, so that it is the same in every run."""
+    if isinstance(error, Image.UnidentifiedImageError):
+        return "not a picture that PIL knows"
+    if isinstance(error, Image.DecompressionBombError):
+        return f"more than {MAX_PIXELS:,} pixels"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror.lower()
+    return f"damaged: {error or type(error).__name__}"

@@ -1,0 +1,26 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from ulfine_fast.cache.encoder import Encoder, load_encoder
+
+from .samples import write_pictures, write_tiny_model
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory) -> str:
+    return write_tiny_model(tmp_path_factory.mktemp("tiny-model"))
+
+
+@pytest.fixture(scope="session")
+def tiny_encoder(tiny_model) -> Encoder:
+    return load_encoder(tiny_model, device="cpu")
+
+
+@pytest.fixture
+def pictures(tmp_path) -> Path:
+    """11 pictures in all four splits, two classes."""
+    counts = {"train/cat": 3, "train/dog": 2, "unlabeled": 3, "val/dog": 1, "test/cat": 1, "test/dog": 1}
+    return write_pictures(tmp_path / "pictures", counts)

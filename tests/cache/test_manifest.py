@@ -1,0 +1,172 @@
+from __future__ import annotations
+
+import dataclasses
+import errno
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from ulfine_fast.cache.errors import CacheMismatch, InputError
+from ulfine_fast.cache.manifest import Manifest, is_cache
+from ulfine_fast.cache.shard import Layout
+
+from .samples import make_manifest
+
+
+def test_round_trip_and_exact_form(tmp_path):
+    manifest = make_manifest()
+    manifest.write(tmp_path)
+    text = (tmp_path / "manifest.json").read_text(encoding="utf-8")
+    assert Manifest.read(tmp_path).to_dict() == manifest.to_dict()
+    assert text == json.dumps(manifest.to_dict(), indent=2, sort_keys=True) + "\n"
+    assert (json.loads(text)["format"], json.loads(text)["version"]) == ("ulfine-fast-cache", 1)
+    assert [path.name for path in tmp_path.iterdir()] == ["manifest.json"]
+
+
+def test_layout_has_views_only_where_they_are_trained_on():
+    manifest = make_manifest()
+    assert manifest.layout("train") == manifest.layout("unlabeled") == Layout(4, "float16", 1, 2)
+    assert manifest.layout("val") == manifest.layout("test") == Layout(4, "float16", 0, 0)
+    assert (manifest.dim, manifest.rows) == (4, 11)
+
+
+# -- identity
+
+
+@pytest.mark.parametrize(
+    ("change", "field", "found", "wanted"),
+    [
+        ({"model": {"name": "ViT-B-32"}}, "model.name", "ViT-B-16", "ViT-B-32"),
+        ({"model": {"sha256": "00"}}, "model.sha256", "ab" * 32, "00"),
+        ({"model": {"pretrained": None}}, "model.pretrained", "openai", None),
+        ({"views": {"weak": 4}}, "views.weak", 1, 4),
+        ({"views": {"seed": 1}}, "views.seed", 0, 1),
+        ({"views": {"weak_scale": (0.2, 1.0)}}, "views.weak_scale.0", 0.5, 0.2),
+        ({"source": {"fingerprint": "ee"}}, "source.fingerprint", "cd" * 32, "ee"),
+        ({"source": {"rows": 12}}, "source.rows", 11, 12),
+        ({"preprocessing": "Compose(Resize(336))"}, "preprocessing", "Compose(Resize(224))", "Compose(Resize(336))"),
+        ({"std": [0.25, 0.25, 0.3]}, "std.2", 0.25, 0.3),
+        ({"dtype": "float32"}, "dtype", "float16", "float32"),
+        ({"precision": "bf16"}, "precision", "fp32", "bf16"),
+        ({"batch_size": 32}, "batch_size", 64, 32),
+        ({"shard_size": 32}, "shard_size", 1024, 32),
+        ({"class_names": ["cat", "fox"]}, "class_names.1", "dog", "fox"),
+        ({"class_names": ["cat"]}, "class_names.length", 2, 1),
+        ({"prompts": ["{}"]}, "prompts.0", "a photo of a {}.", "{}"),
+    ],
+)
+def test_a_mismatch_names_the_field_and_both_values(change, field, found, wanted):
+    base = make_manifest()
+    merged = {
+        name: {**getattr(base, name), **value} if isinstance(value, dict) else value for name, value in change.items()
+    }
+    with pytest.raises(CacheMismatch) as caught:
+        base.refuse_mismatch(make_manifest(**merged))
+    assert (caught.value.field, caught.value.found, caught.value.wanted) == (field, found, wanted)
+    assert f"{field} = {found!r}" in str(caught.value)
+    assert repr(wanted) in str(caught.value)
+
+
+def test_the_first_of_several_differences_is_named():
+    other = make_manifest(dtype="float32", batch_size=1, model={**make_manifest().model, "dim": 9})
+    with pytest.raises(CacheMismatch, match=r"model\.dim = 4, the request says 9"):
+        make_manifest().refuse_mismatch(other)
+
+
+def test_an_extra_or_missing_key_is_a_mismatch():
+    longer = make_manifest(model={**make_manifest().model, "tokens": True})
+    with pytest.raises(CacheMismatch) as caught:
+        make_manifest().refuse_mismatch(longer)
+    assert (caught.value.field, caught.value.found) == ("model.tokens", None)
+    with pytest.raises(CacheMismatch, match=r"model\.tokens"):
+        longer.refuse_mismatch(make_manifest())
+
+
+def test_what_is_no_identity_may_differ(tmp_path):
+    source = {**make_manifest().source, "path": "/moved/pets"}
+    other = make_manifest(libraries={"torch": "9"}, created_by="ulfine-fast 9", max_skipped=0.5, source=source)
+    make_manifest().refuse_mismatch(other)
+    make_manifest().write(tmp_path)
+    Manifest.read(tmp_path).refuse_mismatch(other)
+
+
+# -- what cannot be read
+
+
+def test_a_folder_without_a_manifest_is_no_cache(tmp_path):
+    with pytest.raises(InputError, match=r"is not a feature cache: it has no manifest\.json"):
+        Manifest.read(tmp_path)
+    with pytest.raises(InputError, match="is not a feature cache"):
+        Manifest.read(tmp_path / "nowhere")
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(InputError, match="is not a feature cache"):
+        Manifest.read(tmp_path / "file")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "cannot be read"),
+        ('{"format": "ulfine', "cannot be read"),
+        ("[]", "no manifest of a feature cache"),
+        ('{"format": "other"}', "no manifest of a feature cache"),
+        ('{"format": "ulfine-fast-cache", "version": 2}', "format version 2, this program reads 1"),
+        ('{"format": "ulfine-fast-cache", "version": 1}', "incomplete .*model"),
+    ],
+)
+def test_a_damaged_manifest_says_what_is_wrong(tmp_path, text, message):
+    (tmp_path / "manifest.json").write_text(text)
+    with pytest.raises(InputError, match=message):
+        Manifest.read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"dtype": "int8"},
+        {"model": {"dim": "8"}},
+        {"model": {}},
+        {"source": {"rows": -1}},
+        {"class_names": []},
+        {"class_names": [1, 2]},
+        {"class_names": None},
+        {"views": {"weak": 1}},
+        {"views": None},
+        {"model": []},
+    ],
+)
+def test_impossible_values_are_refused(change):
+    values = make_manifest().to_dict() | change
+    with pytest.raises(InputError):
+        Manifest.from_dict(values)
+
+
+def test_fields_of_a_later_program_are_left_aside():
+    assert Manifest.from_dict(make_manifest().to_dict() | {"later": 1}).to_dict() == make_manifest().to_dict()
+
+
+def test_is_cache(tmp_path):
+    assert not is_cache(tmp_path)
+    (tmp_path / "manifest.json").write_text('{"format": "web-app"}')
+    assert not is_cache(tmp_path)
+    (tmp_path / "manifest.json").write_text("[1]")
+    assert not is_cache(tmp_path)
+    # Of another version it is ours all the same, so overwriting it is what the user means.
+    (tmp_path / "manifest.json").write_text(json.dumps({"format": "ulfine-fast-cache", "version": 99}))
+    assert is_cache(tmp_path)
+
+
+def test_a_refused_write_names_the_file(tmp_path, monkeypatch):
+    def read_only(path, *_, **__):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr("builtins.open", read_only)
+    with pytest.raises(InputError, match=r"manifest\.json \(Read-only file system\)"):
+        make_manifest().write(Path(tmp_path))
+
+
+def test_a_manifest_is_a_value():
+    assert make_manifest() == make_manifest()
+    assert make_manifest() != dataclasses.replace(make_manifest(), batch_size=1)
