@@ -1,0 +1,39 @@
+"""`ulfine-fast report`: run folders in, one HTML page out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Run folders that `fit` wrote, or folders above them.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="HTML file to write.")] = Path("report.html"),
+    pictures: Annotated[
+        str | None,
+        typer.Option(
+            help="Where the pictures are (folder, table or data set name); default: where the cache had them."
+        ),
+    ] = None,
+    title: Annotated[str | None, typer.Option(help="Heading of the page.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print what was written as JSON.")] = False,
+) -> None:
+    """Write one self-contained HTML page about runs: tables, charts, confusion, pictures."""
+    from ulfine_fast.report import build_report
+    from ulfine_fast.report.load import load_runs
+    from ulfine_fast.report.pictures import find_pictures
+
+    loaded = load_runs(runs)
+    opened, reason = find_pictures(loaded, pictures)
+    page = build_report([run.path for run in loaded], out, pictures=opened, title=title)
+    if json:
+        import json as encoder
+
+        facts = {"report": str(page), "runs": len(loaded), "bytes": page.stat().st_size}
+        typer.echo(encoder.dumps(facts | {"pictures": opened is not None, "no_pictures_because": reason or None}))
+        return
+    if opened is None:
+        typer.echo(f"no pictures in the page: {reason}; name their place with --pictures", err=True)
+    typer.echo(f"report: {page} ({len(loaded)} runs, {page.stat().st_size / 1e3:,.0f} kB)")

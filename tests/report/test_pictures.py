@@ -1,0 +1,109 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from ulfine_fast.cache.errors import InputError
+from ulfine_fast.cache.sources import open_source
+from ulfine_fast.report.load import load_run
+from ulfine_fast.report.pictures import find_pictures
+
+from .writer import RunSpec, write_run
+
+COLORS = ("red", "green", "blue", "white")
+
+
+def draw_folder(root: Path) -> Path:
+    """Four pictures, two in each of two classes."""
+    for i, color in enumerate(COLORS):
+        file = root / f"class{i % 2}" / f"{i}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (12, 8), color).save(file)
+    return root
+
+
+def write_cache(folder: Path, pictures: Path) -> Path:
+    folder.mkdir()
+    source = open_source(str(pictures)).describe()
+    (folder / "manifest.json").write_text(json.dumps({"format": "ulfine-fast-cache", "version": 1, "source": source}))
+    return folder
+
+
+def run_of(folder: Path, cache: Path | None) -> Path:
+    ids = "class{0}/{1}.png"
+    spec = RunSpec(
+        classes=2,
+        rows=4,
+        permute=False,
+        cache=None if cache is None else str(cache),
+        ids=lambda i: ids.format(i % 2, i),
+    )
+    return write_run(folder, spec)
+
+
+def test_pictures_come_from_the_source_of_the_cache(tmp_path: Path) -> None:
+    cache = write_cache(tmp_path / "cache", draw_folder(tmp_path / "pictures"))
+    read, reason = find_pictures([load_run(run_of(tmp_path / "run", cache))])
+    assert reason == ""
+    assert read is not None
+    assert read("class0/2.png").getpixel((0, 0)) == (0, 0, 255)
+    with pytest.raises(KeyError):
+        read("class0/9.png")
+
+
+def test_a_damaged_picture_is_an_os_error(tmp_path: Path) -> None:
+    pictures = draw_folder(tmp_path / "pictures")
+    cache = write_cache(tmp_path / "cache", pictures)
+    (pictures / "class0" / "2.png").write_bytes(b"\x89PNG broken")
+    read, _ = find_pictures([load_run(run_of(tmp_path / "run", cache))])
+    assert read is not None
+    with pytest.raises(OSError, match=r"\w+"):
+        read("class0/2.png")
+
+
+def test_a_cache_that_is_gone_gives_the_reason(tmp_path: Path) -> None:
+    run = load_run(run_of(tmp_path / "run", tmp_path / "gone"))
+    assert find_pictures([run]) == (None, f"the cache {tmp_path / 'gone'} is gone")
+
+
+def test_pictures_that_are_gone_give_the_reason(tmp_path: Path) -> None:
+    pictures = draw_folder(tmp_path / "pictures")
+    cache = write_cache(tmp_path / "cache", pictures)
+    pictures.rename(tmp_path / "moved")
+    read, reason = find_pictures([load_run(run_of(tmp_path / "run", cache))])
+    assert read is None
+    assert str(pictures) in reason
+
+
+def test_a_run_without_a_cache(tmp_path: Path) -> None:
+    run = load_run(run_of(tmp_path / "run", None))
+    assert find_pictures([run]) == (None, "the run was made from features in memory, without a cache")
+
+
+def test_a_cut_manifest_gives_the_reason(tmp_path: Path) -> None:
+    cache = write_cache(tmp_path / "cache", draw_folder(tmp_path / "pictures"))
+    (cache / "manifest.json").write_text('{"source": ')
+    _, reason = find_pictures([load_run(run_of(tmp_path / "run", cache))])
+    assert reason.endswith("manifest.json is cut or not a cache's manifest")
+
+
+def test_a_place_that_is_named_wins(tmp_path: Path) -> None:
+    read, _ = find_pictures([load_run(run_of(tmp_path / "run", None))], str(draw_folder(tmp_path / "pictures")))
+    assert read is not None
+    assert read("class1/1.png").size == (12, 8)
+
+
+def test_a_place_that_is_not_there_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="nowhere"):
+        find_pictures([load_run(run_of(tmp_path / "run", None))], str(tmp_path / "nowhere"))
+
+
+def test_one_cache_of_two_is_enough(tmp_path: Path) -> None:
+    cache = write_cache(tmp_path / "cache", draw_folder(tmp_path / "pictures"))
+    runs = [load_run(run_of(tmp_path / "a", tmp_path / "gone")), load_run(run_of(tmp_path / "b", cache))]
+    read, reason = find_pictures(runs)
+    assert reason == ""
+    assert read is not None

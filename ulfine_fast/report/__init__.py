@@ -1,0 +1,46 @@
+"""Run folders in, one self-contained HTML page out."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from pathlib import Path
+
+    from PIL.Image import Image
+
+__all__ = ["build_report"]
+
+
+def build_report(
+    runs: Sequence[Path],
+    out: Path,
+    *,
+    pictures: Callable[[str], Image] | None = None,
+    title: str | None = None,
+) -> Path:
+    """Write one HTML page about the runs found at or below the given folders.
+
+    The page needs no network, no script and no other file. It is a function of the run folders' files (and the
+    pictures), so writing it twice gives the same bytes.
+
+    Args:
+        runs: run folders, or folders above them (`OUT/seed-0`, `OUT`, or deeper); all with the same classes.
+        out: the page's path; its folder is made when missing, an existing page is replaced.
+        pictures: gives the picture of a row id for the gallery; it may raise OSError, ValueError or KeyError for a
+            picture that is gone. None leaves the gallery out and says how to get it.
+        title: the page's heading; None writes one from the number of methods, seeds and classes.
+
+    Returns:
+        The path written.
+
+    Raises:
+        InputError: no run there, a file missing or cut or of another version, runs of other classes, or `out`
+            cannot be written.
+    """
+    # The page's parts need numpy, pyarrow, jinja2: loaded on use, so that importing the package stays quick.
+    from ulfine_fast.report.load import load_runs
+    from ulfine_fast.report.page import render_page, write_page
+
+    return write_page(render_page(load_runs(runs), pictures=pictures, title=title), out)
