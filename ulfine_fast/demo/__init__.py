@@ -1,0 +1,66 @@
+"""The pictures of `ulfine-fast demo`: a sample of Fashion-MNIST, 250 training and 50 test pictures a class."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import tempfile
+import zipfile
+from pathlib import Path
+
+ARCHIVE = Path(__file__).with_name("fashion-mnist-sample.zip")
+_MARKER = ".unpacked"
+
+
+def unpack_pictures(folder: Path) -> Path:
+    """Unpacks the sample as `train/CLASS/00001.png` and `test/CLASS/00001.png`; does nothing if that is done already.
+
+    The pictures are unpacked beside `folder` and moved into place in one step, so that a folder with that name is
+    complete, however often and by how many processes this is called.
+
+    Args:
+        folder: where the `train` and `test` folders shall lie; made with its parents.
+
+    Returns:
+        `folder`.
+
+    Raises:
+        FileExistsError: `folder` holds something else.
+        OSError: it cannot be written.
+    """
+    digest = hashlib.sha256(ARCHIVE.read_bytes()).hexdigest()
+    if _is_unpacked(folder, digest):
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        with zipfile.ZipFile(ARCHIVE) as archive:
+            archive.extractall(temporary)
+        (temporary / _MARKER).write_text(digest + "\n", encoding="utf-8")
+        temporary.chmod(0o755)
+        _move_into_place(temporary, folder, digest)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return folder
+
+
+def _is_unpacked(folder: Path, digest: str) -> bool:
+    try:
+        return (folder / _MARKER).read_text(encoding="utf-8").strip() == digest
+    except OSError:
+        return False
+
+
+def _move_into_place(temporary: Path, folder: Path, digest: str) -> None:
+    """Renames over nothing or an empty folder; loses gracefully against another process that was quicker."""
+    if (folder / _MARKER).is_file() and not _is_unpacked(folder, digest):
+        shutil.rmtree(folder)  # ours, from another version of the sample
+    try:
+        os.replace(temporary, folder)
+    except OSError as error:
+        if _is_unpacked(folder, digest):
+            return
+        if folder.exists():
+            raise FileExistsError(f"{folder} holds something else than the demo's pictures") from error
+        raise
