@@ -1,0 +1,87 @@
+"""`ulfine-fast inspect`: what is in a cache, and whether it is sound."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+def inspect(
+    cache: Annotated[Path, typer.Argument(help="Folder of the cache.", show_default=False)],
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Print what is in a cache and check every byte of it."""
+    from rich.console import Console
+
+    from ulfine_fast.cache.errors import InputError
+    from ulfine_fast.cache.store import FeatureCache
+
+    summary = FeatureCache.open(cache).summary()
+    if as_json:
+        typer.echo(json.dumps(summary))
+    else:
+        console = Console()
+        for table in (_about(summary), _counts(summary), *_skipped(summary)):
+            console.print(table)
+        console.print("check: every checksum, shape and value is right" if not summary["problems"] else "check: failed")
+    problems = summary["problems"]
+    if problems:
+        raise InputError(f"{cache} has {len(problems)} problem{'s' * (len(problems) > 1)}: {'; '.join(problems)}")
+
+
+def _about(summary: dict[str, Any]) -> Table:
+    """Model, features, prompts, views, size: two columns."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    model, views, source = summary["model"], summary["views"], summary["source"]
+    tag = f" ({model['pretrained']})" if model["pretrained"] else ""
+    table = Table(title=escape(str(summary["path"])), show_header=False, title_justify="left")
+    rows = {
+        "model": f"{model['name']}{tag}, weights {model['sha256'][:12]}, {summary['precision']}",
+        "pictures": f"{summary['pictures']} from {source['kind']} {source.get('path') or source.get('name')}",
+        "features": f"{summary['dim']} x {summary['dtype']}, logit scale {model['logit_scale']:.4g}",
+        "views": f"1 plain, {views['weak']} weak, {views['strong']} strong, seed {views['seed']}",
+        "prompts": "\n".join(summary["prompts"]),
+        "size": f"{summary['bytes'] / 1e6:.1f} MB in {summary['shards']} shards",
+        "made by": summary["created_by"],
+    }
+    for name, value in rows.items():
+        table.add_row(name, escape(value))
+    return table
+
+
+def _counts(summary: dict[str, Any]) -> Table:
+    """Rows per class and split."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    counts = summary["counts"]
+    table = Table("class", title="rows per class and split", title_justify="left")
+    for split in counts:
+        table.add_column(split, justify="right")
+    names = [*summary["class_names"], *sorted({n for of in counts.values() for n in of} - set(summary["class_names"]))]
+    for name in names:
+        table.add_row(escape(name), *(str(of_split.get(name, 0)) for of_split in counts.values()))
+    table.add_section()
+    table.add_row("all", *(str(sum(of_split.values())) for of_split in counts.values()))
+    return table
+
+
+def _skipped(summary: dict[str, Any]) -> list[Table]:
+    """The pictures left out and why; nothing where there are none."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    if not summary["skipped"]:
+        return []
+    table = Table("picture", "reason", title=f"{len(summary['skipped'])} pictures skipped", title_justify="left")
+    for one in summary["skipped"]:
+        table.add_row(escape(one["id"]), escape(one["reason"]))
+    return [table]

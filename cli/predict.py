@@ -1,0 +1,36 @@
+"""`ulfine-fast predict`: classes of new pictures, by a run's heads and the encoder named in it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def predict(
+    run: Annotated[Path, typer.Argument(help="Run folder that `fit` wrote.")],
+    pictures: Annotated[
+        Path, typer.Argument(help="A picture, a folder of pictures at any depth, or a csv or parquet table.")
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Table to write: .csv or .parquet.")] = Path(
+        "predictions.csv"
+    ),
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    batch_size: Annotated[int, typer.Option(help="Pictures encoded at once (at least 1).")] = 64,
+    json: Annotated[bool, typer.Option("--json", help="Print counts as JSON.")] = False,
+) -> None:
+    """Predict the class of each picture: id, class, probability and the five likeliest classes."""
+    from ulfine_fast.predict import predict_pictures, write_predictions
+    from ulfine_fast.run import Run
+
+    found = predict_pictures(Run.load(run), pictures, device=device, batch_size=batch_size)
+    write_predictions(found, out)
+    if json:
+        import json as encoder
+
+        typer.echo(encoder.dumps({"pictures": len(found.ids), "skipped": found.skipped, "out": str(out)}))
+        return
+    typer.echo(f"{len(found.ids)} pictures: {out}")
+    for name, reason in found.skipped:
+        typer.echo(f"skipped {name}: {reason}", err=True)

@@ -1,0 +1,45 @@
+"""The options of `fit`, made from FitConfig's fields, so that no hyper-parameter is written down twice."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import math
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import typer
+
+from ulfine_fast.config import FitConfig
+
+_TYPES: dict[str, Any] = {"int": int, "float": float, "bool": bool, "str": str, "int | None": int | None}
+
+
+def with_settings(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a command whose last parameter is `**settings` one option per field of FitConfig."""
+    signature = inspect.signature(command, eval_str=True)
+    own = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+    made = [_parameter(spec) for spec in dataclasses.fields(FitConfig)]
+    setattr(command, "__signature__", signature.replace(parameters=[*own, *made]))  # noqa: B010
+    command.__annotations__ = {p.name: p.annotation for p in [*own, *made]}
+    return command
+
+
+def _parameter(spec: dataclasses.Field[Any]) -> inspect.Parameter:
+    """A keyword parameter with the field's type, default and help."""
+    dashed = spec.name.replace("_", "-")
+    flag = f"--{dashed}/--no-{dashed}" if spec.type == "bool" else f"--{dashed}"
+    option = typer.Option(flag, help=f"{spec.metadata['help']}{_legal(spec)}", rich_help_panel="Settings")
+    kind: Any = _TYPES[str(spec.type)]
+    annotation = Annotated[kind, option]
+    return inspect.Parameter(spec.name, inspect.Parameter.KEYWORD_ONLY, default=spec.default, annotation=annotation)
+
+
+def _legal(spec: dataclasses.Field[Any]) -> str:
+    """The legal values, in words."""
+    low, high = spec.metadata["low"], spec.metadata["high"]
+    if spec.metadata["choices"]:
+        return f" ({', '.join(spec.metadata['choices'])})"
+    if math.isfinite(low) and math.isfinite(high) and high < 2**31 - 1:
+        return f" ({low:g} to {high:g})"
+    return f" (at least {low:g})" if math.isfinite(low) else ""

@@ -1,0 +1,244 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from contextlib import suppress
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+import typer
+from PIL import Image
+from safetensors.torch import save_file
+from typer.testing import CliRunner
+
+from ulfine_fast.cache.errors import CacheMismatch, InputError
+from ulfine_fast.cache.store import FeatureCache
+from ulfine_fast.cli.extract import extract
+from ulfine_fast.cli.inspect import inspect
+
+MODEL = {
+    "embed_dim": 8,
+    "vision_cfg": {"image_size": 16, "layers": 1, "width": 16, "head_width": 8, "patch_size": 8},
+    "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
+}
+
+APP = typer.Typer(pretty_exceptions_enable=False)
+APP.command()(extract)
+APP.command()(inspect)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        save_file(open_clip.CLIP(**MODEL).state_dict(), folder / "open_clip_model.safetensors")
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": MODEL, "preprocess_cfg": {}}))
+    return f"local-dir:{folder}"
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    rng = np.random.default_rng(0)
+    for name in ("train/cat/a", "train/cat/b", "train/dog/a", "test/cat/a", "unlabeled/a"):
+        path = tmp_path / f"pictures/{name}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (20, 20, 3), dtype=np.uint8)).save(path)
+    return tmp_path / "pictures"
+
+
+def run(*arguments):
+    """Runs a command; errors that a user can cause come out as they are, `main` makes sentences of them."""
+    result = CliRunner().invoke(APP, [str(one) for one in arguments], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def run_extract(pictures, out, model, *more):
+    return run("extract", pictures, "--out", out, "--model", model, "--workers", 0, "--device", "cpu", *more)
+
+
+# -- extract
+
+
+def test_extract_prints_what_it_did(pictures, model, tmp_path):
+    shown = run_extract(pictures, tmp_path / "cache", model)
+    assert "5 pictures in 3 shards" in shown
+    assert "5 pictures encoded in" in shown
+    assert len(FeatureCache.open(tmp_path / "cache")) == 5
+    again = run_extract(pictures, tmp_path / "cache", model)
+    assert "3 shards were finished before and are kept" in again
+    assert "encoded" not in again
+    assert "3 shards with 5 pictures are intact" in run_extract(pictures, tmp_path / "cache", model, "--mode", "verify")
+
+
+def test_every_option_reaches_the_cache(pictures, model, tmp_path):
+    (tmp_path / "prompts.txt").write_text("a drawing of a {}.\n{}\n")
+    (tmp_path / "names.txt").write_text("house cat\nbig dog\n")
+    options = ["--weak", 2, "--strong", 0, "--view-seed", 7, "--dtype", "float32", "--batch-size", 4, "--shard-size", 2]
+    options += ["--prompts", tmp_path / "prompts.txt", "--class-names", tmp_path / "names.txt", "--precision", "bf16"]
+    shown = run_extract(pictures, tmp_path / "cache", model, *options, "--max-skipped", 0.5, "--json")
+    assert json.loads(shown)["pictures"] == 5
+    manifest = FeatureCache.open(tmp_path / "cache").manifest
+    assert manifest is not None
+    assert (manifest.views["weak"], manifest.views["strong"], manifest.views["seed"]) == (2, 0, 7)
+    assert (manifest.dtype, manifest.batch_size, manifest.shard_size) == ("float32", 4, 2)
+    assert (manifest.prompts, manifest.class_names) == (["a drawing of a {}.", "{}"], ["house cat", "big dog"])
+    assert (manifest.precision, manifest.max_skipped) == ("bf16", 0.5)
+
+
+def test_extract_json_is_one_object(pictures, model, tmp_path):
+    found = json.loads(run_extract(pictures, tmp_path / "cache", model, "--json"))
+    assert (found["pictures"], found["encoded"], found["shards"], found["skipped"]) == (5, 5, 3, [])
+    assert found["out"] == str(tmp_path / "cache")
+    assert found["pictures_per_second"] > 0
+
+
+def test_skipped_pictures_are_listed(pictures, model, tmp_path):
+    for number in range(12):
+        (pictures / f"unlabeled/cut{number:02d}.png").write_bytes(b"")
+    shown = run_extract(pictures, tmp_path / "cache", model, "--max-skipped", 0.9)
+    assert "skipped unlabeled/cut00.png: " in shown
+    assert "... and 2 more" in shown
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--weak", "-1"], "weak must be at least 0, got -1"),
+        (["--batch-size", "0"], "batch size must be at least 1, got 0"),
+        (["--mode", "append"], "mode must be one of resume, overwrite, verify, got 'append'"),
+        (["--dtype", "int4"], "dtype must be float16 or float32, got 'int4'"),
+        (["--max-skipped", "2"], "share from 0 to 1, got 2"),
+        (["--precision", "int8"], "precision must be one of"),
+        (["--prompts", "/nowhere.txt"], r"/nowhere\.txt"),
+        (["--class-names", "/nowhere.txt"], r"/nowhere\.txt"),
+    ],
+)
+def test_a_wrong_value_is_said_with_the_value(pictures, model, tmp_path, options, message):
+    with pytest.raises(InputError, match=message):
+        run_extract(pictures, tmp_path / "cache", model, *options)
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_wrong_source_is_said_before_a_model_is_loaded(tmp_path):
+    with pytest.raises(InputError, match="nowhere"):
+        run_extract(tmp_path / "nowhere", tmp_path / "cache", "no-such-model")
+
+
+def test_other_settings_are_refused(pictures, model, tmp_path):
+    run_extract(pictures, tmp_path / "cache", model)
+    with pytest.raises(CacheMismatch, match=r"views\.weak = 1, the request says 3; .*--mode overwrite"):
+        run_extract(pictures, tmp_path / "cache", model, "--weak", 3)
+    run_extract(pictures, tmp_path / "cache", model, "--weak", 3, "--mode", "overwrite")
+    assert FeatureCache.open(tmp_path / "cache").views("weak").shape[1] == 3
+
+
+# Stops inside the write of the second shard until the signal comes; everything else is the real command.
+CHILD = """
+import os, sys, threading
+from pathlib import Path
+import typer
+from ulfine_fast.cli.extract import extract
+reached, replace = Path(sys.argv.pop()), os.replace
+def halt(old, new):
+    if Path(new).name == "00001.h5":
+        reached.touch()
+        threading.Event().wait()
+    replace(old, new)
+os.replace = halt
+typer.run(extract)
+"""
+
+
+def test_ctrl_c_says_how_to_continue(pictures, model, tmp_path):
+    out, reached = tmp_path / "cache", tmp_path / "reached"
+    arguments = [
+        sys.executable,
+        "-c",
+        CHILD,
+        pictures,
+        "--out",
+        out,
+        "--model",
+        model,
+        "--workers",
+        2,
+        "--device",
+        "cpu",
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    child = subprocess.Popen(
+        [str(one) for one in [*arguments, reached]],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    while not reached.exists():
+        with suppress(subprocess.TimeoutExpired):
+            child.wait(timeout=0.02)
+            pytest.fail(f"the command ended by itself: {child.communicate()[1]}")
+    os.killpg(child.pid, signal.SIGINT)  # as a terminal does: to the readers too
+    stdout, stderr = child.communicate()
+    assert child.returncode == 130, stderr
+    assert stdout == ""
+    assert "stopped: 1 of 3 shards are finished" in stderr
+    assert "run the same command again to continue" in stderr
+    assert "Traceback" not in stderr
+    assert "encoded" in run_extract(pictures, out, model)
+
+
+# -- inspect
+
+
+def test_inspect_prints_what_is_in_a_cache(pictures, model, tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    (pictures / "unlabeled/[red]cut.png").write_bytes(b"")
+    run_extract(pictures, tmp_path / "cache", model, "--max-skipped", 0.5)
+    shown = run("inspect", tmp_path / "cache")
+    for part in ("local-dir:", "8 x float16", "1 plain, 1 weak, 1 strong, seed 0", "a photo of a {}.", "5 from folder"):
+        assert part in shown
+    rows = {cells[0]: cells[1:] for line in shown.splitlines() if len(cells := line.replace("│", " ").split()) > 3}
+    assert (rows["cat"], rows["dog"], rows["all"]) == (["2", "0", "1"], ["1", "0", "0"], ["3", "1", "1"])
+    assert "unlabeled/[red]cut.png" in shown
+    assert "1 pictures skipped" in shown or "1 picture skipped" in shown
+    assert "every checksum, shape and value is right" in shown
+
+
+def test_inspect_json_is_one_object(pictures, model, tmp_path):
+    run_extract(pictures, tmp_path / "cache", model)
+    found = json.loads(run("inspect", tmp_path / "cache", "--json"))
+    assert found["counts"] == {"train": {"cat": 2, "dog": 1}, "unlabeled": {"(unknown)": 1}, "test": {"cat": 1}}
+    assert (found["problems"], found["pictures"], found["dim"]) == ([], 5, 8)
+
+
+def test_inspect_of_a_damaged_cache_shows_the_rest_and_fails(pictures, model, tmp_path, capsys):
+    run_extract(pictures, tmp_path / "cache", model)
+    path = tmp_path / "cache/shards/00001.h5"
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
+    for as_json in (False, True):
+        with pytest.raises(InputError, match=r"problems?: shard 00001 is damaged"):
+            inspect(tmp_path / "cache", as_json)
+        shown = capsys.readouterr().out
+        assert "cat" in shown
+        assert "00001" in shown if as_json else "check: failed" in shown
+
+
+def test_inspect_of_no_cache(tmp_path):
+    with pytest.raises(InputError, match="is not a feature cache"):
+        run("inspect", tmp_path)
+
+
+def test_help_needs_no_torch():
+    code = (
+        "import sys, ulfine_fast.cli.extract, ulfine_fast.cli.inspect\n"
+        "assert not {'torch', 'open_clip', 'h5py', 'numpy'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,51 @@
+"""Shared data: a small long-tailed world of features, without a model."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from ulfine_fast import FeatureCache, FitConfig
+
+
+def unit(rows):
+    return rows / np.linalg.norm(rows, axis=-1, keepdims=True)
+
+
+def make_clusters(classes=4, dim=16, train=60, test=15, noise=0.9, seed=0, text=True, views=True, text_noise=0.8):
+    """Gaussian clusters around random directions; the text vectors are noisy class means."""
+    random = np.random.default_rng(seed)
+    means = unit(random.normal(size=(classes, dim)))
+
+    def blur(rows, length):
+        return unit(rows + length * random.normal(size=rows.shape) / dim**0.5)
+
+    labels = np.concatenate([np.repeat(np.arange(classes), train), np.repeat(np.arange(classes), test)])
+    splits = ["train"] * (classes * train) + ["test"] * (classes * test)
+    plain = blur(means[labels], noise)
+    pool = np.repeat(plain[: classes * train, None], 2, axis=1)
+    return FeatureCache.from_arrays(
+        plain.astype(np.float16),
+        labels,
+        class_names=[f"class {k}" for k in range(classes)],
+        text_features=blur(means, text_noise)[:, None].astype(np.float32) if text else None,
+        weak=blur(pool[:, :1], 0.2).astype(np.float16) if views else None,
+        strong=blur(pool, 0.5).astype(np.float16) if views else None,
+        splits=splits,
+        ids=[f"{split}/{row:04d}.png" for row, split in enumerate(splits)],
+    )
+
+
+@pytest.fixture(scope="session")
+def clusters():
+    return make_clusters()
+
+
+@pytest.fixture
+def quick():
+    """A config of a few steps on the clusters; give it what a test is about."""
+
+    def make(**values):
+        return FitConfig(**{"n1": 30, "gamma_l": 10, "gamma_u": 10, "steps": 40, "eval_every": 20, **values})
+
+    return make

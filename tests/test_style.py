@@ -1,0 +1,78 @@
+"""The house rules that a program can check: lint, format, types, and the direction of imports."""
+
+from __future__ import annotations
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = ["ulfine_fast", "cache", "cli"]
+# who may import whom, besides the package itself
+MAY_IMPORT = {"cache": set(), "ulfine_fast": {"cache"}, "cli": {"cache", "ulfine_fast"}}
+
+
+def run(*command):
+    return subprocess.run([sys.executable, "-m", *command], cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("command", [["ruff", "check", "."], ["ruff", "format", "--check", "."]], ids=" ".join)
+def test_ruff(command):
+    done = run(*command)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_mypy(tmp_path):
+    """Types of all three rooms, seen as one package: mypy does not follow the mapping of folders in pyproject.toml."""
+    package = tmp_path / "ulfine_fast"
+    package.mkdir()
+    for path in (ROOT / "ulfine_fast").iterdir():
+        (package / path.name).symlink_to(path)
+    for room in ("cache", "cli"):
+        (package / room).symlink_to(ROOT / room)
+    done = subprocess.run(
+        [sys.executable, "-m", "mypy", "-p", "ulfine_fast", "--cache-dir", str(ROOT / ".mypy_cache")],
+        cwd=ROOT,
+        env={**os.environ, "MYPYPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def room_of(module):
+    """Which of the three rooms a module belongs to, None for others."""
+    parts = module.split(".")
+    if parts[0] != "ulfine_fast":
+        return None
+    return parts[1] if len(parts) > 1 and parts[1] in ("cache", "cli") else "ulfine_fast"
+
+
+def imported(path):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+
+
+@pytest.mark.parametrize("room", PACKAGES)
+def test_imports_point_one_way(room):
+    for path in (ROOT / room).rglob("*.py"):
+        for module in imported(path):
+            # every room may know the version
+            if module == "ulfine_fast._version" or (other := room_of(module)) in (None, room):
+                continue
+            assert other in MAY_IMPORT[room], f"{path.relative_to(ROOT)} imports {module}"
+
+
+@pytest.mark.parametrize("module", ["ulfine_fast", "ulfine_fast.cli.main"])
+def test_a_light_import_stays_light(module):
+    code = f"import {module}, sys; print([m for m in ('torch', 'open_clip', 'sklearn', 'pyarrow', 'h5py') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -1,0 +1,207 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from tests.conftest import make_clusters
+from ulfine_fast import FeatureCache, FitConfig, InputError, fit, fit_many, train
+from ulfine_fast.features import device_of
+from ulfine_fast.splits import draw_split
+
+METHODS = ["zero_shot", "linear_probe", "lightweight", "ulfine"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_trial_alone_and_among_others_gives_the_same(clusters, quick, method):
+    configs = [
+        quick(method=method, seed=s, lr=lr, tau=tau) for s, lr, tau in [(0, 0.1, 1.0), (5, 0.01, 0.0), (9, 0.03, 2.0)]
+    ]
+    together, alone = fit_many(clusters, configs), fit(clusters, configs[1])
+    assert together[1].config == configs[1]
+    np.testing.assert_allclose(together[1].test_probabilities, alone.test_probabilities, atol=1e-5)
+    np.testing.assert_array_equal(together[1].test_probabilities.argmax(1), alone.test_probabilities.argmax(1))
+    assert together[1].metrics["balanced_accuracy"] == alone.metrics["balanced_accuracy"]
+    assert together[1].split == alone.split
+
+
+def test_passes_of_one_trial_give_what_one_big_pass_gives(clusters, quick, monkeypatch):
+    configs = [quick(seed=s) for s in range(3)]
+    whole = fit_many(clusters, configs)
+    monkeypatch.setattr(train, "_CPU_BUDGET", 1)
+    for one, other in zip(whole, fit_many(clusters, configs), strict=True):
+        np.testing.assert_allclose(one.test_probabilities, other.test_probabilities, atol=1e-5)
+
+
+def test_results_keep_the_order_of_mixed_structures(clusters, quick):
+    configs = [
+        quick(method="ulfine", rank=4),
+        quick(method="zero_shot"),
+        quick(method="ulfine", rank=8),
+        quick(rank=4, seed=1),
+    ]
+    runs = fit_many(clusters, configs)
+    assert [run.config for run in runs] == configs
+    assert runs[0].tensors["adapter.up"].shape == (4, 16)
+    assert runs[2].tensors["adapter.up"].shape == (8, 16)
+
+
+def test_the_same_config_gives_the_same_bits_another_seed_does_not(clusters, quick):
+    first, again, other = fit(clusters, quick()), fit(clusters, quick()), fit(clusters, quick(seed=1, split_seed=0))
+    assert torch.equal(first.tensors["linear"], again.tensors["linear"])
+    assert not torch.equal(first.tensors["linear"], other.tensors["linear"])
+    assert first.split == other.split
+
+
+def test_training_learns_what_zero_shot_does_not_know(quick):
+    cache = make_clusters(classes=6, text_noise=2.0)
+    zero, probe = (fit(cache, quick(method=m, lr=0.1, steps=100)) for m in ("zero_shot", "linear_probe"))
+    assert probe.metrics["balanced_accuracy"] > zero.metrics["balanced_accuracy"] + 0.05
+    assert probe.history[-1]["loss"] < probe.history[0]["loss"]
+
+
+def test_a_learning_rate_of_zero_leaves_the_text_prototypes(clusters, quick):
+    run = fit(clusters, quick(method="linear_probe", lr=0.0))
+    np.testing.assert_allclose(run.tensors["linear"].numpy(), clusters.prototypes, atol=1e-5)
+
+
+def test_logit_adjustment_helps_the_rarest_class():
+    cache = make_clusters(classes=6, noise=1.6, train=120, test=60)
+    base = {"method": "linear_probe", "n1": 100, "gamma_l": 50, "steps": 200, "lr": 0.1}
+    seeds = range(3)
+    plain, adjusted = (fit_many(cache, [FitConfig(**base, tau=tau, seed=s) for s in seeds]) for tau in (0.0, 1.0))
+    gain = np.mean([a.metrics["few"] - p.metrics["few"] for a, p in zip(adjusted, plain, strict=True)])
+    assert gain > 0.05
+
+
+def test_pseudo_labels_help_where_classes_are_clusters():
+    cache = make_clusters(classes=4, noise=1.2, train=150, test=60)
+    base = {"n1": 20, "gamma_l": 10, "m1": 100, "shape": "uniform", "steps": 200, "threshold": 0.8}
+    seeds = range(3)
+    probe, ulfine = (
+        fit_many(cache, [FitConfig(method=m, seed=s, **base) for s in seeds]) for m in ("linear_probe", "ulfine")
+    )
+    gain = np.mean(
+        [u.metrics["balanced_accuracy"] - p.metrics["balanced_accuracy"] for u, p in zip(ulfine, probe, strict=True)]
+    )
+    assert gain > 0
+
+
+def test_history_has_a_row_for_each_evaluation(clusters, quick):
+    run = fit(clusters, quick(steps=50, eval_every=20))
+    assert [row["step"] for row in run.history] == [20, 40, 50]
+    last = run.history[-1]
+    assert last["loss"] == pytest.approx(last["loss_labeled"] + last["loss_unlabeled"], abs=0.5)
+    assert 0 <= last["pseudo_label_rate"] <= 1
+    assert len(last["per_class_pseudo_label_recall"]) == 4
+
+
+def test_the_pseudo_label_rate_follows_the_threshold(clusters, quick):
+    none, some, every = (fit(clusters, quick(threshold=t, scale=5.0)) for t in (1.0, 0.6, 0.0))
+    assert none.metrics["pseudo_label_rate"] == 0
+    assert none.metrics["pseudo_label_precision"] is None
+    assert 0 < some.metrics["pseudo_label_rate"] < 1
+    assert every.metrics["pseudo_label_rate"] == 1
+    assert none.history[-1]["loss_unlabeled"] == 0
+
+
+def test_the_best_heads_are_those_of_the_best_evaluation(clusters, quick):
+    wild = {"lr": 3.0, "steps": 60, "eval_every": 10, "val_fraction": 0.3}
+    run = fit(clusters, quick(method="lightweight", select="best", **wild))
+    best = max(row["val_balanced_accuracy"] for row in run.history)
+    assert run.metrics["val"]["balanced_accuracy"] == pytest.approx(best)
+
+
+def test_warm_up_weakens_early_pseudo_labels(clusters, quick):
+    cold, warm = (fit(clusters, quick(method="lightweight", threshold=0.0, warmup=w, steps=20)) for w in (0.0, 1.0))
+    assert not torch.equal(cold.tensors["linear"], warm.tensors["linear"])
+
+
+def test_without_text_the_class_means_take_its_place(quick):
+    cache = make_clusters(text=False)
+    run = fit(cache, quick(method="zero_shot", val_fraction=0.0))
+    split = draw_split(cache.labels, cache.splits, cache.class_names, run.config)
+    rows = split.labeled[cache.labels[split.labeled] == 0]
+    mean = cache.plain[rows].astype(np.float32).mean(0)
+    np.testing.assert_allclose(run.tensors["prototypes"][0], mean / np.linalg.norm(mean), atol=1e-3)
+    assert run.metrics["balanced_accuracy"] > 0.5
+
+
+def test_strong_views_are_needed_or_noise_in_their_place(quick):
+    cache = make_clusters(views=False)
+    with pytest.raises(InputError, match="views.strong = 0; extract again with --strong 1"):
+        fit(cache, quick(method="lightweight"))
+    run = fit(cache, quick(method="lightweight", feature_noise=0.3))
+    assert run.metrics["balanced_accuracy"] > 0.5
+
+
+def test_noise_in_one_trial_does_not_touch_its_neighbour(clusters, quick):
+    noisy, still = fit_many(clusters, [quick(feature_noise=0.5), quick()])
+    alone = fit(clusters, quick())
+    np.testing.assert_allclose(still.test_probabilities, alone.test_probabilities, atol=1e-5)
+    assert not np.allclose(noisy.test_probabilities, still.test_probabilities, atol=1e-3)
+
+
+def test_no_unlabelled_pictures_is_supervised_training(clusters):
+    run = fit(clusters, FitConfig(method="ulfine", steps=30))
+    assert run.split["unlabeled"] == []
+    assert run.metrics.get("pseudo_label_rate") is None
+    assert run.history[-1]["loss_unlabeled"] == 0
+
+
+def test_mixed_precision_stays_close(clusters, quick):
+    full, mixed = fit(clusters, quick()), fit(clusters, quick(precision="amp"))
+    assert abs(full.metrics["balanced_accuracy"] - mixed.metrics["balanced_accuracy"]) < 0.1
+    assert mixed.tensors["linear"].dtype == torch.float32
+
+
+def test_a_given_split_is_used(clusters, quick):
+    split = draw_split(clusters.labels, clusters.splits, clusters.class_names, quick(seed=7))
+    runs = fit_many(clusters, [quick(seed=1), quick(seed=2)], split=split)
+    assert runs[0].split == runs[1].split == split.to_dict(clusters.ids)
+
+
+def test_one_labelled_picture_a_class_and_two_classes():
+    cache = make_clusters(classes=2)
+    run = fit(cache, FitConfig(n1=1, gamma_l=1, m1=20, steps=10, val_fraction=0))
+    assert run.metrics["class_counts"] == [1, 1]
+    assert run.metrics["val"] == {}
+    assert run.metrics["temperature"] == 1
+
+
+@pytest.mark.parametrize("name", ["gpu", "cuda:99x"])
+def test_an_unknown_device_is_named(name):
+    with pytest.raises(InputError, match="device"):
+        device_of(name)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_cuda_without_a_gpu_says_the_way_out(clusters, quick):
+    with pytest.raises(InputError, match="use --device cpu or auto"):
+        fit(clusters, quick(), device="cuda")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine")
+def test_cpu_and_gpu_draw_the_same_and_agree(clusters, quick):
+    here, there = (fit(clusters, quick(), device=device) for device in ("cpu", "cuda"))
+    np.testing.assert_allclose(here.test_probabilities, there.test_probabilities, atol=1e-3)
+
+
+def test_unlabelled_rows_with_unknown_labels_train_and_are_not_judged():
+    whole = make_clusters()
+    hidden = whole.splits == "train"
+    hidden[::3] = False
+    labels = np.where(hidden, -1, whole.labels)
+    splits = np.where(hidden, "unlabeled", whole.splits)
+    cache = FeatureCache.from_arrays(
+        whole.plain,
+        labels,
+        class_names=whole.class_names,
+        text_features=whole.text_features,
+        splits=list(splits),
+        weak=whole.views("weak"),
+        strong=whole.views("strong"),
+    )
+    run = fit(cache, FitConfig(steps=30, threshold=0.5))
+    assert run.metrics["pseudo_label_rate"] > 0
+    assert run.metrics["pseudo_label_precision"] is None

@@ -1,0 +1,52 @@
+"""Long-tailed semi-supervised classification on cached CLIP features.
+
+Public names are imported on first use (PEP 562), so that `import ulfine_fast` does not import torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from ulfine_fast._version import __version__
+
+if TYPE_CHECKING:
+    from ulfine_fast.cache.errors import CacheMismatch, InputError
+    from ulfine_fast.cache.store import FeatureCache
+    from ulfine_fast.config import FitConfig
+    from ulfine_fast.report import build_report
+    from ulfine_fast.run import Run
+    from ulfine_fast.train import fit, fit_many
+
+_HOMES = {
+    "CacheMismatch": "ulfine_fast.cache.errors",
+    "FeatureCache": "ulfine_fast.cache.store",
+    "FitConfig": "ulfine_fast.config",
+    "InputError": "ulfine_fast.cache.errors",
+    "Run": "ulfine_fast.run",
+    "build_report": "ulfine_fast.report",
+    "fit": "ulfine_fast.train",
+    "fit_many": "ulfine_fast.train",
+}
+
+__all__ = [
+    "CacheMismatch",
+    "FeatureCache",
+    "FitConfig",
+    "InputError",
+    "Run",
+    "__version__",
+    "build_report",
+    "fit",
+    "fit_many",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES])

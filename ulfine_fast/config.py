@@ -1,0 +1,216 @@
+"""Every hyper-parameter of stage 2, once: type, default, range, unit and source. The command line is made from it."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from ulfine_fast.cache.errors import InputError
+
+METHODS = ("zero_shot", "linear_probe", "lightweight", "ulfine")
+SHAPES = ("consistent", "uniform", "reversed", "middle", "head-tail", "natural")
+
+
+def _option(
+    default: Any,
+    text: str,
+    *,
+    low: float = -math.inf,
+    high: float = math.inf,
+    choices: tuple[str, ...] = (),
+    structural: bool = False,
+    optional: bool = False,
+) -> Any:
+    """A dataclass field with its help text and legal range; `structural` fields must agree inside one pass."""
+    return field(
+        default=default,
+        metadata={
+            "help": text,
+            "low": low,
+            "high": high,
+            "choices": choices,
+            "structural": structural,
+            "optional": optional,
+        },
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class FitConfig:
+    """One trial: its data split, method, optimiser and switches.
+
+    Fields marked structural (see :func:`structural_key`) are the same for all trials of one batched pass; everything
+    else may differ from trial to trial. Sources of the formulas stand in docs/method.md.
+
+    Raises:
+        InputError: a value outside its range or not among its choices, naming the field, the range and the value.
+    """
+
+    method: str = _option("ulfine", "what to fit", choices=METHODS, structural=True)
+    seed: int = _option(0, "seed of initial weights and mini-batches", low=0, high=2**31 - 1)
+
+    # -- split (docs/method.md, section "Protocol")
+    split_seed: int | None = _option(
+        None, "seed of the split and of the class order; default: the seed", low=0, high=2**31 - 1, optional=True
+    )
+    n1: int | None = _option(
+        None, "labelled pictures of the largest class; default: all labelled pictures as they are", low=1, optional=True
+    )
+    m1: int | None = _option(
+        None, "unlabelled pictures of the largest class; default: as many as the data allow", low=0, optional=True
+    )
+    gamma_l: float = _option(100.0, "labelled imbalance, largest class over smallest; with n1", low=1.0)
+    gamma_u: float = _option(100.0, "unlabelled imbalance, largest class over smallest; with n1", low=1.0)
+    shape: str = _option("consistent", "class distribution of the unlabelled set; with n1", choices=SHAPES)
+    labeled_in_unlabeled: bool = _option(False, "put the labelled pictures into the unlabelled set too")
+    permute_classes: bool = _option(True, "draw the order of classes, head to tail, from the split seed; with n1")
+    labeled_fraction: float = _option(
+        1.0, "share of each class's labelled pictures kept labelled; without n1", low=0.0, high=1.0
+    )
+    val_fraction: float = _option(0.1, "share of the labelled pictures set aside for validation", low=0.0, high=0.5)
+    test_fraction: float = _option(
+        0.2, "share held out for testing where the data has no test split", low=0.01, high=0.9
+    )
+
+    # -- optimiser
+    steps: int = _option(500, "mini-batch steps", low=1, structural=True)
+    batch_labeled: int = _option(32, "labelled pictures in a mini-batch", low=1, structural=True)
+    batch_unlabeled: int = _option(64, "unlabelled pictures in a mini-batch", low=1, structural=True)
+    lr: float = _option(0.03, "peak learning rate of SGD; cosine schedule to zero", low=0.0)
+    momentum: float = _option(0.9, "momentum of SGD", low=0.0, high=0.999)
+    weight_decay: float = _option(5e-4, "weight decay of SGD", low=0.0)
+    warmup: float = _option(
+        0.0, "share of the steps over which the unlabelled loss is raised from zero", low=0.0, high=1.0
+    )
+    precision: str = _option("float32", "arithmetic of the logits", choices=("float32", "amp"), structural=True)
+    eval_every: int = _option(50, "steps between two evaluations", low=1, structural=True)
+    select: str = _option("last", "which evaluation's heads are kept", choices=("last", "best"))
+
+    # -- heads
+    scale: float = _option(25.0, "cosine scale sigma of both heads (LIFT uses 25)", low=0.01)
+    adapter: str = _option(
+        "residual", "trainable adapter before the heads", choices=("residual", "none"), structural=True
+    )
+    rank: int = _option(16, "width of the adapter's bottleneck", low=1, structural=True)
+    adapter_scale: float = _option(0.1, "factor s of the adapter's output", low=0.0)
+    feature_noise: float = _option(
+        0.0, "length of Gaussian noise added to training features; stands in for missing strong views", low=0.0
+    )
+
+    # -- losses
+    tau: float = _option(1.0, "strength of the logit adjustment on labelled data; 0 is plain cross-entropy", low=0.0)
+    tau_u: float = _option(
+        1.5, "strength of the adjustment by the running pseudo-label distribution P on unlabelled data", low=0.0
+    )
+    threshold: float = _option(0.95, "smallest probability of a pseudo-label that trains", low=0.0, high=1.0)
+    sharpen: float = _option(1.0, "temperature dividing fused logits before pseudo-labels are drawn", low=0.01)
+    lambda_u: float = _option(1.0, "weight of the unlabelled loss", low=0.0)
+
+    # -- ULFine: prototype adaptive fitting (PAF) and dual logit fusion (DLF)
+    paf: bool = _option(True, "ulfine: fit the textual prototypes to the visual ones")
+    mu: float = _option(0.01, "ulfine: largest step of a prototype, in alpha_k = mu P_k / max P", low=0.0, high=1.0)
+    alpha: str = _option(
+        "pseudo-label",
+        "ulfine: alpha_k from P, or the constant mu",
+        choices=("pseudo-label", "constant"),
+        structural=True,
+    )
+    prior: str = _option(
+        "soft",
+        "ulfine: P from all probabilities, or from counts above the threshold",
+        choices=("soft", "hard"),
+        structural=True,
+    )
+    rho: float = _option(0.99, "momentum of the running pseudo-label distribution P", low=0.0, high=0.9999)
+    visual_momentum: float = _option(0.95, "ulfine: momentum m of the visual prototypes", low=0.0, high=0.9999)
+    lambda_o: float = _option(0.1, "ulfine: weight of the prototypes' orthogonality", low=0.0)
+    orthogonality: str = _option(
+        "prototypes",
+        "ulfine: what the orthogonality moves; learnable prototypes, or features through the visual prototypes",
+        choices=("prototypes", "features"),
+        structural=True,
+    )
+    adjust_similarity: bool = _option(True, "ulfine: logit adjustment on the similarity head too")
+    dlf: bool = _option(True, "ulfine: pseudo-labels from fused logits; otherwise from the linear head")
+    eta: float = _option(0.5, "ulfine: weight of the linear head in the fused logits", low=0.0, high=1.0)
+    align: str = _option(
+        "standardize",
+        "ulfine: how the scales of both logits are aligned before fusion",
+        choices=("standardize", "max-ratio", "none"),
+        structural=True,
+    )
+    predict_from: str = _option(
+        "fused", "ulfine: logits of the final prediction", choices=("fused", "linear", "similarity"), structural=True
+    )
+
+    def __post_init__(self) -> None:
+        for spec in dataclasses.fields(self):
+            _check(spec, getattr(self, spec.name))
+
+    @property
+    def data_seed(self) -> int:
+        """The seed of the split: `split_seed`, or `seed` where none is given."""
+        return self.seed if self.split_seed is None else self.split_seed
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields as JSON values."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> FitConfig:
+        """The inverse of :meth:`to_dict`.
+
+        Raises:
+            InputError: a name that is no field.
+        """
+        names = [spec.name for spec in dataclasses.fields(cls)]
+        unknown = sorted(set(values) - set(names))
+        if unknown:
+            raise InputError(f"unknown setting {unknown[0]!r}; the settings are {', '.join(names)}")
+        return cls(**values)
+
+
+def structural_key(config: FitConfig) -> tuple[Any, ...]:
+    """The values that trials must share to be trained in one pass."""
+    return tuple(getattr(config, spec.name) for spec in dataclasses.fields(config) if spec.metadata["structural"])
+
+
+def per_trial_fields() -> list[str]:
+    """Names of the numeric fields that may differ from trial to trial inside one pass."""
+    types = ("float", "bool", "int")
+    return [
+        spec.name for spec in dataclasses.fields(FitConfig) if not spec.metadata["structural"] and spec.type in types
+    ]
+
+
+def _check(spec: dataclasses.Field[Any], value: Any) -> None:
+    """Refuse a value of the wrong type, outside its range, or not among its choices."""
+    option = spec.name
+    if value is None:
+        if spec.metadata["optional"]:
+            return
+        raise InputError(f"{option} must be given, got None")
+    choices = spec.metadata["choices"]
+    if choices:
+        if value not in choices:
+            raise InputError(f"{option} must be one of {', '.join(choices)}, got {value!r}")
+        return
+    kind = str(spec.type).split(" ")[0]
+    if kind == "bool":
+        if not isinstance(value, bool):
+            raise InputError(f"{option} must be true or false, got {value!r}")
+        return
+    _check_number(option, kind, value, spec.metadata["low"], spec.metadata["high"])
+
+
+def _check_number(option: str, kind: str, value: Any, low: float, high: float) -> None:
+    """Refuse what is no number of the kind, not finite, or outside [low, high]."""
+    wanted = (int,) if kind == "int" else (int, float)
+    if isinstance(value, bool) or not isinstance(value, wanted) or not math.isfinite(value):
+        raise InputError(f"{option} must be {'a whole' if kind == 'int' else 'a finite'} number, got {value!r}")
+    if value < low:
+        raise InputError(f"{option} must be at least {low:g}, got {value}")
+    if value > high:
+        raise InputError(f"{option} must be at most {high:g}, got {value}")

@@ -1,0 +1,51 @@
+"""Lightweight fine-tuning (LFT): adapter and linear head by FixMatch (arXiv 2001.07685) with logit adjustment."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ulfine_fast.heads import Tensors, adapt, cosine_logits, new_adapter
+from ulfine_fast.methods import Batch, Losses, State, Trials
+from ulfine_fast.ops.losses import adjusted_cross_entropy, masked_mean, pseudo_labels
+
+
+class Lightweight:
+    """The baseline that ULFine starts from: labelled loss adjusted, pseudo-labels by a fixed threshold."""
+
+    trains = True
+    uses_unlabeled = True
+
+    def start(self, trials: Trials) -> State:
+        """A linear head (T, K, D) at the textual prototypes and, unless switched off, an adapter."""
+        adapter = {}
+        if trials.config.adapter == "residual":
+            adapter = new_adapter(trials.seeds, trials.prototypes.shape[-1], trials.config.rank)
+        return State({"linear": trials.prototypes.clone(), **adapter})
+
+    def losses(self, trials: Trials, state: State, batch: Batch) -> Losses:
+        """CE(z + tau log pi, y) + lambda_u CE(z(strong), argmax z(weak)) where the weak view is sure enough."""
+        values = trials.values
+        logits = self.logits(trials, state.tensors, batch.labeled)  # (T, B, K)
+        labeled = adjusted_cross_entropy(logits, batch.labels, trials.log_prior, values["tau"]).mean(-1)
+        if batch.weak is None or batch.strong is None:
+            return Losses(labeled, torch.zeros_like(labeled), torch.zeros_like(labeled))
+        with torch.no_grad():
+            weak = self.logits(trials, state.tensors, batch.weak)
+        pseudo = pseudo_labels(weak, values["threshold"], values["sharpen"])
+        strong = self.logits(trials, state.tensors, batch.strong)  # (T, U, K)
+        none = torch.zeros_like(values["tau"])
+        unlabeled = masked_mean(adjusted_cross_entropy(strong, pseudo.labels, trials.log_prior, none), pseudo.mask)
+        return Losses(labeled, values["lambda_u"] * unlabeled, torch.zeros_like(labeled), pseudo)
+
+    def after_step(self, trials: Trials, state: State, batch: Batch, losses: Losses) -> None:
+        """Nothing to move."""
+
+    def pseudo_logits(self, trials: Trials, tensors: Tensors, features: Tensor) -> Tensor:
+        """The linear head's logits (T, B, K)."""
+        return self.logits(trials, tensors, features)
+
+    def logits(self, trials: Trials, tensors: Tensors, features: Tensor) -> Tensor:
+        """Sigma * cos(f(x), w_k), shape (T, B, K)."""
+        adapted = adapt(tensors, features, trials.values["adapter_scale"])
+        return cosine_logits(adapted, tensors["linear"], trials.values["scale"])

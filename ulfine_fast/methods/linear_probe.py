@@ -1,0 +1,41 @@
+"""Linear probe: a cosine classifier on frozen features, from the textual prototypes, on labelled pictures alone.
+
+Semantic-aware initialisation, scale and logit adjustment follow LIFT (arXiv 2309.10019, section 4).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ulfine_fast.heads import Tensors, cosine_logits
+from ulfine_fast.methods import Batch, Losses, State, Trials
+from ulfine_fast.ops.losses import adjusted_cross_entropy
+
+
+class LinearProbe:
+    """CE(z + tau log pi, y) over a linear head; no adapter, no unlabelled pictures."""
+
+    trains = True
+    uses_unlabeled = False
+
+    def start(self, trials: Trials) -> State:
+        """A linear head (T, K, D) at the textual prototypes."""
+        return State({"linear": trials.prototypes.clone()})
+
+    def losses(self, trials: Trials, state: State, batch: Batch) -> Losses:
+        """Logit-adjusted cross-entropy of the labelled pictures."""
+        logits = self.logits(trials, state.tensors, batch.labeled)  # (T, B, K)
+        loss = adjusted_cross_entropy(logits, batch.labels, trials.log_prior, trials.values["tau"]).mean(-1)
+        return Losses(loss, torch.zeros_like(loss), torch.zeros_like(loss))
+
+    def after_step(self, trials: Trials, state: State, batch: Batch, losses: Losses) -> None:
+        """Nothing to move."""
+
+    def pseudo_logits(self, trials: Trials, tensors: Tensors, features: Tensor) -> Tensor:
+        """The probe's own logits (T, B, K): what its pseudo-labels would be, though it trains on none."""
+        return self.logits(trials, tensors, features)
+
+    def logits(self, trials: Trials, tensors: Tensors, features: Tensor) -> Tensor:
+        """Sigma * cos(x, w_k), shape (T, B, K)."""
+        return cosine_logits(features, tensors["linear"], trials.values["scale"])

@@ -1,0 +1,128 @@
+"""ULFine (arXiv 2505.05062), reconstructed: prototype adaptive fitting (PAF) and dual logit fusion (DLF).
+
+What the paper's public parts say and what is our completion stands choice by choice in docs/method.md.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ulfine_fast.heads import Tensors, adapt, cosine_logits, new_adapter
+from ulfine_fast.methods import Batch, Losses, State, Trials
+from ulfine_fast.ops.fusion import fuse
+from ulfine_fast.ops.losses import PseudoLabels, adjusted_cross_entropy, masked_mean, pseudo_labels
+from ulfine_fast.ops.prototypes import (
+    class_means,
+    fit_prototypes,
+    fitting_pace,
+    move_prior,
+    move_visual,
+    orthogonality,
+)
+
+
+class ULFine:
+    """Adapter, linear head, fitted textual prototypes; pseudo-labels and predictions from both heads' fused logits."""
+
+    trains = True
+    uses_unlabeled = True
+
+    def start(self, trials: Trials) -> State:
+        """Both heads (T, K, D) at the textual prototypes; P (T, K) uniform; visual prototypes (T, K, D) unseen."""
+        prototypes, config = trials.prototypes, trials.config
+        adapter = new_adapter(trials.seeds, prototypes.shape[-1], config.rank) if config.adapter == "residual" else {}
+        parameters = {"linear": prototypes.clone(), **adapter}
+        memory = {
+            "visual": torch.zeros_like(prototypes),
+            "seen": torch.zeros(prototypes.shape[:2], dtype=torch.bool, device=prototypes.device),
+            "prior": torch.full_like(trials.log_prior, 1.0 / prototypes.shape[1]),
+        }
+        learnable = config.orthogonality == "prototypes"
+        (parameters if learnable else memory)["prototypes"] = prototypes.clone()
+        return State(parameters, memory)
+
+    def losses(self, trials: Trials, state: State, batch: Batch) -> Losses:
+        """Adjusted cross-entropies of both heads, labelled and pseudo-labelled; lambda_o times the orthogonality."""
+        values = trials.values
+        adapted = adapt(state.tensors, batch.labeled, values["adapter_scale"])  # (T, B, D)
+        linear, similarity = self._both(trials, state.tensors, adapted)
+        labeled = _mean_loss(linear, batch.labels, trials.log_prior, values["tau"])
+        tau_similarity = values["tau"] * values["adjust_similarity"]
+        labeled = labeled + _mean_loss(similarity, batch.labels, trials.log_prior, tau_similarity)
+        regularizer = values["lambda_o"] * values["paf"] * self._orthogonality(trials, state, adapted, batch.labels)
+        if batch.weak is None or batch.strong is None:
+            return Losses(labeled, torch.zeros_like(labeled), regularizer)
+        with torch.no_grad():
+            weak = self.pseudo_logits(trials, state.tensors, batch.weak)
+        pseudo = pseudo_labels(weak, values["threshold"], values["sharpen"])
+        unlabeled = values["lambda_u"] * self._unlabeled(trials, state, batch.strong, pseudo)
+        return Losses(labeled, unlabeled, regularizer, pseudo)
+
+    @torch.no_grad()
+    def after_step(self, trials: Trials, state: State, batch: Batch, losses: Losses) -> None:
+        """Move P, the visual prototypes and, by alpha_k = mu P_k / max P, the textual prototypes."""
+        values, memory, config = trials.values, state.memory, trials.config
+        if losses.pseudo is not None:
+            pseudo = losses.pseudo
+            moved = move_prior(memory["prior"], pseudo.probabilities, pseudo.mask, values["rho"], config.prior)
+            memory["prior"].copy_(moved)
+        adapted = adapt(state.tensors, batch.labeled, values["adapter_scale"])
+        means, counts = class_means(adapted, batch.labels, memory["prior"].shape[-1])
+        moved = move_visual(memory["visual"], means, counts, memory["seen"], values["visual_momentum"])
+        memory["visual"].copy_(moved)
+        memory["seen"].logical_or_(counts > 0)
+        alpha = fitting_pace(memory["prior"], values["mu"] * values["paf"], config.alpha)
+        prototypes = state.tensors["prototypes"]
+        prototypes.copy_(fit_prototypes(prototypes, memory["visual"], alpha, memory["seen"]))
+
+    def pseudo_logits(self, trials: Trials, tensors: Tensors, features: Tensor) -> Tensor:
+        """Fused logits (T, B, K); the linear head's alone (at the similarity head's scale) where DLF is off."""
+        linear, similarity = self._both(trials, tensors, adapt(tensors, features, trials.values["adapter_scale"]))
+        return fuse(linear, similarity, self._eta(trials), trials.config.align)
+
+    def logits(self, trials: Trials, tensors: Tensors, features: Tensor) -> Tensor:
+        """Logits (T, B, K) of the fused, the linear or the similarity head, as `predict_from` says."""
+        linear, similarity = self._both(trials, tensors, adapt(tensors, features, trials.values["adapter_scale"]))
+        if trials.config.predict_from == "linear":
+            return linear
+        if trials.config.predict_from == "similarity":
+            return similarity
+        return fuse(linear, similarity, self._eta(trials), trials.config.align)
+
+    def _both(self, trials: Trials, tensors: Tensors, adapted: Tensor) -> tuple[Tensor, Tensor]:
+        """z^l and z^s, each (T, B, K)."""
+        scale, fitted = trials.values["scale"], trials.values["paf"].view(-1, 1, 1)
+        fixed = tensors["prototypes"].detach()
+        # without PAF no gradient reaches the prototypes: they stay where the text put them
+        prototypes = fixed + fitted * (tensors["prototypes"] - fixed)
+        return cosine_logits(adapted, tensors["linear"], scale), cosine_logits(adapted, prototypes, scale)
+
+    def _eta(self, trials: Trials) -> Tensor:
+        return torch.where(trials.values["dlf"] > 0, trials.values["eta"], torch.ones_like(trials.values["eta"]))
+
+    def _unlabeled(self, trials: Trials, state: State, strong: Tensor, pseudo: PseudoLabels) -> Tensor:
+        """Both heads' cross-entropy on the strong view (T,), adjusted by the running distribution P."""
+        values = trials.values
+        adapted = adapt(state.tensors, strong, values["adapter_scale"])
+        log_prior = torch.log(state.memory["prior"] + 1e-8)
+        losses = [
+            masked_mean(adjusted_cross_entropy(logits, pseudo.labels, log_prior, values["tau_u"]), pseudo.mask)
+            for logits in self._both(trials, state.tensors, adapted)
+        ]
+        return losses[0] + losses[1]
+
+    def _orthogonality(self, trials: Trials, state: State, adapted: Tensor, labels: Tensor) -> Tensor:
+        """The penalty (T,), by the gradient path that the config names."""
+        prototypes = state.tensors["prototypes"]
+        if trials.config.orthogonality == "prototypes":
+            return orthogonality(prototypes)
+        memory, values = state.memory, trials.values
+        means, counts = class_means(adapted, labels, prototypes.shape[1])
+        visual = move_visual(memory["visual"], means, counts, memory["seen"], values["visual_momentum"])
+        alpha = fitting_pace(memory["prior"], values["mu"], trials.config.alpha)
+        return orthogonality(fit_prototypes(prototypes, visual, alpha, memory["seen"] | (counts > 0)))
+
+
+def _mean_loss(logits: Tensor, labels: Tensor, log_prior: Tensor, tau: Tensor) -> Tensor:
+    return adjusted_cross_entropy(logits, labels, log_prior, tau).mean(-1)

@@ -1,0 +1,35 @@
+"""Zero-shot classification by textual prototypes (CLIP, arXiv 2103.00020): nothing is trained."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ulfine_fast.heads import Tensors, cosine_logits
+from ulfine_fast.methods import Batch, Losses, State, Trials
+
+
+class ZeroShot:
+    """Logits are scaled cosines to the textual prototypes."""
+
+    trains = False
+    uses_unlabeled = False
+
+    def start(self, trials: Trials) -> State:
+        """Keep the prototypes."""
+        return State({}, {"prototypes": trials.prototypes.clone()})
+
+    def losses(self, trials: Trials, state: State, batch: Batch) -> Losses:
+        """No loss; the loop never asks."""
+        zero = trials.log_prior.new_zeros(len(trials.log_prior))
+        return Losses(zero, zero, zero)
+
+    def after_step(self, trials: Trials, state: State, batch: Batch, losses: Losses) -> None:
+        """Nothing to move."""
+
+    def pseudo_logits(self, trials: Trials, tensors: Tensors, features: Tensor) -> Tensor:
+        """Zero-shot logits (T, B, K)."""
+        return self.logits(trials, tensors, features)
+
+    def logits(self, trials: Trials, tensors: Tensors, features: Tensor) -> Tensor:
+        """Sigma * cos(x, t_k), shape (T, B, K)."""
+        return cosine_logits(features, tensors["prototypes"], trials.values["scale"])

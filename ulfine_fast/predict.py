@@ -1,0 +1,150 @@
+"""Classes of new pictures: the run's own encoder, then its heads."""
+
+from __future__ import annotations
+
+import csv
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ulfine_fast.cache.encoder import Encoder, load_encoder
+from ulfine_fast.cache.errors import CacheMismatch, InputError
+from ulfine_fast.cache.progress import progress_bar
+from ulfine_fast.cache.reading import PictureReader, batches, default_workers
+from ulfine_fast.cache.sources import PictureFolder, TableSource
+from ulfine_fast.cache.sources.table import SUFFIXES
+from ulfine_fast.cache.views import ViewRecipe
+
+if TYPE_CHECKING:
+    from ulfine_fast.cache.sources import Source
+    from ulfine_fast.run import Run
+
+TOP = 5
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """Predicted classes.
+
+    Attributes:
+        ids: picture ids (n,). probabilities: calibrated (n, K). class_names: (K,).
+        skipped: id and reason of each picture that could not be read.
+    """
+
+    ids: list[str]
+    probabilities: NDArray[np.float32]
+    class_names: list[str]
+    skipped: list[tuple[str, str]]
+
+
+def predict_pictures(run: Run, pictures: Path, *, device: str = "auto", batch_size: int = 64) -> Predictions:
+    """Encode pictures with the encoder named in the run and predict their classes.
+
+    Args:
+        run: a fitted run.
+        pictures: a picture, a folder of pictures at any depth, or a table with a column `path`.
+        device: where to encode.
+        batch_size: pictures encoded at once, at least 1.
+
+    Raises:
+        InputError: no pictures there, none readable, or a run without an encoder.
+        CacheMismatch: the model's weights are no longer those that the run was fitted with.
+    """
+    if batch_size < 1:
+        raise InputError(f"batch_size must be at least 1, got {batch_size}")
+    source = _pictures(pictures)
+    encoder = encoder_of_run(run, device)
+    skipped: list[tuple[str, str]] = []
+    ids, features = _encode(source, encoder, batch_size, skipped)
+    if not ids:
+        raise InputError(f"none of the {len(skipped)} pictures at {pictures} can be read; the first: {skipped[0][1]}")
+    return Predictions(ids, run.predict_proba(features), run.class_names, skipped)
+
+
+def encoder_of_run(run: Run, device: str) -> Encoder:
+    """Load the encoder a run was fitted with, and refuse other weights under the same name.
+
+    Raises:
+        InputError: the run was fitted on plain arrays.
+        CacheMismatch: the weights differ.
+    """
+    if run.encoder is None:
+        raise InputError("this run was fitted on arrays, not on pictures; give features to Run.predict instead")
+    encoder = load_encoder(run.encoder["name"], run.encoder["pretrained"], device=device)
+    if encoder.spec.sha256 != run.encoder["sha256"]:
+        raise CacheMismatch(
+            "model.sha256",
+            run.encoder["sha256"],
+            encoder.spec.sha256,
+            way_out="use the weights the run was fitted with",
+        )
+    return encoder
+
+
+def write_predictions(found: Predictions, out: Path) -> None:
+    """Write id, class, probability, then the next likeliest classes, as .csv or .parquet.
+
+    Raises:
+        InputError: another suffix, or a path that cannot be written.
+    """
+    columns = _columns(found)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        if out.suffix == ".parquet":
+            import pyarrow as pa
+            import pyarrow.parquet as pq
+
+            pq.write_table(pa.table(columns), out)
+            return
+        if out.suffix != ".csv":
+            raise InputError(f"out must end in .csv or .parquet, got {out.name!r}")
+        with out.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            writer.writerow(columns)
+            writer.writerows(zip(*columns.values(), strict=True))
+    except OSError as error:
+        raise InputError(f"cannot write {out}: {error.strerror or error}") from error
+
+
+def _columns(found: Predictions) -> dict[str, list[Any]]:
+    """The table's columns by name."""
+    order = np.argsort(-found.probabilities, axis=1, kind="stable")  # (n, K)
+    columns: dict[str, list[Any]] = {"id": found.ids}
+    for place in range(min(TOP, order.shape[1])):
+        ending = "" if place == 0 else f"_{place + 1}"
+        best = order[:, place]
+        columns[f"class{ending}"] = [found.class_names[k] for k in best]
+        columns[f"probability{ending}"] = [round(float(p), 6) for p in found.probabilities[np.arange(len(best)), best]]
+    return columns
+
+
+def _encode(
+    source: Source, encoder: Encoder, batch_size: int, skipped: list[tuple[str, str]]
+) -> tuple[list[str], NDArray[np.float32]]:
+    """Ids and plain features (n, D) of the readable pictures; the others go to `skipped`."""
+    ids: list[str] = []
+    blocks = [np.zeros((0, encoder.spec.dim), dtype=np.float32)]
+    rows = range(len(source.rows))
+    numbers = [list(rows[start : start + batch_size]) for start in rows[::batch_size]]
+    reader = PictureReader.of(source, encoder, ViewRecipe(weak=0, strong=0))
+    # starting reader processes pays only where there is enough to read
+    workers = default_workers(encoder.device) if len(numbers) > 2 else 0
+    with batches(reader, numbers, workers=workers) as stream, progress_bar() as bar:
+        task = bar.add_task("predict", total=len(source.rows), unit="pictures", note="")
+        for batch in stream:
+            skipped += [(source.rows[row].id, reason) for row, reason in batch.skipped]
+            if batch.kept:
+                ids += [source.rows[row].id for row in batch.kept]
+                pixels = torch.as_tensor(batch.pixels)[:, 0]  # (B, 3, H, W)
+                blocks.append(encoder.encode_pictures(pixels).numpy())
+            bar.advance(task, len(batch.rows))
+    return ids, np.concatenate(blocks)
+
+
+def _pictures(where: Path) -> Source:
+    """A table's rows, a single picture, or every picture below a folder."""
+    return TableSource(where) if where.suffix.lower() in SUFFIXES else PictureFolder(where)

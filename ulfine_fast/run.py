@@ -1,0 +1,238 @@
+"""A fitted trial: its heads, figures and predictions; saved as a folder of JSON, CSV, safetensors and parquet."""
+
+from __future__ import annotations
+
+import csv
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ulfine_fast import metrics
+from ulfine_fast._version import __version__
+from ulfine_fast.cache.errors import InputError
+from ulfine_fast.config import FitConfig, per_trial_fields
+from ulfine_fast.methods import Trials, method_of
+from ulfine_fast.ops.prototypes import normalize
+
+_FORMAT = "ulfine-fast-run"
+_PER_CLASS = ("rate", "precision", "recall")
+_HISTORY = (
+    "step",
+    "loss",
+    "loss_labeled",
+    "loss_unlabeled",
+    "val_accuracy",
+    "val_balanced_accuracy",
+    "pseudo_label_rate",
+    "pseudo_label_precision",
+    "confidence_on_false",
+)
+
+
+@dataclass
+class Run:
+    """What :func:`ulfine_fast.fit` returns.
+
+    Attributes:
+        config: the trial's settings.
+        class_names: (K,).
+        tensors: the heads by name, without a trials axis, e.g. "linear" (K, D).
+        split: picture ids by role, see :mod:`ulfine_fast.splits`.
+        metrics: figures on the test split, under "val" on validation; shares in [0, 1].
+        history: one row per evaluation.
+        test_ids: picture ids of the test split (E,). test_labels: (E,). test_probabilities: calibrated (E, K).
+        encoder: name, weights and preprocessing of the model the features came from, None for plain arrays.
+        cache_path: the cache's folder, None for a cache in memory.
+    """
+
+    config: FitConfig
+    class_names: list[str]
+    tensors: dict[str, Tensor]
+    metrics: dict[str, Any]
+    split: dict[str, Any] = field(default_factory=dict)
+    history: list[dict[str, Any]] = field(default_factory=list)
+    test_ids: list[str] = field(default_factory=list)
+    test_labels: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    test_probabilities: NDArray[np.float32] = field(default_factory=lambda: np.zeros((0, 0), dtype=np.float32))
+    encoder: dict[str, Any] | None = None
+    cache_path: Path | None = None
+
+    def logits(self, features: NDArray[Any]) -> NDArray[np.float32]:
+        """Uncalibrated logits.
+
+        Args:
+            features: image features of the run's encoder (n, D), of any length.
+
+        Returns:
+            Logits (n, K).
+
+        Raises:
+            InputError: features of another width, or not finite.
+        """
+        rows = torch.from_numpy(np.asarray(features, dtype=np.float32))  # (n, D)
+        width = next(t.shape[-1] for name, t in self.tensors.items() if name in ("linear", "prototypes"))
+        if rows.dim() != 2 or rows.shape[1] != width:
+            raise InputError(f"features must have shape (n, {width}), got {tuple(rows.shape)}")
+        if not bool(torch.isfinite(rows).all()):
+            raise InputError("features must be finite, got NaN or infinity; extract these pictures again")
+        tensors = {name: tensor.unsqueeze(0) for name, tensor in self.tensors.items()}
+        with torch.no_grad():
+            logits = method_of(self.config).logits(self._trial(tensors), tensors, normalize(rows).unsqueeze(0))
+        return np.asarray(logits[0].float().numpy())
+
+    def predict_proba(self, features: NDArray[Any]) -> NDArray[np.float32]:
+        """Class probabilities (n, K) of features (n, D), at the temperature fitted on validation."""
+        return metrics.softmax(self.logits(features) / self.metrics.get("temperature", 1.0)).astype(np.float32)
+
+    def predict(self, features: NDArray[Any]) -> NDArray[np.int64]:
+        """Class indices (n,) of features (n, D)."""
+        return self.logits(features).argmax(axis=1).astype(np.int64)
+
+    def save(self, folder: str | Path) -> Path:
+        """Write the run folder, over an earlier run there.
+
+        Raises:
+            InputError: the folder holds something else, or cannot be written.
+        """
+        folder = Path(folder)
+        if folder.exists() and (
+            not folder.is_dir() or (any(folder.iterdir()) and not (folder / "config.json").exists())
+        ):
+            raise InputError(f"{folder} exists and is no run; name a new folder")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._write(folder)
+        except OSError as error:
+            raise InputError(f"cannot write the run to {folder}: {error.strerror or error}") from error
+        return folder
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Run:
+        """Read a run folder.
+
+        Raises:
+            InputError: no run there, of another version, or damaged.
+        """
+        folder = Path(folder)
+        head = read_run_config(folder)
+        from safetensors.torch import load_file
+
+        try:
+            return cls(
+                config=FitConfig.from_dict(head["config"]),
+                class_names=head["class_names"],
+                tensors=load_file(folder / "heads.safetensors"),
+                metrics=json.loads((folder / "metrics.json").read_text(encoding="utf-8")),
+                split=json.loads((folder / "split.json").read_text(encoding="utf-8")),
+                encoder=head["encoder"],
+                cache_path=None if head["cache"] is None else Path(head["cache"]),
+                **_read_predictions(folder / "predictions.parquet"),
+            )
+        except InputError:
+            raise
+        except Exception as error:  # each library has errors of its own for a damaged file
+            raise InputError(f"the run {folder} is damaged ({type(error).__name__}: {error}); fit it again") from error
+
+    def _trial(self, tensors: dict[str, Tensor]) -> Trials:
+        """The context that a method's logits need, for T = 1."""
+        values = {name: torch.tensor([float(getattr(self.config, name))]) for name in per_trial_fields()}
+        start = tensors.get("prototypes", tensors.get("linear"))
+        assert start is not None
+        return Trials(self.config, values, torch.tensor([self.config.seed]), start, torch.zeros(start.shape[:2]))
+
+    def _write(self, folder: Path) -> None:
+        from safetensors.torch import save_file
+
+        save_file({name: tensor.contiguous() for name, tensor in self.tensors.items()}, folder / "heads.safetensors")
+        _write_json(folder / "split.json", self.split)
+        _write_json(folder / "metrics.json", self.metrics)
+        self._write_history(folder / "history.csv")
+        self._write_predictions(folder / "predictions.parquet")
+        # last: a folder with config.json is a whole run
+        _write_json(
+            folder / "config.json",
+            {
+                "format": _FORMAT,
+                "version": 1,
+                "config": self.config.to_dict(),
+                "cache": None if self.cache_path is None else str(self.cache_path),
+                "encoder": self.encoder,
+                "class_names": self.class_names,
+                "created_by": f"ulfine-fast {__version__}",
+            },
+        )
+
+    def _write_history(self, path: Path) -> None:
+        columns = [*_HISTORY, *(f"{name}_{k}" for name in _PER_CLASS for k in range(len(self.class_names)))]
+        with path.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            writer.writerow(columns)
+            for row in self.history:
+                figures = [row.get(name) for name in _HISTORY]
+                for name in _PER_CLASS:
+                    figures += row.get(f"per_class_pseudo_label_{name}") or [None] * len(self.class_names)
+                writer.writerow(["" if value is None else value for value in figures])
+
+    def _write_predictions(self, path: Path) -> None:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        probabilities = self.test_probabilities
+        columns = {
+            "id": pa.array(self.test_ids, pa.string()),
+            "split": pa.array(["test"] * len(self.test_ids), pa.string()),
+            "label": pa.array(self.test_labels, pa.int32()),
+            "predicted": pa.array(probabilities.argmax(1) if len(probabilities) else [], pa.int32()),
+            "confidence": pa.array(probabilities.max(1) if len(probabilities) else [], pa.float32()),
+            "probabilities": pa.array(list(probabilities), pa.list_(pa.float32())),
+        }
+        pq.write_table(pa.table(columns), path)
+
+
+def read_run_config(folder: Path) -> dict[str, Any]:
+    """The head of a run folder: its config.json.
+
+    Raises:
+        InputError: no run there, several runs, or a run of another version.
+    """
+    path = folder / "config.json"
+    if not path.exists():
+        inner = sorted(folder.glob("*/config.json"))
+        if inner:
+            raise InputError(f"{folder} holds {len(inner)} runs; name one, such as {inner[0].parent}")
+        raise InputError(f"{folder} is no run: it has no config.json; name a folder that `ulfine-fast fit` wrote")
+    try:
+        head: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        known = head["format"] == _FORMAT and head["version"] == 1
+        head["config"], head["class_names"], head["encoder"], head["cache"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path} is damaged ({type(error).__name__}); fit the run again") from error
+    if not known:
+        raise InputError(
+            f"{path} says {head['format']} version {head['version']}; this program reads {_FORMAT} version 1"
+        )
+    return head
+
+
+def _read_predictions(path: Path) -> dict[str, Any]:
+    import pyarrow.parquet as pq
+
+    table = pq.read_table(path)
+    probabilities = np.asarray(table["probabilities"].to_pylist(), dtype=np.float32)
+    return {
+        "test_ids": table["id"].to_pylist(),
+        "test_labels": table["label"].to_numpy().astype(np.int64),
+        "test_probabilities": probabilities.reshape(table.num_rows, -1)
+        if table.num_rows
+        else np.zeros((0, 0), np.float32),
+    }
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n", encoding="utf-8")

@@ -1,0 +1,84 @@
+"""Runs of several seeds: one folder each, and their mean with a confidence interval."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ulfine_fast.cache.errors import InputError
+from ulfine_fast.run import Run
+
+HEADLINE = (
+    "accuracy",
+    "balanced_accuracy",
+    "many",
+    "medium",
+    "few",
+    "worst_class",
+    "macro_f1",
+    "ece",
+    "ece_temperature_scaled",
+    "pseudo_label_rate",
+    "pseudo_label_precision",
+    "confidence_on_false",
+    "seconds",
+)
+
+
+def mean_interval(values: Sequence[float]) -> dict[str, float | int]:
+    """Mean over seeds and half the width of its 95% t-interval.
+
+    Returns:
+        mean, half_width (0 for a single value) and n.
+    """
+    from scipy.stats import t
+
+    n = len(values)
+    spread = float(np.std(values, ddof=1)) if n > 1 else 0.0
+    half = float(t.ppf(0.975, n - 1)) * spread / n**0.5 if n > 1 else 0.0
+    return {"mean": float(np.mean(values)), "half_width": half, "n": n}
+
+
+def summarize(figures: Sequence[dict[str, Any]]) -> dict[str, dict[str, float | int]]:
+    """Mean and interval of each headline figure over the metrics of several runs; figures no run has are left out."""
+    summary = {}
+    for name in HEADLINE:
+        values = [row[name] for row in figures if row.get(name) is not None]
+        if values:
+            summary[name] = mean_interval(values)
+    return summary
+
+
+def save_runs(runs: Sequence[Run], out: Path) -> dict[str, dict[str, float | int]]:
+    """Save one run as `out`, several as `out/seed-N`, with `out/summary.json` beside them; returns the summary.
+
+    Raises:
+        InputError: `out` cannot be written or holds something else.
+    """
+    refuse_other_content(out)
+    summary = summarize([run.metrics for run in runs])
+    for run in runs:
+        run.save(out if len(runs) == 1 else out / f"seed-{run.config.seed}")
+    seeds = [run.config.seed for run in runs]
+    content = {"format": "ulfine-fast-summary", "version": 1, "method": runs[0].config.method, "seeds": seeds}
+    (out / "summary.json").write_text(json.dumps({**content, "metrics": summary}, indent=2) + "\n", encoding="utf-8")
+    return summary
+
+
+def refuse_other_content(out: Path) -> None:
+    """Refuse to write runs into a folder that holds anything but runs.
+
+    Raises:
+        InputError: `out` is a file, or a folder of other things.
+    """
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise InputError(f"{out} is a file; name a folder for the run")
+    ours = (out / "config.json").exists() or (out / "summary.json").exists()
+    if any(out.iterdir()) and not ours:
+        raise InputError(f"{out} exists and is no run; name a new folder")
