@@ -24,10 +24,12 @@ def write_atomically(path: Path, data: bytes) -> None:
         with open(temporary, "wb") as file:
             file.write(data)
             file.flush()
+            # Without this the rename may reach the disk before the content does, and a power cut leaves an empty file.
             os.fsync(file.fileno())
         os.replace(temporary, path)
         _flush_folder(path.parent)
     except OSError as error:
+        # On a full disk the beginnings of the file would take the room that the user is about to make.
         with contextlib.suppress(OSError):
             temporary.unlink()
         raise write_error(path, error) from error

@@ -125,6 +125,7 @@ def extract(
         shard_size=shard_size,
         max_skipped=max_skipped,
     )
+    # Everything up to here reads no picture and writes nothing, so that bad input costs a moment.
     plans = plan_shards(source.rows, shard_size)
     if mode == "verify":
         return _verify(Path(out), wanted, plans)
@@ -237,17 +238,20 @@ class _Work:
     def run(self, workers: int, progress: bool | None) -> ExtractSummary:
         """Extracts what is missing."""
         started = time.perf_counter()
+        # What finished shards have skipped counts: a continued run has the same limit as an undisturbed one.
         self._refuse_many_skipped()
         todo = [plan for plan in self.plans if plan.number not in self.records]
         try:
             if todo:
                 self._extract(todo, workers, progress)
         except KeyboardInterrupt:
+            # Still an interrupt for whoever calls, but one that says what was saved.
             raise KeyboardInterrupt(self._interrupted()) from None
         except RuntimeError as error:
             if not is_dead_reader(error):
                 raise
             raise reader_died(error) from error
+        # Only now is it known which labelled pictures could be read.
         _refuse_empty_class(self.source, {one["id"] for one in self.skipped})
         return self._summary(time.perf_counter() - started if todo else 0.0)
 
@@ -266,6 +270,7 @@ class _Work:
         parts = _Parts(plan.split)
         before = dict(self.stages)
         for _ in plan.batches(self.manifest.batch_size):
+            # Time spent waiting: with readers beside this process, their work hides behind the encoding.
             batch = self._timed("read", lambda: next(stream))
             self._note_skipped(batch, parts)
             features = self._timed("encode", lambda batch=batch: self._encode(batch))  # (B, V, D)
@@ -280,6 +285,7 @@ class _Work:
         pixels = torch.as_tensor(batch.pixels)  # (B, V, 3, H, W)
         flat = pixels.flatten(0, 1).split(self.manifest.batch_size)  # of (b, 3, H, W); bounds the model's memory
         features = torch.cat([self.encoder.encode_pictures(part) for part in flat])  # (B * V, D)
+        # After the cast: what float16 cannot hold would be found only by the reader of the cache.
         result = features.view(len(pixels), -1, self.manifest.dim).numpy().astype(self.manifest.dtype)
         self._refuse_not_finite(result, batch)
         return result
@@ -376,6 +382,7 @@ class _Parts:
         """The rows together; n is 0 where no picture could be read."""
         layout = manifest.layout(self.split)
         views, n = layout.weak + layout.strong, len(self.ids)
+        # Gives the result its shape and type where there is nothing to join.
         empty = np.empty((0, 1 + views, manifest.dim), dtype=manifest.dtype)
         features = np.concatenate([empty, *self.features])  # (n, 1 + Vw + Vs, D)
         return Shard(
@@ -396,7 +403,7 @@ def _finished(out: Path, plan: ShardPlan) -> ShardRecord | None:
     path = shard_path(out, plan.number)
     try:
         record = ShardRecord.read(path.with_suffix(".json"))
-    except InputError:
+    except InputError:  # absent or cut: either way the shard does not count
         return None
     planned = (plan.number, plan.split, plan.first_row, plan.rows)
     same = (record.shard, record.split, record.first_row, record.rows_read) == planned
@@ -407,6 +414,7 @@ def _prepare_folder(out: Path, wanted: Manifest, encoder: Encoder, mode: str) ->
     """Leaves `out` with this manifest and its text features, and nothing of another cache."""
     _refuse_strange_folder(out)
     make_folder(out / "shards")
+    # The old manifest stays until its shards are gone: a kill in between leaves a folder that is still known as ours.
     known = (out / manifests.NAME).exists()
     if known and mode == "resume":
         Manifest.read(out).refuse_mismatch(wanted)
@@ -414,6 +422,7 @@ def _prepare_folder(out: Path, wanted: Manifest, encoder: Encoder, mode: str) ->
         _remove_features(out)
     if not known or mode == "overwrite":
         wanted.write(out)
+    # Text takes a second, so a missing or damaged file is not worth a question.
     try:
         texts.read_text(out, wanted)
     except InputError:

@@ -87,6 +87,7 @@ def take(
         InputError: missing, of another type or shape, stored outside of the file, or damaged.
     """
     dataset = _own_dataset(file, name)
+    # Before reading: a declared shape costs nothing in a file, and everything in memory.
     if dataset.shape != shape:
         raise InputError(f"{name} has shape {dataset.shape}, expected {shape}")
     if dtype is None:
@@ -108,6 +109,7 @@ def shape_of(file: h5py.File, name: str) -> tuple[int, ...] | None:
 
 def _own_dataset(file: h5py.File, name: str) -> h5py.Dataset:
     """The dataset, provided that its content lies in this very file: a link could reach any file of the reader."""
+    # Every group on the way may itself be a link.
     parts = name.split("/")
     for depth in range(1, len(parts) + 1):
         link = file.get("/".join(parts[:depth]), getlink=True)
@@ -129,6 +131,7 @@ def _create(file: h5py.File, name: str, content: Content) -> h5py.Dataset:
     if isinstance(content, np.ndarray) and content.dtype.kind != "O":
         ordered = np.ascontiguousarray(content, dtype=content.dtype.newbyteorder("<"))
         return file.create_dataset(name, data=ordered.reshape(content.shape), track_times=False)
+    # As objects, or numpy would make fixed-width texts, which h5py does not take.
     texts = np.asarray(content, dtype=object)
     return file.create_dataset(name, data=texts, dtype=_TEXT, track_times=False)
 

@@ -90,6 +90,7 @@ class Manifest:
             raise InputError(f"this is no manifest of a feature cache (format must be {FORMAT!r})")
         if values.get("version") != VERSION:
             raise InputError(f"the cache has format version {values.get('version')!r}, this program reads {VERSION}")
+        # A later program may say more of a cache of this version; what this one needs is all here.
         known = {one.name: values[one.name] for one in fields(cls) if one.name in values}
         try:
             manifest = cls(**known)
@@ -134,6 +135,7 @@ class Manifest:
         _compare("", _identity(self), _identity(wanted))
 
     def _refuse_nonsense(self) -> None:
+        # The file may have been edited by hand; everything later trusts what passes here.
         for section, keys in _NEEDED.items():
             values = getattr(self, section)
             missing = [key for key in keys if not isinstance(values, dict) or key not in values]
@@ -168,6 +170,7 @@ def _compare(name: str, found: Any, wanted: Any) -> None:
         for key in [*wanted, *(key for key in found if key not in wanted)]:
             _compare(f"{name}.{key}".lstrip("."), found.get(key), wanted.get(key))
     elif isinstance(found, list) and isinstance(wanted, list):
+        # Two lists of other lengths differ nearly everywhere, so their lengths say more than the first entry.
         if len(found) != len(wanted):
             raise CacheMismatch(f"{name}.length", len(found), len(wanted))
         for index, pair in enumerate(zip(found, wanted, strict=True)):

@@ -29,6 +29,7 @@ def readable(class_name: str) -> str:
 
 def fill_prompts(class_names: Sequence[str], prompts: Sequence[str]) -> list[list[str]]:
     """Every class in every prompt: K lists of P texts. Only `{}` is replaced, other braces stay as they are."""
+    # Not str.format: a prompt with other braces must neither fail nor reach into objects.
     return [[prompt.replace("{}", readable(name)) for prompt in prompts] for name in class_names]
 
 
@@ -87,6 +88,7 @@ def _names_by_folder(file: Path, classes: Sequence[str]) -> list[str]:
     if not {"folder", "name"} <= set(table.fieldnames or []):
         found = ", ".join(table.fieldnames or []) or "none"
         raise InputError(f"{file} needs the columns folder and name, found {found}")
+    # An empty name means the folder's own.
     given = {row["folder"]: row["name"] or row["folder"] for row in table}
     unknown = [folder for folder in given if folder not in classes]
     if unknown:
@@ -97,6 +99,7 @@ def _names_by_folder(file: Path, classes: Sequence[str]) -> list[str]:
 def _lines(file: Path, what: str) -> list[tuple[int, str]]:
     """Numbered lines that are not empty, without the blanks around them."""
     try:
+        # utf-8-sig drops the byte order mark that some editors write.
         text = file.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not UTF-8 text"

@@ -225,6 +225,7 @@ def verify_shard(path: Path, layout: Layout) -> tuple[Shard | None, list[str]]:
 def is_intact(path: Path, record: ShardRecord) -> bool:
     """Whether the shard's file is there with the bytes that its record names."""
     try:
+        # The size first: it tells a cut file without reading it.
         return path.stat().st_size == record.bytes and hashlib.sha256(path.read_bytes()).hexdigest() == record.sha256
     except OSError:
         return False
@@ -271,6 +272,7 @@ def _unpack(path: Path, data: bytes, record: ShardRecord, layout: Layout, *, che
 
 def _from_file(file: h5py.File, record: ShardRecord, layout: Layout, check: bool) -> Shard:
     n, views = record.rows, layout.weak + layout.strong
+    # One split a shard, so the record alone tells a reader how many rows have views.
     codes = hdf5.take(file, "split", shape=(n,), dtype="uint8", check=check)
     if (codes != SPLITS.index(record.split)).any():
         raise InputError(f"it holds rows of another split than its record says ({record.split})")
@@ -295,6 +297,7 @@ def _features(file: h5py.File, name: str, n: int, views: int, layout: Layout, ch
 
 
 def _view_data(file: h5py.File, name: str, shape: tuple[int, ...], dtype: str, check: bool) -> NDArray[Any]:
+    # A split without views has no such dataset; n itself may be 0 and the dataset is there all the same.
     if 0 in shape[1:]:
         return np.empty(shape, dtype=dtype)
     return hdf5.take(file, name, shape=shape, dtype=dtype, check=check)

@@ -244,6 +244,7 @@ class FeatureCache:
         path, manifest = self.path, self.manifest
         with ThreadPoolExecutor(_threads()) as pool:
             for start in range(0, len(self.records), 4 * _threads()):
+                # pool.map takes all its work at once, and would hold every shard before the first is copied.
                 part = self.records[start : start + 4 * _threads()]
                 yield from pool.map(lambda r: read_shard(shard_path(path, r.shard), manifest.layout(r.split)), part)
 
@@ -280,6 +281,7 @@ def read_records(folder: Path, manifest: Manifest) -> list[ShardRecord]:
     while reached < manifest.rows:
         path = shard_path(folder, len(records))
         record = ShardRecord.read(path.with_suffix(".json"))
+        # rows_read of 0 would never reach the end.
         if (record.shard, record.first_row) != (len(records), reached) or record.rows_read == 0:
             raise InputError(f"shard {path.stem} does not follow the one before it; extract with --mode overwrite")
         if not path.is_file():
@@ -290,6 +292,7 @@ def read_records(folder: Path, manifest: Manifest) -> list[ShardRecord]:
 
 
 def _threads() -> int:
+    # Reading and hashing leave the interpreter lock, HDF5 does not: more threads than this only queue up.
     return min(8, (os.cpu_count() or 1) + 1)
 
 
@@ -328,6 +331,7 @@ def _arrays_from(
 ) -> _Arrays:
     features = _floating("plain", plain, 2)  # (n, D)
     n = len(features)
+    # Booleans and floats are refused: a mask or a score given as labels would pass unseen.
     known = np.asarray(labels)
     if known.shape != (n,) or not np.issubdtype(known.dtype, np.integer):
         raise InputError(f"labels must be {n} whole numbers, got shape {known.shape} of {known.dtype}")

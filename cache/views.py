@@ -110,6 +110,7 @@ def draw(
     pixels = np.empty((recipe.weak + recipe.strong, *size, 3), dtype=np.uint8)  # (V, H, W, 3)
     scale = np.empty(len(pixels), dtype=np.float32)
     flip = np.empty(len(pixels), dtype=np.uint8)
+    # Places count inside each kind, as `view_seed` wants them.
     places = [*range(recipe.weak), *range(recipe.strong)]
     for view, (kind, place) in enumerate(zip(recipe.kinds, places, strict=True)):
         seed = view_seed(recipe.seed, id, kind, place)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import shlex
 import time
 from pathlib import Path
@@ -52,8 +54,11 @@ def _run(command: list[str]) -> None:
     from ulfine_fast.cli.main import app
 
     typer.echo(f"$ ulfine-fast {shlex.join(command)}")
+    # the table of all methods comes at the end
+    quiet = contextlib.redirect_stdout(io.StringIO()) if command[0] == "fit" else contextlib.nullcontext()
     try:
-        code = app(command, standalone_mode=False)
+        with quiet:
+            code = app(command, standalone_mode=False)
     except typer.Exit as end:
         code = end.exit_code
     if code:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Optional
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -19,15 +19,15 @@ def extract(
         str, typer.Option(help="open_clip name, local-dir:FOLDER, hf-hub:OWNER/NAME, or lite0-minilm.")
     ] = "ViT-B-16",
     pretrained: Annotated[
-        Optional[str],  # noqa: UP045 - typer reads the annotation at run time, also on Python 3.9-style unions
+        str | None,
         typer.Option(help="Tag or checkpoint file; openai for the default model.", show_default=False),
     ] = None,
     prompts: Annotated[
-        Optional[Path],  # noqa: UP045
+        Path | None,
         typer.Option(help="Text file, one prompt a line, {} for the class name.", show_default=False),
     ] = None,
     class_names: Annotated[
-        Optional[Path],  # noqa: UP045
+        Path | None,
         typer.Option(help="Text file, one class name a line, in label order.", show_default=False),
     ] = None,
     weak: Annotated[int, typer.Option(help="Weak views of each picture of train and unlabeled.")] = 1,
@@ -37,7 +37,7 @@ def extract(
     batch_size: Annotated[int, typer.Option(help="Pictures encoded together.")] = 64,
     shard_size: Annotated[int, typer.Option(help="Rows a shard covers; a stop loses at most one shard.")] = 1024,
     workers: Annotated[
-        Optional[int],  # noqa: UP045
+        int | None,
         typer.Option(help="Reader processes, 0 for none.", show_default="by device"),
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
@@ -60,23 +60,19 @@ def extract(
     # The source first: a wrong path should not cost the loading of a model.
     pictures = open_source(source, class_names_file=class_names)
     encoder = load_encoder(model, pretrained, device=device, precision=precision)
-    try:
-        summary = run(
-            pictures,
-            encoder,
-            out,
-            views=recipe,
-            prompts=templates,
-            dtype=dtype,
-            batch_size=batch_size,
-            shard_size=shard_size,
-            workers=workers,
-            mode=mode,
-            max_skipped=max_skipped,
-        )
-    except KeyboardInterrupt as stop:
-        typer.echo(str(stop), err=True)
-        raise typer.Exit(130) from None
+    summary = run(
+        pictures,
+        encoder,
+        out,
+        views=recipe,
+        prompts=templates,
+        dtype=dtype,
+        batch_size=batch_size,
+        shard_size=shard_size,
+        workers=workers,
+        mode=mode,
+        max_skipped=max_skipped,
+    )
     typer.echo(json.dumps(summary.to_dict()) if as_json else _text(summary, mode))
 
 

@@ -30,16 +30,18 @@ def print_summary(rows: dict[str, dict[str, Any]], *, as_json: bool) -> None:
 
         typer.echo(json.dumps(rows))
         return
+    from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("method", "seeds")
-    for title in COLUMNS.values():
-        table.add_column(title, justify="right")
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    for title in ("method", "seeds", *COLUMNS.values()):
+        table.add_column(title, justify="left" if title == "method" else "right", no_wrap=True)
     for method, summary in rows.items():
         seeds = max((figure["n"] for figure in summary.values()), default=0)
         table.add_row(method, str(seeds), *(_cell(summary.get(name), name) for name in COLUMNS))
-    Console(width=max(100, Console().width)).print(table)
+    # wide enough for every column, so that a log file holds whole figures
+    Console(width=max(130, Console().width)).print(table)
 
 
 def _cell(figure: dict[str, Any] | None, name: str) -> str:

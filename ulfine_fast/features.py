@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ulfine_fast.cache.errors import InputError
 from ulfine_fast.ops.prototypes import normalize
 
 if TYPE_CHECKING:
@@ -55,23 +54,3 @@ class DeviceFeatures:
         if not self.strong.shape[1]:
             return self.rows(index)
         return normalize(self.strong[self.position[index], view].float())
-
-
-def device_of(name: str) -> torch.device:
-    """The device to compute on.
-
-    Args:
-        name: "auto" takes CUDA where there is a GPU, or a torch device such as "cpu" or "cuda:1".
-
-    Raises:
-        InputError: no such device, or no GPU.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise InputError(f"device must be auto, cpu or cuda, got {name!r}") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise InputError(f"device {name!r} asks for a GPU, and torch sees none; use --device cpu or auto")
-    return device

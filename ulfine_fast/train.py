@@ -15,10 +15,11 @@ from torch import Tensor
 
 from ulfine_fast import metrics
 from ulfine_fast.batches import BatchSource, PaddedRows
+from ulfine_fast.cache.device import pick_device
 from ulfine_fast.cache.errors import InputError
 from ulfine_fast.cache.progress import progress_bar
 from ulfine_fast.config import FitConfig, per_trial_fields, structural_key
-from ulfine_fast.features import DeviceFeatures, device_of
+from ulfine_fast.features import DeviceFeatures
 from ulfine_fast.methods import Batch, State, Trials, method_of
 from ulfine_fast.ops.prototypes import class_means, normalize
 from ulfine_fast.ops.sgd import cosine_rate, sgd_step
@@ -69,7 +70,7 @@ def fit_many(
     Raises:
         InputError: a split the data cannot give, or a cache without the views a method trains on.
     """
-    place = device_of(device)
+    place = pick_device(device)
     features = DeviceFeatures.load(cache, place)
     splits = [split or draw_split(cache.labels, cache.splits, cache.class_names, config) for config in configs]
     runs: dict[int, Run] = {}

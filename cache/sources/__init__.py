@@ -50,6 +50,7 @@ def open_source(where: str | Path, *, class_names_file: Path | None = None) -> S
 
     if str(where) in NAMES:
         return TorchvisionSource(str(where), class_names_file=class_names_file)
+    # A name close to a known one is a typo; otherwise the user most likely meant a path.
     near = difflib.get_close_matches(str(where), NAMES, n=1)
     hint = f"; did you mean {near[0]}?" if near else f"; data sets by name are {', '.join(NAMES)}"
     raise InputError(f"no such folder or table: {where}{hint}")
@@ -72,6 +73,7 @@ def reopen_source(described: Mapping[str, Any]) -> Source:
     if kind == "pictures" and path:
         return PictureFolder(Path(path))
     if kind == "torchvision":
+        # As above, only when asked for.
         from ulfine_fast.cache.sources.torchvision_sets import FASHION_MNIST_FOLDER, TorchvisionSource
 
         return TorchvisionSource(described["name"], idx_folder=Path(path) if path else FASHION_MNIST_FOLDER)

@@ -45,12 +45,14 @@ class FolderSource:
         self.path = path.absolute()
         if not os.path.isdir(self.path):
             raise InputError(f"no such folder: {path}")
+        # File systems list in any order.
         found = sorted(_pictures(self.path))
         splits = _has_splits(self.path)
         placed = [_place(relative, splits) for relative, _ in found]
         classes = sorted({name for _, name in placed if name is not None})
         if not classes:
             raise InputError(f"no pictures in class folders under {path}; {LAYOUT}")
+        # By table, since a search in the list for every picture grows with classes times pictures.
         index = {name: place for place, name in enumerate(classes)} | {None: UNKNOWN}
         self.rows = in_order(
             Row(_text(relative), index[name], split, str(self.path / relative), size)
@@ -126,6 +128,7 @@ def _place(relative: str, splits: bool) -> tuple[str, str | None]:
     split = parts[0] if splits and len(parts) > 1 else "train"
     if splits and split == "unlabeled":
         return split, None
+    # The class is the part after the split, and a picture must lie below it.
     depth = 1 if splits else 0
     if len(parts) < depth + 2:
         raise InputError(f"the picture {_text(relative)} lies in no class folder; {LAYOUT}")
@@ -143,6 +146,7 @@ def _pictures(root: Path) -> Iterator[tuple[str, int]]:
         # Links to folders are followed, but one that leads back above itself would never end.
         if (here.st_dev, here.st_ino) in above:
             continue
+        # The way down alone, not all folders seen: two links to one folder are two classes, and rightly so.
         inside = above | {(here.st_dev, here.st_ino)}
         for entry in _entries(folder):
             name = f"{below}/{entry.name}" if below else entry.name

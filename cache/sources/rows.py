@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from PIL import Image
 
+# This order is the order of the rows and of the codes in a shard.
 SPLITS = ("train", "unlabeled", "val", "test")
 UNKNOWN = -1
 
@@ -56,6 +57,7 @@ class Source(Protocol):
 
 def in_order(rows: Iterable[Row]) -> list[Row]:
     """Rows sorted by split, then by id: the order in which they are extracted and stored."""
+    # Python compares code points, so the order is the same under every locale.
     return sorted(rows, key=lambda row: (SPLITS.index(row.split), row.id))
 
 

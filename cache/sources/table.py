@@ -67,7 +67,9 @@ class TableSource:
         else:
             labels = _labels_for(labels, class_names_file)
             self.class_names = read_class_names(class_names_file, labels)
+        # An empty label is a key like any other, so that rows need no special case.
         index = {label: place for place, label in enumerate(labels)} | {"": UNKNOWN}
+        # Last, because asking for every file's size is the only slow part.
         sizes = _sizes(self.path, lines)
         self.rows = in_order(
             Row(line.path, index[line.label], line.split, str(self.path.parent / line.path), size)
@@ -96,6 +98,7 @@ def _read_lines(table: Path) -> list[_Line]:
 def _read_csv(table: Path) -> list[list[str]]:
     """The three columns as text, empty where the table has none."""
     try:
+        # utf-8-sig, because spreadsheet programs put a byte order mark before the first column's name.
         with table.open(encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file)
             _require_path(table, reader.fieldnames or [])
@@ -111,6 +114,7 @@ def _read_parquet(table: Path) -> list[list[str]]:
         names = parquet.read_schema(table).names
         _require_path(table, names)
         wanted = [name for name in COLUMNS if name in names]
+        # Only the columns used: a table may hold embeddings or the pictures themselves beside them.
         content = parquet.read_table(table, columns=wanted)
     except (pa.ArrowException, OSError) as error:
         raise InputError(f"{table} is not a parquet file: {str(error).splitlines()[0]}") from error
@@ -120,6 +124,7 @@ def _read_parquet(table: Path) -> list[list[str]]:
 
 def _as_text(value: object) -> str:
     """A cell as text; 3.0 becomes 3, since tables with missing numbers hold floats, and nan becomes empty."""
+    # nan is the one value that differs from itself
     if value is None or value != value:
         return ""
     if isinstance(value, float) and value.is_integer():
@@ -151,6 +156,7 @@ def _refuse_bad_lines(table: Path, lines: list[_Line]) -> None:
 def _sizes(table: Path, lines: list[_Line]) -> list[int]:
     """File sizes; one sentence for all that are missing, since one is rarely missing alone."""
     paths = [table.parent / line.path for line in lines]
+    # os.path says False where pathlib raises, such as for a path with a NUL or one that is too long.
     missing = [line for line, path in zip(lines, paths, strict=True) if not os.path.isfile(path)]
     if missing:
         raise InputError(
@@ -161,6 +167,7 @@ def _sizes(table: Path, lines: list[_Line]) -> list[int]:
 
 
 def _sorted_labels(labels: set[str]) -> list[str]:
+    # As text 10 would come before 9.
     return sorted(labels, key=int) if all(_is_whole(label) for label in labels) else sorted(labels)
 
 

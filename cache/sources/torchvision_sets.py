@@ -75,12 +75,14 @@ class TorchvisionSource:
         if pixels is None:
             return load_picture(row.location)
         try:
+            # Some sets are views with the channels first in memory, which PIL cannot take.
             return Image.fromarray(np.ascontiguousarray(pixels[int(row.location)])).convert("RGB")
         except (IndexError, ValueError) as error:
             raise UnreadablePicture(f"no picture {row.location} in {self.name}: {error}") from error
 
     def describe(self) -> dict[str, Any]:
         """Kind, name, and where the files were if not in the usual place."""
+        # The usual place is left out, so that manifests from two machines agree.
         described = {"kind": self.kind, "name": self.name}
         return described if self._idx_folder == FASHION_MNIST_FOLDER else described | {"path": str(self._idx_folder)}
 
@@ -104,6 +106,7 @@ def _rows(split: str, part: _Part) -> list[Row]:
     rows = []
     for place, label in enumerate(part.labels.tolist()):
         location, size = part.location(place)
+        # Five digits, so that the order by id is the data set's own.
         rows.append(Row(f"{split}/{place:05d}", label, split, location, size))
     return rows
 
@@ -122,6 +125,7 @@ def _read_idx(path: Path) -> np.ndarray:
     try:
         with gzip.open(path) as file:
             data = file.read()
+        # The fourth byte says how many numbers of the shape follow.
         axes = data[3]
         shape = np.frombuffer(data, ">i4", count=axes, offset=4)
         if data[:3] != b"\0\0\x08":
@@ -159,6 +163,7 @@ def _stl10(root: str) -> tuple[list[str], dict[str, _Part]]:
 
 def _svhn(root: str) -> tuple[list[str], dict[str, _Part]]:
     parts = {}
+    # Its "extra" split is left out: half a million easier pictures that no protocol counts as training set.
     for split in ("train", "test"):
         part = datasets.SVHN(root, split=split, download=True)
         parts[split] = _Part(part.labels, part.data.transpose(0, 2, 3, 1))
@@ -166,6 +171,7 @@ def _svhn(root: str) -> tuple[list[str], dict[str, _Part]]:
 
 
 def _food101(root: str) -> tuple[list[str], dict[str, _Part]]:
+    # The one set of picture files; torchvision has no public name for its list.
     train, test = (datasets.Food101(root, split=split, download=True) for split in ("train", "test"))
     parts = {"train": train, "test": test}
     return list(train.classes), {name: _Part(part._labels, files=part._image_files) for name, part in parts.items()}

@@ -153,7 +153,7 @@ def test_files_that_are_no_tables(pictures: Path):
         TableSource(pictures / "t.parquet")
     assert "\n" not in str(caught.value)
     parquet.write_table(pa.table({"file": ["a"]}), pictures / "t.parquet")
-    with pytest.raises(InputError, match="needs a column path .* found file"):
+    with pytest.raises(InputError, match=r"needs a column path .* found file"):
         TableSource(pictures / "t.parquet")
 
 

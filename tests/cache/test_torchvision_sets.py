@@ -187,7 +187,7 @@ def test_no_network(home: Path, monkeypatch: pytest.MonkeyPatch):
 
 
 def test_unknown_name():
-    with pytest.raises(InputError, match="unknown data set 'imagenet'; .*cifar10, cifar100"):
+    with pytest.raises(InputError, match=r"unknown data set 'imagenet'; .*cifar10, cifar100"):
         TorchvisionSource("imagenet")
 
 

@@ -7,25 +7,15 @@ import subprocess
 import sys
 from contextlib import suppress
 
-import numpy as np
-import open_clip
 import pytest
-import torch
 import typer
-from PIL import Image
-from safetensors.torch import save_file
 from typer.testing import CliRunner
 
+from tests.cache.samples import write_pictures, write_tiny_model
 from ulfine_fast.cache.errors import CacheMismatch, InputError
 from ulfine_fast.cache.store import FeatureCache
 from ulfine_fast.cli.extract import extract
 from ulfine_fast.cli.inspect import inspect
-
-MODEL = {
-    "embed_dim": 8,
-    "vision_cfg": {"image_size": 16, "layers": 1, "width": 16, "head_width": 8, "patch_size": 8},
-    "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
-}
 
 APP = typer.Typer(pretty_exceptions_enable=False)
 APP.command()(extract)
@@ -34,22 +24,12 @@ APP.command()(inspect)
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model")
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        save_file(open_clip.CLIP(**MODEL).state_dict(), folder / "open_clip_model.safetensors")
-    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": MODEL, "preprocess_cfg": {}}))
-    return f"local-dir:{folder}"
+    return write_tiny_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture
 def pictures(tmp_path):
-    rng = np.random.default_rng(0)
-    for name in ("train/cat/a", "train/cat/b", "train/dog/a", "test/cat/a", "unlabeled/a"):
-        path = tmp_path / f"pictures/{name}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(rng.integers(0, 256, (20, 20, 3), dtype=np.uint8)).save(path)
-    return tmp_path / "pictures"
+    return write_pictures(tmp_path / "pictures", {"train/cat": 2, "train/dog": 1, "test/cat": 1, "unlabeled": 1})
 
 
 def run(*arguments):
@@ -143,8 +123,7 @@ def test_other_settings_are_refused(pictures, model, tmp_path):
 CHILD = """
 import os, sys, threading
 from pathlib import Path
-import typer
-from ulfine_fast.cli.extract import extract
+from ulfine_fast.cli.main import main
 reached, replace = Path(sys.argv.pop()), os.replace
 def halt(old, new):
     if Path(new).name == "00001.h5":
@@ -152,29 +131,16 @@ def halt(old, new):
         threading.Event().wait()
     replace(old, new)
 os.replace = halt
-typer.run(extract)
+main()
 """
 
 
 def test_ctrl_c_says_how_to_continue(pictures, model, tmp_path):
     out, reached = tmp_path / "cache", tmp_path / "reached"
-    arguments = [
-        sys.executable,
-        "-c",
-        CHILD,
-        pictures,
-        "--out",
-        out,
-        "--model",
-        model,
-        "--workers",
-        2,
-        "--device",
-        "cpu",
-    ]
+    options = ["--out", out, "--model", model, "--workers", 2, "--device", "cpu"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     child = subprocess.Popen(
-        [str(one) for one in [*arguments, reached]],
+        [str(one) for one in [sys.executable, "-c", CHILD, "extract", pictures, *options, reached]],
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

@@ -135,9 +135,11 @@ def test_the_script_takes_the_first_pictures_of_every_class(tmp_path: Path):
 
 @pytest.mark.skipif(not FASHION_MNIST.is_dir(), reason="the package dataset-fashion-mnist is not installed")
 def test_sample_is_pixel_for_pixel_fashion_mnist(pictures: Path):
-    prefix = FASHION_MNIST / "t10k"
-    pixels = np.frombuffer(gzip.open(f"{prefix}-images-idx3-ubyte.gz").read(), np.uint8, offset=16).reshape(-1, 28, 28)
-    labels = np.frombuffer(gzip.open(f"{prefix}-labels-idx1-ubyte.gz").read(), np.uint8, offset=8)
+    images, classes = (
+        (FASHION_MNIST / f"t10k-{kind}-ubyte.gz").read_bytes() for kind in ("images-idx3", "labels-idx1")
+    )
+    pixels = np.frombuffer(gzip.decompress(images), np.uint8, offset=16).reshape(-1, 28, 28)
+    labels = np.frombuffer(gzip.decompress(classes), np.uint8, offset=8)
     for label, name in enumerate(CLASS_FOLDERS):
         for place in (1, 25, 50):
             picture = Image.open(pictures / f"test/{name}/{place:05d}.png")

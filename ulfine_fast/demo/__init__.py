@@ -37,8 +37,9 @@ def unpack_pictures(folder: Path) -> Path:
     try:
         with zipfile.ZipFile(ARCHIVE) as archive:
             archive.extractall(temporary)
+        # Last, and holding the archive's digest: a newer sample is told from this one.
         (temporary / _MARKER).write_text(digest + "\n", encoding="utf-8")
-        temporary.chmod(0o755)
+        temporary.chmod(0o755)  # mkdtemp makes it private
         _move_into_place(temporary, folder, digest)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -59,6 +60,7 @@ def _move_into_place(temporary: Path, folder: Path, digest: str) -> None:
     try:
         os.replace(temporary, folder)
     except OSError as error:
+        # Another process was quicker.
         if _is_unpacked(folder, digest):
             return
         if folder.exists():

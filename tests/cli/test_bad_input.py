@@ -1,0 +1,259 @@
+"""Bad input at the command line: exit code 2, one sentence on stderr with the value, no traceback."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from tests.cache.samples import write_pictures, write_tiny_model
+from ulfine_fast.cli.main import app
+from ulfine_fast.cli.tables import print_summary
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, [str(a) for a in arguments])
+
+
+def refused(*arguments):
+    """The sentence on stderr of a command that must end with 2."""
+    done = run(*arguments)
+    assert done.exit_code == 2, f"{done.exit_code}: {done.output} {done.exception!r}"
+    lines = done.stderr.strip().splitlines()
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("error: ")
+    return lines[0]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return write_tiny_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    return write_pictures(tmp_path / "pictures", {"train/cat": 8, "train/dog": 5, "test/cat": 2, "test/dog": 2})
+
+
+@pytest.fixture(scope="module")
+def cache(model, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cache")
+    source = write_pictures(folder / "pictures", {"train/cat": 8, "train/dog": 6, "test/cat": 2, "test/dog": 2})
+    done = run("extract", source, "--out", folder / "cache", "--model", model, "--workers", 0)
+    assert done.exit_code == 0, done.output
+    return folder / "cache"
+
+
+@pytest.fixture(scope="module")
+def fitted(cache, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("fitted") / "run"
+    done = run("fit", cache, "--method", "linear_probe", "--steps", 5, "--out", folder)
+    assert done.exit_code == 0, done.output
+    return folder
+
+
+def test_a_missing_folder(tmp_path):
+    assert "no such folder or table" in refused("extract", tmp_path / "none", "--out", tmp_path / "cache")
+
+
+def test_an_empty_folder(tmp_path, model):
+    (tmp_path / "empty").mkdir()
+    sentence = refused("extract", tmp_path / "empty", "--out", tmp_path / "cache", "--model", model)
+    assert "CLASS/picture" in sentence
+
+
+def test_a_data_set_misspelt(tmp_path):
+    assert "did you mean cifar10?" in refused("extract", "cifar1O", "--out", tmp_path / "cache")
+
+
+def test_a_model_misspelt(pictures, tmp_path):
+    sentence = refused("extract", pictures, "--out", tmp_path / "cache", "--model", "ViT-B-61")
+    assert "'ViT-B-61'" in sentence
+    assert "ViT-B-16" in sentence
+
+
+def test_a_table_without_its_column(tmp_path):
+    (tmp_path / "t.csv").write_text("file,label\na.png,cat\n")
+    assert "path" in refused("extract", tmp_path / "t.csv", "--out", tmp_path / "cache")
+
+
+def test_a_table_with_a_path_that_is_not_there(tmp_path):
+    (tmp_path / "t.csv").write_text("path,label\na.png,cat\n")
+    assert "a.png" in refused("extract", tmp_path / "t.csv", "--out", tmp_path / "cache")
+
+
+def test_a_table_with_an_id_twice(tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    (tmp_path / "t.csv").write_text("path,label\na.png,cat\na.png,dog\n")
+    assert "a.png" in refused("extract", tmp_path / "t.csv", "--out", tmp_path / "cache")
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "words"),
+    [
+        ("--weak", "-1", "-1"),
+        ("--dtype", "float8", "float8"),
+        ("--batch-size", "0", "0"),
+        ("--shard-size", "0", "0"),
+        ("--workers", "-2", "-2"),
+        ("--mode", "append", "append"),
+        ("--max-skipped", "1.5", "1.5"),
+        ("--device", "tpu", "tpu"),
+        ("--precision", "fp64", "fp64"),
+    ],
+)
+def test_extract_options_out_of_range(pictures, tmp_path, model, option, value, words):
+    sentence = refused("extract", pictures, "--out", tmp_path / "cache", "--model", model, option, value)
+    assert words in sentence
+
+
+def test_an_option_that_is_no_number_is_clicks_own_exit_two(pictures, tmp_path):
+    assert run("extract", pictures, "--out", tmp_path / "cache", "--weak", "many").exit_code == 2
+    assert run("extract", pictures).exit_code == 2
+    assert run("nonsense").exit_code == 2
+
+
+def test_a_class_without_a_labelled_picture(tmp_path, model):
+    source = write_pictures(tmp_path / "pictures", {"train/cat": 3, "test/cat": 1, "test/dog": 1})
+    done = run("extract", source, "--out", tmp_path / "cache", "--model", model, "--workers", 0)
+    sentence = done.stderr
+    if done.exit_code == 0:
+        sentence = refused("fit", tmp_path / "cache", "--method", "zero_shot", "--out", tmp_path / "run")
+    assert "dog" in sentence
+
+
+def test_broken_pictures_are_skipped_up_to_a_share(tmp_path, model):
+    source = write_pictures(tmp_path / "pictures", {"cat": 8, "dog": 8})
+    good = (source / "cat" / "000.png").read_bytes()
+    for name, content in {"zero.png": b"", "cut.png": good[: len(good) // 2], "text.jpg": b"hello"}.items():
+        (source / "cat" / name).write_bytes(content)
+    Image.fromarray(np.full((9, 9), 40_000, dtype=np.uint16)).save(source / "dog" / "deep.png")
+    Image.new("CMYK", (9, 9)).save(source / "dog" / "print.jpg")
+    frames = [Image.new("P", (9, 9), k) for k in range(3)]
+    frames[0].save(source / "dog" / "moving.gif", save_all=True, append_images=frames[1:])
+    Image.new("RGB", (9, 9)).save(source / "dog" / f"{'ö' * 60}.png")
+    extract = ["extract", source, "--out", tmp_path / "cache", "--model", model, "--workers", 0]
+    sentence = refused(*extract)
+    assert "1%" in sentence or "0.01" in sentence
+    done = run(*extract, "--max-skipped", 0.2, "--json")
+    # another share is no other cache: what was finished is kept
+    assert done.exit_code == 0, done.stderr
+    for name in ("zero.png", "cut.png", "text.jpg"):
+        assert name in done.stdout
+    for name in ("deep.png", "print.jpg", "moving.gif"):
+        assert name not in done.stdout
+
+
+def test_an_output_that_is_something_else(pictures, tmp_path, model):
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    (photos / "cat.jpg").write_bytes(b"meow")
+    for mode in ("resume", "overwrite"):
+        refused("extract", pictures, "--out", photos, "--model", model, "--mode", mode)
+    assert (photos / "cat.jpg").read_bytes() == b"meow"
+
+
+def test_an_output_below_a_file(pictures, tmp_path, model):
+    (tmp_path / "file").write_text("")
+    refused("extract", pictures, "--out", tmp_path / "file" / "cache", "--model", model)
+
+
+def test_no_cache_there(tmp_path):
+    for command in (["inspect"], ["fit"]):
+        assert "manifest.json" in refused(*command, tmp_path)
+
+
+def test_a_flipped_byte_in_a_shard(cache, tmp_path):
+    import shutil
+
+    copy = tmp_path / "cache"
+    shutil.copytree(cache, copy)
+    shard = sorted((copy / "shards").glob("*.h5"))[0]
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    assert "00000" in refused("fit", copy, "--method", "zero_shot", "--out", tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    shard.unlink()
+    assert "00000" in refused("fit", copy, "--method", "zero_shot", "--out", tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--rank", "0"], "rank must be at least 1, got 0"),
+        (["--method", "magic"], "method must be one of"),
+        (["--threshold", "1.5"], "threshold must be at most 1, got 1.5"),
+        (["--lr", "nan"], "lr must be a finite number"),
+        (["--seeds", "0"], "seeds must be at least 1, got 0"),
+        (["--shape", "round"], "shape must be one of"),
+        (["--n1", "500"], "n1 = 500 needs 500 labelled pictures"),
+        (["--n1", "2", "--gamma-l", "1", "--m1", "500"], "m1 = 500 needs 500 unlabelled pictures"),
+        (["--device", "tpu"], "device"),
+        (["--split", "nowhere.json"], "is not a saved split"),
+    ],
+)
+def test_fit_settings_out_of_range(cache, tmp_path, arguments, words):
+    assert words in refused("fit", cache, "--out", tmp_path / "run", *arguments)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_folder_that_is_something_else_is_refused_before_training(cache, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    assert "exists and is no run" in refused("fit", cache, "--out", tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+@pytest.mark.parametrize("command", ["eval", "predict", "report"])
+def test_no_run_there(command, tmp_path, pictures):
+    extra = [pictures] if command == "predict" else []
+    assert "run" in refused(command, tmp_path / "nowhere", *extra)
+
+
+def test_predict_refuses_what_it_cannot_do(fitted, tmp_path, pictures):
+    assert "no such folder or picture" in refused("predict", fitted, tmp_path / "none")
+    assert "got 0" in refused("predict", fitted, pictures, "--batch-size", 0)
+    assert "must end in .csv or .parquet" in refused("predict", fitted, pictures, "--out", tmp_path / "out.xlsx")
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "a.png").write_bytes(b"no")
+    assert "none of the 1 pictures" in refused("predict", fitted, tmp_path / "bad", "--out", tmp_path / "o.csv")
+
+
+def test_eval_refuses_another_encoders_cache(fitted, tmp_path, pictures):
+    other = write_tiny_model(tmp_path / "other", seed=1)
+    done = run("extract", pictures, "--out", tmp_path / "cache", "--model", other, "--workers", 0)
+    assert done.exit_code == 0, done.stderr
+    assert "model.sha256" in refused("eval", fitted, "--cache", tmp_path / "cache")
+
+
+def test_eval_refuses_classes_the_run_does_not_know(fitted, tmp_path, model):
+    source = write_pictures(tmp_path / "pictures", {"cat": 2, "horse": 2})
+    run("extract", source, "--out", tmp_path / "cache", "--model", model, "--workers", 0)
+    assert "class 'horse'" in refused("eval", fitted, "--cache", tmp_path / "cache")
+
+
+def test_ctrl_c_is_exit_code_130_and_a_sentence(monkeypatch, cache, tmp_path):
+    def interrupt(*_arguments, **_options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("ulfine_fast.train.fit_many", interrupt)
+    done = run("fit", cache, "--out", tmp_path / "run")
+    assert done.exit_code == 130
+    assert "interrupted" in done.stderr
+
+
+def test_version_and_help():
+    assert run("--version").stdout.startswith("ulfine-fast ")
+    helped = run("fit", "--help").stdout
+    for word in ("--gamma-l", "--no-paf", "--threshold"):
+        assert word in helped
+
+
+def test_the_table_shows_percent_and_dashes(capsys):
+    figure = {"mean": 0.1234, "half_width": 0.01, "n": 3}
+    print_summary({"probe": {"accuracy": figure, "seconds": {"mean": 2.0, "half_width": 0.0, "n": 3}}}, as_json=False)
+    printed = capsys.readouterr().out
+    assert "12.3 ±1.0" in printed
+    assert "2.0" in printed
+    assert " - " in printed
