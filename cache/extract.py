@@ -79,7 +79,7 @@ def extract(
     views: ViewRecipe | None = None,
     prompts: Sequence[str] = DEFAULT_PROMPTS,
     dtype: str = "float16",
-    batch_size: int = 64,
+    batch_size: int = 32,
     shard_size: int = 1024,
     workers: int | None = None,
     mode: str = "resume",

@@ -34,7 +34,7 @@ def extract(
     strong: Annotated[int, typer.Option(help="Strong views of each.")] = 1,
     view_seed: Annotated[int, typer.Option(help="Seed that the views are drawn from.")] = 0,
     dtype: Annotated[str, typer.Option(help="Type of stored features: float16 or float32.")] = "float16",
-    batch_size: Annotated[int, typer.Option(help="Pictures encoded together.")] = 64,
+    batch_size: Annotated[int, typer.Option(help="Pictures encoded together; a GPU wants more, such as 256.")] = 32,
     shard_size: Annotated[int, typer.Option(help="Rows a shard covers; a stop loses at most one shard.")] = 1024,
     workers: Annotated[
         int | None,

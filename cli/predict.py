@@ -17,7 +17,7 @@ def predict(
         "predictions.csv"
     ),
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    batch_size: Annotated[int, typer.Option(help="Pictures encoded at once (at least 1).")] = 64,
+    batch_size: Annotated[int, typer.Option(help="Pictures encoded at once (at least 1).")] = 32,
     json: Annotated[bool, typer.Option("--json", help="Print counts as JSON.")] = False,
 ) -> None:
     """Predict the class of each picture: id, class, probability and the five likeliest classes."""

@@ -41,7 +41,7 @@ class Predictions:
     skipped: list[tuple[str, str]]
 
 
-def predict_pictures(run: Run, pictures: Path, *, device: str = "auto", batch_size: int = 64) -> Predictions:
+def predict_pictures(run: Run, pictures: Path, *, device: str = "auto", batch_size: int = 32) -> Predictions:
     """Encode pictures with the encoder named in the run and predict their classes.
 
     Args:
