@@ -266,7 +266,7 @@ def test_kill_9_and_continue_gives_the_same_bytes(
     out, reached = tmp_path / "cache", tmp_path / "reached"
     arguments = [sys.executable, "-c", CHILD, pictures, tiny_model, out, name, reached, str(workers)]
     child = run_until(reached, [str(one) for one in arguments], signal.SIGKILL)
-    child.communicate()
+    child.communicate(timeout=120)
     assert child.returncode == -signal.SIGKILL
     assert [path.name for path in out.rglob("*.tmp")] == [name + ".tmp"]
     assert finished(out) == done

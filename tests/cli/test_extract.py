@@ -120,8 +120,10 @@ def test_other_settings_are_refused(pictures, model, tmp_path):
 
 
 # Stops inside the write of the second shard until the signal comes; everything else is the real command.
+# A child of a shell's background job inherits that Ctrl-C is ignored; at a terminal it is not.
 CHILD = """
-import os, sys, threading
+import os, signal, sys, threading
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from pathlib import Path
 from ulfine_fast.cli.main import main
 reached, replace = Path(sys.argv.pop()), os.replace
@@ -152,7 +154,7 @@ def test_ctrl_c_says_how_to_continue(pictures, model, tmp_path):
             child.wait(timeout=0.02)
             pytest.fail(f"the command ended by itself: {child.communicate()[1]}")
     os.killpg(child.pid, signal.SIGINT)  # as a terminal does: to the readers too
-    stdout, stderr = child.communicate()
+    stdout, stderr = child.communicate(timeout=120)
     assert child.returncode == 130, stderr
     assert stdout == ""
     assert "stopped: 1 of 3 shards are finished" in stderr
