@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import shlex
 import time
 from pathlib import Path
@@ -67,8 +68,6 @@ def _run(command: list[str]) -> None:
 
 def _print_table(out: Path) -> None:
     """All methods side by side, from the summaries that the fits wrote."""
-    import json
-
     from ulfine_fast.cli.tables import print_summary
 
     summaries = {

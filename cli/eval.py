@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated
 
@@ -13,7 +14,7 @@ def evaluate(
     cache: Annotated[
         Path | None, typer.Option(help="Evaluate on this cache's test pictures (all labelled ones if it has no test).")
     ] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
 ) -> None:
     """Compute a run's figures again from its heads, on its own test split or another cache of the same encoder."""
     from ulfine_fast.cli.tables import print_summary
@@ -23,10 +24,8 @@ def evaluate(
 
     fitted = Run.load(run)
     figures = evaluate_run(fitted, cache)
-    if json:
-        import json as encoder
-
-        typer.echo(encoder.dumps(figures))
+    if as_json:
+        typer.echo(json.dumps(figures))
         return
     print_summary({fitted.config.method: summarize([figures])}, as_json=False)
     typer.echo(f"{figures['test_rows']} pictures")

@@ -79,10 +79,10 @@ def extract(
 def _text(summary: ExtractSummary, mode: str) -> str:
     """The summary in a few lines."""
     if mode == "verify":
-        return f"{summary.out}: {summary.shards} shards with {summary.pictures} pictures are intact"
-    lines = [f"{summary.out}: {summary.pictures} pictures in {summary.shards} shards"]
+        return f"{summary.out}: {_shards(summary.shards)} with {summary.pictures} pictures intact"
+    lines = [f"{summary.out}: {summary.pictures} pictures in {_shards(summary.shards)}"]
     if summary.kept:
-        lines.append(f"{summary.kept} shards were finished before and are kept")
+        lines.append(f"{_shards(summary.kept)} finished before and kept")
     if summary.encoded:
         shares = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in summary.stages.items())
         rate = f"{summary.pictures_per_second:.1f} pictures/s"
@@ -91,3 +91,7 @@ def _text(summary: ExtractSummary, mode: str) -> str:
     if len(summary.skipped) > 10:
         lines.append(f"... and {len(summary.skipped) - 10} more; `ulfine-fast inspect {summary.out}` lists them")
     return "\n".join(lines)
+
+
+def _shards(count: int) -> str:
+    return "1 shard" if count == 1 else f"{count} shards"

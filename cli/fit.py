@@ -17,7 +17,7 @@ def fit(
     seeds: Annotated[int, typer.Option(help="How many seeds to fit in one pass, from --seed on.")] = 1,
     split: Annotated[Path | None, typer.Option(help="Use this saved split.json (or a run's) for every seed.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
     **settings: Any,
 ) -> None:
     """Train a classifier over a cache; figures, heads and predictions go to a run folder."""
@@ -40,6 +40,6 @@ def fit(
     features = FeatureCache.open(cache)
     given = None if split is None else read_split(split, features.ids)
     runs = fit_many(features, configs, split=given, device=device)
-    print_summary({first.method: save_runs(runs, out)}, as_json=json)
-    if not json:
+    print_summary({first.method: save_runs(runs, out)}, as_json=as_json)
+    if not as_json:
         typer.echo(f"run: {out}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated
 
@@ -18,7 +19,7 @@ def predict(
     ),
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     batch_size: Annotated[int, typer.Option(help="Pictures encoded at once (at least 1).")] = 32,
-    json: Annotated[bool, typer.Option("--json", help="Print counts as JSON.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print counts as JSON.")] = False,
 ) -> None:
     """Predict the class of each picture: id, class, probability and the five likeliest classes."""
     from ulfine_fast.predict import predict_pictures, write_predictions
@@ -26,10 +27,8 @@ def predict(
 
     found = predict_pictures(Run.load(run), pictures, device=device, batch_size=batch_size)
     write_predictions(found, out)
-    if json:
-        import json as encoder
-
-        typer.echo(encoder.dumps({"pictures": len(found.ids), "skipped": found.skipped, "out": str(out)}))
+    if as_json:
+        typer.echo(json.dumps({"pictures": len(found.ids), "skipped": found.skipped, "out": str(out)}))
         return
     typer.echo(f"{len(found.ids)} pictures: {out}")
     for name, reason in found.skipped:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated
 
@@ -18,7 +19,7 @@ def report(
         ),
     ] = None,
     title: Annotated[str | None, typer.Option(help="Heading of the page.")] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print what was written as JSON.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print what was written as JSON.")] = False,
 ) -> None:
     """Write one self-contained HTML page about runs: tables, charts, confusion, pictures."""
     from ulfine_fast.report import build_report
@@ -28,11 +29,9 @@ def report(
     loaded = load_runs(runs)
     opened, reason = find_pictures(loaded, pictures)
     page = build_report([run.path for run in loaded], out, pictures=opened, title=title)
-    if json:
-        import json as encoder
-
+    if as_json:
         facts = {"report": str(page), "runs": len(loaded), "bytes": page.stat().st_size}
-        typer.echo(encoder.dumps(facts | {"pictures": opened is not None, "no_pictures_because": reason or None}))
+        typer.echo(json.dumps(facts | {"pictures": opened is not None, "no_pictures_because": reason or None}))
         return
     if opened is None:
         typer.echo(f"no pictures in the page: {reason}; name their place with --pictures", err=True)

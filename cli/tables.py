@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import typer
@@ -26,8 +27,6 @@ def print_summary(rows: dict[str, dict[str, Any]], *, as_json: bool) -> None:
         as_json: print the summaries as they are instead.
     """
     if as_json:
-        import json
-
         typer.echo(json.dumps(rows))
         return
     from rich.box import SIMPLE_HEAD

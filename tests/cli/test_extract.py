@@ -52,9 +52,9 @@ def test_extract_prints_what_it_did(pictures, model, tmp_path):
     assert "5 pictures encoded in" in shown
     assert len(FeatureCache.open(tmp_path / "cache")) == 5
     again = run_extract(pictures, tmp_path / "cache", model)
-    assert "3 shards were finished before and are kept" in again
+    assert "3 shards finished before and kept" in again
     assert "encoded" not in again
-    assert "3 shards with 5 pictures are intact" in run_extract(pictures, tmp_path / "cache", model, "--mode", "verify")
+    assert "3 shards with 5 pictures intact" in run_extract(pictures, tmp_path / "cache", model, "--mode", "verify")
 
 
 def test_every_option_reaches_the_cache(pictures, model, tmp_path):
