@@ -32,6 +32,13 @@ def test_a_run_comes_back_as_it_was(run, folder, clusters):
     np.testing.assert_array_equal(again.test_labels, run.test_labels)
     np.testing.assert_array_equal(again.test_probabilities, run.test_probabilities)
     np.testing.assert_array_equal(again.logits(clusters.plain), run.logits(clusters.plain))
+    assert again.history == run.history
+
+
+def test_a_loaded_run_saves_the_same_bytes(folder, tmp_path):
+    again = Run.load(folder).save(tmp_path / "again")
+    for path in folder.iterdir():
+        assert path.read_bytes() == (again / path.name).read_bytes(), path.name
 
 
 def test_predictions_of_the_test_rows_are_those_of_the_fit(run, clusters):
@@ -114,7 +121,9 @@ def test_a_folder_of_several_runs_names_one(run, tmp_path):
         Run.load(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["metrics.json", "heads.safetensors", "predictions.parquet", "split.json"])
+@pytest.mark.parametrize(
+    "name", ["metrics.json", "heads.safetensors", "predictions.parquet", "split.json", "history.csv"]
+)
 def test_a_damaged_or_missing_file_is_one_sentence(folder, name):
     (folder / name).write_bytes((folder / name).read_bytes()[:10])
     with pytest.raises(InputError, match="is damaged"):

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -192,3 +194,29 @@ def test_unlabelled_rows_with_unknown_labels_train_and_are_not_judged():
     run = fit(cache, FitConfig(steps=30, threshold=0.5))
     assert run.metrics["pseudo_label_rate"] > 0
     assert run.metrics["pseudo_label_precision"] is None
+
+
+def test_a_trial_without_unlabelled_pictures_learns_nothing_from_its_neighbours(clusters, quick):
+    lonely = quick(m1=0, shape="uniform", threshold=0.0)
+    together = fit_many(clusters, [quick(threshold=0.0), lonely])
+    alone = fit(clusters, lonely)
+    assert together[1].split["unlabeled"] == []
+    assert together[1].history[-1]["loss_unlabeled"] == 0
+    np.testing.assert_allclose(together[1].test_probabilities, alone.test_probabilities, atol=1e-6)
+
+
+def test_a_split_that_trains_on_held_out_pictures_is_refused(clusters, quick):
+    split = draw_split(clusters.labels, clusters.splits, clusters.class_names, quick())
+    with pytest.raises(InputError, match="a test picture of this cache"):
+        fit(clusters, quick(), split=replace(split, unlabeled=split.test))
+
+
+def test_a_split_whose_labels_the_cache_does_not_know_is_refused(clusters, quick):
+    split = draw_split(clusters.labels, clusters.splits, clusters.class_names, quick())
+    hidden = clusters.labels.copy()
+    hidden[split.labeled[0]] = -1
+    cache = FeatureCache.from_arrays(
+        clusters.plain, hidden, class_names=clusters.class_names, splits=list(clusters.splits), ids=clusters.ids
+    )
+    with pytest.raises(InputError, match="knows no label for it"):
+        fit(cache, quick(), split=split)

@@ -130,6 +130,7 @@ class Run:
                 tensors=load_file(folder / "heads.safetensors"),
                 metrics=json.loads((folder / "metrics.json").read_text(encoding="utf-8")),
                 split=json.loads((folder / "split.json").read_text(encoding="utf-8")),
+                history=_read_history(folder / "history.csv", len(head["class_names"])),
                 encoder=head["encoder"],
                 cache_path=None if head["cache"] is None else Path(head["cache"]),
                 **_read_predictions(folder / "predictions.parquet"),
@@ -169,10 +170,9 @@ class Run:
         )
 
     def _write_history(self, path: Path) -> None:
-        columns = [*_HISTORY, *(f"{name}_{k}" for name in _PER_CLASS for k in range(len(self.class_names)))]
         with path.open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
-            writer.writerow(columns)
+            writer.writerow(_history_columns(len(self.class_names)))
             for row in self.history:
                 figures = [row.get(name) for name in _HISTORY]
                 for name in _PER_CLASS:
@@ -218,6 +218,26 @@ def read_run_config(folder: Path) -> dict[str, Any]:
             f"{path} says {head['format']} version {head['version']}; this program reads {_FORMAT} version 1"
         )
     return head
+
+
+def _history_columns(classes: int) -> list[str]:
+    return [*_HISTORY, *(f"{name}_{k}" for name in _PER_CLASS for k in range(classes))]
+
+
+def _read_history(path: Path, classes: int) -> list[dict[str, Any]]:
+    """The inverse of what a run writes: one dictionary per evaluation, None for empty cells."""
+    with path.open(newline="", encoding="utf-8") as file:
+        reader = csv.DictReader(file)
+        if reader.fieldnames != _history_columns(classes):
+            raise ValueError("history.csv has other columns")
+        rows = [{name: float(cell) if cell else None for name, cell in row.items()} for row in reader]
+    history = []
+    for row in rows:
+        found: dict[str, Any] = {name: row[name] for name in _HISTORY}
+        found["step"] = int(row["step"] or 0)
+        found |= {f"per_class_pseudo_label_{name}": [row[f"{name}_{k}"] for k in range(classes)] for name in _PER_CLASS}
+        history.append(found)
+    return history
 
 
 def _read_predictions(path: Path) -> dict[str, Any]:

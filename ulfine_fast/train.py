@@ -68,14 +68,17 @@ def fit_many(
         Fitted runs in the order of `configs`. A trial's mini-batches and results do not depend on its neighbours.
 
     Raises:
-        InputError: a split the data cannot give, or a cache without the views a method trains on.
+        InputError: a split the data cannot give, a given split that trains on held-out pictures, or a cache without
+            the views a method trains on.
     """
     place = pick_device(device)
+    if split is not None:
+        _refuse_held_out(cache, split)
     features = DeviceFeatures.load(cache, place)
     splits = [split or draw_split(cache.labels, cache.splits, cache.class_names, config) for config in configs]
     runs: dict[int, Run] = {}
     with progress_bar(progress) as bar:
-        for members in _passes(configs, features):
+        for members in _passes(configs, splits, features, len(cache.class_names)):
             one_pass = _Pass(cache, features, [configs[i] for i in members], [splits[i] for i in members])
             note = f"{len(members)} trials"
             task = bar.add_task(f"fit {one_pass.label}", total=one_pass.steps, unit="steps", note=note)
@@ -85,19 +88,34 @@ def fit_many(
     return [runs[i] for i in range(len(configs))]
 
 
-def _passes(configs: Sequence[FitConfig], features: DeviceFeatures) -> list[list[int]]:
+def _refuse_held_out(cache: FeatureCache, split: Split) -> None:
+    """Refuse to train on pictures that this cache holds for validation or testing: they have no views."""
+    trained = np.concatenate([split.labeled, split.unlabeled])
+    held_out = trained[np.isin(cache.splits[trained], ("val", "test"))]
+    if len(held_out):
+        name, where = cache.ids[held_out[0]], cache.splits[held_out[0]]
+        raise InputError(f"the split trains on {name!r}, a {where} picture of this cache; use the cache it was made on")
+    if (cache.labels[split.labeled] < 0).any():
+        name = cache.ids[split.labeled[cache.labels[split.labeled] < 0][0]]
+        raise InputError(f"the split takes {name!r} as labelled, and this cache knows no label for it")
+
+
+def _passes(
+    configs: Sequence[FitConfig], splits: Sequence[Split], features: DeviceFeatures, classes: int
+) -> list[list[int]]:
     """Indices of configs grouped by structure, each group cut so that a pass fits in memory."""
     groups: dict[tuple[Any, ...], list[int]] = {}
-    for i, config in enumerate(configs):
-        groups.setdefault(structural_key(config), []).append(i)
+    for i, (config, split) in enumerate(zip(configs, splits, strict=True)):
+        # a trial without unlabelled pictures must not be handed a neighbour's padding to learn from
+        groups.setdefault((*structural_key(config), len(split.unlabeled) > 0), []).append(i)
     passes = []
     for members in groups.values():
-        size = _trials_that_fit(configs[members[0]], features)
+        size = _trials_that_fit(configs[members[0]], features, classes)
         passes += [members[start : start + size] for start in range(0, len(members), size)]
     return passes
 
 
-def _trials_that_fit(config: FitConfig, features: DeviceFeatures) -> int:
+def _trials_that_fit(config: FitConfig, features: DeviceFeatures, classes: int) -> int:
     """Trials whose activations and evaluation blocks stay within a budget: 2 GiB, or half of the GPU's free memory."""
     dim = features.plain.shape[1]
     budget = _CPU_BUDGET
@@ -105,7 +123,10 @@ def _trials_that_fit(config: FitConfig, features: DeviceFeatures) -> int:
         budget = torch.cuda.mem_get_info(features.plain.device)[0] // 2
     rows = config.batch_labeled + 2 * config.batch_unlabeled
     # about a dozen float32 copies of the batch live in the autograd graph; evaluation takes a few of its block
-    per_trial = 4 * dim * (12 * rows + 4 * _EVAL_ROWS)
+    activations = (12 * rows + 4 * _EVAL_ROWS) * (dim + classes)
+    # both heads, each with gradient, velocity, best copy and temporaries of the update
+    heads = 2 * 8 * classes * dim
+    per_trial = 4 * (activations + heads)  # bytes
     return max(1, budget // per_trial)
 
 
