@@ -49,45 +49,6 @@ def test_thirds_of_ten_classes_are_four_three_three():
     assert few.tolist() == [8, 9, 0]
 
 
-def slow_ece(probabilities, labels, bins):
-    """Bins one after the other, rows by comparison."""
-    total = 0.0
-    confidence, right = probabilities.max(1), probabilities.argmax(1) == labels
-    for b in range(bins):
-        inside = (confidence > b / bins) & (confidence <= (b + 1) / bins)
-        if inside.any():
-            total += inside.sum() * abs(confidence[inside].mean() - right[inside].mean())
-    return total / len(labels)
-
-
-@pytest.mark.parametrize("bins", [1, 10, 15])
-def test_ece_equals_the_slow_one(bins):
-    logits, labels = draws(seed=1)
-    probabilities = metrics.softmax(logits)
-    found = metrics.expected_calibration_error(probabilities, labels, bins)
-    assert found == pytest.approx(slow_ece(probabilities, labels, bins))
-
-
-def test_certain_and_right_is_calibrated_certain_and_wrong_is_not():
-    certain = np.eye(2)
-    assert metrics.expected_calibration_error(certain, np.array([0, 1])) == 0
-    assert metrics.expected_calibration_error(certain, np.array([1, 0])) == 1
-
-
-def test_the_temperature_undoes_a_known_scale():
-    random = np.random.default_rng(0)
-    logits = random.normal(size=(20_000, 4))
-    labels = np.array([random.choice(4, p=row) for row in metrics.softmax(logits)])
-    assert metrics.fit_temperature(3 * logits, labels) == pytest.approx(3, rel=0.05)
-    assert metrics.fit_temperature(0.5 * logits, labels) == pytest.approx(0.5, rel=0.05)
-
-
-def test_the_temperature_stays_one_on_too_few_rows_and_in_its_range():
-    logits, labels = np.eye(3)[[0, 1, 2] * 10] * 50, np.array([0, 1, 2] * 10)
-    assert metrics.fit_temperature(logits[:19], labels[:19]) == 1
-    assert 0.2 <= metrics.fit_temperature(logits, labels) <= 5
-
-
 def test_softmax_survives_large_logits():
     np.testing.assert_allclose(metrics.softmax(np.array([[1e4, 0.0], [0.0, 0.0]])), [[1, 0], [0.5, 0.5]])
 

@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ulfine_fast.calibration import expected_calibration_error
+
 Floats = NDArray[np.floating[Any]]
 Labels = NDArray[np.int64]
 
@@ -32,37 +34,6 @@ def rank_thirds(counts: Labels) -> tuple[Labels, Labels, Labels]:
     order = np.argsort(-counts, kind="stable")
     many, medium, few = np.array_split(order, 3)
     return many, medium, few
-
-
-def expected_calibration_error(probabilities: Floats, labels: Labels, bins: int = 15) -> float:
-    """ECE of the top label over equal-width bins (Guo et al., arXiv 1706.04599, equation 3); NaN without rows."""
-    if not len(labels):
-        return float("nan")
-    confidence, right = probabilities.max(axis=1), probabilities.argmax(axis=1) == labels
-    # bins are (low, high]; a confidence of exactly 0 cannot occur for a maximum over classes
-    index = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
-    gaps = np.bincount(index, weights=confidence - right, minlength=bins)
-    return float(np.abs(gaps).sum() / len(labels))
-
-
-def fit_temperature(logits: Floats, labels: Labels, *, low: float = 0.2, high: float = 5.0, least: int = 20) -> float:
-    """The temperature of least negative log-likelihood on validation logits (n, K).
-
-    Returns:
-        A value in [low, high], or 1 where fewer than `least` rows would decide it.
-    """
-    if len(labels) < least:
-        return 1.0
-    from scipy.optimize import minimize_scalar
-
-    def loss(log_temperature: float) -> float:
-        scaled = logits.astype(np.float64) / np.exp(log_temperature)
-        top = scaled.max(axis=1, keepdims=True)
-        normalizer = np.log(np.exp(scaled - top).sum(axis=1)) + top[:, 0]
-        return float(np.mean(normalizer - scaled[np.arange(len(labels)), labels]))
-
-    found = minimize_scalar(loss, bounds=(np.log(low), np.log(high)), method="bounded")
-    return float(np.exp(found.x))
 
 
 def classification(logits: Floats, labels: Labels, counts: Labels, temperature: float = 1.0) -> dict[str, Any]:

@@ -7,9 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from ulfine_fast.cache.errors import InputError
+from ulfine_fast.intervals import mean_interval
 from ulfine_fast.run import Run
 
 HEADLINE = (
@@ -29,27 +28,18 @@ HEADLINE = (
 )
 
 
-def mean_interval(values: Sequence[float]) -> dict[str, float | int]:
-    """Mean over seeds and half the width of its 95% t-interval.
+def summarize(figures: Sequence[dict[str, Any]]) -> dict[str, dict[str, float | int]]:
+    """Headline figures over the metrics of several runs.
 
     Returns:
-        mean, half_width (0 for a single value) and n.
+        For each figure that some run has: mean, half_width of the 95% t-interval (0 for a single run) and n.
     """
-    from scipy.stats import t
-
-    n = len(values)
-    spread = float(np.std(values, ddof=1)) if n > 1 else 0.0
-    half = float(t.ppf(0.975, n - 1)) * spread / n**0.5 if n > 1 else 0.0
-    return {"mean": float(np.mean(values)), "half_width": half, "n": n}
-
-
-def summarize(figures: Sequence[dict[str, Any]]) -> dict[str, dict[str, float | int]]:
-    """Mean and interval of each headline figure over the metrics of several runs; figures no run has are left out."""
-    summary = {}
+    summary: dict[str, dict[str, float | int]] = {}
     for name in HEADLINE:
-        values = [row[name] for row in figures if row.get(name) is not None]
-        if values:
-            summary[name] = mean_interval(values)
+        found = mean_interval(row[name] for row in figures if row.get(name) is not None)
+        if found is not None:
+            half_width = 0.0 if found.n == 1 else found.half
+            summary[name] = {"mean": found.mean, "half_width": half_width, "n": found.n}
     return summary
 
 

@@ -18,6 +18,7 @@ from ulfine_fast.batches import BatchSource, PaddedRows
 from ulfine_fast.cache.device import pick_device
 from ulfine_fast.cache.errors import InputError
 from ulfine_fast.cache.progress import progress_bar
+from ulfine_fast.calibration import fit_temperature
 from ulfine_fast.config import FitConfig, per_trial_fields, structural_key
 from ulfine_fast.features import DeviceFeatures
 from ulfine_fast.methods import Batch, State, Trials, method_of
@@ -295,7 +296,7 @@ class _Pass:
         """The run of trial t."""
         config, split, counts = self.configs[t], self.splits[t], self._counts(t)
         val_labels, test_labels = self.cache.labels[split.val], self.cache.labels[split.test]
-        temperature = metrics.fit_temperature(val, val_labels)
+        temperature = fit_temperature(val, val_labels)
         figures = {"method": config.method, "seed": config.seed, "steps": self.steps}
         figures |= {"seconds": seconds / len(self.configs), "temperature": temperature, "test_rows": len(test_labels)}
         figures |= metrics.classification(test, test_labels, counts, temperature)

@@ -4,31 +4,16 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from scipy.special import stdtrit
 
+from ulfine_fast.intervals import Interval, mean_interval
 from ulfine_fast.report.load import RunFiles
 
 _SEED_FIELDS = frozenset({"seed", "split_seed"})
-
-
-@dataclass(frozen=True, slots=True)
-class Interval:
-    """A mean over seeds with the half width of its 95% interval.
-
-    Attributes:
-        mean: mean of the defined values.
-        half: half width of the two-sided 95% t-interval; NaN for a single value.
-        n: how many values were defined.
-    """
-
-    mean: float
-    half: float
-    n: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,19 +45,6 @@ class Group:
     def interval(self, key: str) -> Interval | None:
         """Mean and interval of one metric over the seeds; None when no run has it."""
         return mean_interval(run.number(key) for run in self.runs)
-
-
-def mean_interval(values: Iterable[float]) -> Interval | None:
-    """Return mean and 95% t-interval (Student, n - 1 degrees of freedom) of the finite values, None without any."""
-    # an undefined figure of one seed must not blank the row; n says how many stood behind the mean
-    finite = np.array([value for value in values if math.isfinite(value)], dtype=np.float64)
-    n = len(finite)
-    if n == 0:
-        return None
-    if n == 1:
-        return Interval(float(finite[0]), math.nan, 1)
-    half = float(stdtrit(n - 1, 0.975)) * float(finite.std(ddof=1)) / math.sqrt(n)
-    return Interval(float(finite.mean()), half, n)
 
 
 def group_runs(runs: Sequence[RunFiles]) -> tuple[list[Group], list[RunFiles]]:

@@ -1,0 +1,96 @@
+"""How far confidence can be believed: reliability bins, the expected calibration error, one temperature to mend it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.floating[Any]]
+Labels = NDArray[np.int64]
+
+BINS = 15
+
+
+@dataclass(frozen=True, slots=True)
+class Reliability:
+    """Equal-width confidence bins (i/B, (i+1)/B].
+
+    Attributes:
+        count: rows per bin (B,) int64.
+        accuracy: share of right predictions per bin (B,), NaN where the bin is empty.
+        confidence: mean confidence per bin (B,), NaN where the bin is empty.
+    """
+
+    count: np.ndarray
+    accuracy: np.ndarray
+    confidence: np.ndarray
+
+    @property
+    def ece(self) -> float:
+        """Expected calibration error, 0..1: the gap of accuracy and confidence, weighted by the bins' rows."""
+        gap = np.abs(np.nan_to_num(self.accuracy) - np.nan_to_num(self.confidence))
+        return float((gap * self.count).sum() / max(1, self.count.sum()))
+
+
+def reliability(confidence: np.ndarray, right: np.ndarray, bins: int = BINS) -> Reliability:
+    """Sort rows into confidence bins.
+
+    Args:
+        confidence: (n,) in 0..1.
+        right: (n,) bool.
+        bins: number of bins.
+    """
+    place = np.clip(np.ceil(confidence * bins).astype(np.int64) - 1, 0, bins - 1)  # (n,)
+    count = np.bincount(place, minlength=bins)
+    filled = np.where(count > 0, count, np.nan)
+    accuracy = np.bincount(place, weights=right.astype(np.float64), minlength=bins) / filled
+    return Reliability(count, accuracy, np.bincount(place, weights=confidence, minlength=bins) / filled)
+
+
+def raw_confidence(probabilities: np.ndarray, temperature: float) -> np.ndarray:
+    """Confidence (n,) before temperature scaling, from the scaled probabilities (n, K) that a run saves.
+
+    softmax(z) is proportional to softmax(z / T) ** T, so that logits are not needed.
+    """
+    largest = probabilities.max(axis=1, keepdims=True).astype(np.float64)  # (n, 1)
+    # relative to the largest class, so that no row underflows to nothing
+    return 1.0 / ((probabilities / largest) ** temperature).sum(axis=1)  # (n,)
+
+
+def expected_calibration_error(probabilities: Floats, labels: Labels, bins: int = BINS) -> float:
+    """ECE of the top label over equal-width bins (Guo et al., arXiv 1706.04599, equation 3).
+
+    Args:
+        probabilities: (n, K).
+        labels: (n,).
+        bins: number of bins.
+
+    Returns:
+        A share in [0, 1]; NaN without rows.
+    """
+    if not len(labels):
+        return float("nan")
+    return reliability(probabilities.max(axis=1), probabilities.argmax(axis=1) == labels, bins).ece
+
+
+def fit_temperature(logits: Floats, labels: Labels, *, low: float = 0.2, high: float = 5.0, least: int = 20) -> float:
+    """The temperature of least negative log-likelihood on validation logits (n, K).
+
+    Returns:
+        A value in [low, high], or 1 where fewer than `least` rows would decide it.
+    """
+    if len(labels) < least:
+        return 1.0
+    from scipy.optimize import minimize_scalar
+
+    def loss(log_temperature: float) -> float:
+        scaled = logits.astype(np.float64) / np.exp(log_temperature)
+        top = scaled.max(axis=1, keepdims=True)
+        normalizer = np.log(np.exp(scaled - top).sum(axis=1)) + top[:, 0]
+        return float(np.mean(normalizer - scaled[np.arange(len(labels)), labels]))
+
+    found = minimize_scalar(loss, bounds=(np.log(low), np.log(high)), method="bounded")
+    return float(np.exp(found.x))
