@@ -82,7 +82,7 @@ class FitConfig:
     momentum: float = _option(0.9, "momentum of SGD", low=0.0, high=0.999)
     weight_decay: float = _option(5e-4, "weight decay of SGD", low=0.0)
     warmup: float = _option(
-        0.0, "share of the steps over which the unlabelled loss is raised from zero", low=0.0, high=1.0
+        0.5, "share of the steps over which the unlabelled loss is raised from zero", low=0.0, high=1.0
     )
     precision: str = _option("float32", "arithmetic of the logits", choices=("float32", "amp"), structural=True)
     eval_every: int = _option(50, "steps between two evaluations", low=1, structural=True)
@@ -102,11 +102,11 @@ class FitConfig:
     # -- losses
     tau: float = _option(1.0, "strength of the logit adjustment on labelled data; 0 is plain cross-entropy", low=0.0)
     tau_u: float = _option(
-        1.5, "strength of the adjustment by the running pseudo-label distribution P on unlabelled data", low=0.0
+        2.0, "strength of the adjustment by the running pseudo-label distribution P on unlabelled data", low=0.0
     )
-    threshold: float = _option(0.95, "smallest probability of a pseudo-label that trains", low=0.0, high=1.0)
+    threshold: float = _option(0.9, "smallest probability of a pseudo-label that trains", low=0.0, high=1.0)
     sharpen: float = _option(1.0, "temperature dividing fused logits before pseudo-labels are drawn", low=0.01)
-    lambda_u: float = _option(1.0, "weight of the unlabelled loss", low=0.0)
+    lambda_u: float = _option(0.5, "weight of the unlabelled loss", low=0.0)
 
     # -- ULFine: prototype adaptive fitting (PAF) and dual logit fusion (DLF)
     paf: bool = _option(True, "ulfine: fit the textual prototypes to the visual ones")
@@ -123,7 +123,7 @@ class FitConfig:
         choices=("soft", "hard"),
         structural=True,
     )
-    rho: float = _option(0.99, "momentum of the running pseudo-label distribution P", low=0.0, high=0.9999)
+    rho: float = _option(0.9, "momentum of the running pseudo-label distribution P", low=0.0, high=0.9999)
     visual_momentum: float = _option(0.95, "ulfine: momentum m of the visual prototypes", low=0.0, high=0.9999)
     lambda_o: float = _option(0.1, "ulfine: weight of the prototypes' orthogonality", low=0.0)
     orthogonality: str = _option(

@@ -107,7 +107,9 @@ def test_no_unlabelled_pictures_no_unlabelled_loss():
 
 
 def test_ulfines_losses_are_both_heads_adjusted_by_their_priors():
-    trials, method, state, batch = world(method="ulfine", align="none", eta=0.3, tau_u=1.5, threshold=0.6, lambda_o=0.2)
+    trials, method, state, batch = world(
+        method="ulfine", align="none", eta=0.3, tau_u=1.5, lambda_u=1.0, threshold=0.6, lambda_o=0.2
+    )
     with torch.no_grad():
         # heads apart from each other, so that fusion matters
         state.parameters["linear"].add_(0.3 * torch.randn(T, K, D))
