@@ -113,6 +113,22 @@ def test_sections_follow_the_best_by_validation_not_by_test(study: Path) -> None
     assert "on 20 validation rows a run" in text
 
 
+def test_the_page_says_whom_validation_does_not_tell_from_the_best(study: Path) -> None:
+    for seed in range(5):
+        for method, score in {"linear_probe": 0.90, "ulfine": 0.88 + 0.02 * (seed % 2), "lightweight": 0.5}.items():
+            edit_json(study / method / f"seed-{seed}" / "metrics.json", val={"balanced_accuracy": score})
+        edit_json(study / "zero_shot" / f"seed-{seed}" / "metrics.json", val={"balanced_accuracy": 0.2})
+    text = page(study)
+    # 0.02, 0, 0.02, 0, 0.02: mean 0.012, half width 2.776 * 0.01095 / sqrt(5) = 0.0136
+    assert "validation does not tell it from ulfine." in text
+
+
+def test_clear_winners_have_no_rivals(study: Path) -> None:
+    for seed in range(5):
+        edit_json(study / "ulfine" / f"seed-{seed}" / "metrics.json", val={"balanced_accuracy": 0.99})
+    assert "does not tell it from" not in page(study)
+
+
 def test_the_note_on_the_test_split(study: Path) -> None:
     assert "The test split is read once per run, at the end of its fit, and never for selection" in page(study)
 

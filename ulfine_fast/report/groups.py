@@ -72,6 +72,21 @@ def best_by_validation(groups: Sequence[Group]) -> Group:
     return max(groups, key=_validation)
 
 
+def not_told_apart(best: Group, groups: Sequence[Group]) -> list[Group]:
+    """Return the other groups that validation cannot tell from the best one.
+
+    That is where the paired difference of validation balanced accuracy has an interval that reaches zero, or stands on
+    one seed alone; groups without a shared split or without validation are left out.
+    """
+    found = []
+    for group in groups:
+        difference = None if group is best else paired_difference(best, group, "val.balanced_accuracy")
+        # NaN is the half width of a single seed: no interval, so nothing is told apart
+        if difference is not None and not difference.mean - difference.half > 0:
+            found.append(group)
+    return found
+
+
 def charted(groups: Sequence[Group], limit: int) -> list[Group]:
     """Choose at most `limit` groups for the charts: the best of each method first, then the rest by validation."""
     firsts = [g for i, g in enumerate(groups) if g.method not in {other.method for other in groups[:i]}]

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ulfine_fast.intervals import Interval
 from ulfine_fast.report import charts
-from ulfine_fast.report.groups import Group, Interval, paired_difference
+from ulfine_fast.report.groups import Group, not_told_apart, paired_difference
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +93,7 @@ def lead(groups: Sequence[Group], shown: Group) -> dict[str, Any]:
         "chosen": len(groups) > 1,
         "validated": shown.interval("val.balanced_accuracy") is not None,
         "val_rows": number_range(val_rows),
+        "rivals": [group.label for group in not_told_apart(shown, groups)],
         "balanced": _cell(shown.interval("balanced_accuracy")),
         "few": _cell(shown.interval("few")),
         "seeds": len(shown.runs),
