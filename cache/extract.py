@@ -400,14 +400,18 @@ class _Parts:
 
 def _finished(out: Path, plan: ShardPlan) -> ShardRecord | None:
     """The record of a shard that is there, whole, and what the plan says; None where it must be extracted."""
-    path = shard_path(out, plan.number)
+    record = _recorded(out, plan)
+    return record if record is not None and is_intact(shard_path(out, plan.number), record) else None
+
+
+def _recorded(out: Path, plan: ShardPlan) -> ShardRecord | None:
+    """The record of a shard that covers what the plan says; its file is not looked at."""
     try:
-        record = ShardRecord.read(path.with_suffix(".json"))
+        record = ShardRecord.read(shard_path(out, plan.number).with_suffix(".json"))
     except InputError:  # absent or cut: either way the shard does not count
         return None
     planned = (plan.number, plan.split, plan.first_row, plan.rows)
-    same = (record.shard, record.split, record.first_row, record.rows_read) == planned
-    return record if same and is_intact(path, record) else None
+    return record if (record.shard, record.split, record.first_row, record.rows_read) == planned else None
 
 
 def _prepare_folder(out: Path, wanted: Manifest, encoder: Encoder, mode: str) -> None:
@@ -469,11 +473,12 @@ def _verify(out: Path, wanted: Manifest, plans: Sequence[ShardPlan]) -> ExtractS
         problems.append(str(error))
     for plan in plans:
         problems += verify_shard(shard_path(out, plan.number), found.layout(plan.split))[1]
-    if not problems:  # what a missing record would say of the rows is no news
-        problems += [f"shard {p.number:05d} covers other rows" for p in plans if _finished(out, p) is None]
+    records = [record for plan in plans if (record := _recorded(out, plan)) is not None]
+    if not problems and len(records) < len(plans):  # what a missing record would say of the rows is no news
+        there = {record.shard for record in records}
+        problems += [f"shard {p.number:05d} covers other rows" for p in plans if p.number not in there]
     if problems:
         raise InputError(f"{out} has {len(problems)} problem{'s' * (len(problems) > 1)}: " + "; ".join(problems))
-    records = [ShardRecord.read(shard_path(out, plan.number).with_suffix(".json")) for plan in plans]
     skipped = [one for record in records for one in record.skipped]
     return ExtractSummary(out, sum(r.rows for r in records), 0, len(records), len(records), skipped, 0.0, {})
 

@@ -22,13 +22,13 @@ def report(
     as_json: Annotated[bool, typer.Option("--json", help="Print what was written as JSON.")] = False,
 ) -> None:
     """Write one self-contained HTML page about runs: tables, charts, confusion, pictures."""
-    from ulfine_fast.report import build_report
     from ulfine_fast.report.load import load_runs
+    from ulfine_fast.report.page import render_page, write_page
     from ulfine_fast.report.pictures import find_pictures
 
     loaded = load_runs(runs)
     opened, reason = find_pictures(loaded, pictures)
-    page = build_report([run.path for run in loaded], out, pictures=opened, title=title)
+    page = write_page(render_page(loaded, pictures=opened, title=title), out)
     if as_json:
         facts = {"report": str(page), "runs": len(loaded), "bytes": page.stat().st_size}
         typer.echo(json.dumps(facts | {"pictures": opened is not None, "no_pictures_because": reason or None}))

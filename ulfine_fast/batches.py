@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -79,6 +80,11 @@ class BatchSource:
                 shifted = self._noisy(shifted, step, Purpose.STRONG_NOISE)
             yield step, Batch(features, self.labels[labeled[i]], weak, shifted)
 
+    @cached_property
+    def _any_noise(self) -> bool:
+        # asked once: on a GPU each look at a value waits for all the work before it
+        return bool((self.trials.values["feature_noise"] > 0).any())
+
     def _views(self, steps: Tensor, purpose: Purpose, size: int, views: int) -> Tensor:
         """View numbers (S, T, size) below `views`."""
         below = torch.full_like(self.trials.seeds, views)
@@ -86,9 +92,9 @@ class BatchSource:
 
     def _noisy(self, features: Tensor, step: int, purpose: Purpose) -> Tensor:
         """Add Gaussian noise of expected length `feature_noise` to unit rows (T, B, D)."""
-        length = self.trials.values["feature_noise"]
-        if not bool((length > 0).any()):
+        if not self._any_noise:
             return features
+        length = self.trials.values["feature_noise"]
         noise = normals(self.trials.seeds, step, purpose, features[0].numel()).view_as(features)
         shifted = normalize(features + noise * (length / features.shape[-1] ** 0.5).view(-1, 1, 1))
         # a trial without noise keeps its rows to the bit, whoever its neighbours are

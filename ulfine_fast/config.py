@@ -21,7 +21,6 @@ def _option(
     high: float = math.inf,
     choices: tuple[str, ...] = (),
     structural: bool = False,
-    optional: bool = False,
 ) -> Any:
     """A dataclass field with its help text and legal range; `structural` fields must agree inside one pass."""
     return field(
@@ -32,7 +31,6 @@ def _option(
             "high": high,
             "choices": choices,
             "structural": structural,
-            "optional": optional,
         },
     )
 
@@ -53,13 +51,13 @@ class FitConfig:
 
     # -- split (docs/method.md, section "Protocol")
     split_seed: int | None = _option(
-        None, "seed of the split and of the class order; default: the seed", low=0, high=2**31 - 1, optional=True
+        None, "seed of the split and of the class order; default: the seed", low=0, high=2**31 - 1
     )
     n1: int | None = _option(
-        None, "labelled pictures of the largest class; default: all labelled pictures as they are", low=1, optional=True
+        None, "labelled pictures of the largest class; default: all labelled pictures as they are", low=1
     )
     m1: int | None = _option(
-        None, "unlabelled pictures of the largest class; default: as many as the data allow", low=0, optional=True
+        None, "unlabelled pictures of the largest class; default: as many as the data allow", low=0
     )
     gamma_l: float = _option(100.0, "labelled imbalance, largest class over smallest; with n1", low=1.0)
     gamma_u: float = _option(100.0, "unlabelled imbalance, largest class over smallest; with n1", low=1.0)
@@ -189,7 +187,7 @@ def _check(spec: dataclasses.Field[Any], value: Any) -> None:
     """Refuse a value of the wrong type, outside its range, or not among its choices."""
     option = spec.name
     if value is None:
-        if spec.metadata["optional"]:
+        if str(spec.type).endswith("| None"):
             return
         raise InputError(f"{option} must be given, got None")
     choices = spec.metadata["choices"]

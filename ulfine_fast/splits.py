@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -206,9 +207,12 @@ def _long_tailed(
 
 def _hidden_counts(left: Rows, config: FitConfig) -> Rows:
     """Unlabelled counts by rank; without m1, the largest M1 for which every class has enough pictures left."""
-    counts = [config.m1] if config.m1 is not None else range(int(left.max()), -1, -1)
-    for m1 in counts:
-        wanted = unlabeled_counts(m1, config.gamma_u, config.shape, len(left))
-        if config.m1 is not None or bool((wanted <= left).all()):
-            return wanted
-    return np.zeros(len(left), dtype=np.int64)
+
+    def counts(m1: int) -> Rows:
+        return unlabeled_counts(m1, config.gamma_u, config.shape, len(left))
+
+    if config.m1 is not None:
+        return counts(config.m1)
+    # no count falls when M1 grows, so the feasible ones end at one place
+    feasible = bisect.bisect_left(range(int(left.max()) + 1), True, key=lambda m1: bool((counts(m1) > left).any()))
+    return counts(max(0, feasible - 1))

@@ -147,6 +147,8 @@ class _Pass:
             PaddedRows.of([getattr(split, role) for split in splits], self.device)
             for role in ("unlabeled", "val", "test")
         )
+        self.counts = [labeled_counts(cache.labels, split, len(cache.class_names)) for split in splits]
+        self.pairs = self.method.uses_unlabeled and int(self.unlabeled.count.max()) > 0
         self._refuse_missing_views()
         self.trials = self._trials()
         self.state = self.method.start(self.trials)
@@ -158,7 +160,7 @@ class _Pass:
     # -- what the trials are given
 
     def _refuse_missing_views(self) -> None:
-        if not (self.method.uses_unlabeled and int(self.unlabeled.count.max())):
+        if not self.pairs:
             return
         noisy = min(config.feature_noise for config in self.configs) > 0
         if not self.features.strong.shape[1] and not noisy:
@@ -173,12 +175,11 @@ class _Pass:
             for name in per_trial_fields()
         }
         seeds = torch.tensor([config.seed for config in self.configs], device=self.device)
-        classes = len(self.cache.class_names)
-        counts = np.stack([labeled_counts(self.cache.labels, split, classes) for split in self.splits])
+        counts = np.stack(self.counts)  # (T, K)
         frequency = torch.from_numpy(counts / counts.sum(1, keepdims=True)).float().to(self.device)
-        return Trials(self.config, values, seeds, self._prototypes(classes), torch.log(frequency.clamp(min=1e-8)))
+        return Trials(self.config, values, seeds, self._prototypes(), torch.log(frequency.clamp(min=1e-8)))
 
-    def _prototypes(self, classes: int) -> Tensor:
+    def _prototypes(self) -> Tensor:
         """The text's prototypes (T, K, D), or each trial's class means where the cache has no text."""
         text = self.cache.prototypes
         if text is not None:
@@ -186,15 +187,15 @@ class _Pass:
         means = []
         for split in self.splits:
             rows = torch.from_numpy(split.labeled).to(self.device)
-            means.append(class_means(self.features.rows(rows)[None], self.labels[rows][None], classes)[0][0])
+            features, labels = self.features.rows(rows)[None], self.labels[rows][None]  # (1, L, D), (1, L)
+            means.append(class_means(features, labels, len(self.cache.class_names))[0][0])
         return normalize(torch.stack(means))
 
     # -- training
 
     def _batches(self) -> BatchSource:
         labeled = PaddedRows.of([split.labeled for split in self.splits], self.device)
-        pairs = self.method.uses_unlabeled and int(self.unlabeled.count.max()) > 0
-        return BatchSource(self.features, self.labels, labeled, self.unlabeled, self.trials, self.config, pairs)
+        return BatchSource(self.features, self.labels, labeled, self.unlabeled, self.trials, self.config, self.pairs)
 
     def train(self) -> Iterator[int]:
         """Run the steps, yielding after each; evaluates every `eval_every` steps and at the end."""
@@ -247,7 +248,7 @@ class _Pass:
         scores = []
         for t, split in enumerate(self.splits):
             labels = self.cache.labels[split.val]
-            figures = metrics.classification(val[t], labels, self._counts(t))
+            figures = metrics.classification(val[t], labels, self.counts[t])
             scores.append(figures.get("balanced_accuracy", 0.0))
             row: dict[str, Any] = {"step": step, "loss": float(losses[:, t].sum()), "loss_labeled": float(losses[0, t])}
             row |= {"loss_unlabeled": float(losses[1, t]), "val_accuracy": figures.get("accuracy")}
@@ -277,9 +278,6 @@ class _Pass:
             chosen = better.view((-1,) + (1,) * (tensor.dim() - 1))
             self.best[name] = torch.where(chosen, tensor.detach(), self.best[name])
 
-    def _counts(self, trial: int) -> NDArray[np.int64]:
-        return labeled_counts(self.cache.labels, self.splits[trial], len(self.cache.class_names))
-
     # -- the end
 
     def finish(self) -> list[Run]:
@@ -294,7 +292,7 @@ class _Pass:
 
     def _run(self, t: int, val: Logits, test: Logits, health: dict[str, Any], seconds: float) -> Run:
         """The run of trial t."""
-        config, split, counts = self.configs[t], self.splits[t], self._counts(t)
+        config, split, counts = self.configs[t], self.splits[t], self.counts[t]
         val_labels, test_labels = self.cache.labels[split.val], self.cache.labels[split.test]
         temperature = fit_temperature(val, val_labels)
         figures = {"method": config.method, "seed": config.seed, "steps": self.steps}
