@@ -113,6 +113,19 @@ def test_the_best_heads_are_those_of_the_best_evaluation(clusters, quick):
     assert run.metrics["val"]["balanced_accuracy"] == pytest.approx(best)
 
 
+def test_without_validation_pictures_the_last_heads_are_kept(clusters, quick):
+    last, best = fit_many(clusters, [quick(val_fraction=0.0, select=select) for select in ("last", "best")])
+    assert best.split["val"] == []
+    torch.testing.assert_close(best.tensors["linear"], last.tensors["linear"])
+
+
+def test_one_trial_selects_and_its_neighbour_does_not(clusters, quick):
+    wild = {"method": "lightweight", "lr": 3.0, "steps": 60, "eval_every": 10, "val_fraction": 0.3}
+    configs = [quick(select=select, **wild) for select in ("best", "last")]
+    for together, config in zip(fit_many(clusters, configs), configs, strict=True):
+        torch.testing.assert_close(together.tensors["linear"], fit(clusters, config).tensors["linear"])
+
+
 def test_warm_up_weakens_early_pseudo_labels(clusters, quick):
     cold, warm = (fit(clusters, quick(method="lightweight", threshold=0.0, warmup=w, steps=20)) for w in (0.0, 1.0))
     assert not torch.equal(cold.tensors["linear"], warm.tensors["linear"])

@@ -21,6 +21,7 @@ from ulfine_fast.cache.progress import progress_bar
 from ulfine_fast.calibration import fit_temperature
 from ulfine_fast.config import FitConfig, per_trial_fields, structural_key
 from ulfine_fast.features import DeviceFeatures
+from ulfine_fast.heads import Tensors
 from ulfine_fast.methods import Batch, State, Trials, method_of
 from ulfine_fast.ops.prototypes import class_means, normalize
 from ulfine_fast.ops.sgd import cosine_rate, sgd_step
@@ -154,8 +155,13 @@ class _Pass:
         self.state = self.method.start(self.trials)
         self.history: list[list[dict[str, Any]]] = [[] for _ in configs]
         self.started = time.perf_counter()
+        # without validation pictures there is nothing to select by, and the last heads are kept
+        selects = [
+            config.select == "best" and len(split.val) > 0 for config, split in zip(configs, splits, strict=True)
+        ]
+        self.selects = torch.tensor(selects, device=self.device)
         self.best_score = torch.full((len(configs),), -1.0, device=self.device)
-        self.best = {name: tensor.detach().clone() for name, tensor in self.state.tensors.items()}
+        self.best: Tensors = {}
 
     # -- what the trials are given
 
@@ -271,19 +277,20 @@ class _Pass:
         return found
 
     def _keep_best(self, scores: Tensor) -> None:
-        always = torch.tensor([config.select == "last" for config in self.configs], device=self.device)
-        better = (scores > self.best_score) | always
+        if not any(config.select == "best" for config in self.configs):
+            return
+        better = (scores > self.best_score) | ~self.selects
         self.best_score = torch.where(better, scores.to(self.best_score.dtype), self.best_score)
         for name, tensor in self.state.tensors.items():
             chosen = better.view((-1,) + (1,) * (tensor.dim() - 1))
-            self.best[name] = torch.where(chosen, tensor.detach(), self.best[name])
+            # the first evaluation is better than none, so that nothing is read before it is there
+            self.best[name] = torch.where(chosen, tensor.detach(), self.best.get(name, tensor.detach()))
 
     # -- the end
 
     def finish(self) -> list[Run]:
         """Read the test split, once, with the kept heads, and hand the runs out."""
-        with torch.no_grad():
-            self.state = State({}, self.best)
+        self.state = State({}, self.best or {name: tensor.detach() for name, tensor in self.state.tensors.items()})
         seconds = time.perf_counter() - self.started
         health = self.pseudo_health()
         val = self._logits(self.val, pseudo=False)
