@@ -36,7 +36,7 @@ def fit(
     from ulfine_fast.train import fit_many
 
     # before minutes of training, not after
-    refuse_other_content(out)
+    refuse_other_content(out, [config.seed for config in configs])
     features = FeatureCache.open(cache)
     given = None if split is None else read_split(split, features.ids)
     runs = fit_many(features, configs, split=given, device=device)

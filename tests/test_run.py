@@ -155,6 +155,21 @@ def test_several_seeds_are_folders_and_a_summary(clusters, tmp_path):
     save_runs(runs, tmp_path / "out")
 
 
+@pytest.mark.parametrize(
+    ("first", "second", "stays"), [([3, 4], [3], "seed-3"), ([3], [3, 4], "out"), ([3, 4], [4, 5], "seed-3")]
+)
+def test_runs_that_a_fit_does_not_replace_are_not_mixed_with_its_own(clusters, tmp_path, first, second, stays):
+    def save(seeds):
+        save_runs(fit_many(clusters, [FitConfig(method="zero_shot", n1=20, seed=s) for s in seeds]), tmp_path / "out")
+
+    save(first)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(InputError, match=f"{stays} holds a run that this fit does not replace"):
+        save(second)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    save(first)
+
+
 def test_figures_that_no_run_has_are_left_out():
     summary = summarize([{"accuracy": 0.5, "few": None}, {"accuracy": 0.7, "few": 0.1}])
     # t(0.975, 1 degree) = 12.7062; the deviation of 0.5 and 0.7 over the root of 2 is 0.1

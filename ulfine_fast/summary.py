@@ -47,28 +47,38 @@ def save_runs(runs: Sequence[Run], out: Path) -> dict[str, dict[str, float | int
     """Save one run as `out`, several as `out/seed-N`, with `out/summary.json` beside them; returns the summary.
 
     Raises:
-        InputError: `out` cannot be written or holds something else.
+        InputError: `out` cannot be written, or see :func:`refuse_other_content`.
     """
-    refuse_other_content(out)
-    summary = summarize([run.metrics for run in runs])
-    for run in runs:
-        run.save(out if len(runs) == 1 else out / f"seed-{run.config.seed}")
     seeds = [run.config.seed for run in runs]
+    refuse_other_content(out, seeds)
+    summary = summarize([run.metrics for run in runs])
+    for run, folder in zip(runs, run_folders(out, seeds), strict=True):
+        run.save(folder)
     content = {"format": "ulfine-fast-summary", "version": 1, "method": runs[0].config.method, "seeds": seeds}
     (out / "summary.json").write_text(json.dumps({**content, "metrics": summary}, indent=2) + "\n", encoding="utf-8")
     return summary
 
 
-def refuse_other_content(out: Path) -> None:
-    """Refuse to write runs into a folder that holds anything but runs.
+def run_folders(out: Path, seeds: Sequence[int]) -> list[Path]:
+    """Where the runs of these seeds go: one run is `out` itself, several are `out/seed-N`."""
+    return [out] if len(seeds) == 1 else [out / f"seed-{seed}" for seed in seeds]
+
+
+def refuse_other_content(out: Path, seeds: Sequence[int]) -> None:
+    """Refuse a folder that holds anything but runs which a fit of these seeds replaces.
+
+    Runs of an earlier fit left beside new ones would stand in every report as if they belonged together.
 
     Raises:
-        InputError: `out` is a file, or a folder of other things.
+        InputError: `out` is a file, or a folder of other things or of runs that would stay.
     """
     if not out.exists():
         return
     if not out.is_dir():
         raise InputError(f"{out} is a file; name a folder for the run")
-    ours = (out / "config.json").exists() or (out / "summary.json").exists()
-    if any(out.iterdir()) and not ours:
+    found = [path.parent for path in (out / "config.json", *sorted(out.glob("*/config.json"))) if path.exists()]
+    if any(out.iterdir()) and not (found or (out / "summary.json").exists()):
         raise InputError(f"{out} exists and is no run; name a new folder")
+    staying = sorted(set(found) - set(run_folders(out, seeds)))
+    if staying:
+        raise InputError(f"{staying[0]} holds a run that this fit does not replace; name a new folder or remove it")

@@ -205,6 +205,13 @@ def test_a_run_folder_that_is_something_else_is_refused_before_training(cache, t
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
+def test_a_fit_over_runs_it_does_not_replace_is_refused_before_training(cache, tmp_path):
+    fit = ["fit", cache, "--method", "zero_shot", "--out", tmp_path / "runs"]
+    assert run(*fit, "--seeds", 2).exit_code == 0
+    assert "seed-0 holds a run that this fit does not replace" in refused(*fit)
+    assert run(*fit, "--seeds", 2).exit_code == 0
+
+
 @pytest.mark.parametrize("command", ["eval", "predict", "report"])
 def test_no_run_there(command, tmp_path, pictures):
     extra = [pictures] if command == "predict" else []
