@@ -35,11 +35,16 @@ class PaddedRows:
         counts = torch.tensor([len(rows) for rows in roles], device=device)
         return cls(torch.from_numpy(index).to(device), counts)
 
-    def draw(self, seeds: Tensor, steps: Tensor, purpose: Purpose, size: int) -> Tensor:
-        """Rows drawn with replacement, shape (S, T, size)."""
-        chosen = integers(seeds, steps, purpose, size, self.count.clamp(min=1))
+    @property
+    def present(self) -> Tensor:
+        """False for padding (T, N)."""
+        return torch.arange(self.index.shape[1], device=self.index.device) < self.count.unsqueeze(1)
+
+    def draw(self, seeds: Tensor, steps: Tensor, purpose: Purpose, size: int) -> tuple[Tensor, Tensor]:
+        """Rows drawn with replacement and their places in `index`, each of shape (S, T, size)."""
+        places = integers(seeds, steps, purpose, size, self.count.clamp(min=1))
         index = self.index.unsqueeze(0).expand(len(steps), -1, -1)
-        return index.gather(2, chosen)
+        return index.gather(2, places), places
 
 
 @dataclass(frozen=True)
@@ -65,20 +70,20 @@ class BatchSource:
         steps = torch.arange(start, stop, device=self.labels.device)
         easy, strong = self.features.easy.shape[1], max(1, self.features.strong.shape[1])
         sizes = self.config.batch_labeled, self.config.batch_unlabeled
-        labeled = self.labeled.draw(self.trials.seeds, steps, Purpose.LABELED, sizes[0])  # (S, T, B)
+        labeled, _ = self.labeled.draw(self.trials.seeds, steps, Purpose.LABELED, sizes[0])  # (S, T, B)
         labeled_view = self._views(steps, Purpose.LABELED_VIEW, sizes[0], easy)
-        hidden = self.unlabeled.draw(self.trials.seeds, steps, Purpose.UNLABELED, sizes[1])  # (S, T, U)
+        hidden, places = self.unlabeled.draw(self.trials.seeds, steps, Purpose.UNLABELED, sizes[1])  # (S, T, U)
         weak_view = self._views(steps, Purpose.WEAK_VIEW, sizes[1], easy)
         strong_view = self._views(steps, Purpose.STRONG_VIEW, sizes[1], strong)
         for i, step in enumerate(range(start, stop)):
             features = self.features.easy_views(labeled[i], labeled_view[i])  # (T, B, D)
             features = self._noisy(features, step, Purpose.LABELED_NOISE)
-            weak = shifted = None
+            weak = shifted = place = None
             if self.pairs:
                 weak = self.features.easy_views(hidden[i], weak_view[i])  # (T, U, D)
                 shifted = self.features.strong_views(hidden[i], strong_view[i])
-                shifted = self._noisy(shifted, step, Purpose.STRONG_NOISE)
-            yield step, Batch(features, self.labels[labeled[i]], weak, shifted)
+                shifted, place = self._noisy(shifted, step, Purpose.STRONG_NOISE), places[i]
+            yield step, Batch(features, self.labels[labeled[i]], weak, shifted, place)
 
     @cached_property
     def _any_noise(self) -> bool:

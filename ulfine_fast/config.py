@@ -10,7 +10,7 @@ from typing import Any
 from ulfine_fast.cache.errors import InputError
 
 METHODS = ("zero_shot", "linear_probe", "lightweight", "ulfine")
-SHAPES = ("consistent", "uniform", "reversed", "middle", "head-tail", "natural")
+SHAPES = ("consistent", "uniform", "reversed", "middle", "head-tail", "shuffled", "natural")
 
 
 def _option(
@@ -33,6 +33,20 @@ def _option(
             "structural": structural,
         },
     )
+
+
+_SPLIT_FIELDS = (
+    "n1",
+    "m1",
+    "gamma_l",
+    "gamma_u",
+    "shape",
+    "labeled_in_unlabeled",
+    "permute_classes",
+    "labeled_fraction",
+    "val_fraction",
+    "test_fraction",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,6 +187,11 @@ class FitConfig:
 def structural_key(config: FitConfig) -> tuple[Any, ...]:
     """The values that trials must share to be trained in one pass."""
     return tuple(getattr(config, spec.name) for spec in dataclasses.fields(config) if spec.metadata["structural"])
+
+
+def split_key(config: FitConfig) -> tuple[Any, ...]:
+    """The values that decide which pictures a trial is given: configs that agree in them have one split."""
+    return (config.data_seed, *(getattr(config, name) for name in _SPLIT_FIELDS))
 
 
 def per_trial_fields() -> list[str]:

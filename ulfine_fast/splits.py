@@ -96,6 +96,7 @@ def unlabeled_counts(m1: int, gamma: float, shape: str, classes: int) -> Rows:
 
     `consistent` falls, `reversed` rises, `uniform` is flat, `middle` peaks at the middle ranks and `head-tail` at both
     ends (the last two after SimPro, arXiv 2402.13505; which of two equally distant ranks is larger is our choice).
+    `shuffled` falls along a second random order of the classes, which the caller draws.
 
     Returns:
         Counts of shape (K,).
@@ -142,7 +143,7 @@ def draw_split(labels: Rows, splits: NDArray[Any], class_names: list[str], confi
         unlabeled = np.concatenate([unlabeled, unknown])
     else:
         order = random.permutation(len(pools)) if config.permute_classes else np.arange(len(pools))
-        labeled, unlabeled = _long_tailed(pools, order, class_names, config)
+        labeled, unlabeled = _long_tailed(pools, order, class_names, config, random)
         if config.shape == "natural":
             unlabeled = np.concatenate([unlabeled, unknown])
     if config.labeled_in_unlabeled:
@@ -178,7 +179,7 @@ def _as_they_are(pools: list[Rows], share: float) -> tuple[Rows, list[Rows], Row
 
 
 def _long_tailed(
-    pools: list[Rows], order: NDArray[Any], class_names: list[str], config: FitConfig
+    pools: list[Rows], order: NDArray[Any], class_names: list[str], config: FitConfig, random: np.random.Generator
 ) -> tuple[list[Rows], Rows]:
     """Labelled rows per class and unlabelled rows, by the protocol's counts along `order`."""
     classes = len(pools)
@@ -196,7 +197,9 @@ def _long_tailed(
     if config.shape == "natural":
         return labeled, _rows(np.concatenate(rest))
     hidden = np.empty(classes, dtype=np.int64)
-    hidden[order] = _hidden_counts(sizes[order] - counts[order], config)
+    # an order of the unlabelled classes that the labelled one says nothing about
+    ranked = random.permutation(order) if config.shape == "shuffled" else order
+    hidden[ranked] = _hidden_counts(sizes[ranked] - counts[ranked], config)
     for k in np.flatnonzero(hidden > sizes - counts)[:1]:
         raise InputError(
             f"m1 = {config.m1} needs {hidden[k]} unlabelled pictures of class {class_names[k]!r}, "

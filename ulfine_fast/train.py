@@ -19,10 +19,10 @@ from ulfine_fast.cache.device import pick_device
 from ulfine_fast.cache.errors import InputError
 from ulfine_fast.cache.progress import progress_bar
 from ulfine_fast.calibration import fit_temperature
-from ulfine_fast.config import FitConfig, per_trial_fields, structural_key
+from ulfine_fast.config import FitConfig, per_trial_fields, split_key, structural_key
 from ulfine_fast.features import DeviceFeatures
 from ulfine_fast.heads import Tensors
-from ulfine_fast.methods import Batch, State, Trials, method_of
+from ulfine_fast.methods import Batch, Pool, State, Trials, method_of
 from ulfine_fast.ops.prototypes import class_means, normalize
 from ulfine_fast.ops.sgd import cosine_rate, sgd_step
 from ulfine_fast.run import Run
@@ -53,7 +53,7 @@ def fit_many(
     cache: FeatureCache,
     configs: Sequence[FitConfig],
     *,
-    split: Split | None = None,
+    split: Split | Sequence[Split] | None = None,
     device: str = "auto",
     progress: bool | None = None,
 ) -> list[Run]:
@@ -62,7 +62,7 @@ def fit_many(
     Args:
         cache: features of K classes, D wide.
         configs: T trials; hyper-parameters, seeds and splits may differ in each.
-        split: use this split for all trials instead of drawing one from each config.
+        split: use this split for all trials, or one for each, instead of drawing one from each config.
         device: "auto", "cpu", "cuda" or "cuda:N".
         progress: draw a progress bar; None draws it where stderr is a terminal.
 
@@ -74,10 +74,8 @@ def fit_many(
             the views a method trains on.
     """
     place = pick_device(device)
-    if split is not None:
-        _refuse_held_out(cache, split)
+    splits = _splits(cache, configs, split)
     features = DeviceFeatures.load(cache, place)
-    splits = [split or draw_split(cache.labels, cache.splits, cache.class_names, config) for config in configs]
     runs: dict[int, Run] = {}
     with progress_bar(progress) as bar:
         for members in _passes(configs, splits, features, len(cache.class_names)):
@@ -88,6 +86,23 @@ def fit_many(
                 bar.advance(task)
             runs.update(zip(members, one_pass.finish(), strict=True))
     return [runs[i] for i in range(len(configs))]
+
+
+def _splits(cache: FeatureCache, configs: Sequence[FitConfig], given: Split | Sequence[Split] | None) -> list[Split]:
+    """The split of each config: drawn once for all configs that draw the same, or as given."""
+    if given is None:
+        # a search asks for one split many times, and drawing one takes longer than some trials
+        drawn: dict[tuple[Any, ...], Split] = {}
+        for config in configs:
+            if split_key(config) not in drawn:
+                drawn[split_key(config)] = draw_split(cache.labels, cache.splits, cache.class_names, config)
+        return [drawn[split_key(config)] for config in configs]
+    splits = [given] * len(configs) if isinstance(given, Split) else list(given)
+    if len(splits) != len(configs):
+        raise InputError(f"{len(configs)} configs need as many splits, got {len(splits)}")
+    for one in {id(split): split for split in splits}.values():
+        _refuse_held_out(cache, one)
+    return splits
 
 
 def _refuse_held_out(cache: FeatureCache, split: Split) -> None:
@@ -144,9 +159,9 @@ class _Pass:
         self.steps = self.config.steps if self.method.trains else 0
         self.device = features.plain.device
         self.labels = torch.from_numpy(cache.labels).to(self.device)
-        self.unlabeled, self.val, self.test = (
+        self.labeled, self.unlabeled, self.val, self.test = (
             PaddedRows.of([getattr(split, role) for split in splits], self.device)
-            for role in ("unlabeled", "val", "test")
+            for role in ("labeled", "unlabeled", "val", "test")
         )
         self.counts = [labeled_counts(cache.labels, split, len(cache.class_names)) for split in splits]
         self.pairs = self.method.uses_unlabeled and int(self.unlabeled.count.max()) > 0
@@ -200,11 +215,25 @@ class _Pass:
     # -- training
 
     def _batches(self) -> BatchSource:
-        labeled = PaddedRows.of([split.labeled for split in self.splits], self.device)
-        return BatchSource(self.features, self.labels, labeled, self.unlabeled, self.trials, self.config, self.pairs)
+        return BatchSource(
+            self.features, self.labels, self.labeled, self.unlabeled, self.trials, self.config, self.pairs
+        )
+
+    def _pool(self) -> Pool:
+        """All training pictures of the pass."""
+        labeled, unlabeled = self.labeled, self.unlabeled
+        labels = torch.where(labeled.present, self.labels[labeled.index], -torch.ones_like(labeled.index))
+        return Pool(self.features, labeled.index, labels, unlabeled.index, unlabeled.present)
+
+    def _refresh(self, step: int) -> None:
+        """Let the method look at all training pictures, where it asks for that."""
+        if self.method.uses_pool:
+            with torch.no_grad():
+                self.method.refresh(self.trials, self.state, self._pool(), step)
 
     def train(self) -> Iterator[int]:
         """Run the steps, yielding after each; evaluates every `eval_every` steps and at the end."""
+        self._refresh(0)
         velocity = {name: torch.zeros_like(tensor) for name, tensor in self.state.parameters.items()}
         for tensor in self.state.parameters.values():
             tensor.requires_grad_(True)
@@ -215,6 +244,7 @@ class _Pass:
             for step, batch in batches.draw(start, stop):
                 sums += self._step(step, batch, velocity)
                 yield step
+            self._refresh(stop)
             self._evaluate(stop, (sums / (stop - start)).cpu().numpy())
 
     def _step(self, step: int, batch: Batch, velocity: dict[str, Tensor]) -> Tensor:
@@ -265,16 +295,23 @@ class _Pass:
     def pseudo_health(self) -> list[dict[str, Any]]:
         """Pseudo-label figures of each trial over all its unlabelled rows, from their plain view."""
         found: list[dict[str, Any]] = []
-        for t, logits in enumerate(self._logits(self.unlabeled, pseudo=True)):
+        # methods that draw no pseudo-labels, or draw soft ones, are judged on all their guesses
+        judged = self.method.uses_unlabeled and self.method.thresholds
+        for t, probabilities in enumerate(self._pseudo_probabilities()):
             config, labels = self.configs[t], self.cache.labels[self.splits[t].unlabeled]
-            if not len(labels):
-                found.append({})
-                continue
-            probabilities = metrics.softmax(logits / config.sharpen)
-            # methods that draw no pseudo-labels are judged on all their guesses, the oracle's precision being accuracy
-            threshold = config.threshold if self.method.uses_unlabeled else 0.0
-            found.append(metrics.pseudo_label_health(probabilities, labels, threshold, logits.shape[1]))
+            threshold = config.threshold if judged else 0.0
+            figures = metrics.pseudo_label_health(probabilities, labels, threshold, probabilities.shape[1])
+            found.append(figures if len(labels) else {})
         return found
+
+    def _pseudo_probabilities(self) -> list[NDArray[Any]]:
+        """Pseudo-label probabilities (n_t, K) of each trial's unlabelled pictures."""
+        drawn = self.method.drawn(self.trials, self.state)
+        if drawn is None:
+            logits = self._logits(self.unlabeled, pseudo=True)
+            return [metrics.softmax(z / config.sharpen) for z, config in zip(logits, self.configs, strict=True)]
+        counts = self.unlabeled.count.tolist()
+        return [drawn[t, :count].float().cpu().numpy() for t, count in enumerate(counts)]
 
     def _keep_best(self, scores: Tensor) -> None:
         if not any(config.select == "best" for config in self.configs):
@@ -290,7 +327,8 @@ class _Pass:
 
     def finish(self) -> list[Run]:
         """Read the test split, once, with the kept heads, and hand the runs out."""
-        self.state = State({}, self.best or {name: tensor.detach() for name, tensor in self.state.tensors.items()})
+        kept = self.best or {name: tensor.detach() for name, tensor in self.state.tensors.items()}
+        self.state = State({}, kept, self.state.scratch)
         seconds = time.perf_counter() - self.started
         health = self.pseudo_health()
         val = self._logits(self.val, pseudo=False)

@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 from ulfine_fast.config import FitConfig
+from ulfine_fast.features import DeviceFeatures
 from ulfine_fast.heads import Tensors
 from ulfine_fast.ops.losses import PseudoLabels
 
@@ -34,21 +36,57 @@ class Trials:
 class Batch(NamedTuple):
     """A mini-batch of unit features: labelled (T, B, D) with labels (T, B), and two views of unlabelled ones (T, U, D).
 
-    `weak` and `strong` are None where the method uses no unlabelled pictures or a trial has none.
+    `places` (T, U) says where the unlabelled ones stand in the :class:`Pool`. All three are None where the method uses
+    no unlabelled pictures or a trial has none.
     """
 
     labeled: Tensor
     labels: Tensor
-    weak: Tensor | None
-    strong: Tensor | None
+    weak: Tensor | None = None
+    strong: Tensor | None = None
+    places: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Pool:
+    """All training pictures of T trials at once, for methods that look at more than a mini-batch.
+
+    Trials of different size are padded: padding has label -1, presence False, and the features of some other picture.
+
+    Attributes:
+        features: the cache's features on the device.
+        labeled_rows: rows of the cache (T, L). labels: int64 (T, L), -1 for padding.
+        unlabeled_rows: (T, N). present: bool (T, N), False for padding.
+    """
+
+    features: DeviceFeatures
+    labeled_rows: Tensor
+    labels: Tensor
+    unlabeled_rows: Tensor
+    present: Tensor
+
+    @property
+    def labeled(self) -> Tensor:
+        """Plain unit features of the labelled pictures (T, L, D)."""
+        return self.features.rows(self.labeled_rows)
+
+    @property
+    def unlabeled(self) -> Tensor:
+        """Plain unit features of the unlabelled pictures (T, N, D)."""
+        return self.features.rows(self.unlabeled_rows)
 
 
 @dataclass
 class State:
-    """What T trials have learned: parameters get gradients, memory is moved by the method itself."""
+    """What T trials have learned: parameters get gradients, memory is moved by the method itself.
+
+    Scratch is memory that training needs and prediction does not, such as one value per unlabelled picture; it is not
+    saved with the run.
+    """
 
     parameters: Tensors
     memory: Tensors = field(default_factory=dict)
+    scratch: Tensors = field(default_factory=dict)
 
     @property
     def tensors(self) -> Tensors:
@@ -66,26 +104,42 @@ class Losses(NamedTuple):
 
 
 class Method(Protocol):
-    """The parts of training that differ between methods; the loop, sampling and optimiser are not theirs."""
+    """The parts of training that differ between methods; the loop, sampling and optimiser are not theirs.
 
-    trains: bool
-    uses_unlabeled: bool
+    Attributes:
+        trains: whether the loop's steps are run; a closed form needs none.
+        uses_unlabeled: whether unlabelled pictures are drawn into mini-batches.
+        uses_pool: whether :meth:`refresh` is called.
+        thresholds: whether pseudo-labels count only over `threshold`; False where all of them train, by weight.
+    """
+
+    trains: bool = True
+    uses_unlabeled: bool = True
+    uses_pool: bool = False
+    thresholds: bool = True
 
     def start(self, trials: Trials) -> State:
-        """Tensors before the first step."""
+        """Tensors before the first step; "linear" or "prototypes" (T, K, D) is always among them."""
         ...
+
+    def refresh(self, trials: Trials, state: State, pool: Pool, step: int) -> None:
+        """Look at all training pictures: before the first step and after every `eval_every` steps."""
 
     def losses(self, trials: Trials, state: State, batch: Batch) -> Losses:
         """Losses of a mini-batch, with gradients to the parameters."""
-        ...
+        zero = torch.zeros_like(trials.values["tau"])
+        return Losses(zero, zero, zero)
 
     def after_step(self, trials: Trials, state: State, batch: Batch, losses: Losses) -> None:
         """Move the memory after the optimiser's step."""
-        ...
+
+    def drawn(self, trials: Trials, state: State) -> Tensor | None:
+        """Probabilities (T, N, K) given to the pool's unlabelled pictures; None to take :meth:`pseudo_logits`."""
+        return None
 
     def pseudo_logits(self, trials: Trials, tensors: Tensors, features: Tensor) -> Tensor:
-        """Logits (T, B, K) that pseudo-labels are drawn from, for unit features (T, B, D)."""
-        ...
+        """Logits (T, B, K) that pseudo-labels are drawn from, for unit features (T, B, D); those of the prediction."""
+        return self.logits(trials, tensors, features)
 
     def logits(self, trials: Trials, tensors: Tensors, features: Tensor) -> Tensor:
         """Logits (T, B, K) of the prediction, for unit features (T, B, D)."""

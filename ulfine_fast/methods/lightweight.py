@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 
 from ulfine_fast.heads import Tensors, adapt, cosine_logits, new_adapter
-from ulfine_fast.methods import Batch, Losses, State, Trials
+from ulfine_fast.methods import Batch, Losses, Method, State, Trials
 from ulfine_fast.ops.losses import adjusted_cross_entropy, masked_mean, pseudo_labels
 
 
-class Lightweight:
+class Lightweight(Method):
     """The baseline that ULFine starts from: labelled loss adjusted, pseudo-labels by a fixed threshold."""
 
     trains = True

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from ulfine_fast.heads import Tensors, cosine_logits
-from ulfine_fast.methods import Batch, Losses, State, Trials
+from ulfine_fast.methods import Batch, Losses, Method, State, Trials
 from ulfine_fast.ops.losses import adjusted_cross_entropy
 
 
-class LinearProbe:
+class LinearProbe(Method):
     """CE(z + tau log pi, y) over a linear head; no adapter, no unlabelled pictures."""
 
     trains = True

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ulfine_fast.heads import Tensors, adapt, cosine_logits, new_adapter
-from ulfine_fast.methods import Batch, Losses, State, Trials
+from ulfine_fast.methods import Batch, Losses, Method, State, Trials
 from ulfine_fast.ops.fusion import fuse
 from ulfine_fast.ops.losses import PseudoLabels, adjusted_cross_entropy, masked_mean, pseudo_labels
 from ulfine_fast.ops.prototypes import (
@@ -22,7 +22,7 @@ from ulfine_fast.ops.prototypes import (
 )
 
 
-class ULFine:
+class ULFine(Method):
     """Adapter, linear head, fitted textual prototypes; pseudo-labels and predictions from both heads' fused logits."""
 
     trains = True

@@ -5,10 +5,10 @@ from __future__ import annotations
 from torch import Tensor
 
 from ulfine_fast.heads import Tensors, cosine_logits
-from ulfine_fast.methods import Batch, Losses, State, Trials
+from ulfine_fast.methods import Batch, Losses, Method, State, Trials
 
 
-class ZeroShot:
+class ZeroShot(Method):
     """Logits are scaled cosines to the textual prototypes."""
 
     trains = False

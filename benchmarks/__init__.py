@@ -1,0 +1,1 @@
+"""Measurements that back the documentation; each module is a command: `python -m benchmarks.NAME`."""
