@@ -21,7 +21,7 @@ from ulfine_fast.config import FitConfig, per_trial_fields, structural_key
         ({"seed": None}, "seed must be given, got None"),
         ({"n1": 0}, "n1 must be at least 1, got 0"),
         ({"gamma_l": 0.5}, "gamma_l must be at least 1, got 0.5"),
-        ({"method": "magic"}, "method must be one of zero_shot, linear_probe, lightweight, ulfine, got 'magic'"),
+        ({"method": "magic"}, "method must be one of zero_shot, linear_probe, lightweight, ulfine, "),
         ({"shape": ["consistent"]}, "shape must be one of"),
     ],
 )

@@ -9,7 +9,31 @@ from typing import Any
 
 from ulfine_fast.cache.errors import InputError
 
-METHODS = ("zero_shot", "linear_probe", "lightweight", "ulfine")
+METHODS = (
+    "zero_shot",
+    "linear_probe",
+    "lightweight",
+    "ulfine",
+    "ulfine_plus",
+    "lift",
+    "finessl",
+    "tip_adapter",
+    "tip_adapter_f",
+    "label_propagation",
+    "gmm",
+    "clip_adapter",
+    "cross_modal",
+    "loft",
+    "cross_entropy",
+    "balanced_softmax",
+    "class_balanced",
+    "ldam",
+    "fixmatch",
+    "freematch",
+    "acr",
+    "simpro",
+    "daso",
+)
 SHAPES = ("consistent", "uniform", "reversed", "middle", "head-tail", "shuffled", "natural")
 
 
@@ -156,6 +180,51 @@ class FitConfig:
     predict_from: str = _option(
         "fused", "ulfine: logits of the final prediction", choices=("fused", "linear", "similarity"), structural=True
     )
+
+    # -- caches of labelled pictures, graphs, mixtures
+    cache_weight: float = _option(1.0, "tip_adapter, tip_adapter_f: weight alpha of the cache beside the text", low=0.0)
+    cache_sharpness: float = _option(
+        5.5, "tip_adapter, tip_adapter_f: sharpness beta of a key's affinity, exp(-beta (1 - cos))", low=0.0
+    )
+    neighbors: int = _option(
+        5, "label_propagation, gmm: nearest neighbours that a picture is linked to", low=1, structural=True
+    )
+    propagation: float = _option(
+        0.3, "label_propagation: how far labels travel, alpha in (I - alpha S) z = y", low=0.0, high=0.99
+    )
+    text_power: float = _option(5.0, "label_propagation: power gamma of cosines between pictures and texts", low=0.0)
+    anchor: float = _option(0.5, "gmm: weight lambda of the text's log probabilities", low=0.0)
+    labeled_weight: float = _option(
+        1.0, "gmm: weight of all labelled pictures in means and covariance, the unlabelled ones having 1", low=0.0
+    )
+
+    # -- margins
+    margin: float = _option(8.0, "finessl: largest balanced margin, in logits", low=0.0)
+    smoothing: float = _option(0.5, "finessl: label smoothing of the auxiliary head", low=0.0, high=1.0)
+    largest_margin: float = _option(0.5, "ldam: margin of the rarest class, in cosines", low=0.0, high=2.0)
+    defer: float = _option(0.8, "ldam: share of the steps before classes are weighted", low=0.0, high=1.0)
+    effective_beta: float = _option(
+        0.9999, "ldam, class_balanced: beta of the effective numbers of pictures", low=0.0, high=0.9999999
+    )
+
+    # -- semi-supervised baselines
+    fairness: float = _option(0.01, "freematch: weight of the fairness loss", low=0.0)
+    semantic_temperature: float = _option(0.05, "daso: temperature of the cosines with the class means", low=0.001)
+    semantic_weight: float = _option(1.0, "daso: weight of the semantic alignment of strong and weak views", low=0.0)
+    blend_temperature: float = _option(
+        1.5, "daso: temperature of the guesses' distribution, by which class means are blended in", low=0.01
+    )
+
+    # -- ULFine plus: anchored clusters, weighed by held-out labels
+    folds: int = _option(4, "ulfine_plus: parts of the labels held out in turn", low=2, structural=True)
+    lean: float = _option(1.0, "ulfine_plus: weight of the labelled-only probe in the clusters' logits", low=0.0)
+    label_weight: float = _option(10.0, "ulfine_plus: weight of a labelled picture in its class's center", low=0.0)
+    view_weight: float = _option(1.0, "ulfine_plus: weight of the scatter between views in the whitening", low=0.0)
+    shrink: float = _option(0.05, "ulfine_plus: share of the scatter spread evenly over all directions", low=0.0)
+    blunt: float = _option(10.0, "ulfine_plus: sharpness of the cluster probabilities in the first round", low=0.1)
+    sharp: float = _option(30.0, "ulfine_plus: sharpness in the last round", low=0.1)
+    pull: float = _option(0.3, "ulfine_plus: pseudo-count of the starting class shares, in unlabelled sets", low=0.0)
+    trust: float = _option(20.0, "ulfine_plus: how sharply held-out log-likelihood decides between candidates", low=0.0)
 
     def __post_init__(self) -> None:
         for spec in dataclasses.fields(self):

@@ -54,3 +54,8 @@ class DeviceFeatures:
         if not self.strong.shape[1]:
             return self.rows(index)
         return normalize(self.strong[self.position[index], view].float())
+
+    def all_views(self, index: Tensor) -> Tensor:
+        """Plain, weak and strong views (T, B, V, D) of rows (T, B) that have views."""
+        position = self.position[index]
+        return normalize(torch.cat([self.easy[position], self.strong[position]], dim=2).float())

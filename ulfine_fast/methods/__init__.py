@@ -71,6 +71,16 @@ class Pool:
         return self.features.rows(self.labeled_rows)
 
     @property
+    def labeled_views(self) -> Tensor:
+        """All cached views of the labelled pictures (T, L, V, D): plain, weak, strong."""
+        return self.features.all_views(self.labeled_rows)
+
+    @property
+    def unlabeled_views(self) -> Tensor:
+        """All cached views of the unlabelled pictures (T, N, V, D): plain, weak, strong."""
+        return self.features.all_views(self.unlabeled_rows)
+
+    @property
     def unlabeled(self) -> Tensor:
         """Plain unit features of the unlabelled pictures (T, N, D)."""
         return self.features.rows(self.unlabeled_rows)
@@ -124,6 +134,8 @@ class Method(Protocol):
 
     def refresh(self, trials: Trials, state: State, pool: Pool, step: int) -> None:
         """Look at all training pictures: before the first step and after every `eval_every` steps."""
+        return
+        return
 
     def losses(self, trials: Trials, state: State, batch: Batch) -> Losses:
         """Losses of a mini-batch, with gradients to the parameters."""
@@ -132,6 +144,7 @@ class Method(Protocol):
 
     def after_step(self, trials: Trials, state: State, batch: Batch, losses: Losses) -> None:
         """Move the memory after the optimiser's step."""
+        return
 
     def drawn(self, trials: Trials, state: State) -> Tensor | None:
         """Probabilities (T, N, K) given to the pool's unlabelled pictures; None to take :meth:`pseudo_logits`."""
@@ -148,9 +161,25 @@ class Method(Protocol):
 
 def method_of(config: FitConfig) -> Method:
     """The method a config names."""
+    from ulfine_fast.methods.acr import ACR
+    from ulfine_fast.methods.clip_adapter import ClipAdapter
+    from ulfine_fast.methods.cross_modal import CrossModal
+    from ulfine_fast.methods.daso import DASO
+    from ulfine_fast.methods.finessl import FineSSL
+    from ulfine_fast.methods.fixmatch import FixMatch
+    from ulfine_fast.methods.freematch import FreeMatch
+    from ulfine_fast.methods.gmm import Mixture
+    from ulfine_fast.methods.label_propagation import LabelPropagation
+    from ulfine_fast.methods.lift import Lift
     from ulfine_fast.methods.lightweight import Lightweight
     from ulfine_fast.methods.linear_probe import LinearProbe
+    from ulfine_fast.methods.loft import LoFT
+    from ulfine_fast.methods.simpro import SimPro
+    from ulfine_fast.methods.supervised import LDAM, BalancedSoftmax, ClassBalanced, CrossEntropy
+    from ulfine_fast.methods.tip_adapter import TipAdapter
+    from ulfine_fast.methods.tip_adapter_f import TipAdapterF
     from ulfine_fast.methods.ulfine import ULFine
+    from ulfine_fast.methods.ulfine_plus import ULFinePlus
     from ulfine_fast.methods.zero_shot import ZeroShot
 
     methods: dict[str, type[Method]] = {
@@ -158,5 +187,24 @@ def method_of(config: FitConfig) -> Method:
         "linear_probe": LinearProbe,
         "lightweight": Lightweight,
         "ulfine": ULFine,
+        "ulfine_plus": ULFinePlus,
+        "lift": Lift,
+        "finessl": FineSSL,
+        "tip_adapter": TipAdapter,
+        "tip_adapter_f": TipAdapterF,
+        "label_propagation": LabelPropagation,
+        "gmm": Mixture,
+        "clip_adapter": ClipAdapter,
+        "cross_modal": CrossModal,
+        "loft": LoFT,
+        "cross_entropy": CrossEntropy,
+        "balanced_softmax": BalancedSoftmax,
+        "class_balanced": ClassBalanced,
+        "ldam": LDAM,
+        "fixmatch": FixMatch,
+        "freematch": FreeMatch,
+        "acr": ACR,
+        "simpro": SimPro,
+        "daso": DASO,
     }
     return methods[config.method]()

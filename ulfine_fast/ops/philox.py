@@ -27,6 +27,7 @@ class Purpose(enum.IntEnum):
     STRONG_VIEW = 5
     LABELED_NOISE = 6
     STRONG_NOISE = 7
+    FOLDS = 8
 
 
 def philox(counter: Tensor, key: Tensor) -> Tensor:
@@ -93,10 +94,14 @@ def integers(seeds: Tensor, steps: Tensor, purpose: Purpose, count: int, below: 
     return (words(seeds, steps, purpose, count) * below.view(1, -1, 1)) >> 32
 
 
+def uniforms(seeds: Tensor, step: int, purpose: Purpose, count: int) -> Tensor:
+    """Numbers strictly between 0 and 1, float64 (T, count)."""
+    steps = torch.tensor([step], device=seeds.device)
+    return (words(seeds, steps, purpose, count)[0].double() + 0.5) / 2.0**32
+
+
 def normals(seeds: Tensor, step: int, purpose: Purpose, count: int) -> Tensor:
     """Standard normal numbers (T, count), float32, by the Box-Muller transform."""
-    steps = torch.tensor([step], device=seeds.device)
-    bits = words(seeds, steps, purpose, 2 * count)[0].double()  # (T, 2 count)
-    uniform = (bits + 0.5) / 2.0**32
+    uniform = uniforms(seeds, step, purpose, 2 * count)  # (T, 2 count)
     radius = torch.sqrt(-2.0 * torch.log(uniform[:, :count]))
     return (radius * torch.cos(2.0 * math.pi * uniform[:, count:])).float()

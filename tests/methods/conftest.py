@@ -1,0 +1,47 @@
+"""Small worlds in which methods are compared with formulas written out row by row."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ulfine_fast.config import FitConfig, per_trial_fields
+from ulfine_fast.features import DeviceFeatures
+from ulfine_fast.methods import Batch, Pool, Trials, method_of
+from ulfine_fast.ops.prototypes import normalize
+
+
+def trials_of(config, prototypes, log_prior, seeds=None):
+    """Trials (T, K, D) that all have the values of one config."""
+    count = len(prototypes)
+    hyper = {name: torch.full((count,), float(getattr(config, name))) for name in per_trial_fields()}
+    return Trials(config, hyper, torch.arange(count) if seeds is None else seeds, prototypes, log_prior)
+
+
+def pool_of(features, labeled, labels, unlabeled, present):
+    """A pool over plain features (n, D), without views."""
+    empty = torch.zeros(0, 1, features.shape[1])
+    device = DeviceFeatures(features, empty, empty, torch.full((len(features),), -1))
+    return Pool(device, torch.tensor(labeled), torch.tensor(labels), torch.tensor(unlabeled), torch.tensor(present))
+
+
+@pytest.fixture
+def world():
+    """Build two trials of three classes, their method, its state and one batch of random unit features."""
+
+    def make(seed=0, trials=2, classes=3, dim=5, labeled=6, unlabeled=8, pool=20, **values):
+        torch.manual_seed(seed)
+        config = FitConfig(**{"adapter": "none", "scale": 8.0, "tau": 1.0, "threshold": 0.5, **values})
+        log_prior = torch.log_softmax(torch.randn(trials, classes), -1)
+        told = trials_of(config, normalize(torch.randn(classes, dim)).repeat(trials, 1, 1), log_prior)
+        batch = Batch(
+            normalize(torch.randn(trials, labeled, dim)),
+            torch.randint(classes, (trials, labeled)),
+            normalize(torch.randn(trials, unlabeled, dim)),
+            normalize(torch.randn(trials, unlabeled, dim)),
+            torch.randint(pool, (trials, unlabeled)),
+        )
+        method = method_of(config)
+        return told, method, method.start(told), batch
+
+    return make

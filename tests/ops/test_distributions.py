@@ -1,0 +1,50 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from ulfine_fast.ops.distributions import distance_from_labeled, reversed_ranks, symmetric_divergence
+
+
+def test_divergence_is_the_mean_of_both_directions():
+    torch.manual_seed(0)
+    one, other = torch.softmax(torch.randn(3, 5), -1), torch.softmax(torch.randn(3, 5), -1)
+    found = symmetric_divergence(one, other)
+    for t in range(3):
+        pairs = list(zip(one[t].tolist(), other[t].tolist(), strict=True))
+        wanted = sum(p * math.log(p / q) + q * math.log(q / p) for p, q in pairs) / 2
+        assert found[t].item() == pytest.approx(wanted, rel=1e-4)
+    torch.testing.assert_close(found, symmetric_divergence(other, one))
+    assert symmetric_divergence(one, one).abs().max() < 1e-7
+
+
+def test_an_empty_class_gives_a_finite_divergence():
+    assert torch.isfinite(symmetric_divergence(torch.tensor([[1.0, 0.0]]), torch.tensor([[0.5, 0.5]]))).all()
+
+
+def test_reversal_is_by_rank_and_not_by_place():
+    prior = torch.tensor([[0.1, 0.6, 0.3], [0.2, 0.3, 0.5]])
+    torch.testing.assert_close(reversed_ranks(prior), torch.tensor([[0.6, 0.1, 0.3], [0.5, 0.3, 0.2]]))
+    torch.testing.assert_close(reversed_ranks(reversed_ranks(prior)), prior)
+
+
+def test_distance_is_the_softmax_of_three_divergences():
+    prior = torch.tensor([[0.7, 0.2, 0.1]])
+    estimated = torch.tensor([[0.5, 0.2, 0.3]])
+    uniform, reverse = torch.full((1, 3), 1 / 3), torch.tensor([[0.1, 0.2, 0.7]])
+    powers = [math.exp(symmetric_divergence(estimated, anchor).item()) for anchor in (prior, uniform, reverse)]
+    found = distance_from_labeled(estimated, prior)
+    assert found.item() == pytest.approx(powers[0] / sum(powers), rel=1e-4)
+
+
+def test_distance_at_the_anchors():
+    steep = torch.softmax(torch.linspace(9, 0, 10), 0)[None]
+    uniform = torch.full_like(steep, 0.1)
+    same, even, reverse = (distance_from_labeled(x, steep).item() for x in (steep, uniform, reversed_ranks(steep)))
+    assert same < 0.05
+    assert same < even
+    assert reverse > 0.9
+    # where the labels are uniform all anchors are one
+    assert distance_from_labeled(uniform, uniform).item() == pytest.approx(1 / 3, rel=1e-4)

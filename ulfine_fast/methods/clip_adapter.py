@@ -1,0 +1,50 @@
+"""CLIP-Adapter: a bottleneck blended with the feature, in front of the text's classifier (arXiv 2110.04544).
+
+The visual adapter alone, as in the paper's main results; `adapter_scale` is its residual ratio alpha (0.2 there) and
+`rank` its width (a quarter of D there). Ours: the loss is adjusted by tau, 0 in the paper. Lost: fresh crops.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ulfine_fast.heads import Tensors, cosine_logits
+from ulfine_fast.methods import Batch, Losses, Method, State, Trials
+from ulfine_fast.ops.losses import adjusted_cross_entropy
+from ulfine_fast.ops.philox import Purpose, normals
+from ulfine_fast.ops.prototypes import normalize
+
+
+class ClipAdapter(Method):
+    """Logits sigma cos(alpha A(x) + (1 - alpha) x, t_k), A(x) = relu(relu(x W_1) W_2), as released."""
+
+    uses_unlabeled = False
+
+    def start(self, trials: Trials) -> State:
+        """W_1 (T, D, r) and W_2 (T, r, D) from each trial's seed; the textual prototypes stay."""
+        dim, rank = trials.prototypes.shape[-1], trials.config.rank
+        parameters = {"down": _weights(trials.seeds, 0, dim, rank), "up": _weights(trials.seeds, 1, rank, dim)}
+        return State(parameters, {"prototypes": trials.prototypes.clone()})
+
+    def losses(self, trials: Trials, state: State, batch: Batch) -> Losses:
+        """Adjusted cross-entropy of the labelled pictures."""
+        logits = self.logits(trials, state.tensors, batch.labeled)  # (T, B, K)
+        loss = adjusted_cross_entropy(logits, batch.labels, trials.log_prior, trials.values["tau"]).mean(-1)
+        return Losses(loss, torch.zeros_like(loss), torch.zeros_like(loss))
+
+    def logits(self, trials: Trials, tensors: Tensors, features: Tensor) -> Tensor:
+        """Text logits (T, B, K) of the blended feature."""
+        # a blend, not a sum: at ratio 1 nothing of the feature is left
+        ratio = trials.values["adapter_scale"].view(-1, 1, 1)
+        hidden = torch.relu(features @ tensors["down"])  # (T, B, r)
+        blended = ratio * torch.relu(hidden @ tensors["up"]) + (1 - ratio) * features
+        return cosine_logits(normalize(blended), tensors["prototypes"], trials.values["scale"])
+
+
+def _weights(seeds: Tensor, draw: int, rows: int, columns: int) -> Tensor:
+    """Normal weights (T, rows, columns) of variance 1 / (3 rows), that of PyTorch's linear layers."""
+    drawn = normals(seeds, draw, Purpose.WEIGHTS, rows * columns).view(len(seeds), rows, columns)
+    return drawn / math.sqrt(3 * rows)

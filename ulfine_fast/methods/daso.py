@@ -1,0 +1,102 @@
+"""DASO (arXiv 2106.05682): guesses of the head and of class means are blended, the more so for frequent classes.
+
+Published: semantic temperature 0.05, blend temperature 1.5 (0.3 where the distributions differ), semantic weight 1,
+threshold 0.95; labelled losses plain or logit-adjusted (tau 0 or 1). Ours: the class means start from all labelled
+pictures and then move by `visual_momentum`, in place of a queue of an averaged encoder's features and 5,000 steps
+without any blending; the guesses' distribution starts as the labelled one and moves by `rho` at each step, not after
+every 100. Lost to the cache: what FixMatch loses.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ulfine_fast.heads import Tensors, adapt
+from ulfine_fast.methods import Batch, Losses, Pool, State, Trials
+from ulfine_fast.methods.fixmatch import FixMatch, soft_cross_entropy
+from ulfine_fast.ops.losses import PseudoLabels
+from ulfine_fast.ops.prototypes import class_means, move_visual, normalize
+from ulfine_fast.ops.thresholds import histogram, running
+
+_EPS = 1e-12
+
+
+class DASO(FixMatch):
+    """FixMatch with blended guesses, and strong views that are as near to the class means as their weak ones."""
+
+    adjusted = True
+    uses_pool = True
+
+    def start(self, trials: Trials) -> State:
+        """Adapter and head; the guesses' distribution (T, K), class means (T, K, D), and which classes have one."""
+        state = super().start(trials)
+        state.memory = {
+            "guessed": trials.log_prior.exp(),
+            "visual": torch.zeros_like(trials.prototypes),
+            "seen": torch.zeros_like(trials.log_prior, dtype=torch.bool),
+        }
+        return state
+
+    def refresh(self, trials: Trials, state: State, pool: Pool, step: int) -> None:
+        """Class means of all labelled pictures, before the first step."""
+        if step > 0:
+            return
+        # padding counts as one class more, which is cut off
+        classes = trials.prototypes.shape[1]
+        labels = torch.where(pool.labels < 0, classes, pool.labels)
+        adapted = adapt(state.tensors, pool.labeled, trials.values["adapter_scale"])
+        means, counts = class_means(adapted, labels, classes + 1)
+        state.memory["visual"].copy_(normalize(means[:, :classes]))
+        state.memory["seen"].copy_(counts[:, :classes] > 0)
+
+    def pseudo_logits(self, trials: Trials, tensors: Tensors, features: Tensor) -> Tensor:
+        """Logits of (1 - m) times the head's probabilities plus m times the class means', m by the head's class."""
+        sharpen = trials.values["sharpen"].view(-1, 1, 1)
+        linear = torch.softmax(self.logits(trials, tensors, features) / sharpen, -1)  # (T, B, K)
+        semantic = torch.softmax(self.semantic(trials, tensors, features), -1)
+        weights = blend_weights(tensors["guessed"], trials.values["blend_temperature"])
+        m = weights.gather(1, linear.argmax(-1)).unsqueeze(-1)  # (T, B, 1)
+        # who asks for pseudo-labels divides by the temperature, and must be given back what was blended
+        return sharpen * torch.log((1 - m) * linear + m * semantic + _EPS)
+
+    def beside(self, trials: Trials, state: State, batch: Batch, strong: Tensor, pseudo: PseudoLabels) -> Tensor:
+        """Semantic alignment: cross-entropy of the strong view's nearness to the means to the weak view's."""
+        assert batch.weak is not None
+        assert batch.strong is not None
+        with torch.no_grad():
+            wanted = torch.softmax(self.semantic(trials, state.tensors, batch.weak), -1)
+        given = self.semantic(trials, state.tensors, batch.strong)
+        return trials.values["semantic_weight"] * soft_cross_entropy(given, wanted).mean(-1)
+
+    def semantic(self, trials: Trials, tensors: Tensors, features: Tensor) -> Tensor:
+        """Cosines with the class means over the semantic temperature (T, B, K); very low for classes without one."""
+        adapted = adapt(tensors, features, trials.values["adapter_scale"])
+        cosines = adapted @ normalize(tensors["visual"]).transpose(1, 2)
+        logits = cosines / trials.values["semantic_temperature"].view(-1, 1, 1)
+        # finite, as 0 * -inf in a cross-entropy is no number
+        return logits.masked_fill(~tensors["seen"].unsqueeze(1), -1e4)
+
+    @torch.no_grad()
+    def after_step(self, trials: Trials, state: State, batch: Batch, losses: Losses) -> None:
+        """Move the class means by the batch's labels, the guesses' distribution by all of its guesses."""
+        memory, values = state.memory, trials.values
+        adapted = adapt(state.tensors, batch.labeled, values["adapter_scale"])
+        means, counts = class_means(adapted, batch.labels, memory["seen"].shape[1])
+        memory["visual"].copy_(move_visual(memory["visual"], means, counts, memory["seen"], values["visual_momentum"]))
+        memory["seen"].logical_or_(counts > 0)
+        if losses.pseudo is None:
+            return
+        rows = torch.full_like(losses.pseudo.mask, 1.0 / losses.pseudo.mask.shape[1])
+        guessed = histogram(losses.pseudo.labels, rows, memory["seen"].shape[1])
+        memory["guessed"].copy_(running(memory["guessed"], guessed, values["rho"]))
+
+
+def blend_weights(guessed: Tensor, temperature: Tensor) -> Tensor:
+    """Weight of the class means in a guess (T, K): the class's share to 1 / temperature, 1 for the most frequent one.
+
+    Args:
+        guessed: distribution of the guesses (T, K).
+        temperature: positive (T,); large, all classes have the weight 1, small, only the most frequent one has any.
+    """
+    return (guessed / guessed.amax(-1, keepdim=True)) ** (1 / temperature.view(-1, 1))

@@ -1,0 +1,67 @@
+"""FixMatch (arXiv 2001.07685): the sure guesses on a weak view are the labels of the strong one.
+
+Published: threshold 0.95, lambda_u 1, 2^20 steps of 64 + 448. Lost to the cache: fresh augmentations at every step (a
+few cached views stand in for them), the encoder's own training (adapter and head stand in for it) and the average of
+the weights over time that the paper tests.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ulfine_fast.methods import Batch, Losses, State, Trials
+from ulfine_fast.methods.lightweight import Lightweight
+from ulfine_fast.ops.losses import PseudoLabels, adjusted_cross_entropy, masked_mean, pseudo_labels
+
+
+class FixMatch(Lightweight):
+    """The adapter and head of `lightweight`, by the published losses; other methods change single parts of it.
+
+    Attributes:
+        adjusted: whether the labelled loss is logit-adjusted by `tau`. It is not here, as published; in methods that
+            are usually read with and without it, tau = 0 is the published loss.
+    """
+
+    adjusted: bool = False
+
+    def losses(self, trials: Trials, state: State, batch: Batch) -> Losses:
+        """CE(z, y) + lambda_u CE(z(strong), guess of z(weak)) where the guess is sure enough (section 2.2)."""
+        labeled = self.supervised(trials, self.linear(trials, state, batch.labeled), batch.labels)
+        if batch.weak is None or batch.strong is None:
+            return Losses(labeled, torch.zeros_like(labeled), torch.zeros_like(labeled))
+        with torch.no_grad():
+            pseudo = self.guess(trials, state, batch)
+        strong = self.linear(trials, state, batch.strong)  # (T, U, K)
+        unlabeled = masked_mean(plain_cross_entropy(strong, pseudo.labels), pseudo.mask)
+        beside = self.beside(trials, state, batch, strong, pseudo)
+        return Losses(labeled, trials.values["lambda_u"] * unlabeled, beside, pseudo)
+
+    def linear(self, trials: Trials, state: State, features: Tensor) -> Tensor:
+        """The linear head's logits (T, B, K), whatever a method predicts from."""
+        return Lightweight.logits(self, trials, state.tensors, features)
+
+    def supervised(self, trials: Trials, logits: Tensor, labels: Tensor) -> Tensor:
+        """Labelled loss (T,) of logits (T, B, K)."""
+        tau = trials.values["tau"] if self.adjusted else torch.zeros_like(trials.values["tau"])
+        return adjusted_cross_entropy(logits, labels, trials.log_prior, tau).mean(-1)
+
+    def guess(self, trials: Trials, state: State, batch: Batch) -> PseudoLabels:
+        """Classes of the batch's unlabelled pictures, and how much each trains; called without gradients."""
+        assert batch.weak is not None
+        logits = self.pseudo_logits(trials, state.tensors, batch.weak)
+        return pseudo_labels(logits, trials.values["threshold"], trials.values["sharpen"])
+
+    def beside(self, trials: Trials, state: State, batch: Batch, strong: Tensor, pseudo: PseudoLabels) -> Tensor:
+        """What a method adds to the losses (T,), given the strong views' logits (T, U, K); nothing here."""
+        return torch.zeros_like(trials.values["tau"])
+
+
+def plain_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy (T, B) of logits (T, B, K) and classes (T, B)."""
+    return -torch.log_softmax(logits, -1).gather(-1, labels.unsqueeze(-1)).squeeze(-1)
+
+
+def soft_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """Cross-entropy (T, B) of logits (T, B, K) and probabilities (T, B, K)."""
+    return -(targets * torch.log_softmax(logits, -1)).sum(-1)

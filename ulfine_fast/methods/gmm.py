@@ -1,0 +1,131 @@
+"""A Gaussian mixture over all training pictures, held by the text and a graph, after TransCLIP (arXiv 2406.01837).
+
+Blocks of the objective are minimised in turn: assignments z, means mu, one diagonal covariance for all classes. Ours:
+neighbours are sought among labelled pictures too, and new pictures are judged by text and mixture, without the graph.
+Nothing is lost to the cache. Published: 3 neighbours, lambda 0.5, scale 100, gamma (`labeled_weight`) among 0.1, 0.5, 1
+and 10 by validation.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ulfine_fast.heads import Tensors, cosine_logits
+from ulfine_fast.methods import Method, Pool, State, Trials
+from ulfine_fast.ops.graph import nearest, spread, symmetric
+from ulfine_fast.ops.prototypes import normalize
+
+_ROUNDS, _INNER = 10, 5  # as released
+_TEMPER = 50.0  # the released code divides the log-likelihood by it
+_SMALLEST = 1e-8
+
+
+class _Pictures(NamedTuple):
+    """All M training pictures of T trials, labelled ones first.
+
+    Attributes:
+        features: (T, M, D). given: one-hot labels (T, M, K), zero where not labelled.
+        present: bool (T, M). mass: what each counts in means and variance (T, M), 0 for padding.
+        graph: W + W^T of their nearest neighbours (T M, T M).
+    """
+
+    features: Tensor
+    given: Tensor
+    present: Tensor
+    mass: Tensor
+    graph: Tensor
+
+
+class Mixture(Method):
+    """z_i ~ text(x_i)^lambda exp(log p(x_i | mu_k, Sigma) / 50 + mean of its neighbours' z); labelled z_i are given."""
+
+    trains = False
+    uses_unlabeled = False
+    uses_pool = True
+    thresholds = False
+
+    def start(self, trials: Trials) -> State:
+        """Means (T, K, D) at the text, the shared variance (T, D) at 1 / D."""
+        prototypes = trials.prototypes
+        variance = torch.full_like(prototypes[:, 0], 1.0 / prototypes.shape[-1])
+        return State({}, {"prototypes": prototypes.clone(), "means": prototypes.clone(), "variance": variance})
+
+    def refresh(self, trials: Trials, state: State, pool: Pool, step: int) -> None:
+        """Ten rounds of assignments, means and variance, from the labelled class means on."""
+        pictures, memory = _pictures(trials, pool), state.memory
+        memory["means"] = _means(pictures.given, pictures.features, memory["means"])
+        assigned = _clamp(torch.softmax(_text(trials, memory, pictures.features), -1), pictures)
+        for _ in range(_ROUNDS):
+            assigned = self._assign(trials, memory, pictures, assigned)
+            weights = assigned * pictures.mass.unsqueeze(-1)  # (T, M, K)
+            memory["means"] = _means(weights, pictures.features, memory["means"])
+            memory["variance"] = _variance(weights, pictures.features, memory["means"])
+        assigned = self._assign(trials, memory, pictures, assigned)
+        state.scratch["drawn"] = assigned[:, pool.labels.shape[1] :]
+
+    def drawn(self, trials: Trials, state: State) -> Tensor | None:
+        """Assignments z of the unlabelled pictures (T, N, K)."""
+        return state.scratch["drawn"]
+
+    def logits(self, trials: Trials, tensors: Tensors, features: Tensor) -> Tensor:
+        """Lambda log text(x) + log p(x | mu_k, Sigma) / 50, up to a constant of the row, (T, B, K)."""
+        anchor = trials.values["anchor"].view(-1, 1, 1) * torch.log_softmax(_text(trials, tensors, features), -1)
+        return anchor + _log_likelihood(tensors, features) / _TEMPER
+
+    def _assign(self, trials: Trials, tensors: Tensors, pictures: _Pictures, assigned: Tensor) -> Tensor:
+        """Assignments (T, M, K) by a few fixed-point steps, since neighbours move together."""
+        own = self.logits(trials, tensors, pictures.features)
+        for _ in range(_INNER):
+            around = spread(pictures.graph, assigned) / (2 * trials.config.neighbors)
+            assigned = _clamp(torch.softmax(own + around, -1), pictures)
+        return assigned
+
+
+def _pictures(trials: Trials, pool: Pool) -> _Pictures:
+    rows, labeled = torch.cat([pool.labeled_rows, pool.unlabeled_rows], 1), pool.labels >= 0
+    features, present = pool.features.rows(rows), torch.cat([labeled, pool.present], 1)
+    own = F.one_hot(pool.labels.clamp(min=0), trials.log_prior.shape[1]) * labeled.unsqueeze(-1)
+    given = F.pad(own.to(features.dtype), (0, 0, 0, pool.present.shape[1]))
+    # gamma / L for each labelled picture, 1 / N for each of the others
+    shares = [part / part.sum(1, keepdim=True).clamp(min=1) for part in (labeled.float(), pool.present.float())]
+    mass = torch.cat([trials.values["labeled_weight"].view(-1, 1) * shares[0], shares[1]], 1)
+    links = nearest(features, features, present, trials.config.neighbors, skip_self=True)
+    # padding is nobody's neighbour already, and must have none either
+    links = links._replace(weight=links.weight * present.unsqueeze(-1))
+    return _Pictures(features, given, present, mass, symmetric(links, rows.shape[1]))
+
+
+def _clamp(assigned: Tensor, pictures: _Pictures) -> Tensor:
+    """Labelled pictures keep their label, padding belongs to no class."""
+    known = pictures.given.sum(-1, keepdim=True) > 0
+    return torch.where(known, pictures.given, assigned) * pictures.present.unsqueeze(-1)
+
+
+def _means(weights: Tensor, features: Tensor, before: Tensor) -> Tensor:
+    """Unit means (T, K, D) of pictures (T, M, D) by weight (T, M, K); a class without weight keeps its mean."""
+    sums, total = weights.transpose(1, 2) @ features, weights.sum(1).unsqueeze(-1)
+    return torch.where(total > _SMALLEST, normalize(sums / total.clamp(min=_SMALLEST)), before)
+
+
+def _variance(weights: Tensor, features: Tensor, means: Tensor) -> Tensor:
+    """Weighted mean of (x - mu_k)^2 over pictures and classes, (T, D)."""
+    total = weights.sum(1)  # (T, K)
+    squares = (weights.sum(-1, keepdim=True) * features.square()).sum(1)
+    crossed = ((weights.transpose(1, 2) @ features) * means).sum(1)
+    # multiplied out: the differences themselves would be (T, M, K, D)
+    deviation = squares - 2 * crossed + (total.unsqueeze(-1) * means.square()).sum(1)
+    return (deviation / total.sum(1, keepdim=True).clamp(min=_SMALLEST)).clamp(min=_SMALLEST)
+
+
+def _text(trials: Trials, tensors: Tensors, features: Tensor) -> Tensor:
+    return cosine_logits(features, tensors["prototypes"], trials.values["scale"])
+
+
+def _log_likelihood(tensors: Tensors, features: Tensor) -> Tensor:
+    """-1/2 sum_d (x - mu_k)^2 / sigma_d^2 without the part that all classes share, (T, B, K)."""
+    scaled = tensors["means"] / tensors["variance"].unsqueeze(1)  # (T, K, D)
+    return features @ scaled.transpose(1, 2) - 0.5 * (scaled * tensors["means"]).sum(-1).unsqueeze(1)

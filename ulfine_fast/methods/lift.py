@@ -1,0 +1,44 @@
+"""LIFT's recipe on cached features: lightweight supervised fine-tuning with logit adjustment (arXiv 2309.10019).
+
+Kept: cosine classifier of scale 25, semantic-aware initialisation, logit adjustment with tau 1, SGD with momentum 0.9
+and a half cosine. Lost to the cache: AdaptFormer inside every block (one adapter behind the encoder stands in for it),
+fresh crops for each step (a picture has the plain and the weak views that were extracted), five-crop predictions.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from ulfine_fast.cache.errors import InputError
+from ulfine_fast.methods.lightweight import Lightweight
+
+
+class Lift(Lightweight):
+    """Adapter and linear head on CE(z + tau log pi, y), from the textual prototypes; labelled pictures alone."""
+
+    uses_unlabeled = False
+
+
+def lift_settings(labeled: int, classes: int, layers: int = 1) -> dict[str, Any]:
+    """LIFT's published settings as fields of FitConfig (arXiv 2309.10019, and its released code).
+
+    Args:
+        labeled: labelled pictures trained on; 10 epochs of mini-batches of 128 are counted in them.
+        classes: K.
+        layers: how many blocks share the adapters' parameters; the cache allows for one adapter.
+
+    Returns:
+        Settings: steps, batch size, learning rate 0.01, and rank 2^floor(log2(K / (2 layers))), at least 1.
+
+    Raises:
+        InputError: no labelled picture, no class or no layer.
+    """
+    if min(labeled, classes, layers) < 1:
+        raise InputError(f"labelled pictures, classes and layers must be at least 1, got {(labeled, classes, layers)}")
+    # an epoch of the paper has a smaller last batch; the engine draws with replacement and has none
+    size = 128
+    rank = 2 ** max(0, math.floor(math.log2(classes / (2 * layers))))
+    steps = 10 * math.ceil(labeled / size)
+    settings = {"steps": steps, "batch_labeled": size, "lr": 0.01, "momentum": 0.9, "weight_decay": 5e-4, "rank": rank}
+    return {**settings, "scale": 25.0, "tau": 1.0, "feature_noise": 0.0}

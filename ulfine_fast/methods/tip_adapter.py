@@ -1,0 +1,47 @@
+"""Tip-Adapter: a key-value cache of labelled pictures beside the text's logits, without training (arXiv 2111.03930).
+
+Nothing is lost to our cache, except that the paper averages each key over ten random crops and ours is the plain view.
+Published: alpha 1, beta 5.5, scale 100; alpha and beta searched on validation.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ulfine_fast.heads import Tensors, cosine_logits
+from ulfine_fast.methods import Method, Pool, State, Trials
+from ulfine_fast.ops.margins import balanced_one_hot
+from ulfine_fast.ops.prototypes import normalize
+
+
+class TipAdapter(Method):
+    """Logits sigma x t_k + alpha sum_i exp(-beta (1 - x f_i)) L_ik over labelled pictures i (its section 3).
+
+    The paper has as many pictures of each class, where L is one-hot. In a long tail the head would outvote the others:
+    here L_ik = (L / (K n_k))^tau for y_i = k, which is one-hot in balanced data and for tau = 0.
+    """
+
+    trains = False
+    uses_unlabeled = False
+    uses_pool = True
+
+    def start(self, trials: Trials) -> State:
+        """The textual prototypes (T, K, D); the cache comes with the pool."""
+        return State({}, {"prototypes": trials.prototypes.clone()})
+
+    def refresh(self, trials: Trials, state: State, pool: Pool, step: int) -> None:
+        """Fill keys (T, L, D) and values (T, L, K), which are zero for padding."""
+        # later looks would undo what a subclass has trained
+        if step == 0:
+            values = balanced_one_hot(pool.labels, trials.log_prior, trials.values["tau"])
+            state.memory |= {"keys": pool.labeled, "values": values}
+
+    def logits(self, trials: Trials, tensors: Tensors, features: Tensor) -> Tensor:
+        """Text and cache together (T, B, K)."""
+        values = trials.values
+        alpha, beta = values["cache_weight"].view(-1, 1, 1), values["cache_sharpness"].view(-1, 1, 1)
+        text = cosine_logits(features, tensors["prototypes"], values["scale"])
+        # unit keys bound the affinity by one, however far training has moved them
+        affinity = torch.exp(beta * (features @ normalize(tensors["keys"]).transpose(1, 2) - 1))  # (T, B, L)
+        return text + alpha * (affinity @ tensors["values"])

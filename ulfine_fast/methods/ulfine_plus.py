@@ -1,0 +1,177 @@
+"""ULFine's two heads without its confirmation bias: clusters anchored by a probe, weighed by labels they have not seen.
+
+The parts are those of ULFine (arXiv 2505.05062): prototypes fitted to the pictures (PAF), logits of both heads fused
+(DLF). The rest is ours, each choice with its measured effect in docs/method.md. Nothing is carried from mini-batch to
+mini-batch: the linear head is a probe on labels alone, the prototypes are clusters of all pictures at once, and how
+far they are believed is decided by labelled pictures held out of both.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ulfine_fast.heads import Tensors
+from ulfine_fast.methods import Method, Pool, State, Trials
+from ulfine_fast.ops.clustering import Clusters, Evidence, Schedule, fit_clusters
+from ulfine_fast.ops.evidence import fold_numbers, held_out_scores, starting_shares
+from ulfine_fast.ops.mixture import Metric, Rows, Whitening, cosines, products, view_scatter, whitening
+from ulfine_fast.ops.probe import fit_probe
+
+_PROBE_STEPS, _PROBE_RATE = 200, 0.1
+# scale, and whether strong views train too: encoders differ in how much their features bear
+_PROBES = ((10.0, True), (25.0, True), (25.0, False))
+_ROUNDS, _INNER, _HELD = 10, 3, 2
+
+
+class ULFinePlus(Method):
+    """A labelled-only probe, and candidate clusterings that start from different class shares, mixed by evidence.
+
+    Candidate c = j S + s is fitted without the labels of fold j (none for j = 0) from the shares s.
+    """
+
+    trains = False
+    uses_unlabeled = False
+    uses_pool = True
+    thresholds = False
+
+    def start(self, trials: Trials) -> State:
+        """The textual prototypes (T, K, D), until the pool has been seen."""
+        return State({}, {"linear": trials.prototypes.clone()})
+
+    def refresh(self, trials: Trials, state: State, pool: Pool, step: int) -> None:
+        """Fit probe and clusters with all labels and without each fold of them; weigh them by what they say of it."""
+        classes = trials.prototypes.shape[1]
+        folds = fold_numbers(trials.seeds, pool.labels, classes, trials.config.folds)  # (T, L)
+        targets = _targets(pool.labels, folds, classes, trials.config.folds)  # (T, L, J, K)
+        heads = _probes(pool, trials, targets, folds)  # (T, J, K, D)
+        space = _space(pool, trials.values)
+        starts = starting_shares(targets[:, :, 0].sum(1))  # (T, S, K)
+        evidence = _evidence(trials, pool, space, heads, targets, starts)
+        clusters = fit_clusters(evidence, _schedule(trials))
+        scores, temperatures = _judge(trials, pool, evidence, clusters, heads, folds)
+        weights = torch.softmax(trials.values["trust"].view(-1, 1) * scores, dim=1)  # (T, 1 + S)
+        state.memory |= {"linear": heads[:, 0], "mean": space.mean, "map": space.map, **_first(clusters, starts)}
+        state.memory |= {"weights": weights, "temperature": temperatures}
+        state.scratch["plan"] = _plan(pool, heads, clusters, weights, temperatures)
+
+    def drawn(self, trials: Trials, state: State) -> Tensor | None:
+        """The mixture of the candidates' probabilities for the unlabelled pictures (T, N, K)."""
+        return state.scratch.get("plan")
+
+    def logits(self, trials: Trials, tensors: Tensors, features: Tensor) -> Tensor:
+        """Log of the mixed class probabilities (T, B, K)."""
+        linear = _linear(features, tensors["linear"].unsqueeze(1))  # (T, B, 1, K)
+        if "centers" not in tensors:
+            return linear.squeeze(2)
+        metric = Metric(tensors["factors"], tensors["core"])
+        rows = Rows.under(Whitening(tensors["mean"], tensors["map"])(features), metric)
+        fused = _fused(trials, cosines(rows, tensors["centers"], metric), linear)  # (T, B, S, K)
+        return _mixed(torch.cat([linear, fused], dim=2), tensors["weights"], tensors["temperature"])
+
+
+def _probes(pool: Pool, trials: Trials, targets: Tensor, folds: Tensor) -> Tensor:
+    """Labelled-only heads (T, J, K, D) of the kind that held-out labels prefer, as long as their scale."""
+    views, classes = pool.labeled_views, targets.shape[-1]
+    easy = pool.features.easy.shape[1]
+    found, scores = [], []
+    for scale, strong in _PROBES:
+        sigma = torch.full_like(trials.values["tau"], scale)
+        seen = views if strong else views[:, :, :easy]
+        unit = fit_probe(seen, targets, trials.prototypes, sigma, _PROBE_RATE, _PROBE_STEPS)
+        found.append(scale * unit)
+        logits = _linear(pool.labeled, found[-1])  # (T, L, J, K)
+        own = _own_fold(logits, folds)  # (T, L, K)
+        scores.append(held_out_scores(own.unsqueeze(2), pool.labels, folds > 0, classes)[0].squeeze(1))
+    best = torch.stack(scores).argmax(0)  # (T,)
+    return torch.stack(found, dim=1)[torch.arange(len(best), device=best.device), best]
+
+
+def _own_fold(values: Tensor, folds: Tensor) -> Tensor:
+    """From values (T, L, J, ...) of every fold's fit, each row's by the fit that left it out (T, L, ...)."""
+    own = folds.view(*folds.shape, *(1,) * (values.dim() - 2))
+    return values.gather(2, own.expand(-1, -1, 1, *values.shape[3:])).squeeze(2)
+
+
+def _targets(labels: Tensor, folds: Tensor, classes: int, count: int) -> Tensor:
+    """One-hot labels with fold j left out (T, L, 1 + folds, K); nothing is left out of the first."""
+    member = F.one_hot(labels.clamp(min=0), classes) * (labels >= 0).unsqueeze(-1)  # (T, L, K)
+    numbers = torch.arange(count + 1, device=labels.device)
+    kept = (numbers == 0) | (folds.unsqueeze(-1) != numbers)  # (T, L, 1 + folds)
+    return (member.unsqueeze(2) * kept.unsqueeze(-1)).float()
+
+
+def _space(pool: Pool, values: Tensors) -> Whitening:
+    """Whitening by all training pictures and by what the views change."""
+    rows = torch.cat([pool.labeled, pool.unlabeled], dim=1)
+    present = torch.cat([pool.labels >= 0, pool.present], dim=1)
+    views = torch.cat([pool.labeled_views, pool.unlabeled_views], dim=1)
+    nuisance = view_scatter(views, present) if views.shape[2] > 1 else None
+    return whitening(rows, present, nuisance, values["shrink"], values["view_weight"])
+
+
+def _evidence(trials: Trials, pool: Pool, space: Whitening, heads: Tensor, targets: Tensor, starts: Tensor) -> Evidence:
+    """What every candidate is fitted to."""
+    candidates, lean = starts.shape[1], trials.values["lean"].view(-1, 1, 1, 1)
+    weight = trials.values["label_weight"].view(-1, 1, 1, 1)
+    return Evidence(
+        labeled=space(pool.labeled),
+        given=(weight * targets).repeat_interleave(candidates, dim=2),
+        hidden=space(pool.unlabeled) * pool.present.unsqueeze(-1),
+        present=pool.present,
+        anchor=(lean * _linear(pool.unlabeled, heads)).repeat_interleave(candidates, dim=2),
+        start=starts.repeat(1, heads.shape[1], 1),
+    )
+
+
+def _schedule(trials: Trials) -> Schedule:
+    values = trials.values
+    return Schedule(_ROUNDS, _INNER, _HELD, values["blunt"], values["sharp"], values["pull"])
+
+
+def _linear(features: Tensor, heads: Tensor) -> Tensor:
+    """The probes' logits: unit rows (T, n, D) and heads (T, J, K, D) give (T, n, J, K)."""
+    return products(features, heads)
+
+
+def _fused(trials: Trials, similarity: Tensor, linear: Tensor) -> Tensor:
+    """Both heads' logits of equal class shares (T, n, S, K), from cosines (T, n, S, K) and the probe's logits."""
+    sharp, lean = (trials.values[name].view(-1, 1, 1, 1) for name in ("sharp", "lean"))
+    return sharp * similarity + lean * linear
+
+
+def _judge(
+    trials: Trials, pool: Pool, evidence: Evidence, clusters: Clusters, heads: Tensor, folds: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Scores and temperatures (T, 1 + S) of the probe and of every start, each row judged by those that left it out."""
+    classes = heads.shape[2]
+    linear = _linear(pool.labeled, heads)  # (T, L, J, K)
+    similarity = clusters.cosines(evidence.labeled).unflatten(2, (heads.shape[1], -1))  # (T, L, J, S, K)
+    fused = _fused(trials, similarity.flatten(2, 3), linear.repeat_interleave(similarity.shape[3], dim=2))
+    both = torch.cat([linear.unsqueeze(3), fused.unflatten(2, similarity.shape[2:4])], dim=3)  # (T, L, J, 1 + S, K)
+    return held_out_scores(_own_fold(both, folds), pool.labels, folds > 0, classes)
+
+
+def _first(clusters: Clusters, starts: Tensor) -> Tensors:
+    """The candidates fitted with all labels, as tensors to keep."""
+    count = starts.shape[1]
+    return {
+        "centers": clusters.centers[:, :count],
+        "factors": clusters.metric.factors[:, :count],
+        "core": clusters.metric.core[:, :count],
+        "shares": clusters.shares[:, :count],
+    }
+
+
+def _plan(pool: Pool, heads: Tensor, clusters: Clusters, weights: Tensor, temperatures: Tensor) -> Tensor:
+    """Mixed probabilities of the unlabelled pictures (T, N, K), with their estimated class shares."""
+    linear = torch.log_softmax(_linear(pool.unlabeled, heads[:, :1]), -1)
+    plan = torch.log(clusters.plan[:, :, : weights.shape[1] - 1].clamp(min=1e-12))
+    return torch.exp(_mixed(torch.cat([linear, plan], dim=2), weights, temperatures))
+
+
+def _mixed(logits: Tensor, weights: Tensor, temperatures: Tensor) -> Tensor:
+    """Log of the weighted mean of the candidates' probabilities: (T, n, 1 + S, K) to (T, n, K)."""
+    log_probabilities = torch.log_softmax(logits / temperatures[:, None, :, None], dim=-1)
+    return torch.logsumexp(log_probabilities + torch.log(weights + 1e-12)[:, None, :, None], dim=2)
