@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-METHODS = ("zero_shot", "linear_probe", "lightweight", "ulfine")
+METHODS = ("zero_shot", "linear_probe", "lightweight", "ulfine", "ulfine_plus")
 SPLIT = "--n1 100 --gamma-l 50 --m1 150 --gamma-u 50"
 
 

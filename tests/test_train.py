@@ -8,6 +8,7 @@ import torch
 
 from tests.conftest import make_clusters
 from ulfine_fast import FeatureCache, FitConfig, InputError, fit, fit_many, train
+from ulfine_fast.features import DeviceFeatures
 from ulfine_fast.splits import draw_split
 
 METHODS = ["zero_shot", "linear_probe", "lightweight", "ulfine"]
@@ -233,3 +234,17 @@ def test_a_split_whose_labels_the_cache_does_not_know_is_refused(clusters, quick
     )
     with pytest.raises(InputError, match="knows no label for it"):
         fit(cache, quick(), split=split)
+
+
+def test_a_pass_of_a_method_that_reads_all_pictures_holds_fewer_trials(clusters, monkeypatch):
+    """The budget counts what such a method keeps of every picture; the results do not depend on the cut."""
+    configs = [FitConfig(method="ulfine_plus", n1=30, gamma_l=10, gamma_u=10, seed=seed) for seed in range(3)]
+    whole = fit_many(clusters, configs, progress=False)
+    monkeypatch.setattr(train, "_CPU_BUDGET", 1)
+    alone = fit_many(clusters, configs, progress=False)
+    for one, other in zip(whole, alone, strict=True):
+        assert one.metrics["per_class_accuracy"] == other.metrics["per_class_accuracy"]
+    split = draw_split(clusters.labels, clusters.splits, clusters.class_names, configs[0])
+    features = DeviceFeatures.load(clusters, torch.device("cpu"))
+    assert train._pool_values(configs[0], [split], features, 4) > 0
+    assert train._pool_values(FitConfig(method="ulfine"), [split], features, 4) == 0

@@ -33,6 +33,13 @@ METHODS = (
     "acr",
     "simpro",
     "daso",
+    "flexmatch",
+    "softmatch",
+    "abc",
+    "cpe",
+    "crest_plus",
+    "ccl",
+    "darp",
 )
 SHAPES = ("consistent", "uniform", "reversed", "middle", "head-tail", "shuffled", "natural")
 
@@ -214,6 +221,14 @@ class FitConfig:
     blend_temperature: float = _option(
         1.5, "daso: temperature of the guesses' distribution, by which class means are blended in", low=0.01
     )
+    sampling_power: float = _option(
+        1 / 3, "crest_plus: power of a class's rate, the relative count of the class of the opposite rank", low=0.0
+    )
+    align_power: float = _option(
+        0.5, "crest_plus: last power of the labelled distribution that guesses are aligned to", low=0.0, high=1.0
+    )
+    darp_start: float = _option(0.4, "darp: share of the steps after which guesses are refined", low=0.0, high=1.0)
+    darp_keep: float = _option(2.0, "darp: most guesses kept for a class, as a multiple of its wanted total", low=0.01)
 
     # -- ULFine plus: anchored clusters, weighed by held-out labels
     folds: int = _option(4, "ulfine_plus: parts of the labels held out in turn", low=2, structural=True)

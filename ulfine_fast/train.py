@@ -127,12 +127,12 @@ def _passes(
         groups.setdefault((*structural_key(config), len(split.unlabeled) > 0), []).append(i)
     passes = []
     for members in groups.values():
-        size = _trials_that_fit(configs[members[0]], features, classes)
+        size = _trials_that_fit(configs[members[0]], [splits[i] for i in members], features, classes)
         passes += [members[start : start + size] for start in range(0, len(members), size)]
     return passes
 
 
-def _trials_that_fit(config: FitConfig, features: DeviceFeatures, classes: int) -> int:
+def _trials_that_fit(config: FitConfig, splits: Sequence[Split], features: DeviceFeatures, classes: int) -> int:
     """Trials whose activations and evaluation blocks stay within a budget: 2 GiB, or half of the GPU's free memory."""
     dim = features.plain.shape[1]
     budget = _CPU_BUDGET
@@ -143,8 +143,19 @@ def _trials_that_fit(config: FitConfig, features: DeviceFeatures, classes: int) 
     activations = (12 * rows + 4 * _EVAL_ROWS) * (dim + classes)
     # both heads, each with gradient, velocity, best copy and temporaries of the update
     heads = 2 * 8 * classes * dim
-    per_trial = 4 * (activations + heads)  # bytes
+    per_trial = 4 * (activations + heads + _pool_values(config, splits, features, classes))  # bytes
     return max(1, budget // per_trial)
+
+
+def _pool_values(config: FitConfig, splits: Sequence[Split], features: DeviceFeatures, classes: int) -> int:
+    """Values that a method holds of all training pictures at once; none for methods of mini-batches alone."""
+    if not method_of(config).uses_pool:
+        return 0
+    pictures = max(len(split.labeled) + len(split.unlabeled) for split in splits)
+    views = features.easy.shape[1] + features.strong.shape[1]
+    # two copies of the views and a few of the plain rows; some eight arrays of logits for every start and fold
+    candidates = 5 * (1 + config.folds)
+    return pictures * ((2 * views + 6) * features.plain.shape[1] + 8 * candidates * classes)
 
 
 class _Pass:

@@ -11,7 +11,7 @@ import shutil
 import pytest
 from PIL import Image
 
-METHODS = ["zero_shot", "linear_probe", "lightweight", "ulfine"]
+METHODS = ["zero_shot", "linear_probe", "lightweight", "ulfine", "ulfine_plus"]
 
 
 def commands_of(printed):

@@ -7,7 +7,9 @@ import math
 
 def logits_of(features, weights, scale=8.0):
     """Scaled cosines of rows and class vectors, both of unit length."""
-    return [[scale * sum(a * b for a, b in zip(x, w, strict=True)) for w in weights.tolist()] for x in features.tolist()]
+    return [
+        [scale * sum(a * b for a, b in zip(x, w, strict=True)) for w in weights.tolist()] for x in features.tolist()
+    ]
 
 
 def softmax(row):

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from tests.methods.slow import best, cross_entropy, logits_of, softmax
+from ulfine_fast.ops.thresholds import fairness_loss
 
 
 def test_thresholds_move_before_they_are_used(world):
@@ -73,3 +74,14 @@ def test_fairness_is_weighted_and_its_gradient_comes_from_the_strong_view_alone(
     method.losses(trials, state, batch).regularizer.sum().backward()
     assert batch.weak.grad is None
     assert batch.strong.grad.abs().max() > 0
+
+
+def test_fairness_enters_with_its_sign_and_the_moved_means(world):
+    trials, method, state, batch = world(method="freematch", fairness=0.5, rho=0.5)
+    losses = method.losses(trials, state, batch)
+    strong = method.linear(trials, state, batch.strong)
+    method.after_step(trials, state, batch, losses)
+    memory = state.memory
+    wanted = 0.5 * fairness_loss(strong, losses.pseudo.mask, memory["shares"], memory["histogram"])
+    torch.testing.assert_close(losses.regularizer, wanted)
+    assert (losses.regularizer < 0).all()

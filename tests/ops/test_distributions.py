@@ -5,7 +5,14 @@ import math
 import pytest
 import torch
 
-from ulfine_fast.ops.distributions import distance_from_labeled, reversed_ranks, symmetric_divergence
+from ulfine_fast.ops.distributions import (
+    aligned,
+    distance_from_labeled,
+    rank_thirds,
+    rarity,
+    reversed_ranks,
+    symmetric_divergence,
+)
 
 
 def test_divergence_is_the_mean_of_both_directions():
@@ -48,3 +55,23 @@ def test_distance_at_the_anchors():
     assert reverse > 0.9
     # where the labels are uniform all anchors are one
     assert distance_from_labeled(uniform, uniform).item() == pytest.approx(1 / 3, rel=1e-4)
+
+
+def test_alignment_by_hand():
+    probabilities = torch.tensor([[[0.5, 0.5], [0.8, 0.2]]])
+    found = aligned(probabilities, torch.tensor([[1.0, 3.0]]), torch.tensor([[0.5, 0.5]]))
+    torch.testing.assert_close(found, torch.tensor([[[0.25, 0.75], [4 / 7, 3 / 7]]]))
+    same = aligned(probabilities, torch.tensor([[2.0, 2.0]]), torch.tensor([[0.3, 0.3]]))
+    torch.testing.assert_close(same, probabilities)
+
+
+def test_rarity_leaves_out_classes_without_labels():
+    prior = torch.tensor([[0.8, 0.15, 0.05, 0.0], [0.25, 0.25, 0.25, 0.25]])
+    found = rarity(prior.clamp(min=1e-8).log())
+    torch.testing.assert_close(found, torch.tensor([[0.0625, 1 / 3, 1.0, 1.0], [1.0, 1.0, 1.0, 1.0]]))
+
+
+def test_thirds_go_by_rank():
+    prior = torch.tensor([[0.1, 0.3, 0.05, 0.25, 0.2, 0.1]])
+    assert rank_thirds(prior).tolist() == [[1, 0, 2, 0, 1, 2]]
+    assert rank_thirds(torch.tensor([[0.2, 0.5, 0.3]])).tolist() == [[2, 0, 1]]

@@ -5,7 +5,15 @@ import math
 import pytest
 import torch
 
-from ulfine_fast.ops.thresholds import adaptive_thresholds, histogram, running, unfairness
+from ulfine_fast.ops.thresholds import (
+    adaptive_thresholds,
+    fairness_loss,
+    histogram,
+    learning_effect,
+    note_classes,
+    running,
+    truncated_weights,
+)
 
 
 def test_a_histogram_sums_the_weights_of_each_class():
@@ -26,7 +34,7 @@ def test_the_class_that_gets_most_has_the_overall_threshold():
     torch.testing.assert_close(found, torch.tensor([[0.8, 0.4, 0.4], [0.0625, 0.0625, 0.5]]))
 
 
-def slow_unfairness(rows, mask, shares, counts):
+def slow_fairness(rows, mask, shares, counts):
     kept = [row for row, m in zip(rows, mask, strict=True) if m]
     if not kept:
         return 0.0
@@ -47,25 +55,25 @@ def slow_unfairness(rows, mask, shares, counts):
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_unfairness_is_the_published_sum(seed):
+def test_the_fairness_loss_is_the_published_sum(seed):
     torch.manual_seed(seed)
     logits, mask = torch.randn(3, 12, 4), (torch.rand(3, 12) > 0.4).float()
     mask[2] = 0  # a trial that trains none
     shares, counts = torch.softmax(torch.randn(3, 4), -1), torch.softmax(torch.randn(3, 4), -1)
-    found = unfairness(logits, mask, shares, counts)
+    found = fairness_loss(logits, mask, shares, counts)
     for t in range(3):
-        wanted = slow_unfairness(logits[t].tolist(), mask[t].tolist(), shares[t].tolist(), counts[t].tolist())
+        wanted = slow_fairness(logits[t].tolist(), mask[t].tolist(), shares[t].tolist(), counts[t].tolist())
         assert found[t].item() == pytest.approx(wanted, rel=1e-4, abs=1e-6)
     assert found[2] == 0
 
 
-def test_unfairness_is_least_where_all_classes_are_as_sure():
-    # each of four rows is of another class: shares over histogram are even, as in the running means
+def test_the_fairness_loss_has_the_published_sign():
+    # each of four rows is of another class, so that even shares mean as sure of all of them
     even = torch.full((1, 4), 0.25)
-    fair = unfairness(5 * torch.eye(4)[None], torch.ones(1, 4), even, even)
-    unfair = unfairness(torch.diag(torch.tensor([9.0, 1.0, 1.0, 1.0]))[None], torch.ones(1, 4), even, even)
+    fair = fairness_loss(5 * torch.eye(4)[None], torch.ones(1, 4), even, even)
+    other = fairness_loss(torch.diag(torch.tensor([9.0, 1.0, 1.0, 1.0]))[None], torch.ones(1, 4), even, even)
     assert fair.item() == pytest.approx(-math.log(4), rel=1e-4)
-    assert unfair > fair
+    assert other < fair
 
 
 def test_rows_that_do_not_train_have_no_gradient():
@@ -73,7 +81,28 @@ def test_rows_that_do_not_train_have_no_gradient():
     logits = torch.randn(2, 6, 3, requires_grad=True)
     mask = torch.tensor([[1.0, 1, 0, 1, 0, 1], [0.0] * 6])
     shares = torch.full((2, 3), 1 / 3)
-    unfairness(logits, mask, shares, shares).sum().backward()
+    fairness_loss(logits, mask, shares, shares).sum().backward()
     assert torch.isfinite(logits.grad).all()
     assert logits.grad[mask == 0].abs().max() == 0
     assert logits.grad[0].abs().max() > 0
+
+
+def test_classes_are_noted_at_their_places():
+    given = torch.tensor([[-1, 2, 0, -1], [1, 1, 1, 1]])
+    found = note_classes(given, torch.tensor([[0, 1, 0], [3, 2, 2]]), torch.tensor([[1, -1, 2], [0, -1, -1]]))
+    assert found.tolist() == [[2, 2, 0, -1], [1, 1, 1, 0]]
+    assert given.tolist() == [[-1, 2, 0, -1], [1, 1, 1, 1]]
+
+
+def test_learning_effect_is_over_the_pictures_of_no_class_while_they_are_many():
+    given = torch.tensor([[0, 0, 1, -1, -1, -1, -1, -1], [0, 0, 0, 0, 1, 1, -1, -1]])
+    present = torch.tensor([[True] * 7 + [False], [True] * 7 + [False]])
+    # 4 pictures without a class in the first trial; in the second the most frequent class is larger
+    assert learning_effect(given, present, 3).tolist() == [[0.5, 0.25, 0.0], [1.0, 0.5, 0.0]]
+    assert learning_effect(torch.full((1, 4), -1), torch.ones(1, 4, dtype=torch.bool), 2).tolist() == [[0.0, 0.0]]
+
+
+def test_truncated_weights_by_hand():
+    found = truncated_weights(torch.tensor([[0.9, 0.7, 0.5]]), torch.tensor([0.7]), torch.tensor([0.04]))
+    # one standard deviation under the mean, halved by the width, is two
+    torch.testing.assert_close(found, torch.tensor([[1.0, 1.0, math.exp(-2.0)]]))

@@ -12,7 +12,7 @@ from torch import Tensor
 from ulfine_fast.methods import Batch, Losses, State, Trials
 from ulfine_fast.methods.fixmatch import FixMatch
 from ulfine_fast.ops.losses import PseudoLabels
-from ulfine_fast.ops.thresholds import adaptive_thresholds, histogram, running, unfairness
+from ulfine_fast.ops.thresholds import adaptive_thresholds, fairness_loss, histogram, running
 
 
 class FreeMatch(FixMatch):
@@ -42,7 +42,7 @@ class FreeMatch(FixMatch):
     def beside(self, trials: Trials, state: State, batch: Batch, strong: Tensor, pseudo: PseudoLabels) -> Tensor:
         """The fairness loss (T,), weighted."""
         moved = moved_confidence(trials, state, pseudo.probabilities)
-        return trials.values["fairness"] * unfairness(strong, pseudo.mask, moved["shares"], moved["histogram"])
+        return trials.values["fairness"] * fairness_loss(strong, pseudo.mask, moved["shares"], moved["histogram"])
 
     @torch.no_grad()
     def after_step(self, trials: Trials, state: State, batch: Batch, losses: Losses) -> None:

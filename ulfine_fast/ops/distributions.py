@@ -33,3 +33,34 @@ def distance_from_labeled(estimated: Tensor, prior: Tensor) -> Tensor:
     anchors = (prior, torch.full_like(prior, 1.0 / prior.shape[-1]), reversed_ranks(prior))
     divergences = torch.stack([symmetric_divergence(estimated, anchor) for anchor in anchors], -1)  # (T, 3)
     return torch.softmax(divergences, -1)[:, 0]
+
+
+def aligned(probabilities: Tensor, target: Tensor, shares: Tensor) -> Tensor:
+    """Probabilities (T, B, K) times target over shares, each row normalised (distribution alignment, arXiv 1911.09785).
+
+    Args:
+        probabilities: (T, B, K).
+        target: wanted class distribution, up to a factor (T, K).
+        shares: running mean of the probabilities (T, K).
+    """
+    moved = probabilities * (target / shares.clamp(min=_EPS)).unsqueeze(1)
+    return moved / moved.sum(-1, keepdim=True).clamp(min=_EPS)
+
+
+def rarity(log_prior: Tensor) -> Tensor:
+    """Count of the rarest labelled class over that of each (T, K), in (0, 1]; 1 for classes without labels.
+
+    Args:
+        log_prior: log class frequencies (T, K); under 1e-7 a class counts as one without labels.
+    """
+    there = log_prior.exp() > 1e-7
+    # an absent class must not set the measure for all others
+    least = log_prior.masked_fill(~there, torch.inf).amin(-1, keepdim=True)
+    return torch.where(there, torch.exp(least - log_prior), torch.ones_like(log_prior))
+
+
+def rank_thirds(prior: Tensor) -> Tensor:
+    """Third of each class by frequency (T, K): 0 for the most frequent classes, 1, and 2 for the rarest."""
+    classes = prior.shape[-1]
+    ranks = prior.argsort(stable=True, dim=-1, descending=True).argsort(-1)
+    return ranks * 3 // classes

@@ -31,11 +31,12 @@ def adaptive_thresholds(overall: Tensor, shares: Tensor) -> Tensor:
     return overall.unsqueeze(-1) * shares / shares.amax(-1, keepdim=True)
 
 
-def unfairness(logits: Tensor, mask: Tensor, shares: Tensor, counts: Tensor) -> Tensor:
+def fairness_loss(logits: Tensor, mask: Tensor, shares: Tensor, counts: Tensor) -> Tensor:
     """Negative cross-entropy of a batch's class shares to the running ones (FreeMatch, section 4.2), (T,).
 
     Both shares are divided by the histograms of the predicted classes first, so that what is compared is how sure the
-    model is of each class and not how often it is met.
+    model is of each class and not how often it is met. The sign is that of the paper and of its code, by which even
+    shares give -log K and uneven ones less.
 
     Args:
         logits: of strong views (T, U, K).
@@ -54,3 +55,41 @@ def unfairness(logits: Tensor, mask: Tensor, shares: Tensor, counts: Tensor) -> 
 def _share(values: Tensor) -> Tensor:
     """Values (T, K) over their sum."""
     return values / values.sum(-1, keepdim=True).clamp(min=_EPS)
+
+
+def note_classes(given: Tensor, places: Tensor, classes: Tensor) -> Tensor:
+    """Classes of the pool's pictures (T, N) after a batch that stands at `places` (T, U) and was given `classes`.
+
+    A negative class leaves a picture as it was; one drawn twice takes the larger class, on every device.
+    """
+    news = torch.full_like(given, -1).scatter_reduce(1, places, classes, "amax")
+    return torch.where(news >= 0, news, given)
+
+
+def learning_effect(given: Tensor, present: Tensor, classes: int) -> Tensor:
+    """Share of each class among the pictures given to it, over the largest one (FlexMatch, section 3.1), (T, K).
+
+    As long as more pictures are given to no class than to any, it is over those, so that all effects start at 0.
+
+    Args:
+        given: class of each unlabelled picture, -1 for none (T, N).
+        present: False for padding (T, N).
+        classes: K.
+    """
+    # pictures of no class are counted first, padding nowhere
+    counts = torch.zeros(len(given), classes + 1, device=given.device)
+    counts.scatter_add_(1, given + 1, present.to(counts.dtype))
+    return counts[:, 1:] / counts.amax(-1, keepdim=True).clamp(min=1)
+
+
+def truncated_weights(confidence: Tensor, mean: Tensor, variance: Tensor, width: float = 2.0) -> Tensor:
+    """Gaussian under its mean and 1 above it (SoftMatch, section 3.2), (T, U).
+
+    Args:
+        confidence: (T, U).
+        mean: of the confidence (T,).
+        variance: of the confidence (T,).
+        width: by which the standard deviation is divided; 2 as published.
+    """
+    under = (confidence - mean.unsqueeze(-1)).clamp(max=0)
+    return torch.exp(-(under**2) * width**2 / (2 * variance.unsqueeze(-1).clamp(min=_EPS)))

@@ -1,0 +1,61 @@
+"""Semi-supervised methods inside the engine."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from tests.conftest import make_clusters
+from ulfine_fast import fit, fit_many
+from ulfine_fast.run import Run
+
+METHODS = [
+    "fixmatch",
+    "freematch",
+    "acr",
+    "simpro",
+    "daso",
+    "flexmatch",
+    "softmatch",
+    "abc",
+    "cpe",
+    "crest_plus",
+    "ccl",
+    "darp",
+]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_trial_alone_and_among_others_gives_the_same(clusters, quick, method):
+    # other counts, so that the trial in the middle is padded in both roles
+    configs = [
+        quick(method=method, seed=s, n1=n1, m1=m1, steps=20, eval_every=10, threshold=0.5)
+        for s, n1, m1 in [(0, 30, 30), (5, 20, 12), (9, 25, 20)]
+    ]
+    together, alone = fit_many(clusters, configs), fit(clusters, configs[1])
+    np.testing.assert_allclose(together[1].test_probabilities, alone.test_probabilities, atol=1e-5)
+    for name, value in alone.tensors.items():
+        np.testing.assert_allclose(together[1].tensors[name].numpy(), value.numpy(), atol=1e-4, err_msg=name)
+    assert together[1].metrics["pseudo_label_precision"] == alone.metrics["pseudo_label_precision"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_saved_run_predicts_what_the_fit_did(clusters, quick, tmp_path, method):
+    run = fit(clusters, quick(method=method, steps=20))
+    loaded = Run.load(run.save(tmp_path / "run"))
+    rows = [clusters.ids.index(name) for name in run.test_ids]
+    found = loaded.predict_proba(np.asarray(clusters.plain[rows], dtype=np.float32))
+    np.testing.assert_allclose(found, run.test_probabilities, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_it_beats_a_text_that_knows_little(quick, method):
+    cache = make_clusters(classes=6, text_noise=2.0, noise=0.7)
+    zero, other = (fit(cache, quick(method=m, lr=0.1, adapter_scale=0.5)) for m in ("zero_shot", method))
+    assert other.metrics["balanced_accuracy"] > zero.metrics["balanced_accuracy"] + 0.05
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_it_fits_without_unlabelled_pictures(clusters, quick, method):
+    run = fit(clusters, quick(method=method, m1=0, steps=20))
+    assert np.isfinite(run.test_probabilities).all()

@@ -1,0 +1,150 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from tests.methods.slow import softmax
+from ulfine_fast.ops.evidence import fold_numbers, held_out_scores, starting_shares
+
+SEEDS = torch.tensor([3, 4])
+K = 4
+# counts 9, 4, 2 and 1, then padding; the second trial has other classes
+LABELS = torch.tensor([[0] * 9 + [1] * 4 + [2] * 2 + [3] + [-1] * 3, [3] * 5 + [0] * 8 + [1, 2] * 3])
+
+
+def test_folds_share_every_class_out_evenly():
+    folds = fold_numbers(SEEDS, LABELS, K, 3)
+    for t in range(2):
+        for k in range(K):
+            mine = folds[t, LABELS[t] == k].tolist()
+            if len(mine) < 2:
+                continue
+            counts = [mine.count(j) for j in (1, 2, 3)]
+            assert sum(counts) == len(mine)
+            assert max(counts) - min(counts) <= 1
+
+
+def test_padding_and_a_class_only_row_are_never_held_out():
+    folds = fold_numbers(SEEDS, LABELS, K, 3)
+    assert (folds[LABELS < 0] == 0).all()
+    assert folds[0, LABELS[0] == 3].tolist() == [0]
+    assert sorted(folds[0, LABELS[0] == 2].tolist()) == [1, 2]
+
+
+def test_every_fold_leaves_each_class_a_row():
+    folds = fold_numbers(SEEDS, LABELS, K, 3)
+    for t in range(2):
+        for j in (1, 2, 3):
+            assert set(LABELS[t, folds[t] != j].tolist()) - {-1} == set(range(K))
+
+
+def test_the_same_seed_the_same_folds_another_seed_others():
+    folds = fold_numbers(SEEDS, LABELS, K, 3)
+    assert torch.equal(folds, fold_numbers(SEEDS, LABELS, K, 3))
+    assert not torch.equal(folds, fold_numbers(SEEDS + 5, LABELS, K, 3))
+
+
+def test_a_trial_alone_without_its_padding_has_the_same_folds():
+    folds = fold_numbers(SEEDS, LABELS, K, 3)
+    alone = fold_numbers(SEEDS[:1], LABELS[:1, :16], K, 3)
+    assert torch.equal(alone[0], folds[0, :16])
+
+
+def test_the_order_within_a_class_is_drawn():
+    labels = torch.zeros(1, 40, dtype=torch.int64)
+    found = fold_numbers(SEEDS[:1], labels, 1, 4)[0].tolist()
+    assert found != [1 + i % 4 for i in range(40)]
+
+
+def test_starting_shares_by_hand():
+    found = starting_shares(torch.tensor([[50.0, 5.0, 20.0]]), gamma=100.0)[0]
+    # ranks 0, 2, 1: by exponent of 10, the largest share first
+    wanted = {
+        "falling": [100.0, 1.0, 10.0],
+        "even": [1.0, 1.0, 1.0],
+        "rising": [1.0, 100.0, 10.0],
+        "peaked": [1.0, 1.0, 100.0],
+        "hollow": [100.0, 100.0, 1.0],
+    }
+    for row, shares in zip(found.tolist(), wanted.values(), strict=True):
+        assert row == pytest.approx([share / sum(shares) for share in shares], rel=1e-4)
+
+
+def test_starting_shares_sum_to_one_and_keep_to_gamma():
+    found = starting_shares(torch.tensor([[9.0, 3.0, 1.0, 4.0], [1.0, 1.0, 1.0, 1.0]]))
+    assert found.shape == (2, 5, 4)
+    torch.testing.assert_close(found.sum(-1), torch.ones(2, 5))
+    ratio = found.amax(-1) / found.amin(-1)
+    torch.testing.assert_close(ratio[:, [0, 2]], torch.full((2, 2), 30.0), rtol=1e-4, atol=0)
+    assert ratio.max() < 30.01
+
+
+def test_classes_of_equal_count_keep_their_order():
+    falling = starting_shares(torch.tensor([[2.0, 2.0, 2.0]]))[0, 0].tolist()
+    assert falling == sorted(falling, reverse=True)
+
+
+@pytest.mark.parametrize("classes", [1, 2])
+def test_starting_shares_of_few_classes(classes):
+    found = starting_shares(torch.ones(1, classes))
+    assert torch.isfinite(found).all()
+    torch.testing.assert_close(found[:, 1], torch.full((1, classes), 1 / classes))
+
+
+def slow_score(logits, labels, judged, temperature):
+    """Mean over classes of the mean log-likelihood of their held-out rows, one row at a time."""
+    by_class = {}
+    for row, label, counts in zip(logits, labels, judged, strict=True):
+        if counts:
+            likelihood = math.log(softmax([z / temperature for z in row])[label])
+            by_class.setdefault(label, []).append(likelihood)
+    return sum(sum(found) / len(found) for found in by_class.values()) / len(by_class)
+
+
+def judged_logits(length=3.0):
+    torch.manual_seed(0)
+    logits = length * torch.randn(2, LABELS.shape[1], 3, K)
+    folds = fold_numbers(SEEDS, LABELS, K, 3)
+    # the second candidate knows more, the third one is sure of it
+    logits[:, :, 1:] += length * torch.nn.functional.one_hot(LABELS.clamp(min=0), K).unsqueeze(2)
+    logits[:, :, 2] *= 10
+    return logits, folds > 0
+
+
+def test_scores_are_the_best_of_a_loop_over_temperatures():
+    logits, judged = judged_logits()
+    scores, temperatures = held_out_scores(logits, LABELS, judged, K)
+    grid = [2.0 ** (i / 2) for i in range(-2, 9)]
+    for t in range(2):
+        for s in range(3):
+            found = [slow_score(logits[t, :, s].tolist(), LABELS[t].tolist(), judged[t].tolist(), g) for g in grid]
+            assert float(scores[t, s]) == pytest.approx(max(found), rel=1e-4)
+            assert float(temperatures[t, s]) == pytest.approx(grid[found.index(max(found))])
+    assert (scores[:, 1] > scores[:, 0]).all()
+    assert (temperatures[:, 2] > temperatures[:, 1]).all()
+
+
+def test_rows_not_held_out_and_padding_do_not_count():
+    logits, judged = judged_logits()
+    loud = torch.where(judged[:, :, None, None], logits, torch.full_like(logits, 50.0).cumsum(-1))
+    for found, wanted in zip(
+        held_out_scores(loud, LABELS, judged, K), held_out_scores(logits, LABELS, judged, K), strict=True
+    ):
+        assert torch.equal(found, wanted)
+
+
+def test_every_class_counts_alike():
+    labels = torch.tensor([[0] * 9 + [1]])
+    logits = torch.zeros(1, 10, 1, 2)
+    logits[:, :9, :, 0] = 100.0  # sure and right nine times
+    score, _ = held_out_scores(logits, labels, torch.ones(1, 10, dtype=torch.bool), 2)
+    assert float(score) == pytest.approx(-0.5 * math.log(2), rel=1e-3)
+
+
+def test_without_held_out_rows_all_candidates_score_the_same():
+    logits, judged = judged_logits()
+    scores, temperatures = held_out_scores(logits, LABELS, torch.zeros_like(judged), K)
+    assert (scores == 0).all()
+    assert (temperatures == temperatures[0, 0]).all()

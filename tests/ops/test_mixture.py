@@ -1,0 +1,226 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from ulfine_fast.ops.mixture import (
+    Metric,
+    Rows,
+    bend,
+    cosines,
+    products,
+    sums,
+    unit,
+    view_scatter,
+    whitening,
+)
+
+T, N, S, K, D = 2, 40, 2, 3, 5
+
+
+def rows(seed=0, count=N):
+    """Rows in double precision whose scatter is far from round, and of full rank where there are enough."""
+    torch.manual_seed(seed)
+    mixing = 3 * torch.eye(D, dtype=torch.double) + torch.randn(T, D, D, dtype=torch.double)
+    return torch.randn(T, count, D, dtype=torch.double) @ mixing + 3.0
+
+
+def everyone(count=N):
+    return torch.ones(T, count, dtype=torch.bool)
+
+
+def values(number):
+    return torch.full((T,), number, dtype=torch.double)
+
+
+def memberships():
+    torch.manual_seed(1)
+    return torch.softmax(2 * torch.randn(T, N, S, K, dtype=torch.double), -1)
+
+
+def clustered():
+    """Whitened rows of clear classes, their soft memberships, and the metric inside the classes."""
+    soft = memberships()
+    # rows drift with their first candidate's class, so that the scatter between classes is worth removing
+    lifted = rows() + 4 * soft[:, :, 0] @ torch.randn(T, K, D, dtype=torch.double)
+    white = whitening(lifted, everyone(), None, values(0.0), values(0.0))(lifted)
+    metric = Metric.within(sums(soft, white), soft.sum(1), values(float(N)))
+    return white, soft, metric
+
+
+def explicit(metric, t, s):
+    """The metric of one candidate as a matrix (D, D)."""
+    factors = metric.factors[t, s].numpy()
+    return np.eye(D) + factors.T @ metric.core[t, s].numpy() @ factors
+
+
+def slow_within(white, soft):
+    """Scatter of rows (n, D) around the means of classes they belong to by halves (n, K), pair by pair."""
+    scatter = np.zeros((D, D))
+    for k in range(K):
+        mean = sum(w * x for w, x in zip(soft[:, k], white, strict=True)) / soft[:, k].sum()
+        for w, x in zip(soft[:, k], white, strict=True):
+            scatter += w * np.outer(x - mean, x - mean) / len(white)
+    return scatter
+
+
+def test_products_and_sums_are_loops_over_rows_and_classes():
+    found, vectors = rows(), torch.randn(T, S, K, D, dtype=torch.double)
+    inner, totals, soft = products(found, vectors), sums(memberships(), found), memberships()
+    for t in range(T):
+        for s in range(S):
+            for k in range(K):
+                wanted = torch.stack([x @ vectors[t, s, k] for x in found[t]])
+                torch.testing.assert_close(inner[t, :, s, k], wanted)
+                total = sum(soft[t, i, s, k] * found[t, i] for i in range(N))
+                torch.testing.assert_close(totals[t, s, k], total)
+
+
+def test_bend_takes_each_candidates_own_matrix():
+    shadow, core = torch.randn(T, N, S, K), torch.randn(T, S, K, K)
+    bent = bend(shadow, core)
+    for s in range(S):
+        torch.testing.assert_close(bent[:, :, s], shadow[:, :, s] @ core[:, s])
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_whitening_gives_unit_scatter(padded):
+    found, present = rows(), everyone()
+    if padded:
+        present[1, 30:] = False
+        found[1, 30:] = 1e3
+    white = whitening(found, present, None, values(0.0), values(0.0))(found)
+    for t in range(T):
+        kept = white[t, present[t]].numpy()
+        np.testing.assert_allclose(kept.mean(0), 0, atol=1e-9)
+        # the floor under the shrinkage takes a little
+        np.testing.assert_allclose(kept.T @ kept / len(kept), np.eye(D), atol=0.01)
+        assert np.trace(kept.T @ kept / len(kept)) < D
+
+
+@pytest.mark.parametrize(("shrink", "weight"), [(0.0, 0.0), (0.3, 0.0), (0.1, 2.0)])
+def test_the_map_is_a_root_of_the_inverse_scatter(shrink, weight):
+    found, nuisance = rows(), torch.eye(D, dtype=torch.double).repeat(T, 1, 1) * torch.arange(1, D + 1)
+    space = whitening(found, everyone(), nuisance, values(shrink), values(weight))
+    for t in range(T):
+        scatter = np.cov(found[t].numpy().T, bias=True)
+        trace = np.trace(scatter)
+        whole = scatter + max(shrink, 1e-4) * trace / D * np.eye(D)
+        whole += weight * trace * nuisance[t].numpy() / np.trace(nuisance[t].numpy())
+        root = space.map[t].numpy()
+        np.testing.assert_allclose(root @ root.T, np.linalg.inv(whole), rtol=1e-5, atol=1e-8)
+
+
+def test_much_shrinkage_only_scales():
+    found = rows()
+    white = whitening(found, everyone(), None, values(1e9), values(0.0))(found)
+    centred = found - found.mean(1, keepdim=True)
+    ratio = white.norm(dim=-1) / centred.norm(dim=-1)
+    for t in range(T):
+        torch.testing.assert_close(ratio[t], ratio[t, 0].expand(N), rtol=1e-6, atol=0)
+    torch.testing.assert_close(white, centred * ratio.unsqueeze(-1), rtol=1e-5, atol=1e-9)
+
+
+def test_directions_that_views_change_count_less():
+    found = rows()
+    moved = torch.zeros(T, D, D, dtype=torch.double)
+    moved[:, 0, 0] = 1.0
+    before, after = (whitening(found, everyone(), moved, values(0.0), values(w)) for w in (0.0, 100.0))
+    along = torch.zeros(T, 1, D, dtype=torch.double)
+    along[..., 0] = 1.0
+    assert ((along @ after.map).norm(dim=-1) < 0.2 * (along @ before.map).norm(dim=-1)).all()
+
+
+def test_fewer_rows_than_dimensions_have_a_whitening():
+    found = rows(count=3).float()
+    space = whitening(found, everyone(3), None, values(0.0).float(), values(0.0).float())
+    assert torch.isfinite(space(found)).all()
+    assert space(found).norm(dim=-1).max() < 3
+
+
+def test_view_scatter_is_a_loop_over_pictures_and_views():
+    torch.manual_seed(2)
+    views, present = torch.randn(T, 6, 3, D, dtype=torch.double), everyone(6)
+    present[1, 4:] = False
+    found = view_scatter(views, present)
+    for t in range(T):
+        wanted, pictures = np.zeros((D, D)), [i for i in range(6) if present[t, i]]
+        for i in pictures:
+            mean = views[t, i].numpy().mean(0)
+            for view in views[t, i].numpy():
+                wanted += np.outer(view - mean, view - mean) / (3 * len(pictures))
+        np.testing.assert_allclose(found[t].numpy(), wanted, atol=1e-12)
+
+
+def test_view_scatter_of_nobody_and_of_one_view_is_zero():
+    views = torch.randn(T, 6, 3, D)
+    assert (view_scatter(views, torch.zeros(T, 6, dtype=torch.bool)) == 0).all()
+    assert view_scatter(views[:, :, :1], everyone(6)).abs().max() == 0
+
+
+def test_the_metric_is_the_inverse_of_the_scatter_inside_classes():
+    white, soft, metric = clustered()
+    for t in range(T):
+        whole = white[t].numpy().T @ white[t].numpy() / N
+        for s in range(S):
+            # what shrinkage put into the whole scatter lies inside the classes too
+            within = slow_within(white[t].numpy(), soft[t, :, s].numpy()) + np.eye(D) - whole
+            # a thousandth of the scatter between classes is kept against rounding
+            np.testing.assert_allclose(explicit(metric, t, s), np.linalg.inv(within), rtol=0.02, atol=0.02)
+
+
+def test_classes_that_hold_all_the_scatter_leave_a_finite_metric():
+    corners = torch.eye(K).repeat(1, 4, 1)  # rows are their class
+    flat = torch.ones(1, 12, dtype=torch.bool)
+    white = whitening(corners, flat, None, torch.zeros(1), torch.zeros(1))(corners)
+    hard = corners.unsqueeze(2)
+    metric = Metric.within(sums(hard, white), hard.sum(1), torch.tensor([12.0]))
+    assert torch.isfinite(metric.core).all()
+    seen = Rows.under(white, metric)
+    own = cosines(seen, unit(sums(hard, white), metric), metric)
+    torch.testing.assert_close(own[0, :, 0].argmax(-1), corners[0].argmax(-1))
+
+
+def test_a_class_without_rows_has_no_factor():
+    white, soft, _ = clustered()
+    soft[..., 0] = 0
+    metric = Metric.within(sums(soft, white), soft.sum(1), values(float(N)))
+    assert (metric.factors[:, :, 0] == 0).all()
+    assert torch.isfinite(metric.core).all()
+
+
+def test_lengths_and_cosines_are_the_explicit_ones():
+    white, soft, metric = clustered()
+    centers = unit(sums(soft, white), metric)
+    seen = Rows.under(white, metric)
+    found = cosines(seen, centers, metric)
+    for t in range(T):
+        for s in range(S):
+            matrix, x, c = explicit(metric, t, s), white[t].numpy(), centers[t, s].numpy()
+            length = np.sqrt(np.einsum("nd,de,ne->n", x, matrix, x))
+            np.testing.assert_allclose(1 / seen.inverse[t, :, s].numpy(), length, rtol=1e-6)
+            np.testing.assert_allclose(np.einsum("kd,de,ke->k", c, matrix, c), 1, rtol=1e-6)
+            np.testing.assert_allclose(found[t, :, s].numpy(), x @ matrix @ c.T / length[:, None], atol=1e-6)
+    assert found.abs().max() <= 1 + 1e-6
+
+
+def test_the_flat_metric_is_the_plain_cosine():
+    white, soft, _ = clustered()
+    metric = Metric.flat(S, white, K)
+    centers = unit(sums(soft, white), metric)
+    found = cosines(Rows.under(white, metric), centers, metric)
+    wanted = torch.einsum("tnd,tskd->tnsk", white / white.norm(dim=-1, keepdim=True), centers)
+    torch.testing.assert_close(found, wanted)
+
+
+def test_a_zero_vector_stays_zero():
+    _, _, metric = clustered()
+    assert (unit(torch.zeros(T, S, K, D, dtype=torch.double), metric) == 0).all()
+
+
+def test_a_trial_alone_is_the_same_as_among_others():
+    white, soft, metric = clustered()
+    alone = Metric.within(sums(soft[:1], white[:1]), soft[:1].sum(1), values(float(N))[:1])
+    torch.testing.assert_close(alone.core, metric.core[:1])
+    torch.testing.assert_close(Rows.under(white[:1], alone).inverse, Rows.under(white, metric).inverse[:1])

@@ -1,0 +1,56 @@
+"""ABC, auxiliary balanced classifier (arXiv 2110.10368; as its code has it).
+
+Published: threshold 0.95, weight of the auxiliary loss 1. Ours: pictures weigh by the probability that the paper keeps
+them with, which has the same expected gradient. Lost to the cache: what FixMatch loses, and a second strong view.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ulfine_fast.heads import Tensors, adapt, cosine_logits
+from ulfine_fast.methods import Batch, Losses, State, Trials
+from ulfine_fast.methods.fixmatch import FixMatch, plain_cross_entropy, soft_cross_entropy
+from ulfine_fast.ops.distributions import rarity
+from ulfine_fast.ops.losses import masked_mean, pseudo_labels
+
+
+class ABC(FixMatch):
+    """FixMatch, and a second head in which frequent classes weigh as little as the rarest; that one predicts."""
+
+    def start(self, trials: Trials) -> State:
+        """Two heads (T, K, D) at the textual prototypes, the adapter, and the share of the steps done (T,)."""
+        state = super().start(trials)
+        state.parameters["auxiliary"] = trials.prototypes.clone()
+        state.scratch["done"] = torch.zeros_like(trials.values["tau"])
+        return state
+
+    def losses(self, trials: Trials, state: State, batch: Batch) -> Losses:
+        """FixMatch's losses; the auxiliary head's with weights, its guesses soft."""
+        main, balance = super().losses(trials, state, batch), rarity(trials.log_prior)
+        own = plain_cross_entropy(self.logits(trials, state.tensors, batch.labeled), batch.labels)
+        labeled = main.labeled + masked_mean(own, balance.gather(1, batch.labels))
+        if batch.weak is None or batch.strong is None:
+            return main._replace(labeled=labeled)
+        with torch.no_grad():
+            weak = self.logits(trials, state.tensors, batch.weak)
+        pseudo = pseudo_labels(weak, trials.values["threshold"], trials.values["sharpen"])
+        # all classes weigh alike at first, when too few guesses are sure
+        weights = 1 - state.scratch["done"].view(-1, 1) * (1 - balance)
+        own = soft_cross_entropy(self.logits(trials, state.tensors, batch.strong), pseudo.probabilities)
+        unlabeled = masked_mean(own, pseudo.mask * weights.gather(1, pseudo.labels))
+        return main._replace(labeled=labeled, unlabeled=main.unlabeled + trials.values["lambda_u"] * unlabeled)
+
+    def after_step(self, trials: Trials, state: State, batch: Batch, losses: Losses) -> None:
+        """Count the step."""
+        state.scratch["done"] += 1.0 / trials.config.steps
+
+    def pseudo_logits(self, trials: Trials, tensors: Tensors, features: Tensor) -> Tensor:
+        """The first head's logits (T, B, K), which teach the first head."""
+        return super().logits(trials, tensors, features)
+
+    def logits(self, trials: Trials, tensors: Tensors, features: Tensor) -> Tensor:
+        """The auxiliary head's logits (T, B, K)."""
+        adapted = adapt(tensors, features, trials.values["adapter_scale"])
+        return cosine_logits(adapted, tensors["auxiliary"], trials.values["scale"])

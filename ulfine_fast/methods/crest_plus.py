@@ -1,0 +1,68 @@
+"""CReST+ (arXiv 2102.09559) in one pass: class-rebalanced guesses, aligned to an ever flatter labelled distribution.
+
+Published: sampling power 1/3, alignment power falling from 1 to 0.5, threshold 0.95, six generations of training, after
+each of which sure pictures join the labelled ones, rare classes at the higher rates. Ours: one generation; the rates
+are weights in the unlabelled loss, which start alike and are reached at the end, as is the alignment's power; the
+labelled loss is adjusted by tau, 0 in the paper. Lost to the cache: what FixMatch loses.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ulfine_fast.heads import Tensors
+from ulfine_fast.methods import Batch, Losses, State, Trials
+from ulfine_fast.methods.fixmatch import FixMatch
+from ulfine_fast.ops.distributions import aligned, reversed_ranks
+from ulfine_fast.ops.losses import PseudoLabels
+from ulfine_fast.ops.thresholds import running
+
+_EPS = 1e-12
+
+
+class CReSTPlus(FixMatch):
+    """FixMatch with aligned guesses whose weight is larger the rarer their class is among the labels."""
+
+    adjusted = True
+
+    def start(self, trials: Trials) -> State:
+        """Adapter and head; mean guess (T, K), uniform, and the share of the steps done (T,)."""
+        state = super().start(trials)
+        even = torch.full_like(trials.log_prior, 1.0 / trials.log_prior.shape[1])
+        state.memory = {"shares": even, "done": torch.zeros_like(trials.values["tau"])}
+        return state
+
+    def guess(self, trials: Trials, state: State, batch: Batch) -> PseudoLabels:
+        """Sure guesses after alignment, weighted by their class's rate."""
+        pseudo = super().guess(trials, state, batch)
+        rates = self.rates(trials, state.memory["done"])
+        return pseudo._replace(mask=pseudo.mask * rates.gather(1, pseudo.labels))
+
+    def rates(self, trials: Trials, done: Tensor) -> Tensor:
+        """Weight of each class (T, K): 1 at first, and at last (n of the opposite rank / largest n)^power."""
+        prior = trials.log_prior.exp()
+        power = trials.values["sampling_power"].view(-1, 1)
+        last = (reversed_ranks(prior) / prior.amax(-1, keepdim=True)) ** power
+        return 1 - done.view(-1, 1) * (1 - last)
+
+    @torch.no_grad()
+    def after_step(self, trials: Trials, state: State, batch: Batch, losses: Losses) -> None:
+        """Count the step and move the mean guess by the batch's, as they are before alignment."""
+        memory = state.memory
+        memory["done"] += 1.0 / trials.config.steps
+        if batch.weak is not None:
+            raw = self._raw(trials, state.tensors, batch.weak).mean(1)
+            memory["shares"].copy_(running(memory["shares"], raw, trials.values["rho"]))
+
+    def pseudo_logits(self, trials: Trials, tensors: Tensors, features: Tensor) -> Tensor:
+        """Logits (T, B, K) of the probabilities aligned to the labelled distribution, to a power that falls."""
+        power = 1 - tensors["done"] * (1 - trials.values["align_power"])
+        target = torch.exp(power.view(-1, 1) * trials.log_prior)
+        probabilities = aligned(self._raw(trials, tensors, features), target, tensors["shares"])
+        # who asks for pseudo-labels divides by the temperature, and must be given back what was aligned
+        return trials.values["sharpen"].view(-1, 1, 1) * torch.log(probabilities + _EPS)
+
+    def _raw(self, trials: Trials, tensors: Tensors, features: Tensor) -> Tensor:
+        """The head's probabilities (T, B, K)."""
+        return torch.softmax(self.logits(trials, tensors, features) / trials.values["sharpen"].view(-1, 1, 1), -1)

@@ -1,0 +1,48 @@
+"""DARP (arXiv 2007.08844): the guesses of all unlabelled pictures, refined to a given class distribution.
+
+Published: refinement after 40% of the training, every 10 steps, twice a class's total kept, threshold 0.95; the
+distribution is that of the labels, or one estimated beforehand. Ours: the distribution of the labels; all pictures are
+guessed from their plain view and refined after every `eval_every` steps, where the code mixes guesses of different age;
+labelled losses are adjusted by tau, 0 in the paper. Lost to the cache: what FixMatch loses.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ulfine_fast.methods import Batch, Pool, State, Trials
+from ulfine_fast.methods.fixmatch import FixMatch
+from ulfine_fast.ops.losses import PseudoLabels
+from ulfine_fast.ops.refinement import prune, refine
+
+
+class DARP(FixMatch):
+    """FixMatch whose guesses come, after a while, from a table of refined ones."""
+
+    adjusted = True
+    uses_pool = True
+
+    def refresh(self, trials: Trials, state: State, pool: Pool, step: int) -> None:
+        """Guess all pictures (T, N, K), and refine them in trials that have come far enough."""
+        logits = self.logits(trials, state.tensors, pool.unlabeled)
+        raw = torch.softmax(logits / trials.values["sharpen"].view(-1, 1, 1), -1)
+        totals = trials.log_prior.exp() * pool.present.sum(-1, keepdim=True)  # (T, K)
+        refined = refine(prune(raw, pool.present, totals, trials.values["darp_keep"]), pool.present, totals)
+        late = step >= trials.values["darp_start"] * trials.config.steps
+        state.scratch = {"late": late, "table": torch.where(late.view(-1, 1, 1), refined, raw)}
+
+    def guess(self, trials: Trials, state: State, batch: Batch) -> PseudoLabels:
+        """FixMatch's guesses at first, later those of the table."""
+        assert batch.places is not None
+        pseudo = super().guess(trials, state, batch)
+        late, table = state.scratch["late"].view(-1, 1), state.scratch["table"]
+        places = batch.places.unsqueeze(-1).expand(-1, -1, table.shape[-1])
+        chosen = torch.where(late.unsqueeze(-1), table.gather(1, places), pseudo.probabilities)  # (T, U, K)
+        confidence, labels = chosen.max(-1)
+        sure = confidence >= trials.values["threshold"].view(-1, 1)
+        return PseudoLabels(labels, sure.to(chosen.dtype), chosen)
+
+    def drawn(self, trials: Trials, state: State) -> Tensor | None:
+        """The table (T, N, K)."""
+        return state.scratch["table"]
