@@ -49,7 +49,7 @@ def probe(draws: Draws) -> Settings:
     """Classifiers trained on labelled pictures alone, the oracle among them."""
     return {
         "lr": draws.log_uniform("lr", 3e-3, 0.3),
-        "tau": draws.uniform("tau", 0.5, 2.0),
+        "tau": draws.uniform("tau", 0.0, 2.0),
         "weight_decay": draws.log_uniform("weight_decay", 1e-5, 1e-2),
         "feature_noise": draws.choice("feature_noise", (0.0, 0.25, 0.5, 1.0)),
     }

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from ulfine_fast.cache.errors import InputError
-from ulfine_fast.config import FitConfig, per_trial_fields, structural_key
+from ulfine_fast.config import FitConfig, per_trial_fields, split_key, structural_key
 
 
 @pytest.mark.parametrize(
@@ -60,3 +60,30 @@ def test_structure_is_shared_by_trials_that_differ_in_numbers_only():
 def test_the_data_seed_is_the_seed_unless_given():
     assert FitConfig(seed=4).data_seed == 4
     assert FitConfig(seed=4, split_seed=9).data_seed == 9
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"seed": 1},
+        {"split_seed": 1},
+        {"n1": 5},
+        {"m1": 5},
+        {"gamma_l": 5.0},
+        {"gamma_u": 5.0},
+        {"shape": "shuffled"},
+        {"labeled_in_unlabeled": True},
+        {"permute_classes": False},
+        {"labeled_fraction": 0.5},
+        {"val_fraction": 0.2},
+        {"test_fraction": 0.3},
+    ],
+)
+def test_what_decides_the_split_is_in_its_key(values):
+    assert split_key(FitConfig(**values)) != split_key(FitConfig())
+
+
+def test_what_does_not_decide_the_split_is_not_in_its_key():
+    other = FitConfig(method="gmm", lr=0.5, steps=7, seed=3, split_seed=0, trust=1.0)
+    assert split_key(other) == split_key(FitConfig())
+    hash(split_key(other))

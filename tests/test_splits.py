@@ -183,3 +183,39 @@ def test_a_split_of_other_pictures_names_one(tmp_path):
     (tmp_path / "s.json").write_text(json.dumps(split.to_dict(["old.png"])))
     with pytest.raises(InputError, match=r"'old\.png', which this cache lacks"):
         read_split(tmp_path / "s.json", ["new.png"])
+
+
+def shuffled(seed, **values):
+    labels, splits = rows()
+    config = FitConfig(n1=60, gamma_l=20, gamma_u=10, shape="shuffled", seed=seed, val_fraction=0, **values)
+    split = draw_split(labels, splits, NAMES, config)
+    return labels, split, np.bincount(labels[split.unlabeled], minlength=5)
+
+
+def test_shuffled_counts_fall_along_another_order_of_the_classes():
+    orders = set()
+    for seed in range(12):
+        labels, split, hidden = shuffled(seed, m1=100)
+        assert labeled_counts(labels, split, 5)[split.class_order].tolist() == long_tail_counts(60, 20, 5).tolist()
+        assert sorted(hidden.tolist(), reverse=True) == long_tail_counts(100, 10, 5).tolist()
+        orders.add(tuple(np.argsort(-hidden[split.class_order]).tolist()))
+    # ranks of the unlabelled classes among the labelled ones: neither one order nor only its reverse
+    assert len(orders) > 6
+
+
+def test_shuffled_repeats_with_its_seed_and_leaves_the_labelled_rows_alone():
+    labels, first, _ = shuffled(3, m1=100)
+    np.testing.assert_array_equal(first.unlabeled, shuffled(3, m1=100)[1].unlabeled)
+    config = FitConfig(n1=60, gamma_l=20, gamma_u=10, m1=100, shape="consistent", seed=3, val_fraction=0)
+    plain = draw_split(labels, rows()[1], NAMES, config)
+    np.testing.assert_array_equal(first.labeled, plain.labeled)
+    np.testing.assert_array_equal(first.test, plain.test)
+
+
+def test_shuffled_takes_as_many_as_the_data_allow():
+    labels, split, hidden = shuffled(5)
+    left = 200 - labeled_counts(labels, split, 5)
+    ranked = np.argsort(-hidden, kind="stable")
+    assert (hidden <= left).all()
+    more = long_tail_counts(int(hidden.max()) + 1, 10, 5)
+    assert (more > left[ranked]).any()

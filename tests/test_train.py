@@ -248,3 +248,50 @@ def test_a_pass_of_a_method_that_reads_all_pictures_holds_fewer_trials(clusters,
     features = DeviceFeatures.load(clusters, torch.device("cpu"))
     assert train._pool_values(configs[0], [split], features, 4) > 0
     assert train._pool_values(FitConfig(method="ulfine"), [split], features, 4) == 0
+
+
+def test_each_trial_may_have_a_split_of_its_own(clusters, quick):
+    configs = [quick(seed=s, method="linear_probe") for s in (1, 2, 3)]
+    splits = [draw_split(clusters.labels, clusters.splits, clusters.class_names, quick(seed=s)) for s in (7, 8, 7)]
+    runs = fit_many(clusters, configs, split=splits)
+    assert [run.split for run in runs] == [split.to_dict(clusters.ids) for split in splits]
+    alone = fit(clusters, configs[1], split=splits[1])
+    np.testing.assert_allclose(runs[1].test_probabilities, alone.test_probabilities, atol=1e-5)
+
+
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_splits_must_be_as_many_as_the_configs(clusters, quick, count):
+    split = draw_split(clusters.labels, clusters.splits, clusters.class_names, quick())
+    with pytest.raises(InputError, match=f"2 configs need as many splits, got {count}"):
+        fit_many(clusters, [quick(), quick(seed=1)], split=[split] * count)
+
+
+def test_any_split_of_several_that_trains_on_held_out_pictures_is_refused(clusters, quick):
+    split = draw_split(clusters.labels, clusters.splits, clusters.class_names, quick())
+    bad = replace(split, labeled=split.test)
+    with pytest.raises(InputError, match="a test picture of this cache"):
+        fit_many(clusters, [quick(), quick(seed=1)], split=[split, bad])
+
+
+def test_unlabelled_rows_that_joined_the_labelled_ones_are_an_oracle(quick):
+    cache = make_clusters(noise=1.5, train=120, test=60, text=False)
+    config = quick(method="linear_probe", n1=10, m1=60, shape="uniform", steps=100, lr=0.1)
+    drawn = draw_split(cache.labels, cache.splits, cache.class_names, config)
+    both = np.concatenate([drawn.labeled, drawn.unlabeled])
+    oracle = replace(drawn, labeled=both, unlabeled=drawn.unlabeled[:0])
+    probe, told = fit_many(cache, [config, config], split=[drawn, oracle])
+    assert told.metrics["balanced_accuracy"] > probe.metrics["balanced_accuracy"]
+
+
+def test_a_split_is_drawn_once_for_all_configs_that_draw_the_same(clusters, quick, monkeypatch):
+    drawn = []
+
+    def counting(*given):
+        drawn.append(given[-1])
+        return draw_split(*given)
+
+    monkeypatch.setattr(train, "draw_split", counting)
+    configs = [quick(method="zero_shot", seed=s, lr=lr) for s in (0, 1) for lr in (0.1, 0.2)]
+    runs = fit_many(clusters, configs)
+    assert len(drawn) == 2
+    assert runs[0].split == runs[1].split != runs[2].split == runs[3].split

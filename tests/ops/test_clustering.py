@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from ulfine_fast.ops.clustering import Evidence, Schedule, fit_clusters
-from ulfine_fast.ops.mixture import Metric, Rows, whitening
+from ulfine_fast.ops.mixture import whitening
 from ulfine_fast.ops.prototypes import normalize
 from ulfine_fast.ops.transport import transport
 
@@ -239,12 +239,3 @@ def test_cosines_of_new_rows_are_those_of_the_last_metric():
     assert found.shape == (1, HIDDEN, 1, K)
     assert found.abs().max() <= 1 + 1e-4
     assert (found[0, :, 0].argmax(-1) == truth).float().mean() > 0.95
-
-
-def test_unlabelled_centers_leave_the_labelled_rows_out():
-    evidence, _ = gaussians()
-    clusters = fit_clusters(evidence, schedule(rounds=1))
-    flat = Metric.flat(1, evidence.hidden, K)
-    rows = Rows.under(evidence.hidden, flat)
-    mass = clusters.plan[0, :, 0].T @ (evidence.hidden[0] * rows.inverse[0])
-    torch.testing.assert_close(clusters.unlabeled_centers()[0, 0], F.normalize(mass, dim=-1), rtol=1e-4, atol=1e-5)

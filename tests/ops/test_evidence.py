@@ -147,4 +147,8 @@ def test_without_held_out_rows_all_candidates_score_the_same():
     logits, judged = judged_logits()
     scores, temperatures = held_out_scores(logits, LABELS, torch.zeros_like(judged), K)
     assert (scores == 0).all()
-    assert (temperatures == temperatures[0, 0]).all()
+    assert (temperatures == 1).all()
+    judged[1] = False
+    mixed = held_out_scores(logits, LABELS, judged, K)[1]
+    assert (mixed[1] == 1).all()
+    assert (mixed[0] != 1).any()

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from ulfine_fast.ops.philox import Purpose, integers, normals, philox, words
+from ulfine_fast.ops.philox import Purpose, integers, normals, philox, uniforms, words
 
 # The known-answer vectors published with Random123 for philox4x32-10: counter, key, result.
 KNOWN = [
@@ -73,3 +73,20 @@ def test_normals_have_the_right_moments_and_repeat():
     torch.testing.assert_close(drawn.std(1), torch.ones(4), rtol=0, atol=0.03)
     torch.testing.assert_close(normals(SEEDS[1:2], 3, Purpose.WEIGHTS, 20_000)[0], drawn[1], rtol=0, atol=0)
     assert not torch.equal(drawn, normals(SEEDS, 4, Purpose.WEIGHTS, 20_000))
+
+
+def test_uniforms_are_the_words_moved_into_the_open_interval():
+    drawn = uniforms(SEEDS, 2, Purpose.FOLDS, 7)
+    assert drawn.dtype == torch.float64
+    wanted = (words(SEEDS, torch.tensor([2]), Purpose.FOLDS, 7)[0].double() + 0.5) / 2**32
+    assert torch.equal(drawn, wanted)
+    assert torch.equal(uniforms(SEEDS[1:3], 2, Purpose.FOLDS, 5), drawn[1:3, :5])
+
+
+def test_uniforms_fill_the_interval_and_never_reach_its_ends():
+    drawn = uniforms(SEEDS, 0, Purpose.FOLDS, 20_000)
+    assert 0 < drawn.min() < 1e-3
+    assert 1 - 1e-3 < drawn.max() < 1
+    torch.testing.assert_close(drawn.mean(1), torch.full((4,), 0.5, dtype=torch.double), rtol=0, atol=0.01)
+    # the smallest and the largest word
+    assert (torch.tensor([0, 2**32 - 1]).double() + 0.5).div(2.0**32).tolist() == [2.0**-33, 1 - 2.0**-33]

@@ -75,10 +75,6 @@ class Clusters:
         """Cosines (T, n, S, K) of whitened rows (T, n, D)."""
         return cosines(Rows.under(rows, self.metric), self.centers, self.metric)
 
-    def unlabeled_centers(self) -> Tensor:
-        """Centers from the hidden rows alone (T, S, K, D): labelled rows can be judged by them."""
-        return unit(_mass(self.hidden, self.plan), self.metric)
-
 
 def fit_clusters(evidence: Evidence, schedule: Schedule) -> Clusters:
     """Alternate probabilities, class shares, centers and the metric between them.

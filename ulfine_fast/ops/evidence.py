@@ -62,7 +62,8 @@ def held_out_scores(logits: Tensor, labels: Tensor, judged: Tensor, classes: int
         classes: K.
 
     Returns:
-        Scores (T, S), at most 0, the mean over classes with held-out rows; and temperatures (T, S).
+        Scores (T, S), at most 0, the mean over classes with held-out rows; and temperatures (T, S), one where a trial
+        has no such rows.
     """
     target = labels.clamp(min=0)[:, :, None, None].expand(-1, -1, logits.shape[2], 1)
     member = torch.nn.functional.one_hot(labels.clamp(min=0), classes) * judged.unsqueeze(-1)  # (T, L, K)
@@ -74,4 +75,6 @@ def held_out_scores(logits: Tensor, labels: Tensor, judged: Tensor, classes: int
         likelihood = torch.log_softmax(logits / temperature, -1).gather(-1, target).squeeze(-1)  # (T, L, S)
         found.append((likelihood * weight.unsqueeze(-1)).sum(1))
     best = torch.stack(found).max(0)  # (T, S)
-    return best.values, grid[best.indices]
+    # with nothing held out every temperature is as good, and the first of the grid would only make guesses sure
+    known = judged.any(1, keepdim=True)  # (T, 1)
+    return best.values, torch.where(known, grid[best.indices], torch.ones_like(best.values))

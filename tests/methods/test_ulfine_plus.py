@@ -1,0 +1,292 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from tests.conftest import make_clusters
+from ulfine_fast import FeatureCache, FitConfig, Run, fit, fit_many
+from ulfine_fast.methods import ulfine_plus
+from ulfine_fast.ops.evidence import fold_numbers
+from ulfine_fast.splits import draw_split
+
+SEEDS = range(3)
+
+
+def plus(**values):
+    return FitConfig(**{"method": "ulfine_plus", "n1": 20, "gamma_l": 10, "gamma_u": 10, **values})
+
+
+def unit_rows(cache, rows):
+    features = cache.plain[rows].astype(np.float32)
+    return features / np.linalg.norm(features, axis=1, keepdims=True)
+
+
+def balanced(predicted, labels):
+    return float(np.mean([(predicted[labels == k] == k).mean() for k in np.unique(labels)]))
+
+
+def gains(cache, runs):
+    """Balanced test accuracy of each run less that of its own probe."""
+    found = []
+    for run in runs:
+        rows = [cache.ids.index(name) for name in run.test_ids]
+        probe = (unit_rows(cache, rows) @ run.tensors["linear"].numpy().T).argmax(1)
+        found.append(run.metrics["balanced_accuracy"] - balanced(probe, run.test_labels))
+    return np.array(found)
+
+
+def merged(cache, pairs):
+    """The same pictures, two unlike clusters to a class."""
+    return FeatureCache.from_arrays(
+        cache.plain,
+        np.asarray(pairs)[cache.labels],
+        weak=cache.views("weak"),
+        strong=cache.views("strong"),
+        splits=list(cache.splits),
+    )
+
+
+def every_shape(cache):
+    """Gains over the probe by shape and seed."""
+    shapes = ("consistent", "uniform", "reversed")
+    runs = fit_many(cache, [plus(shape=shape, seed=s, m1=80) for shape in shapes for s in SEEDS])
+    return gains(cache, runs).reshape(3, -1)
+
+
+@pytest.fixture
+def brief(monkeypatch):
+    """Short probes, for tests that are not about how good they are."""
+    monkeypatch.setattr(ulfine_plus, "_PROBE_STEPS", 20)
+
+
+@pytest.fixture
+def watched(monkeypatch, brief):
+    """The evidence and the clusters of every fit."""
+    seen = []
+
+    def watching(evidence, schedule):
+        seen.append((evidence, fit_clusters(evidence, schedule)))
+        return seen[-1][1]
+
+    fit_clusters = ulfine_plus.fit_clusters
+    monkeypatch.setattr(ulfine_plus, "fit_clusters", watching)
+    return seen
+
+
+def test_better_than_its_probe_where_unlabelled_pictures_cluster_by_class():
+    gained = every_shape(make_clusters(noise=1.5, train=100, test=60, text=False))
+    # little is left to learn where the unlabelled set is as lopsided as the labels
+    assert gained[0].mean() > 0
+    assert gained[1:].mean(1).min() > 0.02
+
+
+def test_not_worse_than_its_probe_where_features_are_noise():
+    cache = make_clusters(noise=20, train=100, test=60)
+    runs = fit_many(cache, [plus(shape="uniform", seed=s, m1=80) for s in SEEDS])
+    assert gains(cache, runs).mean() > -0.02
+    # a probe that knows nothing is believed more than any clusters of nothing
+    weights = torch.stack([run.tensors["weights"] for run in runs]).mean(0)
+    assert weights.argmax() == 0
+
+
+def test_not_worse_than_its_probe_where_a_class_is_two_unlike_clusters():
+    cache = merged(make_clusters(classes=8, noise=1.5, train=60, test=40, text=False), [0, 1, 2, 3, 0, 1, 2, 3])
+    assert every_shape(cache).mean(1).min() > -0.02
+
+
+@pytest.mark.parametrize("text", [True, False])
+def test_without_views(text):
+    cache = make_clusters(noise=1.5, train=100, test=60, views=False, text=text)
+    gained = gains(cache, fit_many(cache, [plus(shape="uniform", seed=s, m1=80) for s in SEEDS]))
+    assert gained.mean() > 0.02
+
+
+def test_without_unlabelled_pictures():
+    cache = make_clusters()
+    none, whole = fit(cache, plus(m1=0, shape="uniform")), fit(cache, FitConfig(method="ulfine_plus"))
+    assert none.split["unlabeled"] == whole.split["unlabeled"] == []
+    assert none.metrics["balanced_accuracy"] > 0.6
+    assert np.isfinite(none.test_probabilities).all()
+    assert gains(cache, [whole])[0] > -0.05
+
+
+@pytest.mark.usefixtures("brief")
+def test_a_trial_without_unlabelled_pictures_beside_others(clusters):
+    lonely = plus(m1=0, n1=30, shape="uniform")
+    together = fit_many(clusters, [plus(n1=30, m1=20), lonely])[1]
+    np.testing.assert_allclose(together.test_probabilities, fit(clusters, lonely).test_probabilities, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("world", "values"),
+    [
+        ({"classes": 2, "train": 80}, {}),
+        ({"train": 80}, {"n1": 1, "gamma_l": 1, "m1": 40, "val_fraction": 0.0}),
+        ({"train": 80}, {"n1": 2, "gamma_l": 1, "m1": 40, "val_fraction": 0.0}),
+        ({"dim": 96, "train": 40}, {"n1": 8, "gamma_l": 4, "m1": 12}),
+        ({"classes": 2, "dim": 64, "train": 20}, {"n1": 1, "gamma_l": 1, "m1": 0, "val_fraction": 0.0}),
+    ],
+    ids=["two classes", "one label a class", "two labels a class", "fewer rows than dimensions", "two pictures"],
+)
+def test_small_worlds(world, values):
+    cache = make_clusters(noise=0.6, **world)
+    run = fit(cache, plus(**values))
+    assert all(bool(torch.isfinite(tensor).all()) for tensor in run.tensors.values())
+    assert np.isfinite(run.test_probabilities).all()
+    assert run.metrics["balanced_accuracy"] > 0.75
+    assert gains(cache, [run])[0] > -0.1
+
+
+@pytest.mark.usefixtures("brief")
+def test_a_saved_run_gives_the_same_logits(clusters, tmp_path):
+    run = fit(clusters, plus())
+    again = Run.load(run.save(tmp_path / "run"))
+    np.testing.assert_array_equal(again.logits(clusters.plain), run.logits(clusters.plain))
+    rows = [clusters.ids.index(name) for name in run.test_ids]
+    np.testing.assert_allclose(run.predict_proba(clusters.plain[rows]), run.test_probabilities, atol=1e-4)
+
+
+@pytest.mark.usefixtures("brief")
+def test_a_trial_alone_is_the_same_as_among_others(clusters):
+    configs = [
+        plus(seed=3),
+        plus(seed=5, n1=9, m1=30, shape="reversed", lean=0.5, sharp=20.0, trust=5.0, shrink=0.2),
+        plus(seed=7, n1=30, m1=20, label_weight=2.0, pull=1.0, view_weight=0.0),
+    ]
+    for run in fit_many(clusters, configs)[:2]:
+        alone = fit(clusters, run.config)
+        np.testing.assert_allclose(run.test_probabilities, alone.test_probabilities, atol=1e-3)
+        assert run.metrics.get("pseudo_label_precision") == alone.metrics.get("pseudo_label_precision")
+
+
+@pytest.mark.usefixtures("brief")
+def test_hidden_labels_change_nothing(clusters):
+    split = draw_split(clusters.labels, clusters.splits, clusters.class_names, plus())
+    labels = clusters.labels.copy()
+    labels[split.unlabeled] = (labels[split.unlabeled] + 1) % 4
+    blind = FeatureCache.from_arrays(
+        clusters.plain,
+        labels,
+        class_names=clusters.class_names,
+        text_features=clusters.text_features,
+        weak=clusters.views("weak"),
+        strong=clusters.views("strong"),
+        splits=list(clusters.splits),
+        ids=clusters.ids,
+    )
+    one, other = fit(clusters, plus(), split=split), fit(blind, plus(), split=split)
+    for name, tensor in one.tensors.items():
+        assert torch.equal(tensor, other.tensors[name]), name
+    assert one.metrics["pseudo_label_precision"] > other.metrics["pseudo_label_precision"]
+
+
+def test_candidates_never_see_the_labels_of_their_fold(clusters, watched, monkeypatch):
+    split = draw_split(clusters.labels, clusters.splits, clusters.class_names, plus())
+    truth = torch.from_numpy(clusters.labels[split.labeled])
+    folds = fold_numbers(torch.tensor([0]), truth.unsqueeze(0), 4, 4)
+    monkeypatch.setattr(ulfine_plus, "fold_numbers", lambda *_: folds)
+    # the choice among probes reads all held-out labels, so there is no choice here
+    monkeypatch.setattr(ulfine_plus, "_PROBES", ulfine_plus._PROBES[:1])
+    held = torch.nonzero(folds[0] == 2).flatten()
+    first, second = next((a, b) for a in held for b in held if truth[a] != truth[b])
+    labels = clusters.labels.copy()
+    rows = split.labeled[[int(first), int(second)]]
+    labels[rows] = labels[rows[::-1]]
+    lying = FeatureCache.from_arrays(
+        clusters.plain,
+        labels,
+        class_names=clusters.class_names,
+        text_features=clusters.text_features,
+        weak=clusters.views("weak"),
+        strong=clusters.views("strong"),
+        splits=list(clusters.splits),
+        ids=clusters.ids,
+    )
+    fit(clusters, plus(), split=split)
+    fit(lying, plus(), split=split)
+    (before, fitted), (after, refitted) = watched
+    assert before.given.shape[2] == 25  # five folds, counting the whole, of five starts
+    torch.testing.assert_close(before.anchor[:, :, 10:15], after.anchor[:, :, 10:15], rtol=0, atol=0)
+    torch.testing.assert_close(fitted.centers[:, 10:15], refitted.centers[:, 10:15], rtol=0, atol=1e-5)
+    for others in (slice(0, 5), slice(5, 10), slice(15, 20)):
+        assert not torch.allclose(fitted.centers[:, others], refitted.centers[:, others], atol=1e-3)
+
+
+def test_every_fold_leaves_its_own_rows_out(clusters, watched):
+    fit(clusters, plus(folds=3, label_weight=7.0))
+    given = watched[0][0].given[0].unflatten(1, (4, 5))  # (L, 1 + folds, S, K)
+    assert (given[:, 0].sum(-1) == 7).all()
+    left_out = (given.sum(-1) == 0).all(-1)[:, 1:]  # (L, folds)
+    assert left_out.sum(1).max() == 1
+    assert (left_out.sum(0) > 0).all()
+
+
+def explicit_logits(run, features):
+    """The mixture written out with dense matrices, one candidate at a time."""
+    t = {name: tensor.double().numpy() for name, tensor in run.tensors.items()}
+    linear = features @ t["linear"].T
+    x = (features - t["mean"]) @ t["map"]
+    candidates = [linear]
+    for centers, factors, core in zip(t["centers"], t["factors"], t["core"], strict=True):
+        metric = np.eye(x.shape[1]) + factors.T @ core @ factors
+        length = np.sqrt(((x @ metric) * x).sum(1, keepdims=True))
+        candidates.append(run.config.sharp * x @ metric @ centers.T / length + run.config.lean * linear)
+    total = 0.0
+    for z, weight, temperature in zip(candidates, t["weights"], t["temperature"], strict=True):
+        p = np.exp((z - z.max(1, keepdims=True)) / temperature)
+        total = total + weight * p / p.sum(1, keepdims=True)
+    return np.log(total)
+
+
+@pytest.mark.usefixtures("brief")
+def test_the_prediction_is_the_weighted_mean_of_the_candidates(clusters):
+    run = fit(clusters, plus(lean=0.7, sharp=15.0))
+    features = unit_rows(clusters, np.arange(0, len(clusters), 7))
+    np.testing.assert_allclose(run.logits(features), explicit_logits(run, features), rtol=1e-2, atol=2e-3)
+    np.testing.assert_allclose(np.exp(run.logits(features)).sum(1), 1, atol=1e-4)
+
+
+@pytest.mark.usefixtures("brief")
+def test_trust_decides_how_far_the_weights_part():
+    hard = make_clusters(noise=1.8)
+    even, sure = fit_many(hard, [plus(trust=0.0), plus(trust=1e6)])
+    torch.testing.assert_close(even.tensors["weights"], torch.full((6,), 1 / 6))
+    assert sure.tensors["weights"].max() == pytest.approx(1.0)
+
+
+def test_without_lean_clusters_forget_the_probe(clusters, watched):
+    fit(clusters, plus(lean=0.0))
+    assert watched[0][0].anchor.abs().max() == 0
+
+
+def test_guesses_are_probabilities_and_mostly_right():
+    cache = make_clusters(noise=1.2, train=100)
+    run = fit(cache, plus(shape="uniform"))
+    assert run.metrics["pseudo_label_rate"] == 1
+    assert run.metrics["pseudo_label_precision"] > 0.9
+    assert run.history == []
+    shares = run.tensors["shares"]
+    torch.testing.assert_close(shares.sum(-1), torch.ones(5))
+    # a uniform unlabelled set is seen as one, whatever a candidate began with
+    assert (shares - 0.25).abs().max() < 0.12
+
+
+def test_before_any_picture_is_seen_the_text_predicts(world):
+    told, method, state, batch = world(method="ulfine_plus")
+    assert method.drawn(told, state) is None
+    wanted = batch.weak @ told.prototypes.transpose(1, 2)
+    torch.testing.assert_close(method.logits(told, state.tensors, batch.weak), wanted)
+
+
+@pytest.mark.usefixtures("brief")
+def test_the_probe_is_of_a_kind_that_held_out_labels_prefer(clusters, monkeypatch):
+    every, kinds = ulfine_plus._PROBES, []
+    for kind in every:
+        monkeypatch.setattr(ulfine_plus, "_PROBES", (kind,))
+        kinds.append(fit(clusters, plus()).tensors["linear"])
+    monkeypatch.setattr(ulfine_plus, "_PROBES", every)
+    chosen = fit(clusters, plus()).tensors["linear"]
+    assert any(torch.allclose(chosen, kind, atol=1e-5) for kind in kinds)
+    scales = [float(kind.norm(dim=-1).mean()) for kind in kinds]
+    assert scales == pytest.approx([scale for scale, _ in every], rel=1e-4)
