@@ -1,0 +1,165 @@
+"""`sweep` and `fit --config` from the command line: what is printed, what is refused."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from tests.cache.samples import write_pictures, write_tiny_model
+from ulfine_fast.cli.main import app
+
+SPACE = """
+method = "linear_probe"
+steps = 4
+val_fraction = 0.3
+lr = { low = 0.001, high = 0.3, log = true }
+tau = [0.5, 1.0]
+"""
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, [str(a) for a in arguments])
+
+
+def refused(*arguments):
+    """The sentence on stderr of a command that must end with 2."""
+    done = run(*arguments)
+    assert done.exit_code == 2, f"{done.exit_code}: {done.output} {done.exception!r}"
+    (line,) = done.stderr.strip().splitlines()
+    return line
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cache")
+    source = write_pictures(folder / "pictures", {"train/cat": 9, "train/dog": 7, "test/cat": 2, "test/dog": 2})
+    model = write_tiny_model(folder / "model")
+    done = run("extract", source, "--out", folder / "cache", "--model", model, "--workers", 0)
+    assert done.exit_code == 0, done.output
+    return folder / "cache"
+
+
+@pytest.fixture(scope="module")
+def space(tmp_path_factory):
+    path = tmp_path_factory.mktemp("space") / "space.toml"
+    path.write_text(SPACE)
+    return path
+
+
+@pytest.fixture(scope="module")
+def swept(cache, space, tmp_path_factory):
+    """A finished sweep, its folder and what it printed."""
+    out = tmp_path_factory.mktemp("swept") / "sweep"
+    arguments = ("sweep", cache, "--space", space, "--trials", 4, "--seeds", 2, "--sampler", "random", "--out", out)
+    return arguments, out, run(*arguments)
+
+
+def test_the_tables(swept):
+    _, out, done = swept
+    assert done.exit_code == 0, done.output
+    # nothing but the table where nobody watches
+    assert done.stderr == ""
+    for words in ("rank", "balanced_accuracy", "lr", "tau", "±", "on the test split", "trials: 4 complete"):
+        assert words in done.stdout
+    assert (out / "best-1" / "seed-2" / "config.json").exists()
+
+
+def test_json_of_a_finished_sweep_continued(swept):
+    arguments, out, _ = swept
+    done = run(*arguments, "--json")
+    assert done.exit_code == 0, done.output
+    result = json.loads(done.stdout)
+    assert result["counts"] == {"complete": 4}
+    assert result["out"] == str(out)
+    assert [place["rank"] for place in result["leaderboard"]] == [1, 2, 3, 4]
+    assert result["best"][0]["seeds"] == [2, 3, 4, 5, 6]
+    assert 0 <= result["best"][0]["test"]["accuracy"]["mean"] <= 1
+
+
+def test_the_best_is_a_config_that_fit_takes(swept, cache, tmp_path):
+    _, out, _ = swept
+    done = run(
+        "fit", cache, "--config", out / "best.toml", "--seed", 2, "--seeds", 5, "--out", tmp_path / "r", "--json"
+    )
+    assert done.exit_code == 0, done.output
+    refit = json.loads((out / "sweep.json").read_text())["best"][0]["test"]
+    again = json.loads(done.stdout)["linear_probe"]
+    assert again["accuracy"] == refit["accuracy"]
+    config = json.loads((tmp_path / "r" / "seed-2" / "config.json").read_text())["config"]
+    assert config["method"] == "linear_probe"
+    assert config["steps"] == 4
+
+
+def test_an_option_wins_over_the_file(cache, tmp_path):
+    path = tmp_path / "c.toml"
+    path.write_text('method = "linear_probe"\nsteps = 4\nlr = 0.5\n')
+    done = run("fit", cache, "--config", path, "--steps", 6, "--lr", 0.03, "--out", tmp_path / "run")
+    assert done.exit_code == 0, done.output
+    config = json.loads((tmp_path / "run" / "config.json").read_text())["config"]
+    # 0.03 is the default of lr too: given is given
+    assert (config["method"], config["steps"], config["lr"]) == ("linear_probe", 6, 0.03)
+
+
+def test_configs_that_are_refused(cache, tmp_path):
+    path = tmp_path / "c.toml"
+    for text, words in {
+        "steps = 0": "steps must be at least 1, got 0",
+        "step = 3": "unknown setting 'step'",
+        "steps": "is not TOML",
+        "lr = { low = 1, high = 2 }": "lr must be a finite number",
+    }.items():
+        path.write_text(text)
+        sentence = refused("fit", cache, "--config", path, "--out", tmp_path / "run")
+        assert words in sentence
+        assert "c.toml" in sentence
+    assert "No such file" in refused("fit", cache, "--config", tmp_path / "none.toml", "--out", tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--trials", 0], "trials must be at least 1, got 0"),
+        (["--lr", 0.1], "lr is in the space and given as 0.1 beside it"),
+        (["--method", "ulfine"], "method is in the space and given as 'ulfine' beside it"),
+        (["--metric", "speed"], "metric must be one of"),
+        (["--sampler", "luck"], "sampler must be one of"),
+        (["--pruning", "early"], "pruning must be one of"),
+        (["--split", "nowhere.json"], "is not a saved split"),
+        (["--engine", "steam"], "engine must be one of"),
+        (["--storage", "nonsense"], "is no database URL"),
+        (["--space", "nowhere.toml"], "nowhere.toml: No such file"),
+        (["--n1", 500], "n1 = 500 needs 500 labelled pictures"),
+    ],
+)
+def test_options_out_of_range(cache, space, tmp_path, arguments, words):
+    assert words in refused("sweep", cache, "--space", space, "--out", tmp_path / "sweep", *arguments)
+
+
+def test_another_cache_and_another_objective_are_refused(swept, cache, tmp_path):
+    arguments, _, _ = swept
+    assert "was made with metrics = ['balanced_accuracy'], this sweep says ['ece']" in refused(
+        *arguments, "--metric", "ece"
+    )
+    assert "was made with seed = 0, this sweep says 7" in refused(*arguments, "--seed", 7)
+    assert "manifest.json" in refused("sweep", tmp_path)
+
+
+def test_the_shipped_space_and_two_metrics(cache, tmp_path):
+    settings = ["--method", "linear_probe", "--steps", 3, "--val-fraction", 0.3, "--lr", 0.1]
+    options = ["--trials", 4, "--metric", "accuracy", "--metric", "ece", "--refit", 0, "--out", tmp_path / "sweep"]
+    done = run("sweep", cache, *settings, *options, "--json")
+    assert done.exit_code == 0, done.output
+    result = json.loads(done.stdout)
+    assert result["metrics"] == ["accuracy", "ece"]
+    assert set(result["leaderboard"][0]["params"]) == {"tau", "weight_decay", "feature_noise"}
+    assert result["best"] == []
+
+
+def test_a_setting_nobody_reads_is_warned_of(cache, tmp_path):
+    path = tmp_path / "space.toml"
+    path.write_text(SPACE + "mu = [0.1, 0.2]\n")
+    done = run("sweep", cache, "--space", path, "--trials", 1, "--refit", 0, "--out", tmp_path / "sweep")
+    assert done.exit_code == 0, done.output
+    assert done.stderr == "warning: mu is searched and linear_probe never reads it (it is for ulfine)\n"

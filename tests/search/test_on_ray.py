@@ -1,0 +1,94 @@
+"""Passes on Ray: two nodes started here, one of them killed with work under way."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+
+from tests.conftest import make_clusters
+from ulfine_fast import InputError, sweep
+from ulfine_fast.search import on_ray
+from ulfine_fast.search.ledger import open_storage
+from ulfine_fast.search.on_ray import RayWorkers
+
+STORE = 80 << 20  # bytes, the least that Ray takes
+
+
+@pytest.fixture
+def cluster():
+    pytest.importorskip("ray", reason="Ray is not installed (extra ray)")
+    from ray.cluster_utils import Cluster
+
+    small = {"object_store_memory": STORE, "num_cpus": 1}
+    # the death of a node is noticed within a second
+    alert = {"health_check_period_ms": 300, "health_check_failure_threshold": 2, "health_check_initial_delay_ms": 0}
+    head = {**small, "include_dashboard": False, "_system_config": alert}
+    made = Cluster(initialize_head=True, head_node_args=head)
+    yield made, made.add_node(**small)
+    import ray
+
+    ray.shutdown()
+    made.shutdown()
+
+
+def under_way(folder):
+    """Passes that have been saved in the middle."""
+    return len(list(folder.glob(".checkpoint/*/pass-*.safetensors")))
+
+
+def test_a_pass_of_a_killed_node_is_redone_by_the_other(cluster, tmp_path):
+    nodes, second = cluster
+    found = {}
+    settings = {"method": "linear_probe", "n1": 30, "gamma_l": 10.0, "steps": 1500, "eval_every": 75}
+    options = {"out": tmp_path / "sweep", "trials": 5, "batch": 1, "sampler": "random", "refit": 0}
+
+    def work():
+        workers = RayWorkers(nodes.address, cpus=1)
+        found["result"] = sweep(make_clusters(), {**settings, "lr": {"low": 0.01, "high": 0.1}}, ray=workers, **options)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    while thread.is_alive() and under_way(tmp_path / "sweep") < 2:
+        thread.join(0.05)
+    assert thread.is_alive(), "the sweep ended before both nodes were at work"
+    nodes.remove_node(second, allow_graceful=False)
+    thread.join()
+    result = found["result"]
+    assert result.counts == {"complete": 5}
+    shares = [trial.user_attrs["share"]["number"] for trial in result.study.trials]
+    assert sorted(shares) == list(range(5))
+
+
+def test_a_cluster_that_is_not_there(monkeypatch, clusters, tmp_path):
+    pytest.importorskip("ray", reason="Ray is not installed (extra ray)")
+    monkeypatch.setenv("RAY_ADDRESS", "")
+    monkeypatch.setattr(on_ray, "_ray", lambda: Unreachable())
+    with pytest.raises(InputError, match=r"cannot reach Ray at .auto. .nobody answers.; start it with `ray start`"):
+        sweep(clusters, out=tmp_path / "sweep", trials=2, ray=RayWorkers("auto"))
+
+
+class Unreachable:
+    """Ray without a cluster."""
+
+    def is_initialized(self):
+        return False
+
+    def init(self, **_options):
+        raise ConnectionError("nobody answers")
+
+
+def test_without_ray_the_extra_is_named(monkeypatch, clusters, tmp_path):
+    monkeypatch.setitem(__import__("sys").modules, "ray", None)
+    with pytest.raises(InputError, match=r'pip install "ulfine-fast\[ray\]"'):
+        sweep(clusters, out=tmp_path / "sweep", trials=2, ray=RayWorkers())
+
+
+def test_a_trial_told_twice_keeps_its_first_figures(clusters, tmp_path):
+    from ulfine_fast.search.ledger import Ledger
+
+    options = {"out": tmp_path / "sweep", "trials": 2, "sampler": "random", "refit": 0}
+    result = sweep(clusters, {"method": "linear_probe", "steps": 5, "lr": {"low": 0.01, "high": 0.1}}, **options)
+    before = result.study.trials[0].values
+    Ledger(result.study, open_storage(result.storage)).tell(0, [0.0], "complete", [])
+    assert result.study.trials[0].values == before

@@ -1,0 +1,1 @@
+"""Sweeps: hundreds of settings, asked for by Optuna, trained in batched passes, judged on validation."""

@@ -1,0 +1,137 @@
+"""Who proposes trials: Optuna's samplers, asked for a whole pass at once."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import math
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Literal
+
+from ulfine_fast.cache.errors import InputError
+from ulfine_fast.search.space import Range, Space
+
+if TYPE_CHECKING:
+    from optuna.distributions import BaseDistribution
+    from optuna.samplers import BaseSampler
+    from optuna.trial import FrozenTrial
+
+SAMPLERS = ("tpe", "random", "grid", "cmaes", "qmc")
+LEARNING = ("tpe", "cmaes")
+"""Samplers that look at earlier trials; the others could propose everything at the start."""
+
+
+@contextmanager
+def quiet_optuna() -> Iterator[None]:
+    """Keep Optuna's reports of every trial, and its notes on experimental parts, off the terminal."""
+    import optuna
+
+    before = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", category=UserWarning, message="PedAnova")
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            yield
+    finally:
+        optuna.logging.set_verbosity(before)
+
+
+def check_sampler(sampler: str, space: Space, metrics: Sequence[str]) -> None:
+    """Refuse a sampler that cannot search this space for these metrics.
+
+    Raises:
+        InputError: an unknown sampler, CMA-ES with several metrics or without two ranges, a grid over whole numbers
+            too many to try.
+    """
+    if sampler not in SAMPLERS:
+        raise InputError(f"sampler must be one of {', '.join(SAMPLERS)}, got {sampler!r}")
+    ranges = [name for name, entry in space.searched.items() if isinstance(entry, Range)]
+    if sampler == "cmaes" and len(metrics) > 1:
+        raise InputError(f"cmaes searches for one metric, got {', '.join(metrics)}; use tpe or random")
+    if sampler == "cmaes" and len(ranges) < 2:
+        raise InputError(f"cmaes needs at least two ranges in the space, got {len(ranges)}; use tpe or random")
+
+
+def grid_size(space: Space) -> int:
+    """Points of the space's grid."""
+    return math.prod(len(_grid_values(entry)) for entry in space.searched.values())
+
+
+def propose(
+    space: Space,
+    sampler: str,
+    past: Sequence[FrozenTrial],
+    directions: Sequence[Literal["minimize", "maximize"]],
+    *,
+    start: int,
+    count: int,
+    seed: int,
+    batch: int,
+) -> list[FrozenTrial]:
+    """The next trials, from a study in memory: asking a database for each value would cost more than training.
+
+    Args:
+        space: what may be tried.
+        sampler: one of `SAMPLERS`.
+        past: trials so far, running ones included; only learning samplers look at them.
+        directions: "maximize" or "minimize" of each metric.
+        start: place of the first wanted trial in the sequence. Samplers that do not learn propose the same trial at the
+            same place, however the sequence is cut into passes.
+        count: trials wanted.
+        seed: of the search.
+        batch: trials of a whole pass; a generation of CMA-ES.
+    """
+    import optuna
+
+    learns = sampler in LEARNING
+    # who learns starts from the past and needs a fresh seed; who does not replays its sequence up to the place
+    made = _sampler(space, sampler, seed=_mixed(seed, start) if learns else seed, batch=batch)
+    study = optuna.create_study(sampler=made, directions=list(directions))
+    if learns:
+        study.add_trials(list(past))
+    wanted = distributions(space)
+    for _ in range(count if learns else start + count):
+        study.ask(wanted)
+    return study.get_trials(deepcopy=False)[-count:]
+
+
+def distributions(space: Space) -> dict[str, BaseDistribution]:
+    """Optuna's distribution of each searched field."""
+    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+
+    found: dict[str, BaseDistribution] = {}
+    for name, entry in space.searched.items():
+        if not isinstance(entry, Range):
+            found[name] = CategoricalDistribution(entry)
+        elif entry.whole:
+            found[name] = IntDistribution(int(entry.low), int(entry.high), entry.log, int(entry.step or 1))
+        else:
+            found[name] = FloatDistribution(entry.low, entry.high, entry.log, entry.step)
+    return found
+
+
+def _sampler(space: Space, name: str, *, seed: int, batch: int) -> BaseSampler:
+    from optuna import samplers
+
+    if name == "random":
+        return samplers.RandomSampler(seed=seed)
+    if name == "grid":
+        return samplers.GridSampler({field: _grid_values(entry) for field, entry in space.searched.items()}, seed=seed)
+    if name == "qmc":
+        silent: Any = {"warn_asynchronous_seeding": False, "warn_independent_sampling": False}
+        return samplers.QMCSampler(scramble=True, seed=seed, **silent)
+    if name == "cmaes":
+        return samplers.CmaEsSampler(seed=seed, popsize=max(batch, 4), warn_independent_sampling=False)
+    return samplers.TPESampler(seed=seed, constant_liar=True)
+
+
+def _grid_values(entry: Range | tuple[Any, ...]) -> list[Any]:
+    return entry.grid() if isinstance(entry, Range) else list(entry)
+
+
+def _mixed(seed: int, start: int) -> int:
+    """A seed of 31 bits for each place of the sequence, so that a later pass does not repeat an earlier one."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{start}".encode()).digest()[:4], "big") >> 1

@@ -1,0 +1,276 @@
+"""What a sweep may try: a typed space of settings, read from a small TOML file."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ulfine_fast.cache.errors import InputError
+from ulfine_fast.config import METHODS, FitConfig
+from ulfine_fast.toml import read_toml
+
+Value = bool | int | float | str
+
+FIELDS = {spec.name: spec for spec in dataclasses.fields(FitConfig)}
+MOST_STRUCTURES = 64
+"""Values a structural field may take: each makes passes of its own, and hundreds would undo the batching."""
+
+_SPACES = Path(__file__).parent / "spaces"
+_GRID_POINTS = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Range:
+    """Numbers from low to high, both included.
+
+    Attributes:
+        low: smallest. high: largest.
+        log: spread evenly over the logarithm. step: distance between neighbours, None for all numbers between.
+        points: values on a grid, where the search is one and there is no step.
+        whole: only whole numbers.
+    """
+
+    low: float
+    high: float
+    log: bool = False
+    step: float | None = None
+    points: int = _GRID_POINTS
+    whole: bool = False
+
+    @property
+    def count(self) -> float:
+        """How many values there are; infinite between floating numbers without a step."""
+        if self.step is None:
+            return self.high - self.low + 1 if self.whole else math.inf
+        return math.floor((self.high - self.low) / self.step + 1e-9) + 1
+
+    def grid(self) -> list[float]:
+        """The values a grid search tries: by step where there is one, else `points` of them, evenly spread."""
+        if self.step is not None:
+            return [self._typed(self.low + i * self.step) for i in range(int(self.count))]
+        last = max(self.points - 1, 1)
+        shares = [i / last for i in range(self.points)]
+        # rounding twice the same whole number must not make two points of it
+        return list(dict.fromkeys(self._typed(self._between(share)) for share in shares))
+
+    def _between(self, share: float) -> float:
+        if self.log:
+            return min(self.high, max(self.low, self.low * (self.high / self.low) ** share))
+        return self.low + share * (self.high - self.low)
+
+    def _typed(self, value: float) -> float:
+        return round(value) if self.whole else value
+
+
+@dataclass(frozen=True)
+class Space:
+    """Settings that are fixed and settings that are searched.
+
+    Attributes:
+        fixed: one value for all trials.
+        searched: a :class:`Range`, or a tuple of choices, by field.
+        warnings: sentences on entries that no method of the space reads.
+    """
+
+    fixed: dict[str, Value]
+    searched: dict[str, Range | tuple[Value, ...]]
+    warnings: list[str] = field(default_factory=list, compare=False)
+
+    def settings(self, params: Mapping[str, Value]) -> dict[str, Value]:
+        """All settings of a trial with these searched values, but for the seed."""
+        return {**self.fixed, **params}
+
+    def config(self, params: Mapping[str, Value], seed: int) -> FitConfig:
+        """The config of a trial with these searched values."""
+        values: dict[str, Any] = {**self.settings(params), "seed": seed}
+        return FitConfig(**values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The space in JSON's types, by field; two spaces are the same where these are."""
+        searched = {
+            name: dataclasses.asdict(entry) if isinstance(entry, Range) else list(entry)
+            for name, entry in self.searched.items()
+        }
+        return {**self.fixed, **searched}
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """Methods that trials may have."""
+        entry = self.searched.get("method")
+        return entry if isinstance(entry, tuple) else (str(self.fixed.get("method", FitConfig().method)),)  # type: ignore[return-value]
+
+
+def read_space(path: Path, settings: Mapping[str, Value] | None = None) -> Space:
+    """Read a space file; see :func:`parse_space`.
+
+    Raises:
+        InputError: no such file, not TOML, or an entry that is refused.
+    """
+    try:
+        return parse_space(read_toml(path), settings)
+    except InputError as error:
+        named = str(error) if str(path) in str(error) else f"{path}: {error}"
+        raise InputError(named) from error
+
+
+def parse_space(entries: Mapping[str, Any], settings: Mapping[str, Value] | None = None) -> Space:
+    """Make a space of entries, each a field of :class:`FitConfig`.
+
+    Args:
+        entries: by field: a value (fixed), a list (a choice), or a table with low, high and, if you like, log, step
+            and points.
+        settings: further fixed values, such as those of the command line.
+
+    Raises:
+        InputError: an unknown name, a wrong type, a range or value outside the field's legal range, a field given
+            twice, a seed, or nothing to search.
+    """
+    searched: dict[str, Range | tuple[Value, ...]] = {}
+    fixed = dict(settings or {})
+    for name, entry in entries.items():
+        _refuse_name(name, fixed)
+        if isinstance(entry, Mapping):
+            searched[name] = _range(name, entry)
+        elif isinstance(entry, list | tuple):
+            searched[name] = _choices(name, entry)
+        else:
+            fixed[name] = _legal(name, entry)
+    for name, given in (settings or {}).items():
+        _legal(name, given)
+    return _checked(Space(fixed, searched))
+
+
+def default_space(method: str, settings: Mapping[str, Value] | None = None) -> Space:
+    """The space that ships for a method; settings given take the place of its entries.
+
+    Raises:
+        InputError: an unknown method, or one with nothing to search.
+    """
+    _legal("method", method)
+    entries = read_toml(_default_file(method))
+    rest = {name: entry for name, entry in entries.items() if name not in (settings or {})}
+    return parse_space(rest, {**(settings or {}), "method": method})
+
+
+def _default_file(method: str) -> Path:
+    """The method's own space, or the one of its kind: trained on labelled pictures alone, or on pseudo-labels."""
+    from ulfine_fast.methods import method_of
+
+    own = _SPACES / f"{method}.toml"
+    if own.exists():
+        return own
+    if method == "zero_shot":
+        raise InputError("zero_shot has no setting to search; use fit, or name another method")
+    return _SPACES / ("fixmatch.toml" if method_of(FitConfig(method=method)).uses_unlabeled else "linear_probe.toml")
+
+
+def _refuse_name(name: str, fixed: Mapping[str, Value]) -> None:
+    """Refuse what is no setting, what `--seeds` decides, and what has been fixed elsewhere."""
+    if name == "seed":
+        raise InputError("seed cannot be in a space: --seed and --seeds say which seeds every trial is averaged over")
+    if name not in FIELDS:
+        close = difflib.get_close_matches(name, FIELDS, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else "`ulfine-fast fit --help` lists the settings"
+        raise InputError(f"unknown setting {name!r}; {hint}")
+    if name in fixed:
+        raise InputError(f"{name} is in the space and given as {fixed[name]!r} beside it; keep one of them")
+
+
+def _legal(name: str, value: Any) -> Value:
+    """A value that the field allows, as FitConfig says."""
+    if name not in FIELDS or isinstance(value, Mapping | list) or value is None:
+        raise InputError(f"{name} must be a value, a list of values, or a table with low and high, got {value!r}")
+    FitConfig(**{name: value})
+    typed: Value = float(value) if FIELDS[name].type == "float" else value
+    return typed
+
+
+def _choices(name: str, entry: Any) -> tuple[Value, ...]:
+    """A choice among at least one legal values, none of them twice."""
+    _refuse_lucky_splits(name)
+    if not entry:
+        raise InputError(f"{name} has an empty list; give it values to choose from")
+    values = tuple(_legal(name, value) for value in entry)
+    twice = [value for i, value in enumerate(values) if value in values[:i]]
+    if twice:
+        raise InputError(f"{name} has {twice[0]!r} twice in its list; name each value once")
+    return values
+
+
+def _range(name: str, entry: Mapping[str, Any]) -> Range:
+    """A range whose ends the field allows."""
+    _refuse_lucky_splits(name)
+    spec = FIELDS[name]
+    kind = str(spec.type).split(" ")[0]
+    if kind not in ("int", "float") or spec.metadata["choices"]:
+        raise InputError(f"{name} has no order; give a list of values, such as {name} = {_example(spec)}")
+    _refuse_keys(name, entry)
+    ends: dict[str, Any] = {end: _legal(name, entry[end]) for end in ("low", "high")}
+    made = Range(**{**entry, **ends}, whole=kind == "int")
+    _refuse_nonsense(name, made)
+    return made
+
+
+def _refuse_lucky_splits(name: str) -> None:
+    if name == "split_seed":
+        raise InputError("split_seed can be fixed but not searched: the search would look for lucky splits")
+
+
+def _example(spec: dataclasses.Field[Any]) -> str:
+    return str(list(spec.metadata["choices"][:2])) if spec.metadata["choices"] else "[true, false]"
+
+
+def _refuse_keys(name: str, entry: Mapping[str, Any]) -> None:
+    """Refuse a table without both ends, or with words that mean nothing."""
+    known = {"low": (int, float), "high": (int, float), "log": bool, "step": (int, float), "points": int}
+    for key, value in entry.items():
+        if key not in known:
+            raise InputError(f"{name} has {key!r}; a range has low, high, log, step and points")
+        if not isinstance(value, known[key]) or (isinstance(value, bool) and key != "log"):  # type: ignore[arg-type]
+            raise InputError(f"{name}.{key} must be {'true or false' if key == 'log' else 'a number'}, got {value!r}")
+    for end in ("low", "high"):
+        if end not in entry:
+            raise InputError(f"{name} has no {end}; a range is {{ low = ..., high = ... }}")
+
+
+def _refuse_nonsense(name: str, made: Range) -> None:
+    """Refuse a range without room, a logarithm of zero, and steps that do not fit."""
+    if made.low >= made.high:
+        raise InputError(f"{name} needs low below high, got low = {made.low} and high = {made.high}")
+    if made.log and made.low <= 0:
+        raise InputError(f"{name} has log = true and needs low above 0, got {made.low}")
+    if made.step is not None:
+        if made.log:
+            raise InputError(f"{name} has both log and step; keep one of them")
+        if not 0 < made.step <= made.high - made.low or (made.whole and made.step != int(made.step)):
+            kind = "whole number" if made.whole else "number"
+            raise InputError(f"{name} needs as step a {kind} above 0 and at most high - low, got {made.step}")
+    if made.points < 2:
+        raise InputError(f"{name} needs at least 2 points on a grid, got {made.points}")
+
+
+def _checked(space: Space) -> Space:
+    """Refuse a space without anything to search or with hundreds of structures; warn of what is never read."""
+    if not space.searched:
+        raise InputError("the space has nothing to search; give an entry a range or a list of values")
+    for name, entry in space.searched.items():
+        if FIELDS[name].metadata["structural"] and isinstance(entry, Range) and entry.count > MOST_STRUCTURES:
+            raise InputError(
+                f"{name} is structural (trials that differ in it cannot share a pass) and its range has "
+                f"{entry.count:g} values; give a step or a list of at most {MOST_STRUCTURES}"
+            )
+    unread = [_unread(name, space.methods) for name in space.searched]
+    return dataclasses.replace(space, warnings=[sentence for sentence in unread if sentence])
+
+
+def _unread(name: str, methods: tuple[str, ...]) -> str | None:
+    """A warning where the field's help names its methods and none of them is in the space."""
+    readers = FIELDS[name].metadata["help"].partition(":")[0].split(", ")
+    if not set(readers) <= set(METHODS) or set(readers) & set(methods):
+        return None
+    return f"{name} is searched and {', '.join(methods)} never reads it (it is for {', '.join(readers)})"
