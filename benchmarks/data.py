@@ -17,6 +17,7 @@ from benchmarks.pixels import Pixels, pixel_cache, raw, untrained
 from ulfine_fast.cache.errors import InputError
 from ulfine_fast.cache.home import cache_home
 from ulfine_fast.cache.store import FeatureCache
+from ulfine_fast.demo import unpack_pictures
 
 if TYPE_CHECKING:
     from ulfine_fast.cache.sources import Row, Source
@@ -127,7 +128,13 @@ def open_data(name: str, model: str = MODEL, device: str = "auto") -> FeatureCac
     return extracted(kind, lambda: _named(kind), model, device)
 
 
-def extracted(name: str, source: Callable[[], Source], model: str = MODEL, device: str = "auto") -> FeatureCache:
+def extracted(
+    name: str,
+    source: Callable[[], Source],
+    model: str = MODEL,
+    device: str = "auto",
+    views: Callable[[], ViewRecipe] = _views,
+) -> FeatureCache:
     """The cache of a source under `cache_home()/benchmarks/NAME`, extracted on the first call or resumed."""
     folder = cache_home() / "benchmarks" / (name if model == MODEL else f"{name}-{_slug(model)}")
     # loading a model and listing the pictures takes longer than most fits, so a finished cache is opened without both
@@ -140,7 +147,7 @@ def extracted(name: str, source: Callable[[], Source], model: str = MODEL, devic
     from ulfine_fast.cache.encoder import load_encoder
     from ulfine_fast.cache.extract import extract
 
-    extract(pictures, load_encoder(model, device=device), folder, views=_views())
+    extract(pictures, load_encoder(model, device=device), folder, views=views())
     return FeatureCache.open(folder)
 
 
@@ -176,6 +183,17 @@ def tux_paint(
     if not folder.is_dir():
         raise InputError(f"no stamps in {folder}; `apt-get install tuxpaint-stamps-default` brings them")
     return extracted("tux-paint", lambda: _named(folder), model, device)
+
+
+def demo(model: str = MODEL, device: str = "auto") -> FeatureCache:
+    """The 3,000 pictures of `ulfine-fast demo`, with as many views as that command draws."""
+    return extracted("demo", lambda: _named(unpack_pictures(cache_home() / "datasets" / "demo")), model, device, _one)
+
+
+def _one() -> ViewRecipe:
+    from ulfine_fast.cache.views import ViewRecipe
+
+    return ViewRecipe()
 
 
 def digits() -> FeatureCache:

@@ -104,6 +104,16 @@ def _line(rows: Rows, cell: Cell, method: str, others: Sequence[str]) -> list[st
     ]
 
 
+def print_table(titles: Sequence[str], lines: Iterable[Sequence[str]], *, texts: int = 1) -> None:
+    """Print a Markdown table whose first columns, so many as `texts`, are texts and the others numbers."""
+    table = Table(box=MARKDOWN, pad_edge=False)
+    for i, title in enumerate(titles):
+        table.add_column(title, justify="left" if i < texts else "right", no_wrap=True)
+    for line in lines:
+        table.add_row(*line)
+    _print(table)
+
+
 def _table(titles: Sequence[str]) -> Table:
     table = Table(box=MARKDOWN, pad_edge=False)
     for i, title in enumerate(titles):

@@ -153,3 +153,12 @@ def test_views_are_two_weak_and_four_strong():
     assert data.VIEWS.kinds == ["weak"] * 2 + ["strong"] * 4
     with pytest.raises(AttributeError, match="NOTHING"):
         data.NOTHING  # noqa: B018
+
+
+def test_the_demos_pictures_have_the_views_of_its_command(monkeypatch, tmp_path):
+    monkeypatch.setenv("ULFINE_FAST_HOME", str(tmp_path))
+    monkeypatch.setattr(data, "extracted", lambda *given: given)
+    name, source, _, _, views = data.demo()
+    assert name == "demo"
+    assert len(source().rows) == 3000
+    assert (views().weak, views().strong) == (1, 1)

@@ -3,7 +3,7 @@ import math
 import pytest
 
 from benchmarks.cells import parse_cell
-from benchmarks.tables import Rows, print_tables
+from benchmarks.tables import Rows, print_table, print_tables
 from ulfine_fast.intervals import mean_interval
 
 CELL = parse_cell("fashion_mnist:150:uniform")
@@ -103,3 +103,12 @@ def test_without_probe_and_oracle_there_is_no_way_to_measure(capsys):
         line for line in printed(capsys, few, [CELL], ["fixmatch", "ulfine"], "ulfine") if line[0] == "150 uniform"
     ]
     assert line[6:8] == ["-", "-"]
+
+
+def test_a_plain_table_has_texts_left_and_numbers_right(capsys):
+    print_table(["shape", "who", "rate"], [["S1", "eager", "7"], ["S2", "a longer one", "1200"]], texts=2)
+    first, second = [line for line in capsys.readouterr().out.splitlines() if "S" in line]
+    assert [cell.strip() for cell in first.strip("|").split("|")] == ["S1", "eager", "7"]
+    assert first.split("|")[2].startswith(" eager ")
+    assert first.rstrip("|").endswith("   7")
+    assert len(first) == len(second)
