@@ -18,6 +18,7 @@ from ulfine_fast.cli.fit import fit
 from ulfine_fast.cli.inspect import inspect
 from ulfine_fast.cli.predict import predict
 from ulfine_fast.cli.report import report
+from ulfine_fast.cli.sweep import sweep
 
 app = typer.Typer(
     name="ulfine-fast",
@@ -63,6 +64,7 @@ _COMMANDS: dict[str, Callable[..., Any]] = {
     "extract": extract,
     "inspect": inspect,
     "fit": fit,
+    "sweep": sweep,
     "eval": evaluate,
     "predict": predict,
     "report": report,

@@ -6,6 +6,7 @@ import dataclasses
 import inspect
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -23,6 +24,36 @@ def with_settings(command: Callable[..., Any]) -> Callable[..., Any]:
     setattr(command, "__signature__", signature.replace(parameters=[*own, *made]))  # noqa: B010
     command.__annotations__ = {p.name: p.annotation for p in [*own, *made]}
     return command
+
+
+def given_settings(context: typer.Context, settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings that stand on the command line; the others are defaults."""
+    return {name: value for name, value in settings.items() if _given(context, name)}
+
+
+def settings_with_file(context: typer.Context, settings: dict[str, Any], path: Path | None) -> dict[str, Any]:
+    """The settings with those of a TOML file in place of defaults; the command line wins.
+
+    Raises:
+        InputError: no such file, not TOML, or a name that is no setting.
+    """
+    if path is None:
+        return settings
+    from ulfine_fast.cache.errors import InputError
+    from ulfine_fast.toml import read_toml
+
+    found = read_toml(path)
+    try:
+        config = FitConfig.from_dict(found)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
+    named = {name: getattr(config, name) for name in found}
+    return {**settings, **named, **given_settings(context, settings)}
+
+
+def _given(context: typer.Context, name: str) -> bool:
+    source = context.get_parameter_source(name)
+    return source is not None and source.name != "DEFAULT"
 
 
 def _parameter(spec: dataclasses.Field[Any]) -> inspect.Parameter:

@@ -52,9 +52,11 @@ def test_an_unknown_setting_is_named():
 
 def test_structure_is_shared_by_trials_that_differ_in_numbers_only():
     assert structural_key(FitConfig(lr=0.1, seed=3, mu=0.5)) == structural_key(FitConfig())
-    assert structural_key(FitConfig(rank=8)) != structural_key(FitConfig())
+    assert structural_key(FitConfig(rank=8)) == structural_key(FitConfig())
+    assert structural_key(FitConfig(batch_labeled=8)) != structural_key(FitConfig())
     assert "lr" in per_trial_fields()
-    assert "rank" not in per_trial_fields()
+    assert "rank" in per_trial_fields()
+    assert "batch_labeled" not in per_trial_fields()
 
 
 def test_the_data_seed_is_the_seed_unless_given():

@@ -13,19 +13,19 @@ def unit(*shape):
 
 
 def test_a_new_adapter_is_the_identity():
-    tensors = new_adapter(torch.tensor([3, 4]), dim=8, rank=2)
+    tensors = new_adapter(torch.tensor([3, 4]), dim=8, ranks=torch.tensor([2, 2]))
     features = unit(2, 5, 8)
     torch.testing.assert_close(adapt(tensors, features, torch.tensor([0.1, 1.0])), features)
 
 
 def test_weights_come_from_the_seed_alone():
-    both, one = new_adapter(torch.tensor([3, 4]), 8, 2), new_adapter(torch.tensor([4]), 8, 2)
+    both, one = (new_adapter(torch.tensor(seeds), 8, torch.full((len(seeds),), 2)) for seeds in ([3, 4], [4]))
     torch.testing.assert_close(both["adapter.down"][1], one["adapter.down"][0], rtol=0, atol=0)
     assert not torch.equal(both["adapter.down"][0], both["adapter.down"][1])
 
 
 def test_the_adapter_is_the_formula_written_with_torchs_own_layers():
-    tensors = new_adapter(torch.tensor([0]), dim=6, rank=3)
+    tensors = new_adapter(torch.tensor([0]), dim=6, ranks=torch.tensor([3]))
     torch.manual_seed(1)
     tensors["adapter.up"] = torch.randn(1, 3, 6)
     tensors["adapter.scale"], tensors["adapter.shift"] = torch.randn(1, 6), torch.randn(1, 6)
@@ -58,3 +58,13 @@ def test_a_zero_weight_gives_zero_logits_and_finite_gradients():
     logits.sum().backward()
     assert logits.abs().max() == 0
     assert torch.isfinite(weights.grad).all()
+
+
+def test_without_a_graph_the_adapter_is_the_same():
+    torch.manual_seed(0)
+    tensors = new_adapter(torch.tensor([0, 1]), dim=24, ranks=torch.tensor([5, 3]))
+    tensors = {name: tensor + 0.3 * torch.randn_like(tensor) for name, tensor in tensors.items()}
+    features, strength = unit(2, 7, 24), torch.tensor([0.5, 2.0])
+    with torch.no_grad():
+        folded = adapt(tensors, features, strength)
+    torch.testing.assert_close(folded, adapt(tensors, features, strength), rtol=0, atol=1e-6)

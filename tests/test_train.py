@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests.conftest import make_clusters
-from ulfine_fast import FeatureCache, FitConfig, InputError, fit, fit_many, train
+from ulfine_fast import FeatureCache, FitConfig, InputError, fit, fit_many, loop, passes, train
 from ulfine_fast.features import DeviceFeatures
 from ulfine_fast.splits import draw_split
 
@@ -30,7 +30,7 @@ def test_a_trial_alone_and_among_others_gives_the_same(clusters, quick, method):
 def test_passes_of_one_trial_give_what_one_big_pass_gives(clusters, quick, monkeypatch):
     configs = [quick(seed=s) for s in range(3)]
     whole = fit_many(clusters, configs)
-    monkeypatch.setattr(train, "_CPU_BUDGET", 1)
+    monkeypatch.setattr(passes, "budget", lambda device: 1)
     for one, other in zip(whole, fit_many(clusters, configs), strict=True):
         np.testing.assert_allclose(one.test_probabilities, other.test_probabilities, atol=1e-5)
 
@@ -236,20 +236,6 @@ def test_a_split_whose_labels_the_cache_does_not_know_is_refused(clusters, quick
         fit(cache, quick(), split=split)
 
 
-def test_a_pass_of_a_method_that_reads_all_pictures_holds_fewer_trials(clusters, monkeypatch):
-    """The budget counts what such a method keeps of every picture; the results do not depend on the cut."""
-    configs = [FitConfig(method="ulfine_plus", n1=30, gamma_l=10, gamma_u=10, seed=seed) for seed in range(3)]
-    whole = fit_many(clusters, configs, progress=False)
-    monkeypatch.setattr(train, "_CPU_BUDGET", 1)
-    alone = fit_many(clusters, configs, progress=False)
-    for one, other in zip(whole, alone, strict=True):
-        assert one.metrics["per_class_accuracy"] == other.metrics["per_class_accuracy"]
-    split = draw_split(clusters.labels, clusters.splits, clusters.class_names, configs[0])
-    features = DeviceFeatures.load(clusters, torch.device("cpu"))
-    assert train._pool_values(configs[0], [split], features, 4) > 0
-    assert train._pool_values(FitConfig(method="ulfine"), [split], features, 4) == 0
-
-
 def test_each_trial_may_have_a_split_of_its_own(clusters, quick):
     configs = [quick(seed=s, method="linear_probe") for s in (1, 2, 3)]
     splits = [draw_split(clusters.labels, clusters.splits, clusters.class_names, quick(seed=s)) for s in (7, 8, 7)]
@@ -295,3 +281,136 @@ def test_a_split_is_drawn_once_for_all_configs_that_draw_the_same(clusters, quic
     runs = fit_many(clusters, configs)
     assert len(drawn) == 2
     assert runs[0].split == runs[1].split != runs[2].split == runs[3].split
+
+
+@pytest.mark.parametrize("method", ["lightweight", "ulfine", "finessl", "clip_adapter"])
+def test_adapters_of_different_rank_share_a_pass(clusters, quick, method):
+    """Padding beyond a trial's rank stays zero to the bit, and its run is as wide as its own rank."""
+    configs = [quick(method=method, rank=rank, seed=rank, lr=0.2) for rank in (4, 16, 7)]
+    features = DeviceFeatures.load(clusters, torch.device("cpu"))
+    splits = train._splits(clusters, configs, None)
+    together = loop.Pass(clusters, features, configs, splits)
+    for _ in together.train():
+        pass
+    name = "down" if method == "clip_adapter" else "adapter.down"
+    assert [run.tensors[name].shape[1] for run in together.finish()] == [4, 16, 7]
+    for t, run in enumerate(together.finish()):
+        assert not together.gone[t][name][:, configs[t].rank :].any()
+        assert not together.gone[t][name.replace("down", "up")][configs[t].rank :].any()
+        alone = fit(clusters, configs[t])
+        np.testing.assert_allclose(run.test_probabilities, alone.test_probabilities, atol=1e-5)
+        np.testing.assert_array_equal(run.test_probabilities.argmax(1), alone.test_probabilities.argmax(1))
+
+
+def test_a_trial_among_63_others_of_every_kind_is_as_it_is_alone(clusters, quick):
+    """Everything that is not structural differs from trial to trial, the size of the splits included."""
+    random = np.random.default_rng(0)
+
+    def one(seed):
+        values = {"lr": 10 ** random.uniform(-3, -1), "momentum": random.uniform(0, 0.95), "tau": random.uniform(0, 2)}
+        values |= {
+            "n1": int(random.integers(5, 40)),
+            "gamma_l": random.uniform(1, 20),
+            "m1": int(random.integers(1, 20)),
+        }
+        values |= {
+            "gamma_u": random.uniform(1, 20),
+            "rank": int(random.integers(1, 20)),
+            "warmup": random.uniform(0, 1),
+        }
+        values |= {"select": ["last", "best"][seed % 2], "mu": random.uniform(0, 0.1), "val_fraction": 0.1 * (seed % 4)}
+        return quick(seed=seed, split_seed=seed % 5, steps=20, eval_every=10, **values)
+
+    configs = [one(seed) for seed in range(64)]
+    together = fit_many(clusters, configs)
+    for i in (0, 17, 63):
+        alone = fit(clusters, configs[i])
+        assert together[i].split == alone.split
+        np.testing.assert_allclose(together[i].test_probabilities, alone.test_probabilities, atol=2e-5)
+        assert together[i].metrics["per_class_accuracy"] == alone.metrics["per_class_accuracy"]
+        assert together[i].history[-1]["loss"] == pytest.approx(alone.history[-1]["loss"], abs=1e-4)
+
+
+def test_a_diverged_trial_fails_and_its_neighbours_do_not_notice(clusters, quick):
+    configs = [quick(seed=0), quick(seed=1), quick(seed=2)]
+    healthy = fit_many(clusters, configs)
+    # cosine heads survive any finite rate, but not weights that overflow
+    diverged = fit_many(clusters, [configs[0], replace(configs[1], lr=1e38, weight_decay=1e3), configs[2]])
+    assert [run.status for run in diverged] == ["done", "failed", "done"]
+    assert diverged[1].metrics == {"method": "ulfine", "seed": 1, "status": "failed", "failed_at": 20}
+    assert diverged[1].tensors == {}
+    assert diverged[1].history == []
+    for i in (0, 2):
+        assert torch.equal(diverged[i].tensors["linear"], healthy[i].tensors["linear"])
+        np.testing.assert_array_equal(diverged[i].test_probabilities, healthy[i].test_probabilities)
+        assert diverged[i].history == healthy[i].history
+
+
+def test_a_failed_run_says_where_and_what_to_do(clusters, quick, tmp_path):
+    run = fit(clusters, quick(lr=1e38, weight_decay=1e3, seed=7))
+    sentence = r"seed 7 of ulfine diverged: its loss or weights were not finite at step 20; lower lr \(now 1e\+38\)"
+    for use in (lambda: run.predict(clusters.plain), lambda: run.save(tmp_path / "run")):
+        with pytest.raises(InputError, match=sentence):
+            use()
+    assert not (tmp_path / "run").exists()
+
+
+def test_dropped_trials_leave_and_the_rest_is_as_without_them(clusters, quick):
+    """What watch sees is the history's last row, by the place among all configs, whichever pass the trial is in."""
+    configs = [quick(seed=0), quick(method="lightweight"), quick(seed=2), quick(seed=3)]
+    whole, seen = fit_many(clusters, configs), []
+
+    def watch(step, rows):
+        seen.append((step, sorted(rows), rows))
+        return {2, 99} if step == 20 else ()
+
+    runs = fit_many(clusters, configs, watch=watch)
+    assert [entry[:2] for entry in seen] == [(20, [0, 2, 3]), (40, [0, 3]), (20, [1]), (40, [1])]
+    assert [run.status for run in runs] == ["done", "done", "pruned", "done"]
+    assert seen[1][2][3] == runs[3].history[-1]
+    assert runs[2].history == whole[2].history[:1]
+    assert runs[2].metrics["pruned_at"] == runs[2].metrics["steps"] == 20
+    assert "balanced_accuracy" not in runs[2].metrics
+    for i in (0, 1, 3):
+        np.testing.assert_allclose(runs[i].test_probabilities, whole[i].test_probabilities, atol=1e-6)
+
+
+def test_patience_stops_a_trial_and_its_best_heads_are_kept(clusters, quick):
+    wild = {"method": "lightweight", "lr": 3.0, "steps": 200, "eval_every": 10, "val_fraction": 0.3}
+    configs = [quick(select="best", patience=3, **wild), quick(**wild), quick(patience=3, val_fraction=0.0, steps=200)]
+    stopped, long, unjudged = fit_many(clusters, configs)
+    scores = [row["val_balanced_accuracy"] for row in long.history]
+    best, last = 0, 0
+    while last + 1 < len(scores) and last - best < 3:
+        last += 1
+        best = last if scores[last] > scores[best] else best
+    assert stopped.status == "stopped"
+    assert stopped.metrics["stopped_at"] == 10 * (last + 1) < 200
+    assert stopped.metrics["val"]["balanced_accuracy"] == pytest.approx(scores[best])
+    assert (long.status, unjudged.status) == ("done", "done")
+    again = fit(clusters, replace(configs[0], steps=200))
+    np.testing.assert_allclose(stopped.test_probabilities, again.test_probabilities, atol=1e-5)
+
+
+def test_the_test_split_is_not_read_where_nobody_asks(clusters, quick):
+    run = fit_many(clusters, [quick()], read_test=False)[0]
+    asked = fit(clusters, quick())
+    assert run.metrics["val"] == asked.metrics["val"]
+    assert run.metrics["pseudo_label_rate"] == asked.metrics["pseudo_label_rate"]
+    assert not {"accuracy", "balanced_accuracy", "few", "test_rows"} & set(run.metrics)
+    assert len(run.test_probabilities) == len(run.test_ids) == 0
+
+
+def test_the_figures_kept_are_those_of_the_kept_heads(clusters, quick):
+    """Pseudo-label health is not computed again at the end: it stands in the row of the evaluation that was kept."""
+    wild = {"method": "lightweight", "lr": 3.0, "steps": 60, "eval_every": 10, "val_fraction": 0.3}
+    for run in fit_many(clusters, [quick(select="best", **wild), quick(**wild)]):
+        scores = [row["val_balanced_accuracy"] for row in run.history]
+        kept = run.history[int(np.argmax(scores)) if run.config.select == "best" else -1]
+        for name in ("pseudo_label_rate", "confidence_on_false", "per_class_pseudo_label_recall"):
+            assert run.metrics[name] == kept[name]
+
+
+def test_an_unknown_engine_is_refused(clusters, quick):
+    with pytest.raises(InputError, match="engine must be one of auto, fused, specification, got 'warp'"):
+        fit(clusters, quick(), engine="warp")

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from ulfine_fast.config import FitConfig
     from ulfine_fast.report import build_report
     from ulfine_fast.run import Run
+    from ulfine_fast.search.result import SweepResult
+    from ulfine_fast.search.sweep import sweep
     from ulfine_fast.train import fit, fit_many
 
 _HOMES = {
@@ -24,9 +26,11 @@ _HOMES = {
     "FitConfig": "ulfine_fast.config",
     "InputError": "ulfine_fast.cache.errors",
     "Run": "ulfine_fast.run",
+    "SweepResult": "ulfine_fast.search.result",
     "build_report": "ulfine_fast.report",
     "fit": "ulfine_fast.train",
     "fit_many": "ulfine_fast.train",
+    "sweep": "ulfine_fast.search.sweep",
 }
 
 __all__ = [
@@ -35,10 +39,12 @@ __all__ = [
     "FitConfig",
     "InputError",
     "Run",
+    "SweepResult",
     "__version__",
     "build_report",
     "fit",
     "fit_many",
+    "sweep",
 ]
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -47,6 +48,20 @@ class PaddedRows:
         return index.gather(2, places), places
 
 
+class Draws(NamedTuple):
+    """Which pictures and views one step takes.
+
+    `labeled` (T, B), `weak` and `strong` (T, U) are slots of :meth:`DeviceFeatures.at`, `labels` (T, B) the classes of
+    the labelled ones, `places` (T, U) where the unlabelled ones stand in the :class:`Pool`.
+    """
+
+    labeled: Tensor
+    labels: Tensor
+    weak: Tensor
+    strong: Tensor
+    places: Tensor
+
+
 @dataclass(frozen=True)
 class BatchSource:
     """Draws the mini-batches of T trials.
@@ -65,42 +80,61 @@ class BatchSource:
     config: FitConfig
     pairs: bool
 
-    def draw(self, start: int, stop: int) -> Iterator[tuple[int, Batch]]:
-        """Mini-batches of steps [start, stop); the row numbers of all of them are drawn at once."""
+    @property
+    def unlabeled_size(self) -> int:
+        """Unlabelled pictures in a mini-batch; 0 where none are drawn."""
+        return self.config.batch_unlabeled if self.pairs else 0
+
+    def part(self, start: int, stop: int) -> BatchSource:
+        """The mini-batches of trials [start, stop) alone."""
+        labeled, unlabeled = (
+            PaddedRows(rows.index[start:stop], rows.count[start:stop]) for rows in (self.labeled, self.unlabeled)
+        )
+        return replace(self, labeled=labeled, unlabeled=unlabeled, trials=self.trials.part(start, stop))
+
+    def draws(self, start: int, stop: int) -> Iterator[tuple[int, Draws]]:
+        """Rows and views of steps [start, stop); those of all steps are drawn at once."""
         steps = torch.arange(start, stop, device=self.labels.device)
-        easy, strong = self.features.easy.shape[1], max(1, self.features.strong.shape[1])
-        sizes = self.config.batch_labeled, self.config.batch_unlabeled
-        labeled, _ = self.labeled.draw(self.trials.seeds, steps, Purpose.LABELED, sizes[0])  # (S, T, B)
-        labeled_view = self._views(steps, Purpose.LABELED_VIEW, sizes[0], easy)
-        hidden, places = self.unlabeled.draw(self.trials.seeds, steps, Purpose.UNLABELED, sizes[1])  # (S, T, U)
-        weak_view = self._views(steps, Purpose.WEAK_VIEW, sizes[1], easy)
-        strong_view = self._views(steps, Purpose.STRONG_VIEW, sizes[1], strong)
-        for i, step in enumerate(range(start, stop)):
-            features = self.features.easy_views(labeled[i], labeled_view[i])  # (T, B, D)
-            features = self._noisy(features, step, Purpose.LABELED_NOISE)
-            weak = shifted = place = None
+        features, seeds, size = self.features, self.trials.seeds, self.unlabeled_size
+        labeled, _ = self.labeled.draw(seeds, steps, Purpose.LABELED, self.config.batch_labeled)  # (S, T, B)
+        view = self._views(steps, Purpose.LABELED_VIEW, self.config.batch_labeled, features.easy)
+        hidden, places = self.unlabeled.draw(seeds, steps, Purpose.UNLABELED, size)  # (S, T, U)
+        weak = features.slots(hidden, self._views(steps, Purpose.WEAK_VIEW, size, features.easy))
+        strong_view = self._views(steps, Purpose.STRONG_VIEW, size, max(1, features.strong))
+        # without strong views the plain one, view 0, stands in
+        strong = features.slots(hidden, strong_view + (features.easy if features.strong else 0))
+        drawn = features.slots(labeled, view), self.labels[labeled], weak, strong, places
+        one_by_one = zip(*(tensor.unbind(0) for tensor in drawn), strict=True)
+        for step, one in enumerate(one_by_one, start):
+            yield step, Draws(*one)
+
+    def draw(self, start: int, stop: int) -> Iterator[tuple[int, Batch]]:
+        """Mini-batches of steps [start, stop), gathered."""
+        for step, draws in self.draws(start, stop):
+            features = self.noisy(self.features.at(draws.labeled), step, Purpose.LABELED_NOISE)  # (T, B, D)
+            weak = strong = places = None
             if self.pairs:
-                weak = self.features.easy_views(hidden[i], weak_view[i])  # (T, U, D)
-                shifted = self.features.strong_views(hidden[i], strong_view[i])
-                shifted, place = self._noisy(shifted, step, Purpose.STRONG_NOISE), places[i]
-            yield step, Batch(features, self.labels[labeled[i]], weak, shifted, place)
+                weak, places = self.features.at(draws.weak), draws.places  # (T, U, D)
+                strong = self.noisy(self.features.at(draws.strong), step, Purpose.STRONG_NOISE)
+            yield step, Batch(features, draws.labels, weak, strong, places)
 
     @cached_property
-    def _any_noise(self) -> bool:
+    def any_noise(self) -> bool:
+        """Whether some trial adds noise to its training features."""
         # asked once: on a GPU each look at a value waits for all the work before it
         return bool((self.trials.values["feature_noise"] > 0).any())
 
-    def _views(self, steps: Tensor, purpose: Purpose, size: int, views: int) -> Tensor:
-        """View numbers (S, T, size) below `views`."""
-        below = torch.full_like(self.trials.seeds, views)
-        return integers(self.trials.seeds, steps, purpose, size, below)
-
-    def _noisy(self, features: Tensor, step: int, purpose: Purpose) -> Tensor:
+    def noisy(self, features: Tensor, step: int, purpose: Purpose) -> Tensor:
         """Add Gaussian noise of expected length `feature_noise` to unit rows (T, B, D)."""
-        if not self._any_noise:
+        if not self.any_noise:
             return features
         length = self.trials.values["feature_noise"]
         noise = normals(self.trials.seeds, step, purpose, features[0].numel()).view_as(features)
         shifted = normalize(features + noise * (length / features.shape[-1] ** 0.5).view(-1, 1, 1))
         # a trial without noise keeps its rows to the bit, whoever its neighbours are
         return torch.where((length > 0).view(-1, 1, 1), shifted, features)
+
+    def _views(self, steps: Tensor, purpose: Purpose, size: int, views: int) -> Tensor:
+        """View numbers (S, T, size) below `views`."""
+        below = torch.full_like(self.trials.seeds, views)
+        return integers(self.trials.seeds, steps, purpose, size, below)

@@ -40,6 +40,7 @@ METHODS = (
     "crest_plus",
     "ccl",
     "darp",
+    "cossl",
 )
 SHAPES = ("consistent", "uniform", "reversed", "middle", "head-tail", "shuffled", "natural")
 
@@ -130,13 +131,16 @@ class FitConfig:
     precision: str = _option("float32", "arithmetic of the logits", choices=("float32", "amp"), structural=True)
     eval_every: int = _option(50, "steps between two evaluations", low=1, structural=True)
     select: str = _option("last", "which evaluation's heads are kept", choices=("last", "best"))
+    patience: int = _option(
+        0, "evaluations without a better balanced accuracy on validation before a trial stops; 0 for never", low=0
+    )
 
     # -- heads
     scale: float = _option(25.0, "cosine scale sigma of both heads (LIFT uses 25)", low=0.01)
     adapter: str = _option(
         "residual", "trainable adapter before the heads", choices=("residual", "none"), structural=True
     )
-    rank: int = _option(16, "width of the adapter's bottleneck", low=1, structural=True)
+    rank: int = _option(16, "width of the adapter's bottleneck", low=1)
     adapter_scale: float = _option(0.1, "factor s of the adapter's output", low=0.0)
     feature_noise: float = _option(
         0.0, "length of Gaussian noise added to training features; stands in for missing strong views", low=0.0
@@ -229,6 +233,13 @@ class FitConfig:
     )
     darp_start: float = _option(0.4, "darp: share of the steps after which guesses are refined", low=0.0, high=1.0)
     darp_keep: float = _option(2.0, "darp: most guesses kept for a class, as a multiple of its wanted total", low=0.01)
+
+    least_labeled: float = _option(
+        0.6, "cossl: smallest share of a labelled picture in a blended feature", low=0.0, high=1.0
+    )
+    weight_average: float = _option(
+        0.98, "cossl: momentum of the averaged adapter and balanced head", low=0.0, high=0.9999
+    )
 
     # -- ULFine plus: anchored clusters, weighed by held-out labels
     folds: int = _option(4, "ulfine_plus: parts of the labels held out in turn", low=2, structural=True)

@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 
 from ulfine_fast import metrics
 from ulfine_fast.cache.errors import CacheMismatch, InputError
+from ulfine_fast.loop import encoder_of
 from ulfine_fast.run import Run
-from ulfine_fast.train import encoder_of
 
 if TYPE_CHECKING:
     from ulfine_fast.cache.store import FeatureCache

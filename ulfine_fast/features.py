@@ -9,10 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ulfine_fast.ops import kernels
 from ulfine_fast.ops.prototypes import normalize
 
 if TYPE_CHECKING:
     from ulfine_fast.cache.store import FeatureCache
+
+_WIDENED_BYTES = 1 << 29
 
 
 @dataclass(frozen=True)
@@ -21,15 +24,17 @@ class DeviceFeatures:
 
     Attributes:
         plain: evaluation view (n, D).
-        easy: plain and weak views of the rows that have views (m, 1 + Vw, D).
-        strong: strong views of the same rows (m, Vs, D); Vs may be 0.
+        views: plain, weak and strong views, in this order, of the rows that have views (m, V, D).
+        unit: whether all rows are float32 and of length one already; otherwise they are as stored.
+        easy: how many of the views are plain or weak; the other V - easy are strong, and may be none.
         position: where each row stands among the rows with views, -1 for none, int64 (n,).
     """
 
     plain: Tensor
-    easy: Tensor
-    strong: Tensor
+    views: Tensor
+    easy: int
     position: Tensor
+    unit: bool = False
 
     @classmethod
     def load(cls, cache: FeatureCache, device: torch.device) -> DeviceFeatures:
@@ -39,23 +44,46 @@ class DeviceFeatures:
         position = torch.full((len(plain),), -1, dtype=torch.int64, device=device)
         position[rows] = torch.arange(len(rows), device=device)
         weak, strong = (torch.from_numpy(np.asarray(cache.views(kind))).to(device) for kind in ("weak", "strong"))
-        return cls(plain, torch.cat([plain[rows].unsqueeze(1), weak], dim=1), strong, position)
+        views = torch.cat([plain[rows].unsqueeze(1), weak, strong], dim=1)  # (m, V, D)
+        # a processor widens slowly and its memory holds a small cache twice; a GPU widens while it gathers
+        unit = device.type == "cpu" and 4 * (plain.numel() + views.numel()) <= _WIDENED_BYTES
+        if unit:
+            plain, views = normalize(plain.float()), normalize(views.float())
+        return cls(plain, views, 1 + weak.shape[1], position, unit)
+
+    @property
+    def strong(self) -> int:
+        """How many strong views each row has."""
+        return self.views.shape[1] - self.easy
 
     def rows(self, index: Tensor) -> Tensor:
         """Plain features of rows: (...,) -> float32 unit rows (..., D)."""
-        return normalize(self.plain[index].float())
+        return self._unit(self.plain[index])
 
-    def easy_views(self, index: Tensor, view: Tensor) -> Tensor:
-        """Plain or weak views (T, B, D) of rows (T, B); `view` counts from 0, the plain one."""
-        return normalize(self.easy[self.position[index], view].float())
+    def slots(self, index: Tensor, view: Tensor) -> Tensor:
+        """Where views of rows, both (...,), stand when the views of all rows are counted through, for :meth:`at`."""
+        return self.position[index] * self.views.shape[1] + view
 
-    def strong_views(self, index: Tensor, view: Tensor) -> Tensor:
-        """Strong views (T, B, D) of rows (T, B); the plain view where the cache has no strong ones."""
-        if not self.strong.shape[1]:
-            return self.rows(index)
-        return normalize(self.strong[self.position[index], view].float())
+    def at(self, slots: Tensor) -> Tensor:
+        """Views by their slots: (...,) -> float32 unit rows (..., D)."""
+        return self._unit(self.views.flatten(0, 1)[slots])
+
+    def at_into(self, slots: Tensor, out: Tensor) -> None:
+        """As :meth:`at`, slots (T, n), into given memory (T, n, D)."""
+        store = self.views.flatten(0, 1)
+        if kernels.usable(out):
+            kernels.gather_rows(store, slots, out)
+            return
+        if not self.unit:
+            out.copy_(self.at(slots))
+            return
+        # a trial's rows are contiguous in `out`, those of all trials need not be
+        for chosen, rows in zip(slots.unbind(0), out.unbind(0), strict=True):
+            torch.index_select(store, 0, chosen, out=rows)
 
     def all_views(self, index: Tensor) -> Tensor:
         """Plain, weak and strong views (T, B, V, D) of rows (T, B) that have views."""
-        position = self.position[index]
-        return normalize(torch.cat([self.easy[position], self.strong[position]], dim=2).float())
+        return self._unit(self.views[self.position[index]])
+
+    def _unit(self, rows: Tensor) -> Tensor:
+        return rows if self.unit else normalize(rows.float())

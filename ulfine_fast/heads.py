@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ulfine_fast.ops.philox import Purpose, normals
@@ -10,19 +13,56 @@ from ulfine_fast.ops.prototypes import normalize
 
 Tensors = dict[str, Tensor]
 
+_DRAWN_TOGETHER = 64
+_LN_EPS = 1e-5
 
-def new_adapter(seeds: Tensor, dim: int, rank: int) -> Tensors:
-    """Residual adapters that start as the identity: `down` (T, D, r) drawn from each trial's seed, `up` (T, r, D) zero.
 
-    The layer norm before `down` has scale (T, D) and shift (T, D).
+def padded_normals(seeds: Tensor, draw: int, ranks: Tensor, shape: Callable[[int], tuple[int, int]]) -> Tensor:
+    """Standard normal weights whose shape depends on each trial's rank, zero beyond it.
+
+    Args:
+        seeds: (T,).
+        draw: number of the stream of weights.
+        ranks: of each trial (T,).
+        shape: of one trial's weights, for a rank.
+
+    Returns:
+        (T, *shape(R)) for the largest rank R; each trial draws what it would draw alone.
+    """
+    weights = torch.zeros(len(seeds), *shape(int(ranks.max())), device=seeds.device)
+    for rank in ranks.unique().tolist():
+        high, wide = shape(int(rank))
+        # the generator needs some hundred bytes for each number
+        for part in (ranks == rank).nonzero().squeeze(1).split(_DRAWN_TOGETHER):
+            drawn = normals(seeds[part], draw, Purpose.WEIGHTS, high * wide)
+            weights[part, :high, :wide] = drawn.view(-1, high, wide)
+    return weights
+
+
+def cropped(tensors: Tensors, rank: int) -> Tensors:
+    """One trial's tensors, those of low rank cut from what they were padded to: (D, R) and (R, D) at most to `rank`."""
+    found = dict(tensors)
+    for name, tensor in tensors.items():
+        kind = name.rpartition(".")[2]
+        if kind in ("down", "up"):
+            found[name] = (tensor[:, :rank] if kind == "down" else tensor[:rank]).contiguous()
+    return found
+
+
+def new_adapter(seeds: Tensor, dim: int, ranks: Tensor) -> Tensors:
+    """Residual adapters that start as the identity: `down` (T, D, R) drawn from each trial's seed, `up` (T, R, D) zero.
+
+    The layer norm before `down` has scale (T, D) and shift (T, D). R is the largest of the ranks (T,); a trial of a
+    smaller one has zeros in the columns of `down` and rows of `up` beyond it. They stay zero to the bit: their hidden
+    values are relu(0), so that neither matrix gets a gradient there, and decay leaves zero alone.
     """
     trials = len(seeds)
-    down = normals(seeds, 0, Purpose.WEIGHTS, dim * rank).view(trials, dim, rank)
+    down = padded_normals(seeds, 0, ranks, lambda rank: (dim, rank))
     return {
         "adapter.scale": torch.ones(trials, dim, device=seeds.device),
         "adapter.shift": torch.zeros(trials, dim, device=seeds.device),
         "adapter.down": down * (2.0 / dim) ** 0.5,
-        "adapter.up": torch.zeros(trials, rank, dim, device=seeds.device),
+        "adapter.up": torch.zeros(trials, down.shape[2], dim, device=seeds.device),
     }
 
 
@@ -39,12 +79,29 @@ def adapt(tensors: Tensors, features: Tensor, strength: Tensor) -> Tensor:
     """
     if "adapter.up" not in tensors:
         return features
-    mean = features.mean(-1, keepdim=True)
-    variance = features.var(-1, unbiased=False, keepdim=True)
-    standard = (features - mean) * torch.rsqrt(variance + 1e-5)
+    if not torch.is_grad_enabled():
+        return _adapt_folded(tensors, features, strength.view(-1, 1, 1))
+    standard = F.layer_norm(features, features.shape[-1:], eps=_LN_EPS)
     standard = standard * tensors["adapter.scale"].unsqueeze(1) + tensors["adapter.shift"].unsqueeze(1)
     hidden = torch.relu(standard @ tensors["adapter.down"])  # (T, B, r)
     return normalize(features + strength.view(-1, 1, 1) * (hidden @ tensors["adapter.up"]))
+
+
+def _adapt_folded(tensors: Tensors, features: Tensor, strength: Tensor) -> Tensor:
+    """The same with the norm folded into the product, which spares evaluations half of their reading and writing.
+
+    With m and r a row's mean and inverse deviation, a and b the norm's scale and shift:
+    LN(x) W = r x (a W) - r m sum_d (a W)_d + b W.
+    """
+    down = tensors["adapter.down"]
+    folded = tensors["adapter.scale"].unsqueeze(2) * down  # (T, D, r)
+    offset = tensors["adapter.shift"].unsqueeze(1) @ down  # (T, 1, r)
+    mean = features.mean(-1, keepdim=True)
+    # unit rows: their mean square is 1 / D
+    inverse = torch.rsqrt(1.0 / features.shape[-1] - mean.square() + _LN_EPS)  # (T, B, 1)
+    centred = features @ folded - mean * folded.sum(1, keepdim=True)
+    hidden = torch.relu(inverse * centred + offset)
+    return normalize(torch.baddbmm(features, hidden, strength * tensors["adapter.up"]))
 
 
 def cosine_logits(features: Tensor, weights: Tensor, scale: Tensor) -> Tensor:

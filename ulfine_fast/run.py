@@ -49,6 +49,8 @@ class Run:
         test_ids: picture ids of the test split (E,). test_labels: (E,). test_probabilities: calibrated (E, K).
         encoder: name, weights and preprocessing of the model the features came from, None for plain arrays.
         cache_path: the cache's folder, None for a cache in memory.
+        status: "done"; "stopped" early, for want of progress; "pruned", dropped by whoever watched; or "failed", its
+            numbers no longer finite, without tensors. `metrics` then has the step as "stopped_at" and so on.
     """
 
     config: FitConfig
@@ -62,6 +64,7 @@ class Run:
     test_probabilities: NDArray[np.float32] = field(default_factory=lambda: np.zeros((0, 0), dtype=np.float32))
     encoder: dict[str, Any] | None = None
     cache_path: Path | None = None
+    status: str = "done"
 
     def logits(self, features: NDArray[Any]) -> NDArray[np.float32]:
         """Uncalibrated logits.
@@ -73,8 +76,9 @@ class Run:
             Logits (n, K).
 
         Raises:
-            InputError: features of another width, or not finite.
+            InputError: features of another width, or not finite; the run failed.
         """
+        self.refuse_failed()
         rows = torch.from_numpy(np.asarray(features, dtype=np.float32))  # (n, D)
         width = next(t.shape[-1] for name, t in self.tensors.items() if name in ("linear", "prototypes"))
         if rows.dim() != 2 or rows.shape[1] != width:
@@ -98,8 +102,9 @@ class Run:
         """Write the run folder, over an earlier run there.
 
         Raises:
-            InputError: the folder holds something else, or cannot be written.
+            InputError: the folder holds something else, or cannot be written; the run failed.
         """
+        self.refuse_failed()
         folder = Path(folder)
         if folder.exists() and (
             not folder.is_dir() or (any(folder.iterdir()) and not (folder / "config.json").exists())
@@ -133,12 +138,25 @@ class Run:
                 history=_read_history(folder / "history.csv", len(head["class_names"])),
                 encoder=head["encoder"],
                 cache_path=None if head["cache"] is None else Path(head["cache"]),
+                status=head.get("status", "done"),
                 **_read_predictions(folder / "predictions.parquet"),
             )
         except InputError:
             raise
         except Exception as error:  # each library has errors of its own for a damaged file
             raise InputError(f"the run {folder} is damaged ({type(error).__name__}: {error}); fit it again") from error
+
+    def refuse_failed(self) -> None:
+        """Say where a failed run diverged.
+
+        Raises:
+            InputError: the run failed.
+        """
+        if self.status == "failed":
+            raise InputError(
+                f"seed {self.config.seed} of {self.config.method} diverged: its loss or weights were not finite at "
+                f"step {self.metrics['failed_at']}; lower lr (now {self.config.lr:g})"
+            )
 
     def _trial(self, tensors: dict[str, Tensor]) -> Trials:
         """The context that a method's logits need, for T = 1."""
@@ -165,6 +183,7 @@ class Run:
                 "cache": None if self.cache_path is None else str(self.cache_path),
                 "encoder": self.encoder,
                 "class_names": self.class_names,
+                "status": self.status,
                 "created_by": f"ulfine-fast {__version__}",
             },
         )

@@ -11,6 +11,9 @@ from ulfine_fast.cache.errors import InputError
 from ulfine_fast.intervals import mean_interval
 from ulfine_fast.run import Run
 
+CHECKPOINT = ".checkpoint"
+"""Folder inside a run's that training which was interrupted goes on from."""
+
 HEADLINE = (
     "accuracy",
     "balanced_accuracy",
@@ -46,14 +49,21 @@ def summarize(figures: Sequence[dict[str, Any]]) -> dict[str, dict[str, float | 
 def save_runs(runs: Sequence[Run], out: Path) -> dict[str, dict[str, float | int]]:
     """Save one run as `out`, several as `out/seed-N`, with `out/summary.json` beside them; returns the summary.
 
+    Runs that failed take part in neither.
+
     Raises:
         InputError: `out` cannot be written, or see :func:`refuse_other_content`.
     """
     seeds = [run.config.seed for run in runs]
     refuse_other_content(out, seeds)
-    summary = summarize([run.metrics for run in runs])
-    for run, folder in zip(runs, run_folders(out, seeds), strict=True):
+    folders = run_folders(out, seeds)
+    good = [(run, folder) for run, folder in zip(runs, folders, strict=True) if run.status != "failed"]
+    if not good:
+        return {}
+    summary = summarize([run.metrics for run, _ in good])
+    for run, folder in good:
         run.save(folder)
+    seeds = [run.config.seed for run, _ in good]
     content = {"format": "ulfine-fast-summary", "version": 1, "method": runs[0].config.method, "seeds": seeds}
     (out / "summary.json").write_text(json.dumps({**content, "metrics": summary}, indent=2) + "\n", encoding="utf-8")
     return summary
@@ -77,7 +87,8 @@ def refuse_other_content(out: Path, seeds: Sequence[int]) -> None:
     if not out.is_dir():
         raise InputError(f"{out} is a file; name a folder for the run")
     found = [path.parent for path in (out / "config.json", *sorted(out.glob("*/config.json"))) if path.exists()]
-    if any(out.iterdir()) and not (found or (out / "summary.json").exists()):
+    others = [path for path in out.iterdir() if path.name != CHECKPOINT]
+    if others and not (found or (out / "summary.json").exists()):
         raise InputError(f"{out} exists and is no run; name a new folder")
     staying = sorted(set(found) - set(run_folders(out, seeds)))
     if staying:

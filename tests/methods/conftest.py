@@ -21,7 +21,7 @@ def trials_of(config, prototypes, log_prior, seeds=None):
 def pool_of(features, labeled, labels, unlabeled, present):
     """A pool over plain features (n, D), without views."""
     empty = torch.zeros(0, 1, features.shape[1])
-    device = DeviceFeatures(features, empty, empty, torch.full((len(features),), -1))
+    device = DeviceFeatures(features, empty, 1, torch.full((len(features),), -1))
     return Pool(device, torch.tensor(labeled), torch.tensor(labels), torch.tensor(unlabeled), torch.tensor(present))
 
 

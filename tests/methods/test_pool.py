@@ -32,8 +32,8 @@ def test_all_views_agree_with_the_views_by_kind():
     _, features = loaded()
     found = features.all_views(ROWS)
     torch.testing.assert_close(found[:, :, 0], features.rows(ROWS))
-    torch.testing.assert_close(found[:, :, 1], features.easy_views(ROWS, torch.ones_like(ROWS)))
-    torch.testing.assert_close(found[:, :, 3], features.strong_views(ROWS, torch.ones_like(ROWS)))
+    torch.testing.assert_close(found[:, :, 1], features.at(features.slots(ROWS, torch.ones_like(ROWS))))
+    torch.testing.assert_close(found[:, :, 3], features.at(features.slots(ROWS, torch.full_like(ROWS, 3))))
 
 
 def test_without_views_the_plain_one_is_all():

@@ -22,6 +22,7 @@ METHODS = [
     "crest_plus",
     "ccl",
     "darp",
+    "cossl",
 ]
 
 

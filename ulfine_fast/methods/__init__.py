@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -12,6 +12,9 @@ from ulfine_fast.config import FitConfig
 from ulfine_fast.features import DeviceFeatures
 from ulfine_fast.heads import Tensors
 from ulfine_fast.ops.losses import PseudoLabels
+
+if TYPE_CHECKING:
+    from ulfine_fast.fused import FusedStep
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,12 @@ class Trials:
     seeds: Tensor
     prototypes: Tensor
     log_prior: Tensor
+
+    def part(self, start: int, stop: int) -> Trials:
+        """Trials [start, stop) alone, sharing memory with these."""
+        values = {name: value[start:stop] for name, value in self.values.items()}
+        rest = (tensor[start:stop] for tensor in (self.seeds, self.prototypes, self.log_prior))
+        return Trials(self.config, values, *rest)
 
 
 class Batch(NamedTuple):
@@ -103,14 +112,23 @@ class State:
         """Parameters and memory together, by name; each of shape (T, ...)."""
         return {**self.parameters, **self.memory}
 
+    def part(self, start: int, stop: int) -> State:
+        """The tensors of trials [start, stop) alone, sharing memory with these."""
+        groups = (self.parameters, self.memory, self.scratch)
+        return State(*({name: tensor[start:stop] for name, tensor in group.items()} for group in groups))
+
 
 class Losses(NamedTuple):
-    """Losses of each trial (T,), weighted by the method; the loop minimises their sum."""
+    """Losses of each trial (T,), weighted by the method; the loop minimises their sum.
+
+    `pseudo` and `adapted`, the labelled rows (T, B, D) as the heads saw them, are for the method's use after the step.
+    """
 
     labeled: Tensor
     unlabeled: Tensor
     regularizer: Tensor
     pseudo: PseudoLabels | None = None
+    adapted: Tensor | None = None
 
 
 class Method(Protocol):
@@ -145,6 +163,13 @@ class Method(Protocol):
     def after_step(self, trials: Trials, state: State, batch: Batch, losses: Losses) -> None:
         """Move the memory after the optimiser's step."""
         return
+
+    def fused(self, trials: Trials, state: State) -> type[FusedStep] | None:
+        """The same step without an autograd graph, where there is one.
+
+        It stands for the losses of the very class that names it: a method that inherits and changes them has none.
+        """
+        return None
 
     def drawn(self, trials: Trials, state: State) -> Tensor | None:
         """Probabilities (T, N, K) given to the pool's unlabelled pictures; None to take :meth:`pseudo_logits`."""

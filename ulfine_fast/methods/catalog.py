@@ -7,6 +7,7 @@ from ulfine_fast.methods.abc import ABC
 from ulfine_fast.methods.acr import ACR
 from ulfine_fast.methods.ccl import CCL
 from ulfine_fast.methods.clip_adapter import ClipAdapter
+from ulfine_fast.methods.cossl import CoSSL
 from ulfine_fast.methods.cpe import CPE
 from ulfine_fast.methods.crest_plus import CReSTPlus
 from ulfine_fast.methods.cross_modal import CrossModal
@@ -62,4 +63,5 @@ CLASSES: dict[str, type[Method]] = {
     "crest_plus": CReSTPlus,
     "ccl": CCL,
     "darp": DARP,
+    "cossl": CoSSL,
 }

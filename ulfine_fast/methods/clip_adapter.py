@@ -11,10 +11,9 @@ import math
 import torch
 from torch import Tensor
 
-from ulfine_fast.heads import Tensors, cosine_logits
+from ulfine_fast.heads import Tensors, cosine_logits, padded_normals
 from ulfine_fast.methods import Batch, Losses, Method, State, Trials
 from ulfine_fast.ops.losses import adjusted_cross_entropy
-from ulfine_fast.ops.philox import Purpose, normals
 from ulfine_fast.ops.prototypes import normalize
 
 
@@ -24,9 +23,12 @@ class ClipAdapter(Method):
     uses_unlabeled = False
 
     def start(self, trials: Trials) -> State:
-        """W_1 (T, D, r) and W_2 (T, r, D) from each trial's seed; the textual prototypes stay."""
-        dim, rank = trials.prototypes.shape[-1], trials.config.rank
-        parameters = {"down": _weights(trials.seeds, 0, dim, rank), "up": _weights(trials.seeds, 1, rank, dim)}
+        """W_1 (T, D, R) and W_2 (T, R, D) from each trial's seed, zero beyond its rank; the textual prototypes stay."""
+        dim, ranks = trials.prototypes.shape[-1], trials.values["rank"]
+        down = padded_normals(trials.seeds, 0, ranks, lambda rank: (dim, rank))
+        up = padded_normals(trials.seeds, 1, ranks, lambda rank: (rank, dim))
+        # variance 1 / (3 rows), that of PyTorch's linear layers
+        parameters = {"down": down / math.sqrt(3 * dim), "up": up / torch.sqrt(3 * ranks).view(-1, 1, 1)}
         return State(parameters, {"prototypes": trials.prototypes.clone()})
 
     def losses(self, trials: Trials, state: State, batch: Batch) -> Losses:
@@ -42,9 +44,3 @@ class ClipAdapter(Method):
         hidden = torch.relu(features @ tensors["down"])  # (T, B, r)
         blended = ratio * torch.relu(hidden @ tensors["up"]) + (1 - ratio) * features
         return cosine_logits(normalize(blended), tensors["prototypes"], trials.values["scale"])
-
-
-def _weights(seeds: Tensor, draw: int, rows: int, columns: int) -> Tensor:
-    """Normal weights (T, rows, columns) of variance 1 / (3 rows), that of PyTorch's linear layers."""
-    drawn = normals(seeds, draw, Purpose.WEIGHTS, rows * columns).view(len(seeds), rows, columns)
-    return drawn / math.sqrt(3 * rows)

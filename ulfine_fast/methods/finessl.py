@@ -27,7 +27,7 @@ class FineSSL(Method):
         """Both heads (T, K, D) at the textual prototypes, their scales (T,), and the adapter."""
         adapter = {}
         if trials.config.adapter == "residual":
-            adapter = new_adapter(trials.seeds, trials.prototypes.shape[-1], trials.config.rank)
+            adapter = new_adapter(trials.seeds, trials.prototypes.shape[-1], trials.values["rank"])
         heads = {name: trials.prototypes.clone() for name in ("linear", "auxiliary")}
         scales = {f"{name}.scale": trials.values["scale"].clone() for name in heads}
         return State({**heads, **scales, **adapter})

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ulfine_fast.fused import FusedStep, UnadjustedStep
 from ulfine_fast.methods import Batch, Losses, State, Trials
 from ulfine_fast.methods.lightweight import Lightweight
 from ulfine_fast.ops.losses import PseudoLabels, adjusted_cross_entropy, masked_mean, pseudo_labels
@@ -36,6 +37,10 @@ class FixMatch(Lightweight):
         unlabeled = masked_mean(plain_cross_entropy(strong, pseudo.labels), pseudo.mask)
         beside = self.beside(trials, state, batch, strong, pseudo)
         return Losses(labeled, trials.values["lambda_u"] * unlabeled, beside, pseudo)
+
+    def fused(self, trials: Trials, state: State) -> type[FusedStep] | None:
+        """The published losses alone, by hand."""
+        return UnadjustedStep if type(self) is FixMatch else None
 
     def linear(self, trials: Trials, state: State, features: Tensor) -> Tensor:
         """The linear head's logits (T, B, K), whatever a method predicts from."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ulfine_fast.fused import FusedStep
 from ulfine_fast.heads import Tensors, adapt, cosine_logits, new_adapter
 from ulfine_fast.methods import Batch, Losses, Method, State, Trials
 from ulfine_fast.ops.losses import adjusted_cross_entropy, masked_mean, pseudo_labels
@@ -20,7 +21,7 @@ class Lightweight(Method):
         """A linear head (T, K, D) at the textual prototypes and, unless switched off, an adapter."""
         adapter = {}
         if trials.config.adapter == "residual":
-            adapter = new_adapter(trials.seeds, trials.prototypes.shape[-1], trials.config.rank)
+            adapter = new_adapter(trials.seeds, trials.prototypes.shape[-1], trials.values["rank"])
         return State({"linear": trials.prototypes.clone(), **adapter})
 
     def losses(self, trials: Trials, state: State, batch: Batch) -> Losses:
@@ -38,8 +39,9 @@ class Lightweight(Method):
         unlabeled = masked_mean(adjusted_cross_entropy(strong, pseudo.labels, trials.log_prior, none), pseudo.mask)
         return Losses(labeled, values["lambda_u"] * unlabeled, torch.zeros_like(labeled), pseudo)
 
-    def after_step(self, trials: Trials, state: State, batch: Batch, losses: Losses) -> None:
-        """Nothing to move."""
+    def fused(self, trials: Trials, state: State) -> type[FusedStep] | None:
+        """The adapter and one head, by hand."""
+        return FusedStep if type(self) is Lightweight else None
 
     def pseudo_logits(self, trials: Trials, tensors: Tensors, features: Tensor) -> Tensor:
         """The linear head's logits (T, B, K)."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ulfine_fast.fused import FusedStep
 from ulfine_fast.heads import Tensors, cosine_logits
 from ulfine_fast.methods import Batch, Losses, Method, State, Trials
 from ulfine_fast.ops.losses import adjusted_cross_entropy
@@ -29,8 +30,9 @@ class LinearProbe(Method):
         loss = adjusted_cross_entropy(logits, batch.labels, trials.log_prior, trials.values["tau"]).mean(-1)
         return Losses(loss, torch.zeros_like(loss), torch.zeros_like(loss))
 
-    def after_step(self, trials: Trials, state: State, batch: Batch, losses: Losses) -> None:
-        """Nothing to move."""
+    def fused(self, trials: Trials, state: State) -> type[FusedStep] | None:
+        """One head, by hand."""
+        return FusedStep if type(self) is LinearProbe else None
 
     def pseudo_logits(self, trials: Trials, tensors: Tensors, features: Tensor) -> Tensor:
         """The probe's own logits (T, B, K): what its pseudo-labels would be, though it trains on none."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ulfine_fast.fused import FusedStep, UnadjustedStep
 from ulfine_fast.methods import Batch, Losses, Pool, State, Trials
 from ulfine_fast.methods.linear_probe import LinearProbe
 from ulfine_fast.ops.losses import adjusted_cross_entropy
@@ -25,6 +26,10 @@ class CrossEntropy(LinearProbe):
         # dividing by the weights, not by the rows, keeps the learning rate's meaning
         loss = (weights * rows).sum(-1) / weights.sum(-1)
         return Losses(loss, torch.zeros_like(loss), torch.zeros_like(loss))
+
+    def fused(self, trials: Trials, state: State) -> type[FusedStep] | None:
+        """One head, by hand."""
+        return UnadjustedStep if type(self) is CrossEntropy else None
 
     def row_losses(self, trials: Trials, state: State, logits: Tensor, labels: Tensor) -> Tensor:
         """Losses (T, B) of logits (T, B, K)."""

@@ -8,8 +8,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ulfine_fast.fused import FusedStep
 from ulfine_fast.heads import Tensors, adapt, cosine_logits, new_adapter
 from ulfine_fast.methods import Batch, Losses, Method, State, Trials
+from ulfine_fast.methods.ulfine_fused import FusedULFine
 from ulfine_fast.ops.fusion import fuse
 from ulfine_fast.ops.losses import PseudoLabels, adjusted_cross_entropy, masked_mean, pseudo_labels
 from ulfine_fast.ops.prototypes import (
@@ -31,7 +33,9 @@ class ULFine(Method):
     def start(self, trials: Trials) -> State:
         """Both heads (T, K, D) at the textual prototypes; P (T, K) uniform; visual prototypes (T, K, D) unseen."""
         prototypes, config = trials.prototypes, trials.config
-        adapter = new_adapter(trials.seeds, prototypes.shape[-1], config.rank) if config.adapter == "residual" else {}
+        adapter = {}
+        if config.adapter == "residual":
+            adapter = new_adapter(trials.seeds, prototypes.shape[-1], trials.values["rank"])
         parameters = {"linear": prototypes.clone(), **adapter}
         memory = {
             "visual": torch.zeros_like(prototypes),
@@ -52,12 +56,12 @@ class ULFine(Method):
         labeled = labeled + _mean_loss(similarity, batch.labels, trials.log_prior, tau_similarity)
         regularizer = values["lambda_o"] * values["paf"] * self._orthogonality(trials, state, adapted, batch.labels)
         if batch.weak is None or batch.strong is None:
-            return Losses(labeled, torch.zeros_like(labeled), regularizer)
+            return Losses(labeled, torch.zeros_like(labeled), regularizer, adapted=adapted.detach())
         with torch.no_grad():
             weak = self.pseudo_logits(trials, state.tensors, batch.weak)
         pseudo = pseudo_labels(weak, values["threshold"], values["sharpen"])
         unlabeled = values["lambda_u"] * self._unlabeled(trials, state, batch.strong, pseudo)
-        return Losses(labeled, unlabeled, regularizer, pseudo)
+        return Losses(labeled, unlabeled, regularizer, pseudo, adapted.detach())
 
     @torch.no_grad()
     def after_step(self, trials: Trials, state: State, batch: Batch, losses: Losses) -> None:
@@ -67,14 +71,18 @@ class ULFine(Method):
             pseudo = losses.pseudo
             moved = move_prior(memory["prior"], pseudo.probabilities, pseudo.mask, values["rho"], config.prior)
             memory["prior"].copy_(moved)
-        adapted = adapt(state.tensors, batch.labeled, values["adapter_scale"])
-        means, counts = class_means(adapted, batch.labels, memory["prior"].shape[-1])
+        assert losses.adapted is not None
+        means, counts = class_means(losses.adapted, batch.labels, memory["prior"].shape[-1])
         moved = move_visual(memory["visual"], means, counts, memory["seen"], values["visual_momentum"])
         memory["visual"].copy_(moved)
         memory["seen"].logical_or_(counts > 0)
         alpha = fitting_pace(memory["prior"], values["mu"] * values["paf"], config.alpha)
         prototypes = state.tensors["prototypes"]
         prototypes.copy_(fit_prototypes(prototypes, memory["visual"], alpha, memory["seen"]))
+
+    def fused(self, trials: Trials, state: State) -> type[FusedStep] | None:
+        """By hand where the prototypes learn; the gradient through features takes autograd."""
+        return FusedULFine if type(self) is ULFine and "prototypes" in state.parameters else None
 
     def pseudo_logits(self, trials: Trials, tensors: Tensors, features: Tensor) -> Tensor:
         """Fused logits (T, B, K); the linear head's alone (at the similarity head's scale) where DLF is off."""
@@ -96,7 +104,10 @@ class ULFine(Method):
         fixed = tensors["prototypes"].detach()
         # without PAF no gradient reaches the prototypes: they stay where the text put them
         prototypes = fixed + fitted * (tensors["prototypes"] - fixed)
-        return cosine_logits(adapted, tensors["linear"], scale), cosine_logits(adapted, prototypes, scale)
+        linear, similarity = cosine_logits(adapted, torch.cat([tensors["linear"], prototypes], dim=1), scale).chunk(
+            2, -1
+        )
+        return linear, similarity
 
     def _eta(self, trials: Trials) -> Tensor:
         return torch.where(trials.values["dlf"] > 0, trials.values["eta"], torch.ones_like(trials.values["eta"]))

@@ -8,6 +8,8 @@ far they are believed is decided by labelled pictures held out of both.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -23,12 +25,13 @@ _PROBE_STEPS, _PROBE_RATE = 200, 0.1
 # scale, and whether strong views train too: encoders differ in how much their features bear
 _PROBES = ((10.0, True), (25.0, True), (25.0, False))
 _ROUNDS, _INNER, _HELD = 10, 3, 2
+_TOGETHER = 4096
 
 
 class ULFinePlus(Method):
     """A labelled-only probe, and candidate clusterings that start from different class shares, mixed by evidence.
 
-    Candidate c = j S + s is fitted without the labels of fold j (none for j = 0) from the shares s.
+    Candidate s of fold j is fitted without the labels of that fold (all labels for j = 0) from the class shares s.
     """
 
     trains = False
@@ -48,13 +51,18 @@ class ULFinePlus(Method):
         heads = _probes(pool, trials, targets, folds)  # (T, J, K, D)
         space = _space(pool, trials.values)
         starts = starting_shares(targets[:, :, 0].sum(1))  # (T, S, K)
-        evidence = _evidence(trials, pool, space, heads, targets, starts)
-        clusters = fit_clusters(evidence, _schedule(trials))
-        scores, temperatures = _judge(trials, pool, evidence, clusters, heads, folds)
+        similar, whole = [], None
+        # a fold at a time: what all candidates hold of every picture at once is the most memory that training takes
+        for evidence in _evidence(trials, pool, space, heads, targets, starts):
+            clusters = fit_clusters(evidence, _schedule(trials))
+            similar.append(clusters.cosines(evidence.labeled))
+            whole = clusters if whole is None else whole
+        assert whole is not None
+        scores, temperatures = _judge(trials, pool, torch.stack(similar, dim=2), heads, folds)
         weights = torch.softmax(trials.values["trust"].view(-1, 1) * scores, dim=1)  # (T, 1 + S)
-        state.memory |= {"linear": heads[:, 0], "mean": space.mean, "map": space.map, **_first(clusters, starts)}
+        state.memory |= {"linear": heads[:, 0], "mean": space.mean, "map": space.map, **_kept(whole)}
         state.memory |= {"weights": weights, "temperature": temperatures}
-        state.scratch["plan"] = _plan(pool, heads, clusters, weights, temperatures)
+        state.scratch["plan"] = _plan(pool, heads, whole, weights, temperatures)
 
     def drawn(self, trials: Trials, state: State) -> Tensor | None:
         """The mixture of the candidates' probabilities for the unlabelled pictures (T, N, K)."""
@@ -74,7 +82,7 @@ class ULFinePlus(Method):
 def _probes(pool: Pool, trials: Trials, targets: Tensor, folds: Tensor) -> Tensor:
     """Labelled-only heads (T, J, K, D) of the kind that held-out labels prefer, as long as their scale."""
     views, classes = pool.labeled_views, targets.shape[-1]
-    easy = pool.features.easy.shape[1]
+    easy = pool.features.easy
     found, scores = [], []
     for scale, strong in _PROBES:
         sigma = torch.full_like(trials.values["tau"], scale)
@@ -106,23 +114,39 @@ def _space(pool: Pool, values: Tensors) -> Whitening:
     """Whitening by all training pictures and by what the views change."""
     rows = torch.cat([pool.labeled, pool.unlabeled], dim=1)
     present = torch.cat([pool.labels >= 0, pool.present], dim=1)
-    views = torch.cat([pool.labeled_views, pool.unlabeled_views], dim=1)
-    nuisance = view_scatter(views, present) if views.shape[2] > 1 else None
+    nuisance = None
+    if pool.features.views.shape[1] > 1:
+        index = torch.cat([pool.labeled_rows, pool.unlabeled_rows], dim=1)
+        # a share of the rows at a time: all views in float32 are many times what the cache holds
+        parts = zip(index.split(_TOGETHER, dim=1), present.split(_TOGETHER, dim=1), strict=True)
+        found = [view_scatter(pool.features.all_views(part), there) * _share(there, present) for part, there in parts]
+        nuisance = torch.stack(found).sum(0)
     return whitening(rows, present, nuisance, values["shrink"], values["view_weight"])
 
 
-def _evidence(trials: Trials, pool: Pool, space: Whitening, heads: Tensor, targets: Tensor, starts: Tensor) -> Evidence:
-    """What every candidate is fitted to."""
+def _share(part: Tensor, whole: Tensor) -> Tensor:
+    """Present rows in a part (T, n) of the whole (T, N), as a share (T, 1, 1)."""
+    return (part.sum(1) / whole.sum(1).clamp(min=1)).view(-1, 1, 1)
+
+
+def _evidence(
+    trials: Trials, pool: Pool, space: Whitening, heads: Tensor, targets: Tensor, starts: Tensor
+) -> Iterator[Evidence]:
+    """What the candidates of each fold are fitted to."""
     candidates, lean = starts.shape[1], trials.values["lean"].view(-1, 1, 1, 1)
     weight = trials.values["label_weight"].view(-1, 1, 1, 1)
-    return Evidence(
-        labeled=space(pool.labeled),
-        given=(weight * targets).repeat_interleave(candidates, dim=2),
-        hidden=space(pool.unlabeled) * pool.present.unsqueeze(-1),
-        present=pool.present,
-        anchor=(lean * _linear(pool.unlabeled, heads)).repeat_interleave(candidates, dim=2),
-        start=starts.repeat(1, heads.shape[1], 1),
-    )
+    labeled, hidden = space(pool.labeled), space(pool.unlabeled) * pool.present.unsqueeze(-1)
+    for fold in range(heads.shape[1]):
+        given, head = targets[:, :, fold : fold + 1], heads[:, fold : fold + 1]
+        anchor = lean * _linear(pool.unlabeled, head)
+        yield Evidence(
+            labeled=labeled,
+            given=(weight * given).expand(-1, -1, candidates, -1),
+            hidden=hidden,
+            present=pool.present,
+            anchor=anchor.expand(-1, -1, candidates, -1),
+            start=starts,
+        )
 
 
 def _schedule(trials: Trials) -> Schedule:
@@ -141,33 +165,27 @@ def _fused(trials: Trials, similarity: Tensor, linear: Tensor) -> Tensor:
     return sharp * similarity + lean * linear
 
 
-def _judge(
-    trials: Trials, pool: Pool, evidence: Evidence, clusters: Clusters, heads: Tensor, folds: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Scores and temperatures (T, 1 + S) of the probe and of every start, each row judged by those that left it out."""
-    classes = heads.shape[2]
+def _judge(trials: Trials, pool: Pool, similarity: Tensor, heads: Tensor, folds: Tensor) -> tuple[Tensor, Tensor]:
+    """Scores and temperatures (T, 1 + S) of the probe and of every start, each row judged by those that left it out.
+
+    The cosines of labelled rows come as (T, L, J, S, K).
+    """
     linear = _linear(pool.labeled, heads)  # (T, L, J, K)
-    similarity = clusters.cosines(evidence.labeled).unflatten(2, (heads.shape[1], -1))  # (T, L, J, S, K)
     fused = _fused(trials, similarity.flatten(2, 3), linear.repeat_interleave(similarity.shape[3], dim=2))
     both = torch.cat([linear.unsqueeze(3), fused.unflatten(2, similarity.shape[2:4])], dim=3)  # (T, L, J, 1 + S, K)
-    return held_out_scores(_own_fold(both, folds), pool.labels, folds > 0, classes)
+    return held_out_scores(_own_fold(both, folds), pool.labels, folds > 0, heads.shape[2])
 
 
-def _first(clusters: Clusters, starts: Tensor) -> Tensors:
+def _kept(clusters: Clusters) -> Tensors:
     """The candidates fitted with all labels, as tensors to keep."""
-    count = starts.shape[1]
-    return {
-        "centers": clusters.centers[:, :count],
-        "factors": clusters.metric.factors[:, :count],
-        "core": clusters.metric.core[:, :count],
-        "shares": clusters.shares[:, :count],
-    }
+    metric = clusters.metric
+    return {"centers": clusters.centers, "factors": metric.factors, "core": metric.core, "shares": clusters.shares}
 
 
 def _plan(pool: Pool, heads: Tensor, clusters: Clusters, weights: Tensor, temperatures: Tensor) -> Tensor:
     """Mixed probabilities of the unlabelled pictures (T, N, K), with their estimated class shares."""
     linear = torch.log_softmax(_linear(pool.unlabeled, heads[:, :1]), -1)
-    plan = torch.log(clusters.plan[:, :, : weights.shape[1] - 1].clamp(min=1e-12))
+    plan = torch.log(clusters.plan.clamp(min=1e-12))
     return torch.exp(_mixed(torch.cat([linear, plan], dim=2), weights, temperatures))
 
 

@@ -27,9 +27,14 @@ def align(linear: Tensor, similarity: Tensor, rule: str) -> Tensor:
     if rule == "max-ratio":
         ratio = similarity.abs().amax(-1, keepdim=True) / (linear.abs().amax(-1, keepdim=True) + _EPS)
         return linear * ratio
-    centred = linear - linear.mean(-1, keepdim=True)
-    deviation = _deviation(linear)
-    return centred / deviation * _deviation(similarity) + similarity.mean(-1, keepdim=True)
+    mean, level = linear.mean(-1, keepdim=True), similarity.mean(-1, keepdim=True)
+    centred = linear - mean
+    # lengths instead of variances, which are slow; their epsilon: a single class (K = 1) has none, and must not
+    # divide by zero
+    spread, wanted = (
+        torch.linalg.vector_norm(rows, dim=-1, keepdim=True) + _EPS for rows in (centred, similarity - level)
+    )
+    return torch.addcmul(level, centred, wanted / spread)
 
 
 def fuse(linear: Tensor, similarity: Tensor, eta: Tensor, rule: str) -> Tensor:
@@ -44,10 +49,4 @@ def fuse(linear: Tensor, similarity: Tensor, eta: Tensor, rule: str) -> Tensor:
     Returns:
         Fused logits (T, B, K), on the similarity head's scale.
     """
-    weight = eta.view(-1, 1, 1)
-    return weight * align(linear, similarity, rule) + (1 - weight) * similarity
-
-
-def _deviation(logits: Tensor) -> Tensor:
-    # population deviation with epsilon inside the root: a single class (K = 1) has none, and must not divide by zero
-    return torch.sqrt(logits.var(dim=-1, unbiased=False, keepdim=True) + _EPS**2)
+    return torch.lerp(similarity, align(linear, similarity, rule), eta.view(-1, 1, 1))

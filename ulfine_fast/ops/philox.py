@@ -28,6 +28,7 @@ class Purpose(enum.IntEnum):
     LABELED_NOISE = 6
     STRONG_NOISE = 7
     FOLDS = 8
+    BLEND = 9
 
 
 def philox(counter: Tensor, key: Tensor) -> Tensor:

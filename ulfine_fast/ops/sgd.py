@@ -8,6 +8,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from ulfine_fast.ops import kernels
+
 
 def cosine_rate(step: int, steps: int) -> float:
     """Factor of the peak learning rate: 1 at step 0, falling to 0 after the last step along a half cosine."""
@@ -39,3 +41,18 @@ def sgd_step(
         velocity[name].mul_(momentum.view(shape)).add_(gradient)
         parameter.sub_(lr.view(shape) * velocity[name])
         parameter.grad = None
+
+
+def decay_velocity_(velocity: Tensor, parameters: Tensor, momentum: Tensor, decay: Tensor) -> None:
+    """Velocity <- m velocity + d parameters, in place: all of :func:`sgd_step` that needs no gradient.
+
+    Args:
+        velocity: (T, P).
+        parameters: (T, P).
+        momentum: m (T,).
+        decay: weight decay d (T,).
+    """
+    if kernels.usable(velocity):
+        kernels.decay_velocity_(velocity, parameters, momentum, decay)
+        return
+    velocity.mul_(momentum.unsqueeze(1)).addcmul_(parameters, decay.unsqueeze(1))

@@ -1,0 +1,147 @@
+"""Cases that tests/ops/test_kernels.py runs in a process of its own, see there."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+from tests.conftest import make_clusters
+from ulfine_fast import FitConfig, fit_many
+from ulfine_fast.ops import kernels
+from ulfine_fast.ops.fused_heads import inverse_lengths
+from ulfine_fast.ops.fusion import fuse
+from ulfine_fast.ops.losses import adjusted_cross_entropy
+from ulfine_fast.ops.losses import pseudo_labels as plain_pseudo_labels
+from ulfine_fast.ops.prototypes import class_means, fit_prototypes, move_visual, normalize
+
+DEVICE = os.environ["KERNEL_DEVICE"]
+SIZES = [(1, 1, 1, 1), (3, 5, 2, 3), (1, 3, 10, 7), (3, 2, 101, 33), (1, 1, 1000, 5)]  # T, rows, K, D
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+def random(*shape):
+    return torch.randn(*shape, device=DEVICE)
+
+
+def integers(below, *shape):
+    return torch.randint(below, shape, device=DEVICE)
+
+
+def test_kernels_are_in_use_here():
+    assert kernels.usable(random(1))
+    assert not kernels.usable(random(1).double())
+
+
+@pytest.mark.parametrize("kind", [torch.float16, torch.float32])
+@pytest.mark.parametrize("size", SIZES)
+def test_gather(size, kind):
+    trials, rows, _, dim = size
+    store = random(11, dim).to(kind)
+    store[0] = 0.0
+    slots = integers(11, trials, rows)
+    slots[0, 0] = 0
+    room = random(trials, rows + 2, dim)
+    before = room.clone()
+    kernels.gather_rows(store, slots, room[:, 1:-1])
+    torch.testing.assert_close(room[:, 1:-1], normalize(store[slots].float()), rtol=1e-5, atol=1e-6)
+    assert torch.equal(room[:, [0, -1]], before[:, [0, -1]])  # what lies around is not touched
+
+
+def test_gather_takes_the_smallest_and_largest_halves():
+    store = torch.tensor([[6e-8, 0.0], [60000.0, -60000.0]], dtype=torch.float16, device=DEVICE)
+    out = random(1, 2, 2)
+    kernels.gather_rows(store, torch.tensor([[0, 1]], device=DEVICE), out)
+    torch.testing.assert_close(out[0], normalize(store.float()), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("heads", [1, 2])
+@pytest.mark.parametrize("size", SIZES)
+def test_cross_entropy_and_gradient(size, heads):
+    trials, rows, classes, _ = size
+    logits = (5 * random(trials, rows, heads, classes)).requires_grad_()
+    labels, weights = integers(classes, trials, rows), torch.rand(trials, rows, device=DEVICE)
+    weights[0, 0] = 0.0
+    none, prior = torch.zeros(trials, device=DEVICE), torch.zeros(trials, classes, device=DEVICE)
+    each = [adjusted_cross_entropy(logits[:, :, h], labels, prior, none) for h in range(heads)]
+    (weights * sum(each)).sum().backward()
+    buffer = logits.detach().clone()
+    found = kernels.cross_entropy_gradient_(buffer, labels, weights)
+    torch.testing.assert_close(-found, torch.stack(each, dim=2).detach(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(buffer, logits.grad, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_pseudo_labels(size):
+    trials, rows, classes, _ = size
+    both = 5 * random(trials, rows + 1, 2, classes)
+    linear, similarity = both[:, :rows, 0], both[:, :rows, 1]
+    eta, threshold = torch.rand(trials, device=DEVICE), torch.rand(trials, device=DEVICE)
+    temperature = torch.rand(trials, device=DEVICE) + 0.5
+    wanted = plain_pseudo_labels(fuse(linear, similarity, eta, "standardize"), threshold, temperature)
+    labels, mask, mean = kernels.pseudo_labels(linear, similarity, eta, threshold, temperature)
+    assert torch.equal(labels, wanted.labels)
+    assert torch.equal(mask, wanted.mask)
+    torch.testing.assert_close(mean, wanted.probabilities.mean(1), rtol=1e-4, atol=1e-6)
+
+
+def test_pseudo_labels_of_equal_classes_take_the_first():
+    flat = torch.zeros(1, 2, 5, device=DEVICE)
+    half = torch.full((1,), 0.5, device=DEVICE)
+    labels, mask, mean = kernels.pseudo_labels(flat, flat, half, half, half)
+    assert labels.tolist() == [[0, 0]]
+    assert mask.tolist() == [[0.0, 0.0]]
+    torch.testing.assert_close(mean, torch.full((1, 5), 0.2, device=DEVICE))
+
+
+@pytest.mark.parametrize("size", [(1, 1), (3, 7), (2, 2500)])
+def test_decay(size):
+    buffer, parameters = random(size[0], size[1] + 3), random(*size)
+    momentum, decay = torch.rand(size[0], device=DEVICE), torch.rand(size[0], device=DEVICE)
+    wanted = momentum.unsqueeze(1) * buffer[:, 3:] + decay.unsqueeze(1) * parameters
+    first = buffer[:, :3].clone()
+    kernels.decay_velocity_(buffer[:, 3:], parameters, momentum, decay)
+    torch.testing.assert_close(buffer[:, 3:], wanted, rtol=1e-5, atol=1e-6)
+    assert torch.equal(buffer[:, :3], first)
+
+
+@pytest.mark.parametrize("size", [*SIZES[:3], (1, 2, 17, 33)])
+def test_prototypes(size):
+    trials, rows, classes, dim = size
+    labels, adapted = integers(classes, trials, rows), random(trials, rows + 1, dim)[:, :rows]
+    seen = torch.rand(trials, classes, device=DEVICE) > 0.5
+    visual = normalize(random(trials, classes, dim)) * seen.unsqueeze(2)
+    textual, alpha = random(trials, classes, dim), torch.rand(trials, classes, device=DEVICE)
+    alpha[0, 0] = 1.0
+    momentum = torch.rand(trials, device=DEVICE)
+    means, counts = class_means(normalize(adapted), labels, classes)
+    moved = move_visual(visual, means, counts, seen, momentum)
+    now = seen | (counts > 0)
+    fitted = fit_prototypes(textual, moved, alpha, now)
+    kernels.move_prototypes_(visual, seen, textual, adapted, inverse_lengths(adapted), labels, momentum, alpha)
+    assert torch.equal(seen, now)
+    torch.testing.assert_close(visual, moved, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(textual, fitted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "values", [{"method": "ulfine"}, {"method": "ulfine", "prior": "hard"}, {"method": "lightweight"}]
+)
+def test_whole_steps_go_through_the_kernels(values):
+    cache = make_clusters(classes=3, dim=6)
+    common = {"n1": 12, "gamma_l": 4, "gamma_u": 4, "steps": 3, "eval_every": 3, "rank": 2, "threshold": 0.4}
+    configs = [
+        FitConfig(**common, **values, seed=seed, batch_labeled=5, batch_unlabeled=6, momentum=0.9 - seed / 10)
+        for seed in range(2)
+    ]
+    fast = fit_many(cache, configs, device=DEVICE, engine="fused")
+    slow = fit_many(cache, configs, device=DEVICE, engine="specification")
+    for a, b in zip(fast, slow, strict=True):
+        for name, tensor in b.tensors.items():
+            torch.testing.assert_close(a.tensors[name], tensor, rtol=1e-3, atol=1e-4)
+        assert a.history[-1]["loss"] == pytest.approx(b.history[-1]["loss"], rel=1e-4)

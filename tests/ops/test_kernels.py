@@ -1,0 +1,53 @@
+"""Triton kernels against the plain functions they stand for.
+
+Triton decides at import whether it interprets, so the cases run in a process of their own: without a GPU under the
+interpreter, with one for real too.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from ulfine_fast.ops import kernels
+
+CASES = Path(__file__).with_name("kernel_cases.py")
+pytest.importorskip("triton", reason="Triton is not installed here")
+
+
+def run_cases(device, **environment):
+    command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", str(CASES)]
+    done = subprocess.run(
+        command, env={**os.environ, "KERNEL_DEVICE": device, **environment}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
+    assert re.search(r"\b3\d passed", done.stdout), done.stdout[-3000:]
+
+
+def test_under_the_interpreter():
+    run_cases("cpu", TRITON_INTERPRET="1")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu():
+    run_cases("cuda")
+
+
+def test_a_processor_takes_plain_pytorch_and_says_why():
+    assert not kernels.usable(torch.zeros(1))
+    assert kernels.why_not(torch.device("cpu")) == (
+        "Triton needs a CUDA device, this one is cpu; the same steps run in plain PyTorch"
+    )
+
+
+def test_without_triton_it_says_so(monkeypatch):
+    monkeypatch.setattr(kernels, "triton", None)
+    assert kernels.why_not(torch.device("cuda")) == (
+        "Triton is not installed here; the same steps run in plain PyTorch"
+    )

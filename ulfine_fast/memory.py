@@ -1,0 +1,96 @@
+"""How much memory there is, and how much some work needs: asked of the machine and measured, not guessed."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+# a pass of more trials than this holds is not faster, and a machine has other work to do
+_MOST_ON_PROCESSOR = 8 << 30
+_SHARE = 0.5
+
+
+def budget(device: torch.device) -> int:
+    """Bytes that one pass may take on the device: half of what is free now, on a processor at most 8 GiB."""
+    if device.type == "cuda":
+        # what earlier work has let go of is kept by the allocator for the next
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int((torch.cuda.mem_get_info(device)[0] + kept) * _SHARE)
+    return min(int(free_memory() * _SHARE), _MOST_ON_PROCESSOR)
+
+
+def free_memory(root: Path = Path("/")) -> int:
+    """Bytes of main memory that can be had without swapping, also inside a container that is given less than all.
+
+    Args:
+        root: where the system's files /proc/meminfo and /sys/fs/cgroup/memory.* are looked for.
+    """
+    free = [_of_system(root)]
+    group = root / "sys/fs/cgroup"
+    # a group without a limit says "max", which is no number
+    with contextlib.suppress(OSError, ValueError):
+        free.append(int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
+    return max(0, min(free))
+
+
+def _of_system(root: Path) -> int:
+    with contextlib.suppress(OSError):
+        for line in (root / "proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    except (AttributeError, ValueError, OSError):  # Windows has no such call
+        return 4 << 30
+
+
+def peak_bytes(work: Callable[[], object], device: torch.device) -> int:
+    """Most bytes of new tensors that were alive at one time on the device while `work` ran."""
+    if device.type == "cuda":
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        work()
+        return torch.cuda.max_memory_allocated(device) - before
+    with _LiveTensors() as live:
+        work()
+    return live.peak
+
+
+class _LiveTensors(TorchDispatchMode):
+    """Counts the bytes behind all tensors that operations return, until nothing refers to them any more."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self.seen: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        # most operations return one tensor, and looking for others takes longer than they do
+        for tensor in (result,) if isinstance(result, Tensor) else tree_leaves(result):
+            # a sparse one has no storage of its own: its parts were counted when they were made
+            if isinstance(tensor, Tensor) and tensor.layout == torch.strided:
+                self._note(tensor.untyped_storage())
+        return result
+
+    def _note(self, storage: torch.UntypedStorage) -> None:
+        # views and in-place results share a storage, which counts once
+        if storage._cdata in self.seen:
+            return
+        self.seen.add(storage._cdata)
+        self.now += storage.nbytes()
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._forget, storage._cdata, storage.nbytes())
+
+    def _forget(self, key: int, size: int) -> None:
+        self.seen.discard(key)
+        self.now -= size

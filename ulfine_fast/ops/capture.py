@@ -1,0 +1,52 @@
+"""A step recorded once as a CUDA graph and replayed: one launch in place of a hundred."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+# libraries make their plans and workspaces on the first calls, which cannot be recorded
+_WARM_UP = 3
+
+
+class Captured:
+    """A function of tensors of unchanging shapes that works in place and asks nothing of the device.
+
+    The first calls run as they are; the next is recorded, and all others are replays with their arguments copied to
+    where the recorded ones lay. Where recording fails, calls go on as they are, with a warning.
+
+    Args:
+        function: returns nothing.
+    """
+
+    def __init__(self, function: Callable[..., None]) -> None:
+        self.function, self.calls, self.refused = function, 0, False
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.inputs: tuple[Tensor, ...] = ()
+
+    def __call__(self, *inputs: Tensor) -> None:
+        """Call, record or replay."""
+        self.calls += 1
+        if self.graph is None and self.calls > _WARM_UP and not self.refused and inputs[0].is_cuda:
+            self._record(inputs)
+        if self.graph is None:
+            self.function(*inputs)
+            return
+        for held, given in zip(self.inputs, inputs, strict=True):
+            held.copy_(given)
+        self.graph.replay()
+
+    def _record(self, inputs: tuple[Tensor, ...]) -> None:
+        """Record the function; recording computes nothing."""
+        self.inputs, graph = tuple(tensor.clone() for tensor in inputs), torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph):
+                self.function(*self.inputs)
+        except RuntimeError as error:
+            self.refused = True
+            warnings.warn(f"steps run one launch at a time, they could not be recorded: {error}", stacklevel=2)
+        else:
+            self.graph = graph

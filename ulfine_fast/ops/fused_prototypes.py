@@ -1,0 +1,55 @@
+"""Prototype adaptive fitting in place: class means, moving averages and fitting without temporaries of size K x D."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ulfine_fast.ops.buffers import Buffers
+from ulfine_fast.ops.fused_heads import inverse_lengths
+
+
+def move_visual_(
+    visual: Tensor, seen: Tensor, rows: Tensor, inverse: Tensor, labels: Tensor, momentum: Tensor, buffers: Buffers
+) -> None:
+    """Move the visual prototypes to the class means of a batch, in place.
+
+    The specification is :func:`ulfine_fast.ops.prototypes.class_means` followed by
+    :func:`ulfine_fast.ops.prototypes.move_visual`.
+
+    Args:
+        visual: (T, K, D).
+        seen: bool (T, K); classes of the batch are set.
+        rows: labelled rows of any length (T, B, D).
+        inverse: 1 / ||row|| (T, B, 1).
+        labels: int64 (T, B).
+        momentum: m (T,).
+        buffers: where the classes of the rows go.
+    """
+    trials, classes, _ = visual.shape
+    chosen = buffers.lend("chosen", trials, labels.shape[1], classes).zero_()
+    chosen.scatter_(2, labels.unsqueeze(2), 1.0)
+    counts = chosen.sum(1)  # (T, K)
+    kept = seen * momentum.unsqueeze(1)  # a first sighting keeps nothing
+    share = (1.0 - kept) / counts.clamp(min=1.0)
+    chosen.mul_(share.unsqueeze(1)).mul_(inverse)
+    visual.mul_(torch.where(counts > 0, kept, 1.0).unsqueeze(2)).baddbmm_(chosen.transpose(1, 2), rows)
+    seen.logical_or_(counts > 0)
+    visual.mul_(torch.where(counts > 0, inverse_lengths(visual), 1.0).unsqueeze(2))
+
+
+def fit_prototypes_(textual: Tensor, visual: Tensor, alpha: Tensor, seen: Tensor) -> None:
+    """c_k <- normalised ((1 - alpha_k) c_k + alpha_k v_k) for classes seen, in place.
+
+    The specification is :func:`ulfine_fast.ops.prototypes.fit_prototypes`.
+
+    Args:
+        textual: c (T, K, D).
+        visual: v (T, K, D).
+        alpha: pace in [0, 1], shape (T, K).
+        seen: bool (T, K); other classes keep their prototype.
+    """
+    # only the direction of the sum matters: c + alpha / (1 - alpha) ||c|| v has it too, and is one pass less
+    pull = alpha / (1.0 - alpha).clamp(min=1e-12) * torch.linalg.vector_norm(textual, dim=-1)
+    textual.addcmul_(visual, (pull * seen).unsqueeze(2))
+    textual.mul_(torch.where(seen, inverse_lengths(textual), 1.0).unsqueeze(2))

@@ -1,0 +1,249 @@
+"""Triton kernels for what is bound by memory: each reads and writes its rows once. The rest is left to the products.
+
+Every kernel stands for a function of plain PyTorch in this folder, which calls it where :func:`usable` says so. With
+TRITON_INTERPRET=1 in the environment they run on a processor, one program after another: slow, for tests.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+
+import torch
+from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # macOS, Windows, or a PyTorch built without it
+    triton = None
+
+_EPS = 1e-12
+
+
+def why_not(device: torch.device) -> str | None:
+    """Why kernels are not used on a device, in words; None where they are."""
+    if triton is None:
+        return "Triton is not installed here; the same steps run in plain PyTorch"
+    if device.type != "cuda" and not _interpreted():
+        return f"Triton needs a CUDA device, this one is {device.type}; the same steps run in plain PyTorch"
+    return None
+
+
+def usable(tensor: Tensor) -> bool:
+    """Whether kernels take a tensor: float32 on a CUDA device, or anywhere under Triton's interpreter."""
+    return tensor.dtype == torch.float32 and _runs_on(tensor.device)
+
+
+@functools.cache
+def _runs_on(device: torch.device) -> bool:
+    return why_not(device) is None
+
+
+@functools.cache
+def _interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def gather_rows(store: Tensor, slots: Tensor, out: Tensor) -> None:
+    """Rows of a store, widened and at unit length; see :meth:`ulfine_fast.features.DeviceFeatures.at`.
+
+    Args:
+        store: float16 or float32 (S, D).
+        slots: int64 (T, n).
+        out: float32 (T, n, D), written; its last axis is contiguous.
+    """
+    trials, rows, dim = out.shape
+    slots = slots.contiguous()
+    block = triton.next_power_of_2(dim)
+    _gather[(trials * rows,)](store, slots, out, rows, dim, out.stride(0), out.stride(1), BLOCK=block)
+
+
+def cross_entropy_gradient_(logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
+    """See :func:`ulfine_fast.ops.fused_loss.cross_entropy_gradient_`; logits (T, n, H, K), contiguous but for T."""
+    trials, rows, heads, classes = logits.shape
+    found = torch.empty(trials, rows, heads, dtype=logits.dtype, device=logits.device)
+    labels, weights = labels.contiguous(), weights.contiguous()
+    block = triton.next_power_of_2(classes)
+    strides = logits.stride()[:3]
+    tiny = torch.finfo(torch.float32).tiny
+    _cross_entropy[(trials * rows * heads,)](
+        logits, labels, weights, found, rows, heads, classes, *strides, TINY=tiny, BLOCK=block
+    )
+    return found
+
+
+def pseudo_labels(
+    linear: Tensor, similarity: Tensor, eta: Tensor, threshold: Tensor, temperature: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Fusion of standardised logits, then hard pseudo-labels; no probability is stored.
+
+    See :func:`ulfine_fast.ops.fusion.fuse` (rule "standardize") and :func:`ulfine_fast.ops.losses.pseudo_labels`.
+
+    Args:
+        linear: (T, U, K), last axis contiguous.
+        similarity: the same.
+        eta: (T,).
+        threshold: (T,).
+        temperature: (T,).
+
+    Returns:
+        Labels int64 (T, U), mask (T, U), and the mean probability of each class (T, K).
+    """
+    trials, rows, classes = linear.shape
+    labels = torch.empty(trials, rows, dtype=torch.int64, device=linear.device)
+    mask = torch.empty(trials, rows, dtype=linear.dtype, device=linear.device)
+    mean = torch.empty(trials, classes, dtype=linear.dtype, device=linear.device)
+    per_trial = [tensor.contiguous() for tensor in (eta, threshold, temperature)]
+    strides = (*linear.stride()[:2], *similarity.stride()[:2])
+    block = triton.next_power_of_2(classes)
+    # one program a trial, so that the mean is added up in one order
+    _pseudo[(trials,)](linear, similarity, *per_trial, labels, mask, mean, rows, classes, *strides, BLOCK=block)
+    return labels, mask, mean
+
+
+def decay_velocity_(velocity: Tensor, parameters: Tensor, momentum: Tensor, decay: Tensor) -> None:
+    """Velocity <- m velocity + d parameters in one pass; see :func:`ulfine_fast.ops.sgd.decay_velocity_`."""
+    trials, size = velocity.shape
+    grid = (trials, triton.cdiv(size, 1024))
+    momentum, decay = momentum.contiguous(), decay.contiguous()
+    _decay[grid](velocity, parameters, momentum, decay, size, velocity.stride(0), parameters.stride(0), BLOCK=1024)
+
+
+def move_prototypes_(
+    visual: Tensor,
+    seen: Tensor,
+    textual: Tensor,
+    rows: Tensor,
+    inverse: Tensor,
+    labels: Tensor,
+    momentum: Tensor,
+    alpha: Tensor,
+) -> None:
+    """Class means, moving averages and fitting in one pass over K x D; see :mod:`ulfine_fast.ops.fused_prototypes`.
+
+    Args:
+        visual: (T, K, D), contiguous, moved.
+        seen: bool (T, K), contiguous, moved.
+        textual: (T, K, D), contiguous but for T, moved.
+        rows: (T, B, D), last axis contiguous.
+        inverse: (T, B).
+        labels: int64 (T, B).
+        momentum: (T,).
+        alpha: (T, K).
+    """
+    trials, classes, dim = visual.shape
+    marks = seen.view(torch.int8)
+    inverse, labels, alpha = inverse.contiguous(), labels.contiguous(), alpha.contiguous()
+    strides = textual.stride(0), rows.stride(0), rows.stride(1)
+    block = triton.next_power_of_2(dim)
+    _prototypes[(trials, classes)](
+        visual, marks, textual, rows, inverse, labels, momentum.contiguous(), alpha,
+        classes, dim, labels.shape[1], *strides, EPS=_EPS, BLOCK=block,
+    )  # fmt: skip
+
+
+if triton is not None:
+
+    @triton.jit
+    def _gather(store, slots, out, rows, dim, out_trial, out_row, BLOCK: tl.constexpr):
+        program = tl.program_id(0)
+        columns = tl.arange(0, BLOCK)
+        slot = tl.load(slots + program)
+        row = tl.load(store + slot * dim + columns, mask=columns < dim, other=0.0).to(tl.float32)
+        row = row * tl.rsqrt(tl.sum(row * row, axis=0) + 1e-12)
+        start = out + (program // rows).to(tl.int64) * out_trial + (program % rows) * out_row
+        tl.store(start + columns, row, mask=columns < dim)
+
+    @triton.jit
+    def _cross_entropy(
+        logits, labels, weights, found, rows, heads, classes, at_trial, at_row, at_head,
+        TINY: tl.constexpr, BLOCK: tl.constexpr,
+    ):  # fmt: skip
+        program = tl.program_id(0)
+        row = program // heads
+        columns = tl.arange(0, BLOCK)
+        inside = columns < classes
+        start = logits + (row // rows).to(tl.int64) * at_trial + (row % rows) * at_row + (program % heads) * at_head
+        z = tl.load(start + columns, mask=inside, other=float("-inf"))
+        z = tl.exp(z - tl.max(z, axis=0))
+        probability = z / tl.sum(z, axis=0)
+        label, weight = tl.load(labels + row), tl.load(weights + row)
+        picked = tl.sum(tl.where(columns == label, probability, 0.0), axis=0)
+        tl.store(found + program, tl.log(tl.maximum(picked, TINY)))
+        gradient = weight * (probability - tl.where(columns == label, 1.0, 0.0))
+        tl.store(start + columns, gradient, mask=inside)
+
+    @triton.jit
+    def _pseudo(
+        linear, similarity, eta, threshold, temperature, labels, mask, mean, rows, classes,
+        linear_trial, linear_row, similar_trial, similar_row, BLOCK: tl.constexpr,
+    ):  # fmt: skip
+        trial = tl.program_id(0).to(tl.int64)
+        columns = tl.arange(0, BLOCK)
+        inside = columns < classes
+        weight, least, divisor = tl.load(eta + trial), tl.load(threshold + trial), tl.load(temperature + trial)
+        total = tl.zeros((BLOCK,), dtype=tl.float32)
+        for u in range(rows):
+            x = tl.load(linear + trial * linear_trial + u * linear_row + columns, mask=inside, other=0.0)
+            s = tl.load(similarity + trial * similar_trial + u * similar_row + columns, mask=inside, other=0.0)
+            level = tl.sum(s, axis=0) / classes
+            x = tl.where(inside, x - tl.sum(x, axis=0) / classes, 0.0)
+            spread = tl.sqrt(tl.sum(x * x, axis=0)) + 1e-6
+            off = tl.where(inside, s - level, 0.0)
+            wanted = tl.sqrt(tl.sum(off * off, axis=0)) + 1e-6
+            fused = s + weight * (level + x * (wanted / spread) - s)
+            fused = tl.where(inside, fused / divisor, float("-inf"))
+            fused = tl.exp(fused - tl.max(fused, axis=0))
+            probability = fused / tl.sum(fused, axis=0)
+            confidence = tl.max(probability, axis=0)
+            # the first of equal classes, as torch has it
+            label = tl.min(tl.where(probability == confidence, columns, BLOCK), axis=0)
+            tl.store(labels + trial * rows + u, label.to(tl.int64))
+            tl.store(mask + trial * rows + u, tl.where(confidence >= least, 1.0, 0.0))
+            total += tl.where(inside, probability, 0.0)
+        tl.store(mean + trial * classes + columns, total / rows, mask=inside)
+
+    @triton.jit
+    def _decay(velocity, parameters, momentum, decay, size, v_trial, p_trial, BLOCK: tl.constexpr):
+        trial = tl.program_id(0).to(tl.int64)
+        columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        inside = columns < size
+        v = tl.load(velocity + trial * v_trial + columns, mask=inside)
+        p = tl.load(parameters + trial * p_trial + columns, mask=inside)
+        moved = tl.load(momentum + trial) * v + tl.load(decay + trial) * p
+        tl.store(velocity + trial * v_trial + columns, moved, mask=inside)
+
+    @triton.jit
+    def _prototypes(
+        visual, seen, textual, rows, inverse, labels, momentum, alpha, classes, dim, batch,
+        text_trial, rows_trial, rows_row, EPS: tl.constexpr, BLOCK: tl.constexpr,
+    ):  # fmt: skip
+        trial, k = tl.program_id(0).to(tl.int64), tl.program_id(1)
+        columns = tl.arange(0, BLOCK)
+        inside = columns < dim
+        total, count = tl.zeros((BLOCK,), dtype=tl.float32), tl.zeros((BLOCK,), dtype=tl.float32)
+        for b in range(batch):
+            # one label, as often as there are columns, so that rows of other classes are not read
+            mine = tl.load(labels + trial * batch + b + columns * 0) == k
+            row = tl.load(rows + trial * rows_trial + b * rows_row + columns, mask=inside & mine, other=0.0)
+            total += row * tl.load(inverse + trial * batch + b)
+            count += tl.where(mine, 1.0, 0.0)
+        place = trial * classes + k
+        met = tl.load(seen + place) != 0
+        v = tl.load(visual + place * dim + columns, mask=inside, other=0.0)
+        # a first sighting keeps nothing of what was there
+        keep = tl.where(met, tl.load(momentum + trial), 0.0)
+        moved = keep * v + (1.0 - keep) * total / tl.maximum(count, 1.0)
+        moved = moved * tl.rsqrt(tl.sum(moved * moved, axis=0) + EPS)
+        v = tl.where(count > 0.0, moved, v)
+        sighted = tl.maximum(met.to(tl.int32), tl.max((count > 0.0).to(tl.int32), axis=0))
+        tl.store(visual + place * dim + columns, v, mask=inside)
+        tl.store(seen + place, sighted.to(tl.int8))
+        at = textual + trial * text_trial + k * dim + columns
+        c = tl.load(at, mask=inside, other=0.0)
+        pace = tl.load(alpha + place)
+        unit = c * tl.rsqrt(tl.sum(c * c, axis=0) + EPS)
+        fitted = (1.0 - pace) * unit + pace * v
+        fitted = fitted * tl.rsqrt(tl.sum(fitted * fitted, axis=0) + EPS)
+        tl.store(at, tl.where(sighted > 0, fitted, c), mask=inside)
