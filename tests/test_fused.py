@@ -140,6 +140,16 @@ def test_blocks_of_trials_change_nothing(cache, monkeypatch):
     compare(cache, configs)
 
 
+@pytest.mark.parametrize("cores", [1, 2, 5])
+def test_cores_change_nothing(cache, cores):
+    before = torch.get_num_threads()
+    torch.set_num_threads(cores)
+    try:
+        compare(cache, configs_of(method="ulfine") + configs_of(method="ulfine", split_seed=7))
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_several_classes_from_one_to_many():
     for classes, dim in ((1, 8), (2, 5), (11, 16)):
         small = make_clusters(classes=classes, dim=dim, train=40)

@@ -6,6 +6,7 @@ pseudo-labelled strong views. What differs between them are the hooks below, whi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import NamedTuple, TypeVar
 
@@ -22,6 +23,7 @@ from ulfine_fast.ops.fused_loss import cross_entropy_gradient_
 from ulfine_fast.ops.losses import PseudoLabels, pseudo_labels
 from ulfine_fast.ops.philox import Purpose
 from ulfine_fast.ops.sgd import cosine_rate, decay_velocity_
+from ulfine_fast.workers import side_by_side
 
 # values (float32) of parameters and activations that stay in a processor's last cache from step to step: 32 MB
 _CACHE_VALUES = 8 << 20
@@ -286,7 +288,8 @@ class FusedSteps:
     """The steps of a pass, a block of trials at a time.
 
     On a processor a block's parameters and activations stay in its cache from step to step, which a pass over all
-    trials at once would not allow; trials do not depend on each other, so the order is free.
+    trials at once would not allow, and each core works on blocks of its own; trials do not depend on each other, so the
+    order is free.
 
     Args:
         step: the method's own step.
@@ -295,6 +298,7 @@ class FusedSteps:
         velocity: by the names of the parameters; they become views of another.
         batches: the mini-batches.
         steps: length of the schedule.
+        threads: whether cores work on different blocks; otherwise all of them on one.
     """
 
     def __init__(
@@ -305,19 +309,25 @@ class FusedSteps:
         velocity: dict[str, Tensor],
         batches: BatchSource,
         steps: int,
+        threads: bool = True,
     ) -> None:
         order = [*step.heads, *(name for name in state.parameters if name not in step.heads)]
         flat = Flat(*(_flatten(tensors, order) for tensors in (state.parameters, velocity)))
-        self.trials, self.steps, self.blocks = trials, steps, []
-        size, buffers = _block_size(step, state, batches), Buffers(flat.parameters)
-        for start in range(0, len(trials.seeds), size):
-            stop = min(start + size, len(trials.seeds))
+        self.trials, self.steps = trials, steps
+        count = len(trials.seeds)
+        workers = min(torch.get_num_threads(), count) if threads and not flat.parameters.is_cuda else 1
+        size = min(_block_size(step, state, batches), math.ceil(count / workers))
+        # blocks that run one after another, by worker
+        self.queues: list[list[tuple[slice, FusedStep]]] = [[] for _ in range(workers)]
+        held: dict[tuple[int, int], Buffers] = {}
+        for i, start in enumerate(range(0, count, size)):
+            stop = min(start + size, count)
             # fewer trials lie otherwise in the same memory
-            buffers = buffers if stop - start == size else Buffers(flat.parameters)
+            buffers = held.setdefault((i % workers, stop - start), Buffers(flat.parameters))
             part = Flat(flat.parameters[start:stop], flat.velocity[start:stop])
             made = step(trials.part(start, stop), state.part(start, stop), part, batches.part(start, stop), buffers)
-            self.blocks.append((slice(start, stop), made))
-        self.parts = len(self.blocks)
+            self.queues[i % workers].append((slice(start, stop), made))
+        self.parts = math.ceil(count / size)
 
     def run(self, start: int, stop: int) -> Iterator[Tensor]:
         """Make steps [start, stop), one block after another; see :meth:`ulfine_fast.steps.Steps.run`."""
@@ -325,12 +335,19 @@ class FusedSteps:
         paces = [(cosine_rate(step, self.steps), (step + 1) / self.steps) for step in range(start, stop)]
         factors, done = torch.tensor(paces, dtype=torch.float64).to(peak.device).unsqueeze(2).unbind(1)  # (S, 1)
         rates, ramps = (factors * peak).to(peak), (done / warmup.clamp(min=1e-9)).clamp(max=1.0).to(peak)  # (S, T)
+        works = [self._work(blocks, range(start, stop), rates, ramps) for blocks in self.queues]
+        yield from works[0] if len(works) == 1 else side_by_side(works)
+
+    def _work(
+        self, blocks: list[tuple[slice, FusedStep]], steps: range, rates: Tensor, ramps: Tensor
+    ) -> Iterator[Tensor]:
+        """The steps of some blocks, with learning rates and ramps (S, T)."""
         nothing = torch.zeros(3, len(self.trials.seeds), dtype=rates.dtype, device=rates.device)
-        for place, block in self.blocks:
+        for place, block in blocks:
             both = zip(rates[:, place].unbind(0), ramps[:, place].unsqueeze(2).unbind(0), strict=True)
-            for (step, draws), pace in zip(block.batches.draws(start, stop), both, strict=True):
+            for (step, draws), pace in zip(block.batches.draws(steps.start, steps.stop), both, strict=True):
                 block.advance(step, draws, *pace)
-                if step < stop - 1:
+                if step < steps.stop - 1:
                     yield nothing
             losses = nothing.clone()
             losses[:, place] = block.losses()

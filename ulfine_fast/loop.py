@@ -125,15 +125,16 @@ class Pass:
         if self.steps:
             stretch = min(_STRETCH, self.config.eval_every, self.steps)
             # held until the end, as training holds it
-            stepper = self._stepper()
+            # memory is counted in this thread alone
+            stepper = self._stepper(threads=False)
             losses = next(iter(stepper.run(0, stretch)))
             self._refresh()
             self._evaluate(losses, None)
         self._leave(dict.fromkeys(range(len(self.members)), "done"))
 
-    def _stepper(self) -> Steps:
-        batches = self.given.batches(pairs=self.pairs)
-        return make_stepper(self.method, self.given.trials, self.state, self.velocity, batches, self.steps, self.engine)
+    def _stepper(self, *, threads: bool = True) -> Steps:
+        told = self.given.trials, self.state, self.velocity, self.given.batches(pairs=self.pairs), self.steps
+        return make_stepper(self.method, *told, self.engine, threads=threads)
 
     def _refresh(self) -> None:
         """Let the method look at all training pictures, where it asks for that."""

@@ -91,8 +91,12 @@ def make_stepper(
     batches: BatchSource,
     steps: int,
     engine: str,
+    *,
+    threads: bool = True,
 ) -> Steps:
     """The steps of a pass by the asked engine, see :func:`ulfine_fast.fit_many`.
+
+    `threads` lets cores work on different trials; without it all is computed in the calling thread.
 
     Parameters and velocities may be replaced by other tensors of the same names and shapes; whoever changes the trials
     of a pass makes its steps anew.
@@ -102,7 +106,7 @@ def make_stepper(
     """
     fused = method.fused(trials, state) if engine != "specification" and trials.config.precision == "float32" else None
     if fused is not None:
-        return FusedSteps(fused, trials, state, velocity, batches, steps)
+        return FusedSteps(fused, trials, state, velocity, batches, steps, threads)
     if engine == "fused":
         config = trials.config
         raise InputError(f"method {config.method} at precision {config.precision} has no fused step; use engine auto")

@@ -99,6 +99,18 @@ def test_pseudo_labels_of_equal_classes_take_the_first():
     torch.testing.assert_close(mean, torch.full((1, 5), 0.2, device=DEVICE))
 
 
+def test_a_diverged_trial_has_labels_among_the_classes_and_no_neighbour_notices():
+    both = random(2, 3, 2, 10)
+    one = torch.ones(2, device=DEVICE)
+    labels, _, mean = kernels.pseudo_labels(both[:, :, 0], both[:, :, 1], 0.5 * one, 0.5 * one, one)
+    both[0] = float("nan")
+    spoilt, mask, spoilt_mean = kernels.pseudo_labels(both[:, :, 0], both[:, :, 1], 0.5 * one, 0.5 * one, one)
+    assert spoilt[0].tolist() == [0, 0, 0]
+    assert mask[0].tolist() == [0.0, 0.0, 0.0]
+    assert torch.equal(spoilt[1], labels[1])
+    assert torch.equal(spoilt_mean[1], mean[1])
+
+
 @pytest.mark.parametrize("size", [(1, 1), (3, 7), (2, 2500)])
 def test_decay(size):
     buffer, parameters = random(size[0], size[1] + 3), random(*size)

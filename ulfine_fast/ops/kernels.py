@@ -199,6 +199,8 @@ if triton is not None:
             confidence = tl.max(probability, axis=0)
             # the first of equal classes, as torch has it
             label = tl.min(tl.where(probability == confidence, columns, BLOCK), axis=0)
+            # a diverged trial's rows are equal to nothing; what reads the label must not read beyond the classes
+            label = tl.where(label < classes, label, 0)
             tl.store(labels + trial * rows + u, label.to(tl.int64))
             tl.store(mask + trial * rows + u, tl.where(confidence >= least, 1.0, 0.0))
             total += tl.where(inside, probability, 0.0)
