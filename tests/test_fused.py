@@ -133,7 +133,7 @@ def test_rows_without_a_pseudo_label_may_be_left_out(cache, monkeypatch):
 
 
 def test_blocks_of_trials_change_nothing(cache, monkeypatch):
-    monkeypatch.setattr(ulfine_fast.fused, "_CACHE_VALUES", 3000)
+    monkeypatch.setattr(ulfine_fast.fused, "_BLOCK_VALUES", 3000)
     configs = configs_of(method="ulfine") + configs_of(method="ulfine", split_seed=7)
     splits = [draw_split(cache.labels, cache.splits, cache.class_names, config) for config in configs]
     assert len({len(split.unlabeled) for split in splits}) > 1  # padded rows in some blocks
@@ -141,7 +141,8 @@ def test_blocks_of_trials_change_nothing(cache, monkeypatch):
 
 
 @pytest.mark.parametrize("cores", [1, 2, 5])
-def test_cores_change_nothing(cache, cores):
+def test_cores_change_nothing(cache, cores, monkeypatch):
+    monkeypatch.setattr(ulfine_fast.fused, "_CORE_VALUES", 1)
     before = torch.get_num_threads()
     torch.set_num_threads(cores)
     try:

@@ -25,8 +25,10 @@ from ulfine_fast.ops.philox import Purpose
 from ulfine_fast.ops.sgd import cosine_rate, decay_velocity_
 from ulfine_fast.workers import side_by_side
 
-# values (float32) of parameters and activations that stay in a processor's last cache from step to step: 32 MB
-_CACHE_VALUES = 8 << 20
+# values (float32) of parameters and activations in a block of trials, 64 MB: in larger blocks nothing runs faster
+_BLOCK_VALUES = 16 << 20
+# and so many that another core is worth waking for them
+_CORE_VALUES = 3 << 20
 # multiply-adds of a block's strong views from which leaving rows out costs less than finding out which
 _WORTH_SKIPPING = 20e6
 
@@ -287,9 +289,8 @@ class UnadjustedStep(FusedStep):
 class FusedSteps:
     """The steps of a pass, a block of trials at a time.
 
-    On a processor a block's parameters and activations stay in its cache from step to step, which a pass over all
-    trials at once would not allow, and each core works on blocks of its own; trials do not depend on each other, so the
-    order is free.
+    On a processor each core works on blocks of its own, many steps of one before the next, with the same activations'
+    memory for all of them; trials do not depend on each other, so the order is free.
 
     Args:
         step: the method's own step.
@@ -314,9 +315,12 @@ class FusedSteps:
         order = [*step.heads, *(name for name in state.parameters if name not in step.heads)]
         flat = Flat(*(_flatten(tensors, order) for tensors in (state.parameters, velocity)))
         self.trials, self.steps = trials, steps
-        count = len(trials.seeds)
-        workers = min(torch.get_num_threads(), count) if threads and not flat.parameters.is_cuda else 1
-        size = min(_block_size(step, state, batches), math.ceil(count / workers))
+        count, values = len(trials.seeds), _values(step, state, batches)
+        cores = torch.get_num_threads() if threads and not flat.parameters.is_cuda else 1
+        workers = min(cores, count, max(1, count * values // _CORE_VALUES))
+        # a GPU takes all trials at once
+        block = count if flat.parameters.is_cuda else max(1, _BLOCK_VALUES // values)
+        size = min(block, math.ceil(count / workers))
         # blocks that run one after another, by worker
         self.queues: list[list[tuple[slice, FusedStep]]] = [[] for _ in range(workers)]
         held: dict[tuple[int, int], Buffers] = {}
@@ -367,13 +371,9 @@ def _cut(rows: _Fields, start: int, stop: int) -> _Fields:
     return type(rows)(*(tensor[:, start:stop] for tensor in rows))
 
 
-def _block_size(step: type[FusedStep], state: State, batches: BatchSource) -> int:
-    """Trials that run side by side: on a GPU all of them, on a processor as many as its cache holds."""
-    trials = len(batches.trials.seeds)
-    if batches.labels.is_cuda:
-        return trials
+def _values(step: type[FusedStep], state: State, batches: BatchSource) -> int:
+    """Parameters and activations of one trial, gradients and velocities among them."""
     dim, vectors = batches.features.views.shape[-1], batches.trials.log_prior.shape[-1] * len(step.heads)
     rows = batches.config.batch_labeled + 2 * batches.unlabeled_size
-    # gradient and velocity beside the parameters; features, adapted rows and their gradient, logits and theirs
-    values = 3 * sum(tensor[0].numel() for tensor in state.tensors.values()) + 3 * rows * (dim + vectors)
-    return max(1, min(trials, _CACHE_VALUES // values))
+    # features, adapted rows and their gradient, logits and theirs
+    return 3 * sum(tensor[0].numel() for tensor in state.tensors.values()) + 3 * rows * (dim + vectors)

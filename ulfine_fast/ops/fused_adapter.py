@@ -25,14 +25,14 @@ class AdapterRows(NamedTuple):
 
     Attributes:
         features: unit rows (T, n, D), read.
-        product: x (a W), and the mean of x as last column (T, n, r + 1). hidden: relu(...) (T, n, r).
-        shifted: m r (T, n, 1). inverse: r (T, n, 1).
+        hidden: relu(...) (T, n, r).
+        mean: m (T, n, 1). shifted: m r (T, n, 1). inverse: r (T, n, 1).
         adapted: x + s W_up hidden (T, n, D), not normalised.
     """
 
     features: Tensor
-    product: Tensor
     hidden: Tensor
+    mean: Tensor
     shifted: Tensor
     inverse: Tensor
     adapted: Tensor
@@ -55,10 +55,7 @@ class FusedAdapter:
         self.down, self.up = tensors["adapter.down"], tensors["adapter.up"]
         self.scale, self.shift = tensors["adapter.scale"].unsqueeze(2), tensors["adapter.shift"].unsqueeze(2)
         trials, dim, rank = self.down.shape
-        self.folded = buffers.lend("folded", trials, dim, rank + 1)
-        # the last column gives each row's mean out of the same product
-        self.folded[..., rank] = 1.0 / dim
-        self.first, self.second = self.folded[..., :rank], buffers.lend("second", trials, rank, dim)
+        self.first, self.second = buffers.lend("first", trials, dim, rank), buffers.lend("second", trials, rank, dim)
         # unit rows: their mean square is 1 / D
         self.mean_square = torch.full_like(self.strength, 1.0 / dim + _LN_EPS)
 
@@ -72,21 +69,17 @@ class FusedAdapter:
     def rows(self, features: Tensor, adapted: Tensor) -> AdapterRows:
         """Memory for :meth:`forward` and :meth:`backward` of rows (T, n, D)."""
         trials, rows, _ = features.shape
-        rank = self.up.shape[1]
         lend = self.buffers.lend
-        moments = lend("shifted", trials, rows, 1), lend("spread", trials, rows, 1)
-        return AdapterRows(
-            features, lend("product", trials, rows, rank + 1), lend("hidden", trials, rows, rank), *moments, adapted
-        )
+        moments = (lend(name, trials, rows, 1) for name in ("mean", "shifted", "spread"))
+        return AdapterRows(features, lend("hidden", trials, rows, self.up.shape[1]), *moments, adapted)
 
     def forward(self, rows: AdapterRows) -> None:
         """The rows x + s W_up relu(W_down LN(x)), before they are normalised."""
-        torch.bmm(rows.features, self.folded, out=rows.product)
-        product, mean = rows.product[..., :-1], rows.product[..., -1:]
-        torch.addcmul(self.mean_square, mean, mean, value=-1.0, out=rows.inverse).rsqrt_()
-        torch.mul(mean, rows.inverse, out=rows.shifted)
-        torch.addcmul(self.offset, rows.shifted, self.sums, value=-1.0, out=rows.hidden)
-        rows.hidden.addcmul_(product, rows.inverse).relu_()
+        torch.mean(rows.features, -1, keepdim=True, out=rows.mean)
+        torch.addcmul(self.mean_square, rows.mean, rows.mean, value=-1.0, out=rows.inverse).rsqrt_()
+        torch.mul(rows.mean, rows.inverse, out=rows.shifted)
+        torch.bmm(rows.features, self.first, out=rows.hidden).mul_(rows.inverse).add_(self.offset)
+        rows.hidden.addcmul_(rows.shifted, self.sums, value=-1.0).relu_()
         torch.baddbmm(rows.features, rows.hidden, self.second, out=rows.adapted)
 
     def backward(self, rows: AdapterRows, adapted_gradient: Tensor) -> None:

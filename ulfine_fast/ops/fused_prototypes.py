@@ -5,35 +5,31 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ulfine_fast.ops.buffers import Buffers
 from ulfine_fast.ops.fused_heads import inverse_lengths
 
 
-def move_visual_(
-    visual: Tensor, seen: Tensor, rows: Tensor, inverse: Tensor, labels: Tensor, momentum: Tensor, buffers: Buffers
-) -> None:
+def move_visual_(visual: Tensor, seen: Tensor, rows: Tensor, inverse: Tensor, labels: Tensor, momentum: Tensor) -> None:
     """Move the visual prototypes to the class means of a batch, in place.
 
     The specification is :func:`ulfine_fast.ops.prototypes.class_means` followed by
     :func:`ulfine_fast.ops.prototypes.move_visual`.
 
     Args:
-        visual: (T, K, D).
+        visual: (T, K, D), contiguous.
         seen: bool (T, K); classes of the batch are set.
         rows: labelled rows of any length (T, B, D).
         inverse: 1 / ||row|| (T, B, 1).
         labels: int64 (T, B).
         momentum: m (T,).
-        buffers: where the classes of the rows go.
     """
     trials, classes, _ = visual.shape
-    chosen = buffers.lend("chosen", trials, labels.shape[1], classes).zero_()
-    chosen.scatter_(2, labels.unsqueeze(2), 1.0)
-    counts = chosen.sum(1)  # (T, K)
+    counts = torch.zeros_like(visual[..., 0]).scatter_add_(1, labels, torch.ones_like(inverse.squeeze(2)))  # (T, K)
     kept = seen * momentum.unsqueeze(1)  # a first sighting keeps nothing
-    share = (1.0 - kept) / counts.clamp(min=1.0)
-    chosen.mul_(share.unsqueeze(1)).mul_(inverse)
-    visual.mul_(torch.where(counts > 0, kept, 1.0).unsqueeze(2)).baddbmm_(chosen.transpose(1, 2), rows)
+    share = ((1.0 - kept) / counts.clamp(min=1.0)).gather(1, labels).unsqueeze(2)
+    visual.mul_(torch.where(counts > 0, kept, 1.0).unsqueeze(2))
+    places = labels + classes * torch.arange(trials, device=labels.device).unsqueeze(1)
+    # B rows are added where they belong; a product with their one-hot classes would touch K of them each
+    visual.flatten(0, 1).index_add_(0, places.flatten(), (rows * (share * inverse)).flatten(0, 1))
     seen.logical_or_(counts > 0)
     visual.mul_(torch.where(counts > 0, inverse_lengths(visual), 1.0).unsqueeze(2))
 
