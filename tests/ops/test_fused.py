@@ -134,7 +134,7 @@ def test_visual_prototypes_move_in_place(size):
     means, counts = class_means(normalize(adapted), labels, classes)
     wanted = move_visual(visual, means, counts, seen, momentum)
     moved, now = visual.clone(), seen.clone()
-    move_visual_(moved, now, adapted, inverse_lengths(adapted).unsqueeze(2), labels, momentum)
+    move_visual_(moved, now, adapted, inverse_lengths(adapted).unsqueeze(2), labels, momentum, Buffers(visual))
     torch.testing.assert_close(moved, wanted, rtol=1e-7, atol=1e-9)
     assert torch.equal(now, seen | (counts > 0))
 

@@ -72,5 +72,5 @@ class FusedULFine(FusedStep):
             kernels.move_prototypes_(visual, seen, textual, *rows, values["visual_momentum"], alpha)
             return
         rows = labeled.adapted, labeled.inverse, labels
-        move_visual_(visual, seen, *rows, values["visual_momentum"])
+        move_visual_(visual, seen, *rows, values["visual_momentum"], self.buffers)
         fit_prototypes_(textual, visual, alpha, seen)

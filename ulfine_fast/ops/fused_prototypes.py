@@ -5,10 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ulfine_fast.ops.buffers import Buffers
 from ulfine_fast.ops.fused_heads import inverse_lengths
 
 
-def move_visual_(visual: Tensor, seen: Tensor, rows: Tensor, inverse: Tensor, labels: Tensor, momentum: Tensor) -> None:
+def move_visual_(
+    visual: Tensor, seen: Tensor, rows: Tensor, inverse: Tensor, labels: Tensor, momentum: Tensor, buffers: Buffers
+) -> None:
     """Move the visual prototypes to the class means of a batch, in place.
 
     The specification is :func:`ulfine_fast.ops.prototypes.class_means` followed by
@@ -21,6 +24,7 @@ def move_visual_(visual: Tensor, seen: Tensor, rows: Tensor, inverse: Tensor, la
         inverse: 1 / ||row|| (T, B, 1).
         labels: int64 (T, B).
         momentum: m (T,).
+        buffers: where the weighted rows go.
     """
     trials, classes, _ = visual.shape
     counts = torch.zeros_like(visual[..., 0]).scatter_add_(1, labels, torch.ones_like(inverse.squeeze(2)))  # (T, K)
@@ -29,7 +33,8 @@ def move_visual_(visual: Tensor, seen: Tensor, rows: Tensor, inverse: Tensor, la
     visual.mul_(torch.where(counts > 0, kept, 1.0).unsqueeze(2))
     places = labels + classes * torch.arange(trials, device=labels.device).unsqueeze(1)
     # B rows are added where they belong; a product with their one-hot classes would touch K of them each
-    visual.flatten(0, 1).index_add_(0, places.flatten(), (rows * (share * inverse)).flatten(0, 1))
+    weighted = torch.mul(rows, share * inverse, out=buffers.lend("weighted", *rows.shape))
+    visual.flatten(0, 1).index_add_(0, places.flatten(), weighted.flatten(0, 1))
     seen.logical_or_(counts > 0)
     visual.mul_(torch.where(counts > 0, inverse_lengths(visual), 1.0).unsqueeze(2))
 
