@@ -70,8 +70,14 @@ class FusedAdapter:
         """Memory for :meth:`forward` and :meth:`backward` of rows (T, n, D)."""
         trials, rows, _ = features.shape
         lend = self.buffers.lend
-        moments = (lend(name, trials, rows, 1) for name in ("mean", "shifted", "spread"))
-        return AdapterRows(features, lend("hidden", trials, rows, self.up.shape[1]), *moments, adapted)
+        return AdapterRows(
+            features=features,
+            hidden=lend("hidden", trials, rows, self.up.shape[1]),
+            mean=lend("mean", trials, rows, 1),
+            shifted=lend("shifted", trials, rows, 1),
+            inverse=lend("spread", trials, rows, 1),
+            adapted=adapted,
+        )
 
     def forward(self, rows: AdapterRows) -> None:
         """The rows x + s W_up relu(W_down LN(x)), before they are normalised."""
