@@ -68,11 +68,10 @@ class World:
 
     def views(self, rows: Rows, recipe: ViewRecipe) -> Tensor:
         """Augmented views (n, V, 3, size, size), weak ones first, the same for the same rows and recipe."""
-        drawn = [
-            draw(self.picture(row), self.ids[row], recipe, image_size=self.size, mean=self.mean, std=self.std).pixels
-            for row in rows.tolist()
-        ]
-        return torch.stack(drawn)
+        drawn = [draw(self.picture(row), self.ids[row], recipe, image_size=self.size).pixels for row in rows.tolist()]
+        pixels = torch.from_numpy(np.stack(drawn)).permute(0, 1, 4, 2, 3).float()  # (n, V, 3, size, size)
+        center, spread = (torch.tensor(values).view(3, 1, 1) for values in (self.mean, self.std))
+        return pixels.div_(255.0).sub_(center).div_(spread)
 
 
 @dataclass

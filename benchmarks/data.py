@@ -20,7 +20,7 @@ from ulfine_fast.cache.store import FeatureCache
 from ulfine_fast.demo import unpack_pictures
 
 if TYPE_CHECKING:
-    from ulfine_fast.cache.sources import Row, Source
+    from ulfine_fast.cache.sources import ListedSource, Row, Source
     from ulfine_fast.cache.views import ViewRecipe
 
     VIEWS: ViewRecipe
@@ -62,9 +62,9 @@ def _views() -> ViewRecipe:
 
 
 class FirstOfEachClass:
-    """A source cut to the first pictures of every class, in the source's own order; see :class:`Source`."""
+    """A source cut to the first pictures of every class, in the source's own order; see :class:`ListedSource`."""
 
-    def __init__(self, source: Source, limits: dict[str, int]) -> None:
+    def __init__(self, source: ListedSource, limits: dict[str, int]) -> None:
         """Keep `limits[split]` pictures a class; a split without a limit is kept whole."""
         self._source, self.kind, self.class_names = source, source.kind, source.class_names
         taken: Counter[tuple[str, int]] = Counter()

@@ -39,7 +39,7 @@ from ulfine_fast.cache.encoder import Encoder, load_encoder
 from ulfine_fast.cache.errors import InputError
 from ulfine_fast.cache.home import cache_home
 from ulfine_fast.cache.prompts import DEFAULT_PROMPTS, fill_prompts
-from ulfine_fast.cache.sources import Source, open_source
+from ulfine_fast.cache.sources import ListedSource, open_source
 from ulfine_fast.cache.store import FeatureCache
 from ulfine_fast.cache.text import encode_classes
 from ulfine_fast.calibration import fit_temperature
@@ -128,7 +128,7 @@ def fashion_world(settings: Settings) -> World:
     return world_of(source, load_encoder(MODEL, device="cpu"), settings.size)
 
 
-def world_of(source: Source, encoder: Encoder, size: int) -> World:
+def world_of(source: ListedSource, encoder: Encoder, size: int) -> World:
     """A source's pictures, kept in memory, seen through an encoder's image tower at another size.
 
     The evaluation view is the encoder's own preprocessing at that size.

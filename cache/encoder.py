@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import open_clip
@@ -18,15 +18,18 @@ import torch
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 from torch.nn import functional
+from torchvision.transforms import Compose
 
 from ulfine_fast.cache import lite0_minilm
 from ulfine_fast.cache.device import pick_device
 from ulfine_fast.cache.errors import InputError
 from ulfine_fast.cache.home import cache_home
+from ulfine_fast.cache.tokens import Taps
 
 __all__ = [
     "DEFAULT_MODEL",
     "DEFAULT_PRETRAINED",
+    "EncodedViews",
     "Encoder",
     "ModelSpec",
     "cache_home",
@@ -62,6 +65,18 @@ class ModelSpec:
     logit_scale: float
 
 
+class EncodedViews(NamedTuple):
+    """What a model makes of N pictures.
+
+    Attributes:
+        features: float32 (N, D), rows of length 1.
+        tokens: float32 (N, S, W), as the model holds them, of any length; None where it was loaded without.
+    """
+
+    features: torch.Tensor
+    tokens: torch.Tensor | None
+
+
 class Encoder:
     """A frozen model on a device; made by `load_encoder`.
 
@@ -70,8 +85,12 @@ class Encoder:
         model: the open_clip module, in evaluation mode.
         device: where it runs.
         transform: PIL picture -> (3, H, W) float tensor, the model's own evaluation preprocessing.
+        resize: PIL picture -> PIL picture of the model's size, the part of it before the normalisation.
         mean, std: its normalisation per channel, for pixel values 0..1.
         dtype: autocast type, None for float32.
+        features: as given to `load_encoder`.
+        token_kinds: names of the S tokens taken beside each feature, see `ulfine_fast.cache.tokens.Taps`; often none.
+        token_width: W, their length; 0 for none.
     """
 
     def __init__(
@@ -83,6 +102,7 @@ class Encoder:
         device: torch.device,
         dtype: torch.dtype | None = None,
         handle: str | None = None,
+        features: str = "projected",
     ) -> None:
         """Takes a module made by open_clip, which knows its preprocessing; `handle` is what open_clip calls it."""
         settings = open_clip.get_model_preprocess_cfg(model)
@@ -93,6 +113,7 @@ class Encoder:
         self.transform: Callable[[Image.Image], torch.Tensor] = image_transform_v2(
             PreprocessCfg(**settings), is_train=False
         )
+        self.resize = _before_normalisation(name, self.transform)
         # Before the model moves, so that nothing has to be copied back from a GPU.
         digest = weights_sha256(model)
         self.model = model.eval().requires_grad_(False).to(device)
@@ -102,7 +123,13 @@ class Encoder:
         size = _square_side(name, settings["size"])
         # The model keeps the logarithm; some keep it as a vector of one.
         scale = float(model.logit_scale.detach().float().exp().max())
+        self.features = features
+        self._taps = Taps(name, self.model.visual, features)
         self.spec = ModelSpec(name, pretrained, digest, size, _feature_dim(model, size, device), scale)
+        self.token_kinds = self._taps.kinds
+        # The pass that told D has left tokens behind.
+        left = self._taps.take()
+        self.token_width = 0 if left is None else left.shape[-1]
 
     @property
     def preprocessing(self) -> str:
@@ -120,10 +147,54 @@ class Encoder:
         Returns:
             (B, D) float32 on the CPU, each row of length 1.
         """
-        batch = batch.to(self.device, non_blocking=True).contiguous(memory_format=self._layout)
+        return self.encode_views(batch).features
+
+    @torch.inference_mode()
+    def encode_views(self, pixels: torch.Tensor) -> EncodedViews:
+        """Features and tokens of pictures or of views of them.
+
+        Args:
+            pixels: (N, 3, H, W) float32, already preprocessed.
+
+        Returns:
+            Features (N, D) and tokens (N, S, W) on the CPU.
+        """
+        batch = pixels.to(self.device, non_blocking=True).contiguous(memory_format=self._layout)
+        rows = self._encode(batch).cpu()
+        features, tokens = rows[:, : self.spec.dim], rows[:, self.spec.dim :]
+        return EncodedViews(features, tokens.unflatten(1, (-1, self.token_width)) if self.token_kinds else None)
+
+    @torch.inference_mode()
+    def encode_pixels(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Features of pictures of the model's size; nothing waits for a GPU to finish.
+
+        Args:
+            pixels: uint8 (B, H, W, 3), as `resize` makes them.
+
+        Returns:
+            (B, D + S W) float32 on the device: features of length 1, equal to those of `transform`'s tensors, and
+            behind each the picture's tokens, if any.
+        """
+        return self._encode(self.normalise(pixels.to(self.device, non_blocking=True)))
+
+    @property
+    def columns(self) -> int:
+        """D + S W, numbers that a picture comes to."""
+        return self.spec.dim + len(self.token_kinds) * self.token_width
+
+    def normalise(self, pixels: torch.Tensor) -> torch.Tensor:
+        """The last part of `transform` for a batch: uint8 (B, H, W, 3) to float32 (B, 3, H, W), on the device."""
+        # Bytes in the order of a picture are channels last already; the operations come in torchvision's order.
+        images = pixels.permute(0, 3, 1, 2).to(torch.float32).contiguous(memory_format=self._layout)
+        center, spread = (torch.tensor(v, device=pixels.device).view(3, 1, 1) for v in (self.mean, self.std))
+        return images.div_(255.0).sub_(center).div_(spread)
+
+    def _encode(self, batch: torch.Tensor) -> torch.Tensor:
+        """Preprocessed pictures (B, 3, H, W) on the device to unit rows (B, D) there, tokens behind them."""
         with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype is not None):
             features = self.model.encode_image(batch)  # (B, D)
-        return functional.normalize(features.float(), dim=-1).cpu()
+        unit, tokens = functional.normalize(features.float(), dim=-1), self._taps.take()
+        return unit if tokens is None else torch.cat([unit, tokens.flatten(1)], dim=1)
 
     @torch.inference_mode()
     def encode_texts(self, texts: Sequence[str]) -> torch.Tensor:
@@ -143,13 +214,14 @@ class Encoder:
         """What an open_clip ViT applies to the class token last; empty for other trunks.
 
         Returns:
-            `ln_post_weight` (W,), `ln_post_bias` (W,) and `projection` (W, D), float32.
+            `ln_post_weight` (W,), `ln_post_bias` (W,), `ln_post_eps` (1,) and `projection` (W, D), float32.
         """
         norm, projection = getattr(self.model.visual, "ln_post", None), getattr(self.model.visual, "proj", None)
         if not isinstance(norm, torch.nn.LayerNorm) or not isinstance(projection, torch.nn.Parameter):
             return {}
         parts = {"ln_post_weight": norm.weight, "ln_post_bias": norm.bias, "projection": projection}
-        return {name: value.detach().float().cpu().numpy() for name, value in parts.items()}
+        found = {name: value.detach().float().cpu().numpy() for name, value in parts.items()}
+        return {**found, "ln_post_eps": np.asarray([norm.eps], dtype=np.float32)}
 
     # On first use only: reading pictures alone should not need the tokenizer's files.
     @cached_property
@@ -163,7 +235,12 @@ class Encoder:
 
 
 def load_encoder(
-    model: str = DEFAULT_MODEL, pretrained: str | None = None, *, device: str = "auto", precision: str = "fp32"
+    model: str = DEFAULT_MODEL,
+    pretrained: str | None = None,
+    *,
+    device: str = "auto",
+    precision: str = "fp32",
+    features: str = "projected",
 ) -> Encoder:
     """Loads a model and its weights; a hub is asked only for names whose weights are not on this machine yet.
 
@@ -173,16 +250,20 @@ def load_encoder(
             "openai" for the default model.
         device: "auto" (a GPU if there is one), "cpu", "cuda", "cuda:1", "mps".
         precision: "fp32", or "bf16" / "fp16" for mixed precision.
+        features: "projected"; "pre-projection" to take also what is projected, "last-block" the class token before and
+            after the last block's MLP.
 
     Raises:
-        InputError: unknown model, tag, device or precision; weights that do not fit, or that no hub in reach has.
+        InputError: unknown model, tag, device or precision; weights that do not fit, or that no hub in reach has; a
+            model without the tokens asked for.
     """
     if precision not in PRECISIONS:
         raise InputError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
     target = pick_device(device)
     name, pretrained, handle = _resolve(model, pretrained)
     module = _create(handle, pretrained)
-    return Encoder(module, name, pretrained, device=target, dtype=PRECISIONS[precision], handle=handle)
+    dtype = PRECISIONS[precision]
+    return Encoder(module, name, pretrained, device=target, dtype=dtype, handle=handle, features=features)
 
 
 def weights_sha256(model: Any) -> str:
@@ -253,6 +334,15 @@ def _create(handle: str, pretrained: str | None) -> Any:
             f"the weights of {wanted} are not on this machine and no model hub could be reached "
             f"({_one_line(error)}); {_OFFLINE_WAY}"
         ) from error
+
+
+def _before_normalisation(name: str, transform: Any) -> Callable[[Image.Image], Image.Image]:
+    """What open_clip does to a picture before it becomes numbers: resize, crop, RGB."""
+    steps = list(getattr(transform, "transforms", []))
+    last = [type(step).__name__ for step in steps[-2:]]
+    if last not in (["MaybeToTensor", "Normalize"], ["ToTensor", "Normalize"]):
+        raise InputError(f"{name} preprocesses in a way unknown here, it ends in {last}; use another model")
+    return Compose(steps[:-2])
 
 
 def _is_convolutional(visual: torch.nn.Module) -> bool:

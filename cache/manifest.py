@@ -12,16 +12,17 @@ from ulfine_fast.cache.errors import CacheMismatch, InputError
 from ulfine_fast.cache.shard import VIEWED_SPLITS, Layout
 
 FORMAT = "ulfine-fast-cache"
-VERSION = 1
+# 2 adds int8 features, tokens, sources read as streams and appended parts; a cache says the lowest that covers it.
+VERSIONS = (1, 2)
 NAME = "manifest.json"
-DTYPES = ("float16", "float32")
+DTYPES = ("float16", "float32", "int8")
 # Where the pictures lie, what wrote the file and how much may be missing do not change what a feature is.
-_NOT_IDENTITY = ("libraries", "created_by", "max_skipped")
+_NOT_IDENTITY = ("version", "libraries", "created_by", "max_skipped")
 _NOT_IDENTITY_OF_SOURCE = ("path",)
 _NEEDED = {
     "model": ("name", "pretrained", "sha256", "image_size", "dim", "logit_scale"),
     "views": ("weak", "strong", "seed"),
-    "source": ("kind", "rows", "fingerprint"),
+    "source": ("kind", "fingerprint"),
 }
 
 
@@ -36,7 +37,10 @@ class Manifest:
         dtype: of the stored features. precision: that the model ran in.
         batch_size: pictures encoded together. shard_size: source rows a shard covers at most.
         class_names: (K,). prompts: (P,) with {} for the class.
-        source: kind, path or name, rows, fingerprint (over ids, labels, splits and file sizes).
+        source: kind, path or name, rows, fingerprint (over ids, labels, splits and file sizes); of a stream the number
+            of parts instead of that of rows.
+        tokens: names of the S tokens stored beside each feature, see `ulfine_fast.cache.tokens.Taps`.
+        token_width: W, their length; 0 where there are none.
         max_skipped: share of pictures that may be unreadable, 0..1.
         libraries: versions of what computed the features. created_by: this tool and its version.
     """
@@ -53,6 +57,8 @@ class Manifest:
     class_names: list[str]
     prompts: list[str]
     source: dict[str, Any]
+    tokens: list[str] = field(default_factory=list)
+    token_width: int = 0
     max_skipped: float = 0.01
     libraries: dict[str, str] = field(default_factory=dict)
     created_by: str = ""
@@ -63,21 +69,31 @@ class Manifest:
         return int(self.model["dim"])
 
     @property
-    def rows(self) -> int:
-        """Rows of the source, those of unreadable pictures included."""
-        return int(self.source["rows"])
+    def rows(self) -> int | None:
+        """Rows of the source, those of unreadable pictures included; None for a stream."""
+        return None if self.parts else int(self.source["rows"])
+
+    @property
+    def parts(self) -> int:
+        """Parts of a stream, one shard each; 0 where rows are counted."""
+        return int(self.source.get("parts", 0))
+
+    @property
+    def version(self) -> int:
+        """The lowest version of the format that covers what the cache holds."""
+        return 2 if self.parts or self.tokens or self.dtype == "int8" or "appended" in self.source else 1
 
     def layout(self, split: str) -> Layout:
         """What the shards of `split` look like."""
         viewed = split in VIEWED_SPLITS
         weak, strong = (int(self.views[kind]) if viewed else 0 for kind in ("weak", "strong"))
-        return Layout(self.dim, self.dtype, weak, strong)
+        return Layout(self.dim, self.dtype, weak, strong, len(self.tokens), self.token_width)
 
     def to_dict(self) -> dict[str, Any]:
         """The content of the file, in JSON's types."""
         # Through JSON, so that a manifest just made equals the same one read back (tuples become lists).
         plain: dict[str, Any] = json.loads(json.dumps(asdict(self)))
-        return {"format": FORMAT, "version": VERSION, **plain}
+        return {"format": FORMAT, "version": self.version, **plain}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Manifest:
@@ -88,8 +104,9 @@ class Manifest:
         """
         if not isinstance(values, dict) or values.get("format") != FORMAT:
             raise InputError(f"this is no manifest of a feature cache (format must be {FORMAT!r})")
-        if values.get("version") != VERSION:
-            raise InputError(f"the cache has format version {values.get('version')!r}, this program reads {VERSION}")
+        if values.get("version") not in VERSIONS:
+            known_ones = " and ".join(map(str, VERSIONS))
+            raise InputError(f"the cache has format version {values.get('version')!r}, this program reads {known_ones}")
         # A later program may say more of a cache of this version; what this one needs is all here.
         known = {one.name: values[one.name] for one in fields(cls) if one.name in values}
         try:
@@ -141,9 +158,13 @@ class Manifest:
             missing = [key for key in keys if not isinstance(values, dict) or key not in values]
             if missing:
                 raise InputError(f"the manifest is incomplete ({section}.{missing[0]} is missing)")
-        whole = [self.model.get("dim"), self.source.get("rows"), self.views.get("weak"), self.views.get("strong")]
+        count = self.source.get("rows", self.source.get("parts"))
+        whole = [self.model.get("dim"), count, self.views.get("weak"), self.views.get("strong")]
         if not all(isinstance(value, int) and value >= 0 for value in whole) or self.dtype not in DTYPES:
             raise InputError("model.dim, source.rows, views.weak, views.strong or dtype has a value that cannot be")
+        kinds, width = self.tokens, self.token_width
+        if not isinstance(kinds, list) or not isinstance(width, int) or (width > 0) != (len(kinds) > 0):
+            raise InputError("tokens must be a list of names, and token_width the length of a token")
         for names in (self.class_names, self.prompts):
             if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
                 raise InputError("class_names and prompts must be lists of texts, with at least one each")

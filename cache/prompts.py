@@ -71,6 +71,21 @@ def read_class_names(file: Path, classes: Sequence[str]) -> list[str]:
     return names
 
 
+def read_class_names_alone(file: Path) -> list[str]:
+    """Class names, one a line, that are the list of classes themselves.
+
+    Raises:
+        InputError: the file cannot be read, holds no name, or one name twice.
+    """
+    names = [line for _, line in _lines(file, "class names")]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise InputError(f"{file} holds the name {twice!r} twice; every class has one of its own")
+    if not names:
+        raise InputError(f"{file} is empty; write one class name a line")
+    return names
+
+
 def count_names(file: Path) -> int:
     """How many names a file with one name a line holds; raises InputError if it cannot be read."""
     return len(_lines(file, "class names"))

@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from ulfine_fast.cache import hdf5
 from ulfine_fast.cache.atomic import write_atomically
 from ulfine_fast.cache.errors import InputError
-from ulfine_fast.cache.sources.rows import SPLITS
+from ulfine_fast.cache.quantized import quantized, restored
+from ulfine_fast.cache.sources.rows import SPLITS, Part
 
 VIEWED_SPLITS = ("train", "unlabeled")  # nobody trains on val and test, so they have the plain view only
 
@@ -29,15 +30,39 @@ class Layout:
 
     Attributes:
         dim: D, length of a feature.
-        dtype: "float16" or "float32".
+        dtype: "float16", "float32", or "int8" with a scale for each row.
         weak: Vw, weak views of each picture; 0 for none.
         strong: Vs, strong views of each picture; 0 for none.
+        tokens: S, tokens of each view; 0 for none.
+        token_width: W, length of a token.
     """
 
     dim: int
     dtype: str
     weak: int = 0
     strong: int = 0
+    tokens: int = 0
+    token_width: int = 0
+
+    @property
+    def array_dtype(self) -> str:
+        """Type of tokens, and of features in memory: bytes are whole numbers in the file alone."""
+        return "float32" if self.dtype == "float32" else "float16"
+
+    @property
+    def views(self) -> int:
+        """1 + Vw + Vs, with the plain one."""
+        return 1 + self.weak + self.strong
+
+    @property
+    def columns(self) -> int:
+        """D + S W, numbers that the model makes of a view."""
+        return self.dim + self.tokens * self.token_width
+
+    def split_columns(self, rows: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any] | None]:
+        """Features (n, V, D) and tokens (n, V, S, W), None without, of rows (n, V, D + S W) that hold both."""
+        features, behind = rows[..., : self.dim], rows[..., self.dim :]
+        return features, behind.reshape(*rows.shape[:2], self.tokens, self.token_width) if self.tokens else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +73,8 @@ class Shard:
         split: "train", "unlabeled", "val" or "test".
         ids: n unique texts. labels: int32 (n,), -1 for unknown.
         plain: (n, 1, D). weak: (n, Vw, D). strong: (n, Vs, D). All float16 or all float32, finite.
+        quantized: whether features are stored as int8 with a scale for each row; in memory they are float16 then.
+        tokens: (n, 1 + Vw + Vs, S, W) in the order plain, weak, strong, of the features' type; None without.
         scale: float32 (n, Vw + Vs), share of the picture's area that the crop kept. flip: uint8 of that shape, 0 or 1.
         view_seed: the seed that the views were drawn from.
     """
@@ -61,6 +88,8 @@ class Shard:
     scale: NDArray[np.float32]
     flip: NDArray[np.uint8]
     view_seed: int = 0
+    quantized: bool = False
+    tokens: NDArray[Any] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +136,12 @@ class ShardRecord:
             raise InputError(f"shard {path.stem}: {path} holds values that cannot be; {_REDO}")
         return record
 
+    def covers(self, part: Part) -> bool:
+        """Whether it is of the rows that a plan says; of a stream only number and split are known beforehand."""
+        if (self.shard, self.split) != (part.number, part.split):
+            return False
+        return part.first_row is None or (self.first_row, self.rows_read) == (part.first_row, part.rows)
+
     def _is_plausible(self) -> bool:
         counts = (self.shard, self.first_row, self.rows_read, self.rows, self.bytes)
         if not all(isinstance(value, int) and value >= 0 for value in counts) or self.split not in SPLITS:
@@ -139,14 +174,26 @@ def pack_shard(shard: Shard) -> bytes:
         "scale": shard.scale,
         "flip": shard.flip,
     }
+    if shard.tokens is not None:
+        arrays["tokens"] = shard.tokens
     wrong = {name: array.shape for name, array in arrays.items() if len(array) != n}
     if wrong or len(shard.labels) != n:
         raise ValueError(f"{n} ids, {len(shard.labels)} labels and arrays of other lengths: {wrong}")
     split = np.full(n, SPLITS.index(shard.split), dtype=np.uint8)
     datasets: dict[str, hdf5.Content] = {"id": shard.ids, "label": shard.labels.astype(np.int32), "split": split}
-    datasets["plain"] = shard.plain  # (n, 1, D)
+    datasets |= _stored("plain", shard.plain, shard)  # (n, 1, D)
     datasets |= _view_datasets(shard)
+    if shard.tokens is not None:
+        datasets["tokens"] = shard.tokens  # (n, V, S, W)
     return hdf5.pack(datasets, dataset_attributes={"split": {"names": SPLITS}})
+
+
+def _stored(name: str, rows: NDArray[Any], shard: Shard) -> dict[str, hdf5.Content]:
+    """Features (n, V, D) as the shard keeps them."""
+    if not shard.quantized:
+        return {name: rows}
+    codes, scales = quantized(rows)  # (n, V, D), (n, V)
+    return {name: codes, f"{name}_scale": scales}
 
 
 def _view_datasets(shard: Shard) -> dict[str, hdf5.Content]:
@@ -156,9 +203,9 @@ def _view_datasets(shard: Shard) -> dict[str, hdf5.Content]:
         return {}
     datasets: dict[str, hdf5.Content] = {}
     if weak:
-        datasets["weak"] = shard.weak  # (n, Vw, D)
+        datasets |= _stored("weak", shard.weak, shard)  # (n, Vw, D)
     if strong:
-        datasets["strong"] = shard.strong  # (n, Vs, D)
+        datasets |= _stored("strong", shard.strong, shard)  # (n, Vs, D)
     return datasets | {
         "view/kind": ["weak"] * weak + ["strong"] * strong,
         "view/seed": np.asarray([shard.view_seed], dtype=np.int64),
@@ -181,13 +228,14 @@ def write_shard(path: Path, shard: Shard) -> tuple[str, int]:
     return hashlib.sha256(data).hexdigest(), len(data)
 
 
-def read_shard(path: Path, layout: Layout, *, check: bool = True) -> Shard:
+def read_shard(path: Path, layout: Layout, *, check: bool = True, ids: bool = True) -> Shard:
     """Reads a finished shard; the file is read whole, once, and no handle is kept.
 
     Args:
         path: CACHE/shards/NUMBER.h5, with its record beside it.
         layout: what the manifest says of this split.
         check: whether to compare the file with its checksum and to look for values that are not finite.
+        ids: whether to read the ids, which takes longer than many a feature; else the shard has none.
 
     Raises:
         InputError: missing, unfinished, damaged, of another layout, or with NaN; names the shard (and the picture).
@@ -196,7 +244,7 @@ def read_shard(path: Path, layout: Layout, *, check: bool = True) -> Shard:
     data = _read_bytes(path)
     if check:
         _refuse_other_bytes(path, data, record)
-    shard = _unpack(path, data, record, layout, check_datasets=False)
+    shard = _unpack(path, data, record, layout, check_datasets=False, ids=ids)
     if check:
         _refuse_not_finite(path, shard)
     return shard
@@ -252,25 +300,35 @@ def _refuse_other_bytes(path: Path, data: bytes, record: ShardRecord) -> None:
 
 
 def _refuse_not_finite(path: Path, shard: Shard) -> None:
-    for name in ("plain", "weak", "strong"):
-        bad = ~np.isfinite(getattr(shard, name)).all(axis=(1, 2))  # (n,)
-        if bad.any():
-            row = int(np.flatnonzero(bad)[0])
+    arrays = {f"{name} features": getattr(shard, name) for name in ("plain", "weak", "strong")}
+    if shard.tokens is not None:
+        arrays["tokens"] = shard.tokens
+    for name, array in arrays.items():
+        row = hdf5.first_not_finite(array)
+        if row is not None:
             raise InputError(
-                f"shard {path.stem}: the {name} features of picture {shard.ids[row]!r} are not finite; "
+                f"shard {path.stem}: the {name} of {_named(path, shard, row)} are not finite; "
                 "leave it out of the source and extract with --mode overwrite"
             )
 
 
-def _unpack(path: Path, data: bytes, record: ShardRecord, layout: Layout, *, check_datasets: bool) -> Shard:
+def _named(path: Path, shard: Shard, row: int) -> str:
+    """The picture of a row, by its id."""
+    with path.open("rb") as data, hdf5.unpacked(data) as file:
+        return f"picture {hdf5.take(file, 'id', shape=(len(shard.labels),), check=False)[row]!r}"
+
+
+def _unpack(
+    path: Path, data: bytes, record: ShardRecord, layout: Layout, *, check_datasets: bool, ids: bool = True
+) -> Shard:
     try:
         with hdf5.unpacked(data) as file:
-            return _from_file(file, record, layout, check_datasets)
+            return _from_file(file, data, record, layout, check_datasets, ids)
     except InputError as error:
         raise InputError(f"shard {path.stem} cannot be used: {error}; {_REDO}") from error
 
 
-def _from_file(file: h5py.File, record: ShardRecord, layout: Layout, check: bool) -> Shard:
+def _from_file(file: h5py.File, image: bytes, record: ShardRecord, layout: Layout, check: bool, ids: bool) -> Shard:
     n, views = record.rows, layout.weak + layout.strong
     # One split a shard, so the record alone tells a reader how many rows have views.
     codes = hdf5.take(file, "split", shape=(n,), dtype="uint8", check=check)
@@ -278,22 +336,37 @@ def _from_file(file: h5py.File, record: ShardRecord, layout: Layout, check: bool
         raise InputError(f"it holds rows of another split than its record says ({record.split})")
     return Shard(
         split=record.split,
-        ids=hdf5.take(file, "id", shape=(n,), check=check).tolist(),
+        ids=hdf5.take(file, "id", shape=(n,), check=check).tolist() if ids else [],
         labels=hdf5.take(file, "label", shape=(n,), dtype="int32", check=check),
-        plain=_features(file, "plain", n, 1, layout, check),
-        weak=_features(file, "weak", n, layout.weak, layout, check),
-        strong=_features(file, "strong", n, layout.strong, layout, check),
+        plain=_features(file, image, "plain", (n, 1), layout, check),
+        weak=_features(file, image, "weak", (n, layout.weak), layout, check),
+        strong=_features(file, image, "strong", (n, layout.strong), layout, check),
         scale=_view_data(file, "view/scale", (n, views), "float32", check),
         flip=_view_data(file, "view/flip", (n, views), "uint8", check),
         view_seed=int(_view_data(file, "view/seed", (1,), "int64", check).sum()) if views else 0,
+        quantized=layout.dtype == "int8",
+        tokens=_tokens(file, image, n, layout, check),
     )
 
 
-def _features(file: h5py.File, name: str, n: int, views: int, layout: Layout, check: bool) -> NDArray[Any]:
-    shape = (n, views, layout.dim)
-    if views == 0:
-        return np.empty(shape, dtype=layout.dtype)
-    return hdf5.take(file, name, shape=shape, dtype=layout.dtype, check=check)
+def _features(
+    file: h5py.File, image: bytes, name: str, rows: tuple[int, int], layout: Layout, check: bool
+) -> NDArray[Any]:
+    """Features (n, V, D) of `rows` = (n, V) in one kind of views."""
+    shape = (*rows, layout.dim)
+    if 0 in shape[1:]:
+        return np.empty(shape, dtype=layout.array_dtype)
+    stored = hdf5.take(file, name, shape=shape, dtype=layout.dtype, check=check, image=image)
+    if layout.dtype != "int8":
+        return stored
+    return restored(stored, hdf5.take(file, f"{name}_scale", shape=rows, dtype="float32", check=check))
+
+
+def _tokens(file: h5py.File, image: bytes, n: int, layout: Layout, check: bool) -> NDArray[Any] | None:
+    if layout.tokens == 0:
+        return None
+    shape = (n, layout.views, layout.tokens, layout.token_width)
+    return hdf5.take(file, "tokens", shape=shape, dtype=layout.array_dtype, check=check, image=image)
 
 
 def _view_data(file: h5py.File, name: str, shape: tuple[int, ...], dtype: str, check: bool) -> NDArray[Any]:

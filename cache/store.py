@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ulfine_fast.cache.errors import InputError
+from ulfine_fast.cache.ids import read_ids
 from ulfine_fast.cache.manifest import Manifest
 from ulfine_fast.cache.shard import VIEWED_SPLITS, Shard, ShardRecord, read_shard, shard_path, verify_shard
 from ulfine_fast.cache.sources.rows import SPLITS
@@ -26,13 +27,22 @@ UNKNOWN = "(unknown)"
 class _Arrays:
     """All rows of a cache in memory; m of the n rows have views."""
 
-    ids: list[str]
+    ids: list[str] | None  # None until somebody asks for them
     labels: NDArray[np.int64]  # (n,)
     splits: NDArray[np.str_]  # (n,)
     plain: NDArray[Any]  # (n, D)
     weak: NDArray[Any]  # (m, Vw, D)
     strong: NDArray[Any]  # (m, Vs, D)
     view_rows: NDArray[np.int64]  # (m,)
+
+
+@dataclass(frozen=True)
+class _Tokens:
+    """Tokens of all rows in memory."""
+
+    plain: NDArray[Any]  # (n, S, W)
+    weak: NDArray[Any]  # (m, Vw, S, W)
+    strong: NDArray[Any]  # (m, Vs, S, W)
 
 
 class FeatureCache:
@@ -45,6 +55,7 @@ class FeatureCache:
         text_features: float32 (K, P, D), None for a cache in memory without text.
         prototypes: float32 (K, D) of length 1, None for a cache in memory without text.
         logit_scale: the model's factor on cosine similarities.
+        head: what an open_clip ViT does to its class token last, see `ulfine_fast.cache.text.TextFeatures`; else empty.
         records: what is known of each shard, in order.
 
     Rows are in the order of the source: train, unlabeled, val, test. The big arrays are read on first use.
@@ -62,12 +73,15 @@ class FeatureCache:
         manifest: Manifest | None = None,
         records: Sequence[ShardRecord] = (),
         arrays: _Arrays | None = None,
+        head: dict[str, NDArray[np.float32]] | None = None,
     ) -> None:
         """Use `FeatureCache.open` or `FeatureCache.from_arrays`."""
         self.class_names, self.dim, self.logit_scale = list(class_names), dim, float(logit_scale)
         self.text_features, self.prototypes = text_features, prototypes
         self.path, self.manifest, self.records = path, manifest, list(records)
-        self._loaded = arrays
+        self._loaded, self.head = arrays, head or {}
+        self._tokens: _Tokens | None = None
+        self._ids: list[str] | None = None
 
     @classmethod
     def open(cls, path: str | Path) -> FeatureCache:
@@ -88,6 +102,7 @@ class FeatureCache:
             path=folder,
             manifest=manifest,
             records=read_records(folder, manifest),
+            head=text.head,
         )
 
     @classmethod
@@ -133,12 +148,14 @@ class FeatureCache:
         )
 
     def __len__(self) -> int:
-        return sum(record.rows for record in self.records) if self._loaded is None else len(self._loaded.ids)
+        return sum(record.rows for record in self.records) if self._loaded is None else len(self._loaded.labels)
 
     @property
     def ids(self) -> list[str]:
-        """Ids of the n rows."""
-        return self._arrays.ids
+        """Ids of the n rows; read on first use, apart from the features."""
+        if self._ids is None:
+            self._ids = self._read_ids() if self._arrays.ids is None else self._arrays.ids
+        return self._ids
 
     @property
     def labels(self) -> NDArray[np.int64]:
@@ -177,6 +194,33 @@ class FeatureCache:
         found: NDArray[Any] = getattr(self._arrays, kind)
         return found
 
+    @property
+    def token_kinds(self) -> list[str]:
+        """Names of the S tokens stored beside each feature; often none."""
+        return [] if self.manifest is None else list(self.manifest.tokens)
+
+    def tokens(self, kind: str) -> NDArray[Any]:
+        """What the model held of each view before its last layers; read on first use, apart from the features.
+
+        Args:
+            kind: "plain", "weak" or "strong".
+
+        Returns:
+            (n, S, W) of the plain view, in the order of the rows, or (m, V, S, W) in the order of `view_rows`; S as
+            `token_kinds` names them, float16 or float32, of any length.
+
+        Raises:
+            InputError: another kind, or a cache without tokens.
+        """
+        if kind not in ("plain", "weak", "strong"):
+            raise InputError(f"tokens are of plain, weak or strong views, got {kind!r}")
+        if not self.token_kinds:
+            raise InputError("this cache holds no tokens; extract again with --features last-block or pre-projection")
+        if self._tokens is None:
+            self._tokens = self._load_tokens()
+        found: NDArray[Any] = getattr(self._tokens, kind)
+        return found
+
     def verify(self) -> list[str]:
         """Checks text and every shard in full (checksums of files and datasets, layout, finite values, unique ids).
 
@@ -189,12 +233,12 @@ class FeatureCache:
         """What is in the cache, in JSON's types; reads and checks every shard for it.
 
         Returns:
-            path, model, dim, dtype, precision, prompts, views, source, created_by, class_names, pictures, shards,
-            bytes (on the disk), counts (split -> class -> rows), skipped ({"id", "reason"}), problems (texts).
+            path, model, dim, dtype, tokens, precision, prompts, views, source, created_by, class_names, pictures,
+            shards, bytes (on the disk), counts (split -> class -> rows), skipped ({"id", "reason"}), problems (texts).
         """
         counts, problems = self._survey()
         about = {} if self.manifest is None else self.manifest.to_dict()
-        kept = ("model", "dtype", "precision", "prompts", "views", "source", "created_by")
+        kept = ("model", "dtype", "tokens", "precision", "prompts", "views", "source", "created_by")
         return {
             "path": None if self.path is None else str(self.path),
             **{name: about.get(name) for name in kept},
@@ -219,34 +263,73 @@ class FeatureCache:
         assert self.manifest is not None
         rows, splits = [record.rows for record in self.records], [record.split for record in self.records]
         viewed = np.repeat([split in VIEWED_SPLITS for split in splits], rows)  # (n,)
-        starts = np.cumsum([0, *rows])
-        view_starts = np.cumsum([0, *(n if s in VIEWED_SPLITS else 0 for n, s in zip(rows, splits, strict=True))])
         layout = self.manifest.layout("train")
-        plain = np.empty((int(starts[-1]), self.dim), dtype=layout.dtype)
+        plain = np.empty((sum(rows), self.dim), dtype=layout.array_dtype)
         weak, strong = (
-            np.empty((int(view_starts[-1]), v, self.dim), layout.dtype) for v in (layout.weak, layout.strong)
+            np.empty((int(viewed.sum()), v, self.dim), layout.array_dtype) for v in (layout.weak, layout.strong)
         )
-        labels, ids = np.empty(len(plain), dtype=np.int64), []
-        for index, shard in enumerate(self._shards()):
-            here = slice(starts[index], starts[index + 1])
-            plain[here], labels[here] = shard.plain[:, 0], shard.labels
-            ids += shard.ids
-            if shard.split in VIEWED_SPLITS:
-                there = slice(view_starts[index], view_starts[index + 1])
-                weak[there], strong[there] = shard.weak, shard.strong
-        _refuse_bad_labels(labels, len(self.class_names))
-        return _Arrays(ids, labels, np.repeat(np.array(splits), rows), plain, weak, strong, np.flatnonzero(viewed))
+        labels = np.empty(len(plain), dtype=np.int64)
 
-    def _shards(self) -> Iterator[Shard]:
-        """The checked shards in order; a few are read ahead, so that memory holds the result and little more."""
+        def place(shard: Shard, here: slice, there: slice) -> None:
+            plain[here], labels[here] = shard.plain[:, 0], shard.labels
+            if shard.split in VIEWED_SPLITS:
+                weak[there], strong[there] = shard.weak, shard.strong
+
+        self._place(place)
+        _refuse_bad_labels(labels, len(self.class_names))
+        return _Arrays(None, labels, np.repeat(np.array(splits), rows), plain, weak, strong, np.flatnonzero(viewed))
+
+    def _read_ids(self) -> list[str]:
+        assert self.path is not None
+        path = self.path
+        with ThreadPoolExecutor(_threads()) as pool:
+            return [name for ids in pool.map(lambda record: read_ids(path, record), self.records) for name in ids]
+
+    def _load_tokens(self) -> _Tokens:
+        """As `_load`; a fit needs either, and tokens are the larger."""
+        assert self.manifest is not None
+        layout = self.manifest.layout("train")
+        shape, m = (layout.tokens, layout.token_width), sum(r.rows for r in self.records if r.split in VIEWED_SPLITS)
+        plain = np.empty((len(self), *shape), layout.array_dtype)
+        weak, strong = (np.empty((m, views, *shape), layout.array_dtype) for views in (layout.weak, layout.strong))
+
+        def place(shard: Shard, here: slice, there: slice) -> None:
+            assert shard.tokens is not None
+            plain[here] = shard.tokens[:, 0]
+            if shard.split in VIEWED_SPLITS:
+                weak[there] = shard.tokens[:, 1 : 1 + layout.weak]
+                strong[there] = shard.tokens[:, 1 + layout.weak :]
+
+        self._place(place, tokens=True)
+        return _Tokens(plain, weak, strong)
+
+    def _place(self, place: Callable[[Shard, slice, slice], None], *, tokens: bool = False) -> None:
+        """Reads and checks all shards, in threads, each of which puts its own in place.
+
+        Args:
+            place: takes a shard, its place among all rows, and that among the rows with views (empty for a shard
+                without); called from several threads at once.
+            tokens: whether to take the tokens out of the files.
+        """
+        rows = np.cumsum([0, *(record.rows for record in self.records)])
+        viewed = np.cumsum([0, *(record.rows if record.split in VIEWED_SPLITS else 0 for record in self.records)])
+
+        def work(number: int) -> None:
+            shard = self._shard(self.records[number], tokens)
+            place(shard, slice(rows[number], rows[number + 1]), slice(viewed[number], viewed[number + 1]))
+
+        with ThreadPoolExecutor(_threads()) as pool:
+            # to the end: an error of a thread is raised where its result is asked for
+            for _ in pool.map(work, range(len(self.records))):
+                pass
+
+    def _shard(self, record: ShardRecord, tokens: bool) -> Shard:
         assert self.path is not None
         assert self.manifest is not None
-        path, manifest = self.path, self.manifest
-        with ThreadPoolExecutor(_threads()) as pool:
-            for start in range(0, len(self.records), 4 * _threads()):
-                # pool.map takes all its work at once, and would hold every shard before the first is copied.
-                part = self.records[start : start + 4 * _threads()]
-                yield from pool.map(lambda r: read_shard(shard_path(path, r.shard), manifest.layout(r.split)), part)
+        layout = self.manifest.layout(record.split)
+        # What is not asked for is not taken out of the file, so that it needs no memory.
+        wanted = layout if tokens else replace(layout, tokens=0)
+        return read_shard(shard_path(self.path, record.shard), wanted, ids=False)
 
     def _survey(self) -> tuple[dict[str, dict[str, int]], list[str]]:
         """Rows by split and class of what can be read, and the problems."""
@@ -278,11 +361,14 @@ def read_records(folder: Path, manifest: Manifest) -> list[ShardRecord]:
     """
     records: list[ShardRecord] = []
     reached = 0
-    while reached < manifest.rows:
+    # Shards of a stream stand alone; others continue one another until all rows are covered.
+    streamed, total = manifest.parts > 0, manifest.parts or manifest.rows or 0
+    while (len(records) if streamed else reached) < total:
         path = shard_path(folder, len(records))
         record = ShardRecord.read(path.with_suffix(".json"))
         # rows_read of 0 would never reach the end.
-        if (record.shard, record.first_row) != (len(records), reached) or record.rows_read == 0:
+        follows = record.first_row == (0 if streamed else reached) and (streamed or record.rows_read > 0)
+        if record.shard != len(records) or not follows:
             raise InputError(f"shard {path.stem} does not follow the one before it; extract with --mode overwrite")
         if not path.is_file():
             raise InputError(f"shard {path.stem} is missing: no {path}; run the same extract command again to redo it")
@@ -293,7 +379,7 @@ def read_records(folder: Path, manifest: Manifest) -> list[ShardRecord]:
 
 def _threads() -> int:
     # Reading and hashing leave the interpreter lock, HDF5 does not: more threads than this only queue up.
-    return min(8, (os.cpu_count() or 1) + 1)
+    return min(8, 2 * (os.cpu_count() or 1))
 
 
 def _text_problems(folder: Path, manifest: Manifest) -> list[str]:

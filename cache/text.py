@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from ulfine_fast.cache.manifest import Manifest
 
 NAME = "text.h5"
-_HEAD = ("ln_post_weight", "ln_post_bias", "projection")
+_HEAD = ("ln_post_weight", "ln_post_bias", "ln_post_eps", "projection")
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,8 @@ class TextFeatures:
         features: float32 (K, P, D), rows of length 1, not averaged.
         prototypes: float32 (K, D), mean over the prompts, then length 1.
         logit_scale: the model's factor on cosine similarities.
-        head: `ln_post_weight` (W,), `ln_post_bias` (W,), `projection` (W, D) of an open_clip ViT, else empty.
+        head: `ln_post_weight` (W,), `ln_post_bias` (W,), `ln_post_eps` (1,), `projection` (W, D) of an open_clip ViT,
+            else empty.
     """
 
     prompts: list[list[str]]
@@ -88,10 +89,30 @@ def read_text(folder: Path, manifest: Manifest) -> TextFeatures:
     path = folder / NAME
     classes, prompts = len(manifest.class_names), len(manifest.prompts)
     try:
-        with hdf5.unpacked(path.read_bytes()) as file:
-            return _from_file(file, classes, prompts, manifest.dim)
+        data = path.read_bytes()
+        with hdf5.unpacked(data) as file:
+            found = _classes_in(file, classes, prompts * manifest.dim, len(data))
+            return _first(_from_file(file, found, prompts, manifest.dim), classes)
     except (OSError, InputError) as error:
         raise InputError(f"{path} cannot be used: {error}; run the same extract command again to redo it") from error
+
+
+def _classes_in(file: h5py.File, classes: int, numbers: int, size: int) -> int:
+    """How many classes the file holds: more than the manifest's, where more are being appended."""
+    shape = hdf5.shape_of(file, "features") or (0,)
+    # A declared shape costs nothing in a file, so one that cannot be true is not believed.
+    believable = shape[0] > classes and 4 * shape[0] * numbers <= size
+    return shape[0] if believable else classes
+
+
+def _first(text: TextFeatures, classes: int) -> TextFeatures:
+    """The first of the classes: appended ones come last."""
+    return replace(
+        text,
+        prompts=text.prompts[:classes],
+        features=text.features[:classes],
+        prototypes=text.prototypes[:classes],
+    )
 
 
 def _from_file(file: h5py.File, classes: int, prompts: int, dim: int) -> TextFeatures:

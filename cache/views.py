@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -66,12 +65,12 @@ class Views:
     """The views of one picture, V = Vw + Vs, weak ones first.
 
     Attributes:
-        pixels: float32 (V, 3, H, W), normalised for the model.
+        pixels: uint8 (V, H, W, 3).
         scale: float32 (V,), share of the picture's area that the crop shows.
         flip: uint8 (V,), 1 where the view is mirrored.
     """
 
-    pixels: torch.Tensor
+    pixels: NDArray[np.uint8]
     scale: NDArray[np.float32]
     flip: NDArray[np.uint8]
 
@@ -84,15 +83,7 @@ def view_seed(seed: int, id: str, kind: str, place: int) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}/{kind}/{place}/{id}".encode()).digest()[:8], "big")
 
 
-def draw(
-    picture: Image.Image,
-    id: str,
-    recipe: ViewRecipe,
-    *,
-    image_size: int,
-    mean: Sequence[float],
-    std: Sequence[float],
-) -> Views:
+def draw(picture: Image.Image, id: str, recipe: ViewRecipe, *, image_size: int) -> Views:
     """All views of a picture.
 
     Every view has a seed of its own (`view_seed`), so the result depends on the arguments alone: not on the order of
@@ -103,8 +94,6 @@ def draw(
         id: the row's id.
         recipe: what to draw.
         image_size: H and W, in pixels.
-        mean: per channel, for values 0..1.
-        std: per channel, for values 0..1.
     """
     size = (image_size, image_size)
     pixels = np.empty((recipe.weak + recipe.strong, *size, 3), dtype=np.uint8)  # (V, H, W, 3)
@@ -116,7 +105,7 @@ def draw(
         seed = view_seed(recipe.seed, id, kind, place)
         image, scale[view], flip[view] = _draw_one(picture, seed, recipe, kind == "strong", image_size)
         pixels[view] = np.asarray(image)
-    return Views(_normalise(pixels, mean, std), scale, flip)
+    return Views(pixels, scale, flip)
 
 
 def _draw_one(
@@ -154,11 +143,3 @@ def _resized_crop(picture: Image.Image, box: dict[str, int], size: int) -> Image
     left, top = box["left"], box["top"]
     corners = (left, top, left + box["width"], top + box["height"])
     return picture.resize((size, size), Image.Resampling.BICUBIC, box=corners, reducing_gap=_REDUCING_GAP)
-
-
-def _normalise(pixels: NDArray[np.uint8], mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
-    """(V, H, W, 3) bytes to (V, 3, H, W) float32, in the same order of operations as the evaluation preprocessing."""
-    images = torch.from_numpy(pixels).permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
-    # (3, 1, 1) against (V, 3, H, W)
-    center, spread = (torch.tensor(values, dtype=torch.float32).view(3, 1, 1) for values in (mean, std))
-    return images.div_(255.0).sub_(center).div_(spread)

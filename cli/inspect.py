@@ -42,11 +42,12 @@ def _about(summary: dict[str, Any]) -> Table:
 
     model, views, source = summary["model"], summary["views"], summary["source"]
     tag = f" ({model['pretrained']})" if model["pretrained"] else ""
+    beside = f", tokens {' and '.join(summary['tokens'])}" if summary["tokens"] else ""
     table = Table(title=escape(str(summary["path"])), show_header=False, title_justify="left")
     rows = {
         "model": f"{model['name']}{tag}, weights {model['sha256'][:12]}, {summary['precision']}",
         "pictures": f"{summary['pictures']} from {source['kind']} {source.get('path') or source.get('name')}",
-        "features": f"{summary['dim']} x {summary['dtype']}, logit scale {model['logit_scale']:.4g}",
+        "features": f"{summary['dim']} x {summary['dtype']}{beside}, logit scale {model['logit_scale']:.4g}",
         "views": f"1 plain, {views['weak']} weak, {views['strong']} strong, seed {views['seed']}",
         "prompts": "\n".join(summary["prompts"]),
         "size": f"{summary['bytes'] / 1e6:.1f} MB in {summary['shards']} shards",

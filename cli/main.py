@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import signal
 import sys
+import threading
 from collections.abc import Callable
 from typing import Annotated, Any
 
@@ -11,6 +13,7 @@ import typer
 
 from ulfine_fast._version import __version__
 from ulfine_fast.cache.errors import InputError
+from ulfine_fast.cli import cache
 from ulfine_fast.cli.demo import demo
 from ulfine_fast.cli.eval import evaluate
 from ulfine_fast.cli.extract import extract
@@ -29,20 +32,47 @@ app = typer.Typer(
 
 
 def guarded(command: Callable[..., Any]) -> Callable[..., Any]:
-    """End with exit code 2 and one sentence on bad input, 130 on Ctrl-C; never with a traceback for either."""
+    """End with one sentence and no traceback: exit code 2 on bad input, 130 on Ctrl-C, 143 when asked to terminate."""
 
     @functools.wraps(command)
     def run(*args: Any, **options: Any) -> Any:
+        ended = _Ended()
         try:
-            return command(*args, **options)
+            with ended:
+                return command(*args, **options)
         except (InputError, OSError) as error:
             print(f"error: {error}", file=sys.stderr)
             raise typer.Exit(2) from None
         except KeyboardInterrupt as stop:
             print(str(stop) or "interrupted", file=sys.stderr)
-            raise typer.Exit(130) from None
+            raise typer.Exit(128 + ended.signal) from None
 
     return run
+
+
+class _Ended:
+    """Makes a request to terminate end a command as Ctrl-C does: what is finished stays, children go first.
+
+    Attributes:
+        signal: what ended the command: that of Ctrl-C unless another came.
+    """
+
+    def __init__(self) -> None:
+        self.signal = int(signal.SIGINT)
+
+    def __enter__(self) -> None:
+        # only a main thread may set a handler; elsewhere, as in a notebook's, there is nobody to terminate it
+        self._ours = threading.current_thread() is threading.main_thread()
+        if self._ours:
+            self._before = signal.signal(signal.SIGTERM, self._end)
+
+    def __exit__(self, *_: object) -> None:
+        if self._ours:
+            signal.signal(signal.SIGTERM, self._before)
+
+    def _end(self, number: int, _: object) -> None:
+        self.signal = number
+        raise KeyboardInterrupt
 
 
 def _print_version(wanted: bool) -> None:
@@ -72,6 +102,10 @@ _COMMANDS: dict[str, Callable[..., Any]] = {
 }
 for name, command in _COMMANDS.items():
     app.command(name)(guarded(command))
+_caches = typer.Typer(no_args_is_help=True, help=cache.HELP)
+for name, command in cache.COMMANDS.items():
+    _caches.command(name)(guarded(command))
+app.add_typer(_caches, name="cache")
 
 
 def main() -> None:

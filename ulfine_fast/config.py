@@ -138,7 +138,10 @@ class FitConfig:
     # -- heads
     scale: float = _option(25.0, "cosine scale sigma of both heads (LIFT uses 25)", low=0.01)
     adapter: str = _option(
-        "residual", "trainable adapter before the heads", choices=("residual", "none"), structural=True
+        "residual",
+        "trainable adapter before the heads; adaptformer sits in the encoder's last block and needs its tokens",
+        choices=("residual", "none", "adaptformer"),
+        structural=True,
     )
     rank: int = _option(16, "width of the adapter's bottleneck", low=1)
     adapter_scale: float = _option(0.1, "factor s of the adapter's output", low=0.0)
@@ -260,6 +263,11 @@ class FitConfig:
     def data_seed(self) -> int:
         """The seed of the split: `split_seed`, or `seed` where none is given."""
         return self.seed if self.split_seed is None else self.split_seed
+
+    @property
+    def reads_tokens(self) -> bool:
+        """Whether the trial is given the last block's tokens instead of features."""
+        return self.adapter == "adaptformer"
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as JSON values."""

@@ -46,7 +46,8 @@ def evaluate(run: Run, other: Path | None = None) -> dict[str, Any]:
     rows, labels = _other_rows(run, cache) if other else _own_rows(run, cache)
     counts = np.asarray(run.metrics["class_counts"], dtype=np.int64)
     temperature = run.metrics.get("temperature", 1.0)
-    figures = metrics.classification(run.logits(cache.plain[rows]), labels, counts, temperature)
+    inputs = cache.tokens("plain") if run.config.reads_tokens else cache.plain
+    figures = metrics.classification(run.logits(inputs[rows]), labels, counts, temperature)
     return {**figures, "test_rows": len(rows)}
 
 

@@ -26,6 +26,7 @@ class DeviceFeatures:
         plain: evaluation view (n, D).
         views: plain, weak and strong views, in this order, of the rows that have views (m, V, D).
         unit: whether all rows are float32 and of length one already; otherwise they are as stored.
+        tokens: whether rows are the last block's tokens, D = 2 W wide and of any length, instead of features.
         easy: how many of the views are plain or weak; the other V - easy are strong, and may be none.
         position: where each row stands among the rows with views, -1 for none, int64 (n,).
     """
@@ -35,21 +36,23 @@ class DeviceFeatures:
     easy: int
     position: Tensor
     unit: bool = False
+    tokens: bool = False
 
     @classmethod
-    def load(cls, cache: FeatureCache, device: torch.device) -> DeviceFeatures:
-        """Move a cache's features to the device, once."""
-        plain = torch.from_numpy(np.asarray(cache.plain)).to(device)
+    def load(cls, cache: FeatureCache, device: torch.device, *, tokens: bool = False) -> DeviceFeatures:
+        """Move a cache's features to the device, once; or its tokens, the two of a view side by side."""
+        plain = torch.from_numpy(np.asarray(cache.tokens("plain") if tokens else cache.plain)).flatten(1).to(device)
         rows = torch.from_numpy(np.asarray(cache.view_rows)).to(device)
         position = torch.full((len(plain),), -1, dtype=torch.int64, device=device)
         position[rows] = torch.arange(len(rows), device=device)
-        weak, strong = (torch.from_numpy(np.asarray(cache.views(kind))).to(device) for kind in ("weak", "strong"))
+        drawn = cache.tokens if tokens else cache.views
+        weak, strong = (torch.from_numpy(np.asarray(drawn(kind))).flatten(2).to(device) for kind in ("weak", "strong"))
         views = torch.cat([plain[rows].unsqueeze(1), weak, strong], dim=1)  # (m, V, D)
         # a processor widens slowly and its memory holds a small cache twice; a GPU widens while it gathers
-        unit = device.type == "cpu" and 4 * (plain.numel() + views.numel()) <= _WIDENED_BYTES
+        unit = not tokens and device.type == "cpu" and 4 * (plain.numel() + views.numel()) <= _WIDENED_BYTES
         if unit:
             plain, views = normalize(plain.float()), normalize(views.float())
-        return cls(plain, views, 1 + weak.shape[1], position, unit)
+        return cls(plain, views, 1 + weak.shape[1], position, unit, tokens)
 
     @property
     def strong(self) -> int:
@@ -86,4 +89,6 @@ class DeviceFeatures:
         return self._unit(self.views[self.position[index]])
 
     def _unit(self, rows: Tensor) -> Tensor:
-        return rows if self.unit else normalize(rows.float())
+        if self.unit:
+            return rows
+        return rows.float() if self.tokens else normalize(rows.float())

@@ -62,16 +62,13 @@ class Given:
 
     def at(self, index: Tensor) -> Given:
         """The trials at these places alone; padding stays as wide as it was."""
-        trials = self.trials
-        values = {name: value[index] for name, value in trials.values.items()}
-        rest = (tensor[index] for tensor in (trials.seeds, trials.prototypes, trials.log_prior))
         labeled, unlabeled, val, test = (
             PaddedRows(rows.index[index], rows.count[index])
             for rows in (self.labeled, self.unlabeled, self.val, self.test)
         )
         return replace(
             self,
-            trials=Trials(trials.config, values, *rest),
+            trials=self.trials.at(index),
             labeled=labeled,
             unlabeled=unlabeled,
             val=val,
@@ -110,7 +107,8 @@ def _trials(
     counts = np.stack([counted[id(split)] for split in splits])  # (T, K)
     frequency = torch.from_numpy(counts / counts.sum(1, keepdims=True)).float().to(device)
     prototypes = _prototypes(cache, features, labels, splits)
-    return Trials(configs[0], values, seeds, prototypes, torch.log(frequency.clamp(min=1e-8)))
+    head = {name: torch.from_numpy(value).to(device) for name, value in cache.head.items() if features.tokens}
+    return Trials(configs[0], values, seeds, prototypes, torch.log(frequency.clamp(min=1e-8)), head)
 
 
 def _prototypes(cache: FeatureCache, features: DeviceFeatures, labels: Tensor, splits: Sequence[Split]) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -66,12 +66,35 @@ def new_adapter(seeds: Tensor, dim: int, ranks: Tensor) -> Tensors:
     }
 
 
+def frozen_end(head: Mapping[str, Tensor], trials: int) -> Tensors:
+    """What the encoder does to its class token last, for an adapter in front of it; shared by T trials.
+
+    Args:
+        head: `ln_post_weight` (W,), `ln_post_bias` (W,), `projection` (W, D), and perhaps `ln_post_eps` (1,).
+        trials: T.
+
+    Returns:
+        "backbone.scale" and "backbone.shift" (T, W), "backbone.eps" (T, 1), "backbone.projection" (T, W, D).
+    """
+    weight = head["ln_post_weight"]
+    own = {
+        "scale": weight,
+        "shift": head["ln_post_bias"],
+        "eps": head.get("ln_post_eps", torch.full_like(weight[:1], _LN_EPS)),
+        "projection": head["projection"],
+    }
+    return {f"backbone.{name}": tensor.expand(trials, *tensor.shape) for name, tensor in own.items()}
+
+
 def adapt(tensors: Tensors, features: Tensor, strength: Tensor) -> Tensor:
     """f(x) = normalize(x + s W_up relu(W_down LN(x))) (after CLIP-Adapter, arXiv 2110.04544).
 
+    With the encoder's frozen end among the tensors it is an adapter in the encoder's last block instead, see
+    :func:`adapt_last_block`.
+
     Args:
         tensors: the heads; without adapter tensors f is the identity.
-        features: unit rows (T, B, D).
+        features: unit rows (T, B, D), or the last block's tokens (T, B, 2 W).
         strength: s (T,).
 
     Returns:
@@ -79,12 +102,42 @@ def adapt(tensors: Tensors, features: Tensor, strength: Tensor) -> Tensor:
     """
     if "adapter.up" not in tensors:
         return features
+    if "backbone.projection" in tensors:
+        return adapt_last_block(tensors, features, strength)
     if not torch.is_grad_enabled():
         return _adapt_folded(tensors, features, strength.view(-1, 1, 1))
-    standard = F.layer_norm(features, features.shape[-1:], eps=_LN_EPS)
+    return normalize(features + strength.view(-1, 1, 1) * _bottleneck(tensors, features))
+
+
+def adapt_last_block(tensors: Tensors, tokens: Tensor, strength: Tensor) -> Tensor:
+    """AdaptFormer (arXiv 2205.13535) beside the MLP of a ViT's last block, exactly as in the encoder.
+
+    The class token leaves the block as x + MLP(LN_2(x)) + s W_up relu(W_down LN(x)), where the first two terms are
+    frozen and cached; the frozen ln_post and projection follow, and length 1.
+
+    Args:
+        tensors: the adapter's, W wide, and those of :func:`frozen_end`.
+        tokens: class tokens before and after the frozen MLP, side by side (T, B, 2 W).
+        strength: s (T,).
+
+    Returns:
+        Unit rows (T, B, D).
+    """
+    before, after = tokens.chunk(2, -1)  # (T, B, W) each
+    token = after + strength.view(-1, 1, 1) * _bottleneck(tensors, before)
+    centred = token - token.mean(-1, keepdim=True)
+    # by hand: the trials of a pass might come from a norm each, which torch's does not take
+    spread = torch.rsqrt(centred.square().mean(-1, keepdim=True) + tensors["backbone.eps"].unsqueeze(1))
+    normed = centred * spread * tensors["backbone.scale"].unsqueeze(1) + tensors["backbone.shift"].unsqueeze(1)
+    return normalize(normed @ tensors["backbone.projection"])
+
+
+def _bottleneck(tensors: Tensors, rows: Tensor) -> Tensor:
+    """W_up relu(W_down LN(x)) of rows (T, B, D)."""
+    standard = F.layer_norm(rows, rows.shape[-1:], eps=_LN_EPS)
     standard = standard * tensors["adapter.scale"].unsqueeze(1) + tensors["adapter.shift"].unsqueeze(1)
     hidden = torch.relu(standard @ tensors["adapter.down"])  # (T, B, r)
-    return normalize(features + strength.view(-1, 1, 1) * (hidden @ tensors["adapter.up"]))
+    return hidden @ tensors["adapter.up"]
 
 
 def _adapt_folded(tensors: Tensors, features: Tensor, strength: Tensor) -> Tensor:

@@ -99,6 +99,9 @@ def estimate(features: DeviceFeatures, configs: Sequence[FitConfig], splits: Seq
     step = 24 * rows * (dim + classes) + 50 * 30 * rows
     # heads and adapter with gradient, velocity, best and kept copies, and temporaries
     weights = 16 * (4 * classes + 2 * config.rank + 4) * dim
+    if config.reads_tokens:
+        # copies of the encoder's projection, which is no wider than the two tokens together
+        weights += 2 * dim * dim
     weights += 100 * min(len(configs), 64) * config.rank * dim // len(configs)
     pictures = len(split.labeled) + len(split.unlabeled)
     judged = 12 * (min(pictures, 4096) * (dim + classes) + len(split.val))

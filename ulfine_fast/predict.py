@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import csv
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from ulfine_fast.cache.encoder import Encoder, load_encoder
+from ulfine_fast.cache.encoding import encoded
 from ulfine_fast.cache.errors import CacheMismatch, InputError
+from ulfine_fast.cache.planning import batches_of
 from ulfine_fast.cache.progress import progress_bar
-from ulfine_fast.cache.reading import PictureReader, batches, default_workers
+from ulfine_fast.cache.reading import PictureReader
 from ulfine_fast.cache.sources import PictureFolder, TableSource
 from ulfine_fast.cache.sources.table import SUFFIXES
 from ulfine_fast.cache.views import ViewRecipe
 
 if TYPE_CHECKING:
-    from ulfine_fast.cache.sources import Source
+    from ulfine_fast.cache.sources import ListedSource
     from ulfine_fast.run import Run
 
 TOP = 5
@@ -74,7 +76,8 @@ def encoder_of_run(run: Run, device: str) -> Encoder:
     """
     if run.encoder is None:
         raise InputError("this run was fitted on arrays, not on pictures; give features to Run.predict instead")
-    encoder = load_encoder(run.encoder["name"], run.encoder["pretrained"], device=device)
+    features = "last-block" if run.config.reads_tokens else "projected"
+    encoder = load_encoder(run.encoder["name"], run.encoder["pretrained"], device=device, features=features)
     if encoder.spec.sha256 != run.encoder["sha256"]:
         raise CacheMismatch(
             "model.sha256",
@@ -123,28 +126,29 @@ def _columns(found: Predictions) -> dict[str, list[Any]]:
 
 
 def _encode(
-    source: Source, encoder: Encoder, batch_size: int, skipped: list[tuple[str, str]]
+    source: ListedSource, encoder: Encoder, batch_size: int, skipped: list[tuple[str, str]]
 ) -> tuple[list[str], NDArray[np.float32]]:
-    """Ids and plain features (n, D) of the readable pictures; the others go to `skipped`."""
+    """Ids and plain features (n, D), or tokens (n, S, W), of the readable pictures; the others go to `skipped`."""
     ids: list[str] = []
-    blocks = [np.zeros((0, encoder.spec.dim), dtype=np.float32)]
-    rows = range(len(source.rows))
-    numbers = [list(rows[start : start + batch_size]) for start in rows[::batch_size]]
+    blocks = [np.zeros((0, encoder.columns), dtype=np.float32)]
     reader = PictureReader.of(source, encoder, ViewRecipe(weak=0, strong=0))
+    rows = batches_of(source.rows, batch_size)
     # starting reader processes pays only where there is enough to read
-    workers = default_workers(encoder.device) if len(numbers) > 2 else 0
-    with batches(reader, numbers, workers=workers) as stream, progress_bar() as bar:
+    workers = None if len(rows) > 2 else 0
+    with progress_bar() as bar, closing(encoded(reader, encoder, rows, workers=workers)) as stream:
         task = bar.add_task("predict", total=len(source.rows), unit="pictures", note="")
         for batch in stream:
-            skipped += [(source.rows[row].id, reason) for row, reason in batch.skipped]
+            skipped += [(row.id, reason) for row, reason in batch.skipped]
+            ids += [row.id for row in batch.kept]
             if batch.kept:
-                ids += [source.rows[row].id for row in batch.kept]
-                pixels = torch.as_tensor(batch.pixels)[:, 0]  # (B, 3, H, W)
-                blocks.append(encoder.encode_pictures(pixels).numpy())
-            bar.advance(task, len(batch.rows))
-    return ids, np.concatenate(blocks)
+                blocks.append(batch.features[:, 0])  # (B, D + S W)
+            bar.advance(task, len(batch.kept) + len(batch.skipped))
+    found = np.concatenate(blocks)
+    if not encoder.token_kinds:
+        return ids, found
+    return ids, found[:, encoder.spec.dim :].reshape(len(found), -1, encoder.token_width)
 
 
-def _pictures(where: Path) -> Source:
+def _pictures(where: Path) -> ListedSource:
     """A table's rows, a single picture, or every picture below a folder."""
     return TableSource(where) if where.suffix.lower() in SUFFIXES else PictureFolder(where)

@@ -70,7 +70,8 @@ class Run:
         """Uncalibrated logits.
 
         Args:
-            features: image features of the run's encoder (n, D), of any length.
+            features: image features of the run's encoder (n, D), of any length; with the adapter adaptformer its
+                last block's tokens (n, 2, W), as they are.
 
         Returns:
             Logits (n, K).
@@ -79,15 +80,16 @@ class Run:
             InputError: features of another width, or not finite; the run failed.
         """
         self.refuse_failed()
-        rows = torch.from_numpy(np.asarray(features, dtype=np.float32))  # (n, D)
-        width = next(t.shape[-1] for name, t in self.tensors.items() if name in ("linear", "prototypes"))
-        if rows.dim() != 2 or rows.shape[1] != width:
-            raise InputError(f"features must have shape (n, {width}), got {tuple(rows.shape)}")
+        rows, shape = torch.from_numpy(np.asarray(features, dtype=np.float32)), self._row_shape()
+        if tuple(rows.shape[1:]) != shape:
+            wanted = ", ".join(map(str, ("n", *shape)))
+            raise InputError(f"features must have shape ({wanted}), got {tuple(rows.shape)}")
         if not bool(torch.isfinite(rows).all()):
             raise InputError("features must be finite, got NaN or infinity; extract these pictures again")
         tensors = {name: tensor.unsqueeze(0) for name, tensor in self.tensors.items()}
+        rows = rows.flatten(1) if self.config.reads_tokens else normalize(rows)
         with torch.no_grad():
-            logits = method_of(self.config).logits(self._trial(tensors), tensors, normalize(rows).unsqueeze(0))
+            logits = method_of(self.config).logits(self._trial(tensors), tensors, rows.unsqueeze(0))
         return np.asarray(logits[0].float().numpy())
 
     def predict_proba(self, features: NDArray[Any]) -> NDArray[np.float32]:
@@ -157,6 +159,12 @@ class Run:
                 f"seed {self.config.seed} of {self.config.method} diverged: its loss or weights were not finite at "
                 f"step {self.metrics['failed_at']}; lower lr (now {self.config.lr:g})"
             )
+
+    def _row_shape(self) -> tuple[int, ...]:
+        """What :meth:`logits` is given of one picture: (D,), or (2, W) for tokens."""
+        if self.config.reads_tokens:
+            return 2, self.tensors["backbone.projection"].shape[0]
+        return (next(t.shape[-1] for name, t in self.tensors.items() if name in ("linear", "prototypes")),)
 
     def _trial(self, tensors: dict[str, Tensor]) -> Trials:
         """The context that a method's logits need, for T = 1."""

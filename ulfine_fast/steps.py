@@ -104,10 +104,15 @@ def make_stepper(
     Raises:
         InputError: the engine is "fused" and the method has no such step, or half precision is asked of it.
     """
-    fused = method.fused(trials, state) if engine != "specification" and trials.config.precision == "float32" else None
+    # an adapter in the encoder's last block goes through autograd
+    by_hand = engine != "specification" and trials.config.precision == "float32" and not trials.config.reads_tokens
+    fused = method.fused(trials, state) if by_hand else None
     if fused is not None:
         return FusedSteps(fused, trials, state, velocity, batches, steps, threads)
     if engine == "fused":
         config = trials.config
-        raise InputError(f"method {config.method} at precision {config.precision} has no fused step; use engine auto")
+        inside = " with adapter adaptformer" if config.reads_tokens else ""
+        raise InputError(
+            f"method {config.method}{inside} at precision {config.precision} has no fused step; use engine auto"
+        )
     return AutogradSteps(method, trials, state, velocity, batches, steps)

@@ -15,6 +15,7 @@ from ulfine_fast.checkpoint import Begun, Checkpoint
 from ulfine_fast.config import FitConfig, split_key
 from ulfine_fast.features import DeviceFeatures
 from ulfine_fast.loop import Pass, Watch
+from ulfine_fast.methods import method_of
 from ulfine_fast.passes import cut
 from ulfine_fast.run import Run
 from ulfine_fast.splits import Split, draw_split
@@ -78,22 +79,23 @@ def fit_many(
 
     Raises:
         InputError: an unknown engine, a split the data cannot give, a given split that trains on held-out pictures,
-            a cache without the views a method trains on, or a checkpoint of something else.
+            a cache without the views or tokens a method trains on, or a checkpoint of something else.
     """
     if engine not in ENGINES:
         raise InputError(f"engine must be one of {', '.join(ENGINES)}, got {engine!r}")
     place = pick_device(device)
+    _refuse_adapters(cache, configs)
     splits = _splits(cache, configs, split)
     saved = None if checkpoint is None else Checkpoint(Path(checkpoint), cache, configs, splits, engine)
     begun = [] if saved is None else saved.load()
-    features = DeviceFeatures.load(cache, place)
-    rest = sorted(set(range(len(configs))).difference(*(one.trials for one in begun)))
-    fresh = cut(cache, features, configs, splits, rest, engine)
+    read = {tokens: DeviceFeatures.load(cache, place, tokens=tokens) for tokens in {c.reads_tokens for c in configs}}
+    fresh = _fresh(cache, read, configs, splits, begun, engine)
     runs: dict[int, Run] = {}
     with progress_bar(progress) as bar:
         for stand in [*begun, *(Begun(trials, {}, {}) for trials in fresh)]:
             trials = stand.trials
-            one_pass = Pass(cache, features, [configs[i] for i in trials], [splits[i] for i in trials], engine)
+            own = [configs[i] for i in trials]
+            one_pass = Pass(cache, read[own[0].reads_tokens], own, [splits[i] for i in trials], engine)
             if stand.notes:
                 one_pass.restore(stand.tensors, stand.notes)
             note = f"{len(trials)} trials"
@@ -104,6 +106,41 @@ def fit_many(
     if saved is not None:
         saved.remove()
     return [runs[i] for i in range(len(configs))]
+
+
+def _fresh(
+    cache: FeatureCache,
+    read: dict[bool, DeviceFeatures],
+    configs: Sequence[FitConfig],
+    splits: Sequence[Split],
+    begun: Sequence[Begun],
+    engine: str,
+) -> list[list[int]]:
+    """The passes of the trials that no checkpoint holds; `read` is what trials with and without tokens are given."""
+    rest = sorted(set(range(len(configs))).difference(*(one.trials for one in begun)))
+    passes = []
+    for tokens, features in sorted(read.items()):
+        theirs = [i for i in rest if configs[i].reads_tokens == tokens]
+        # trials of one pass read the same memory
+        passes += cut(cache, features, configs, splits, theirs, engine)
+    return passes
+
+
+def _refuse_adapters(cache: FeatureCache, configs: Sequence[FitConfig]) -> None:
+    """Refuse adapters in the encoder's last block where something is missing for them."""
+    inside = [config for config in configs if config.reads_tokens]
+    if inside and (cache.token_kinds != ["pre", "post"] or "projection" not in cache.head or cache.prototypes is None):
+        raise InputError(
+            "adapter adaptformer trains on the tokens of the encoder's last block, which this cache does not hold; "
+            "extract again with --features last-block, or take adapter residual"
+        )
+    for config in inside:
+        if not method_of(config).takes_tokens:
+            raise InputError(
+                f"method {config.method} takes no adapter adaptformer; use ulfine, lightweight or fixmatch"
+            )
+        if config.feature_noise > 0:
+            raise InputError("feature_noise is for features, and adapter adaptformer trains on tokens; set it to 0")
 
 
 def _watch_of(trials: Sequence[int], watch: Watch | None) -> Watch | None:

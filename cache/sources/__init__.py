@@ -10,17 +10,29 @@ from typing import Any
 
 from ulfine_fast.cache.errors import InputError
 from ulfine_fast.cache.sources.folder import FolderSource, PictureFolder
+from ulfine_fast.cache.sources.huggingface import PREFIX as HF
+from ulfine_fast.cache.sources.huggingface import HuggingFaceSource, is_saved
+from ulfine_fast.cache.sources.parquet_pictures import SUFFIX as PARQUET
+from ulfine_fast.cache.sources.parquet_pictures import ParquetSource, holds_pictures
 from ulfine_fast.cache.sources.picture import UnreadablePicture, load_picture
-from ulfine_fast.cache.sources.rows import SPLITS, Row, Source, fingerprint
+from ulfine_fast.cache.sources.rows import SPLITS, ListedSource, Part, Row, Source, StreamedSource, fingerprint
 from ulfine_fast.cache.sources.table import SUFFIXES, TableSource
+from ulfine_fast.cache.sources.tar import SUFFIX as TAR
+from ulfine_fast.cache.sources.tar import TarSource
 
 __all__ = [
     "SPLITS",
     "FolderSource",
+    "HuggingFaceSource",
+    "ListedSource",
+    "ParquetSource",
+    "Part",
     "PictureFolder",
     "Row",
     "Source",
+    "StreamedSource",
     "TableSource",
+    "TarSource",
     "UnreadablePicture",
     "fingerprint",
     "load_picture",
@@ -30,10 +42,11 @@ __all__ = [
 
 
 def open_source(where: str | Path, *, class_names_file: Path | None = None) -> Source:
-    """Opens what the user named: a folder, a `.csv` or `.parquet` table, or a torchvision data set.
+    """Opens what the user named: a folder, a table, tar files, or a data set by name.
 
     Args:
-        where: a path, or one of cifar10, cifar100, fashion_mnist, food101, stl10, svhn. A folder of that name wins.
+        where: a folder of pictures or of tar files, a `.csv` or `.parquet` table, a `.tar` file, pattern or URL, or one
+            of cifar10, cifar100, fashion_mnist, food101, stl10, svhn. A folder of that name wins.
         class_names_file: names for the text tower, see `read_class_names`.
 
     Raises:
@@ -41,6 +54,12 @@ def open_source(where: str | Path, *, class_names_file: Path | None = None) -> S
     """
     path = Path(where).expanduser()
     # os.path says False where pathlib raises, such as for a name that is too long.
+    if str(where).startswith(HF) or is_saved(path):
+        return HuggingFaceSource(str(where).removeprefix(HF), class_names_file=class_names_file)
+    if _holds_parquet(str(where)):
+        return ParquetSource(str(where), class_names_file=class_names_file)
+    if _is_tars(str(where)):
+        return TarSource(str(where), class_names_file=class_names_file)
     if os.path.isdir(path):
         return FolderSource(path, class_names_file=class_names_file)
     if path.suffix.lower() in SUFFIXES:
@@ -70,6 +89,13 @@ def reopen_source(described: Mapping[str, Any]) -> Source:
         return FolderSource(Path(path))
     if kind == "table" and path:
         return TableSource(Path(path))
+    # labels are in the cache already, and without names they need no list
+    if kind == "tar" and path:
+        return TarSource(path, class_names=[])
+    if kind == "parquet" and path:
+        return ParquetSource(path, class_names=[])
+    if kind == "huggingface" and path:
+        return HuggingFaceSource(path, class_names=[])
     if kind == "pictures" and path:
         return PictureFolder(Path(path))
     if kind == "torchvision":
@@ -78,3 +104,23 @@ def reopen_source(described: Mapping[str, Any]) -> Source:
 
         return TorchvisionSource(described["name"], idx_folder=Path(path) if path else FASHION_MNIST_FOLDER)
     raise InputError(f"cannot reopen a source of kind {kind!r}")
+
+
+def _holds_parquet(where: str) -> bool:
+    """Whether parquet files with pictures in them are named: a file, a pattern, a folder or a URL."""
+    if "://" in where or any(sign in where for sign in "{*"):
+        return where.endswith(PARQUET)
+    path = Path(where).expanduser()
+    if os.path.isdir(path):
+        first = next(iter(sorted([*path.glob(f"*{PARQUET}"), *path.glob(f"*/*{PARQUET}")])), None)
+        # a downloader's tables lie beside its tar files
+        return first is not None and not any(first.parent.glob(f"*{TAR}")) and holds_pictures(first)
+    return where.endswith(PARQUET) and os.path.isfile(path) and holds_pictures(path)
+
+
+def _is_tars(where: str) -> bool:
+    """Whether tar files are named: by suffix, by a URL of a folder, or by a folder that holds some."""
+    if where.endswith(TAR) or "://" in where:
+        return True
+    folder = Path(where).expanduser()
+    return os.path.isdir(folder) and (any(folder.glob(f"*{TAR}")) or any(folder.glob(f"*/*{TAR}")))

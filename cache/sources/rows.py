@@ -33,8 +33,26 @@ class Row:
     bytes: int
 
 
-class Source(Protocol):
-    """Pictures from somewhere.
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What one shard covers: rows of one split.
+
+    Attributes:
+        number: the shard's number, from 0. split: one of `SPLITS`.
+        first_row: where it starts in the source's order; None for streams, where nobody counts ahead.
+        rows: how many rows; None where only opening the part tells.
+        name: the file it is, relative to the source; "" for a slice of listed rows.
+    """
+
+    number: int
+    split: str
+    first_row: int | None
+    rows: int | None
+    name: str = ""
+
+
+class ListedSource(Protocol):
+    """Pictures whose rows fit in memory: a folder, a table, a data set by name.
 
     Attributes:
         kind: "folder", "table" or "torchvision".
@@ -53,6 +71,47 @@ class Source(Protocol):
     def describe(self) -> dict[str, Any]:
         """What `reopen_source` needs, fit for JSON."""
         ...
+
+
+class StreamedSource(Protocol):
+    """Pictures too many to list: files of pictures, one part each; only the rows of parts under way are in memory.
+
+    It can be pickled, for reader processes; file handles are made where they are used.
+
+    Attributes:
+        kind: such as "tar".
+        class_names: K names for the text tower, in class order.
+    """
+
+    kind: str
+    class_names: list[str]
+
+    def plan(self, shard_size: int) -> list[Part]:
+        """The parts, split by split in the order of `SPLITS`, by name inside a split; no picture is opened."""
+        ...
+
+    def open(self, part: Part) -> list[Row]:
+        """The rows of a part, in their order; raises InputError where the part cannot be read to its end."""
+        ...
+
+    def close(self, part: Part) -> None:
+        """Says that a part is done with, so that a local copy of a remote file may go."""
+        ...
+
+    def read(self, row: Row) -> Image.Image:
+        """The picture of `row` as RGB, while its part is open; raises UnreadablePicture."""
+        ...
+
+    def describe(self) -> dict[str, Any]:
+        """What `reopen_source` needs, fit for JSON."""
+        ...
+
+    def fingerprint(self) -> str:
+        """Hex sha256 over names, splits and sizes of the parts' files."""
+        ...
+
+
+Source = ListedSource | StreamedSource
 
 
 def in_order(rows: Iterable[Row]) -> list[Row]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import open_clip
@@ -23,15 +24,19 @@ TINY = {
 }
 
 
-def write_tiny_model(folder: Path, seed: int = 0) -> str:
-    """A complete open_clip model of random weights, as `local-dir:`; loads in a moment and needs no network."""
+def write_tiny_model(folder: Path, seed: int = 0, **vision: Any) -> str:
+    """A complete open_clip model of random weights, as `local-dir:`; loads in a moment and needs no network.
+
+    `vision` changes the image tower, such as `layers=2`.
+    """
     folder.mkdir(parents=True, exist_ok=True)
+    settings = {**TINY, "vision_cfg": {**TINY["vision_cfg"], **vision}}
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = open_clip.CLIP(**TINY)
+        model = open_clip.CLIP(**settings)
     save_file(model.state_dict(), folder / "open_clip_model.safetensors")
     preprocess = {"mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25], "interpolation": "bicubic"}
-    config = {"model_cfg": TINY, "preprocess_cfg": preprocess}
+    config = {"model_cfg": settings, "preprocess_cfg": preprocess}
     (folder / "open_clip_config.json").write_text(json.dumps(config), encoding="utf-8")
     return f"local-dir:{folder}"
 

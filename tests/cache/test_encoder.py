@@ -78,6 +78,7 @@ def test_the_model_is_frozen(tiny_encoder: Encoder):
 def test_vision_head_of_a_vit_gives_its_feature_back(tiny_encoder: Encoder):
     head = tiny_encoder.vision_head()
     assert {name: value.shape for name, value in head.items()} == {
+        "ln_post_eps": (1,),
         "ln_post_weight": (16,),
         "ln_post_bias": (16,),
         "projection": (16, 8),

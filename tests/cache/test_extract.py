@@ -6,7 +6,6 @@ import errno
 import json
 import os
 import resource
-import shutil
 import signal
 import subprocess
 import sys
@@ -17,10 +16,10 @@ import pytest
 import torch
 from PIL import Image
 
-from ulfine_fast.cache import reading
 from ulfine_fast.cache.encoder import load_encoder
 from ulfine_fast.cache.errors import CacheMismatch, InputError
-from ulfine_fast.cache.extract import extract, plan_shards
+from ulfine_fast.cache.extract import extract
+from ulfine_fast.cache.planning import batches_of, cut_rows
 from ulfine_fast.cache.sources import open_source
 from ulfine_fast.cache.sources.rows import Row
 from ulfine_fast.cache.store import FeatureCache
@@ -60,9 +59,9 @@ class OffEncoder:
     def __getattr__(self, name):
         return getattr(self._encoder, name)
 
-    def encode_pictures(self, batch):
+    def encode_pixels(self, pixels):
         self._calls += 1
-        features = self._encoder.encode_pictures(batch)
+        features = self._encoder.encode_pixels(pixels)
         return self._change(features) if self._calls == self._call else features
 
 
@@ -114,8 +113,8 @@ def test_views_are_those_of_the_recipe(source, tiny_encoder, tmp_path):
     extract(source, tiny_encoder, tmp_path / "cache", views=recipe, dtype="float32", **SMALL)
     cache = FeatureCache.open(tmp_path / "cache")
     row, size = source.rows[4], tiny_encoder.spec.image_size
-    drawn = draw(source.read(row), row.id, recipe, image_size=size, mean=tiny_encoder.mean, std=tiny_encoder.std)
-    wanted = tiny_encoder.encode_pictures(drawn.pixels).numpy()  # (3, D)
+    drawn = draw(source.read(row), row.id, recipe, image_size=size)
+    wanted = tiny_encoder.encode_pixels(torch.from_numpy(drawn.pixels)).numpy()  # (3, D)
     assert np.allclose(cache.views("weak")[4], wanted[:2], atol=1e-5)
     assert np.allclose(cache.views("strong")[4], wanted[2:], atol=1e-5)
 
@@ -156,23 +155,6 @@ def test_twice_gives_the_same_bytes_and_readers_change_nothing(source, tiny_enco
     assert hdf5_bytes(tmp_path / "again") == undisturbed
 
 
-def test_a_pipe_serves_where_shared_memory_is_small(source, tiny_encoder, tmp_path, undisturbed, monkeypatch):
-    monkeypatch.setattr(reading, "_fits_shared_memory", lambda *_: False)
-    extract(source, tiny_encoder, tmp_path / "again", **{**SMALL, "workers": 1})
-    assert hdf5_bytes(tmp_path / "again") == undisturbed
-
-
-def test_shared_memory_is_measured(source, tiny_encoder, monkeypatch):
-    reader = reading.PictureReader.of(source, tiny_encoder, ViewRecipe())
-    usage = shutil.disk_usage("/")
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=100_000))
-    monkeypatch.setattr(os.path, "isdir", lambda _: True)
-    # 3 views of 3 x 16 x 16 float32 are 9216 bytes a picture, 3 batches a reader are under way.
-    assert reading._fits_shared_memory(reader, 2, workers=1)
-    assert not reading._fits_shared_memory(reader, 3, workers=1)
-    assert reading._fits_shared_memory(reader, 3, workers=0)
-
-
 def test_no_views_at_all(source, tiny_encoder, tmp_path):
     extract(source, tiny_encoder, tmp_path / "cache", views=ViewRecipe(weak=0, strong=0), **SMALL)
     cache = FeatureCache.open(tmp_path / "cache")
@@ -185,15 +167,15 @@ def test_no_views_at_all(source, tiny_encoder, tmp_path):
 
 def test_shards_never_cross_a_split():
     rows = [Row(str(k), 0, split, "", 1) for k, split in enumerate(["train"] * 5 + ["val"] * 2 + ["test"])]
-    plans = plan_shards(rows, 3)
+    plans = cut_rows(rows, 3)
     assert [(p.number, p.split, p.first_row, p.rows) for p in plans] == [
         (0, "train", 0, 3),
         (1, "train", 3, 2),
         (2, "val", 5, 2),
         (3, "test", 7, 1),
     ]
-    assert plans[0].batches(2) == [[0, 1], [2]]
-    assert plans[1].batches(64) == [[3, 4]]
+    assert batches_of(rows[:3], 2) == [rows[:2], rows[2:3]]
+    assert batches_of(rows[3:5], 64) == [rows[3:5]]
 
 
 # -- stopped and continued
@@ -273,17 +255,6 @@ def test_kill_9_and_continue_gives_the_same_bytes(
     assert extract(source, tiny_encoder, out, **SMALL).kept == len(done)
     assert hdf5_bytes(out) == undisturbed
     assert list(out.rglob("*.tmp")) == []
-
-
-def test_a_killed_reader_ends_in_one_sentence(source, tiny_encoder, tmp_path):
-    parent = os.getpid()
-
-    def die():
-        assert os.getpid() != parent
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    with pytest.raises(InputError, match=r"a reader process ended .* fewer --workers"):
-        extract(Tripwire(source, source.rows[6].id, die), tiny_encoder, tmp_path / "cache", **{**SMALL, "workers": 1})
 
 
 # -- what is found on resume
@@ -555,11 +526,11 @@ def test_an_empty_source_is_refused(source, tiny_encoder, tmp_path):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_feature_that_is_not_finite_names_the_picture(source, tiny_encoder, tmp_path, value):
-    # Two pictures with three views are encoded in three calls of two, the one left of the shard in two calls.
+    # A batch is one call, so the third one is that of the last two pictures of train.
     whole = OffEncoder(tiny_encoder, 1, lambda features: features.index_fill(0, torch.tensor([1]), value))
     with pytest.raises(InputError, match=r"not finite for the picture 'train/cat/000\.png'"):
         extract(source, whole, tmp_path / "cache", **SMALL)
-    later = OffEncoder(tiny_encoder, 8, lambda features: features.index_fill(0, torch.tensor([1]), value))
+    later = OffEncoder(tiny_encoder, 3, lambda features: features.index_fill(0, torch.tensor([4]), value))
     with pytest.raises(InputError, match=r"not finite for the picture 'train/dog/001\.png'"):
         extract(source, later, tmp_path / "cache", **SMALL)
     assert finished(tmp_path / "cache") == ["00000"]
@@ -631,7 +602,7 @@ def test_a_read_only_disk_is_named(source, tiny_encoder, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"dtype": "int8"}, "dtype must be float16 or float32, got 'int8'"),
+        ({"dtype": "int4"}, "dtype must be float16 or float32 or int8, got 'int4'"),
         ({"mode": "extend"}, "mode must be one of resume, overwrite, verify, got 'extend'"),
         ({"batch_size": 0}, "batch size must be at least 1, got 0"),
         ({"shard_size": -3}, "shard size must be at least 1, got -3"),
@@ -658,11 +629,3 @@ def test_a_bar_is_drawn_when_asked_for(source, tiny_encoder, tmp_path, capsys):
 def test_nothing_is_drawn_where_nobody_watches(source, tiny_encoder, tmp_path, capfd):
     extract(source, tiny_encoder, tmp_path / "cache", **SMALL)
     assert capfd.readouterr() == ("", "")
-
-
-def test_default_workers(monkeypatch):
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(12)), raising=False)
-    assert reading.default_workers(torch.device("cuda")) == 12
-    assert reading.default_workers(torch.device("cpu")) == 4
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0}, raising=False)
-    assert reading.default_workers(torch.device("cpu")) == 0

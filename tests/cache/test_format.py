@@ -86,6 +86,44 @@ def test_shards_read_by_the_page_alone(folder):
     assert ids == FeatureCache.open(folder).ids
 
 
+def test_bytes_and_tokens_read_by_the_page_alone(pictures, tiny_model, tmp_path):
+    """The same pictures as float32 and as int8 with tokens: the page says how one comes from the other."""
+    from ulfine_fast.cache.encoder import load_encoder
+
+    encoder = load_encoder(tiny_model, device="cpu", features="last-block")
+    for dtype in ("float32", "int8"):
+        extract(open_source(pictures), encoder, tmp_path / dtype, dtype=dtype, workers=0, shard_size=4)
+    manifest = json.loads((tmp_path / "int8/manifest.json").read_text())
+    assert (manifest["version"], manifest["dtype"], manifest["tokens"]) == (2, "int8", ["pre", "post"])
+    with h5py.File(tmp_path / "int8/text.h5") as text:
+        head = {name: text[name][()] for name in ("ln_post_weight", "ln_post_bias", "ln_post_eps", "projection")}
+    read = []
+    for path in sorted((tmp_path / "int8/shards").glob("*.h5")):
+        with h5py.File(path) as file, h5py.File(tmp_path / "float32/shards" / path.name) as exact:
+            file.visititems(lambda _, item: check_dataset(item))
+            codes, scales = file["plain"][:].astype(np.float64), file["plain_scale"][:]
+            assert np.abs(codes).max() == 127
+            assert np.allclose(scales, np.abs(exact["plain"][:]).max(-1) / 127, rtol=1e-3)
+            assert np.abs(codes * scales[..., None] - exact["plain"][:]).max() < 0.51 * scales.max()
+            views = 1 + sum(file[name].shape[1] for name in ("weak", "strong") if name in file)
+            assert file["tokens"].shape == (len(codes), views, 2, manifest["token_width"])
+            assert (file["tokens"].dtype, exact["tokens"].dtype) == (np.float16, np.float32)
+            post = exact["tokens"][:, 0, 1]  # (n, W)
+            centred = post - post.mean(-1, keepdims=True)
+            normed = centred / np.sqrt(post.var(-1, keepdims=True) + head["ln_post_eps"])
+            feature = (normed * head["ln_post_weight"] + head["ln_post_bias"]) @ head["projection"]
+            feature /= np.linalg.norm(feature, axis=-1, keepdims=True)
+            assert np.allclose(feature, exact["plain"][:, 0], atol=1e-4)
+            read.append(codes[:, 0] * scales)
+    assert np.allclose(np.concatenate(read), FeatureCache.open(tmp_path / "int8").plain, atol=1e-3)
+
+
+def test_the_page_names_what_bytes_and_tokens_add():
+    named = tables()
+    assert {"plain_scale", "weak_scale", "strong_scale"} <= set(named["One byte a number"])
+    assert "tokens" in named["Tokens"]
+
+
 def check_dataset(item):
     if isinstance(item, h5py.Dataset):
         assert item.attrs["sha256"] == checksum(item), item.name

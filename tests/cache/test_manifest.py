@@ -112,7 +112,7 @@ def test_a_folder_without_a_manifest_is_no_cache(tmp_path):
         ('{"format": "ulfine', "cannot be read"),
         ("[]", "no manifest of a feature cache"),
         ('{"format": "other"}', "no manifest of a feature cache"),
-        ('{"format": "ulfine-fast-cache", "version": 2}', "format version 2, this program reads 1"),
+        ('{"format": "ulfine-fast-cache", "version": 3}', "format version 3, this program reads 1 and 2"),
         ('{"format": "ulfine-fast-cache", "version": 1}', "incomplete .*model"),
     ],
 )
@@ -125,7 +125,7 @@ def test_a_damaged_manifest_says_what_is_wrong(tmp_path, text, message):
 @pytest.mark.parametrize(
     "change",
     [
-        {"dtype": "int8"},
+        {"dtype": "int4"},
         {"model": {"dim": "8"}},
         {"model": {}},
         {"source": {"rows": -1}},

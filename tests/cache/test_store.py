@@ -70,7 +70,9 @@ def test_opening_reads_no_features(folder, monkeypatch):
 def test_each_shard_is_read_once(folder, monkeypatch):
     seen = []
     real = store.read_shard
-    monkeypatch.setattr(store, "read_shard", lambda path, layout: (seen.append(path.name), real(path, layout))[1])
+    monkeypatch.setattr(
+        store, "read_shard", lambda path, *rest, **options: (seen.append(path.name), real(path, *rest, **options))[1]
+    )
     cache = FeatureCache.open(folder)
     for _ in range(2):
         assert len(cache.ids) == len(cache.plain) == len(cache.labels) == 11

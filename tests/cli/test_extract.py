@@ -93,7 +93,7 @@ def test_skipped_pictures_are_listed(pictures, model, tmp_path):
         (["--weak", "-1"], "weak must be at least 0, got -1"),
         (["--batch-size", "0"], "batch size must be at least 1, got 0"),
         (["--mode", "append"], "mode must be one of resume, overwrite, verify, got 'append'"),
-        (["--dtype", "int4"], "dtype must be float16 or float32, got 'int4'"),
+        (["--dtype", "int4"], "dtype must be float16 or float32 or int8, got 'int4'"),
         (["--max-skipped", "2"], "share from 0 to 1, got 2"),
         (["--precision", "int8"], "precision must be one of"),
         (["--prompts", "/nowhere.txt"], r"/nowhere\.txt"),
@@ -119,25 +119,29 @@ def test_other_settings_are_refused(pictures, model, tmp_path):
     assert FeatureCache.open(tmp_path / "cache").views("weak").shape[1] == 3
 
 
-# Stops inside the write of the second shard until the signal comes; everything else is the real command.
+# Stops at the features of the second shard until the signal comes; everything else is the real command.
 # A child of a shell's background job inherits that Ctrl-C is ignored; at a terminal it is not.
 CHILD = """
-import os, signal, sys, threading
+import signal, sys, threading
 signal.signal(signal.SIGINT, signal.default_int_handler)
 from pathlib import Path
+from ulfine_fast.cache import extract
 from ulfine_fast.cli.main import main
-reached, replace = Path(sys.argv.pop()), os.replace
-def halt(old, new):
-    if Path(new).name == "00001.h5":
+reached, note = Path(sys.argv.pop()), extract._Work._note_batch
+seen = []
+def halt(self, *rest):
+    seen.append(rest)
+    if len(seen) == 2:
         reached.touch()
         threading.Event().wait()
-    replace(old, new)
-os.replace = halt
+    note(self, *rest)
+extract._Work._note_batch = halt
 main()
 """
 
 
-def test_ctrl_c_says_how_to_continue(pictures, model, tmp_path):
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupt_says_how_to_continue(pictures, model, tmp_path, sent, code):
     out, reached = tmp_path / "cache", tmp_path / "reached"
     options = ["--out", out, "--model", model, "--workers", 2, "--device", "cpu"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -153,9 +157,9 @@ def test_ctrl_c_says_how_to_continue(pictures, model, tmp_path):
         with suppress(subprocess.TimeoutExpired):
             child.wait(timeout=0.02)
             pytest.fail(f"the command ended by itself: {child.communicate()[1]}")
-    os.killpg(child.pid, signal.SIGINT)  # as a terminal does: to the readers too
+    os.killpg(child.pid, sent)  # as a terminal or a queue does: to all of its processes
     stdout, stderr = child.communicate(timeout=120)
-    assert child.returncode == 130, stderr
+    assert child.returncode == code, stderr
     assert stdout == ""
     assert "stopped: 1 of 3 shards are finished" in stderr
     assert "run the same command again to continue" in stderr

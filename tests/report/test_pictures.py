@@ -1,13 +1,14 @@
 from __future__ import annotations
 
 import json
+import tarfile
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from ulfine_fast.cache.errors import InputError
-from ulfine_fast.cache.sources import open_source
+from ulfine_fast.cache.sources import TarSource, open_source
 from ulfine_fast.report.load import load_run
 from ulfine_fast.report.pictures import find_pictures
 
@@ -107,3 +108,27 @@ def test_one_cache_of_two_is_enough(tmp_path: Path) -> None:
     read, reason = find_pictures(runs)
     assert reason == ""
     assert read is not None
+
+
+def test_pictures_of_tar_files_are_found_by_opening_their_own_alone(tmp_path: Path, monkeypatch) -> None:
+    folder = draw_folder(tmp_path / "pictures")
+    (tmp_path / "tars").mkdir()
+    for name in ("class0", "class1"):
+        with tarfile.open(tmp_path / "tars" / f"{name}.tar", "w") as tar:
+            for path in sorted((folder / name).iterdir()):
+                tar.add(path, path.name)
+    source = TarSource(str(tmp_path / "tars"), class_names=[])
+    opened: list[str] = []
+    real = TarSource.open
+    monkeypatch.setattr(TarSource, "open", lambda self, part: (opened.append(part.name), real(self, part))[1])
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    told = {"format": "ulfine-fast-cache", "version": 2, "source": source.describe()}
+    (cache / "manifest.json").write_text(json.dumps(told))
+    read, _ = find_pictures([load_run(run_of(tmp_path / "run", cache))])
+    assert read is not None
+    assert read("class1/1").getpixel((0, 0)) == (0, 128, 0)
+    assert read("class1/3").getpixel((0, 0)) == (255, 255, 255)
+    assert opened == ["class1.tar"]
+    with pytest.raises(KeyError):
+        read("class1/9")

@@ -8,7 +8,7 @@ import pytest
 
 from tests.conftest import make_clusters
 from ulfine_fast import InputError, sweep
-from ulfine_fast.search import on_ray
+from ulfine_fast.cache import ray_cluster
 from ulfine_fast.search.ledger import open_storage
 from ulfine_fast.search.on_ray import RayWorkers
 
@@ -63,7 +63,7 @@ def test_a_pass_of_a_killed_node_is_redone_by_the_other(cluster, tmp_path):
 def test_a_cluster_that_is_not_there(monkeypatch, clusters, tmp_path):
     pytest.importorskip("ray", reason="Ray is not installed (extra ray)")
     monkeypatch.setenv("RAY_ADDRESS", "")
-    monkeypatch.setattr(on_ray, "_ray", lambda: Unreachable())
+    monkeypatch.setattr(ray_cluster, "_ray", lambda: Unreachable())
     with pytest.raises(InputError, match=r"cannot reach Ray at .auto. .nobody answers.; start it with `ray start`"):
         sweep(clusters, out=tmp_path / "sweep", trials=2, ray=RayWorkers("auto"))
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from ulfine_fast.config import FitConfig
 from ulfine_fast.features import DeviceFeatures
-from ulfine_fast.heads import Tensors
+from ulfine_fast.heads import Tensors, frozen_end, new_adapter
 from ulfine_fast.ops.losses import PseudoLabels
 
 if TYPE_CHECKING:
@@ -27,6 +28,8 @@ class Trials:
         seeds: int64 (T,).
         prototypes: unit textual prototypes each trial starts from (T, K, D).
         log_prior: log class frequencies of the labelled training pictures (T, K).
+        head: what the encoder does to its class token last, see :func:`ulfine_fast.heads.frozen_end`; of no trial
+            alone, and empty where features are read.
     """
 
     config: FitConfig
@@ -34,12 +37,30 @@ class Trials:
     seeds: Tensor
     prototypes: Tensor
     log_prior: Tensor
+    head: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def at(self, index: Tensor | slice) -> Trials:
+        """The trials at these places alone."""
+        return replace(
+            self,
+            values={name: value[index] for name, value in self.values.items()},
+            seeds=self.seeds[index],
+            prototypes=self.prototypes[index],
+            log_prior=self.log_prior[index],
+        )
 
     def part(self, start: int, stop: int) -> Trials:
         """Trials [start, stop) alone, sharing memory with these."""
-        values = {name: value[start:stop] for name, value in self.values.items()}
-        rest = (tensor[start:stop] for tensor in (self.seeds, self.prototypes, self.log_prior))
-        return Trials(self.config, values, *rest)
+        return self.at(slice(start, stop))
+
+    def adapter(self) -> tuple[Tensors, Tensors]:
+        """A new adapter of the configured kind: what it learns, and what of the encoder it needs; both may be empty."""
+        if self.config.adapter == "none":
+            return {}, {}
+        seeds, ranks = self.seeds, self.values["rank"]
+        if not self.config.reads_tokens:
+            return new_adapter(seeds, self.prototypes.shape[-1], ranks), {}
+        return new_adapter(seeds, len(self.head["projection"]), ranks), frozen_end(self.head, len(seeds))
 
 
 class Batch(NamedTuple):
@@ -139,12 +160,14 @@ class Method(Protocol):
         uses_unlabeled: whether unlabelled pictures are drawn into mini-batches.
         uses_pool: whether :meth:`refresh` is called.
         thresholds: whether pseudo-labels count only over `threshold`; False where all of them train, by weight.
+        takes_tokens: whether features are touched through the adapter alone, so that it may sit in the encoder.
     """
 
     trains: bool = True
     uses_unlabeled: bool = True
     uses_pool: bool = False
     thresholds: bool = True
+    takes_tokens: bool = False
 
     def start(self, trials: Trials) -> State:
         """Tensors before the first step; "linear" or "prototypes" (T, K, D) is always among them."""

@@ -30,7 +30,7 @@ class CCL(FixMatch):
         prior = trials.log_prior.exp()
         even = torch.full_like(prior, 1.0 / prior.shape[1])
         size = trials.config.batch_unlabeled
-        state.memory = {"hidden": size * even, "all": size * prior}
+        state.memory |= {"hidden": size * even, "all": size * prior}
         return state
 
     def losses(self, trials: Trials, state: State, batch: Batch) -> Losses:

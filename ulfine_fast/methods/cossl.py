@@ -25,6 +25,9 @@ _AVERAGED = "averaged."
 class CoSSL(FixMatch):
     """FixMatch whose teacher is a balanced head on averaged features; that head's own average predicts."""
 
+    # the averaged adapter would need the encoder's frozen end beside it
+    takes_tokens = False
+
     def start(self, trials: Trials) -> State:
         """Two heads (T, K, D) at the textual prototypes, adapter; averages of head two and adapter; the step (T,)."""
         state = super().start(trials)

@@ -30,7 +30,7 @@ class CReSTPlus(FixMatch):
         """Adapter and head; mean guess (T, K), uniform, and the share of the steps done (T,)."""
         state = super().start(trials)
         even = torch.full_like(trials.log_prior, 1.0 / trials.log_prior.shape[1])
-        state.memory = {"shares": even, "done": torch.zeros_like(trials.values["tau"])}
+        state.memory |= {"shares": even, "done": torch.zeros_like(trials.values["tau"])}
         return state
 
     def guess(self, trials: Trials, state: State, batch: Batch) -> PseudoLabels:

@@ -31,7 +31,7 @@ class DASO(FixMatch):
     def start(self, trials: Trials) -> State:
         """Adapter and head; the guesses' distribution (T, K), class means (T, K, D), and which classes have one."""
         state = super().start(trials)
-        state.memory = {
+        state.memory |= {
             "guessed": trials.log_prior.exp(),
             "visual": torch.zeros_like(trials.prototypes),
             "seen": torch.zeros_like(trials.log_prior, dtype=torch.bool),

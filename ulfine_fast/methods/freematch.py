@@ -25,7 +25,7 @@ class FreeMatch(FixMatch):
         """Adapter and head; mean confidence (T,), class shares and histogram of guesses (T, K), all at 1 / K."""
         state = super().start(trials)
         even = torch.full_like(trials.log_prior, 1.0 / trials.log_prior.shape[1])
-        state.memory = {"confidence": even[:, 0].clone(), "shares": even.clone(), "histogram": even.clone()}
+        state.memory |= {"confidence": even[:, 0].clone(), "shares": even.clone(), "histogram": even.clone()}
         return state
 
     def guess(self, trials: Trials, state: State, batch: Batch) -> PseudoLabels:

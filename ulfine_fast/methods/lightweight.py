@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ulfine_fast.fused import FusedStep
-from ulfine_fast.heads import Tensors, adapt, cosine_logits, new_adapter
+from ulfine_fast.heads import Tensors, adapt, cosine_logits
 from ulfine_fast.methods import Batch, Losses, Method, State, Trials
 from ulfine_fast.ops.losses import adjusted_cross_entropy, masked_mean, pseudo_labels
 
@@ -16,13 +16,12 @@ class Lightweight(Method):
 
     trains = True
     uses_unlabeled = True
+    takes_tokens = True
 
     def start(self, trials: Trials) -> State:
         """A linear head (T, K, D) at the textual prototypes and, unless switched off, an adapter."""
-        adapter = {}
-        if trials.config.adapter == "residual":
-            adapter = new_adapter(trials.seeds, trials.prototypes.shape[-1], trials.values["rank"])
-        return State({"linear": trials.prototypes.clone(), **adapter})
+        adapter, frozen = trials.adapter()
+        return State({"linear": trials.prototypes.clone(), **adapter}, frozen)
 
     def losses(self, trials: Trials, state: State, batch: Batch) -> Losses:
         """CE(z + tau log pi, y) + lambda_u CE(z(strong), argmax z(weak)) where the weak view is sure enough."""

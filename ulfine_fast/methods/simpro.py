@@ -27,7 +27,7 @@ class SimPro(FixMatch):
         """Adapter and head; counts a step (T, K) of unlabelled pictures, uniform, and of all, as in the labels."""
         state, config = super().start(trials), trials.config
         even = torch.full_like(trials.log_prior, 1.0 / trials.log_prior.shape[1])
-        state.memory = {
+        state.memory |= {
             "hidden": config.batch_unlabeled * even,
             "all": config.batch_labeled * trials.log_prior.exp(),
         }

@@ -26,7 +26,7 @@ class SoftMatch(FixMatch):
         """Adapter and head; mean 1 / K and variance 1 of the confidence (T,), class shares 1 / K (T, K)."""
         state = super().start(trials)
         even = torch.full_like(trials.log_prior, 1.0 / trials.log_prior.shape[1])
-        state.memory = {"mean": even[:, 0].clone(), "variance": torch.ones_like(even[:, 0]), "shares": even}
+        state.memory |= {"mean": even[:, 0].clone(), "variance": torch.ones_like(even[:, 0]), "shares": even}
         return state
 
     def guess(self, trials: Trials, state: State, batch: Batch) -> PseudoLabels:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ulfine_fast.fused import FusedStep
-from ulfine_fast.heads import Tensors, adapt, cosine_logits, new_adapter
+from ulfine_fast.heads import Tensors, adapt, cosine_logits
 from ulfine_fast.methods import Batch, Losses, Method, State, Trials
 from ulfine_fast.methods.ulfine_fused import FusedULFine
 from ulfine_fast.ops.fusion import fuse
@@ -29,15 +29,15 @@ class ULFine(Method):
 
     trains = True
     uses_unlabeled = True
+    takes_tokens = True
 
     def start(self, trials: Trials) -> State:
         """Both heads (T, K, D) at the textual prototypes; P (T, K) uniform; visual prototypes (T, K, D) unseen."""
         prototypes, config = trials.prototypes, trials.config
-        adapter = {}
-        if config.adapter == "residual":
-            adapter = new_adapter(trials.seeds, prototypes.shape[-1], trials.values["rank"])
+        adapter, frozen = trials.adapter()
         parameters = {"linear": prototypes.clone(), **adapter}
         memory = {
+            **frozen,
             "visual": torch.zeros_like(prototypes),
             "seen": torch.zeros(prototypes.shape[:2], dtype=torch.bool, device=prototypes.device),
             "prior": torch.full_like(trials.log_prior, 1.0 / prototypes.shape[1]),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,9 @@ from ulfine_fast.cache.errors import InputError
 from ulfine_fast.report.load import RunFiles
 
 if TYPE_CHECKING:
-    from ulfine_fast.cache.sources import Source
+    from ulfine_fast.cache.sources import Row, Source, StreamedSource
+
+_PART_ROWS = 1024  # rows opened together to find a picture of a stream
 
 
 def find_pictures(
@@ -57,17 +59,47 @@ def _described(cache: str | None) -> dict[str, Any]:
         raise InputError(f"{file} is cut or not a cache's manifest") from error
 
 
-def _reader(sources: Iterable[Source]) -> Callable[[str], Image.Image]:
+def _reader(sources: Sequence[Source]) -> Callable[[str], Image.Image]:
+    from ulfine_fast.cache.planning import is_listed
     from ulfine_fast.cache.sources import UnreadablePicture
 
-    rows = {row.id: (source, row) for source in sources for row in source.rows}
+    listed = [source for source in sources if is_listed(source)]
+    rows = {row.id: (source, row) for source in listed for row in source.rows}
+    streamed = [_Streamed(source) for source in sources if not is_listed(source)]
 
     def read(row_id: str) -> Image.Image:
         """The picture of one row id."""
-        source, row = rows[row_id]
+        found: tuple[Source, Row] | None = rows.get(row_id)
+        for one in streamed if found is None else ():
+            found = found or one.find(row_id)
+        if found is None:
+            raise KeyError(row_id)
+        source, row = found
         try:
             return source.read(row)
         except UnreadablePicture as error:
             raise OSError(str(error)) from error
 
     return read
+
+
+class _Streamed:
+    """Rows of a stream by id: a part is opened when the first of its pictures is asked for, and stays open."""
+
+    def __init__(self, source: StreamedSource) -> None:
+        self.source = source
+        # of the shard size only the cut of long files depends, and pictures are found whatever that is
+        self.parts = source.plan(_PART_ROWS)
+        self.rows: dict[int, dict[str, Row]] = {}
+
+    def find(self, row_id: str) -> tuple[Source, Row] | None:
+        """The row, None where no part has it."""
+        for part in self.parts:
+            if not row_id.startswith(part.name.partition("#")[0].rpartition(".")[0] or part.split):
+                continue
+            if part.number not in self.rows:
+                self.rows[part.number] = {row.id: row for row in self.source.open(part)}
+            found = self.rows[part.number].get(row_id)
+            if found is not None:
+                return self.source, found
+        return None

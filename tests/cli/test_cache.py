@@ -1,0 +1,127 @@
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from tests.cache.caches import write_named_cache
+from tests.cache.samples import write_pictures, write_tiny_model
+from ulfine_fast.cache.store import FeatureCache
+from ulfine_fast.cli.main import app
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return write_tiny_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def two(tmp_path):
+    write_named_cache(tmp_path / "pets", ["cat", "dog"])
+    write_named_cache(tmp_path / "zoo", ["emu", "dog"])
+    return tmp_path / "pets", tmp_path / "zoo"
+
+
+def run(*arguments, code=0):
+    """Runs a command; stdout where it must work, the sentence on stderr where it must not."""
+    result = CliRunner().invoke(app, [str(one) for one in arguments], catch_exceptions=False)
+    assert result.exit_code == code, result.output
+    return result.stdout if code == 0 else result.stderr
+
+
+# -- merge
+
+
+def test_merge_says_what_it_made(two, tmp_path):
+    shown = run("cache", "merge", *two, "--out", tmp_path / "all")
+    assert shown.strip() == f"{tmp_path / 'all'}: 24 pictures of 3 classes in 8 shards"
+    found = json.loads(run("cache", "merge", *two, "-o", tmp_path / "all", "--json"))
+    assert (found["pictures"], found["kept"], found["out"]) == (24, 8, str(tmp_path / "all"))
+    assert "8 of them finished before and kept" in run("cache", "merge", *two, "-o", tmp_path / "all")
+
+
+def test_merge_with_prefixes(two, tmp_path):
+    run("cache", "merge", *two, "--out", tmp_path / "all", "--prefix")
+    assert FeatureCache.open(tmp_path / "all").ids[0] == "pets/pets/train/0-0"
+
+
+def test_merge_ends_in_one_sentence(two, tmp_path):
+    assert "at least two caches" in run("cache", "merge", two[0], "--out", tmp_path / "all", code=2)
+    said = run("cache", "merge", *two, tmp_path / "nowhere", "--out", tmp_path / "all", code=2)
+    assert said.startswith("error: ")
+    assert said.count("\n") == 1
+
+
+# -- there and back
+
+
+@pytest.mark.parametrize(("to", "files"), [("clip-retrieval", 5), ("npy", 8)])
+def test_out_and_back(two, tmp_path, to, files):
+    assert f"12 rows, {files} files written" in run("cache", "export", two[0], "--out", tmp_path / "out", "--to", to)
+    assert json.loads(run("cache", "export", two[0], "--out", tmp_path / "out", "--to", to, "--json"))["rows"] == 12
+    shown = run("cache", "import", tmp_path / "out", "--out", tmp_path / "back", "--shard-size", 2)
+    assert "12 pictures of 2 classes in 7 shards" in shown
+    before, after = FeatureCache.open(two[0]), FeatureCache.open(tmp_path / "back")
+    assert np.array_equal(before.plain, after.plain)
+    assert before.labels.tolist() == after.labels.tolist()
+
+
+def test_import_with_a_model_for_the_texts(tmp_path, model):
+    np.save(tmp_path / "features.npy", np.random.default_rng(0).standard_normal((6, 8)))
+    (tmp_path / "names.txt").write_text("cat\nbig dog\n")
+    (tmp_path / "prompts.txt").write_text("a {}.\n{}\n")
+    options = ["--model", model, "--device", "cpu", "--class-names", tmp_path / "names.txt", "--split", "test"]
+    options += ["--prompts", tmp_path / "prompts.txt", "--dtype", "float16", "--logit-scale", 20]
+    shown = run("cache", "import", tmp_path / "features.npy", "--out", tmp_path / "cache", *options)
+    assert "6 rows had another length than 1 and got it" in shown
+    cache = FeatureCache.open(tmp_path / "cache")
+    assert (cache.class_names, set(cache.splits), cache.logit_scale) == (["cat", "big dog"], {"test"}, 20.0)
+    assert cache.manifest is not None
+    assert (cache.manifest.prompts, cache.manifest.dtype) == (["a {}.", "{}"], "float16")
+    assert cache.manifest.model["name"] == model
+
+
+def test_a_model_named_beside_text_features_is_not_loaded(tmp_path):
+    np.savez(tmp_path / "all.npz", features=np.eye(4), labels=np.array([0, 1, 1, -1]), class_names=np.array(["a", "b"]))
+    np.save(tmp_path / "text.npy", np.eye(2, 4))
+    options = ["--text-features", tmp_path / "text.npy", "--model", "no such model", "--json"]
+    found = json.loads(run("cache", "import", tmp_path / "all.npz", "--out", tmp_path / "cache", *options))
+    assert (found["pictures"], found["classes"], found["normalised"]) == (4, 2, 0)
+    manifest = FeatureCache.open(tmp_path / "cache").manifest
+    assert manifest is not None
+    assert (manifest.model["name"], manifest.model["sha256"]) == ("no such model", "")
+
+
+def test_a_wrong_path_loads_no_model(tmp_path):
+    said = run("cache", "import", tmp_path / "x.npz", "--out", tmp_path / "cache", "--model", "no such model", code=2)
+    assert "no such folder or file" in said
+    said = run("cache", "import", tmp_path, "--out", tmp_path / "cache", "--id-column", "key", code=2)
+    assert "leave out the names of columns" in said
+
+
+# -- extract --append
+
+
+def test_append_takes_everything_from_the_cache(tmp_path, model):
+    pictures = write_pictures(tmp_path / "pictures", {"train/cat": 2, "train/dog": 1})
+    settings = ["--model", model, "--weak", 2, "--strong", 0, "--batch-size", 2, "--shard-size", 2]
+    run("extract", pictures, "--out", tmp_path / "cache", "--device", "cpu", "--workers", 0, *settings)
+    write_pictures(tmp_path / "more", {"train/emu": 2, "train/cat": 3})
+    place = [tmp_path / "more", "--out", tmp_path / "cache", "--append", "--device", "cpu", "--workers", 0]
+    shown = run("extract", *place)
+    assert "6 pictures in 4 shards" in shown
+    assert "3 pictures encoded" in shown
+    assert "2 pictures were there already and stay as they are\n1 new classes" in shown
+    found = json.loads(run("extract", *place, "--json"))
+    assert (found["encoded"], found["known"], found["classes"]) == (0, 5, 0)
+    cache = FeatureCache.open(tmp_path / "cache")
+    assert (cache.class_names, cache.views("weak").shape) == (["cat", "dog", "emu"], (6, 2, 8))
+
+
+def test_append_leaves_settings_to_the_cache(two):
+    said = run("extract", "pictures", "--out", two[0], "--append", "--batch-size", 8, code=2)
+    assert "--append takes everything from the cache; leave out --batch-size" in said
+    said = run("extract", "pictures", "--out", two[0] / "shards", "--append", code=2)
+    assert "is not a feature cache" in said

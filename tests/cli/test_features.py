@@ -1,0 +1,64 @@
+"""What a cache stores beside features, by the commands: extract, inspect, fit, eval and predict."""
+
+from __future__ import annotations
+
+import csv
+
+import pytest
+
+from tests.cache.samples import write_pictures, write_tiny_model
+from tests.cli.test_bad_input import run
+from ulfine_fast.cache.store import FeatureCache
+
+OPTIONS = ["--method", "lightweight", "--steps", 10, "--eval-every", 10]
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    counts = {"train/cat": 8, "train/dog": 6, "test/cat": 2, "test/dog": 2}
+    return write_pictures(tmp_path_factory.mktemp("pictures"), counts)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return write_tiny_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def cache(pictures, model, tmp_path_factory):
+    """Features as bytes, and the last block's tokens."""
+    out = tmp_path_factory.mktemp("cache") / "features"
+    done = run("extract", pictures, "-o", out, "--model", model, "--features", "last-block", "--dtype", "int8")
+    assert done.exit_code == 0, done.output
+    return out
+
+
+def test_inspect_tells_type_and_tokens(cache):
+    assert "8 x int8, tokens pre and post" in run("inspect", cache).output
+    assert FeatureCache.open(cache).summary()["tokens"] == ["pre", "post"]
+
+
+def test_an_adapter_in_the_encoder_from_pictures_to_predictions(cache, pictures, tmp_path):
+    fitted = run("fit", cache, "--out", tmp_path / "run", "--adapter", "adaptformer", *OPTIONS)
+    assert fitted.exit_code == 0, fitted.output
+    judged = run("eval", tmp_path / "run", "--json")
+    assert judged.exit_code == 0, judged.output
+    done = run("predict", tmp_path / "run", pictures / "test", "--out", tmp_path / "found.csv")
+    assert done.exit_code == 0, done.output
+    with (tmp_path / "found.csv").open(newline="") as file:
+        assert [row["id"] for row in csv.DictReader(file)] == [
+            f"{name}/{n:03d}.png" for name in ("cat", "dog") for n in (0, 1)
+        ]
+
+
+def test_refusals(cache, pictures, model, tmp_path):
+    told = run("fit", cache, "--out", tmp_path / "run", "--adapter", "adaptformer", "--method", "linear_probe")
+    assert told.exit_code == 2
+    assert "method linear_probe takes no adapter adaptformer" in told.output
+    told = run("extract", pictures, "-o", tmp_path / "c", "--model", model, "--features", "cls")
+    assert told.exit_code == 2
+    assert "features must be one of projected, pre-projection, last-block" in told.output
+    assert not (tmp_path / "c").exists()
+    told = run("extract", pictures, "-o", cache, "--model", model, "--dtype", "int8")
+    assert told.exit_code == 2
+    assert "tokens" in told.output
