@@ -12,11 +12,12 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
 from ulfine_fast._version import __version__
+from ulfine_fast.cache import lock
 from ulfine_fast.cache.atomic import write_atomically, write_error
 from ulfine_fast.cache.contents import finished
 from ulfine_fast.cache.errors import CacheMismatch, InputError
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
 
     from ulfine_fast.cache.encoder import Encoder
     from ulfine_fast.cache.encoding import Done
-    from ulfine_fast.cache.sources.rows import Source
+    from ulfine_fast.cache.sources.rows import Source, StreamedSource
 
 PENDING = "manifest.append.json"
 
@@ -79,12 +80,20 @@ def append(
         engine: see `extract`.
 
     Raises:
-        InputError: no finished cache, another append that is unfinished; and what `extract`
-            raises.
+        InputError: no finished cache, one that another process writes to, another append that is unfinished; and what
+            `extract` raises.
         CacheMismatch: the encoder is not the one that made the cache.
         KeyboardInterrupt: Ctrl-C; the same call continues.
     """
     out = Path(cache)
+    Manifest.read(out)  # before the lock, which would make a folder of a mistyped name
+    with lock.writer(out):
+        return _append(source, encoder, out, workers, progress, engine or extract_parts)
+
+
+def _append(
+    source: Source, encoder: Encoder, out: Path, workers: int | None, progress: bool | None, engine: Engine
+) -> AppendSummary:
     _drop_finished(out)
     before = Manifest.read(out)
     records = read_records(out, before)
@@ -96,7 +105,7 @@ def append(
         return _summary(out, records, addition)
     _note_pending(out, after, len(records))
     work = _Work(Job(addition, recipe, out, after), encoder, addition.parts, records)
-    seconds = work.run(engine or extract_parts, workers, progress)
+    seconds = work.run(engine, workers, progress)
     _write_new_text(out, before, after, encoder)
     # The one step in which readers change over; killed before it, nothing has happened for them.
     after.write(out)
@@ -142,12 +151,12 @@ class _Addition:
         inner = self._inner[part.number]
         if is_listed(self.source):
             return self._slice(inner)
-        return self._new(self.source.open(inner))
+        return self._new(_stream(self.source).open(inner))
 
     def close(self, part: Part) -> None:
         """Lets go of a part."""
         if not is_listed(self.source):
-            self.source.close(self._inner[part.number])
+            _stream(self.source).close(self._inner[part.number])
 
     def read(self, row: Row) -> Image.Image:
         """The picture of `row` as RGB; raises UnreadablePicture."""
@@ -169,9 +178,10 @@ class _Addition:
                 yield part, self._slice(part)
             return
         # Every part is opened here and once more for its pictures: only so is it known which rows are new.
-        for part in self.source.plan(shard_size):
-            rows = self._counted(self.source.open(part))
-            self.source.close(part)
+        stream = _stream(self.source)
+        for part in stream.plan(shard_size):
+            rows = self._counted(stream.open(part))
+            stream.close(part)
             if rows:
                 yield part, rows
 
@@ -189,6 +199,11 @@ class _Addition:
     def _new(self, rows: Sequence[Row]) -> list[Row]:
         known = self._known.holds([row.id for row in rows])
         return [replace(row, label=self._labels[row.label]) for row, old in zip(rows, known, strict=True) if not old]
+
+
+def _stream(source: Source) -> StreamedSource:
+    """The source, which has no list of rows."""
+    return cast("StreamedSource", source)
 
 
 def _known_ids(out: Path, records: Sequence[ShardRecord]) -> KnownIds:

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ulfine_fast.cache import lock
 from ulfine_fast.cache import manifest as manifests
 from ulfine_fast.cache.atomic import make_folder
 from ulfine_fast.cache.contents import finished, refuse_strange_folder
@@ -73,12 +74,20 @@ def assemble(
         progress: whether to draw a bar on stderr; by default where that is a terminal.
 
     Raises:
-        InputError: a folder that holds something else, or a file system that refuses; and what `make` raises.
+        InputError: a folder that holds something else or that another process writes to, or a file system that
+            refuses; and what `make` raises.
         CacheMismatch: the folder holds another cache.
         KeyboardInterrupt: Ctrl-C; its text says what is finished and how to continue.
     """
+    refuse_strange_folder(out)
+    with lock.writer(out):
+        _prepare(out, manifest, text)
+        return _fill(out, manifest, pieces, progress)
+
+
+def _fill(out: Path, manifest: Manifest, pieces: Sequence[Piece], progress: bool | None) -> Assembled:
+    """Writes the shards that are missing."""
     started = time.perf_counter()
-    _prepare(out, manifest, text)
     records = {p.part.number: record for p in pieces if (record := finished(out, p.part)) is not None}
     kept = len(records)
     try:
@@ -98,7 +107,6 @@ def assemble(
 
 def _prepare(out: Path, manifest: Manifest, text: TextFeatures) -> None:
     """Leaves `out` with this manifest and text, and nothing of another cache."""
-    refuse_strange_folder(out)
     make_folder(out / "shards")
     if (out / manifests.NAME).exists():
         _refuse_other(out, manifest)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ulfine_fast.cache import lock
 from ulfine_fast.cache import manifest as manifests
 from ulfine_fast.cache.atomic import write_error
 from ulfine_fast.cache.errors import InputError
@@ -46,4 +47,4 @@ def _is_beginning(path: Path) -> bool:
     """Whether a run killed at its very first write may have left this behind."""
     if path.name == "shards":
         return path.is_dir() and not any(path.iterdir())
-    return path.name == manifests.NAME + ".tmp"
+    return path.name in (manifests.NAME + ".tmp", *lock.FILES)

@@ -21,6 +21,7 @@ from ulfine_fast.cache import lock
 from ulfine_fast.cache import manifest as manifests
 from ulfine_fast.cache import text as texts
 from ulfine_fast.cache.atomic import make_folder, write_error
+from ulfine_fast.cache.contents import finished, recorded, refuse_strange_folder
 from ulfine_fast.cache.encoding import Done, encoded
 from ulfine_fast.cache.errors import InputError
 from ulfine_fast.cache.manifest import DTYPES, Manifest
@@ -36,7 +37,7 @@ from ulfine_fast.cache.planning import (
 from ulfine_fast.cache.progress import progress_bar
 from ulfine_fast.cache.prompts import DEFAULT_PROMPTS, fill_prompts
 from ulfine_fast.cache.reading import PictureReader
-from ulfine_fast.cache.shard import ShardRecord, is_intact, shard_path, verify_shard
+from ulfine_fast.cache.shard import ShardRecord, shard_path, verify_shard
 from ulfine_fast.cache.views import ViewRecipe
 from ulfine_fast.cache.writing import OpenPart, ShardWriter
 
@@ -145,7 +146,7 @@ def extract(
     # Everything up to here reads no picture and writes nothing, so that bad input costs a moment.
     if mode == "verify":
         return _verify(Path(out), wanted, parts)
-    _refuse_strange_folder(Path(out))
+    refuse_strange_folder(Path(out))
     with lock.writer(Path(out)):
         _prepare_folder(Path(out), wanted, encoder, mode)
         job = Job(source, recipe, Path(out), wanted)
@@ -274,7 +275,7 @@ class _Work:
 
     def __init__(self, job: Job, encoder: Encoder, parts: Sequence[Part], engine: Engine) -> None:
         self.job, self.encoder, self.parts, self.engine = job, encoder, parts, engine
-        self.records = {p.number: record for p in parts if (record := _finished(job.out, p)) is not None}
+        self.records = {p.number: record for p in parts if (record := finished(job.out, p)) is not None}
         self.kept = len(self.records)
         self.skipped = [one for record in self.records.values() for one in record.skipped]
         self.rows_seen = sum(record.rows_read for record in self.records.values())
@@ -357,21 +358,6 @@ class _Work:
         )
 
 
-def _finished(out: Path, part: Part) -> ShardRecord | None:
-    """The record of a shard that is there, whole, and what the plan says; None where it must be extracted."""
-    record = _recorded(out, part)
-    return record if record is not None and is_intact(shard_path(out, part.number), record) else None
-
-
-def _recorded(out: Path, part: Part) -> ShardRecord | None:
-    """The record of a shard that covers what the plan says; its file is not looked at."""
-    try:
-        record = ShardRecord.read(shard_path(out, part.number).with_suffix(".json"))
-    except InputError:  # absent or cut: either way the shard does not count
-        return None
-    return record if record.covers(part) else None
-
-
 def _prepare_folder(out: Path, wanted: Manifest, encoder: Encoder, mode: str) -> None:
     """Leaves `out` with this manifest and its text features, and nothing of another cache."""
     make_folder(out / "shards")
@@ -388,25 +374,6 @@ def _prepare_folder(out: Path, wanted: Manifest, encoder: Encoder, mode: str) ->
         texts.read_text(out, wanted)
     except InputError:
         texts.write_text(out, texts.encode_classes(encoder, fill_prompts(wanted.class_names, wanted.prompts)))
-
-
-def _refuse_strange_folder(out: Path) -> None:
-    """Nothing is ever written into, or deleted from, a folder that holds something else."""
-    try:
-        if out.exists() and not out.is_dir():
-            raise InputError(f"{out} is a file; choose a folder for the cache")
-        others = sorted(path.name for path in out.iterdir() if not _is_beginning(path)) if out.exists() else []
-        if others and not manifests.is_cache(out):
-            raise InputError(f"{out} holds other files ({others[0]}) and no cache; choose a new or empty folder")
-    except OSError as error:
-        raise write_error(out, error) from error
-
-
-def _is_beginning(path: Path) -> bool:
-    """Whether a run killed at its very first write may have left this behind."""
-    if path.name == "shards":
-        return path.is_dir() and not any(path.iterdir())
-    return path.name in (manifests.NAME + ".tmp", *lock.FILES)
 
 
 def _remove_features(out: Path) -> None:
@@ -430,7 +397,7 @@ def _verify(out: Path, wanted: Manifest, parts: Sequence[Part]) -> ExtractSummar
         problems.append(str(error))
     for part in parts:
         problems += verify_shard(shard_path(out, part.number), found.layout(part.split))[1]
-    records = [record for part in parts if (record := _recorded(out, part)) is not None]
+    records = [record for part in parts if (record := recorded(out, part)) is not None]
     if not problems and len(records) < len(parts):  # what a missing record would say of the rows is no news
         there = {record.shard for record in records}
         problems += [f"shard {p.number:05d} covers other rows" for p in parts if p.number not in there]

@@ -384,12 +384,13 @@ class _Rows:
             scale=np.zeros((n, drawn), np.float32),
             flip=np.zeros((n, drawn), np.uint8),
             view_seed=self.manifest.views["seed"],
+            quantized=self.manifest.dtype == "int8",
         )
 
     def _views(self, views: NDArray[Any] | None, rows: NDArray[np.int64], ids: list[str]) -> NDArray[Any]:
         """(n, V, D), V = 0 where there are none."""
         if views is None:
-            return np.empty((len(rows), 0, self.found.dim), self.manifest.dtype)
+            return np.empty((len(rows), 0, self.found.dim), self.manifest.layout("train").array_dtype)
         every_row = len(views) == len(self.found.labels)
         places = rows if every_row else np.searchsorted(self.found.view_rows, rows)
         return self._checked(views[places], ids)
@@ -397,7 +398,7 @@ class _Rows:
     def _checked(self, features: NDArray[Any], ids: list[str]) -> NDArray[Any]:
         unit, changed = _unit(features, lambda row: f"features of {ids[row]!r}")
         self.normalised += changed
-        return unit.astype(self.manifest.dtype)
+        return unit.astype(self.manifest.layout("train").array_dtype)
 
 
 def _unit(features: NDArray[Any], what: Callable[[int], str]) -> tuple[NDArray[Any], int]:

@@ -21,15 +21,21 @@ def inspect(
 
     from ulfine_fast.cache.errors import InputError
     from ulfine_fast.cache.store import FeatureCache
+    from ulfine_fast.neighbors import leakage
 
-    summary = FeatureCache.open(cache).summary()
+    opened = FeatureCache.open(cache)
+    summary = opened.summary()
+    # a damaged cache has nothing to compare
+    warning = None if summary["problems"] else leakage(opened)
     if as_json:
-        typer.echo(json.dumps(summary))
+        typer.echo(json.dumps({**summary, "leakage": warning}))
     else:
         console = Console()
         for table in (_about(summary), _counts(summary), *_skipped(summary)):
             console.print(table)
         console.print("check: every checksum, shape and value is right" if not summary["problems"] else "check: failed")
+        if warning is not None:
+            console.print(f"warning: {warning}", style="yellow", markup=False, soft_wrap=True)
     problems = summary["problems"]
     if problems:
         raise InputError(f"{cache} has {len(problems)} problem{'s' * (len(problems) > 1)}: {'; '.join(problems)}")

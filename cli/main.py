@@ -19,6 +19,7 @@ from ulfine_fast.cli.eval import evaluate
 from ulfine_fast.cli.extract import extract
 from ulfine_fast.cli.fit import fit
 from ulfine_fast.cli.inspect import inspect
+from ulfine_fast.cli.neighbors import neighbors
 from ulfine_fast.cli.predict import predict
 from ulfine_fast.cli.report import report
 from ulfine_fast.cli.sweep import sweep
@@ -93,6 +94,7 @@ def _about(
 _COMMANDS: dict[str, Callable[..., Any]] = {
     "extract": extract,
     "inspect": inspect,
+    "neighbors": neighbors,
     "fit": fit,
     "sweep": sweep,
     "eval": evaluate,

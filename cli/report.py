@@ -22,13 +22,14 @@ def report(
     as_json: Annotated[bool, typer.Option("--json", help="Print what was written as JSON.")] = False,
 ) -> None:
     """Write one self-contained HTML page about runs: tables, charts, confusion, pictures."""
+    from ulfine_fast.report.leakage import find_leakage
     from ulfine_fast.report.load import load_runs
     from ulfine_fast.report.page import render_page, write_page
     from ulfine_fast.report.pictures import find_pictures
 
     loaded = load_runs(runs)
     opened, reason = find_pictures(loaded, pictures)
-    page = write_page(render_page(loaded, pictures=opened, title=title), out)
+    page = write_page(render_page(loaded, pictures=opened, title=title, leakage=find_leakage(loaded)), out)
     if as_json:
         facts = {"report": str(page), "runs": len(loaded), "bytes": page.stat().st_size}
         typer.echo(json.dumps(facts | {"pictures": opened is not None, "no_pictures_because": reason or None}))

@@ -19,6 +19,7 @@ METHODS = (
     "finessl",
     "tip_adapter",
     "tip_adapter_f",
+    "knn",
     "label_propagation",
     "gmm",
     "clip_adapter",
@@ -201,8 +202,9 @@ class FitConfig:
         5.5, "tip_adapter, tip_adapter_f: sharpness beta of a key's affinity, exp(-beta (1 - cos))", low=0.0
     )
     neighbors: int = _option(
-        5, "label_propagation, gmm: nearest neighbours that a picture is linked to", low=1, structural=True
+        5, "knn, label_propagation, gmm: nearest neighbours that vote or are linked to", low=1, structural=True
     )
+    vote_temperature: float = _option(0.07, "knn: temperature t of a neighbour's vote, exp((cos - 1) / t)", low=1e-3)
     propagation: float = _option(
         0.3, "label_propagation: how far labels travel, alpha in (I - alpha S) z = y", low=0.0, high=0.99
     )

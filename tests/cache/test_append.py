@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from ulfine_fast.cache import lock
 from ulfine_fast.cache.append import PENDING, append, features_of
 from ulfine_fast.cache.encoder import load_encoder
 from ulfine_fast.cache.errors import CacheMismatch, InputError
@@ -381,3 +382,14 @@ def test_views_of_an_imported_cache_cannot_be_drawn_again(tmp_path, grown, tiny_
     write_named_cache(tmp_path / "imported", ["cat"], views=views)
     with pytest.raises(InputError, match="was imported, so nobody knows how its views were drawn"):
         append(open_source(grown), tiny_encoder, tmp_path / "imported")
+
+
+def test_one_writer_at_a_time(cache, grown, tiny_encoder):
+    with lock.writer(cache), pytest.raises(InputError, match=r"another process writes to .*cache"):
+        append(open_source(grown), tiny_encoder, cache, workers=0)
+
+
+def test_a_mistyped_folder_is_not_made(grown, tiny_encoder, tmp_path):
+    with pytest.raises(InputError, match="is not a feature cache"):
+        append(open_source(grown), tiny_encoder, tmp_path / "cahce")
+    assert not (tmp_path / "cahce").exists()

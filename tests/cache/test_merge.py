@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from ulfine_fast.cache import ids as id_digests
+from ulfine_fast.cache import lock
 from ulfine_fast.cache.encoder import load_encoder
 from ulfine_fast.cache.errors import CacheMismatch, InputError
 from ulfine_fast.cache.extract import extract
@@ -249,6 +250,12 @@ def test_another_cache_in_the_folder_is_refused(two, tmp_path):
     with pytest.raises(InputError, match=r"holds other files \(notes\.txt\) and no cache"):
         merge(two, tmp_path / "full")
     assert hdf5_bytes(tmp_path / "all") == before
+
+
+def test_one_writer_at_a_time(two, tmp_path):
+    with lock.writer(tmp_path / "all"), pytest.raises(InputError, match=r"another process writes to .*all"):
+        merge(two, tmp_path / "all")
+    merge(two, tmp_path / "all")
 
 
 # -- stopped and continued

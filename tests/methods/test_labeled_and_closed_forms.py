@@ -15,6 +15,7 @@ METHODS = [
     "finessl",
     "tip_adapter",
     "tip_adapter_f",
+    "knn",
     "label_propagation",
     "gmm",
     "clip_adapter",

@@ -447,3 +447,10 @@ def test_building_does_not_load_torch(single: Path, tmp_path: Path) -> None:
 def test_the_methods_of_the_writer_are_those_on_the_page(study: Path) -> None:
     names = {row[0] for row in PageTables(page(study)).tables[0][1:]}
     assert names == {method.replace("_", " ") for method in METHODS}
+
+
+def test_leakage_stands_above_the_figures(single: Path) -> None:
+    text = page(single, leakage=["3 pictures of <b>test</b> were trained on"])
+    place = text.index("Leakage: <bdi>3 pictures of &lt;b&gt;test&lt;/b&gt; were trained on</bdi>.")
+    assert place < text.index('id="results"')
+    assert "Leakage" not in page(single)

@@ -18,6 +18,7 @@ from ulfine_fast.methods.fixmatch import FixMatch
 from ulfine_fast.methods.flexmatch import FlexMatch
 from ulfine_fast.methods.freematch import FreeMatch
 from ulfine_fast.methods.gmm import Mixture
+from ulfine_fast.methods.knn import NearestNeighbors
 from ulfine_fast.methods.label_propagation import LabelPropagation
 from ulfine_fast.methods.lift import Lift
 from ulfine_fast.methods.lightweight import Lightweight
@@ -40,6 +41,7 @@ CLASSES: dict[str, type[Method]] = {
     "ulfine_plus": ULFinePlus,
     "lift": Lift,
     "finessl": FineSSL,
+    "knn": NearestNeighbors,
     "tip_adapter": TipAdapter,
     "tip_adapter_f": TipAdapterF,
     "label_propagation": LabelPropagation,

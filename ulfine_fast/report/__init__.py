@@ -19,6 +19,7 @@ def build_report(
     *,
     pictures: Callable[[str], Image] | None = None,
     title: str | None = None,
+    leakage: Sequence[str] = (),
 ) -> Path:
     """Write one HTML page about the runs found at or below the given folders.
 
@@ -30,6 +31,7 @@ def build_report(
         out: the page's path; its folder is made when missing, an existing page is replaced.
         pictures: gives the picture of a row id for the gallery; it may raise OSError, ValueError or KeyError for a
             picture that is gone. None leaves the gallery out and says how to get it.
+        leakage: warnings that stand above the figures, see `ulfine_fast.report.leakage.find_leakage`.
         title: the page's heading; None writes one from the number of methods, seeds and classes.
 
     Returns:
@@ -43,4 +45,4 @@ def build_report(
     from ulfine_fast.report.load import load_runs
     from ulfine_fast.report.page import render_page, write_page
 
-    return write_page(render_page(load_runs(runs), pictures=pictures, title=title), out)
+    return write_page(render_page(load_runs(runs), pictures=pictures, title=title, leakage=leakage), out)

@@ -21,7 +21,11 @@ _LINES = 6  # colours and markers that stay apart for every reader
 
 
 def render_page(
-    runs: Sequence[RunFiles], *, pictures: Callable[[str], Image.Image] | None = None, title: str | None = None
+    runs: Sequence[RunFiles],
+    *,
+    pictures: Callable[[str], Image.Image] | None = None,
+    title: str | None = None,
+    leakage: Sequence[str] = (),
 ) -> str:
     """Render the page of the given runs; arguments as in :func:`ulfine_fast.report.build_report`."""
     groups, repeated = group_runs(runs)
@@ -46,6 +50,7 @@ def render_page(
             calibration=sections.calibration_section(shown, rows),
             confusion=sections.confusion_section(shown, rows),
             gallery=sections.gallery_section(shown, rows[0], pictures),
+            leakage=leakage,
             settings=sections.settings_section(groups, repeated),
         )
     )

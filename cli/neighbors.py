@@ -1,0 +1,94 @@
+"""`ulfine-fast neighbors`: near-duplicates and nearest pictures of a cache."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from ulfine_fast.cache.store import FeatureCache
+    from ulfine_fast.neighbors import Index
+
+
+def neighbors(
+    cache: Annotated[Path, typer.Argument(help="Folder of the cache.")],
+    threshold: Annotated[float, typer.Option(help="Least cosine of a near-duplicate, above 0, at most 1.")] = 0.98,
+    k: Annotated[int, typer.Option(help="Nearest pictures of each, for --out.", min=1)] = 10,
+    out: Annotated[
+        Path | None, typer.Option(help="Write each picture's nearest ones to this .parquet.", show_default=False)
+    ] = None,
+    limit: Annotated[int, typer.Option(help="Pairs to print.", min=0)] = 20,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object, with all pairs.")] = False,
+) -> None:
+    """Find pictures that are nearly the same, within and across splits."""
+    from ulfine_fast.cache.store import FeatureCache
+    from ulfine_fast.neighbors import build_index, near_duplicates, summary_of
+
+    opened = FeatureCache.open(cache)
+    index = build_index(opened.plain)
+    found = near_duplicates(opened, threshold=threshold, index=index)
+    told = summary_of(opened, found)
+    if out is not None:
+        _write(out, opened, index, min(k, len(opened) - 1))
+    if as_json:
+        typer.echo(json.dumps(told))
+    else:
+        _print(told, limit)
+
+
+def _print(told: dict[str, Any], limit: int) -> None:
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    console = Console()
+    how = "every pair was compared" if told["exact"] else f"approximate, recall {told['recall']:.1%} of the ten nearest"
+    console.print(
+        f"{told['pairs']} near-duplicates in {told['groups']} groups among {told['pictures']} pictures "
+        f"(cosine {told['threshold']:g} or more; {how})"
+    )
+    for splits, count in told["by_splits"].items():
+        console.print(f"  {splits}: {count}")
+    if told["different_labels"]:
+        console.print(f"{told['different_labels']} pairs have different labels: one of the two is likely wrong")
+    if told["leaks"]:
+        console.print(
+            f"{told['leaks']} pictures of val or test are nearly in train or unlabeled: figures on them flatter"
+        )
+    table = Table("first", "second", "cosine", "splits", "labels")
+    for pair in told["near_duplicates"][:limit]:
+        cells = [escape(pair["first"]), escape(pair["second"]), f"{pair['cosine']:.4f}", " - ".join(pair["splits"])]
+        table.add_row(*cells, "differ" if pair["different_labels"] else "")
+    if table.row_count:
+        console.print(table)
+
+
+def _write(out: Path, cache: FeatureCache, index: Index, k: int) -> None:
+    """One row for each picture and neighbour: id, neighbor, rank (from 1), cosine."""
+    import numpy as np
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    from ulfine_fast.cache.errors import InputError
+
+    if out.suffix != ".parquet":
+        raise InputError(f"out must end in .parquet, got {out.name!r}")
+    cosines, places = index.search(index.rows, k + 1)
+    itself = places == np.arange(len(places))[:, None]
+    # a copy may stand before the picture itself; where that is not among its nearest, the last one goes
+    itself[~itself.any(1), -1] = True
+    ids = np.asarray(cache.ids, dtype=object)
+    near, cosine = places[~itself].reshape(-1, k), cosines[~itself].reshape(-1, k)
+    columns = {
+        "id": np.repeat(ids, k),
+        "neighbor": np.where(near >= 0, ids[near], None).reshape(-1),
+        "rank": np.tile(np.arange(1, k + 1), len(ids)),
+        "cosine": cosine.reshape(-1),
+    }
+    try:
+        parquet.write_table(pa.table(columns), out)
+    except OSError as error:
+        raise InputError(f"cannot write {out}: {error.strerror or error}") from error

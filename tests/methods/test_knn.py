@@ -1,0 +1,53 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from tests.methods.conftest import pool_of
+from ulfine_fast.ops.prototypes import normalize
+
+
+def filled(world, **values):
+    """Five labelled pictures for the first trial and three for the second."""
+    trials, chosen, state, batch = world(method="knn", **values)
+    features = normalize(torch.randn(12, 5))
+    pool = pool_of(
+        features, [[0, 1, 2, 3, 4], [5, 6, 7, 0, 0]], [[0, 1, 1, 2, 0], [2, 2, 1, -1, -1]], [[8], [9]], [[True], [True]]
+    )
+    trials.log_prior[:] = torch.log(torch.tensor([[0.4, 0.4, 0.2], [1e-8, 1 / 3, 2 / 3]]))
+    chosen.refresh(trials, state, pool, 0)
+    return trials, chosen, state, batch, pool
+
+
+def slow_votes(pool, t, row, k, temperature, tau):
+    """One row: the k nearest labelled pictures vote for their class."""
+    labels = [label for label in pool.labels[t].tolist() if label >= 0]
+    cosines = [float(row @ pool.labeled[t, i]) for i in range(len(labels))]
+    votes = [0.0, 0.0, 0.0]
+    for i in sorted(range(len(labels)), key=lambda i: -cosines[i])[:k]:
+        weight = (len(labels) / (3 * labels.count(labels[i]))) ** tau
+        votes[labels[i]] += weight * math.exp((max(cosines[i], 0.0) - 1) / temperature)
+    return votes
+
+
+@pytest.mark.parametrize(("k", "temperature", "tau"), [(1, 0.07, 0.0), (2, 0.5, 1.0), (3, 0.1, 0.5), (50, 0.07, 1.0)])
+def test_votes_are_counted(world, k, temperature, tau):
+    trials, chosen, state, batch, pool = filled(world, neighbors=k, vote_temperature=temperature, tau=tau)
+    found = chosen.logits(trials, state.tensors, batch.weak).exp()
+    for t in range(2):
+        for row, votes in zip(batch.weak[t], found[t], strict=True):
+            assert votes.tolist() == pytest.approx(slow_votes(pool, t, row, k, temperature, tau), rel=1e-3, abs=1e-9)
+
+
+def test_a_labelled_picture_is_its_own_nearest(world):
+    trials, chosen, state, _, pool = filled(world, neighbors=1)
+    found = chosen.logits(trials, state.tensors, pool.labeled).argmax(-1)
+    assert found[0].tolist() == [0, 1, 1, 2, 0]
+    assert found[1, :3].tolist() == [2, 2, 1]
+
+
+def test_a_class_without_votes_has_a_finite_logit(world):
+    trials, chosen, state, batch, _ = filled(world, neighbors=1)
+    assert torch.isfinite(chosen.logits(trials, state.tensors, batch.weak)).all()

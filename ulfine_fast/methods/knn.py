@@ -1,0 +1,52 @@
+"""Weighted nearest neighbours among labelled pictures, without training (InstDisc, arXiv 1805.01978, section 3.4).
+
+DINO's evaluation has the same weights (arXiv 2104.14294, k = 20). Nothing is lost to the cache. Published: temperature
+0.07, k = 200 among a million labelled pictures.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ulfine_fast.heads import Tensors
+from ulfine_fast.methods import Method, Pool, State, Trials
+from ulfine_fast.ops.graph import nearest
+from ulfine_fast.ops.margins import balanced_one_hot
+from ulfine_fast.ops.prototypes import normalize
+
+_NO_VOTE = 1e-12  # what a class without a vote has; its logarithm is finite
+
+
+class NearestNeighbors(Method):
+    """Logits log sum_i exp((x f_i - 1) / t) L_ik over the k labelled pictures i nearest to x.
+
+    The papers count votes of balanced data. In a long tail the head would outvote the others: here, for y_i = k,
+    L_ik = (L / (K n_k))^tau, which is one-hot in balanced data and for tau = 0.
+    """
+
+    trains = False
+    uses_unlabeled = False
+    uses_pool = True
+
+    def start(self, trials: Trials) -> State:
+        """The textual prototypes (T, K, D), by which a saved run knows D; the votes come with the pool."""
+        return State({}, {"prototypes": trials.prototypes.clone()})
+
+    def refresh(self, trials: Trials, state: State, pool: Pool, step: int) -> None:
+        """Keep keys (T, L, D) and their votes (T, L, K), which are zero for padding."""
+        votes = balanced_one_hot(pool.labels, trials.log_prior, trials.values["tau"])
+        state.memory |= {"keys": normalize(pool.labeled), "votes": votes, "present": pool.labels >= 0}
+
+    def logits(self, trials: Trials, tensors: Tensors, features: Tensor) -> Tensor:
+        """Log of the votes (T, B, K)."""
+        near = nearest(features, tensors["keys"], tensors["present"], trials.config.neighbors)  # (T, B, k)
+        weight = torch.exp((near.weight - 1) / trials.values["vote_temperature"].view(-1, 1, 1))
+        trial = torch.arange(len(features), device=features.device).view(-1, 1)
+        # one neighbour of every row at a time: all of them would take k times the logits' memory
+        votes = torch.zeros(
+            *features.shape[:2], tensors["votes"].shape[-1], dtype=features.dtype, device=features.device
+        )
+        for place, share in zip(near.places.unbind(-1), weight.unbind(-1), strict=True):
+            votes += share.unsqueeze(-1) * tensors["votes"][trial, place]  # (T, B, K)
+        return torch.log(votes + _NO_VOTE)

@@ -1,0 +1,29 @@
+"""Whether what a report's figures stand on was partly seen in training."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ulfine_fast.cache.errors import InputError
+from ulfine_fast.report.load import RunFiles
+
+
+def find_leakage(runs: Sequence[RunFiles]) -> list[str]:
+    """A warning for each cache of the runs whose held-out pictures are nearly among its training pictures.
+
+    A cache that is gone, or that was only in memory, cannot be looked at, and is passed over in silence: the figures
+    are no worse for that.
+    """
+    # the page itself needs neither features nor an index
+    from ulfine_fast.cache.store import FeatureCache
+    from ulfine_fast.neighbors import leakage
+
+    found = []
+    for path in dict.fromkeys(run.cache for run in runs if run.cache is not None):
+        try:
+            warning = leakage(FeatureCache.open(path))
+        except InputError:
+            continue
+        if warning is not None:
+            found.append(warning.replace("CACHE", str(path)))
+    return found
