@@ -16,11 +16,12 @@ from PIL import Image
 from benchmarks.pixels import Pixels, pixel_cache, raw, untrained
 from ulfine_fast.cache.errors import InputError
 from ulfine_fast.cache.home import cache_home
+from ulfine_fast.cache.planning import is_listed
 from ulfine_fast.cache.store import FeatureCache
 from ulfine_fast.demo import unpack_pictures
 
 if TYPE_CHECKING:
-    from ulfine_fast.cache.sources import ListedSource, Row, Source
+    from ulfine_fast.cache.sources import Row, Source
     from ulfine_fast.cache.views import ViewRecipe
 
     VIEWS: ViewRecipe
@@ -64,9 +65,10 @@ def _views() -> ViewRecipe:
 class FirstOfEachClass:
     """A source cut to the first pictures of every class, in the source's own order; see :class:`ListedSource`."""
 
-    def __init__(self, source: ListedSource, limits: dict[str, int]) -> None:
+    def __init__(self, source: Source, limits: dict[str, int]) -> None:
         """Keep `limits[split]` pictures a class; a split without a limit is kept whole."""
         self._source, self.kind, self.class_names = source, source.kind, source.class_names
+        assert is_listed(source)  # of a stream nobody knows the rows
         taken: Counter[tuple[str, int]] = Counter()
         self.rows: list[Row] = []
         for row in source.rows:

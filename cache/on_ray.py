@@ -86,7 +86,8 @@ def _hand_out(
         task = ray.remote(max_calls=0)(_extract_one).options(
             num_cpus=cluster.cpus, num_gpus=cluster.gpus, max_retries=-1
         )
-        todo, pending = list(reversed(parts)), []
+        todo = list(reversed(parts))
+        pending: list[Any] = []
         while todo or pending:
             while todo and len(pending) < _slots(ray, cluster) + _QUEUED:
                 pending.append(task.remote(key, sent, loading, device, todo.pop(), threads))

@@ -81,12 +81,14 @@ def _write(out: Path, cache: FeatureCache, index: Index, k: int) -> None:
     # a copy may stand before the picture itself; where that is not among its nearest, the last one goes
     itself[~itself.any(1), -1] = True
     ids = np.asarray(cache.ids, dtype=object)
-    near, cosine = places[~itself].reshape(-1, k), cosines[~itself].reshape(-1, k)
+    near, cosine = places[~itself], cosines[~itself]  # (n k,)
+    names = ids[near]
+    names[near < 0] = None
     columns = {
         "id": np.repeat(ids, k),
-        "neighbor": np.where(near >= 0, ids[near], None).reshape(-1),
+        "neighbor": names,
         "rank": np.tile(np.arange(1, k + 1), len(ids)),
-        "cosine": cosine.reshape(-1),
+        "cosine": cosine,
     }
     try:
         parquet.write_table(pa.table(columns), out)
