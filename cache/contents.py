@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from ulfine_fast.cache import lock
@@ -11,13 +12,20 @@ from ulfine_fast.cache.errors import InputError
 from ulfine_fast.cache.shard import ShardRecord, is_intact, shard_path
 from ulfine_fast.cache.sources.rows import Part
 
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
+
 
 def refuse_strange_folder(out: Path) -> None:
     """Nothing is ever written into, or deleted from, a folder that holds something else.
 
     Raises:
-        InputError: it is a file, or a folder with other files and no cache.
+        InputError: it is a URL, a file, or a folder with other files and no cache.
     """
+    # a path keeps only one of a URL's slashes, and would become a folder of that name
+    if _URL.match(str(out)):
+        raise InputError(
+            f"a cache is written to a folder of this machine, got {out}; copy it there once it is finished"
+        )
     try:
         if out.exists() and not out.is_dir():
             raise InputError(f"{out} is a file; choose a folder for the cache")

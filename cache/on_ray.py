@@ -81,6 +81,8 @@ def _hand_out(
         # sent once, not with every shard; in a list, so that Ray does not unpack it for each
         sent, key = [ray.put(job)], uuid.uuid4().hex
         device = "cuda" if cluster.gpus else "cpu"
+        # several workers may share a machine: each keeps to its own cores
+        threads = max(1, int(cluster.cpus)) if threads is None else threads
         # A machine may die any number of times. Ray would end a process that used a GPU after each task, and with it
         # the model; `max_calls=0` keeps it.
         task = ray.remote(max_calls=0)(_extract_one).options(

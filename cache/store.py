@@ -6,6 +6,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -315,6 +316,7 @@ class FeatureCache:
         viewed = np.cumsum([0, *(record.rows if record.split in VIEWED_SPLITS else 0 for record in self.records)])
 
         def work(number: int) -> None:
+            self._expect(number + _threads())
             shard = self._shard(self.records[number], tokens)
             place(shard, slice(rows[number], rows[number + 1]), slice(viewed[number], viewed[number + 1]))
 
@@ -322,6 +324,14 @@ class FeatureCache:
             # to the end: an error of a thread is raised where its result is asked for
             for _ in pool.map(work, range(len(self.records))):
                 pass
+
+    def _expect(self, number: int) -> None:
+        """Lets the system read a shard's file ahead, so that the disk does not wait while others are checked."""
+        if number >= len(self.records) or not hasattr(os, "posix_fadvise"):
+            return
+        assert self.path is not None
+        with suppress(OSError), shard_path(self.path, number).open("rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
 
     def _shard(self, record: ShardRecord, tokens: bool) -> Shard:
         assert self.path is not None

@@ -4,13 +4,9 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
-
-if TYPE_CHECKING:
-    from ulfine_fast.cache.store import FeatureCache
-    from ulfine_fast.neighbors import Index
 
 
 def neighbors(
@@ -25,14 +21,14 @@ def neighbors(
 ) -> None:
     """Find pictures that are nearly the same, within and across splits."""
     from ulfine_fast.cache.store import FeatureCache
-    from ulfine_fast.neighbors import build_index, near_duplicates, summary_of
+    from ulfine_fast.neighbors import build_index, near_duplicates, nearest_columns, summary_of
 
     opened = FeatureCache.open(cache)
     index = build_index(opened.plain)
     found = near_duplicates(opened, threshold=threshold, index=index)
     told = summary_of(opened, found)
     if out is not None:
-        _write(out, opened, index, min(k, len(opened) - 1))
+        _write(out, nearest_columns(opened, index, k))
     if as_json:
         typer.echo(json.dumps(told))
     else:
@@ -66,9 +62,7 @@ def _print(told: dict[str, Any], limit: int) -> None:
         console.print(table)
 
 
-def _write(out: Path, cache: FeatureCache, index: Index, k: int) -> None:
-    """One row for each picture and neighbour: id, neighbor, rank (from 1), cosine."""
-    import numpy as np
+def _write(out: Path, columns: dict[str, Any]) -> None:
     import pyarrow as pa
     from pyarrow import parquet
 
@@ -76,20 +70,6 @@ def _write(out: Path, cache: FeatureCache, index: Index, k: int) -> None:
 
     if out.suffix != ".parquet":
         raise InputError(f"out must end in .parquet, got {out.name!r}")
-    cosines, places = index.search(index.rows, k + 1)
-    itself = places == np.arange(len(places))[:, None]
-    # a copy may stand before the picture itself; where that is not among its nearest, the last one goes
-    itself[~itself.any(1), -1] = True
-    ids = np.asarray(cache.ids, dtype=object)
-    near, cosine = places[~itself], cosines[~itself]  # (n k,)
-    names = ids[near]
-    names[near < 0] = None
-    columns = {
-        "id": np.repeat(ids, k),
-        "neighbor": names,
-        "rank": np.tile(np.arange(1, k + 1), len(ids)),
-        "cosine": cosine,
-    }
     try:
         parquet.write_table(pa.table(columns), out)
     except OSError as error:

@@ -156,33 +156,56 @@ def summary_of(cache: FeatureCache, found: Duplicates) -> dict[str, Any]:
         different_labels (pairs whose labels are known and differ), leaks (held-out pictures nearly trained on), and
         near_duplicates: {"first", "second", "cosine", "splits", "different_labels"} of each pair, most alike first.
     """
-    joins = Counter(
-        " - ".join(sorted((str(cache.splits[one]), str(cache.splits[other]))))
-        for one, other in zip(found.first, found.second, strict=True)
-    )
     contradict = set(contradictions(cache, found).tolist())
     order = sorted(range(len(found.first)), key=lambda pair: (-found.cosine[pair], found.first[pair]))
+    pairs = [_told_pair(cache, found, pair, pair in contradict) for pair in order]
     return {
         "pictures": len(cache),
         "threshold": found.threshold,
         "exact": found.exact,
         "recall": round(found.recall, 4),
-        "pairs": len(found.first),
+        "pairs": len(pairs),
         "groups": int(found.group.max(initial=-1)) + 1,
-        "by_splits": dict(sorted(joins.items())),
+        "by_splits": dict(sorted(Counter(" - ".join(sorted(pair["splits"])) for pair in pairs).items())),
         "different_labels": len(contradict),
         "leaks": len(leaks(cache, found)),
-        "near_duplicates": [
-            {
-                "first": cache.ids[found.first[pair]],
-                "second": cache.ids[found.second[pair]],
-                "cosine": round(float(found.cosine[pair]), 5),
-                "splits": [str(cache.splits[found.first[pair]]), str(cache.splits[found.second[pair]])],
-                "different_labels": pair in contradict,
-            }
-            for pair in order
-        ],
+        "near_duplicates": pairs,
     }
+
+
+def _told_pair(cache: FeatureCache, found: Duplicates, pair: int, different: bool) -> dict[str, Any]:
+    one, other = int(found.first[pair]), int(found.second[pair])
+    return {
+        "first": cache.ids[one],
+        "second": cache.ids[other],
+        "cosine": round(float(found.cosine[pair]), 5),
+        "splits": [str(cache.splits[one]), str(cache.splits[other])],
+        "different_labels": different,
+    }
+
+
+def nearest_columns(cache: FeatureCache, index: Index, k: int) -> dict[str, NDArray[Any]]:
+    """The nearest pictures of each picture, itself left out, as columns of a table.
+
+    Args:
+        cache: features.
+        index: of its plain features.
+        k: how many of each, at most all others.
+
+    Returns:
+        id, neighbor (None where an approximate index found fewer), rank (from 1) and cosine, n k rows.
+    """
+    k = min(k, len(cache) - 1)
+    cosines, places = index.search(index.rows, k + 1)
+    itself = places == np.arange(len(places))[:, None]
+    # a copy may stand before the picture itself; where that is not among its nearest, the last one goes
+    itself[~itself.any(1), -1] = True
+    ids = np.asarray(cache.ids, dtype=object)
+    near = places[~itself]  # (n k,)
+    names = ids[near]
+    names[near < 0] = None
+    ranks = np.tile(np.arange(1, k + 1), len(ids))
+    return {"id": np.repeat(ids, k), "neighbor": names, "rank": ranks, "cosine": cosines[~itself]}
 
 
 def find_leaks(cache: FeatureCache, *, threshold: float = THRESHOLD, most: int = _QUICK) -> list[Leak] | None:

@@ -384,6 +384,14 @@ def test_a_folder_of_something_else_is_left_alone(source, tiny_encoder, tmp_path
     assert (other / name).read_text() == '{"format": "web-app"}'
 
 
+@pytest.mark.parametrize("place", ["s3://bucket/cache", Path("s3://bucket/cache"), "gs://bucket", "memory://cache"])
+def test_a_url_is_no_folder(source, tiny_encoder, tmp_path, monkeypatch, place):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="a folder of this machine, got"):
+        extract(source, tiny_encoder, place, **SMALL)
+    assert [path.name for path in tmp_path.iterdir()] == ["pictures"]
+
+
 def test_a_file_is_no_folder(source, tiny_encoder, tmp_path):
     (tmp_path / "file").write_text("mine")
     with pytest.raises(InputError, match="is a file"):
