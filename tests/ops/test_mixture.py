@@ -9,6 +9,7 @@ from ulfine_fast.ops.mixture import (
     Rows,
     bend,
     cosines,
+    inverse_root,
     products,
     sums,
     unit,
@@ -224,3 +225,24 @@ def test_a_trial_alone_is_the_same_as_among_others():
     alone = Metric.within(sums(soft[:1], white[:1]), soft[:1].sum(1), values(float(N))[:1])
     torch.testing.assert_close(alone.core, metric.core[:1])
     torch.testing.assert_close(Rows.under(white[:1], alone).inverse, Rows.under(white, metric).inverse[:1])
+
+
+@pytest.mark.parametrize("size", [1, 10, 100, 384])
+def test_the_inverse_root_also_after_the_threads_were_set(size):
+    torch.manual_seed(0)
+    rows = torch.randn(5, 2 * size, size)
+    matrices = rows.transpose(1, 2) @ rows / (2 * size) + 0.1 * torch.eye(size)
+    # batched LU of some libraries fails from here on
+    torch.set_num_threads(torch.get_num_threads())
+    root = inverse_root(matrices)
+    assert torch.equal(root, root.tril())
+    whole = root.transpose(1, 2) @ root @ matrices
+    torch.testing.assert_close(whole, torch.eye(size).expand(5, -1, -1), atol=1e-3, rtol=0)
+
+
+def test_what_is_not_finite_spoils_no_neighbour():
+    matrices = torch.eye(3).repeat(2, 1, 1)
+    matrices[0, 1, 1] = float("nan")
+    root = inverse_root(matrices)
+    assert not torch.isfinite(root[0]).all()
+    assert torch.equal(root[1], torch.eye(3))

@@ -53,7 +53,8 @@ class Metric:
         gram = factors @ factors.transpose(-1, -2)  # (T, S, K, K)
         identity = torch.eye(gram.shape[-1], device=gram.device, dtype=gram.dtype)
         # the scatter between classes is at most the whole one; rounding must not make it more
-        return cls(factors, torch.linalg.inv(identity - 0.999 * gram))
+        root = inverse_root(identity - 0.999 * gram)
+        return cls(factors, root.transpose(-1, -2) @ root)
 
 
 @dataclass(frozen=True)
@@ -135,7 +136,18 @@ def whitening(rows: Tensor, present: Tensor, nuisance: Tensor | None, shrink: Te
     scatter = scatter + (shrink.view(-1, 1, 1).clamp(min=1e-4) * trace / rows.shape[-1] + _EPS) * identity
     if nuisance is not None:
         scatter = scatter + weight.view(-1, 1, 1) * trace * nuisance / (_trace(nuisance) + _EPS)
-    return Whitening(mean, torch.linalg.inv(torch.linalg.cholesky(scatter)).transpose(1, 2))
+    return Whitening(mean, inverse_root(scatter).transpose(1, 2))
+
+
+def inverse_root(matrices: Tensor) -> Tensor:
+    """L^-1 of positive definite matrices L L^T (..., D, D): a lower triangle R with R^T R their inverse.
+
+    Not by `torch.linalg.inv`: once the number of threads has been set, its batched factorisation fails on processors
+    with MKL. Matrices that are not finite give what is not finite, and no error that would end their neighbours.
+    """
+    lower = torch.linalg.cholesky_ex(matrices).L
+    identity = torch.eye(matrices.shape[-1], device=matrices.device, dtype=matrices.dtype)
+    return torch.linalg.solve_triangular(lower, identity.expand_as(lower), upper=False)
 
 
 def _trace(matrices: Tensor) -> Tensor:
