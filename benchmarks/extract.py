@@ -18,6 +18,7 @@ from typing import Annotated, Any
 
 import typer
 
+from benchmarks.options import parse_names
 from benchmarks.parts import write_json
 from benchmarks.pictures import SHAPES, TINY, model_name
 from benchmarks.stages import stage_rates
@@ -107,16 +108,8 @@ def memory() -> list[Row]:
     ]
 
 
-def _known(given: str, known: tuple[str, ...], what: str) -> list[str]:
-    names = [name.strip() for name in given.split(",") if name.strip()]
-    strange = [name for name in names if name not in known]
-    if strange or not names:
-        raise InputError(f"{what} are {', '.join(known)}, got {given!r}")
-    return names
-
-
 def extract(
-    shapes: Annotated[str, typer.Option(help="Of png28, jpeg500.")] = "png28,jpeg500",
+    shapes: Annotated[str, typer.Option(help="Of png28, jpeg500, photograph.")] = "png28,jpeg500",
     models: Annotated[str, typer.Option(help="Of lite0-minilm, ViT-B-32, tiny.")] = "lite0-minilm,ViT-B-32",
     pictures: Annotated[int, typer.Option(help="Pictures of each shape.", min=64)] = 512,
     rounds: Annotated[int, typer.Option(help="Runs of each contender.", min=1)] = 3,
@@ -128,9 +121,9 @@ def extract(
     as_json: Annotated[Path | None, typer.Option("--json", help="Write the rows to this file.")] = None,
 ) -> None:
     """Measure pictures per second of extracting features on the processor, beside a script and the machine's bound."""
-    kinds = _known(shapes, tuple(SHAPES), "shapes")
-    nets = _known(models, (LITE0, "ViT-B-32", TINY), "models")
-    names = _known(contenders, CONTENDERS, "contenders")
+    kinds = parse_names(shapes, tuple(SHAPES), "shapes")
+    nets = parse_names(models, (LITE0, "ViT-B-32", TINY), "models")
+    names = parse_names(contenders, CONTENDERS, "contenders")
     if peak:
         rows = memory()
     else:

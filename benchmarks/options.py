@@ -45,6 +45,18 @@ def parse_methods(text: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(wanted))
 
 
+def parse_names(text: str, known: Sequence[str], what: str) -> list[str]:
+    """Read names separated by commas.
+
+    Raises:
+        InputError: one that is not among `known`, or none; `what` says what they are, in the plural.
+    """
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    if not names or any(name not in known for name in names):
+        raise InputError(f"{what} are {', '.join(known)}, got {text!r}")
+    return names
+
+
 def parse_settings(given: Sequence[str]) -> Settings:
     """Read NAME=VALUE pairs, each value as JSON or else as text.
 

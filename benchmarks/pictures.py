@@ -53,7 +53,26 @@ def large_jpeg(count: int) -> Path:
     return _folder("jpeg500", count, ".jpg", make)
 
 
-SHAPES: dict[str, Callable[[int], Path]] = {"png28": small_png, "jpeg500": large_jpeg}
+def photographs(count: int) -> Path:
+    """A folder of `count` pictures of 12 megapixels, as a telephone makes them: the same two, cut and enlarged."""
+    originals = [Image.fromarray(pixels) for pixels in load_sample_images().images]  # 640 x 427
+
+    def make(number: int, path: Path) -> None:
+        rng = np.random.default_rng((_SEED, 2, number))
+        width = int(rng.integers(320, 569))
+        size = (width, width * 3 // 4)
+        picture = originals[number % 2]
+        left, top = (int(rng.integers(0, edge - side + 1)) for edge, side in zip(picture.size, size, strict=True))
+        corners = (left, top, left + size[0], top + size[1])
+        large = picture.resize((4000, 3000), Image.Resampling.BICUBIC, box=corners)
+        # a sensor's noise, without which enlarged pictures would be decoded faster than photographs are
+        noise = rng.normal(0, 4, (3000, 4000, 1)).astype(np.int16)
+        Image.fromarray(np.clip(np.asarray(large) + noise, 0, 255).astype(np.uint8)).save(path, quality=90)
+
+    return _folder("photograph", count, ".jpg", make)
+
+
+SHAPES: dict[str, Callable[[int], Path]] = {"png28": small_png, "jpeg500": large_jpeg, "photograph": photographs}
 
 
 def model_name(model: str) -> str:

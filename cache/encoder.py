@@ -24,6 +24,7 @@ from ulfine_fast.cache import lite0_minilm
 from ulfine_fast.cache.device import pick_device
 from ulfine_fast.cache.errors import InputError
 from ulfine_fast.cache.home import cache_home
+from ulfine_fast.cache.resample import Resampling
 from ulfine_fast.cache.tokens import Taps
 
 __all__ = [
@@ -86,9 +87,12 @@ class Encoder:
         device: where it runs.
         transform: PIL picture -> (3, H, W) float tensor, the model's own evaluation preprocessing.
         resize: PIL picture -> PIL picture of the model's size, the part of it before the normalisation.
+        resampling: the same as `resize` for many pictures on a device; None where it has no such form.
+        exact: whether pictures go through `resize`, not through `resampling`.
         mean, std: its normalisation per channel, for pixel values 0..1.
         dtype: autocast type, None for float32.
         features: as given to `load_encoder`.
+        compiled: whether `torch.compile` has made kernels for the vision part.
         token_kinds: names of the S tokens taken beside each feature, see `ulfine_fast.cache.tokens.Taps`; often none.
         token_width: W, their length; 0 for none.
     """
@@ -103,6 +107,8 @@ class Encoder:
         dtype: torch.dtype | None = None,
         handle: str | None = None,
         features: str = "projected",
+        exact: bool | None = None,
+        compiled: bool = False,
     ) -> None:
         """Takes a module made by open_clip, which knows its preprocessing; `handle` is what open_clip calls it."""
         settings = open_clip.get_model_preprocess_cfg(model)
@@ -114,6 +120,8 @@ class Encoder:
             PreprocessCfg(**settings), is_train=False
         )
         self.resize = _before_normalisation(name, self.transform)
+        self.resampling = _resampling(settings)
+        self.exact = _is_exact(exact, self.resampling, name)
         # Before the model moves, so that nothing has to be copied back from a GPU.
         digest = weights_sha256(model)
         self.model = model.eval().requires_grad_(False).to(device)
@@ -130,6 +138,9 @@ class Encoder:
         # The pass that told D has left tokens behind.
         left = self._taps.take()
         self.token_width = 0 if left is None else left.shape[-1]
+        self.compiled = compiled
+        if compiled:  # last, so that names and digest are those of the model itself
+            self.model.visual.compile()
 
     @property
     def preprocessing(self) -> str:
@@ -241,6 +252,8 @@ def load_encoder(
     device: str = "auto",
     precision: str = "fp32",
     features: str = "projected",
+    exact: bool | None = None,
+    compiled: bool = False,
 ) -> Encoder:
     """Loads a model and its weights; a hub is asked only for names whose weights are not on this machine yet.
 
@@ -252,6 +265,11 @@ def load_encoder(
         precision: "fp32", or "bf16" / "fp16" for mixed precision.
         features: "projected"; "pre-projection" to take also what is projected, "last-block" the class token before and
             after the last block's MLP.
+        exact: whether all pictures are resized and cropped by the model's own preprocessing as they are; else large
+            ones are reduced while they are read, and a GPU resizes many at once. None is False where the model's
+            preprocessing allows it.
+        compiled: whether to let `torch.compile` make kernels for the vision part: a minute at first, less time for each
+            picture. It moves the last bits.
 
     Raises:
         InputError: unknown model, tag, device or precision; weights that do not fit, or that no hub in reach has; a
@@ -263,7 +281,17 @@ def load_encoder(
     name, pretrained, handle = _resolve(model, pretrained)
     module = _create(handle, pretrained)
     dtype = PRECISIONS[precision]
-    return Encoder(module, name, pretrained, device=target, dtype=dtype, handle=handle, features=features)
+    return Encoder(
+        module,
+        name,
+        pretrained,
+        device=target,
+        dtype=dtype,
+        handle=handle,
+        features=features,
+        exact=exact,
+        compiled=compiled,
+    )
 
 
 def weights_sha256(model: Any) -> str:
@@ -343,6 +371,26 @@ def _before_normalisation(name: str, transform: Any) -> Callable[[Image.Image], 
     if last not in (["MaybeToTensor", "Normalize"], ["ToTensor", "Normalize"]):
         raise InputError(f"{name} preprocesses in a way unknown here, it ends in {last}; use another model")
     return Compose(steps[:-2])
+
+
+def _resampling(settings: dict[str, Any]) -> Resampling | None:
+    """open_clip's preprocessing as one for a device; None for what is not done there, such as padding to a square."""
+    squash = settings["resize_mode"] == "squash"
+    if not squash and settings["resize_mode"] != "shortest":
+        return None
+    size = settings["size"]
+    side = size if isinstance(size, int) else size[0]
+    return Resampling(side, squash, "bilinear" if settings["interpolation"] == "bilinear" else "bicubic")
+
+
+def _is_exact(wanted: bool | None, resampling: Resampling | None, name: str) -> bool:
+    if wanted is False and resampling is None:
+        raise InputError(
+            f"the pictures of {name} are padded to a square, which is done exactly or not at all; use --exact"
+        )
+    if wanted is None:
+        return resampling is None
+    return wanted
 
 
 def _is_convolutional(visual: torch.nn.Module) -> bool:

@@ -98,7 +98,7 @@ def default_workers(device: torch.device) -> int:
 def _on_a_core(reader: PictureReader, encoder: Encoder, rows: list[Row]) -> Encoded:
     batch = reader.read(rows)
     started = time.perf_counter()
-    flat = torch.from_numpy(batch.pixels).flatten(0, 1).split(_ON_A_CORE)  # (b, H, W, 3) each
+    flat = reader.pixels_on(encoder.device, batch).split(_ON_A_CORE)  # (b, H, W, 3) each
     features = torch.cat([encoder.encode_pixels(part) for part in flat]) if batch.kept else None
     return _encoded(batch, features, encoder.columns, time.perf_counter() - started)
 
@@ -120,7 +120,7 @@ def _beside_readers(
     started = time.perf_counter()
     try:
         for batch in _read(reader, batches, workers):
-            next_up = batch, gpu.encode(torch.as_tensor(batch.pixels)) if batch.kept else None
+            next_up = batch, gpu.encode(reader.pixels_on(encoder.device, batch)) if batch.kept else None
             if under_way is not None:
                 yield _encoded(*under_way, encoder.columns, time.perf_counter() - started)
             under_way, started = next_up, time.perf_counter()
@@ -139,12 +139,11 @@ class _Gpu:
         self.encoder, self.most = encoder, 0
 
     def encode(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Pictures (B, V, H, W, 3) to features (B * V, D + S W) on the device."""
-        flat = pixels.flatten(0, 1)  # (B * V, H, W, 3)
-        most = self.most or len(flat)
+        """Views (B * V, H, W, 3) to features (B * V, D + S W) on the device."""
+        most = self.most or len(pixels)
         while True:
             try:
-                return torch.cat([self.encoder.encode_pixels(part) for part in flat.split(most)])
+                return torch.cat([self.encoder.encode_pixels(part) for part in pixels.split(most)])
             except torch.OutOfMemoryError as error:
                 if most == 1:
                     raise InputError("a single picture is too large for the GPU's memory; use --device cpu") from error
@@ -184,6 +183,7 @@ def _read(reader: PictureReader, batches: Iterable[list[Row]], workers: int) -> 
         _Reading(reader, _fits_shared_memory(reader, len(first), workers)),
         sampler=batches,
         batch_size=None,
+        collate_fn=_as_it_is,
         num_workers=workers,
         pin_memory=torch.cuda.is_available(),
         prefetch_factor=_AHEAD if workers else None,
@@ -194,6 +194,11 @@ def _read(reader: PictureReader, batches: Iterable[list[Row]], workers: int) -> 
         yield from iterator
     finally:
         getattr(iterator, "_shutdown_workers", lambda: None)()
+
+
+def _as_it_is(batch: Any) -> Any:
+    """A batch needs nothing of torch's loader, which would make tensors and lists of all that it holds."""
+    return batch
 
 
 def _peeked(batches: Iterable[list[Row]]) -> tuple[Sequence[Row], Any]:
@@ -216,8 +221,7 @@ def _fits_shared_memory(reader: PictureReader, batch_size: int, workers: int) ->
     """
     if not workers or not os.path.isdir("/dev/shm"):
         return True
-    views = 1 + reader.recipe.weak + reader.recipe.strong
-    wanted = workers * (_AHEAD + 1) * batch_size * views * 3 * reader.image_size**2  # bytes
+    wanted = workers * (_AHEAD + 1) * batch_size * reader.picture_bytes
     return shutil.disk_usage("/dev/shm").free > 1.25 * wanted
 
 

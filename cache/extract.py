@@ -256,6 +256,8 @@ def describe(
         source=identity(source, parts),
         tokens=list(encoder.token_kinds),
         token_width=encoder.token_width,
+        exact=encoder.exact,
+        compiled=encoder.compiled,
         max_skipped=max_skipped,
         libraries=_libraries(),
         created_by=f"ulfine-fast {__version__}",

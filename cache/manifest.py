@@ -41,6 +41,9 @@ class Manifest:
             of parts instead of that of rows.
         tokens: names of the S tokens stored beside each feature, see `ulfine_fast.cache.tokens.Taps`.
         token_width: W, their length; 0 where there are none.
+        exact: whether all pictures were resized and cropped by the model's own preprocessing as they were; else large
+            ones were reduced before, or a GPU did it, which turns a feature by a degree or so.
+        compiled: whether the model ran as `torch.compile` made it.
         max_skipped: share of pictures that may be unreadable, 0..1.
         libraries: versions of what computed the features. created_by: this tool and its version.
     """
@@ -59,6 +62,8 @@ class Manifest:
     source: dict[str, Any]
     tokens: list[str] = field(default_factory=list)
     token_width: int = 0
+    exact: bool = True
+    compiled: bool = False
     max_skipped: float = 0.01
     libraries: dict[str, str] = field(default_factory=dict)
     created_by: str = ""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -28,12 +28,15 @@ class Loading:
     Attributes:
         model: its name. pretrained: tag or checkpoint. precision: "fp32", "bf16" or "fp16".
         features: "projected", "last-block" or "pre-projection".
+        exact, compiled: see there; the engine sets them as the encoder of `extract` has them.
     """
 
     model: str
     pretrained: str | None = None
     precision: str = "fp32"
     features: str = "projected"
+    exact: bool | None = None
+    compiled: bool = False
 
 
 def on_ray(loading: Loading, workers: RayWorkers) -> Engine:
@@ -62,7 +65,8 @@ def on_ray(loading: Loading, workers: RayWorkers) -> Engine:
             on_batch(Done(record.rows_read, record.skipped, {k: v for k, v in record.seconds.items() if k != "write"}))
             on_shard(record)
 
-        _hand_out(job, loading, cluster, parts, workers, finished)
+        alike = replace(loading, exact=encoder.exact, compiled=encoder.compiled)
+        _hand_out(job, alike, cluster, parts, workers, finished)
 
     cluster = workers
     return run
@@ -139,6 +143,4 @@ def _job(key: str, sent: list[Any]) -> Job:
 def _encoder(loading: Loading, device: str) -> Encoder:
     from ulfine_fast.cache.encoder import load_encoder
 
-    return load_encoder(
-        loading.model, loading.pretrained, device=device, precision=loading.precision, features=loading.features
-    )
+    return load_encoder(**asdict(loading), device=device)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -83,11 +85,25 @@ def view_seed(seed: int, id: str, kind: str, place: int) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}/{kind}/{place}/{id}".encode()).digest()[:8], "big")
 
 
-def draw(picture: Image.Image, id: str, recipe: ViewRecipe, *, image_size: int) -> Views:
-    """All views of a picture.
+@dataclass(frozen=True, slots=True)
+class Drawing:
+    """What chance decided for one view, before any pixel is touched.
 
-    Every view has a seed of its own (`view_seed`), so the result depends on the arguments alone: not on the order of
-    the pictures, the process or the thread, and not on torch's random state, which is left as it was.
+    Attributes:
+        box: left, top, right and bottom of the crop, in whole pixels of the picture.
+        mirrored: whether it is then mirrored.
+        operations: of RandAugment, in their order: name and magnitude.
+    """
+
+    box: tuple[int, int, int, int]
+    mirrored: bool
+    operations: tuple[tuple[str, float], ...]
+
+
+def draw(picture: Image.Image, id: str, recipe: ViewRecipe, *, image_size: int) -> Views:
+    """All views of a picture, made with PIL.
+
+    The result depends on the arguments alone, as that of `drawings` does.
 
     Args:
         picture: RGB, any size.
@@ -95,51 +111,101 @@ def draw(picture: Image.Image, id: str, recipe: ViewRecipe, *, image_size: int) 
         recipe: what to draw.
         image_size: H and W, in pixels.
     """
-    size = (image_size, image_size)
-    pixels = np.empty((recipe.weak + recipe.strong, *size, 3), dtype=np.uint8)  # (V, H, W, 3)
-    scale = np.empty(len(pixels), dtype=np.float32)
-    flip = np.empty(len(pixels), dtype=np.uint8)
+    found = drawings(picture.size, id, recipe, image_size=image_size)
+    pixels = np.empty((len(found), image_size, image_size, 3), dtype=np.uint8)  # (V, H, W, 3)
+    for view, drawing in enumerate(found):
+        pixels[view] = np.asarray(_made(picture, drawing, recipe, image_size))
+    return Views(pixels, *areas_and_flips(picture.size, found))
+
+
+def drawings(size: tuple[int, int], id: str, recipe: ViewRecipe, *, image_size: int) -> list[Drawing]:
+    """What is drawn for the V views of a picture of that size (width, height), weak ones first.
+
+    Every view has a seed of its own (`view_seed`), so the result depends on the arguments alone: not on the order of
+    the pictures, the process or the thread, and not on torch's random state, which is left as it was.
+    """
     # Places count inside each kind, as `view_seed` wants them.
     places = [*range(recipe.weak), *range(recipe.strong)]
-    for view, (kind, place) in enumerate(zip(recipe.kinds, places, strict=True)):
-        seed = view_seed(recipe.seed, id, kind, place)
-        image, scale[view], flip[view] = _draw_one(picture, seed, recipe, kind == "strong", image_size)
-        pixels[view] = np.asarray(image)
-    return Views(pixels, scale, flip)
-
-
-def _draw_one(
-    picture: Image.Image, seed: int, recipe: ViewRecipe, strong: bool, image_size: int
-) -> tuple[Image.Image, float, int]:
-    """One view as a picture of the model's size, the crop's share of the area, and whether it is mirrored."""
-    crop, augment = _transforms(recipe)
+    found = []
     with _GENERATOR, torch.random.fork_rng(devices=[]):
-        # torch.manual_seed would also seed every GPU, which takes longer than the whole view.
-        torch.default_generator.manual_seed(seed)
-        box = crop.make_params([picture])
-        mirrored = bool(torch.rand(()) < 0.5)
-        after = torch.get_rng_state() if strong else None
-    # The costly part needs no random number, so it runs outside of the lock.
-    image = _resized_crop(picture, box, image_size)
-    if mirrored:
+        for kind, place in zip(recipe.kinds, places, strict=True):
+            # torch.manual_seed would also seed every GPU, which takes longer than the whole view.
+            torch.default_generator.manual_seed(view_seed(recipe.seed, id, kind, place))
+            found.append(_drawn(size, recipe, kind == "strong", image_size))
+    return found
+
+
+def areas_and_flips(size: tuple[int, int], found: Sequence[Drawing]) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
+    """`Views.scale` and `Views.flip` of what was drawn for a picture of that size (width, height)."""
+    whole = size[0] * size[1]
+    areas = [(one.box[2] - one.box[0]) * (one.box[3] - one.box[1]) / whole for one in found]
+    return np.array(areas, dtype=np.float32), np.array([one.mirrored for one in found], dtype=np.uint8)
+
+
+def augmented(views: torch.Tensor, drawn: Sequence[Drawing], recipe: ViewRecipe) -> torch.Tensor:
+    """RandAugment on a batch of views, the same operations together.
+
+    Args:
+        views: uint8 (N, 3, H, W), on any device; changed in place.
+        drawn: (N,), what was drawn for each.
+        recipe: they were drawn from.
+    """
+    augment = _transforms(recipe)[1]
+    for turn in range(recipe.strong_ops):
+        rows_of: dict[tuple[str, float], list[int]] = {}
+        for row, one in enumerate(drawn):
+            if turn < len(one.operations):
+                rows_of.setdefault(one.operations[turn], []).append(row)
+        for operation, rows in rows_of.items():
+            views[rows] = augment.apply(views[rows], operation)
+    return views
+
+
+def _drawn(size: tuple[int, int], recipe: ViewRecipe, strong: bool, image_size: int) -> Drawing:
+    """Chance's part of one view, from torch's generator as it is."""
+    crop, augment = _transforms(recipe)
+    # torchvision asks a picture for its size; this one has no pixels
+    box = crop.make_params([torch.empty(3, size[1], size[0], device="meta")])
+    mirrored = bool(torch.rand(()) < 0.5)
+    operations = augment.draw(image_size) if strong else ()
+    left, top = box["left"], box["top"]
+    return Drawing((left, top, left + box["width"], top + box["height"]), mirrored, operations)
+
+
+def _made(picture: Image.Image, drawing: Drawing, recipe: ViewRecipe, size: int) -> Image.Image:
+    """One view of size x size pixels; crop and bicubic resize in one step, without a copy of the crop."""
+    image = picture.resize((size, size), Image.Resampling.BICUBIC, box=drawing.box, reducing_gap=_REDUCING_GAP)
+    if drawing.mirrored:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    if after is not None:
-        with _GENERATOR, torch.random.fork_rng(devices=[]):
-            torch.set_rng_state(after)
-            image = augment(image)
-    share = box["height"] * box["width"] / (picture.height * picture.width)
-    return image, share, int(mirrored)
+    for operation in drawing.operations:
+        image = _transforms(recipe)[1].apply(image, operation)
+    return image
+
+
+class _Augment(v2.RandAugment):
+    """torchvision's RandAugment in two steps, so that what is drawn can be done elsewhere, and to many at once."""
+
+    def draw(self, size: int) -> tuple[tuple[str, float], ...]:
+        """Operations and magnitudes for a square of `size` pixels, with the random numbers of `forward`."""
+        return tuple(self._draw_one(size) for _ in range(self.num_ops))
+
+    def _draw_one(self, size: int) -> tuple[str, float]:
+        name, (magnitudes_of, signed) = self._get_random_item(self._AUGMENTATION_SPACE)
+        magnitudes = magnitudes_of(self.num_magnitude_bins, size, size)
+        if magnitudes is None:
+            return name, 0.0
+        magnitude = float(magnitudes[self.magnitude])
+        return name, -magnitude if signed and torch.rand(()) <= 0.5 else magnitude
+
+    def apply(self, image: Any, operation: tuple[str, float]) -> Any:
+        """One operation on a PIL picture, or on a tensor (..., 3, H, W)."""
+        return self._apply_image_or_video_transform(
+            image, *operation, interpolation=self.interpolation, fill=self._fill
+        )
 
 
 @cache
-def _transforms(recipe: ViewRecipe) -> tuple[v2.RandomResizedCrop, v2.RandAugment]:
+def _transforms(recipe: ViewRecipe) -> tuple[v2.RandomResizedCrop, _Augment]:
     """The transforms for a recipe; the crop serves only to draw boxes, so its size does not matter."""
     crop = v2.RandomResizedCrop(1, scale=recipe.weak_scale)
-    return crop, v2.RandAugment(recipe.strong_ops, recipe.strong_magnitude, num_magnitude_bins=_MAGNITUDES)
-
-
-def _resized_crop(picture: Image.Image, box: dict[str, int], size: int) -> Image.Image:
-    """Crop and bicubic resize in one step, without a copy of the crop."""
-    left, top = box["left"], box["top"]
-    corners = (left, top, left + box["width"], top + box["height"])
-    return picture.resize((size, size), Image.Resampling.BICUBIC, box=corners, reducing_gap=_REDUCING_GAP)
+    return crop, _Augment(recipe.strong_ops, recipe.strong_magnitude, num_magnitude_bins=_MAGNITUDES)

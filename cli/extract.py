@@ -55,6 +55,17 @@ def extract(
         str, typer.Option(help="resume continues, overwrite starts anew, verify checks and extracts nothing.")
     ] = "resume",
     max_skipped: Annotated[float, typer.Option(help="Share of pictures that may be unreadable, 0 to 1.")] = 0.01,
+    exact: Annotated[
+        bool | None,
+        typer.Option(
+            "--exact/--fast",
+            help="Take pictures as they are, or reduce large ones first and let a GPU resize.",
+            show_default="fast",
+        ),
+    ] = None,
+    compiled: Annotated[
+        bool, typer.Option("--compile", help="Let torch.compile make kernels for the model first.")
+    ] = False,
     engine: Annotated[str, typer.Option(help="local, or ray: shards on the workers of a cluster.")] = "local",
     ray: Annotated[
         str | None,
@@ -82,7 +93,9 @@ def extract(
     templates = DEFAULT_PROMPTS if prompts is None else read_prompts(prompts)
     # The source first: a wrong path should not cost the loading of a model.
     pictures = open_source(source, class_names_file=class_names)
-    encoder = load_encoder(model, pretrained, device=device, precision=precision, features=features)
+    encoder = load_encoder(
+        model, pretrained, device=device, precision=precision, features=features, exact=exact, compiled=compiled
+    )
     summary = run(
         pictures,
         encoder,
@@ -117,7 +130,7 @@ def _engine(engine: str, address: str | None, cpus: float, gpus: float) -> Calla
 # What an append must have as the cache has it.
 _OF_THE_CACHE = (
     *("model", "pretrained", "precision", "features", "prompts", "weak", "strong", "view_seed"),
-    *("dtype", "batch_size", "shard_size", "mode", "max_skipped"),
+    *("dtype", "batch_size", "shard_size", "mode", "max_skipped", "exact", "compiled"),
 )
 
 
@@ -146,7 +159,15 @@ def _append(
     pictures = open_source(source, class_names_file=class_names)
     name, pretrained = manifest.model["name"], manifest.model["pretrained"]
     precision, features = manifest.precision, features_of(manifest)
-    encoder = load_encoder(name, pretrained, device=device, precision=precision, features=features)
+    encoder = load_encoder(
+        name,
+        pretrained,
+        device=device,
+        precision=precision,
+        features=features,
+        exact=manifest.exact,
+        compiled=manifest.compiled,
+    )
     added = append(pictures, encoder, out, workers=workers, engine=on(name, pretrained, precision, features))
     typer.echo(json.dumps(added.to_dict()) if as_json else _added(added))
 

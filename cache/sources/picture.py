@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import io
+from collections.abc import Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -19,6 +22,23 @@ _NOT_DECODABLE = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
 _WHITE = (255, 255, 255, 255)
 
 
+@dataclass
+class Decoding:
+    """How the next picture is decoded, and what came of it.
+
+    Attributes:
+        short_side: pixels that the picture's shorter side keeps at least.
+        whole: (width, height) of the picture upright, with all its pixels; None before one was loaded.
+    """
+
+    short_side: int
+    whole: tuple[int, int] | None = None
+
+
+# Whoever reads pictures sets it around what a source does, which need not know.
+_DECODING: ContextVar[Decoding | None] = ContextVar("decoding", default=None)
+
+
 class UnreadablePicture(Exception):
     """A picture that is skipped.
 
@@ -29,6 +49,20 @@ class UnreadablePicture(Exception):
     def __init__(self, reason: str) -> None:
         self.reason = " ".join(reason.split())
         super().__init__(self.reason)
+
+
+@contextlib.contextmanager
+def no_finer_than(short_side: int) -> Iterator[Decoding]:
+    """A JPEG picture loaded meanwhile may be reduced to a half, quarter or eighth while it is decoded.
+
+    That takes a fraction of the time for a large one. The short side keeps at least `short_side` pixels.
+    """
+    decoding = Decoding(short_side)
+    before = _DECODING.set(decoding)
+    try:
+        yield decoding
+    finally:
+        _DECODING.reset(before)
 
 
 @cache
@@ -53,10 +87,16 @@ def load_picture(source: Path | str | bytes) -> Image.Image:
     try:
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as picture:
             _refuse_unreasonable(picture)
+            decoding, size = _DECODING.get(), picture.size
+            if decoding:  # of other formats than JPEG this does nothing
+                picture.draft(None, (decoding.short_side, decoding.short_side))
             picture.load()
+            stored = picture.size
             # Damaged EXIF data is no reason to lose a good picture.
             with contextlib.suppress(Exception):
                 ImageOps.exif_transpose(picture, in_place=True)
+            if decoding:
+                decoding.whole = size if picture.size == stored else size[::-1]
             return to_rgb(picture)
     except UnreadablePicture:
         raise

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import os
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
@@ -20,6 +23,11 @@ from ulfine_fast.cache.sources.rows import SPLITS, UNKNOWN, Part
 # Names people give to splits, those of data set libraries among them.
 _SAME_AS = {"training": "train", "valid": "val", "validation": "val", "dev": "val", "testing": "test"}
 _SAME_AS |= {"unlabelled": "unlabeled", "unsupervised": "unlabeled"}
+# More classes than any prompt list has; labels beyond are numbers of something else, such as of the picture.
+_MOST_CLASSES = 1_000_000
+ASKED_AT_ONCE = 16  # questions to a store: a far one answers slowly, but many
+# Copies of remote files, so that none outlives a process that was interrupted.
+_COPIES: set[str] = set()
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,10 +69,12 @@ def classes_of(labels: Iterable[Any], where: str) -> list[str]:
     """Class names from the labels that occur: names sorted, or all numbers up to the largest.
 
     Raises:
-        InputError: no label at all.
+        InputError: no label at all, or numbers too large for classes.
     """
     texts = {str(label) for label in labels if label is not None and label != "" and label == label}
     numbers = {int(float(text)) for text in texts if _is_whole(text)}
+    if len(numbers) == len(texts) and max(numbers, default=-1) >= _MOST_CLASSES:
+        raise InputError(f"{where} has the label {max(numbers)}, too large for a class; give names with --class-names")
     if len(numbers) == len(texts) and max(numbers, default=-1) >= 0:
         return [str(number) for number in range(max(numbers) + 1)]
     if not texts or len(numbers) == len(texts):
@@ -82,13 +92,11 @@ def list_files(where: str, suffix: str) -> list[File]:
     Raises:
         InputError: nothing there, or the store refuses.
     """
-    found: dict[str, File] = {}
-    for one in braceexpand(where):
-        for file in _listed(one, suffix):
-            found[file.url] = file
-    if not found:
+    with ThreadPoolExecutor(ASKED_AT_ONCE) as pool:
+        listed = pool.map(lambda one: _listed(one, suffix), _expanded(where))
+        files = list({file.url: file for some in listed for file in some}.values())
+    if not files:
         raise InputError(f"no {suffix} files in {where}")
-    files = list(found.values())
     names = [file.name for file in files]
     # Files of one name in two folders would give pictures of one id, so they are told apart by more of their path.
     if len(set(names)) < len(names):
@@ -96,24 +104,44 @@ def list_files(where: str, suffix: str) -> list[File]:
     return sorted(files, key=lambda file: file.name)
 
 
-def _listed(where: str, suffix: str) -> Iterable[File]:
+def _expanded(where: str) -> list[str]:
+    """A pattern with braces as all that it stands for; what is there under its very name is no pattern."""
+    if os.path.exists(where):
+        return [where]
+    try:
+        return list(braceexpand(where))
+    except ValueError as error:
+        raise InputError(f"the pattern {where} has a brace without its other half") from error
+
+
+def _listed(where: str, suffix: str) -> list[File]:
     try:
         system, root = url_to_fs(where)
-        if any(sign in root for sign in "*?["):
-            paths = system.glob(root)
-        elif system.isdir(root):
-            paths = [path for path in system.find(root) if path.endswith(suffix)]
-        else:
-            paths = [root] if system.isfile(root) else []
-        below = root.rstrip("/") + "/" if system.isdir(root) else None
-        for path in paths:
-            name = path.removeprefix(below) if below else PurePosixPath(path).name
-            if not PurePosixPath(name).name.startswith("."):
-                yield File(name, system.unstrip_protocol(path), int(system.size(path)))
+        below, found = _found(system, root, suffix)
+        names = [path.removeprefix(below) if below else PurePosixPath(path).name for path in found]
+        return [
+            # listings of web servers say no sizes
+            File(name, system.unstrip_protocol(path), int(told.get("size") or system.size(path) or 0))
+            for name, (path, told) in zip(names, found.items(), strict=True)
+            if not PurePosixPath(name).name.startswith(".")
+        ]
     # every store has errors of its own: botocore's, aiohttp's, those of a missing package
     except Exception as error:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise InputError(f"{where} cannot be listed ({reason}); check the address and your credentials") from error
+
+
+def _found(system: Any, root: str, suffix: str) -> tuple[str | None, dict[str, dict[str, Any]]]:
+    """The folder that names are told from, if any, and what a store says of each file."""
+    # First what most are, since every question to a far store takes its time.
+    if root.endswith(suffix) and system.isfile(root):
+        return None, {root: system.info(root)}
+    if any(sign in root for sign in "*?[") and not system.exists(root):
+        return None, system.glob(root, detail=True)
+    if system.isdir(root):
+        files = system.find(root, detail=True).items()
+        return root.rstrip("/") + "/", {path: told for path, told in files if path.endswith(suffix)}
+    return None, {root: system.info(root)} if system.isfile(root) else {}
 
 
 def is_local(url: str) -> bool:
@@ -134,16 +162,44 @@ def fetch(file: File) -> str:
     """
     handle, path = tempfile.mkstemp(prefix="ulfine-fast-", suffix=PurePosixPath(file.name).suffix)
     os.close(handle)
+    _COPIES.add(path)
     try:
-        system, remote = url_to_fs(file.url)
-        system.get_file(remote, path)
-    except BaseException as error:
-        os.unlink(path)
-        if not isinstance(error, Exception):
-            raise
+        with reached(file):
+            system, remote = url_to_fs(file.url)
+            system.get_file(remote, path)
+    except BaseException:
+        forget(path)
+        raise
+    return path
+
+
+def forget(copy: str) -> None:
+    """Removes a file that `fetch` made."""
+    _COPIES.discard(copy)
+    with suppress(FileNotFoundError):
+        os.unlink(copy)
+
+
+@atexit.register
+def _forget_all() -> None:
+    for copy in list(_COPIES):
+        forget(copy)
+
+
+@contextmanager
+def reached(file: File) -> Iterator[None]:
+    """Whatever a store makes of being asked for a file, as one sentence.
+
+    Raises:
+        InputError: the store refuses, or the disk does.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise InputError(f"{file.url} cannot be fetched ({reason}); run again: finished shards stay") from error
-    return path
 
 
 class Labels:
@@ -204,9 +260,9 @@ def plain_id(stem: str, key: str) -> str | None:
     return f"{stem}/{path}"
 
 
-def planned(files: Sequence[File], split_of: Any) -> list[Part]:
+def planned(files: Sequence[File], splits: Iterable[str]) -> list[Part]:
     """One part for each file, split by split in the order of `SPLITS`, by name inside a split."""
-    named = [(split_of(file), file.name) for file in files]
+    named = [(split, file.name) for split, file in zip(splits, files, strict=True)]
     ordered = sorted(named, key=lambda pair: (SPLITS.index(pair[0]), pair[1]))
     return [Part(number, split, None, None, name) for number, (split, name) in enumerate(ordered)]
 

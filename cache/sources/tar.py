@@ -6,10 +6,11 @@ import json
 import os
 import tarfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from fsspec.core import url_to_fs
 from PIL import Image
@@ -18,20 +19,24 @@ from ulfine_fast.cache.errors import InputError
 from ulfine_fast.cache.sources.picture import UnreadablePicture, load_picture, picture_suffixes
 from ulfine_fast.cache.sources.rows import UNKNOWN, Part, Row
 from ulfine_fast.cache.sources.streams import (
+    ASKED_AT_ONCE,
     File,
     Labels,
     fetch,
     files_sha256,
+    forget,
     is_local,
     list_files,
     local_path,
     names_or_refuse,
     plain_id,
     planned,
+    reached,
 )
 
 SUFFIX = ".tar"
 _TO_PEEK = 64  # members looked at for a first sample's label
+_PEEK_BYTES = 2**16  # fetched at once for that, of a remote file
 
 
 class TarSource:
@@ -73,7 +78,8 @@ class TarSource:
 
     @cached_property
     def _parts(self) -> list[Part]:
-        return planned(self.files, self._split_of)
+        with ThreadPoolExecutor(ASKED_AT_ONCE) as pool:
+            return planned(self.files, pool.map(self._split_of, self.files))
 
     def plan(self, shard_size: int) -> list[Part]:
         """One part for each tar file, however many pictures it holds."""
@@ -87,7 +93,7 @@ class TarSource:
         path = self._copies.get(part.number, local_path(file.url))
         rows: list[Row] = []
         with _reading(file), tarfile.open(path, "r:") as tar, open(path, "rb") as data:
-            for members in _samples(_checked(tar, file)):
+            for members in _samples(_checked(tar, data)):
                 row = self._row(members, file, path, part.split, data)
                 if row is not None:
                     rows.append(row)
@@ -97,7 +103,7 @@ class TarSource:
         """Removes the copy of a remote file."""
         copy = self._copies.pop(part.number, None)
         if copy is not None:
-            os.unlink(copy)
+            forget(copy)
 
     def read(self, row: Row) -> Image.Image:
         """The picture of `row` as RGB, straight from its place in the tar file; raises UnreadablePicture."""
@@ -121,8 +127,7 @@ class TarSource:
 
     def _first_label(self, file: File) -> int:
         """Label of the first sample, from the beginning of the file alone."""
-        system, path = url_to_fs(file.url)
-        with _reading(file), system.open(path, "rb") as raw, tarfile.open(fileobj=raw, mode="r|") as tar:
+        with reached(file), _reading(file), _peeking(file) as tar:
             sample: dict[str, bytes] = {}
             first = None
             for _, member in zip(range(_TO_PEEK), tar, strict=False):
@@ -135,7 +140,7 @@ class TarSource:
                     sample[suffix] = content.read() if content else b""
         return self._labels.of(_label(sample), file.name)
 
-    def _row(self, members: list[tarfile.TarInfo], file: File, path: str, split: str, data: Any) -> Row | None:
+    def _row(self, members: list[tarfile.TarInfo], file: File, path: str, split: str, data: BinaryIO) -> Row | None:
         """One sample; None without a picture, and a row that cannot be read where its name leads elsewhere."""
         pictures = [member for member in members if _key(member.name)[1] in picture_suffixes()]
         if not pictures:
@@ -160,12 +165,12 @@ def _key(name: str) -> tuple[str, str]:
 
 
 def _samples(members: Iterator[tarfile.TarInfo]) -> Iterator[list[tarfile.TarInfo]]:
-    """Neighbours that share a key."""
+    """Neighbours that share a key; a name that comes again begins another, whose id is then known to be there twice."""
     group: list[tarfile.TarInfo] = []
     for member in members:
         if member.isdir():
             continue
-        if group and _key(member.name)[0] != _key(group[0].name)[0]:
+        if group and (_key(member.name)[0] != _key(group[0].name)[0] or member.name in {one.name for one in group}):
             yield group
             group = []
         group.append(member)
@@ -173,18 +178,37 @@ def _samples(members: Iterator[tarfile.TarInfo]) -> Iterator[list[tarfile.TarInf
         yield group
 
 
-def _checked(tar: tarfile.TarFile, file: File) -> Iterator[tarfile.TarInfo]:
-    """Members, the last of which must be there to its end: a file cut inside a picture looks whole by its headers."""
+@contextmanager
+def _peeking(file: File) -> Iterator[tarfile.TarFile]:
+    """A tar file of which little is fetched."""
+    system, path = url_to_fs(file.url)
+    # Some web servers give no piece from the middle; of all of them one may stop listening.
+    streamed = file.url.startswith("http")
+    with (
+        system.open(path, "rb", block_size=0 if streamed else _PEEK_BYTES) as raw,
+        tarfile.open(fileobj=raw, mode="r|") if streamed else tarfile.open(fileobj=raw, mode="r:") as tar,
+    ):
+        yield tar
+
+
+def _checked(tar: tarfile.TarFile, data: BinaryIO) -> Iterator[tarfile.TarInfo]:
+    """Members, the last of which must be there to its end, and the mark of zeros behind it.
+
+    `tarfile` takes a cut or damaged header after the first for the end, and a picture without its end for whole.
+    """
+    size = data.seek(0, os.SEEK_END)
     for member in tar:
-        if member.offset_data + member.size > file.bytes:
+        if member.offset_data + member.size > size:
             raise tarfile.ReadError(f"it ends inside the member {member.name!r} at byte {member.offset}")
         yield member
+    data.seek(tar.offset)
+    if data.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+        raise tarfile.ReadError(f"after byte {tar.offset} comes neither another member nor the mark of the end")
 
 
-def _bytes(data: Any, member: tarfile.TarInfo) -> bytes:
+def _bytes(data: BinaryIO, member: tarfile.TarInfo) -> bytes:
     data.seek(member.offset_data)
-    found: bytes = data.read(member.size)
-    return found
+    return data.read(member.size)
 
 
 def _label(texts: dict[str, bytes]) -> Any:

@@ -162,7 +162,8 @@ def test_pictures_that_could_not_be_read_are_known(pictures, tiny_encoder, tmp_p
 def test_a_merged_cache_can_grow(cache, grown, tiny_encoder, tmp_path):
     manifest = opened(cache).manifest
     assert manifest is not None
-    kept = {name: getattr(manifest, name) for name in ("model", "preprocessing", "mean", "std", "views", "prompts")}
+    names = ("model", "preprocessing", "exact", "mean", "std", "views", "prompts")
+    kept = {name: getattr(manifest, name) for name in names}
     write_named_cache(tmp_path / "zoo", ["yak"], **kept)
     (tmp_path / "zoo/text.h5").unlink()
     from ulfine_fast.cache.text import encode_classes, write_text

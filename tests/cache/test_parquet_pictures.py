@@ -171,3 +171,8 @@ def test_an_empty_cell_is_a_picture_that_cannot_be_read(tmp_path):
     for row, reason in zip(rows[1:], ["empty", "not a picture"], strict=True):
         with pytest.raises(UnreadablePicture, match=reason):
             source.read(row)
+
+
+def test_numbers_too_large_for_classes_are_named(tmp_path):
+    with pytest.raises(InputError, match="123456789"):
+        ParquetSource(str(write(tmp_path / "train.parquet", 2, label=[3, 123456789])))

@@ -1,9 +1,15 @@
 from __future__ import annotations
 
+import functools
+import http.server
 import io
 import json
+import os
 import pickle
+import subprocess
+import sys
 import tarfile
+import threading
 from pathlib import Path
 
 import fsspec
@@ -13,7 +19,7 @@ from PIL import Image
 
 from ulfine_fast.cache.errors import CacheMismatch, InputError
 from ulfine_fast.cache.extract import extract
-from ulfine_fast.cache.sources import open_source, reopen_source
+from ulfine_fast.cache.sources import open_source, reopen_source, streams
 from ulfine_fast.cache.sources.picture import UnreadablePicture
 from ulfine_fast.cache.sources.tar import TarSource
 from ulfine_fast.cache.store import FeatureCache
@@ -188,6 +194,102 @@ def test_a_tar_file_cut_in_the_middle_is_named(tmp_path, names):
         source = TarSource(str(tmp_path / "train.tar"), class_names_file=names)
         with pytest.raises(InputError, match=r"train\.tar cannot be read as a tar file .*fetch it again"):
             rows_of(source)
+
+
+def test_a_damaged_header_after_the_first_is_no_end(tmp_path, names):
+    source = one(tmp_path, names, samples(3))
+    whole = (tmp_path / "a.tar").read_bytes()
+    with tarfile.open(tmp_path / "a.tar") as tar:
+        second = tar.getmembers()[2].offset
+    (tmp_path / "a.tar").write_bytes(whole[:second] + bytes([255]) * 512 + whole[second + 512 :])
+    with pytest.raises(InputError, match=rf"a\.tar.*{second}"):
+        rows_of(source)
+
+
+def test_a_tar_file_cut_between_members_has_no_mark_of_its_end(tmp_path, names):
+    source = one(tmp_path, names, samples(3))
+    with tarfile.open(tmp_path / "a.tar") as tar:
+        third = tar.getmembers()[4].offset
+    (tmp_path / "a.tar").write_bytes((tmp_path / "a.tar").read_bytes()[:third])
+    with pytest.raises(InputError, match=r"a\.tar.*mark of the end"):
+        rows_of(source)
+
+
+def test_a_name_that_comes_again_is_another_sample(tmp_path, names, tiny_encoder):
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as tar:
+        for _ in range(2):
+            for name, content in samples(1).items():
+                told = tarfile.TarInfo(name)
+                told.size = len(content)
+                tar.addfile(told, io.BytesIO(content))
+    (tmp_path / "a.tar").write_bytes(buffer.getvalue())
+    source = TarSource(str(tmp_path / "a.tar"), class_names_file=names)
+    assert len(rows_of(source)) == 2
+    with pytest.raises(InputError, match="0000"):
+        extract(source, tiny_encoder, tmp_path / "cache", workers=0)
+
+
+def test_signs_of_patterns_in_a_files_very_name(tmp_path, names):
+    for name in ("train[1].tar", "train{2}.tar", "train*.tar"):
+        assert len(rows_of(one(tmp_path, names, samples(2), name))) == 2
+        assert len(TarSource(str(tmp_path / name), class_names_file=names).files) == 1
+
+
+def test_a_brace_without_its_other_half_is_named(tmp_path, names):
+    with pytest.raises(InputError, match=r"\{0\.\.3"):
+        TarSource(str(tmp_path / "train-{0..3.tar"), class_names_file=names)
+
+
+class Quiet(http.server.SimpleHTTPRequestHandler):
+    """A web server as Python has it: it says lengths of files, none in its listings, and gives no pieces."""
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def served(folder):
+    handler = functools.partial(Quiet, directory=str(folder))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def test_files_of_a_web_server(served, folder, names, tiny_encoder, tmp_path):
+    there = TarSource(served + "/train-{000..001}.tar", class_names_file=names)
+    here = TarSource(str(folder / "train-{000..001}.tar"), class_names_file=names)
+    assert [(file.name, file.bytes) for file in there.files] == [(file.name, file.bytes) for file in here.files]
+    assert [part.split for part in there.plan(1)] == [part.split for part in here.plan(1)]
+    done = extract(there, tiny_encoder, tmp_path / "cache", workers=1)
+    assert (done.pictures, done.skipped) == (5, [])
+    assert not streams._COPIES  # copies are removed once their shard is written
+
+
+def test_a_web_server_without_the_file(served, names):
+    with pytest.raises(InputError, match="nothing-here"):
+        TarSource(served + "/nothing-here.tar", class_names_file=names)
+
+
+def test_copies_of_remote_files_go_with_the_process(served, names, tmp_path):
+    code = (
+        "import sys; from ulfine_fast.cache.sources.tar import TarSource;"
+        "from pathlib import Path;"
+        f"source = TarSource('{served}/train-000.tar', class_names_file=Path({str(names)!r}));"
+        "source.open(source.plan(1)[0]); print(len(list(Path(sys.argv[1]).iterdir()))); raise KeyboardInterrupt"
+    )
+    (tmp_path / "copies").mkdir()
+    environment = {**os.environ, "TMPDIR": str(tmp_path / "copies")}
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "copies")],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=environment,
+    )
+    assert done.stdout.strip() == "1", done.stderr
+    assert list((tmp_path / "copies").iterdir()) == []
 
 
 @pytest.mark.parametrize("content", [b"no tar file at all" * 100, b"\x1f\x8b compressed"])
