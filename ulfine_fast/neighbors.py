@@ -23,6 +23,8 @@ EXACT_ROWS = 100_000  # up to so many, every pair is compared
 _BLOCK = 4096  # queries at a time: bounds the memory of what is found
 _MOST = 64  # near-duplicates looked for of each picture; a group of more is still found, by its other members
 _SAMPLE = 500  # queries on which an approximate index is compared with the exact one
+_RECALL = 0.98  # that an approximate index must reach
+_FIRST_CELLS = 4  # that a query visits at first
 _SEED = 0
 _QUICK = 400_000_000  # pairs that are compared in passing
 _TRAINED = ("train", "unlabeled")
@@ -105,7 +107,7 @@ def build_index(features: NDArray[Any], *, exact_rows: int = EXACT_ROWS) -> Inde
     rows = _unit(features)
     exact = len(rows) <= exact_rows
     index, device = _on_gpu(faiss, _flat(faiss, rows) if exact else _cells(faiss, rows))
-    return Index(rows, exact, 1.0 if exact else _recall(faiss, index, rows), device, index)
+    return Index(rows, exact, 1.0 if exact else _widened(faiss, index, rows), device, index)
 
 
 def near_duplicates(cache: FeatureCache, *, threshold: float = THRESHOLD, index: Index | None = None) -> Duplicates:
@@ -271,7 +273,7 @@ def _flat(faiss: Any, rows: NDArray[np.float32]) -> Any:
 
 
 def _cells(faiss: Any, rows: NDArray[np.float32]) -> Any:
-    """About sqrt(n) rows are looked at in each of the cells that a query visits, a sixteenth of all cells."""
+    """Rows sorted into 4 sqrt(n) cells, so that each holds about sqrt(n) / 4; how many are visited is not set here."""
     cells = int(4 * math.sqrt(len(rows)))
     index = faiss.IndexIVFFlat(faiss.IndexFlatIP(rows.shape[1]), rows.shape[1], cells, faiss.METRIC_INNER_PRODUCT)
     index.cp.seed = _SEED
@@ -279,7 +281,6 @@ def _cells(faiss: Any, rows: NDArray[np.float32]) -> Any:
     sample = np.random.default_rng(_SEED).choice(len(rows), min(len(rows), 40 * cells), replace=False)
     index.train(rows[np.sort(sample)])
     index.add(rows)
-    index.nprobe = max(1, cells // 16)
     return index
 
 
@@ -290,11 +291,21 @@ def _on_gpu(faiss: Any, index: Any) -> tuple[Any, str]:
     return faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), 0, index), "gpu"
 
 
-def _recall(faiss: Any, index: Any, rows: NDArray[np.float32]) -> float:
-    """Share of the ten nearest rows that an approximate index finds."""
+def _widened(faiss: Any, index: Any, rows: NDArray[np.float32]) -> float:
+    """Lets a query visit more and more cells until enough is found; returns the recall.
+
+    That is the share of the ten nearest rows that the index finds, over a sample. How many cells it takes depends on
+    how the features lie: with clear groups a few, in one even cloud nearly all.
+    """
     queries = rows[np.random.default_rng(_SEED).choice(len(rows), min(_SAMPLE, len(rows)), replace=False)]
-    wanted, found = (one.search(queries, 10)[1] for one in (_flat(faiss, rows), index))
-    return float(np.mean([len(np.intersect1d(w, f)) / 10 for w, f in zip(wanted, found, strict=True)]))
+    wanted = _flat(faiss, rows).search(queries, 10)[1]
+    index.nprobe = min(_FIRST_CELLS, index.nlist)
+    while True:
+        found = index.search(queries, 10)[1]
+        recall = float(np.mean([len(np.intersect1d(w, f)) / 10 for w, f in zip(wanted, found, strict=True)]))
+        if recall >= _RECALL or index.nprobe == index.nlist:
+            return recall
+        index.nprobe = min(2 * index.nprobe, index.nlist)
 
 
 def _blocks(index: Index) -> Iterator[tuple[int, NDArray[np.float32], NDArray[np.int64]]]:
