@@ -132,3 +132,29 @@ def test_pictures_of_tar_files_are_found_by_opening_their_own_alone(tmp_path: Pa
     assert opened == ["class1.tar"]
     with pytest.raises(KeyError):
         read("class1/9")
+
+
+def test_pictures_of_merged_and_grown_caches(tmp_path: Path) -> None:
+    """One cache kept its ids, the other got a prefix, and has grown by a tar file since."""
+    described = [open_source(str(draw_folder(tmp_path / name))).describe() for name in ("one", "other")]
+    with tarfile.open(tmp_path / "train-0.tar", "w") as tar:
+        tar.add(tmp_path / "one/class0/2.png", "late.png")
+    names = tmp_path / "names.txt"
+    names.write_text("class0")
+    described[1]["appended"] = [TarSource(str(tmp_path / "train-0.tar"), class_names_file=names).describe()]
+    caches = [{"source": described[0]}, {"source": described[1], "prefix": "other/"}]
+    cache = write_cache(tmp_path / "cache", tmp_path / "one")
+    manifest = json.loads((cache / "manifest.json").read_text())
+    manifest["source"] = {"kind": "merged", "caches": caches}
+    (cache / "manifest.json").write_text(json.dumps(manifest))
+    read, reason = find_pictures([load_run(run_of(tmp_path / "run", cache))])
+    assert reason == ""
+    assert read is not None
+    for row_id, color in (
+        ("class1/1.png", (0, 128, 0)),
+        ("other/class1/1.png", (0, 128, 0)),
+        ("other/train-0/late", (0, 0, 255)),
+    ):
+        assert read(row_id).getpixel((0, 0)) == color
+    with pytest.raises(KeyError):
+        read("train-0/late")

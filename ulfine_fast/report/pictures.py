@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,11 +37,12 @@ def find_pictures(
     from ulfine_fast.cache.sources import open_source, reopen_source
 
     if where is not None:
-        return _reader([open_source(where)]), ""
+        return _reader([("", open_source(where))]), ""
     sources, reasons = [], []
     for cache in dict.fromkeys(run.cache for run in runs):
         try:
-            sources.append(reopen_source(_described(cache)))
+            for prefix, described in _parts(_described(cache)):
+                sources.append((prefix, reopen_source(described)))
         except (InputError, OSError) as error:
             reasons.append(str(error))
     return (_reader(sources), "") if sources else (None, reasons[0])
@@ -59,13 +60,22 @@ def _described(cache: str | None) -> dict[str, Any]:
         raise InputError(f"{file} is cut or not a cache's manifest") from error
 
 
-def _reader(sources: Sequence[Source]) -> Callable[[str], Image.Image]:
+def _parts(described: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
+    """What stands before ids, and the source of these pictures: of every cache that was merged, of every append."""
+    for cache in described.get("caches", []):
+        yield from _parts(cache["source"], prefix + cache.get("prefix", ""))
+    if described["kind"] != "merged":
+        yield prefix, described
+    for part in described.get("appended", []):
+        yield prefix, part
+
+
+def _reader(sources: Sequence[tuple[str, Source]]) -> Callable[[str], Image.Image]:
     from ulfine_fast.cache.planning import is_listed
     from ulfine_fast.cache.sources import UnreadablePicture
 
-    listed = [source for source in sources if is_listed(source)]
-    rows = {row.id: (source, row) for source in listed for row in source.rows}
-    streamed = [_Streamed(source) for source in sources if not is_listed(source)]
+    rows = {prefix + row.id: (source, row) for prefix, source in sources if is_listed(source) for row in source.rows}
+    streamed = [_Streamed(source, prefix) for prefix, source in sources if not is_listed(source)]
 
     def read(row_id: str) -> Image.Image:
         """The picture of one row id."""
@@ -86,14 +96,17 @@ def _reader(sources: Sequence[Source]) -> Callable[[str], Image.Image]:
 class _Streamed:
     """Rows of a stream by id: a part is opened when the first of its pictures is asked for, and stays open."""
 
-    def __init__(self, source: StreamedSource) -> None:
-        self.source = source
+    def __init__(self, source: StreamedSource, prefix: str) -> None:
+        self.source, self.prefix = source, prefix
         # of the shard size only the cut of long files depends, and pictures are found whatever that is
         self.parts = source.plan(_PART_ROWS)
         self.rows: dict[int, dict[str, Row]] = {}
 
     def find(self, row_id: str) -> tuple[Source, Row] | None:
         """The row, None where no part has it."""
+        if not row_id.startswith(self.prefix):
+            return None
+        row_id = row_id.removeprefix(self.prefix)
         for part in self.parts:
             if not row_id.startswith(part.name.partition("#")[0].rpartition(".")[0] or part.split):
                 continue
