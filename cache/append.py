@@ -24,6 +24,7 @@ from ulfine_fast.cache.errors import CacheMismatch, InputError
 from ulfine_fast.cache.extract import Engine, ExtractSummary, Job, describe, extract_parts
 from ulfine_fast.cache.ids import KnownIds, read_ids
 from ulfine_fast.cache.manifest import Manifest
+from ulfine_fast.cache.places import open_place
 from ulfine_fast.cache.planning import cut_rows, identity, is_listed, refuse_bad_rows
 from ulfine_fast.cache.progress import progress_bar
 from ulfine_fast.cache.prompts import fill_prompts
@@ -85,7 +86,7 @@ def append(
         CacheMismatch: the encoder is not the one that made the cache.
         KeyboardInterrupt: Ctrl-C; the same call continues.
     """
-    out = Path(cache)
+    out = open_place(cache)
     Manifest.read(out)  # before the lock, which would make a folder of a mistyped name
     with lock.writer(out):
         return _append(source, encoder, out, workers, progress, engine or extract_parts)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +58,7 @@ class Assembled:
 
     def to_dict(self) -> dict[str, Any]:
         """The summary in JSON's types."""
-        return {**asdict(self), "out": str(self.out)}
+        return {**{one.name: getattr(self, one.name) for one in fields(self)}, "out": str(self.out)}
 
 
 def assemble(

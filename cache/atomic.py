@@ -4,22 +4,30 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 from pathlib import Path
 
 from ulfine_fast.cache.errors import InputError
+from ulfine_fast.cache.places import RemotePath, is_remote
+
+_BEGINNING = re.compile(r"[\w.-]+\.(h5|json)(\.\d+)?\.tmp")
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Writes beside the final name, flushes to the disk and renames.
+    """Writes beside the final name, flushes to the disk and renames; into a store it goes as one whole.
 
     Args:
-        path: final name; what is written first is `path` + ".tmp", a leftover of that name is overwritten.
+        path: final name; what is written first is `path` + "." + the process's number + ".tmp", so that two workers at
+            one file do not meet.
         data: the whole file.
 
     Raises:
         InputError: the file system refused (full, read-only, too large); names the file and the reason.
     """
-    temporary = path.with_name(path.name + ".tmp")
+    if is_remote(path):
+        _upload(path, data)
+        return
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
             file.write(data)
@@ -35,6 +43,17 @@ def write_atomically(path: Path, data: bytes) -> None:
         raise write_error(path, error) from error
 
 
+def _upload(path: Path, data: bytes) -> None:
+    try:
+        path.write_bytes(data)
+    # a store may refuse with anything
+    except Exception as error:
+        raise InputError(
+            f"cannot write {path} ({' '.join(str(error).split())[:200] or type(error).__name__}); check the store and "
+            "run the same command again: what is finished stays"
+        ) from error
+
+
 def make_folder(path: Path) -> None:
     """Makes a folder and its parents; fine when it is there already.
 
@@ -47,7 +66,15 @@ def make_folder(path: Path) -> None:
         raise write_error(path, error) from error
 
 
-def write_error(path: Path, error: OSError) -> InputError:
+def remove_beginnings(cache: Path) -> None:
+    """Removes what killed writers have left of files; only for who holds the cache's lock."""
+    for folder in (cache, cache / "shards"):
+        for path in folder.glob("*.tmp"):
+            if _BEGINNING.fullmatch(path.name):
+                path.unlink(missing_ok=True)
+
+
+def write_error(path: Path | RemotePath, error: OSError) -> InputError:
     """The sentence for a write that the system refused."""
     return InputError(
         f"cannot write {path} ({error.strerror or error}); make room or choose a folder that can be written, "

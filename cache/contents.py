@@ -12,20 +12,15 @@ from ulfine_fast.cache.errors import InputError
 from ulfine_fast.cache.shard import ShardRecord, is_intact, shard_path
 from ulfine_fast.cache.sources.rows import Part
 
-_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
+_FIRST = re.compile(rf"{re.escape(manifests.NAME)}(\.\d+)?\.tmp")
 
 
 def refuse_strange_folder(out: Path) -> None:
     """Nothing is ever written into, or deleted from, a folder that holds something else.
 
     Raises:
-        InputError: it is a URL, a file, or a folder with other files and no cache.
+        InputError: it is a file, or a folder with other files and no cache.
     """
-    # a path keeps only one of a URL's slashes, and would become a folder of that name
-    if _URL.match(str(out)):
-        raise InputError(
-            f"a cache is written to a folder of this machine, got {out}; copy it there once it is finished"
-        )
     try:
         if out.exists() and not out.is_dir():
             raise InputError(f"{out} is a file; choose a folder for the cache")
@@ -55,4 +50,4 @@ def _is_beginning(path: Path) -> bool:
     """Whether a run killed at its very first write may have left this behind."""
     if path.name == "shards":
         return path.is_dir() and not any(path.iterdir())
-    return path.name in (manifests.NAME + ".tmp", *lock.FILES)
+    return path.name in lock.FILES or _FIRST.fullmatch(path.name) is not None

@@ -21,6 +21,7 @@ from ulfine_fast.cache.errors import InputError
 from ulfine_fast.cache.growing import GrowingArray, GrowingTable
 from ulfine_fast.cache.ids import read_ids
 from ulfine_fast.cache.manifest import Manifest
+from ulfine_fast.cache.places import open_place
 from ulfine_fast.cache.progress import progress_bar
 from ulfine_fast.cache.shard import VIEWED_SPLITS, Shard, ShardRecord, read_shard, shard_path
 from ulfine_fast.cache.sources.rows import SPLITS
@@ -87,7 +88,7 @@ def export(
         raise InputError(f"a cache can be exported to {' or '.join(LAYOUTS)}, got {to!r}")
     if rows_per_file < 1:
         raise InputError(f"rows per file must be at least 1, got {rows_per_file}")
-    work = _Export.open(Path(cache), Path(out))
+    work = _Export.open(open_place(cache), Path(out))
     _prepare(work, to, rows_per_file)
     with progress_bar(progress) as bar:
         task = bar.add_task("export", total=work.rows, unit="rows", note="")

@@ -7,7 +7,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +25,7 @@ from ulfine_fast.cache.contents import finished, recorded, refuse_strange_folder
 from ulfine_fast.cache.encoding import Done, encoded
 from ulfine_fast.cache.errors import InputError
 from ulfine_fast.cache.manifest import DTYPES, Manifest
+from ulfine_fast.cache.places import open_place
 from ulfine_fast.cache.planning import (
     batches_of,
     identity,
@@ -49,7 +50,7 @@ MODES = ("resume", "overwrite", "verify")
 _PRECISIONS = {None: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 # Works on parts as `extract_parts` does, here or elsewhere.
 Engine = Callable[..., None]
-_OWN_FILE = re.compile(r"\d{5,}\.(h5|json)(\.tmp)?")
+_OWN_FILE = re.compile(r"\d{5,}\.(h5|json)((\.\d+)?\.tmp)?")
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,8 @@ class ExtractSummary:
 
     def to_dict(self) -> dict[str, Any]:
         """The summary in JSON's types."""
-        return {**asdict(self), "out": str(self.out), "pictures_per_second": self.pictures_per_second}
+        told = {one.name: getattr(self, one.name) for one in fields(self)}
+        return {**told, "out": str(self.out), "pictures_per_second": self.pictures_per_second}
 
 
 def extract(
@@ -105,7 +107,7 @@ def extract(
     Args:
         source: pictures with ids, labels and splits.
         encoder: the frozen model.
-        out: folder of the cache; new, empty, or a cache.
+        out: folder of the cache, or a URL that fsspec knows, such as s3://bucket/cache; new, empty, or a cache.
         views: what to draw beside the plain view; one weak and one strong view by default.
         prompts: (P,) texts with {} for the class name.
         dtype: "float16", "float32" or "int8" with a scale a row, of the stored features.
@@ -144,12 +146,13 @@ def extract(
         max_skipped=max_skipped,
     )
     # Everything up to here reads no picture and writes nothing, so that bad input costs a moment.
+    place = open_place(out)
     if mode == "verify":
-        return _verify(Path(out), wanted, parts)
-    refuse_strange_folder(Path(out))
-    with lock.writer(Path(out)):
-        _prepare_folder(Path(out), wanted, encoder, mode)
-        job = Job(source, recipe, Path(out), wanted)
+        return _verify(place, wanted, parts)
+    refuse_strange_folder(place)
+    with lock.writer(place):
+        _prepare_folder(place, wanted, encoder, mode)
+        job = Job(source, recipe, place, wanted)
         return _Work(job, encoder, parts, engine or extract_parts).run(workers, progress)
 
 

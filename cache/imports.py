@@ -22,6 +22,7 @@ from ulfine_fast.cache.export import FORMAT, NOTE
 from ulfine_fast.cache.found import FoundFeatures, Opened, Said, texts_of
 from ulfine_fast.cache.ids import refuse_shared_ids
 from ulfine_fast.cache.manifest import Manifest
+from ulfine_fast.cache.places import open_place
 from ulfine_fast.cache.prompts import DEFAULT_PROMPTS, fill_prompts
 from ulfine_fast.cache.shard import VIEWED_SPLITS, Shard
 from ulfine_fast.cache.sources.rows import SPLITS, UNKNOWN, Part
@@ -212,7 +213,7 @@ def import_features(
     refuse_shared_ids(lambda: map(found.ids, _ranges(len(found.labels))), "give another --id-column, or leave ids out")
     manifest = _manifest(found, encoder, model, text, dtype or found.dtype, shard_size)
     rows = _Rows(found, manifest)
-    done = assemble(Path(out), manifest, text.features, rows.pieces(), progress=progress)
+    done = assemble(open_place(out), manifest, text.features, rows.pieces(), progress=progress)
     return Imported(**{**asdict(done), "out": done.out}, normalised=rows.normalised)
 
 

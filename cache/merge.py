@@ -17,6 +17,7 @@ from ulfine_fast.cache.assembly import Assembled, Piece, assemble
 from ulfine_fast.cache.errors import CacheMismatch, InputError
 from ulfine_fast.cache.ids import read_ids, refuse_shared_ids
 from ulfine_fast.cache.manifest import Manifest
+from ulfine_fast.cache.places import open_place
 from ulfine_fast.cache.shard import Shard, ShardRecord, read_shard, shard_path
 from ulfine_fast.cache.sources.rows import SPLITS, Part
 from ulfine_fast.cache.store import read_records
@@ -102,8 +103,8 @@ def merge(
         InputError: fewer than two caches, one that is unfinished or damaged, an id in two of them.
         CacheMismatch: two of them, or what lies in `out`, were made with other settings.
     """
-    inputs = [_Input.open(Path(cache), prefix) for cache in caches]
-    _refuse_bad_choice(inputs, Path(out), prefix)
+    inputs = [_Input.open(open_place(cache), prefix) for cache in caches]
+    _refuse_bad_choice(inputs, open_place(out), prefix)
     for other in inputs[1:]:
         _refuse_difference(inputs[0], other)
     class_names = list(dict.fromkeys(name for one in inputs for name in one.manifest.class_names))
@@ -112,7 +113,7 @@ def merge(
         way_out = "give --prefix to put the name of its cache before each id"
         refuse_shared_ids(lambda: (ids for one in inputs for ids in one.ids()), way_out)
     manifest = _manifest(inputs, class_names)
-    return assemble(Path(out), manifest, text, _pieces(inputs, manifest), progress=progress)
+    return assemble(open_place(out), manifest, text, _pieces(inputs, manifest), progress=progress)
 
 
 def _refuse_bad_choice(inputs: Sequence[_Input], out: Path, prefix: bool) -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass, replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,13 @@ from numpy.typing import ArrayLike, NDArray
 from ulfine_fast.cache.errors import InputError
 from ulfine_fast.cache.ids import read_ids
 from ulfine_fast.cache.manifest import Manifest
+from ulfine_fast.cache.places import is_remote, open_place
 from ulfine_fast.cache.shard import VIEWED_SPLITS, Shard, ShardRecord, read_shard, shard_path, verify_shard
 from ulfine_fast.cache.sources.rows import SPLITS
 from ulfine_fast.cache.text import average, read_text
 
 UNKNOWN = "(unknown)"
+_ASKED_AT_ONCE = 16  # records of a store
 
 
 @dataclass(frozen=True)
@@ -86,12 +89,12 @@ class FeatureCache:
 
     @classmethod
     def open(cls, path: str | Path) -> FeatureCache:
-        """Opens a folder that `extract` made; reads its manifest, text features and records, nothing big yet.
+        """Opens what `extract` made, a folder or a URL; reads its manifest, text features and records, nothing big yet.
 
         Raises:
             InputError: not a cache, damaged, or a shard is missing; names the shard.
         """
-        folder = Path(path)
+        folder = open_place(path)
         manifest = Manifest.read(folder)
         text = read_text(folder, manifest)
         return cls(
@@ -327,9 +330,9 @@ class FeatureCache:
 
     def _expect(self, number: int) -> None:
         """Lets the system read a shard's file ahead, so that the disk does not wait while others are checked."""
-        if number >= len(self.records) or not hasattr(os, "posix_fadvise"):
-            return
         assert self.path is not None
+        if number >= len(self.records) or not hasattr(os, "posix_fadvise") or is_remote(self.path):
+            return
         with suppress(OSError), shard_path(self.path, number).open("rb") as file:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
 
@@ -373,18 +376,40 @@ def read_records(folder: Path, manifest: Manifest) -> list[ShardRecord]:
     reached = 0
     # Shards of a stream stand alone; others continue one another until all rows are covered.
     streamed, total = manifest.parts > 0, manifest.parts or manifest.rows or 0
-    while (len(records) if streamed else reached) < total:
-        path = shard_path(folder, len(records))
+    with closing(_each_record(folder)) as found:
+        while (len(records) if streamed else reached) < total:
+            record = next(found)
+            # rows_read of 0 would never reach the end.
+            follows = record.first_row == (0 if streamed else reached) and (streamed or record.rows_read > 0)
+            if record.shard != len(records) or not follows:
+                name = shard_path(folder, len(records)).stem
+                raise InputError(f"shard {name} does not follow the one before it; extract with --mode overwrite")
+            records.append(record)
+            reached += record.rows_read
+    return records
+
+
+def _each_record(folder: Path) -> Generator[ShardRecord, None, None]:
+    """The records by number, as long as somebody asks; of a store, which answers slowly, many are asked for at once."""
+
+    def read(number: int) -> ShardRecord:
+        path = shard_path(folder, number)
         record = ShardRecord.read(path.with_suffix(".json"))
-        # rows_read of 0 would never reach the end.
-        follows = record.first_row == (0 if streamed else reached) and (streamed or record.rows_read > 0)
-        if record.shard != len(records) or not follows:
-            raise InputError(f"shard {path.stem} does not follow the one before it; extract with --mode overwrite")
         if not path.is_file():
             raise InputError(f"shard {path.stem} is missing: no {path}; run the same extract command again to redo it")
-        records.append(record)
-        reached += record.rows_read
-    return records
+        return record
+
+    if not is_remote(folder):
+        yield from map(read, count())
+    with ThreadPoolExecutor(_ASKED_AT_ONCE) as pool:
+        waiting = deque(pool.submit(read, number) for number in range(_ASKED_AT_ONCE))
+        for number in count(_ASKED_AT_ONCE):
+            try:
+                yield waiting.popleft().result()
+                waiting.append(pool.submit(read, number))
+            except GeneratorExit:
+                pool.shutdown(cancel_futures=True)
+                raise
 
 
 def _threads() -> int:

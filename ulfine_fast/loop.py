@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Generator, Iterator, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -251,7 +250,7 @@ class Pass:
                 metrics={"method": config.method, "seed": config.seed},
                 history=self.history.rows_of(t),
                 encoder=encoder_of(self.cache),
-                cache_path=None if self.cache.path is None else Path(self.cache.path).resolve(),
+                cache_path=None if self.cache.path is None else self.cache.path.resolve(),
                 status=self.status[t],
             )
             if self.status[t] != "done":

@@ -321,7 +321,8 @@ def test_numbers_in_place_of_ids_are_refused(tmp_path):
 
 
 def test_nothing_is_left_beside_a_written_shard(tmp_path):
-    (tmp_path / "00000.h5.tmp").write_bytes(b"left by a killed run, and longer than what is written" * 1000)
+    beginning = tmp_path / f"00000.h5.{os.getpid()}.tmp"
+    beginning.write_bytes(b"left by a killed run, and longer than what is written" * 1000)
     write_shard(tmp_path / "00000.h5", make_shard())
     assert [path.name for path in tmp_path.iterdir()] == ["00000.h5"]
     assert (tmp_path / "00000.h5").read_bytes() == pack_shard(make_shard())

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
 from ulfine_fast.cache.errors import InputError
+from ulfine_fast.cache.places import open_place
 from ulfine_fast.report.load import RunFiles
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def find_pictures(
 def _described(cache: str | None) -> dict[str, Any]:
     if cache is None:
         raise InputError("the run was made from features in memory, without a cache")
-    file = Path(cache) / "manifest.json"
+    file = open_place(cache) / "manifest.json"
     try:
         return dict(json.loads(file.read_text(encoding="utf-8"))["source"])
     except FileNotFoundError as error:
