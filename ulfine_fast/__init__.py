@@ -14,6 +14,13 @@ if TYPE_CHECKING:
     from ulfine_fast.cache.errors import CacheMismatch, InputError
     from ulfine_fast.cache.store import FeatureCache
     from ulfine_fast.config import FitConfig
+    from ulfine_fast.estimator import (
+        FeatureClassifier,
+        FixMatchClassifier,
+        LinearProbeClassifier,
+        ULFineClassifier,
+        ULFinePlusClassifier,
+    )
     from ulfine_fast.report import build_report
     from ulfine_fast.run import Run
     from ulfine_fast.search.result import SweepResult
@@ -23,10 +30,15 @@ if TYPE_CHECKING:
 _HOMES = {
     "CacheMismatch": "ulfine_fast.cache.errors",
     "FeatureCache": "ulfine_fast.cache.store",
+    "FeatureClassifier": "ulfine_fast.estimator",
     "FitConfig": "ulfine_fast.config",
+    "FixMatchClassifier": "ulfine_fast.estimator",
     "InputError": "ulfine_fast.cache.errors",
+    "LinearProbeClassifier": "ulfine_fast.estimator",
     "Run": "ulfine_fast.run",
     "SweepResult": "ulfine_fast.search.result",
+    "ULFineClassifier": "ulfine_fast.estimator",
+    "ULFinePlusClassifier": "ulfine_fast.estimator",
     "build_report": "ulfine_fast.report",
     "fit": "ulfine_fast.train",
     "fit_many": "ulfine_fast.train",
@@ -36,10 +48,15 @@ _HOMES = {
 __all__ = [
     "CacheMismatch",
     "FeatureCache",
+    "FeatureClassifier",
     "FitConfig",
+    "FixMatchClassifier",
     "InputError",
+    "LinearProbeClassifier",
     "Run",
     "SweepResult",
+    "ULFineClassifier",
+    "ULFinePlusClassifier",
     "__version__",
     "build_report",
     "fit",

@@ -77,7 +77,7 @@ class FusedStep:
         self.momentum, self.decay = self._paces()
         self.weak, self.labeled = batches.unlabeled_size, batches.config.batch_labeled
         self.skips = self._skips()
-        self.tally = torch.zeros_like(flat.parameters[:, :3])  # (T, 3)
+        self.tally = flat.parameters.new_zeros(len(flat.parameters), 3)  # (T, 3)
         self.recorded = Captured(lambda *told: self.run(0, Draws(*told[:-2]), *told[-2:]))
         self._lay_out()
 

@@ -66,31 +66,36 @@ class Run:
     cache_path: Path | None = None
     status: str = "done"
 
-    def logits(self, features: NDArray[Any]) -> NDArray[np.float32]:
+    def logits(self, features: NDArray[Any], *, exact: bool = False) -> NDArray[np.floating[Any]]:
         """Uncalibrated logits.
 
         Args:
             features: image features of the run's encoder (n, D), of any length; with the adapter adaptformer its
                 last block's tokens (n, 2, W), as they are.
+            exact: whether to compute in float64, so that a row's logits do not depend on the rows beside it.
 
         Returns:
-            Logits (n, K).
+            Logits (n, K), float32 or float64.
 
         Raises:
             InputError: features of another width, or not finite; the run failed.
         """
         self.refuse_failed()
+        # rounded to float32 here already: larger numbers are not finite
         rows, shape = torch.from_numpy(np.asarray(features, dtype=np.float32)), self._row_shape()
         if tuple(rows.shape[1:]) != shape:
             wanted = ", ".join(map(str, ("n", *shape)))
             raise InputError(f"features must have shape ({wanted}), got {tuple(rows.shape)}")
         if not bool(torch.isfinite(rows).all()):
             raise InputError("features must be finite, got NaN or infinity; extract these pictures again")
+        dtype = torch.float64 if exact else torch.float32
+        rows = torch.from_numpy(np.asarray(features)).to(dtype) if exact else rows
         tensors = {name: tensor.unsqueeze(0) for name, tensor in self.tensors.items()}
+        tensors = {name: one.to(dtype) if one.is_floating_point() else one for name, one in tensors.items()}
         rows = rows.flatten(1) if self.config.reads_tokens else normalize(rows)
         with torch.no_grad():
             logits = method_of(self.config).logits(self._trial(tensors), tensors, rows.unsqueeze(0))
-        return np.asarray(logits[0].float().numpy())
+        return np.asarray(logits[0].to(dtype).numpy())
 
     def predict_proba(self, features: NDArray[Any]) -> NDArray[np.float32]:
         """Class probabilities (n, K) of features (n, D), at the temperature fitted on validation."""
@@ -168,9 +173,10 @@ class Run:
 
     def _trial(self, tensors: dict[str, Tensor]) -> Trials:
         """The context that a method's logits need, for T = 1."""
-        values = {name: torch.tensor([float(getattr(self.config, name))]) for name in per_trial_fields()}
+        numbers = {name: [float(getattr(self.config, name))] for name in per_trial_fields()}
         start = tensors.get("prototypes", tensors.get("linear"))
         assert start is not None
+        values = {name: torch.tensor(number, dtype=start.dtype) for name, number in numbers.items()}
         return Trials(self.config, values, torch.tensor([self.config.seed]), start, torch.zeros(start.shape[:2]))
 
     def _write(self, folder: Path) -> None:

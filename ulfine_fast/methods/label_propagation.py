@@ -65,7 +65,11 @@ class LabelPropagation(Method):
 
     def _links(self, trials: Trials, tensors: Tensors, rows: Tensor, *, skip_self: bool = False) -> Neighbors:
         """The k nearest pictures and the k nearest texts of unit rows (T, B, D), as nodes of the graph."""
-        pictures, texts, count = normalize(tensors["pictures"].float()), tensors["prototypes"], trials.config.neighbors
+        pictures, texts, count = (
+            normalize(tensors["pictures"].to(rows.dtype)),
+            tensors["prototypes"],
+            trials.config.neighbors,
+        )
         near = nearest(rows, pictures, tensors["present"], count, skip_self=skip_self)
         words = nearest(rows, texts, torch.ones_like(texts[..., 0], dtype=torch.bool), count)
         # cosines of text and picture live on another scale than those of two pictures

@@ -1,0 +1,273 @@
+"""Every method as a scikit-learn classifier over arrays of features, with -1 for rows whose class is not known."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from sklearn.base import BaseEstimator, ClassifierMixin
+from sklearn.utils.multiclass import check_classification_targets
+from sklearn.utils.validation import (
+    _check_sample_weight,
+    check_is_fitted,
+    check_random_state,
+    column_or_1d,
+    validate_data,
+)
+
+from ulfine_fast.cache.errors import InputError
+from ulfine_fast.cache.store import FeatureCache
+from ulfine_fast.config import FitConfig
+from ulfine_fast.splits import Split
+from ulfine_fast.train import fit
+
+UNLABELED = -1
+# Fields that say which pictures are labelled, or how a run is watched: the arrays say the first, and nobody watches.
+_NOT_HERE = {
+    *("method", "seed", "split_seed", "n1", "m1", "gamma_l", "gamma_u", "shape", "labeled_in_unlabeled"),
+    *("permute_classes", "labeled_fraction", "val_fraction", "test_fraction", "eval_every", "select", "patience"),
+}
+_OWN: dict[str, Any] = {"text_features": None, "val_fraction": 0.0, "device": "auto", "random_state": 0}
+# Rows that stand for fractional weights, as a multiple of the rows there are.
+_FINENESS = 16
+
+
+def _settings() -> dict[str, Any]:
+    """Hyper-parameters and their defaults, from FitConfig, so that none is written down twice."""
+    return {spec.name: spec.default for spec in dataclasses.fields(FitConfig) if spec.name not in _NOT_HERE}
+
+
+def _initializer(method: str | None) -> Any:
+    """An `__init__` with a parameter for each hyper-parameter, by which scikit-learn knows them.
+
+    Args:
+        method: of a class for one method alone, which then is no parameter.
+    """
+    values = {**({} if method else {"method": "ulfine"}), **_OWN, **_settings()}
+
+    def __init__(self: FeatureClassifier, **settings: Any) -> None:
+        unknown = sorted(set(settings) - set(values))
+        if unknown:
+            raise TypeError(f"{type(self).__name__} has no parameter {unknown[0]!r}")
+        for name, default in values.items():
+            setattr(self, name, settings.get(name, default))
+
+    parameters = [inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)]
+    parameters += [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=v) for name, v in values.items()]
+    __init__.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    return __init__
+
+
+class FeatureClassifier(ClassifierMixin, BaseEstimator):
+    """Any method of this package over features in memory, as a scikit-learn classifier.
+
+    Rows are features of pictures (n, D), of any length: methods read their direction alone. What a cache holds more is
+    optional: texts of the classes, and views of the rows (see `fit`).
+
+    Args:
+        method: as `FitConfig.method`.
+        text_features: (K, D), or (K, P, D) with P prompts, in the order of `classes_`; a class whose row is NaN, or
+            None for all, takes the mean of its labelled rows instead.
+        val_fraction: share of the labelled rows set aside to fit the temperature of probabilities, 0 to 0.5; with 0 the
+            temperature is 1.
+        device: "auto", "cpu", "cuda" or "cuda:N".
+        random_state: seed of everything random; None draws one, which makes each fit another.
+        settings: every other hyper-parameter by the name that it has in `FitConfig`, such as `steps` or `lr`.
+
+    Attributes:
+        classes_: (K,), sorted. n_features_in_: D. run_: the fitted `Run`.
+    """
+
+    _method: str | None = None
+    __init__ = _initializer(None)
+
+    def fit(
+        self,
+        X: ArrayLike,
+        y: ArrayLike,
+        sample_weight: ArrayLike | None = None,
+        *,
+        weak: ArrayLike | None = None,
+        strong: ArrayLike | None = None,
+    ) -> FeatureClassifier:
+        """Trains on labelled and unlabelled rows.
+
+        Their order does not matter: rows are sorted first, so that a row with a weight of two is the same as two rows.
+
+        Args:
+            X: features (n, D).
+            y: (n,) classes of any type; -1 (or "-1", None or NaN among texts) marks rows without one. Where y is all
+                -1 and one other number, as in two-class problems of old, both are classes.
+            sample_weight: (n,) at least 0; 0 leaves a row out. Weights that are not whole are approximated.
+            weak: features of weakly augmented views (n, V, D); by default the rows themselves.
+            strong: of strongly augmented views (n, V, D), likewise.
+
+        Raises:
+            InputError: a setting out of range, fewer than two classes, shapes that do not fit.
+        """
+        if y is None:
+            raise InputError(f"{type(self).__name__} requires y to be passed, but the target y is None")
+        rows: NDArray[np.float64] = validate_data(self, X, dtype=np.float64, ensure_min_samples=2)
+        weights = _check_sample_weight(sample_weight, rows, dtype=np.float64, ensure_non_negative=True)
+        names, known = self._labels(y, weights)
+        self.classes_, codes = np.unique(names, return_inverse=True)
+        if len(self.classes_) < 2:
+            raise InputError(f"y must hold at least two classes, got 1 class: {self.classes_.tolist()}")
+        classes = np.full(len(rows), UNLABELED, dtype=np.int64)
+        classes[known] = codes
+        order = _sorted_rows(rows, classes, _multiplicity(weights))
+        config = self._config()
+        cache = self._cache(rows, classes, weak, strong)
+        split = _split(order, classes, len(self.classes_), self.val_fraction, config.seed)
+        self.run_ = fit(cache, config, split=split, device=self.device, progress=False)
+        return self
+
+    def decision_function(self, X: ArrayLike) -> NDArray[np.float64]:
+        """Logits (n, K); of two classes the second's lead over the first (n,)."""
+        logits = self._logits(X)
+        return logits[:, 1] - logits[:, 0] if len(self.classes_) == 2 else logits
+
+    def predict_proba(self, X: ArrayLike) -> NDArray[np.float64]:
+        """Probabilities (n, K), in the order of `classes_`."""
+        logits = self._logits(X) / self.run_.metrics.get("temperature", 1.0)
+        odds = np.exp(logits - logits.max(axis=1, keepdims=True))
+        return odds / odds.sum(axis=1, keepdims=True)
+
+    def predict(self, X: ArrayLike) -> NDArray[Any]:
+        """Classes (n,)."""
+        logits = self._logits(X)
+        found: NDArray[Any] = self.classes_[logits.argmax(axis=1)]
+        return found
+
+    def _logits(self, X: ArrayLike) -> NDArray[np.float64]:
+        check_is_fitted(self, "run_")
+        rows = validate_data(self, X, dtype=np.float64, reset=False)
+        return self.run_.logits(rows, exact=True).astype(np.float64)
+
+    def _labels(self, y: ArrayLike, weights: NDArray[np.float64]) -> tuple[NDArray[Any], NDArray[np.int64]]:
+        """The known classes of rows that count, and which rows these are."""
+        given: NDArray[Any] = column_or_1d(y, warn=True, dtype=None)
+        if len(given) != len(weights):
+            raise InputError(f"X has {len(weights)} rows and y {len(given)}; they must be as many")
+        known = np.flatnonzero(_is_known(given) & (weights > 0))
+        if given.dtype.kind == "f":
+            check_classification_targets(given[known])
+        return given[known], known
+
+    def _config(self) -> FitConfig:
+        """The settings as the engine takes them."""
+        given = {name: _plain(getattr(self, name)) for name in _settings()}
+        seed = self.random_state
+        if not isinstance(seed, (int, np.integer)):
+            seed = check_random_state(seed).randint(2**31 - 1)
+        method = self._method or self.method
+        return FitConfig(method=method, seed=int(seed), eval_every=given["steps"], **given)
+
+    def _cache(self, features: NDArray[np.float64], classes: NDArray[np.int64], weak: Any, strong: Any) -> FeatureCache:
+        # rows without views of their own are their own views
+        views = [features[:, None] if given is None else np.asarray(given) for given in (weak, strong)]
+        return FeatureCache.from_arrays(
+            features.astype(np.float32),
+            classes,
+            class_names=[str(name) for name in self.classes_],
+            text_features=_texts(self.text_features, features, classes, len(self.classes_)),
+            weak=views[0].astype(np.float32),
+            strong=views[1].astype(np.float32),
+        )
+
+
+class ULFineClassifier(FeatureClassifier):
+    """ULFine (arXiv 2505.05062): prototypes fitted to the pictures, two fused heads; see `FeatureClassifier`."""
+
+    _method = "ulfine"
+    __init__ = _initializer(_method)
+
+
+class ULFinePlusClassifier(FeatureClassifier):
+    """A labelled-only probe and clusters anchored by it, weighed on held-out labels; see `FeatureClassifier`."""
+
+    _method = "ulfine_plus"
+    __init__ = _initializer(_method)
+
+
+class LinearProbeClassifier(FeatureClassifier):
+    """Logistic regression on the labelled rows alone; see `FeatureClassifier`."""
+
+    _method = "linear_probe"
+    __init__ = _initializer(_method)
+
+
+class FixMatchClassifier(FeatureClassifier):
+    """FixMatch (arXiv 2001.07685) over features; see `FeatureClassifier`."""
+
+    _method = "fixmatch"
+    __init__ = _initializer(_method)
+
+
+def _is_known(y: NDArray[Any]) -> NDArray[np.bool_]:
+    """Which of (n,) are classes."""
+    if y.dtype.kind in "OUS":
+        return np.array([not (v is None or v != v or str(v) == str(UNLABELED)) for v in y], dtype=np.bool_)
+    known = (y != UNLABELED) & (y == y)
+    # two classes may be called -1 and 1; with but one class beside it, -1 could mean nothing else
+    return y == y if len(np.unique(y[known])) == 1 else known
+
+
+def _multiplicity(weights: NDArray[np.float64]) -> NDArray[np.int64]:
+    """How often each row counts: its weight where all are whole, else in proportion, at least once unless it is 0."""
+    if (weights == np.round(weights)).all():
+        return weights.astype(np.int64)
+    shares = np.round(weights / weights.sum() * (_FINENESS * len(weights)))
+    return np.where(weights > 0, np.maximum(shares, 1), 0).astype(np.int64)
+
+
+def _sorted_rows(
+    features: NDArray[np.float64], classes: NDArray[np.int64], times: NDArray[np.int64]
+) -> NDArray[np.int64]:
+    """Row numbers in an order that depends on what the rows hold alone, each as often as it counts."""
+    content = np.ascontiguousarray(np.column_stack([classes, features + 0.0]))  # + 0.0: -0.0 is 0.0
+    order = np.argsort(content.view(f"V{content.shape[1] * content.itemsize}")[:, 0], kind="stable")
+    return np.repeat(order, times[order])
+
+
+def _split(rows: NDArray[np.int64], classes: NDArray[np.int64], count: int, val_fraction: float, seed: int) -> Split:
+    """What trains with its label, without, and what the temperature is fitted on."""
+    if not 0 <= val_fraction <= 0.5:
+        raise InputError(f"val_fraction must be between 0 and 0.5, got {val_fraction}")
+    labeled, unlabeled = rows[classes[rows] >= 0], rows[classes[rows] < 0]
+    held: list[NDArray[np.int64]] = [np.empty(0, np.int64)]
+    random = np.random.default_rng([seed, 0x5E7])
+    for k in range(count):
+        own = np.array(list(dict.fromkeys(labeled[classes[labeled] == k].tolist())))
+        held.append(random.permutation(own)[: int(val_fraction * len(own))])
+    val = np.concatenate(held)
+    kept = labeled[~np.isin(labeled, val)]
+    order = np.argsort(-np.bincount(classes[kept], minlength=count), kind="stable")
+    return Split(kept, unlabeled, val, np.empty(0, np.int64), order)
+
+
+def _texts(
+    given: ArrayLike | None, features: NDArray[np.float64], classes: NDArray[np.int64], count: int
+) -> NDArray[np.float32] | None:
+    """Text features (K, P, D) with means of labelled rows for classes that have none; None where all lack them."""
+    if given is None:
+        return None
+    texts = np.array(given, dtype=np.float32)
+    texts = texts[:, None] if texts.ndim == 2 else texts
+    if texts.ndim != 3 or (texts.shape[0], texts.shape[2]) != (count, features.shape[1]):
+        raise InputError(
+            f"text_features must be ({count}, {features.shape[1]}) or ({count}, P, {features.shape[1]}) for the "
+            f"classes and features of this fit, got {np.shape(given)}"
+        )
+    lengths = np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
+    for k in np.flatnonzero(np.isnan(texts).any(axis=(1, 2))):
+        texts[k] = (features / lengths)[classes == k].mean(axis=0)
+    return texts
+
+
+def _plain(value: Any) -> Any:
+    """Numbers as searches hand them over, such as numpy's, as Python's own."""
+    return value.item() if isinstance(value, np.generic) else value
