@@ -13,13 +13,13 @@ from ulfine_fast.cache.places import RemotePath, is_remote
 _BEGINNING = re.compile(r"[\w.-]+\.(h5|json)(\.\d+)?\.tmp")
 
 
-def write_atomically(path: Path, data: bytes) -> None:
+def write_atomically(path: Path, data: bytes, *, several: bool = False) -> None:
     """Writes beside the final name, flushes to the disk and renames; into a store it goes as one whole.
 
     Args:
-        path: final name; what is written first is `path` + "." + the process's number + ".tmp", so that two workers at
-            one file do not meet.
+        path: final name; what is written first is `path` + ".tmp", a leftover of that name is overwritten.
         data: the whole file.
+        several: whether another process may be at the same file; the process's number then stands before ".tmp".
 
     Raises:
         InputError: the file system refused (full, read-only, too large); names the file and the reason.
@@ -27,7 +27,7 @@ def write_atomically(path: Path, data: bytes) -> None:
     if is_remote(path):
         _upload(path, data)
         return
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp" if several else f"{path.name}.tmp")
     try:
         with open(temporary, "wb") as file:
             file.write(data)

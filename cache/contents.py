@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 from ulfine_fast.cache import lock
@@ -11,8 +10,6 @@ from ulfine_fast.cache.atomic import write_error
 from ulfine_fast.cache.errors import InputError
 from ulfine_fast.cache.shard import ShardRecord, is_intact, shard_path
 from ulfine_fast.cache.sources.rows import Part
-
-_FIRST = re.compile(rf"{re.escape(manifests.NAME)}(\.\d+)?\.tmp")
 
 
 def refuse_strange_folder(out: Path) -> None:
@@ -50,4 +47,4 @@ def _is_beginning(path: Path) -> bool:
     """Whether a run killed at its very first write may have left this behind."""
     if path.name == "shards":
         return path.is_dir() and not any(path.iterdir())
-    return path.name in lock.FILES or _FIRST.fullmatch(path.name) is not None
+    return path.name in (manifests.NAME + ".tmp", *lock.FILES)

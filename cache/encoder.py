@@ -375,12 +375,13 @@ def _before_normalisation(name: str, transform: Any) -> Callable[[Image.Image], 
 
 def _resampling(settings: dict[str, Any]) -> Resampling | None:
     """open_clip's preprocessing as one for a device; None for what is not done there, such as padding to a square."""
-    squash = settings["resize_mode"] == "squash"
-    if not squash and settings["resize_mode"] != "shortest":
+    mode = settings.get("resize_mode", "shortest")
+    squash = mode == "squash"
+    if not squash and mode != "shortest":
         return None
     size = settings["size"]
     side = size if isinstance(size, int) else size[0]
-    return Resampling(side, squash, "bilinear" if settings["interpolation"] == "bilinear" else "bicubic")
+    return Resampling(side, squash, "bilinear" if settings.get("interpolation") == "bilinear" else "bicubic")
 
 
 def _is_exact(wanted: bool | None, resampling: Resampling | None, name: str) -> bool:

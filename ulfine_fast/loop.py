@@ -348,4 +348,4 @@ def encoder_of(cache: FeatureCache) -> dict[str, Any] | None:
     if cache.manifest is None:
         return None
     manifest = cache.manifest.to_dict()
-    return {**manifest["model"], **{name: manifest[name] for name in ("preprocessing", "mean", "std")}}
+    return {**manifest["model"], **{name: manifest[name] for name in ("preprocessing", "exact", "mean", "std")}}

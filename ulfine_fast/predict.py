@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,7 +44,14 @@ class Predictions:
     skipped: list[tuple[str, str]]
 
 
-def predict_pictures(run: Run, pictures: Path, *, device: str = "auto", batch_size: int = 32) -> Predictions:
+def predict_pictures(
+    run: Run,
+    pictures: Path,
+    *,
+    device: str = "auto",
+    batch_size: int = 32,
+    scorer: Callable[[NDArray[Any]], NDArray[np.float32]] | None = None,
+) -> Predictions:
     """Encode pictures with the encoder named in the run and predict their classes.
 
     Args:
@@ -51,6 +59,7 @@ def predict_pictures(run: Run, pictures: Path, *, device: str = "auto", batch_si
         pictures: a picture, a folder of pictures at any depth, or a table with a column `path`.
         device: where to encode.
         batch_size: pictures encoded at once, at least 1.
+        scorer: features to probabilities, in place of `run.predict_proba`.
 
     Raises:
         InputError: no pictures there, none readable, or a run without an encoder.
@@ -64,7 +73,7 @@ def predict_pictures(run: Run, pictures: Path, *, device: str = "auto", batch_si
     ids, features = _encode(source, encoder, batch_size, skipped)
     if not ids:
         raise InputError(f"none of the {len(skipped)} pictures at {pictures} can be read; the first: {skipped[0][1]}")
-    return Predictions(ids, run.predict_proba(features), run.class_names, skipped)
+    return Predictions(ids, (scorer or run.predict_proba)(features), run.class_names, skipped)
 
 
 def encoder_of_run(run: Run, device: str) -> Encoder:
@@ -77,7 +86,11 @@ def encoder_of_run(run: Run, device: str) -> Encoder:
     if run.encoder is None:
         raise InputError("this run was fitted on arrays, not on pictures; give features to Run.predict instead")
     features = "last-block" if run.config.reads_tokens else "projected"
-    encoder = load_encoder(run.encoder["name"], run.encoder["pretrained"], device=device, features=features)
+    # of runs of old, which do not say it, pictures were read exactly
+    exact = run.encoder.get("exact", True)
+    encoder = load_encoder(
+        run.encoder["name"], run.encoder["pretrained"], device=device, features=features, exact=exact
+    )
     if encoder.spec.sha256 != run.encoder["sha256"]:
         raise CacheMismatch(
             "model.sha256",

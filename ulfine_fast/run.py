@@ -82,7 +82,7 @@ class Run:
         """
         self.refuse_failed()
         # rounded to float32 here already: larger numbers are not finite
-        rows, shape = torch.from_numpy(np.asarray(features, dtype=np.float32)), self._row_shape()
+        rows, shape = torch.from_numpy(np.asarray(features, dtype=np.float32)), self.row_shape
         if tuple(rows.shape[1:]) != shape:
             wanted = ", ".join(map(str, ("n", *shape)))
             raise InputError(f"features must have shape ({wanted}), got {tuple(rows.shape)}")
@@ -94,7 +94,7 @@ class Run:
         tensors = {name: one.to(dtype) if one.is_floating_point() else one for name, one in tensors.items()}
         rows = rows.flatten(1) if self.config.reads_tokens else normalize(rows)
         with torch.no_grad():
-            logits = method_of(self.config).logits(self._trial(tensors), tensors, rows.unsqueeze(0))
+            logits = method_of(self.config).logits(self.trial(tensors), tensors, rows.unsqueeze(0))
         return np.asarray(logits[0].to(dtype).numpy())
 
     def predict_proba(self, features: NDArray[Any]) -> NDArray[np.float32]:
@@ -165,14 +165,15 @@ class Run:
                 f"step {self.metrics['failed_at']}; lower lr (now {self.config.lr:g})"
             )
 
-    def _row_shape(self) -> tuple[int, ...]:
+    @property
+    def row_shape(self) -> tuple[int, ...]:
         """What :meth:`logits` is given of one picture: (D,), or (2, W) for tokens."""
         if self.config.reads_tokens:
             return 2, self.tensors["backbone.projection"].shape[0]
         return (next(t.shape[-1] for name, t in self.tensors.items() if name in ("linear", "prototypes")),)
 
-    def _trial(self, tensors: dict[str, Tensor]) -> Trials:
-        """The context that a method's logits need, for T = 1."""
+    def trial(self, tensors: dict[str, Tensor]) -> Trials:
+        """The context that a method's logits need, for T = 1, given the run's tensors with a trials axis."""
         numbers = {name: [float(getattr(self.config, name))] for name in per_trial_fields()}
         start = tensors.get("prototypes", tensors.get("linear"))
         assert start is not None
