@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 
 from ulfine_fast.cache.errors import InputError
@@ -11,11 +13,13 @@ def pick_device(name: str) -> torch.device:
     """The device to compute on.
 
     Args:
-        name: "auto" takes a GPU if there is one, else a torch device such as "cpu", "cuda:1" or "mps".
+        name: "auto" takes what the environment variable ULFINE_FAST_DEVICE names, else a GPU if there is one; anything
+            else is a torch device such as "cpu", "cuda:1" or "mps".
 
     Raises:
         InputError: no such device, or it is not there.
     """
+    name = os.environ.get("ULFINE_FAST_DEVICE", "auto") if name == "auto" else name
     if name == "auto":
         found = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
         return torch.device(found)

@@ -8,7 +8,7 @@ import json
 import shlex
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -21,11 +21,28 @@ def demo(
         "demo-output"
     ),
     seeds: Annotated[int, typer.Option(help="Seeds to average over, fitted in one pass.")] = 5,
+    show: Annotated[bool, typer.Option("--open", help="Open the report in a browser at the end.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the figures and where the report is as JSON.")] = False,
 ) -> None:
     """Extract, fit and report on 3,000 real pictures of clothes: 10 classes, long-tailed labels, a small encoder."""
+    started = time.perf_counter()
+    page = (out / "report.html").resolve()
+    with contextlib.redirect_stdout(io.StringIO()) if as_json else contextlib.nullcontext():
+        _whole_path(out, seeds)
+        typer.echo(f"\nreport: {page}\n{time.perf_counter() - started:.0f} s in all")
+    if as_json:
+        told = {"report": str(page), "seconds": time.perf_counter() - started, "methods": _summaries(out)}
+        typer.echo(json.dumps(told))
+    elif not show:
+        typer.echo(f"open it with: ulfine-fast demo --out {shlex.quote(str(out))} --open")
+    if show:
+        typer.launch(page.as_uri())
+
+
+def _whole_path(out: Path, seeds: int) -> None:
+    """Pictures, commands, table."""
     from ulfine_fast.demo import unpack_pictures
 
-    started = time.perf_counter()
     pictures = unpack_pictures(out / "pictures")
     commands = demo_commands(pictures, out, seeds)
     typer.echo("The encoder lite0-minilm is a small, weak image-text model, not CLIP; see docs/models.md.\n")
@@ -35,7 +52,6 @@ def demo(
     typer.echo("\nThe same by hand:")
     for command in commands:
         typer.echo(f"  ulfine-fast {shlex.join(command)}")
-    typer.echo(f"\nreport: {(out / 'report.html').resolve()}\n{time.perf_counter() - started:.0f} s in all")
 
 
 def demo_commands(pictures: Path, out: Path, seeds: int) -> list[list[str]]:
@@ -70,9 +86,12 @@ def _print_table(out: Path) -> None:
     """All methods side by side, from the summaries that the fits wrote."""
     from ulfine_fast.cli.tables import print_summary
 
-    summaries = {
-        method: json.loads((out / "runs" / method / "summary.json").read_text(encoding="utf-8"))["metrics"]
-        for method in METHODS
-    }
     typer.echo("\nTest figures in percent, mean ± 95% interval over seeds:")
-    print_summary(summaries, as_json=False)
+    print_summary(_summaries(out), as_json=False)
+
+
+def _summaries(out: Path) -> dict[str, Any]:
+    """Figures of each method over the seeds, as its fit wrote them."""
+    folders = {method: out / "runs" / method for method in METHODS}
+    files = {method: (folder / "summary.json").read_text(encoding="utf-8") for method, folder in folders.items()}
+    return {method: json.loads(text)["metrics"] for method, text in files.items()}

@@ -153,7 +153,7 @@ def _append(
 
     for name in _OF_THE_CACHE:
         given = context.get_parameter_source(name)
-        if given is not None and given.name != "DEFAULT":
+        if given is not None and given.name in ("COMMANDLINE", "ENVIRONMENT"):
             raise InputError(f"--append takes everything from the cache; leave out --{name.replace('_', '-')}")
     manifest = Manifest.read(out)
     pictures = open_source(source, class_names_file=class_names)

@@ -7,15 +7,19 @@ import signal
 import sys
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from ulfine_fast._version import __version__
 from ulfine_fast.cache.errors import InputError
 from ulfine_fast.cli import cache
+from ulfine_fast.cli.config_file import defaults_from, printed
 from ulfine_fast.cli.demo import demo
 from ulfine_fast.cli.eval import evaluate
+from ulfine_fast.cli.export import export
 from ulfine_fast.cli.extract import extract
 from ulfine_fast.cli.fit import fit
 from ulfine_fast.cli.inspect import inspect
@@ -24,12 +28,24 @@ from ulfine_fast.cli.predict import predict
 from ulfine_fast.cli.report import report
 from ulfine_fast.cli.sweep import sweep
 
+_PRINT = "ulfine_fast.print_config"
+
 app = typer.Typer(
     name="ulfine-fast",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings={"help_option_names": ["-h", "--help"], "auto_envvar_prefix": "ULFINE_FAST"},
 )
+
+
+class _Command(TyperCommand):
+    """A command that prints its options where that was asked for, and runs otherwise."""
+
+    def invoke(self, ctx: Any) -> Any:
+        if ctx.meta.get(_PRINT):
+            print(printed(ctx))
+            return None
+        return super().invoke(ctx)
 
 
 def guarded(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -84,11 +100,26 @@ def _print_version(wanted: bool) -> None:
 
 @app.callback()
 def _about(
+    context: typer.Context,
+    config: Annotated[
+        Path | None,
+        typer.Option(help="TOML file of options, a table for each command; the command line wins."),
+    ] = None,
+    print_config: Annotated[
+        bool, typer.Option("--print-config", help="Print what the command would run with, as such a file, and stop.")
+    ] = False,
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
     """Long-tailed semi-supervised classification on cached CLIP features: extract once, fit in seconds."""
+    context.meta[_PRINT] = print_config
+    if config is not None:
+        try:
+            context.default_map = defaults_from(config, context.command)
+        except InputError as error:
+            print(f"error: {error}", file=sys.stderr)
+            raise typer.Exit(2) from None
 
 
 _COMMANDS: dict[str, Callable[..., Any]] = {
@@ -99,14 +130,15 @@ _COMMANDS: dict[str, Callable[..., Any]] = {
     "sweep": sweep,
     "eval": evaluate,
     "predict": predict,
+    "export": export,
     "report": report,
     "demo": demo,
 }
 for name, command in _COMMANDS.items():
-    app.command(name)(guarded(command))
+    app.command(name, cls=_Command)(guarded(command))
 _caches = typer.Typer(no_args_is_help=True, help=cache.HELP)
 for name, command in cache.COMMANDS.items():
-    _caches.command(name)(guarded(command))
+    _caches.command(name, cls=_Command)(guarded(command))
 app.add_typer(_caches, name="cache")
 
 

@@ -53,7 +53,7 @@ def settings_with_file(context: typer.Context, settings: dict[str, Any], path: P
 
 def _given(context: typer.Context, name: str) -> bool:
     source = context.get_parameter_source(name)
-    return source is not None and source.name != "DEFAULT"
+    return source is not None and source.name in ("COMMANDLINE", "ENVIRONMENT")
 
 
 def _parameter(spec: dataclasses.Field[Any]) -> inspect.Parameter:

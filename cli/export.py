@@ -1,0 +1,32 @@
+"""`ulfine-fast export`: a run as a folder that other programs read."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def export(
+    run: Annotated[Path, typer.Argument(help="Run folder that `fit` wrote.")],
+    out: Annotated[Path, typer.Argument(help="A new or empty folder.")],
+    to: Annotated[str, typer.Option(help="safetensors, onnx, torchscript or torch.export.")] = "safetensors",
+    with_encoder: Annotated[
+        bool, typer.Option("--with-encoder", help="Put the encoder into the graph: pictures in, probabilities out.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print what was written as JSON.")] = False,
+) -> None:
+    """Write a run's classifier with its settings and a model card."""
+    from ulfine_fast.export import FORMATS
+    from ulfine_fast.export import export as write
+    from ulfine_fast.predict import encoder_of_run
+    from ulfine_fast.run import Run
+
+    fitted = Run.load(run)
+    folder = write(fitted, out, to=to, encoder=encoder_of_run(fitted, "cpu") if with_encoder else None)
+    if as_json:
+        typer.echo(json.dumps({"out": str(folder), "to": to, "file": FORMATS[to], "with_encoder": with_encoder}))
+        return
+    typer.echo(f"{folder / FORMATS[to]}, config.json and a model card")
