@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint build clean
+.PHONY: help demo test lint docs build clean
 
 help: ## say what can be made
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -19,11 +19,14 @@ test: $(READY) ## all tests, the style checks among them
 lint: $(READY) ## style and types alone
 	$(BIN)/python -m pytest tests/test_style.py
 
+docs: $(READY) ## the documentation as a site in site/
+	$(BIN)/python -m mkdocs build --strict
+
 build: $(READY) ## a wheel and a source archive in dist/
 	$(BIN)/python -m build
 
 clean: ## remove the environment and everything made
-	rm -rf $(VENV) build dist demo-output *.egg-info
+	rm -rf $(VENV) build dist site demo-output *.egg-info
 
 # The stamp is newer than its causes once the install has gone through; then this rule costs nothing.
 $(READY): requirements.txt pyproject.toml

@@ -19,8 +19,8 @@ def export(
     as_json: Annotated[bool, typer.Option("--json", help="Print what was written as JSON.")] = False,
 ) -> None:
     """Write a run's classifier with its settings and a model card."""
-    from ulfine_fast.export import FORMATS
-    from ulfine_fast.export import export as write
+    from ulfine_fast.exports import FORMATS
+    from ulfine_fast.exports import export as write
     from ulfine_fast.predict import encoder_of_run
     from ulfine_fast.run import Run
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         ULFineClassifier,
         ULFinePlusClassifier,
     )
+    from ulfine_fast.exports import export, load
     from ulfine_fast.report import build_report
     from ulfine_fast.run import Run
     from ulfine_fast.search.result import SweepResult
@@ -42,6 +43,8 @@ _HOMES = {
     "build_report": "ulfine_fast.report",
     "fit": "ulfine_fast.train",
     "fit_many": "ulfine_fast.train",
+    "export": "ulfine_fast.exports",
+    "load": "ulfine_fast.exports",
     "sweep": "ulfine_fast.search.sweep",
 }
 
@@ -59,8 +62,10 @@ __all__ = [
     "ULFinePlusClassifier",
     "__version__",
     "build_report",
+    "export",
     "fit",
     "fit_many",
+    "load",
     "sweep",
 ]
 

@@ -1,0 +1,163 @@
+from __future__ import annotations
+
+import json
+import runpy
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+
+from tests.cache.samples import write_pictures, write_tiny_model
+from tests.cli.test_bad_input import run as command
+from ulfine_fast import InputError, Run, fit, load
+from ulfine_fast.exports import FORMATS, export
+from ulfine_fast.exports.card import escaped
+from ulfine_fast.predict import encoder_of_run, predict_pictures
+
+
+@pytest.fixture(scope="module")
+def fitted(clusters):
+    from ulfine_fast import FitConfig
+
+    made = {}
+
+    def of(method):
+        if method not in made:
+            config = FitConfig(method=method, n1=40, gamma_l=4, gamma_u=4, steps=10, eval_every=10, val_fraction=0.3)
+            made[method] = fit(clusters, config, progress=False)
+        return made[method]
+
+    return of
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A run from pictures of its own, through the commands."""
+    folder = tmp_path_factory.mktemp("world")
+    pictures = write_pictures(folder / "pictures", {"train/cat": 8, "train/dog": 6, "test/cat": 2, "test/dog": 2})
+    model = write_tiny_model(tmp_path_factory.mktemp("model"))
+    for arguments in (
+        ["extract", pictures, "--out", folder / "cache", "--model", model, "--workers", 0],
+        ["fit", folder / "cache", "--out", folder / "run", "--steps", 5, "--eval-every", 5],
+    ):
+        done = command(*arguments)
+        assert done.exit_code == 0, done.output
+    return pictures / "test", folder / "run"
+
+
+@pytest.mark.parametrize("method", ["zero_shot", "linear_probe", "lightweight", "ulfine", "ulfine_plus", "knn"])
+def test_safetensors_give_the_runs_own_numbers(fitted, clusters, tmp_path, method):
+    run = fitted(method)
+    again = load(export(run, tmp_path / "out"))
+    np.testing.assert_allclose(again.predict_proba(clusters.plain), run.predict_proba(clusters.plain), atol=1e-6)
+    np.testing.assert_array_equal(again.predict(clusters.plain), run.predict(clusters.plain))
+
+
+@pytest.mark.parametrize("method", ["ulfine", "zero_shot"])
+def test_onnx_agrees_for_batches_of_any_size(fitted, clusters, tmp_path, method):
+    run = fitted(method)
+    again = load(export(run, tmp_path / "out", to="onnx"))
+    for rows in (clusters.plain[:0], clusters.plain[:1], clusters.plain):
+        np.testing.assert_allclose(again.predict_proba(rows), run.predict_proba(rows), atol=1e-4)
+    told = onnxruntime.InferenceSession(tmp_path / "out/model.onnx").get_modelmeta().custom_metadata_map
+    assert json.loads(told["class_names"]) == run.class_names
+    assert json.loads((tmp_path / "out/config.json").read_text())["opset"] == 18
+
+
+def test_torchs_own_formats_agree_and_are_not_opened_here(fitted, clusters, tmp_path):
+    run, rows = fitted("ulfine"), clusters.plain[:7].astype(np.float32)
+    traced = export(run, tmp_path / "ts", to="torchscript")
+    exported = export(run, tmp_path / "pt2", to="torch.export")
+    models = torch.jit.load(traced / "model.ts"), torch.export.load(exported / "model.pt2").module()
+    for model in models:
+        np.testing.assert_allclose(model(torch.from_numpy(rows)).detach(), run.predict_proba(rows), atol=1e-5)
+    for folder in (traced, exported):
+        with pytest.raises(InputError, match="use that if you trust it"):
+            load(folder)
+
+
+@pytest.mark.parametrize("method", ["knn", "label_propagation"])
+def test_methods_that_look_through_pictures_have_no_graph(fitted, tmp_path, method):
+    for to in ("onnx", "torchscript", "torch.export"):
+        with pytest.raises(InputError, match="export it to safetensors"):
+            export(fitted(method), tmp_path / "out", to=to)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_encoder_inside_takes_picture_files(world, tmp_path):
+    pictures, folder = world
+    run = Run.load(folder)
+    wanted = predict_pictures(run, pictures, device="cpu")
+    inside = load(export(run, tmp_path / "inside", to="onnx", encoder=encoder_of_run(run, "cpu")))
+    beside = load(export(run, tmp_path / "beside"))
+    for again in (inside, beside):
+        found = again.predict_pictures(pictures, device="cpu")
+        assert found.ids == wanted.ids
+        np.testing.assert_allclose(found.probabilities, wanted.probabilities, atol=1e-4)
+    side = run.encoder["image_size"]
+    with pytest.raises(InputError, match="must be uint8"):
+        inside.predict_proba(np.zeros((1, side, side, 3), np.float32))
+
+
+def test_the_command(world, tmp_path):
+    done = command("export", world[1], tmp_path / "out", "--json")
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["file"] == FORMATS["safetensors"]
+    again = command("export", world[1], tmp_path / "out")
+    assert again.exit_code == 2
+    assert "name a new" in again.output or "choose a new" in again.output
+
+
+def test_a_changed_file_and_another_shape_are_refused(fitted, tmp_path):
+    folder = export(fitted("ulfine"), tmp_path / "out")
+    with pytest.raises(InputError, match=r"must have shape \(n, 16\), got \(2, 3\)"):
+        load(folder).predict_proba(np.zeros((2, 3)))
+    (folder / "model.safetensors").write_bytes(b"other")
+    with pytest.raises(InputError, match="is not the file"):
+        load(folder)
+
+
+def test_the_card_shows_names_as_they_are(fitted, tmp_path):
+    run = fitted("ulfine")
+    names, run.class_names = run.class_names, ["<script>|\n---\n# x", *run.class_names[1:]]
+    try:
+        card = (export(run, tmp_path / "out") / "README.md").read_text()
+    finally:
+        run.class_names = names
+    assert "<script>" not in card.replace("\\<", "")
+    assert escaped("a|b\n# c") == "a\\|b \\# c"
+    assert card.startswith("---\nlibrary_name: ulfine-fast\n")
+    assert card.count("\n---\n") == 1
+
+
+def test_the_example_runs(capsys):
+    runpy.run_path(str(Path(__file__).parents[2] / "docs/examples/export.py"))
+    assert "onnx: at most" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "model.onnx"])
+def test_files_of_other_programs_end_in_a_sentence(tmp_path, file):
+    import hashlib
+    import json
+
+    (tmp_path / file).write_bytes(b"something else")
+    told = {
+        "format": "ulfine-fast-model",
+        "version": 1,
+        "to": file.partition(".")[2],
+        "file": file,
+        "sha256": hashlib.sha256(b"something else").hexdigest(),
+        "input": {"name": "features", "shape": ["n", 4], "dtype": "float32"},
+        "class_names": ["a", "b"],
+        "temperature": 1.0,
+        "encoder": None,
+        "config": {},
+    }
+    (tmp_path / "config.json").write_text(json.dumps(told))
+    with pytest.raises(InputError, match="damaged or of another program"):
+        load(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({**told, "config": ["no", "settings"]}))
+    with pytest.raises(InputError, match="damaged or of another program"):
+        load(tmp_path)
