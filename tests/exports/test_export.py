@@ -159,5 +159,5 @@ def test_files_of_other_programs_end_in_a_sentence(tmp_path, file):
     with pytest.raises(InputError, match="damaged or of another program"):
         load(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({**told, "config": ["no", "settings"]}))
-    with pytest.raises(InputError, match="damaged or of another program|unknown setting"):
+    with pytest.raises(InputError, match=r"damaged or of another program|unknown setting"):
         load(tmp_path)
