@@ -18,6 +18,9 @@ def report(
             help="Where the pictures are (folder, table or data set name); default: where the cache had them."
         ),
     ] = None,
+    groups: Annotated[
+        Path | None, typer.Option(help="CSV with the columns id and group: gaps between groups of test pictures.")
+    ] = None,
     title: Annotated[str | None, typer.Option(help="Heading of the page.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print what was written as JSON.")] = False,
 ) -> None:
@@ -26,10 +29,13 @@ def report(
     from ulfine_fast.report.load import load_runs
     from ulfine_fast.report.page import render_page, write_page
     from ulfine_fast.report.pictures import find_pictures
+    from ulfine_fast.report.transfer import read_groups
 
     loaded = load_runs(runs)
+    attributes = None if groups is None else read_groups(groups)
     opened, reason = find_pictures(loaded, pictures)
-    page = write_page(render_page(loaded, pictures=opened, title=title, leakage=find_leakage(loaded)), out)
+    rendered = render_page(loaded, pictures=opened, title=title, leakage=find_leakage(loaded), attributes=attributes)
+    page = write_page(rendered, out)
     if as_json:
         facts = {"report": str(page), "runs": len(loaded), "bytes": page.stat().st_size}
         typer.echo(json.dumps(facts | {"pictures": opened is not None, "no_pictures_because": reason or None}))

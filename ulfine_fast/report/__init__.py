@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
     from PIL.Image import Image
@@ -20,6 +20,7 @@ def build_report(
     pictures: Callable[[str], Image] | None = None,
     title: str | None = None,
     leakage: Sequence[str] = (),
+    attributes: Mapping[str, str] | None = None,
 ) -> Path:
     """Write one HTML page about the runs found at or below the given folders.
 
@@ -32,6 +33,7 @@ def build_report(
         pictures: gives the picture of a row id for the gallery; it may raise OSError, ValueError or KeyError for a
             picture that is gone. None leaves the gallery out and says how to get it.
         leakage: warnings that stand above the figures, see `ulfine_fast.report.leakage.find_leakage`.
+        attributes: picture id -> another attribute than the class, for gaps between groups of pictures.
         title: the page's heading; None writes one from the number of methods, seeds and classes.
 
     Returns:
@@ -45,4 +47,6 @@ def build_report(
     from ulfine_fast.report.load import load_runs
     from ulfine_fast.report.page import render_page, write_page
 
-    return write_page(render_page(load_runs(runs), pictures=pictures, title=title, leakage=leakage), out)
+    return write_page(
+        render_page(load_runs(runs), pictures=pictures, title=title, leakage=leakage, attributes=attributes), out
+    )

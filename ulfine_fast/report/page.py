@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from ulfine_fast.cache.errors import InputError
 from ulfine_fast.report import charts, headline, sections
 from ulfine_fast.report.groups import Group, best_by_validation, charted, group_runs
 from ulfine_fast.report.load import RunFiles
+from ulfine_fast.report.transfer import transfer_section
 
 _LINES = 6  # colours and markers that stay apart for every reader
 
@@ -26,6 +27,7 @@ def render_page(
     pictures: Callable[[str], Image.Image] | None = None,
     title: str | None = None,
     leakage: Sequence[str] = (),
+    attributes: Mapping[str, str] | None = None,
 ) -> str:
     """Render the page of the given runs; arguments as in :func:`ulfine_fast.report.build_report`."""
     groups, repeated = group_runs(runs)
@@ -48,6 +50,7 @@ def render_page(
             classes=sections.classes_section(lines, shown),
             pseudo=sections.pseudo_section(lines),
             calibration=sections.calibration_section(shown, rows),
+            transfer=transfer_section(groups, attributes),
             confusion=sections.confusion_section(shown, rows),
             gallery=sections.gallery_section(shown, rows[0], pictures),
             leakage=leakage,
