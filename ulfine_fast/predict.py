@@ -18,11 +18,13 @@ from ulfine_fast.cache.errors import CacheMismatch, InputError
 from ulfine_fast.cache.planning import batches_of
 from ulfine_fast.cache.progress import progress_bar
 from ulfine_fast.cache.reading import PictureReader
-from ulfine_fast.cache.sources import PictureFolder, TableSource
+from ulfine_fast.cache.sources import PictureFolder, PictureTable
 from ulfine_fast.cache.sources.table import SUFFIXES
 from ulfine_fast.cache.views import ViewRecipe
 
 if TYPE_CHECKING:
+    import pyarrow as pa
+
     from ulfine_fast.cache.sources import ListedSource
     from ulfine_fast.run import Run
 
@@ -43,10 +45,16 @@ class Predictions:
     class_names: list[str]
     skipped: list[tuple[str, str]]
 
+    def to_arrow(self) -> pa.Table:
+        """What `write_predictions` writes: `.to_pandas()` and `polars.from_arrow` make data frames of it."""
+        import pyarrow as pa
+
+        return pa.table(_columns(self))
+
 
 def predict_pictures(
     run: Run,
-    pictures: Path,
+    pictures: Path | Any,
     *,
     device: str = "auto",
     batch_size: int = 32,
@@ -56,7 +64,8 @@ def predict_pictures(
 
     Args:
         run: a fitted run.
-        pictures: a picture, a folder of pictures at any depth, or a table with a column `path`.
+        pictures: a picture, a folder of pictures at any depth, or a table with a column `path`; or a data
+            frame of pandas or Polars with that column.
         device: where to encode.
         batch_size: pictures encoded at once, at least 1.
         scorer: features to probabilities, in place of `run.predict_proba`.
@@ -111,10 +120,9 @@ def write_predictions(found: Predictions, out: Path) -> None:
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         if out.suffix == ".parquet":
-            import pyarrow as pa
             import pyarrow.parquet as pq
 
-            pq.write_table(pa.table(columns), out)
+            pq.write_table(found.to_arrow(), out)
             return
         if out.suffix != ".csv":
             raise InputError(f"out must end in .csv or .parquet, got {out.name!r}")
@@ -162,6 +170,7 @@ def _encode(
     return ids, found[:, encoder.spec.dim :].reshape(len(found), -1, encoder.token_width)
 
 
-def _pictures(where: Path) -> ListedSource:
+def _pictures(where: Path | Any) -> ListedSource:
     """A table's rows, a single picture, or every picture below a folder."""
-    return TableSource(where) if where.suffix.lower() in SUFFIXES else PictureFolder(where)
+    listed = not isinstance(where, Path) or where.suffix.lower() in SUFFIXES
+    return PictureTable(where) if listed else PictureFolder(where)

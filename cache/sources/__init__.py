@@ -16,7 +16,7 @@ from ulfine_fast.cache.sources.parquet_pictures import SUFFIX as PARQUET
 from ulfine_fast.cache.sources.parquet_pictures import ParquetSource, holds_pictures
 from ulfine_fast.cache.sources.picture import UnreadablePicture, load_picture
 from ulfine_fast.cache.sources.rows import SPLITS, ListedSource, Part, Row, Source, StreamedSource, fingerprint
-from ulfine_fast.cache.sources.table import SUFFIXES, TableSource
+from ulfine_fast.cache.sources.table import SUFFIXES, PictureTable, TableSource
 from ulfine_fast.cache.sources.tar import SUFFIX as TAR
 from ulfine_fast.cache.sources.tar import TarSource
 
@@ -28,6 +28,7 @@ __all__ = [
     "ParquetSource",
     "Part",
     "PictureFolder",
+    "PictureTable",
     "Row",
     "Source",
     "StreamedSource",

@@ -85,6 +85,61 @@ class TableSource:
         return {"kind": self.kind, "path": str(self.path)}
 
 
+class PictureTable:
+    """Pictures of a table's column `path`, whatever else it holds: what `predict` reads.
+
+    Attributes:
+        kind: "pictures".
+        path: the table, absolute; the working folder for a data frame.
+        class_names: always empty.
+        rows: all in the split "test" with label -1; a row's id is its path as the table has it.
+    """
+
+    kind = "pictures"
+
+    def __init__(self, table: Path | Any) -> None:
+        """Reads the column and asks for the size of every picture; no picture is opened.
+
+        Args:
+            table: a csv or parquet file, whose paths are relative to its folder; or a data frame of pandas or Polars,
+                whose are relative to the working folder.
+
+        Raises:
+            InputError: no such table, no column of that name, no rows, a path that is empty, missing or there twice.
+        """
+        if isinstance(table, Path):
+            self.path = table.absolute()
+            paths = [line.path for line in _read_lines(self.path)]
+        else:
+            self.path = Path.cwd() / "the data frame"  # its place, for sentences; there is no such file
+            paths = _frame_paths(table)
+        lines = [_Line(number, path, "", "test") for number, path in enumerate(paths, start=1)]
+        _refuse_bad_lines(self.path, lines)
+        self.class_names: list[str] = []
+        self.rows = in_order(
+            Row(line.path, UNKNOWN, "test", str(self.path.parent / line.path), size)
+            for line, size in zip(lines, _sizes(self.path, lines), strict=True)
+        )
+
+    def read(self, row: Row) -> Image.Image:
+        """The picture of `row` as RGB; raises UnreadablePicture."""
+        return load_picture(row.location)
+
+    def describe(self) -> dict[str, Any]:
+        """Kind and path."""
+        return {"kind": self.kind, "path": str(self.path)}
+
+
+def _frame_paths(frame: Any) -> list[str]:
+    """The column `path` of a data frame, by Arrow's protocol, which pandas and Polars both speak."""
+    try:
+        table = pa.table(frame)
+    except (TypeError, ValueError, pa.ArrowException) as error:
+        raise InputError(f"pictures must be a path or a data frame with a column path, got {type(frame)}") from error
+    _require_path(Path("the data frame"), table.column_names)
+    return ["" if path is None else str(path) for path in table["path"].to_pylist()]
+
+
 def _read_lines(table: Path) -> list[_Line]:
     if not os.path.isfile(table):
         raise InputError(f"no such table: {table}")

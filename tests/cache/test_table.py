@@ -9,7 +9,7 @@ from pyarrow import parquet
 
 from ulfine_fast.cache.errors import InputError
 from ulfine_fast.cache.sources import open_source, reopen_source
-from ulfine_fast.cache.sources.table import TableSource
+from ulfine_fast.cache.sources.table import PictureTable, TableSource
 
 
 @pytest.fixture
@@ -165,3 +165,32 @@ def test_opened_by_name_and_reopened(pictures: Path):
     where.unlink()
     with pytest.raises(InputError, match="no such table"):
         reopen_source(source.describe())
+
+
+# -- without labels
+
+
+def test_pictures_to_predict_need_no_labels(pictures: Path):
+    where = write(pictures, "path,note\np/b.png,x\np/a.png,\n")
+    source = PictureTable(where)
+    assert table(source) == [("p/a.png", -1, "test"), ("p/b.png", -1, "test")]
+    assert source.class_names == []
+    assert source.read(source.rows[1]).size == (4, 3)
+    assert source.describe()["kind"] == "pictures"
+
+
+@pytest.mark.parametrize("text", ["name\na", "path\n", "path\np/a.png\np/a.png", "path\np/gone.png"])
+def test_a_table_of_pictures_that_cannot_be_read_is_named(pictures: Path, text: str):
+    with pytest.raises(InputError, match=r"table|list"):
+        PictureTable(write(pictures, text))
+
+
+def test_a_data_frame_of_pictures(pictures: Path, monkeypatch):
+    pandas = pytest.importorskip("pandas")
+    monkeypatch.chdir(pictures)
+    frame = pandas.DataFrame({"path": ["p/b.png", "p/a.png"], "other": [1, 2]})
+    assert [row.id for row in PictureTable(frame).rows] == ["p/a.png", "p/b.png"]
+    with pytest.raises(InputError, match="path"):
+        PictureTable(pandas.DataFrame({"file": ["p/a.png"]}))
+    with pytest.raises(InputError, match="data frame"):
+        PictureTable(3)
