@@ -21,20 +21,34 @@ def report(
     groups: Annotated[
         Path | None, typer.Option(help="CSV with the columns id and group: gaps between groups of test pictures.")
     ] = None,
+    projection: Annotated[
+        str, typer.Option("--map", help="Map of the test pictures' features: pca, umap (if installed) or none.")
+    ] = "pca",
     title: Annotated[str | None, typer.Option(help="Heading of the page.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print what was written as JSON.")] = False,
 ) -> None:
     """Write one self-contained HTML page about runs: tables, charts, confusion, pictures."""
+    from ulfine_fast.report.feature_map import mapper
     from ulfine_fast.report.leakage import find_leakage
-    from ulfine_fast.report.load import load_runs
     from ulfine_fast.report.page import render_page, write_page
     from ulfine_fast.report.pictures import find_pictures
+    from ulfine_fast.report.sweeps import find_sweeps
     from ulfine_fast.report.transfer import read_groups
+    from ulfine_fast.run_files import load_runs
 
+    mapped = mapper(projection)
     loaded = load_runs(runs)
     attributes = None if groups is None else read_groups(groups)
     opened, reason = find_pictures(loaded, pictures)
-    rendered = render_page(loaded, pictures=opened, title=title, leakage=find_leakage(loaded), attributes=attributes)
+    rendered = render_page(
+        loaded,
+        pictures=opened,
+        title=title,
+        leakage=find_leakage(loaded),
+        attributes=attributes,
+        sweeps=find_sweeps(runs),
+        mapped=mapped,
+    )
     page = write_page(rendered, out)
     if as_json:
         facts = {"report": str(page), "runs": len(loaded), "bytes": page.stat().st_size}

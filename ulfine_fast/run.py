@@ -17,22 +17,9 @@ from ulfine_fast import metrics
 from ulfine_fast._version import __version__
 from ulfine_fast.cache.errors import InputError
 from ulfine_fast.config import FitConfig, per_trial_fields
-from ulfine_fast.methods import Trials, method_of
+from ulfine_fast.methods import Trials, run_logits
 from ulfine_fast.ops.prototypes import normalize
-
-_FORMAT = "ulfine-fast-run"
-_PER_CLASS = ("rate", "precision", "recall")
-_HISTORY = (
-    "step",
-    "loss",
-    "loss_labeled",
-    "loss_unlabeled",
-    "val_accuracy",
-    "val_balanced_accuracy",
-    "pseudo_label_rate",
-    "pseudo_label_precision",
-    "confidence_on_false",
-)
+from ulfine_fast.run_files import HISTORY, HISTORY_OF_A_CLASS, RUN_FORMAT, VERSION, load_run
 
 
 @dataclass
@@ -51,6 +38,7 @@ class Run:
         cache_path: the cache's folder, None for a cache in memory.
         status: "done"; "stopped" early, for want of progress; "pruned", dropped by whoever watched; or "failed", its
             numbers no longer finite, without tensors. `metrics` then has the step as "stopped_at" and so on.
+        relabeled: digest of the labels that stood in the place of the cache's own, None where none did.
     """
 
     config: FitConfig
@@ -65,13 +53,14 @@ class Run:
     encoder: dict[str, Any] | None = None
     cache_path: Path | None = None
     status: str = "done"
+    relabeled: str | None = None
 
     def logits(self, features: NDArray[Any], *, exact: bool = False) -> NDArray[np.floating[Any]]:
         """Uncalibrated logits.
 
         Args:
-            features: image features of the run's encoder (n, D), of any length; with the adapter adaptformer its
-                last block's tokens (n, 2, W), as they are.
+            features: image features of the run's encoder (n, D), of any length; with the adapter adaptformer or the
+                feature pre-projection the tokens of its cache (n, S, W), as they are.
             exact: whether to compute in float64, so that a row's logits do not depend on the rows beside it.
 
         Returns:
@@ -94,7 +83,7 @@ class Run:
         tensors = {name: one.to(dtype) if one.is_floating_point() else one for name, one in tensors.items()}
         rows = rows.flatten(1) if self.config.reads_tokens else normalize(rows)
         with torch.no_grad():
-            logits = method_of(self.config).logits(self.trial(tensors), tensors, rows.unsqueeze(0))
+            logits = run_logits(self.trial(tensors), tensors, rows.unsqueeze(0))
         return np.asarray(logits[0].to(dtype).numpy())
 
     def predict_proba(self, features: NDArray[Any]) -> NDArray[np.float32]:
@@ -132,26 +121,24 @@ class Run:
             InputError: no run there, of another version, or damaged.
         """
         folder = Path(folder)
-        head = read_run_config(folder)
-        from safetensors.torch import load_file
-
-        try:
-            return cls(
-                config=FitConfig.from_dict(head["config"]),
-                class_names=head["class_names"],
-                tensors=load_file(folder / "heads.safetensors"),
-                metrics=json.loads((folder / "metrics.json").read_text(encoding="utf-8")),
-                split=json.loads((folder / "split.json").read_text(encoding="utf-8")),
-                history=_read_history(folder / "history.csv", len(head["class_names"])),
-                encoder=head["encoder"],
-                cache_path=None if head["cache"] is None else Path(head["cache"]),
-                status=head.get("status", "done"),
-                **_read_predictions(folder / "predictions.parquet"),
-            )
-        except InputError:
-            raise
-        except Exception as error:  # each library has errors of its own for a damaged file
-            raise InputError(f"the run {folder} is damaged ({type(error).__name__}: {error}); fit it again") from error
+        _refuse_no_run(folder)
+        files = load_run(folder)
+        rows = files.predictions()
+        return cls(
+            config=FitConfig.from_dict(files.config),
+            class_names=files.class_names,
+            tensors=files.heads(),
+            metrics=files.metrics,
+            split=files.split(),
+            history=_rows_of(files.history, len(files.class_names)),
+            test_ids=rows.ids,
+            test_labels=rows.labels,
+            test_probabilities=rows.probabilities,
+            encoder=files.encoder or None,
+            cache_path=None if files.cache is None else Path(files.cache),
+            status=files.status,
+            relabeled=files.relabeled,
+        )
 
     def refuse_failed(self) -> None:
         """Say where a failed run diverged.
@@ -167,10 +154,11 @@ class Run:
 
     @property
     def row_shape(self) -> tuple[int, ...]:
-        """What :meth:`logits` is given of one picture: (D,), or (2, W) for tokens."""
-        if self.config.reads_tokens:
+        """What :meth:`logits` is given of one picture: (D,), or (S, W) for tokens."""
+        if "backbone.projection" in self.tensors:
             return 2, self.tensors["backbone.projection"].shape[0]
-        return (next(t.shape[-1] for name, t in self.tensors.items() if name in ("linear", "prototypes")),)
+        width = next(t.shape[-1] for name, t in self.tensors.items() if name in ("linear", "prototypes"))
+        return (1, width) if self.config.reads_tokens else (width,)
 
     def trial(self, tensors: dict[str, Tensor]) -> Trials:
         """The context that a method's logits need, for T = 1, given the run's tensors with a trials axis."""
@@ -192,13 +180,14 @@ class Run:
         _write_json(
             folder / "config.json",
             {
-                "format": _FORMAT,
-                "version": 1,
+                "format": RUN_FORMAT,
+                "version": VERSION,
                 "config": self.config.to_dict(),
                 "cache": None if self.cache_path is None else str(self.cache_path),
                 "encoder": self.encoder,
                 "class_names": self.class_names,
                 "status": self.status,
+                "relabeled": self.relabeled,
                 "created_by": f"ulfine-fast {__version__}",
             },
         )
@@ -208,8 +197,8 @@ class Run:
             writer = csv.writer(file)
             writer.writerow(_history_columns(len(self.class_names)))
             for row in self.history:
-                figures = [row.get(name) for name in _HISTORY]
-                for name in _PER_CLASS:
+                figures = [row.get(name) for name in HISTORY]
+                for name in HISTORY_OF_A_CLASS:
                     figures += row.get(f"per_class_pseudo_label_{name}") or [None] * len(self.class_names)
                 writer.writerow(["" if value is None else value for value in figures])
 
@@ -229,63 +218,31 @@ class Run:
         pq.write_table(pa.table(columns), path)
 
 
-def read_run_config(folder: Path) -> dict[str, Any]:
-    """The head of a run folder: its config.json.
-
-    Raises:
-        InputError: no run there, several runs, or a run of another version.
-    """
-    path = folder / "config.json"
-    if not path.exists():
-        inner = sorted(folder.glob("*/config.json"))
-        if inner:
-            raise InputError(f"{folder} holds {len(inner)} runs; name one, such as {inner[0].parent}")
-        raise InputError(f"{folder} is no run: it has no config.json; name a folder that `ulfine-fast fit` wrote")
-    try:
-        head: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        known = head["format"] == _FORMAT and head["version"] == 1
-        head["config"], head["class_names"], head["encoder"], head["cache"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path} is damaged ({type(error).__name__}); fit the run again") from error
-    if not known:
-        raise InputError(
-            f"{path} says {head['format']} version {head['version']}; this program reads {_FORMAT} version 1"
-        )
-    return head
+def _refuse_no_run(folder: Path) -> None:
+    """Say what stands in the place of a run."""
+    if (folder / "config.json").exists():
+        return
+    inner = sorted(folder.glob("*/config.json"))
+    if inner:
+        raise InputError(f"{folder} holds {len(inner)} runs; name one, such as {inner[0].parent}")
+    raise InputError(f"{folder} is no run: it has no config.json; name a folder that `ulfine-fast fit` wrote")
 
 
 def _history_columns(classes: int) -> list[str]:
-    return [*_HISTORY, *(f"{name}_{k}" for name in _PER_CLASS for k in range(classes))]
+    return [*HISTORY, *(f"{name}_{k}" for name in HISTORY_OF_A_CLASS for k in range(classes))]
 
 
-def _read_history(path: Path, classes: int) -> list[dict[str, Any]]:
-    """The inverse of what a run writes: one dictionary per evaluation, None for empty cells."""
-    with path.open(newline="", encoding="utf-8") as file:
-        reader = csv.DictReader(file)
-        if reader.fieldnames != _history_columns(classes):
-            raise ValueError("history.csv has other columns")
-        rows = [{name: float(cell) if cell else None for name, cell in row.items()} for row in reader]
-    history = []
-    for row in rows:
-        found: dict[str, Any] = {name: row[name] for name in _HISTORY}
-        found["step"] = int(row["step"] or 0)
-        found |= {f"per_class_pseudo_label_{name}": [row[f"{name}_{k}"] for k in range(classes)] for name in _PER_CLASS}
-        history.append(found)
-    return history
-
-
-def _read_predictions(path: Path) -> dict[str, Any]:
-    import pyarrow.parquet as pq
-
-    table = pq.read_table(path)
-    probabilities = np.asarray(table["probabilities"].to_pylist(), dtype=np.float32)
-    return {
-        "test_ids": table["id"].to_pylist(),
-        "test_labels": table["label"].to_numpy().astype(np.int64),
-        "test_probabilities": probabilities.reshape(table.num_rows, -1)
-        if table.num_rows
-        else np.zeros((0, 0), np.float32),
-    }
+def _rows_of(columns: dict[str, NDArray[np.float64]], classes: int) -> list[dict[str, Any]]:
+    """One dictionary per evaluation, None where a figure is not defined, as a fit keeps them."""
+    rows = []
+    for i, step in enumerate(columns.get("step", [])):
+        row = {name: None if np.isnan(values[i]) else float(values[i]) for name, values in columns.items()}
+        found: dict[str, Any] = {name: row.get(name) for name in HISTORY}
+        found["step"] = int(step)
+        for name in HISTORY_OF_A_CLASS:
+            found[f"per_class_pseudo_label_{name}"] = [row.get(f"{name}_{k}") for k in range(classes)]
+        rows.append(found)
+    return rows
 
 
 def _write_json(path: Path, value: Any) -> None:

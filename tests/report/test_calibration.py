@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from ulfine_fast.report.calibration import pooled
-from ulfine_fast.report.load import Predictions, load_run
+from ulfine_fast.run_files import Predictions, load_run
 
 from .writer import slow_ece, softmax
 

@@ -18,7 +18,7 @@ from ulfine_fast.report.groups import (
     same_counts,
     tail_third,
 )
-from ulfine_fast.report.load import load_run, load_runs
+from ulfine_fast.run_files import load_run, load_runs
 
 from .writer import RunSpec, edit_json, write_run, write_study
 

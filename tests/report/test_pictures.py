@@ -9,8 +9,8 @@ from PIL import Image
 
 from ulfine_fast.cache.errors import InputError
 from ulfine_fast.cache.sources import TarSource, open_source
-from ulfine_fast.report.load import load_run
 from ulfine_fast.report.pictures import find_pictures
+from ulfine_fast.run_files import load_run
 
 from .writer import RunSpec, write_run
 

@@ -7,9 +7,9 @@ import pytest
 
 from ulfine_fast.cache.errors import InputError
 from ulfine_fast.report.groups import group_runs
-from ulfine_fast.report.load import load_run
 from ulfine_fast.report.page import render_page
 from ulfine_fast.report.transfer import read_groups, transfer_section
+from ulfine_fast.run_files import load_run
 
 from .writer import RunSpec, write_run
 

@@ -21,19 +21,22 @@ def build_report(
     title: str | None = None,
     leakage: Sequence[str] = (),
     attributes: Mapping[str, str] | None = None,
+    projection: str = "none",
 ) -> Path:
     """Write one HTML page about the runs found at or below the given folders.
 
-    The page needs no network, no script and no other file. It is a function of the run folders' files (and the
-    pictures), so writing it twice gives the same bytes.
+    The page needs no network and no other file, and stands without its script, which sorts tables. It is a function of
+    the run folders' files (and the pictures and the cache), so writing it twice gives the same bytes.
 
     Args:
-        runs: run folders, or folders above them (`OUT/seed-0`, `OUT`, or deeper); all with the same classes.
+        runs: run folders, or folders above them (`OUT/seed-0`, `OUT`, or deeper), those of sweeps too; all with the
+            same classes.
         out: the page's path; its folder is made when missing, an existing page is replaced.
         pictures: gives the picture of a row id for the gallery; it may raise OSError, ValueError or KeyError for a
             picture that is gone. None leaves the gallery out and says how to get it.
         leakage: warnings that stand above the figures, see `ulfine_fast.report.leakage.find_leakage`.
         attributes: picture id -> another attribute than the class, for gaps between groups of pictures.
+        projection: "pca" or "umap" for a map of the test pictures' features, where the cache is at hand; "none".
         title: the page's heading; None writes one from the number of methods, seeds and classes.
 
     Returns:
@@ -44,9 +47,18 @@ def build_report(
             cannot be written.
     """
     # The page's parts need numpy, pyarrow, jinja2: loaded on use, so that importing the package stays quick.
-    from ulfine_fast.report.load import load_runs
+    from ulfine_fast.report.feature_map import mapper
     from ulfine_fast.report.page import render_page, write_page
+    from ulfine_fast.report.sweeps import find_sweeps
+    from ulfine_fast.run_files import load_runs
 
-    return write_page(
-        render_page(load_runs(runs), pictures=pictures, title=title, leakage=leakage, attributes=attributes), out
+    page = render_page(
+        load_runs(runs),
+        pictures=pictures,
+        title=title,
+        leakage=leakage,
+        attributes=attributes,
+        sweeps=find_sweeps(runs),
+        mapped=mapper(projection),
     )
+    return write_page(page, out)

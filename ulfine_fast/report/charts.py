@@ -99,6 +99,68 @@ def reliability_chart(title: str, bins: Reliability) -> Markup:
     )
 
 
+def share_bars(title: str, shares: Sequence[tuple[str, float]]) -> Markup:
+    """Bars of shares in 0..1, each beside its name, in the order given."""
+    frame = Frame(380, 34 + 22 * len(shares), 132, 44, 26, 8, 0.0, max(0.01, *(share for _, share in shares)))
+    parts: list[Markup] = [tag("text", title, x=0, y=13, class_="heading")]
+    for row, (name, share) in enumerate(shares):
+        top, wide = frame.top + 22 * row, frame.x(share) - frame.x(0.0)
+        words = tag("title", f"{name}: {100 * share:.1f}%")
+        parts.append(tag("rect", words, x=frame.left, y=top, width=max(wide, 1.0), height=15.0, class_="count"))
+        parts.append(tag("text", clip(name, 19), x=frame.left - 8, y=top + 12, class_="tick end isolate"))
+        parts.append(tag("text", f"{100 * share:.0f}", x=frame.x(share) + 6, y=top + 12, class_="tick"))
+    spoken = "; ".join(f"{name} {100 * share:.0f}" for name, share in shares)
+    return drawing(frame, f"{title}: {spoken}", *parts)
+
+
+def map_chart(
+    title: str, places: np.ndarray, labels: np.ndarray, predicted: np.ndarray, names: Sequence[str]
+) -> Markup:
+    """Pictures in the plane, mistakes marked, each class's name in its middle.
+
+    Args:
+        title: how they got their places.
+        places: (n, 2).
+        labels: true class (n,), -1 where unknown.
+        predicted: (n,).
+        names: K; written for up to 30 classes.
+    """
+    (left, low), (right, high) = places.min(0), places.max(0)
+    frame = Frame(760, 520, 16, 16, 26, 16, left, right, low, high)
+    wrong = (labels >= 0) & (labels != predicted)
+    # mistakes last, so that none is hidden
+    dots = [
+        _map_dot(frame, places[i], int(labels[i]), int(predicted[i]), names) for i in np.argsort(wrong, kind="stable")
+    ]
+    parts = [tag("text", title, x=0, y=13, class_="heading"), *dots]
+    if len(names) <= 30:
+        parts += _map_names(frame, places, labels, names)
+    spoken = f"{title}: {len(places):,} pictures, {int(wrong.sum()):,} of them taken for another class"
+    return drawing(frame, spoken, *parts)
+
+
+def _map_dot(frame: Frame, place: np.ndarray, label: int, predicted: int, names: Sequence[str]) -> Markup:
+    x, y = frame.x(float(place[0])), frame.y(float(place[1]))
+    if label < 0:
+        return tag("circle", tag("title", f"unknown, taken for {names[predicted]}"), cx=x, cy=y, r=2.5, class_="count")
+    if label == predicted:
+        return tag("circle", tag("title", names[label]), cx=x, cy=y, r=2.5, class_="dot")
+    # a cross and not only another colour
+    words = tag("title", f"{names[label]}, taken for {names[predicted]}")
+    return tag("path", words, d=f"M{x - 3:.1f},{y - 3:.1f}l6,6m0,-6l-6,6", class_="miss")
+
+
+def _map_names(frame: Frame, places: np.ndarray, labels: np.ndarray, names: Sequence[str]) -> list[Markup]:
+    """Each class's name at the median of its pictures, moved apart where two would touch."""
+    classes = [k for k in range(len(names)) if (labels == k).any()]
+    middles = {k: np.median(places[labels == k], axis=0) for k in classes}
+    heights = spread([frame.y(float(middles[k][1])) for k in classes], 13, frame.top + 10, frame.height - 6)
+    return [
+        tag("text", clip(names[k], 18), x=frame.x(float(middles[k][0])), y=y, class_="name middle halo")
+        for k, y in zip(classes, heights, strict=True)
+    ]
+
+
 def legend_mark(slot: int) -> Markup:
     """The line and marker of a slot, for legends and table rows."""
     sample = tag("path", d="M1,7H23", class_=f"line s{slot}") + marker(12, 7, slot)

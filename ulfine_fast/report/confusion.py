@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ulfine_fast.report.load import Predictions
+from ulfine_fast.run_files import Predictions
 
 
 @dataclass(frozen=True, slots=True)

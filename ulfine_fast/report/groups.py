@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from ulfine_fast.intervals import Interval, mean_interval
-from ulfine_fast.report.load import RunFiles
+from ulfine_fast.run_files import RunFiles
 
 _SEED_FIELDS = frozenset({"seed", "split_seed"})
 
@@ -130,7 +130,10 @@ def _setting(run: RunFiles) -> dict[str, Any]:
     """Everything that makes two runs different settings: the config without seeds, and the encoder's weights."""
     # the path of the cache is left out: the same features may lie elsewhere for another seed
     setting = {key: value for key, value in run.config.items() if key not in _SEED_FIELDS}
-    return setting | {"encoder": run.encoder.get("sha256") or run.encoder.get("name")}
+    # how a head was realigned is no setting of the fit; what was chosen on validation differs between seeds
+    realigned = run.metrics.get("realigned")
+    by = realigned.get("by") if isinstance(realigned, dict) else None
+    return setting | {"encoder": run.encoder.get("sha256") or run.encoder.get("name"), "realigned": by}
 
 
 def _key(run: RunFiles) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ulfine_fast.cache.errors import InputError
-from ulfine_fast.report.load import RunFiles
+from ulfine_fast.run_files import RunFiles
 
 
 def find_leakage(runs: Sequence[RunFiles]) -> list[str]:

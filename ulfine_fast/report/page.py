@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import os
 from collections.abc import Callable, Mapping, Sequence
 from importlib.resources import files
@@ -14,9 +16,11 @@ from PIL import Image
 from ulfine_fast._version import __version__
 from ulfine_fast.cache.errors import InputError
 from ulfine_fast.report import charts, headline, sections
+from ulfine_fast.report.feature_map import FeatureMap, map_section
 from ulfine_fast.report.groups import Group, best_by_validation, charted, group_runs
-from ulfine_fast.report.load import RunFiles
+from ulfine_fast.report.sweeps import SweepFiles, sweeps_section
 from ulfine_fast.report.transfer import transfer_section
+from ulfine_fast.run_files import RunFiles
 
 _LINES = 6  # colours and markers that stay apart for every reader
 
@@ -28,17 +32,22 @@ def render_page(
     title: str | None = None,
     leakage: Sequence[str] = (),
     attributes: Mapping[str, str] | None = None,
+    sweeps: Sequence[SweepFiles] = (),
+    mapped: Callable[[RunFiles], FeatureMap | None] | None = None,
 ) -> str:
     """Render the page of the given runs; arguments as in :func:`ulfine_fast.report.build_report`."""
     groups, repeated = group_runs(runs)
     shown, lines = best_by_validation(groups), charted(groups, _LINES)
     rows = [run.predictions() for run in shown.runs]
+    script = _text("sort.js")
     return (
         _environment()
         .get_template("page.html.jinja")
         .render(
             title=title or _title(groups),
             style=Markup(_text("style.css")),  # ours, and a style element holds no entities
+            script=Markup(script),
+            script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
             version=__version__,
             names=runs[0].class_names,
             shown=shown,
@@ -53,6 +62,8 @@ def render_page(
             transfer=transfer_section(groups, attributes),
             confusion=sections.confusion_section(shown, rows),
             gallery=sections.gallery_section(shown, rows[0], pictures),
+            map=map_section(shown, mapped),
+            sweeps=sweeps_section(sweeps),
             leakage=leakage,
             settings=sections.settings_section(groups, repeated),
         )

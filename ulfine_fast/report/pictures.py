@@ -10,7 +10,7 @@ from PIL import Image
 
 from ulfine_fast.cache.errors import InputError
 from ulfine_fast.cache.places import open_place
-from ulfine_fast.report.load import RunFiles
+from ulfine_fast.run_files import RunFiles
 
 if TYPE_CHECKING:
     from ulfine_fast.cache.sources import Row, Source, StreamedSource

@@ -13,7 +13,7 @@ import numpy as np
 from ulfine_fast.cache.errors import InputError
 from ulfine_fast.intervals import mean_interval
 from ulfine_fast.report.groups import Group
-from ulfine_fast.report.load import Predictions, RunFiles
+from ulfine_fast.run_files import Predictions, RunFiles
 from ulfine_fast.transfer import Transfer, transfer
 
 _FIGURES = ("bias_correlation", "count_correlation", "drift", "spread", "group_gap")

@@ -9,10 +9,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from tests.report.writer import RunSpec, edit_json, write_run, write_study
 from ulfine_fast.cache.errors import InputError
-from ulfine_fast.report.load import find_runs, load_run, load_runs
+from ulfine_fast.run_files import find_runs, load_run, load_runs
 
-from .writer import RunSpec, edit_json, write_run, write_study
+
+@pytest.fixture
+def single(tmp_path: Path) -> Path:
+    """One run of ULFine."""
+    return write_run(tmp_path / "one")
 
 
 def test_a_run_is_read_from_its_files(single: Path) -> None:

@@ -1,4 +1,4 @@
-"""Read run folders from their files alone; nothing here knows how a run was made."""
+"""The run folder's files and how they are read; nothing here knows how a run was made."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -18,7 +18,24 @@ import pyarrow.parquet as pq
 
 from ulfine_fast.cache.errors import InputError
 
-_RUN_FORMAT, _SPLIT_FORMAT, _VERSION = "ulfine-fast-run", "ulfine-fast-split", 1
+if TYPE_CHECKING:
+    from torch import Tensor
+
+RUN_FORMAT, VERSION = "ulfine-fast-run", 1
+# columns of history.csv; those of a class K are called "rate_K" and so on
+HISTORY = (
+    "step",
+    "loss",
+    "loss_labeled",
+    "loss_unlabeled",
+    "val_accuracy",
+    "val_balanced_accuracy",
+    "pseudo_label_rate",
+    "pseudo_label_precision",
+    "confidence_on_false",
+)
+HISTORY_OF_A_CLASS = ("rate", "precision", "recall")
+_SPLIT_FORMAT = "ulfine-fast-split"
 _FILES = ("config.json", "split.json", "metrics.json", "predictions.parquet")
 _PARTS = ("labeled", "unlabeled", "val", "test")
 _PER_CLASS = (
@@ -50,7 +67,7 @@ class Predictions:
 
 @dataclass(frozen=True, slots=True)
 class RunFiles:
-    """What the files of one run folder say, except the predictions, which are read on demand.
+    """What the files of one run folder say, except picture ids, predictions and heads, which are read on demand.
 
     Attributes:
         path: the run folder.
@@ -59,6 +76,8 @@ class RunFiles:
         cache: path of the feature cache, or None.
         class_names: K names; untrusted text.
         created_by: name and version of the program that wrote the run.
+        status: "done" or "stopped", as :class:`ulfine_fast.Run` has it.
+        relabeled: digest of the labels that stood in the place of the cache's own, None where none did.
         split_rule: how the split was drawn, in words.
         split_rows: rows in "labeled", "unlabeled", "val" and "test".
         split_digest: equal for two runs exactly when their labelled, unlabelled and test ids are equal.
@@ -72,6 +91,8 @@ class RunFiles:
     cache: str | None
     class_names: list[str]
     created_by: str
+    status: str
+    relabeled: str | None
     split_rule: str
     split_rows: dict[str, int]
     split_digest: str
@@ -108,6 +129,31 @@ class RunFiles:
             InputError: the file is cut, lacks a column, or names a class that does not exist.
         """
         return _read_predictions(self.path / "predictions.parquet", len(self.class_names))
+
+    def split(self) -> dict[str, Any]:
+        """Read split.json: picture ids by role, see :mod:`ulfine_fast.splits`.
+
+        Raises:
+            InputError: the file is missing, cut or of another version.
+        """
+        return _read_json(self.path / "split.json", _SPLIT_FORMAT)
+
+    def heads(self) -> dict[str, Tensor]:
+        """Read heads.safetensors: the trained tensors by name.
+
+        Raises:
+            InputError: the file is missing or cut.
+        """
+        file = self.path / "heads.safetensors"
+        if not file.is_file():
+            raise InputError(_missing(file))
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        try:
+            return load_file(file)
+        except (SafetensorError, OSError) as error:
+            raise InputError(f"{file} cannot be read ({error}); it is cut or damaged, fit the run again") from error
 
 
 def load_runs(paths: Sequence[Path]) -> list[RunFiles]:
@@ -146,7 +192,7 @@ def load_run(folder: Path) -> RunFiles:
     Raises:
         InputError: a file is missing, cut or of another format version.
     """
-    head = _read_json(folder / "config.json", _RUN_FORMAT)
+    head = _read_json(folder / "config.json", RUN_FORMAT)
     names, config = _field(head, "class_names", list, folder), _field(head, "config", dict, folder)
     _field(config, "method", str, folder)
     split = _read_json(folder / "split.json", _SPLIT_FORMAT)
@@ -160,6 +206,8 @@ def load_run(folder: Path) -> RunFiles:
         cache=head.get("cache"),
         class_names=[str(name) for name in names],
         created_by=str(head.get("created_by", "unknown")),
+        status=str(head.get("status", "done")),
+        relabeled=head.get("relabeled"),
         split_rule=str(split.get("rule", "not recorded")),
         split_rows={part: len(split.get(part) or []) for part in _PARTS},
         split_digest=_digest(split),
@@ -181,7 +229,7 @@ def _looks_like_run(folder: Path) -> bool:
     if sum((folder / name).is_file() for name in _FILES) > 1:
         return True
     config = folder / "config.json"
-    return config.is_file() and _RUN_FORMAT.encode() in config.read_bytes()[:65536]
+    return config.is_file() and RUN_FORMAT.encode() in config.read_bytes()[:65536]
 
 
 def _natural(path: Path) -> list[tuple[int, int, str]]:
@@ -191,7 +239,7 @@ def _natural(path: Path) -> list[tuple[int, int, str]]:
 
 def _read_json(file: Path, wanted: str | None) -> dict[str, Any]:
     if not file.is_file():
-        raise InputError(f"{file.name} is missing in {file.parent}; the run was not finished, fit it again")
+        raise InputError(_missing(file))
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
@@ -203,11 +251,15 @@ def _read_json(file: Path, wanted: str | None) -> dict[str, Any]:
     return content
 
 
+def _missing(file: Path) -> str:
+    return f"{file.name} is missing in {file.parent}; the run was not finished, fit it again"
+
+
 def _check_version(content: dict[str, Any], wanted: str, file: Path) -> None:
     found = (content.get("format"), content.get("version"))
-    if found != (wanted, _VERSION):
+    if found != (wanted, VERSION):
         raise InputError(
-            f"{file} is {found[0]!r} version {found[1]!r}, this program reads {wanted!r} version {_VERSION}; "
+            f"{file} is {found[0]!r} version {found[1]!r}, this program reads {wanted!r} version {VERSION}; "
             "use the version that wrote it, or fit the run again"
         )
 
@@ -256,7 +308,7 @@ def _read_history(file: Path, *, needed: bool) -> dict[str, np.ndarray]:
     """Read the columns of history.csv; a method that takes no step (zero shot) may have none."""
     if not file.is_file():
         if needed:
-            raise InputError(f"{file.name} is missing in {file.parent}; the run was not finished, fit it again")
+            raise InputError(_missing(file))
         return {}
     text = file.read_text(encoding="utf-8")
     rows = list(csv.reader(text.splitlines()))
@@ -276,7 +328,7 @@ def _read_history(file: Path, *, needed: bool) -> dict[str, np.ndarray]:
 def _check_parquet(file: Path) -> None:
     """Refuse a missing or cut file by its footer, which is cheap even for many runs."""
     if not file.is_file():
-        raise InputError(f"{file.name} is missing in {file.parent}; the run was not finished, fit it again")
+        raise InputError(_missing(file))
     try:
         pq.read_metadata(file)
     except (pa.ArrowException, OSError) as error:
