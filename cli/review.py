@@ -1,0 +1,57 @@
+"""`ulfine-fast review`: a page on this machine to correct labels on."""
+
+from __future__ import annotations
+
+import json
+import webbrowser
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def review(
+    run: Annotated[Path, typer.Argument(help="Run folder that `fit` wrote.")],
+    labels: Annotated[
+        Path | None,
+        typer.Option(help="CSV of corrected labels to go on with; default: labels.csv beside the run's folder."),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Where fits from the page go; default: RUN-reviewed.")
+    ] = None,
+    pictures: Annotated[
+        str | None, typer.Option(help="Where the pictures are; default: where the cache had them.")
+    ] = None,
+    port: Annotated[int, typer.Option(help="Port on 127.0.0.1; 0 for any that is free.", min=0, max=65535)] = 0,
+    open_page: Annotated[bool, typer.Option("--open", help="Open the page in the browser.")] = False,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="Print the page's address as JSON.")] = False,
+) -> None:
+    """Correct labels on a local page: likely wrong ones, near-duplicates, pictures of rare classes; Ctrl-C ends it.
+
+    Each label is saved at once; `fit --labels FILE` takes them.
+    """
+    from ulfine_fast.cache.errors import InputError
+
+    if find_spec("flask") is None:
+        raise InputError("the review needs Flask, which is not installed; pip install 'ulfine-fast[review]'")
+    from ulfine_fast.review.app import HOST, make_server, new_token
+    from ulfine_fast.review.session import Session
+
+    # a name of its own, not `RUN/..`: the run may be given as "."
+    whole = run.resolve()
+    saved = labels or whole.parent / "labels.csv"
+    session = Session(run, saved, out or whole.with_name(f"{whole.name}-reviewed"), pictures=pictures, device=device)
+    token = new_token()
+    server = make_server(session, token, port)
+    address = f"http://{HOST}:{server.port}/{token}/"
+    if session.no_pictures:
+        typer.echo(f"no pictures on the page: {session.no_pictures}; name their place with --pictures", err=True)
+    typer.echo(json.dumps({"address": address, "labels": str(saved)}) if as_json else f"review: {address}")
+    if open_page:
+        webbrowser.open(address)
+    try:
+        server.serve_forever()
+    finally:
+        server.server_close()

@@ -1,0 +1,108 @@
+"""Who may read and write through the server, and what it answers."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+from PIL import Image
+
+from ulfine_fast.cache.errors import InputError
+from ulfine_fast.corrections import read_corrections
+from ulfine_fast.review.app import create_app, make_server, new_token
+
+TOKEN = "secret"
+HOME = "http://127.0.0.1:5000"
+
+
+@pytest.fixture
+def client(session):
+    return create_app(session, TOKEN).test_client()
+
+
+def put(client, row=0, *, origin=HOME, host=HOME, token=TOKEN, **body):
+    headers = {} if origin is None else {"Origin": origin}
+    return client.put(
+        f"/{token}/labels/{row}", json={"label": "cat", "seen": None, **body}, headers=headers, base_url=host
+    )
+
+
+def test_the_page_itself_may_write(client, session):
+    assert put(client).status_code == 200
+    assert list(read_corrections(session.labels).values()) == ["cat"]
+
+
+@pytest.mark.parametrize(
+    ("how", "status"),
+    [
+        ({"origin": None}, 403),
+        ({"origin": "null"}, 403),
+        ({"origin": "http://evil.example"}, 403),
+        ({"origin": "http://127.0.0.1:5001"}, 403),
+        ({"origin": "http://evil.example:5000", "host": "http://evil.example:5000"}, 403),
+        ({"token": "guess"}, 404),
+    ],
+)
+def test_nobody_else_may(client, session, how, status):
+    assert put(client, **how).status_code == status
+    assert not session.labels.exists()
+
+
+@pytest.mark.parametrize("path", ["state", "pictures/0", "", "review.js"])
+def test_nobody_reads_without_the_token_or_under_another_name(client, path):
+    assert client.get(f"/{TOKEN}/{path}", base_url=HOME).status_code == 200
+    assert client.get(f"/guess/{path}", base_url=HOME).status_code == 404
+    assert client.get(f"/{TOKEN}/{path}", base_url="http://evil.example:5000").status_code == 403
+
+
+def test_a_form_of_another_page_cannot_write(client, session):
+    """A form sends no JSON, and needs no leave to be sent."""
+    done = client.post(f"/{TOKEN}/fit", data="{}", content_type="text/plain", headers={"Origin": HOME}, base_url=HOME)
+    assert done.status_code == 403
+    assert not session.fitting
+
+
+def test_every_answer_forbids_scripts_from_elsewhere(client):
+    for path in (f"/{TOKEN}/", f"/{TOKEN}/state", "/nowhere"):
+        headers = client.get(path, base_url=HOME).headers
+        assert "default-src 'none'" in headers["Content-Security-Policy"]
+        assert "unsafe" not in headers["Content-Security-Policy"]
+        assert headers["Referrer-Policy"] == "no-referrer"
+        assert "Access-Control-Allow-Origin" not in headers
+
+
+def test_a_conflict_tells_the_label(client):
+    assert put(client).status_code == 200
+    again = put(client, label="dog")
+    assert (again.status_code, again.get_json()["now"]) == (409, "cat")
+
+
+@pytest.mark.parametrize("body", [{"label": 3}, {"seen": []}, {"more": 1}, {"label": "bird"}])
+def test_a_wrong_body_gets_a_sentence(client, session, body):
+    answer = put(client, **body)
+    assert answer.status_code == 422
+    assert answer.get_json()["error"]
+    assert not session.labels.exists()
+
+
+def test_a_damaged_file_is_told_and_not_overwritten(client, session):
+    session.labels.write_text("mine\n")
+    assert put(client).status_code == 422
+    assert session.labels.read_text() == "mine\n"
+
+
+def test_pictures_come_without_their_metadata(client, session):
+    answer = client.get(f"/{TOKEN}/pictures/0", base_url=HOME)
+    image = Image.open(io.BytesIO(answer.data))
+    assert (answer.mimetype, image.size, dict(image.getexif())) == ("image/png", (24, 20), {})
+    assert client.get(f"/{TOKEN}/pictures/99999", base_url=HOME).status_code == 404
+
+
+def test_tokens_differ_and_a_taken_port_is_said(session):
+    assert len({new_token() for _ in range(9)}) == 9
+    server = make_server(session, TOKEN)
+    try:
+        with pytest.raises(InputError, match=str(server.port)):
+            make_server(session, TOKEN, server.port)
+    finally:
+        server.server_close()

@@ -1,0 +1,1 @@
+"""A local page to correct labels on, and what it shows first."""
