@@ -221,6 +221,10 @@ def test_random_state(digits):
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_fits_and_predicts(digits, method):
     features, _labels, y = digits
+    if method == "proportions":
+        with pytest.raises(InputError, match="starts from texts of the classes"):
+            FeatureClassifier(method=method, bag_size=4).fit(features[:200], y[:200])
+        return
     model = FeatureClassifier(method=method, steps=5).fit(features[:200], y[:200])
     assert model.predict_proba(features[200:230]).shape == (30, 10)
     assert set(model.predict(features)) <= set(range(10))

@@ -29,6 +29,7 @@ UNLABELED = -1
 _NOT_HERE = {
     *("method", "seed", "split_seed", "n1", "m1", "gamma_l", "gamma_u", "shape", "labeled_in_unlabeled"),
     *("permute_classes", "labeled_fraction", "val_fraction", "test_fraction", "eval_every", "select", "patience"),
+    "label_noise",
 }
 _OWN: dict[str, Any] = {"text_features": None, "val_fraction": 0.0, "device": "auto", "random_state": 0}
 # Rows that stand for fractional weights, as a multiple of the rows there are.

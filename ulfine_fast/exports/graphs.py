@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ulfine_fast.cache.errors import InputError
-from ulfine_fast.methods import method_of
+from ulfine_fast.methods import run_logits
 from ulfine_fast.ops.prototypes import normalize
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ class Scorer(nn.Module):
         for place, tensor in enumerate(run.tensors.values()):
             # names of tensors hold dots, which those of buffers may not
             self.register_buffer(f"t{place}", tensor.detach().clone().unsqueeze(0))
-        self._method, self._tokens = method_of(run.config), run.config.reads_tokens
+        self._tokens = run.config.reads_tokens
         self._trial = run.trial(self._tensors())
         self.temperature = float(run.metrics.get("temperature", 1.0))
 
@@ -40,7 +40,7 @@ class Scorer(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         """Features (n, D) of any length, or tokens (n, 2, W), to calibrated probabilities (n, K)."""
         rows = features.flatten(1) if self._tokens else normalize(features)
-        logits = self._method.logits(self._trial, self._tensors(), rows.unsqueeze(0))[0]  # (n, K)
+        logits = run_logits(self._trial, self._tensors(), rows.unsqueeze(0))[0]  # (n, K)
         return torch.softmax(logits / self.temperature, dim=-1)
 
 
@@ -59,8 +59,8 @@ class PictureScorer(nn.Module):
         super().__init__()
         if encoder.token_kinds:
             raise InputError(
-                "a run with the adapter adaptformer reads tokens inside the encoder and is exported without it; leave "
-                "out --with-encoder"
+                "a run with adapter adaptformer or feature pre-projection reads tokens inside the encoder and is "
+                "exported without it; leave out --with-encoder"
             )
         self.visual, self.scorer = encoder.model.visual, scorer
         self.register_buffer("mean", torch.tensor(encoder.mean).view(3, 1, 1))

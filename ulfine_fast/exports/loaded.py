@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ulfine_fast.cache.errors import InputError
+from ulfine_fast.exports.hub import SCHEME, pull
 from ulfine_fast.exports.write import CONFIG, FORMAT, FORMATS
 
 if TYPE_CHECKING:
@@ -86,10 +87,35 @@ class Loaded:
 def load(folder: str | Path) -> Loaded:
     """Opens a folder that `export` wrote, as ONNX or safetensors.
 
+    Args:
+        folder: where it is; "hf://owner/name", or "hf://owner/name@revision", for a repository of the Hugging Face Hub.
+
     Raises:
-        InputError: no such folder, of another version, of a format that torch itself loads, or changed since.
+        InputError: no such folder or repository, of another version, of a format that torch itself loads, or changed
+            since.
     """
-    folder = Path(folder)
+    folder = pull(str(folder)) if str(folder).startswith(SCHEME) else Path(folder)
+    told = read_config(folder)
+    if told["to"] not in _READ_HERE:
+        way = "torch.jit.load" if told["to"] == "torchscript" else "torch.export.load"
+        raise InputError(f"{folder} is for {way}, which runs what is in the file: use that if you trust it")
+    _refuse_changed(folder / told["file"], told.get("sha256"))
+    try:
+        return Loaded(folder, told)
+    except InputError:
+        raise
+    # what others wrote may hold anything: settings of other types, tensors of other names, a graph of other operations
+    except Exception as error:
+        reason = " ".join(str(error).split())[:160] or type(error).__name__
+        raise InputError(f"{folder} is damaged or of another program ({reason}); export the run again") from error
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """What an export folder's config.json says.
+
+    Raises:
+        InputError: there is none, or another program wrote it.
+    """
     path = folder / CONFIG
     try:
         told = json.loads(path.read_text(encoding="utf-8"))
@@ -103,18 +129,8 @@ def load(folder: str | Path) -> Loaded:
         raise InputError(
             f"{path} says {told['format']!r} version {told['version']!r}, which this program does not read"
         )
-    if told["to"] not in _READ_HERE:
-        way = "torch.jit.load" if told["to"] == "torchscript" else "torch.export.load"
-        raise InputError(f"{folder} is for {way}, which runs what is in the file: use that if you trust it")
-    _refuse_changed(folder / told["file"], told.get("sha256"))
-    try:
-        return Loaded(folder, told)
-    except InputError:
-        raise
-    # what others wrote may hold anything: settings of other types, tensors of other names, a graph of other operations
-    except Exception as error:
-        reason = " ".join(str(error).split())[:160] or type(error).__name__
-        raise InputError(f"{folder} is damaged or of another program ({reason}); export the run again") from error
+    found: dict[str, Any] = told
+    return found
 
 
 def _refuse_changed(path: Path, digest: str | None) -> None:
