@@ -1,0 +1,22 @@
+"""Predictions from and to tables: `python docs/examples/tables.py RUN PICTURES`.
+
+RUN is a run folder over pictures, PICTURES a folder of new ones.
+"""
+
+import sys
+from pathlib import Path
+
+import pyarrow as pa
+
+from ulfine_fast import Run
+from ulfine_fast.predict import predict_pictures
+
+run, pictures = Run.load(sys.argv[1]), Path(sys.argv[2])
+
+# a data frame of pandas or Polars, or an Arrow table, with a column `path`
+table = pa.table({"path": [str(path) for path in sorted(pictures.rglob("*.png"))[:20]]})
+found = predict_pictures(run, table)
+
+# and back: .to_pandas() of it, or polars.from_arrow(it)
+answer = found.to_arrow()
+print(answer.num_rows, "rows:", ", ".join(answer.column_names))

@@ -1,0 +1,88 @@
+"""What the documents tell a reader to do, done: the tour's commands and programs, and the example scripts."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.docs.test_pages import blocks, commands
+
+ROOT = Path(__file__).parents[2]
+EXAMPLES = ROOT / "docs/examples"
+
+
+@pytest.fixture(scope="module")
+def place(demo, tmp_path_factory):
+    """A folder in which the demo's output has the name that the documents give it."""
+    folder = tmp_path_factory.mktemp("documents")
+    (folder / "demo-output").symlink_to(demo[0])
+    return folder
+
+
+def program(place, *arguments):
+    """Output of a Python program, run there by the interpreter that the package is installed for."""
+    done = subprocess.run(
+        [sys.executable, *map(str, arguments)], cwd=place, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_tours_commands_and_programs_run(place, ulfine):
+    first, *others = commands(ROOT / "docs/tour.md")
+    assert first == ["demo", "--out", "demo-output"]  # the fixture has run it
+    assert len(others) == 6
+    for arguments in others:
+        ulfine(*arguments, cwd=place)
+    assert (place / "report.html").stat().st_size > 50_000
+    assert len((place / "predictions.csv").read_text().splitlines()) == 501
+    [code] = blocks(ROOT / "docs/tour.md", "python")
+    figures = [float(word) for word in program(place, "-c", code).split()]
+    assert len(figures) == 3
+    assert all(0.2 < figure < 1 for figure in figures)
+
+
+def test_the_program_that_reads_a_cache_without_us_runs(place):
+    [code] = blocks(ROOT / "docs/cache-format.md", "python")
+    (place / "CACHE").symlink_to(place / "demo-output/cache")
+    shapes = program(place, "-c", code + "\n    print(len(ids), len(labels), plain.shape[1])").split("\n")
+    rows = [list(map(int, line.split())) for line in shapes if line]
+    assert sum(row[0] for row in rows) == 3000
+    assert all(row[0] == row[1] for row in rows)
+
+
+def test_predictions_from_and_to_tables(place):
+    run, pictures = place / "demo-output/runs/linear_probe/seed-0", place / "demo-output/pictures/test"
+    said = program(place, EXAMPLES / "tables.py", run, pictures)
+    assert said.startswith("20 rows: id, class, probability")
+
+
+def test_many_trials_from_python(place):
+    said = program(place, EXAMPLES / "many_trials.py")
+    assert [line.split(":")[0] for line in said.splitlines()] == ["by hand", "best settings", "by search", "report"]
+
+
+def test_the_command_line_with_options_from_a_file(place, tmp_path, ulfine):
+    pictures, small = place / "demo-output/pictures", tmp_path / "pictures"
+    for folder in sorted(pictures.glob("*/*/")):
+        (small / folder.relative_to(pictures)).mkdir(parents=True)
+        for picture in sorted(folder.iterdir())[:12]:
+            shutil.copy(picture, small / picture.relative_to(pictures))
+    environment = {**ulfine.environment, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    script = ["sh", EXAMPLES / "command_line.sh", small]
+    done = subprocess.run(script, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "facts.json").read_text())["pictures"] == 240
+    config = json.loads((tmp_path / "runs/plus/seed-1/config.json").read_text())
+    assert config["config"]["method"] == "ulfine_plus"
+    with (tmp_path / "predictions.csv").open() as file:
+        assert len(list(csv.DictReader(file))) == 120
+    assert list((tmp_path / "logs/tensorboard/probe/seed-0").iterdir())
+    assert (tmp_path / "model/model.safetensors").is_file()
