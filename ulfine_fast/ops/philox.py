@@ -29,6 +29,7 @@ class Purpose(enum.IntEnum):
     STRONG_NOISE = 7
     FOLDS = 8
     BLEND = 9
+    SAMPLES = 20
 
 
 def philox(counter: Tensor, key: Tensor) -> Tensor:
