@@ -147,6 +147,8 @@ def draw(method: str, i: int) -> Settings:
         "linear_probe": probe,
         ORACLE: probe,
         "lift": probe,
+        "lift_head": probe,
+        "poft": probe,
         "ulfine": ulfine,
         "ulfine_plus": ulfine_plus,
         **dict.fromkeys(("cross_entropy", "balanced_softmax", "class_balanced", "ldam", "cross_modal"), probe),

@@ -48,6 +48,10 @@ def sweep(
     ray_gpus: Annotated[float, typer.Option(help="GPUs of a pass on Ray.", min=0)] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     engine: Annotated[str, typer.Option(help="auto, fused or specification.")] = "auto",
+    forecast: Annotated[
+        str | None, typer.Option(help="Also forecast the best trial with more labels, views or steps.", metavar="WHAT")
+    ] = None,
+    forecast_times: Annotated[float, typer.Option(help="How many times as many; above 1, at most 4.")] = 4.0,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
     **settings: Any,
 ) -> None:
@@ -72,6 +76,8 @@ def sweep(
         refit_seeds=refit_seeds,
         split=None if split is None else read_split(split, features.ids),
         ray=None if ray is None else RayWorkers(ray, ray_cpus, ray_gpus),
+        forecast=forecast,
+        forecast_times=forecast_times,
         **how,
         **where,
     )
@@ -94,6 +100,8 @@ def _print(result: SweepResult, as_json: bool) -> None:
     if result.best:
         typer.echo("\nrefit with fresh seeds, on the test split:")
         print_summary({f"best {one['rank']} (trial {one['trial']})": one["test"] for one in result.best}, as_json=False)
+    if result.forecast is not None:
+        _print_forecast(result.forecast)
     counts = ", ".join(f"{count} {state}" for state, count in result.counts.items())
     typer.echo(f"trials: {counts}\nsweep: {result.out}")
 
@@ -114,6 +122,22 @@ def _print_board(result: SweepResult) -> None:
         table.add_row(str(place.rank), str(place.trial), *figures, *values)
     # wide enough for every column, so that a log file holds whole figures
     Console(width=max(60 + 20 * len(table.columns), Console().width)).print(table)
+
+
+def _print_forecast(told: dict[str, Any]) -> None:
+    """What was measured at the largest size and what is expected beyond it, in percent; or why nothing is."""
+    if told["forecast"] is None:
+        typer.echo(f"\nno forecast: {told['refused']}")
+        return
+    from ulfine_fast.search.forecast import FORECASTERS
+
+    largest, target = told["curve"]["budgets"][-1], told["forecast"]["target"]
+    typer.echo(f"\n{told['metric']} on validation, forecast from {largest:g} to {target:g} {told['over']}:")
+    for name, one in told["forecast"]["figures"].items():
+        low, high = 100 * one["low"], 100 * one["high"]
+        typer.echo(f"  {FORECASTERS[name]}: {100 * one['value']:.1f} ({low:.1f} to {high:.1f})")
+    if told["over"] == "steps":
+        typer.echo("over steps the last value has been the best forecast (docs/related/forecast.md)")
 
 
 def _percent(mean: float, half: float) -> str:

@@ -92,6 +92,28 @@ def test_the_best_is_a_config_that_fit_takes(swept, cache, tmp_path):
     assert config["steps"] == 4
 
 
+def test_a_forecast_is_printed_or_refused(swept):
+    arguments, out, before = swept
+    done = run(*arguments, "--forecast", "labels")
+    assert done.exit_code == 0, done.output
+    told = json.loads((out / "forecast.json").read_text())
+    # 16 pictures are too few to tell anything from
+    assert f"no forecast: {told['refused']}" in done.stdout
+    assert done.stdout.replace(f"\nno forecast: {told['refused']}\n", "") == before.stdout
+    losses, figures = ([[value] * 5 for value in values] for values in ((1.0, 0.8, 0.7, 0.6), (0.6, 0.7, 0.75, 0.8)))
+    told["curve"] = {"budgets": [10, 20, 30, 40], "losses": losses, "figures": figures}
+    (out / "forecast.json").write_text(json.dumps(told))
+    done = run(*arguments, "--forecast", "labels", "--forecast-times", 2)
+    assert "balanced_accuracy on validation, forecast from 40 to 80 labels:" in done.stdout
+    for name in ("by way of the loss", "the last value carried on: 80.0 (80.0 to 80.0)", "a power law", "a line over"):
+        assert name in done.stdout
+    assert "over steps the last value" not in done.stdout
+    (out / "forecast.json").write_text(json.dumps({**told, "over": "steps"}))
+    assert "over steps the last value has been the best forecast" in run(*arguments, "--forecast", "steps").stdout
+    assert "forecast" in json.loads(run(*arguments, "--forecast", "labels", "--json").stdout)
+    assert "forecast" not in json.loads(run(*arguments, "--json").stdout)
+
+
 def test_an_option_wins_over_the_file(cache, tmp_path):
     path = tmp_path / "c.toml"
     path.write_text('method = "linear_probe"\nsteps = 4\nlr = 0.5\n')
@@ -124,6 +146,9 @@ def test_configs_that_are_refused(cache, tmp_path):
         (["--lr", 0.1], "lr is in the space and given as 0.1 beside it"),
         (["--method", "ulfine"], "method is in the space and given as 'ulfine' beside it"),
         (["--metric", "speed"], "metric must be one of"),
+        (["--forecast", "luck"], "forecast must be one of labels, views, steps"),
+        (["--forecast", "views"], "a forecast over views needs 4 of each kind, this cache has 1"),
+        (["--forecast", "steps", "--forecast-times", 9], "forecast-times must be above 1 and at most 4, got 9"),
         (["--sampler", "luck"], "sampler must be one of"),
         (["--pruning", "early"], "pruning must be one of"),
         (["--split", "nowhere.json"], "is not a saved split"),

@@ -45,6 +45,7 @@ class SweepResult:
         best: for each refit trial, best first: rank, trial, seeds, the file of its settings, the folder of its runs,
             and under "test" mean and half width of the test figures.
         warnings: sentences on the space.
+        forecast: of the first place, as `forecast.json` has it, None where none was asked for.
     """
 
     out: Path
@@ -56,6 +57,7 @@ class SweepResult:
     importance: dict[str, dict[str, float]]
     best: list[dict[str, Any]] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    forecast: dict[str, Any] | None = None
 
     @property
     def study(self) -> Study:
@@ -78,6 +80,7 @@ class SweepResult:
             "importance": self.importance,
             "best": self.best,
             "warnings": self.warnings,
+            **({} if self.forecast is None else {"forecast": self.forecast}),
         }
 
 

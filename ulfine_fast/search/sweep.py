@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ulfine_fast.cache.errors import InputError
 from ulfine_fast.cache.progress import progress_bar
 from ulfine_fast.checkpoint import cache_fingerprint
+from ulfine_fast.search.growth import check_forecast, forecast_best
 from ulfine_fast.search.leaderboard import Place, write_best
 from ulfine_fast.search.ledger import Ledger, Share
 from ulfine_fast.search.on_ray import RayWorkers, run_on_ray
@@ -53,6 +54,8 @@ def sweep(
     engine: str = "auto",
     ray: RayWorkers | None = None,
     progress: bool | None = None,
+    forecast: str | None = None,
+    forecast_times: float = 4.0,
 ) -> SweepResult:
     """Search for settings on validation, refit the best with fresh seeds and read the test split once.
 
@@ -81,6 +84,9 @@ def sweep(
         engine: likewise.
         ray: run passes on Ray.
         progress: draw a progress bar; None draws it where stderr is a terminal.
+        forecast: labels, views or steps: also say what the best trial would reach with more of them, from runs with
+            fewer, of the refit's seeds; see :mod:`ulfine_fast.search.forecast`.
+        forecast_times: how many times as many, above 1 and at most 4.
 
     Raises:
         InputError: settings that mean nothing, a folder or study of another sweep, or no trial that finished.
@@ -88,6 +94,8 @@ def sweep(
     # everything that can be refused is, before a folder is made
     check_numbers(trials, seeds, batch, refit, refit_seeds)
     check_place(device, engine)
+    if forecast is not None:
+        check_forecast(cache, forecast, forecast_times, refit_seeds, metrics)
     known = _space(space, settings)
     wanted = check_search(known, sampler, tuple(metrics), pruning)
     folder, total = Path(out), wanted_trials(known, sampler, trials)
@@ -110,7 +118,12 @@ def sweep(
         device=device,
         engine=engine,
     )
-    return _run(plan, cache, ray, refit, refit_seeds, progress)
+    result = _run(plan, cache, ray, refit, refit_seeds, progress)
+    if forecast is not None:
+        fresh = [seed + seeds + i for i in range(refit_seeds)]
+        first = result.leaderboard[0]
+        result.forecast = forecast_best(first, plan, cache, fresh, forecast, forecast_times, progress)
+    return result
 
 
 def _space(space: Space | Mapping[str, Any] | str | Path | None, settings: Mapping[str, Any] | None) -> Space:
