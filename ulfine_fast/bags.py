@@ -1,0 +1,106 @@
+"""Bags: groups of training pictures of which the class shares are known, and no picture's own class."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+Rows = NDArray[np.int64]
+
+
+@dataclass(frozen=True, eq=False)
+class Bags:
+    """G bags.
+
+    Attributes:
+        names: of each bag (G,).
+        members: rows of the cache in each bag, at least one; no row is in two bags.
+        shares: class shares of each bag, each in [0, 1], summing to 1 (G, K).
+    """
+
+    names: tuple[str, ...]
+    members: tuple[Rows, ...]
+    shares: NDArray[np.float64]
+
+    @property
+    def width(self) -> int:
+        """Pictures in the largest bag."""
+        return max(len(rows) for rows in self.members)
+
+    @property
+    def rows(self) -> Rows:
+        """Rows of all bags, ascending."""
+        return np.sort(np.concatenate(self.members))
+
+    def to_list(self, ids: Sequence[str]) -> list[dict[str, Any]]:
+        """The bags as JSON values, with picture ids in the place of rows."""
+        each = zip(self.names, self.members, self.shares, strict=True)
+        return [{"bag": name, "ids": [ids[row] for row in rows], "shares": own.tolist()} for name, rows, own in each]
+
+    @classmethod
+    def from_list(cls, found: Sequence[Mapping[str, Any]], row_of: Mapping[str, int]) -> Bags:
+        """The inverse of :meth:`to_list`.
+
+        Raises:
+            KeyError: a picture id that `row_of` lacks.
+        """
+        members = tuple(np.array([row_of[name] for name in one["ids"]], dtype=np.int64) for one in found)
+        return cls(tuple(one["bag"] for one in found), members, np.array([one["shares"] for one in found]))
+
+
+def draw_bags(rows: Rows, labels: Rows, size: int, classes: int, seed: int) -> Bags:
+    """Put labelled pictures into bags at random, and keep no more of their labels than each bag's shares.
+
+    Args:
+        rows: of the pictures (L,).
+        labels: their classes (L,).
+        size: pictures in a bag, at least 1; the last bag takes what is left.
+        classes: K.
+        seed: the same seed draws the same order, whatever the size.
+    """
+    order = np.random.default_rng([seed, 0xBA65]).permutation(len(rows))
+    parts = [order[start : start + size] for start in range(0, len(order), size)]
+    shares = np.stack([np.bincount(labels[part], minlength=classes) / len(part) for part in parts])
+    return Bags(tuple(str(number) for number in range(len(parts))), tuple(rows[part] for part in parts), shares)
+
+
+@dataclass(frozen=True)
+class PaddedBags:
+    """Bags of T trials on the device: at most G of at most m pictures.
+
+    Attributes:
+        index: rows of the cache (T, G, m); padding repeats a picture of the bag.
+        present: bool (T, G, m), False for padding.
+        shares: float32 (T, G, K); of bags that are padding, those of the first class.
+        count: how many bags are real (T,).
+    """
+
+    index: Tensor
+    present: Tensor
+    shares: Tensor
+    count: Tensor
+
+    @classmethod
+    def of(cls, bags: Sequence[Bags], device: torch.device) -> PaddedBags:
+        """Pad to the most bags and the largest; bags that are padding are never drawn."""
+        most, width = max(len(own.names) for own in bags), max(own.width for own in bags)
+        index = np.zeros((len(bags), most, width), dtype=np.int64)
+        present = np.zeros(index.shape, dtype=bool)
+        shares = np.eye(bags[0].shares.shape[1])[np.zeros((len(bags), most), dtype=np.int64)]
+        for t, own in enumerate(bags):
+            shares[t, : len(own.names)] = own.shares
+            for g, rows in enumerate(own.members):
+                index[t, g], present[t, g, : len(rows)] = np.resize(rows, width), True
+        count = torch.tensor([len(own.names) for own in bags], device=device)
+        padded, there, told = (torch.from_numpy(array).to(device) for array in (index, present, shares))
+        return cls(padded, there, told.float(), count)
+
+    def at(self, places: Tensor | slice) -> PaddedBags:
+        """The trials at these places alone; padding stays as it was."""
+        return PaddedBags(self.index[places], self.present[places], self.shares[places], self.count[places])
