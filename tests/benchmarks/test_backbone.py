@@ -231,7 +231,9 @@ def test_batches_are_those_of_the_cached_engine(world):
     model = new_model("lp", world, split, settings)
     features = DeviceFeatures.load(cache, torch.device("cpu"))
     rows = [PaddedRows.of([part], torch.device("cpu")) for part in (inside.labeled, inside.unlabeled)]
-    source = BatchSource(features, torch.from_numpy(cache.labels), *rows, model.trials, settings, pairs=True)
+    source = BatchSource(
+        features, torch.from_numpy(cache.labels)[rows[0].index], *rows, model.trials, settings, pairs=True
+    )
     number = {name: row for row, name in enumerate(world.ids)}
     world_row = np.array([number[name] for name in cache.ids])
     labeled, view = drawn(split.labeled, settings, 6, (Purpose.LABELED, Purpose.LABELED_VIEW))

@@ -51,9 +51,11 @@ def as_double(tensor):
     return tensor.double() if tensor.is_floating_point() else tensor
 
 
-def unit_rows(tensor):
-    """Rows of length one to float64's rounding, which float32 rows are not."""
-    return torch.nn.functional.normalize(tensor.double(), dim=-1) if tensor.is_floating_point() else tensor
+def unit_rows(part):
+    """Rows of length one to float64's rounding, which float32 rows are not; labels and absent parts as they are."""
+    if part is None or not part.is_floating_point():
+        return part
+    return torch.nn.functional.normalize(part.double(), dim=-1)
 
 
 @pytest.fixture(scope="module")

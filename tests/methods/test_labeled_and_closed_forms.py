@@ -12,6 +12,7 @@ from ulfine_fast.splits import draw_split
 
 METHODS = [
     "lift",
+    "lift_head",
     "finessl",
     "tip_adapter",
     "tip_adapter_f",
@@ -24,6 +25,7 @@ METHODS = [
     "cross_entropy",
     "class_balanced",
     "ldam",
+    "poft",
 ]
 
 

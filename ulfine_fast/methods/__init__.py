@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from ulfine_fast.bags import PaddedBags
+from ulfine_fast.cache.errors import InputError
 from ulfine_fast.config import FitConfig
 from ulfine_fast.features import DeviceFeatures
-from ulfine_fast.heads import Tensors, frozen_end, new_adapter
+from ulfine_fast.heads import Tensors, adapt, frozen_end, new_adapter
 from ulfine_fast.ops.losses import PseudoLabels
 
 if TYPE_CHECKING:
@@ -30,6 +32,8 @@ class Trials:
         log_prior: log class frequencies of the labelled training pictures (T, K).
         head: what the encoder does to its class token last, see :func:`ulfine_fast.heads.frozen_end`; of no trial
             alone, and empty where features are read.
+        texts: features of the class names in each prompt (P, K, D), each as long as the encoder scales cosines, of no
+            trial alone; None without texts.
     """
 
     config: FitConfig
@@ -38,6 +42,7 @@ class Trials:
     prototypes: Tensor
     log_prior: Tensor
     head: Mapping[str, Tensor] = field(default_factory=dict)
+    texts: Tensor | None = None
 
     def at(self, index: Tensor | slice) -> Trials:
         """The trials at these places alone."""
@@ -63,11 +68,23 @@ class Trials:
         return new_adapter(seeds, len(self.head["projection"]), ranks), frozen_end(self.head, len(seeds))
 
 
+class BagBatch(NamedTuple):
+    """Bags of a mini-batch: where they stand in the :class:`Pool` (T, G), class shares (T, G, K).
+
+    `present` (T, G, m) is False for padding.
+    """
+
+    places: Tensor
+    present: Tensor
+    shares: Tensor
+
+
 class Batch(NamedTuple):
     """A mini-batch of unit features: labelled (T, B, D) with labels (T, B), and two views of unlabelled ones (T, U, D).
 
     `places` (T, U) says where the unlabelled ones stand in the :class:`Pool`. All three are None where the method uses
-    no unlabelled pictures or a trial has none.
+    no unlabelled pictures or a trial has none. With `bags` the labelled rows are the pictures of G bags, B = G m, and
+    every label is -1.
     """
 
     labeled: Tensor
@@ -75,6 +92,7 @@ class Batch(NamedTuple):
     weak: Tensor | None = None
     strong: Tensor | None = None
     places: Tensor | None = None
+    bags: BagBatch | None = None
 
 
 @dataclass(frozen=True)
@@ -87,6 +105,7 @@ class Pool:
         features: the cache's features on the device.
         labeled_rows: rows of the cache (T, L). labels: int64 (T, L), -1 for padding.
         unlabeled_rows: (T, N). present: bool (T, N), False for padding.
+        bags: for methods that use them, else None.
     """
 
     features: DeviceFeatures
@@ -94,6 +113,7 @@ class Pool:
     labels: Tensor
     unlabeled_rows: Tensor
     present: Tensor
+    bags: PaddedBags | None = None
 
     @property
     def labeled(self) -> Tensor:
@@ -159,15 +179,19 @@ class Method(Protocol):
         trains: whether the loop's steps are run; a closed form needs none.
         uses_unlabeled: whether unlabelled pictures are drawn into mini-batches.
         uses_pool: whether :meth:`refresh` is called.
+        uses_bags: whether bags of pictures are drawn into mini-batches, in the place of labelled pictures.
         thresholds: whether pseudo-labels count only over `threshold`; False where all of them train, by weight.
         takes_tokens: whether features are touched through the adapter alone, so that it may sit in the encoder.
+        before_projection: whether the head may classify what the encoder has before its projection.
     """
 
     trains: bool = True
     uses_unlabeled: bool = True
     uses_pool: bool = False
+    uses_bags: bool = False
     thresholds: bool = True
     takes_tokens: bool = False
+    before_projection: bool = False
 
     def start(self, trials: Trials) -> State:
         """Tensors before the first step; "linear" or "prototypes" (T, K, D) is always among them."""
@@ -207,9 +231,36 @@ class Method(Protocol):
         ...
 
 
+def run_logits(trials: Trials, tensors: Tensors, features: Tensor) -> Tensor:
+    """Logits (T, B, K) of fitted runs: their method's, or those of a realigned run (:mod:`ulfine_fast.realign`).
+
+    A realigned run may hold "realigned.weight" (T, K, D), an affine head in the place of the cosine head, and
+    "realigned.bias" (T, K).
+    """
+    if "realigned.weight" in tensors:
+        adapted = adapt(tensors, features, trials.values["adapter_scale"])
+        logits = adapted @ tensors["realigned.weight"].transpose(1, 2)
+    else:
+        logits = method_of(trials.config).logits(trials, tensors, features)
+    return logits + tensors["realigned.bias"].unsqueeze(1) if "realigned.bias" in tensors else logits
+
+
 def method_of(config: FitConfig) -> Method:
-    """The method a config names."""
+    """The method a config names.
+
+    Raises:
+        InputError: a method that takes no ensemble of heads is given one.
+    """
     # every method imports this module
+    from ulfine_fast.methods import channel_ensemble
     from ulfine_fast.methods.catalog import CLASSES
 
-    return CLASSES[config.method]()
+    if not config.ensemble_heads:
+        return CLASSES[config.method]()
+    if config.method not in channel_ensemble.CLASSES:
+        takers = ", ".join(channel_ensemble.CLASSES)
+        raise InputError(
+            f"method {config.method} takes no ensemble and ensemble_heads is {config.ensemble_heads}; set it to 0, or "
+            f"take one of {takers}"
+        )
+    return channel_ensemble.CLASSES[config.method]()

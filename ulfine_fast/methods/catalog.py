@@ -21,9 +21,12 @@ from ulfine_fast.methods.gmm import Mixture
 from ulfine_fast.methods.knn import NearestNeighbors
 from ulfine_fast.methods.label_propagation import LabelPropagation
 from ulfine_fast.methods.lift import Lift
+from ulfine_fast.methods.lift_head import LiftHead
 from ulfine_fast.methods.lightweight import Lightweight
 from ulfine_fast.methods.linear_probe import LinearProbe
 from ulfine_fast.methods.loft import LoFT
+from ulfine_fast.methods.poft import PoFT
+from ulfine_fast.methods.proportions import Proportions
 from ulfine_fast.methods.simpro import SimPro
 from ulfine_fast.methods.softmatch import SoftMatch
 from ulfine_fast.methods.supervised import LDAM, BalancedSoftmax, ClassBalanced, CrossEntropy
@@ -40,6 +43,7 @@ CLASSES: dict[str, type[Method]] = {
     "ulfine": ULFine,
     "ulfine_plus": ULFinePlus,
     "lift": Lift,
+    "lift_head": LiftHead,
     "finessl": FineSSL,
     "knn": NearestNeighbors,
     "tip_adapter": TipAdapter,
@@ -66,4 +70,6 @@ CLASSES: dict[str, type[Method]] = {
     "ccl": CCL,
     "darp": DARP,
     "cossl": CoSSL,
+    "poft": PoFT,
+    "proportions": Proportions,
 }

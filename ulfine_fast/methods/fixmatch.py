@@ -13,7 +13,9 @@ from torch import Tensor
 from ulfine_fast.fused import FusedStep, UnadjustedStep
 from ulfine_fast.methods import Batch, Losses, State, Trials
 from ulfine_fast.methods.lightweight import Lightweight
+from ulfine_fast.methods.poft import reference
 from ulfine_fast.ops.losses import PseudoLabels, adjusted_cross_entropy, masked_mean, pseudo_labels
+from ulfine_fast.ops.preference import preferred
 
 
 class FixMatch(Lightweight):
@@ -34,13 +36,14 @@ class FixMatch(Lightweight):
         with torch.no_grad():
             pseudo = self.guess(trials, state, batch)
         strong = self.linear(trials, state, batch.strong)  # (T, U, K)
-        unlabeled = masked_mean(plain_cross_entropy(strong, pseudo.labels), pseudo.mask)
+        unlabeled = masked_mean(self.pseudo_rows(trials, strong, batch.weak, pseudo), pseudo.mask)
         beside = self.beside(trials, state, batch, strong, pseudo)
         return Losses(labeled, trials.values["lambda_u"] * unlabeled, beside, pseudo)
 
     def fused(self, trials: Trials, state: State) -> type[FusedStep] | None:
         """The published losses alone, by hand."""
-        return UnadjustedStep if type(self) is FixMatch else None
+        published = type(self) is FixMatch and trials.config.pseudo_loss == "cross-entropy"
+        return UnadjustedStep if published else None
 
     def linear(self, trials: Trials, state: State, features: Tensor) -> Tensor:
         """The linear head's logits (T, B, K), whatever a method predicts from."""
@@ -50,6 +53,14 @@ class FixMatch(Lightweight):
         """Labelled loss (T,) of logits (T, B, K)."""
         tau = trials.values["tau"] if self.adjusted else torch.zeros_like(trials.values["tau"])
         return adjusted_cross_entropy(logits, labels, trials.log_prior, tau).mean(-1)
+
+    def pseudo_rows(self, trials: Trials, strong: Tensor, weak: Tensor, pseudo: PseudoLabels) -> Tensor:
+        """Losses (T, U) of the guesses by `pseudo_loss`; strong views' logits (T, U, K), weak views (T, U, D)."""
+        rows, form = plain_cross_entropy(strong, pseudo.labels), trials.config.pseudo_loss
+        if form == "cross-entropy":
+            return rows
+        # the zero-shot classifiers are asked about the easier view, as the guess was
+        return preferred(rows, reference(trials, weak, pseudo.labels), form, pseudo.mask)
 
     def guess(self, trials: Trials, state: State, batch: Batch) -> PseudoLabels:
         """Classes of the batch's unlabelled pictures, and how much each trains; called without gradients."""

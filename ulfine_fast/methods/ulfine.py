@@ -12,6 +12,7 @@ from ulfine_fast.fused import FusedStep
 from ulfine_fast.heads import Tensors, adapt, cosine_logits
 from ulfine_fast.methods import Batch, Losses, Method, State, Trials
 from ulfine_fast.methods.ulfine_fused import FusedULFine
+from ulfine_fast.ops.bags import sinkhorn
 from ulfine_fast.ops.fusion import fuse
 from ulfine_fast.ops.losses import PseudoLabels, adjusted_cross_entropy, masked_mean, pseudo_labels
 from ulfine_fast.ops.prototypes import (
@@ -60,6 +61,8 @@ class ULFine(Method):
         with torch.no_grad():
             weak = self.pseudo_logits(trials, state.tensors, batch.weak)
         pseudo = pseudo_labels(weak, values["threshold"], values["sharpen"])
+        if trials.config.pseudo_labels == "sinkhorn":
+            pseudo = _transported(pseudo, weak / values["sharpen"].view(-1, 1, 1), state.memory["prior"], values)
         unlabeled = values["lambda_u"] * self._unlabeled(trials, state, batch.strong, pseudo)
         return Losses(labeled, unlabeled, regularizer, pseudo, adapted.detach())
 
@@ -81,8 +84,9 @@ class ULFine(Method):
         prototypes.copy_(fit_prototypes(prototypes, memory["visual"], alpha, memory["seen"]))
 
     def fused(self, trials: Trials, state: State) -> type[FusedStep] | None:
-        """By hand where the prototypes learn; the gradient through features takes autograd."""
-        return FusedULFine if type(self) is ULFine and "prototypes" in state.parameters else None
+        """By hand where the prototypes learn; the gradient through features and transport take autograd."""
+        by_hand = "prototypes" in state.parameters and trials.config.pseudo_labels == "argmax"
+        return FusedULFine if type(self) is ULFine and by_hand else None
 
     def pseudo_logits(self, trials: Trials, tensors: Tensors, features: Tensor) -> Tensor:
         """Fused logits (T, B, K); the linear head's alone (at the similarity head's scale) where DLF is off."""
@@ -133,6 +137,16 @@ class ULFine(Method):
         visual = move_visual(memory["visual"], means, counts, memory["seen"], values["visual_momentum"])
         alpha = fitting_pace(memory["prior"], values["mu"], trials.config.alpha)
         return orthogonality(fit_prototypes(prototypes, visual, alpha, memory["seen"] | (counts > 0)))
+
+
+def _transported(pseudo: PseudoLabels, logits: Tensor, prior: Tensor, values: Tensors) -> PseudoLabels:
+    """Labels and mask from the mini-batch as one bag whose shares are P (T, K).
+
+    The probabilities, which move P, stay the model's own: those transported have the mean P already.
+    """
+    bag, there = logits.unsqueeze(1), torch.ones_like(pseudo.labels, dtype=torch.bool).unsqueeze(1)
+    confidence, labels = sinkhorn(bag, prior.unsqueeze(1), there).squeeze(1).max(-1)
+    return pseudo._replace(labels=labels, mask=(confidence >= values["threshold"].unsqueeze(-1)).to(logits.dtype))
 
 
 def _mean_loss(logits: Tensor, labels: Tensor, log_prior: Tensor, tau: Tensor) -> Tensor:

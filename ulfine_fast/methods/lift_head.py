@@ -1,0 +1,93 @@
+"""LIFT-head: what LIFT and LIFT+ (arXiv 2309.10019, 2504.13282) train outside the encoder's blocks, over the cache.
+
+Kept: the cosine classifier of scale 25 on the output of the encoder's last norm, before its projection; its start from
+the texts; logit adjustment; the schedule of crops, over the crops that were extracted. Lost: AdaptFormer in all blocks
+but the last, where `adapter="adaptformer"` trains the same one. Over projected features it is `linear_probe` with
+LIFT+'s settings and crops. A residual adapter behind the encoder is not LIFT's: none is trained.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from ulfine_fast.cache.errors import InputError
+from ulfine_fast.fused import FusedStep
+from ulfine_fast.heads import Tensors, cosine_logits, frozen_end, last_norm
+from ulfine_fast.methods import State, Trials
+from ulfine_fast.methods.lift import lift_settings
+from ulfine_fast.methods.linear_probe import LinearProbe
+from ulfine_fast.ops.prototypes import normalize
+
+
+class LiftHead(LinearProbe):
+    """CE(z + tau log pi, y) over a cosine head, with the feature that LIFT gives its head; labelled pictures alone."""
+
+    takes_tokens = True
+    before_projection = True
+
+    def start(self, trials: Trials) -> State:
+        """A linear head at the texts, (T, K, D), or (T, K, W) before the projection; an adapter where one is asked."""
+        config, texts = trials.config, trials.prototypes
+        inside = trials.adapter()[0] if config.adapter == "adaptformer" else {}
+        # tokens that have been through the norm already come without it
+        frozen = frozen_end(trials.head, len(trials.seeds)) if "ln_post_weight" in trials.head else {}
+        linear = text_start(texts, trials.head["projection"]) if config.feature == "pre-projection" else texts.clone()
+        return State({"linear": linear, **inside}, frozen)
+
+    def fused(self, trials: Trials, state: State) -> type[FusedStep] | None:
+        """One head, by hand; of features, not of tokens."""
+        return FusedStep if type(self) is LiftHead else None
+
+    def logits(self, trials: Trials, tensors: Tensors, features: Tensor) -> Tensor:
+        """Sigma * cos(x, w_k) of unit features (T, B, D) or tokens (T, B, S W), shape (T, B, K)."""
+        return cosine_logits(self._rows(trials, tensors, features), tensors["linear"], trials.values["scale"])
+
+    def _rows(self, trials: Trials, tensors: Tensors, features: Tensor) -> Tensor:
+        """What the head classifies: unit rows (T, B, D), or (T, B, W) before the projection."""
+        if not trials.config.reads_tokens:
+            return features
+        if "backbone.projection" not in tensors:
+            return normalize(features)
+        rows = last_norm(tensors, features, trials.values["adapter_scale"])
+        return normalize(rows if trials.config.feature == "pre-projection" else rows @ tensors["backbone.projection"])
+
+
+def text_start(prototypes: Tensor, projection: Tensor) -> Tensor:
+    """Class vectors before the projection, w_k = norm(norm(t_k) P^T) (semantic-aware initialisation, arXiv 2309.10019).
+
+    For a feature h before the projection, h . w_k is the zero-shot logit of h P up to a factor for each class.
+
+    Args:
+        prototypes: of any length (T, K, D).
+        projection: P (W, D).
+
+    Returns:
+        Unit rows (T, K, W).
+    """
+    return normalize(normalize(prototypes) @ projection.T)
+
+
+def lift_head_settings(labeled: int, classes: int, layers: int = 1, epochs: int = 5) -> dict[str, Any]:
+    """LIFT+'s published settings as fields of FitConfig (arXiv 2504.13282, and its released code).
+
+    Args:
+        labeled: labelled pictures trained on; epochs of mini-batches of 128 are counted in them.
+        classes: K.
+        layers: how many blocks share the adapters' parameters; read where `adapter="adaptformer"`.
+        epochs: 5, and 15 for iNaturalist.
+
+    Returns:
+        Those of :func:`ulfine_fast.methods.lift.lift_settings` at learning rate 0.02, with fewer steps, the schedule of
+        crops, no adapter, and the adapter's factor 1 for who adds one.
+
+    Raises:
+        InputError: no labelled picture, no class, no layer or no epoch.
+    """
+    if epochs < 1:
+        raise InputError(f"epochs must be at least 1, got {epochs}")
+    settings = lift_settings(labeled, classes, layers)
+    # ten epochs there
+    steps = settings["steps"] // 10 * epochs
+    return {**settings, "steps": steps, "lr": 0.02, "crop_epochs": epochs, "adapter": "none", "adapter_scale": 1.0}
