@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -254,11 +254,9 @@ def cache_of(world: World, split: Split, recipe: ViewRecipe) -> tuple[FeatureCac
 def moved(split: Split, rows: Rows) -> Split:
     """The split in places among `rows`."""
     place = {int(row): i for i, row in enumerate(rows)}
-    roles = {
-        role: np.array([place[int(row)] for row in getattr(split, role)], dtype=np.int64)
-        for role in ("labeled", "unlabeled", "val", "test")
-    }
-    return Split(**roles, class_order=split.class_order)
+    parts = (split.labeled, split.unlabeled, split.val, split.test)
+    labeled, unlabeled, val, test = (np.array([place[int(row)] for row in part], dtype=np.int64) for part in parts)
+    return replace(split, labeled=labeled, unlabeled=unlabeled, val=val, test=test)
 
 
 @torch.inference_mode()

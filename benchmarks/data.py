@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from benchmarks.pixels import Pixels, pixel_cache, raw, untrained
+from benchmarks.pixels import STRONG, WEAK, Pixels, pixel_cache, raw, untrained
 from ulfine_fast.cache.errors import InputError
 from ulfine_fast.cache.home import cache_home
 from ulfine_fast.cache.planning import is_listed
@@ -198,14 +198,20 @@ def _one() -> ViewRecipe:
     return ViewRecipe()
 
 
-def digits() -> FeatureCache:
-    """scikit-learn's 1,797 digits of 8 x 8 pixels: the pixels are the features, views are shifts and erasing."""
+def digits(views: tuple[int, int] = (WEAK, STRONG)) -> FeatureCache:
+    """scikit-learn's 1,797 digits of 8 x 8 pixels: the pixels are the features, views are shifts and erasing.
+
+    Args:
+        views: how many weak and strong ones.
+    """
     from sklearn.datasets import load_digits
 
     found = load_digits()
     pixels = (found.images / 16).astype(np.float32)  # (n, 8, 8)
     names = [str(digit) for digit in range(10)]
-    return pixel_cache(pixels, found.target.astype(np.int64), ["train"] * len(pixels), names, raw, flips=False)
+    return pixel_cache(
+        pixels, found.target.astype(np.int64), ["train"] * len(pixels), names, raw, flips=False, views=views
+    )
 
 
 def mnist(model: str = MODEL, device: str = "auto") -> FeatureCache:

@@ -66,6 +66,7 @@ def pixel_cache(
     *,
     flips: bool,
     ids: list[str] | None = None,
+    views: tuple[int, int] = (WEAK, STRONG),
 ) -> FeatureCache:
     """A cache in memory, without text, of pictures (n, H, W) and their views.
 
@@ -79,8 +80,8 @@ def pixel_cache(
     def features(view: Pixels) -> NDArray[np.float16]:
         return (encode(view) - middle).astype(np.float16)
 
-    weak = [features(weak_view(seen, random, flips=flips)) for _ in range(WEAK)]
-    strong = [features(strong_view(seen, random, flips=flips)) for _ in range(STRONG)]
+    weak = [features(weak_view(seen, random, flips=flips)) for _ in range(views[0])]
+    strong = [features(strong_view(seen, random, flips=flips)) for _ in range(views[1])]
     return FeatureCache.from_arrays(
         features(pixels),
         labels,

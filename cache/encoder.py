@@ -222,11 +222,14 @@ class Encoder:
         return functional.normalize(features.float(), dim=-1).cpu()
 
     def vision_head(self) -> dict[str, np.ndarray]:
-        """What an open_clip ViT applies to the class token last; empty for other trunks.
+        """What an open_clip ViT applies to the class token last; the projection of a timm trunk whose output is kept.
 
         Returns:
-            `ln_post_weight` (W,), `ln_post_bias` (W,), `ln_post_eps` (1,) and `projection` (W, D), float32.
+            `ln_post_weight` (W,), `ln_post_bias` (W,), `ln_post_eps` (1,) and `projection` (W, D), float32; of a trunk
+            the last alone, where it is one matrix; empty for others.
         """
+        if self.token_kinds == ("trunk",):
+            return _matrix_of(self.model.visual.head)
         norm, projection = getattr(self.model.visual, "ln_post", None), getattr(self.model.visual, "proj", None)
         if not isinstance(norm, torch.nn.LayerNorm) or not isinstance(projection, torch.nn.Parameter):
             return {}
@@ -392,6 +395,14 @@ def _is_exact(wanted: bool | None, resampling: Resampling | None, name: str) -> 
     if wanted is None:
         return resampling is None
     return wanted
+
+
+def _matrix_of(head: torch.nn.Module) -> dict[str, np.ndarray]:
+    """`projection` (W, D) of a timm trunk's head that is one matrix; empty for a head with more to it."""
+    projection = getattr(head, "proj", None)
+    if not isinstance(projection, torch.nn.Linear) or len(list(head.parameters())) != 1:
+        return {}
+    return {"projection": projection.weight.detach().T.float().cpu().numpy().copy()}
 
 
 def _is_convolutional(visual: torch.nn.Module) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import hashlib
 import os
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Sequence
@@ -38,6 +40,7 @@ class _Arrays:
     weak: NDArray[Any]  # (m, Vw, D)
     strong: NDArray[Any]  # (m, Vs, D)
     view_rows: NDArray[np.int64]  # (m,)
+    areas: NDArray[np.float32] | None = None  # (m, Vw + Vs), None where nobody cut crops
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,7 @@ class FeatureCache:
         logit_scale: the model's factor on cosine similarities.
         head: what an open_clip ViT does to its class token last, see `ulfine_fast.cache.text.TextFeatures`; else empty.
         records: what is known of each shard, in order.
+        relabeled: hex SHA-256 of labels that were put in the place of the cache's own, None where they are its own.
 
     Rows are in the order of the source: train, unlabeled, val, test. The big arrays are read on first use.
     """
@@ -84,6 +88,7 @@ class FeatureCache:
         self.text_features, self.prototypes = text_features, prototypes
         self.path, self.manifest, self.records = path, manifest, list(records)
         self._loaded, self.head = arrays, head or {}
+        self.relabeled: str | None = None
         self._tokens: _Tokens | None = None
         self._ids: list[str] | None = None
 
@@ -151,6 +156,25 @@ class FeatureCache:
             arrays=arrays,
         )
 
+    def with_labels(self, labels: ArrayLike) -> FeatureCache:
+        """The same pictures with other labels; memory is shared, nothing is written.
+
+        A row of "unlabeled" that is given a label is in "train", which has views too; no other row changes its split.
+
+        Args:
+            labels: (n,) whole numbers below K, -1 for unknown.
+
+        Raises:
+            InputError: other shapes, types or numbers.
+        """
+        known = _known_labels(labels, len(self))
+        _refuse_bad_labels(known, len(self.class_names))
+        splits = np.where((self.splits == "unlabeled") & (known >= 0), "train", self.splits)
+        other = copy.copy(self)
+        other._loaded = replace(self._arrays, labels=known, splits=splits)
+        other.relabeled = hashlib.sha256(known.tobytes()).hexdigest()
+        return other
+
     def __len__(self) -> int:
         return sum(record.rows for record in self.records) if self._loaded is None else len(self._loaded.labels)
 
@@ -197,6 +221,23 @@ class FeatureCache:
             raise InputError(f"views are weak or strong, got {kind!r}")
         found: NDArray[Any] = getattr(self._arrays, kind)
         return found
+
+    def view_areas(self, kind: str) -> NDArray[np.float32]:
+        """Shares of the picture's area that augmented views show.
+
+        Args:
+            kind: "weak" or "strong".
+
+        Returns:
+            (m, V) in (0, 1], in the order of `view_rows`; zeros where the cache does not know.
+
+        Raises:
+            InputError: another kind.
+        """
+        shape, areas = self.views(kind).shape[:2], self._arrays.areas
+        if areas is None:
+            return np.zeros(shape, dtype=np.float32)
+        return areas[:, : shape[1]] if kind == "weak" else areas[:, areas.shape[1] - shape[1] :]
 
     @property
     def token_kinds(self) -> list[str]:
@@ -273,15 +314,17 @@ class FeatureCache:
             np.empty((int(viewed.sum()), v, self.dim), layout.array_dtype) for v in (layout.weak, layout.strong)
         )
         labels = np.empty(len(plain), dtype=np.int64)
+        areas = np.empty((len(weak), layout.weak + layout.strong), dtype=np.float32)
 
         def place(shard: Shard, here: slice, there: slice) -> None:
             plain[here], labels[here] = shard.plain[:, 0], shard.labels
             if shard.split in VIEWED_SPLITS:
-                weak[there], strong[there] = shard.weak, shard.strong
+                weak[there], strong[there], areas[there] = shard.weak, shard.strong, shard.scale
 
         self._place(place)
         _refuse_bad_labels(labels, len(self.class_names))
-        return _Arrays(None, labels, np.repeat(np.array(splits), rows), plain, weak, strong, np.flatnonzero(viewed))
+        of_row, viewed_rows = np.repeat(np.array(splits), rows), np.flatnonzero(viewed)
+        return _Arrays(None, labels, of_row, plain, weak, strong, viewed_rows, areas)
 
     def _read_ids(self) -> list[str]:
         assert self.path is not None
@@ -442,6 +485,14 @@ def _bytes_on_disk(folder: Path | None) -> int:
     return 0 if folder is None else sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
+def _known_labels(labels: ArrayLike, n: int) -> NDArray[np.int64]:
+    """Labels (n,) as int64; booleans and floats are refused: a mask or a score would pass unseen."""
+    known = np.asarray(labels)
+    if known.shape != (n,) or not np.issubdtype(known.dtype, np.integer):
+        raise InputError(f"labels must be {n} whole numbers, got shape {known.shape} of {known.dtype}")
+    return known.astype(np.int64)
+
+
 def _arrays_from(
     plain: ArrayLike,
     labels: ArrayLike,
@@ -452,10 +503,7 @@ def _arrays_from(
 ) -> _Arrays:
     features = _floating("plain", plain, 2)  # (n, D)
     n = len(features)
-    # Booleans and floats are refused: a mask or a score given as labels would pass unseen.
-    known = np.asarray(labels)
-    if known.shape != (n,) or not np.issubdtype(known.dtype, np.integer):
-        raise InputError(f"labels must be {n} whole numbers, got shape {known.shape} of {known.dtype}")
+    known = _known_labels(labels, n)
     of_row = np.where(known >= 0, "train", "unlabeled") if splits is None else np.asarray(splits, dtype=np.str_)
     strange = set(of_row.tolist()) - set(SPLITS)
     if strange or of_row.shape != (n,):
@@ -465,7 +513,7 @@ def _arrays_from(
         raise InputError(f"ids must be {n} different texts, got {len(names)} with {len(set(names))} different")
     rows = np.flatnonzero(np.isin(of_row, VIEWED_SPLITS))  # (m,)
     easy, hard = _view_array("weak", weak, len(rows), features), _view_array("strong", strong, len(rows), features)
-    return _Arrays(names, known.astype(np.int64), of_row, features, easy, hard, rows)
+    return _Arrays(names, known, of_row, features, easy, hard, rows)
 
 
 def _view_array(name: str, given: ArrayLike | None, m: int, plain: NDArray[Any]) -> NDArray[Any]:

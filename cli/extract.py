@@ -39,6 +39,9 @@ def extract(
     weak: Annotated[int, typer.Option(help="Weak views of each picture of train and unlabeled.")] = 1,
     strong: Annotated[int, typer.Option(help="Strong views of each.")] = 1,
     view_seed: Annotated[int, typer.Option(help="Seed that the views are drawn from.")] = 0,
+    smallest_crop: Annotated[
+        float, typer.Option(help="Smallest share of a picture's area that a view shows; LIFT+ wants 0.08.")
+    ] = 0.5,
     dtype: Annotated[str, typer.Option(help="Type of stored features: float16, float32 or int8.")] = "float16",
     features: Annotated[
         str, typer.Option(help="projected; pre-projection or last-block also store the model's tokens.")
@@ -89,7 +92,7 @@ def extract(
     from ulfine_fast.cache.sources import open_source
     from ulfine_fast.cache.views import ViewRecipe
 
-    recipe = ViewRecipe(weak=weak, strong=strong, seed=view_seed)
+    recipe = ViewRecipe(weak=weak, strong=strong, seed=view_seed, weak_scale=(smallest_crop, 1.0))
     templates = DEFAULT_PROMPTS if prompts is None else read_prompts(prompts)
     # The source first: a wrong path should not cost the loading of a model.
     pictures = open_source(source, class_names_file=class_names)
@@ -129,7 +132,7 @@ def _engine(engine: str, address: str | None, cpus: float, gpus: float) -> Calla
 
 # What an append must have as the cache has it.
 _OF_THE_CACHE = (
-    *("model", "pretrained", "precision", "features", "prompts", "weak", "strong", "view_seed"),
+    *("model", "pretrained", "precision", "features", "prompts", "weak", "strong", "view_seed", "smallest_crop"),
     *("dtype", "batch_size", "shard_size", "mode", "max_skipped", "exact", "compiled"),
 )
 

@@ -26,6 +26,16 @@ def fit(
     ] = None,
     seeds: Annotated[int, typer.Option(help="How many seeds to fit in one pass, from --seed on.")] = 1,
     split: Annotated[Path | None, typer.Option(help="Use this saved split.json (or a run's) for every seed.")] = None,
+    labels: Annotated[
+        Path | None, typer.Option(help="CSV of corrected labels, id and label, such as `review` writes.")
+    ] = None,
+    bags: Annotated[Path | None, typer.Option(help="CSV of bags of pictures, id and bag; with --proportions.")] = None,
+    proportions: Annotated[
+        Path | None, typer.Option(help="CSV of the class shares of bags: bag, class, share, or a column a class.")
+    ] = None,
+    log: Annotated[
+        list[str] | None, typer.Option(help="Also write the runs for tensorboard, wandb or mlflow, to logs/NAME.")
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
     **settings: Any,
@@ -44,23 +54,58 @@ def fit(
     first = FitConfig(**settings)
     configs = [FitConfig(**{**settings, "seed": first.seed + i}) for i in range(seeds)]
 
-    from ulfine_fast.cache.store import FeatureCache
-    from ulfine_fast.splits import read_split
+    from ulfine_fast.loggers import refuse_unknown
     from ulfine_fast.summary import CHECKPOINT, refuse_other_content, save_runs
 
     # before minutes of training, not after
     refuse_other_content(out, [config.seed for config in configs])
-    features = FeatureCache.open(cache)
-    given = None if split is None else read_split(split, features.ids)
+    for name in log or []:
+        refuse_unknown(name)
+    if bags is None and proportions is None:
+        features, given = _given(cache, split, labels)
+    else:
+        features, given = _in_bags(cache, split, labels, bags, proportions)
     runs = _fit(features, configs, given, device, out / CHECKPOINT)
     summary = save_runs(runs, out)
     failed = [run for run in runs if run.status == "failed"]
     if len(failed) < len(runs):
+        _log(out, log or [])
         print_summary({first.method: summary}, as_json=as_json)
         if not as_json:
             typer.echo(f"run: {out}")
     if failed:
         _end_with(failed, out)
+
+
+def _given(cache: Path, split: Path | None, labels: Path | None) -> tuple[FeatureCache, Split | None]:
+    """The features, under corrected labels where there are any, and the saved split that was asked for."""
+    from ulfine_fast.cache.store import FeatureCache
+    from ulfine_fast.corrections import corrected, corrected_split, read_corrections
+    from ulfine_fast.splits import read_split
+
+    features = FeatureCache.open(cache)
+    saved = None if split is None else read_split(split, features.ids)
+    if labels is None:
+        return features, saved
+    found = read_corrections(labels)
+    features = corrected(features, found)
+    return features, None if saved is None else corrected_split(saved, features, found)
+
+
+def _in_bags(
+    cache: Path, split: Path | None, labels: Path | None, bags: Path | None, proportions: Path | None
+) -> tuple[FeatureCache, Split]:
+    """The features, and the split that trains on the bags of two files."""
+    from ulfine_fast.cache.errors import InputError
+    from ulfine_fast.proportions import bag_split, read_bags
+
+    if bags is None or proportions is None:
+        given, other = ("--bags", "--proportions") if proportions is None else ("--proportions", "--bags")
+        raise InputError(f"{given} says nothing without {other}; give both")
+    if split is not None:
+        raise InputError(f"--split {split} and --bags {bags} both say which pictures train; give one of them")
+    features, _ = _given(cache, None, labels)
+    return features, bag_split(features, read_bags(bags, proportions, features))
 
 
 def _fit(
@@ -74,6 +119,16 @@ def _fit(
     if step is not None:
         typer.echo(f"continuing from step {step}", err=True)
     return fit_many(cache, configs, split=split, device=device, checkpoint=checkpoint)
+
+
+def _log(out: Path, names: list[str]) -> None:
+    """Write the runs of a folder for other programs."""
+    from ulfine_fast.loggers import log_run
+    from ulfine_fast.run_files import load_runs
+
+    for name in names:
+        for run in load_runs([out]):
+            log_run(run, name, Path("logs") / name)
 
 
 def _end_with(failed: list[Run], out: Path) -> None:

@@ -19,13 +19,16 @@ def predict(
     ),
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     batch_size: Annotated[int, typer.Option(help="Pictures encoded at once (at least 1).")] = 32,
+    five_crops: Annotated[
+        bool, typer.Option("--five-crops", help="Average the logits of four corners and the middle, as LIFT does.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print counts as JSON.")] = False,
 ) -> None:
     """Predict the class of each picture: id, class, probability and the five likeliest classes."""
     from ulfine_fast.predict import predict_pictures, write_predictions
     from ulfine_fast.run import Run
 
-    found = predict_pictures(Run.load(run), pictures, device=device, batch_size=batch_size)
+    found = predict_pictures(Run.load(run), pictures, device=device, batch_size=batch_size, five_crops=five_crops)
     write_predictions(found, out)
     if as_json:
         typer.echo(json.dumps({"pictures": len(found.ids), "skipped": found.skipped, "out": str(out)}))

@@ -18,12 +18,21 @@ _TYPES: dict[str, Any] = {"int": int, "float": float, "bool": bool, "str": str, 
 
 def with_settings(command: Callable[..., Any]) -> Callable[..., Any]:
     """Give a command whose last parameter is `**settings` one option per field of FitConfig."""
-    signature = inspect.signature(command, eval_str=True)
-    own = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
-    made = [_parameter(spec) for spec in dataclasses.fields(FitConfig)]
-    setattr(command, "__signature__", signature.replace(parameters=[*own, *made]))  # noqa: B010
-    command.__annotations__ = {p.name: p.annotation for p in [*own, *made]}
-    return command
+    return with_settings_of(FitConfig)(command)
+
+
+def with_settings_of(config: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """The same for another dataclass of settings."""
+
+    def give(command: Callable[..., Any]) -> Callable[..., Any]:
+        signature = inspect.signature(command, eval_str=True)
+        own = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+        made = [_parameter(spec) for spec in dataclasses.fields(config)]
+        setattr(command, "__signature__", signature.replace(parameters=[*own, *made]))  # noqa: B010
+        command.__annotations__ = {p.name: p.annotation for p in [*own, *made]}
+        return command
+
+    return give
 
 
 def given_settings(context: typer.Context, settings: dict[str, Any]) -> dict[str, Any]:

@@ -225,6 +225,9 @@ def test_what_it_cannot_do_is_said(world, clusters):
         fit(clusters, QUICK, device="cpu", progress=False)
     with pytest.raises(InputError, match="feature_noise is for features"):
         fit(cache, dataclasses.replace(QUICK, feature_noise=0.1), device="cpu", progress=False)
+    preferring = dataclasses.replace(QUICK, method="fixmatch", pseudo_loss="preference")
+    with pytest.raises(InputError, match="pseudo_loss preference asks texts about features"):
+        fit(cache, preferring, device="cpu", progress=False)
     with pytest.raises(InputError, match=r"lightweight with adapter adaptformer .* has no fused step"):
         fit(cache, QUICK, device="cpu", progress=False, engine="fused")
     run = fit(cache, QUICK, device="cpu", progress=False)

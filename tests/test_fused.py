@@ -70,7 +70,9 @@ def race(cache, configs, engine):
     features = DeviceFeatures.load(cache, torch.device("cpu"))
     features = dataclasses.replace(features, views=normalize(features.views.double()))
     rows = [PaddedRows.of([getattr(s, role) for s in splits], torch.device("cpu")) for role in ("labeled", "unlabeled")]
-    source = BatchSource(features, torch.from_numpy(cache.labels), *rows, trials, configs[0], method.uses_unlabeled)
+    source = BatchSource(
+        features, torch.from_numpy(cache.labels)[rows[0].index], *rows, trials, configs[0], method.uses_unlabeled
+    )
     started = method.start(trials)
     state = State(doubled(started.parameters), doubled(started.memory))
     velocity = {name: torch.zeros_like(value) for name, value in state.parameters.items()}

@@ -7,7 +7,15 @@ import pytest
 
 from ulfine_fast.cache.errors import InputError
 from ulfine_fast.config import FitConfig
-from ulfine_fast.splits import Split, draw_split, labeled_counts, long_tail_counts, read_split, unlabeled_counts
+from ulfine_fast.splits import (
+    Split,
+    draw_split,
+    labeled_counts,
+    long_tail_counts,
+    read_split,
+    told_labels,
+    unlabeled_counts,
+)
 
 NAMES = ["a", "b", "c", "d", "e"]
 
@@ -219,3 +227,41 @@ def test_shuffled_takes_as_many_as_the_data_allow():
     assert (hidden <= left).all()
     more = long_tail_counts(int(hidden.max()) + 1, 10, 5)
     assert (more > left[ranked]).any()
+
+
+def told(share, seed=0, split=None, classes=5):
+    labels, splits = rows()
+    config = FitConfig(n1=60, gamma_l=20, label_noise=share, seed=seed, split_seed=seed, val_fraction=0.1)
+    split = draw_split(labels, splits, NAMES, config) if split is None else split
+    return labels[split.labeled], told_labels(labels, split, classes, config), split
+
+
+@pytest.mark.parametrize("share", [0.0, 0.25, 0.6, 1.0])
+def test_so_many_labelled_pictures_are_told_a_wrong_class(share):
+    right, found, split = told(share)
+    assert (right != found).sum() == round(share * len(right))
+    assert set(found.tolist()) <= set(range(5))
+    assert found.shape == split.labeled.shape
+
+
+def test_wrong_labels_follow_the_split_seed_and_nest():
+    _, some, split = told(0.2)
+    right, more, _ = told(0.5)
+    wrong = some != right
+    assert np.array_equal(some[wrong], more[wrong])
+    assert np.array_equal(told(0.2)[1], some)
+    assert not np.array_equal(told(0.2, seed=1, split=split)[1], some)
+
+
+def test_wrong_classes_are_all_as_likely():
+    labels = np.zeros(4000, dtype=np.int64)
+    split = Split(np.arange(4000), *[np.empty(0, np.int64)] * 3, np.arange(5))
+    counts = np.bincount(told_labels(labels, split, 5, FitConfig(label_noise=1.0)), minlength=5)
+    assert counts[0] == 0
+    assert abs(counts[1:] - 1000).max() < 120
+
+
+def test_a_wrong_class_needs_a_second_one():
+    split = Split(np.arange(3), *[np.empty(0, np.int64)] * 3, np.arange(1))
+    with pytest.raises(InputError, match=r"label_noise = 0\.5 needs a second class"):
+        told_labels(np.zeros(3, dtype=np.int64), split, 1, FitConfig(label_noise=0.5))

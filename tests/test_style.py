@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from ulfine_fast.toml import read_toml
+
 ROOT = Path(__file__).parents[1]
 PACKAGES = ["ulfine_fast", "cache", "cli"]
 # who may import whom, besides the package itself
@@ -70,6 +72,22 @@ def imported(path):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module:
             yield node.module
+
+
+def test_the_wheel_lists_every_package_and_every_kind_of_file_beside_it():
+    settings = read_toml(ROOT / "pyproject.toml")["tool"]["setuptools"]
+    names = {"ulfine_fast": "ulfine_fast", "cache": "ulfine_fast.cache", "cli": "ulfine_fast.cli"}
+    files = [path for room in PACKAGES for path in (ROOT / room).rglob("*") if path.is_file() and path.suffix != ".pyc"]
+    found = {}
+    for folder in {path.parent for path in files}:
+        room, *inner = folder.relative_to(ROOT).parts
+        found[".".join([names[room], *inner])] = folder
+    assert set(settings["packages"]) == set(found)
+    for package, folder in found.items():
+        listed = settings["package-data"].get(package, [])
+        for file in folder.iterdir():
+            if file.is_file() and file.suffix not in (".py", ".pyc"):
+                assert any(file.match(pattern) for pattern in listed), f"{file.relative_to(ROOT)} is left out"
 
 
 @pytest.mark.parametrize("room", PACKAGES)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
         ULFineClassifier,
         ULFinePlusClassifier,
     )
-    from ulfine_fast.exports import export, load
+    from ulfine_fast.exports import export, load, push
     from ulfine_fast.report import build_report
     from ulfine_fast.run import Run
     from ulfine_fast.search.result import SweepResult
@@ -45,6 +45,7 @@ _HOMES = {
     "fit_many": "ulfine_fast.train",
     "export": "ulfine_fast.exports",
     "load": "ulfine_fast.exports",
+    "push": "ulfine_fast.exports",
     "sweep": "ulfine_fast.search.sweep",
 }
 
@@ -66,6 +67,7 @@ __all__ = [
     "fit",
     "fit_many",
     "load",
+    "push",
     "sweep",
 ]
 

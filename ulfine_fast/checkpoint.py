@@ -111,6 +111,7 @@ def cache_fingerprint(cache: FeatureCache) -> str:
         digest.update(json.dumps(cache.manifest.to_dict(), sort_keys=True, default=str).encode())
         for record in cache.records:
             digest.update(record.sha256.encode())
+        digest.update((cache.relabeled or "").encode())
         return digest.hexdigest()
     digest.update(json.dumps([cache.class_names, cache.ids, cache.splits.tolist()]).encode())
     arrays = [cache.labels, cache.plain, cache.views("weak"), cache.views("strong"), cache.view_rows]
@@ -133,6 +134,8 @@ def _splits_digest(splits: Sequence[Split]) -> str:
 
 def _bytes(split: Split) -> bytes:
     rows = [np.ascontiguousarray(getattr(split, role), dtype=np.int64) for role in _ROLES]
+    if split.bags is not None:
+        rows += [split.bags.shares.view(np.int64).ravel(), *split.bags.members]
     return b"".join(len(each).to_bytes(8, "little") + each.tobytes() for each in rows)
 
 

@@ -16,6 +16,7 @@ METHODS = (
     "ulfine",
     "ulfine_plus",
     "lift",
+    "lift_head",
     "finessl",
     "tip_adapter",
     "tip_adapter_f",
@@ -42,6 +43,8 @@ METHODS = (
     "ccl",
     "darp",
     "cossl",
+    "poft",
+    "proportions",
 )
 SHAPES = ("consistent", "uniform", "reversed", "middle", "head-tail", "shuffled", "natural")
 
@@ -257,6 +260,88 @@ class FitConfig:
     pull: float = _option(0.3, "ulfine_plus: pseudo-count of the starting class shares, in unlabelled sets", low=0.0)
     trust: float = _option(20.0, "ulfine_plus: how sharply held-out log-likelihood decides between candidates", low=0.0)
 
+    # -- LIFT's head over the encoder's own last feature
+    feature: str = _option(
+        "projected",
+        "lift_head: what the head classifies; pre-projection is the output of the encoder's last norm, and needs a "
+        "cache made by extract --features last-block or pre-projection",
+        choices=("projected", "pre-projection"),
+        structural=True,
+    )
+    crop_epochs: int = _option(
+        0,
+        "lift_head: epochs of the crop schedule, from crops of 8% of the picture on to the whole of it; "
+        "0 draws from all views alike",
+        low=0,
+    )
+
+    # -- wrong labels, and references that know better
+    label_noise: float = _option(
+        0.0, "share of the labelled training pictures that are told a wrong class, drawn evenly", low=0.0, high=1.0
+    )
+    reference_scale: float = _option(
+        1.0, "poft: factor on the logits of the references; 0 for references that know nothing", low=0.0
+    )
+    poft_form: str = _option(
+        "preference",
+        "poft: its loss, the same with rows that weigh 1 on average, or cross-entropy weighted by the references",
+        choices=("preference", "equal", "weighted"),
+        structural=True,
+    )
+    pseudo_loss: str = _option(
+        "cross-entropy",
+        "fixmatch: loss of its pseudo-labels, cross-entropy or one of poft's",
+        choices=("cross-entropy", "preference", "equal", "weighted"),
+        structural=True,
+    )
+
+    # -- channel-ensemble: heads over random channels
+    ensemble_heads: int = _option(
+        0,
+        "fixmatch, freematch, ulfine: heads over random channels whose mean draws the pseudo-labels; 0 for one head "
+        "over all of them",
+        low=0,
+        high=64,
+        structural=True,
+    )
+    ensemble_share: float = _option(
+        0.5, "fixmatch, freematch, ulfine: share of the channels that a head of the ensemble sees", low=0.01, high=1.0
+    )
+    low_bias: float = _option(
+        0.0, "fixmatch, freematch, ulfine: weight of the correlation between errors of the ensemble's heads", low=0.0
+    )
+    low_variance: float = _option(
+        0.0, "fixmatch, freematch, ulfine: weight of the ensemble's squared error on labelled pictures", low=0.0
+    )
+
+    # -- bags of pictures of which the class shares alone are known
+    bag_size: int = _option(
+        0, "proportions: pictures in a bag, to draw bags from labelled pictures; 0 where bags are given", low=0
+    )
+    stage_one: float = _option(
+        0.6, "proportions: share of the steps that learn from bags, before pictures get labels", low=0.0, high=1.0
+    )
+    bag_labels: str = _option(
+        "sinkhorn",
+        "proportions: labels of stage two, predictions transported onto their bag's shares or as they are",
+        choices=("sinkhorn", "argmax"),
+        structural=True,
+    )
+    reverse_weight: float = _option(0.1, "proportions: weight of the reverse cross-entropy in stage two", low=0.0)
+    mixup: int = _option(
+        8,
+        "proportions: a of the Beta(a, a) that mixes features in stage two; 0 mixes none",
+        low=0,
+        high=64,
+        structural=True,
+    )
+    pseudo_labels: str = _option(
+        "argmax",
+        "ulfine: pseudo-labels of a mini-batch, taken as they are or transported onto the running distribution P",
+        choices=("argmax", "sinkhorn"),
+        structural=True,
+    )
+
     def __post_init__(self) -> None:
         for spec in dataclasses.fields(self):
             _check(spec, getattr(self, spec.name))
@@ -269,7 +354,12 @@ class FitConfig:
     @property
     def reads_tokens(self) -> bool:
         """Whether the trial is given the last block's tokens instead of features."""
-        return self.adapter == "adaptformer"
+        return self.adapter == "adaptformer" or self.feature == "pre-projection"
+
+    @property
+    def reads_tokens_for(self) -> str:
+        """The setting that asks for tokens, for messages."""
+        return "adapter adaptformer" if self.adapter == "adaptformer" else f"feature {self.feature}"
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as JSON values."""

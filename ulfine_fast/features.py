@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ulfine_fast.ops import kernels
@@ -29,6 +30,8 @@ class DeviceFeatures:
         tokens: whether rows are the last block's tokens, D = 2 W wide and of any length, instead of features.
         easy: how many of the views are plain or weak; the other V - easy are strong, and may be none.
         position: where each row stands among the rows with views, -1 for none, int64 (n,).
+        areas: share of the picture that the plain (1) and weak views show (m, easy), 0 where nobody knows; None for
+            features that no cache gave.
     """
 
     plain: Tensor
@@ -37,6 +40,7 @@ class DeviceFeatures:
     position: Tensor
     unit: bool = False
     tokens: bool = False
+    areas: Tensor | None = None
 
     @classmethod
     def load(cls, cache: FeatureCache, device: torch.device, *, tokens: bool = False) -> DeviceFeatures:
@@ -52,7 +56,8 @@ class DeviceFeatures:
         unit = not tokens and device.type == "cpu" and 4 * (plain.numel() + views.numel()) <= _WIDENED_BYTES
         if unit:
             plain, views = normalize(plain.float()), normalize(views.float())
-        return cls(plain, views, 1 + weak.shape[1], position, unit, tokens)
+        areas = F.pad(torch.from_numpy(np.asarray(cache.view_areas("weak"))).to(device), (1, 0), value=1.0)
+        return cls(plain, views, 1 + weak.shape[1], position, unit, tokens, areas)
 
     @property
     def strong(self) -> int:

@@ -10,12 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ulfine_fast.bags import PaddedBags
 from ulfine_fast.batches import BatchSource, PaddedRows
 from ulfine_fast.config import FitConfig, per_trial_fields
 from ulfine_fast.features import DeviceFeatures
-from ulfine_fast.methods import Pool, Trials
+from ulfine_fast.methods import Pool, Trials, method_of
 from ulfine_fast.ops.prototypes import class_means, normalize
-from ulfine_fast.splits import Split, labeled_counts
+from ulfine_fast.splits import Rows, Split, told_labels
 
 if TYPE_CHECKING:
     from ulfine_fast.cache.store import FeatureCache
@@ -27,13 +28,16 @@ class Given:
 
     Attributes:
         features: all features on the device. labels: class of each row (n,).
+        told: class that training is told of each labelled picture (T, L), 0 for padding.
         trials: settings. labeled, unlabeled, val, test: rows of each trial.
         selects: whether a trial keeps its best heads, bool (T,).
         patience: evaluations without a better one after which a trial stops, 0 for never (T,).
+        bags: of the training pictures, for methods that use them.
     """
 
     features: DeviceFeatures
     labels: Tensor
+    told: Tensor
     trials: Trials
     labeled: PaddedRows
     unlabeled: PaddedRows
@@ -41,6 +45,7 @@ class Given:
     test: PaddedRows
     selects: Tensor
     patience: Tensor
+    bags: PaddedBags | None = None
 
     @classmethod
     def of(
@@ -57,8 +62,11 @@ class Given:
         judged = torch.tensor([len(split.val) > 0 for split in splits], device=device)
         selects = torch.tensor([config.select == "best" for config in configs], device=device) & judged
         patience = torch.tensor([config.patience for config in configs], device=device) * judged
-        trials = _trials(cache, features, labels, configs, splits)
-        return cls(features, labels, trials, **rows, selects=selects, patience=patience)
+        told = _told(cache, configs, splits)
+        trials = _trials(cache, features, configs, splits, told)
+        padded = PaddedRows.of(told, device).index
+        bags = _bags(configs[0], splits, device)
+        return cls(features, labels, padded, trials, **rows, selects=selects, patience=patience, bags=bags)
 
     def at(self, index: Tensor) -> Given:
         """The trials at these places alone; padding stays as wide as it was."""
@@ -68,6 +76,7 @@ class Given:
         )
         return replace(
             self,
+            told=self.told[index],
             trials=self.trials.at(index),
             labeled=labeled,
             unlabeled=unlabeled,
@@ -75,50 +84,84 @@ class Given:
             test=test,
             selects=self.selects[index],
             patience=self.patience[index],
+            bags=None if self.bags is None else self.bags.at(index),
         )
 
     def batches(self, *, pairs: bool) -> BatchSource:
         """Their mini-batches, with unlabelled pictures where `pairs`."""
         trials = self.trials
-        return BatchSource(self.features, self.labels, self.labeled, self.unlabeled, trials, trials.config, pairs)
+        rows = self.told, self.labeled, self.unlabeled
+        return BatchSource(self.features, *rows, trials, trials.config, pairs, self.bags)
 
     def pool(self) -> Pool:
         """All their training pictures."""
         labeled, unlabeled = self.labeled, self.unlabeled
-        labels = torch.where(labeled.present, self.labels[labeled.index], -torch.ones_like(labeled.index))
-        return Pool(self.features, labeled.index, labels, unlabeled.index, unlabeled.present)
+        labels = torch.where(labeled.present, self.told, -torch.ones_like(self.told))
+        return Pool(self.features, labeled.index, labels, unlabeled.index, unlabeled.present, self.bags)
+
+
+def _bags(config: FitConfig, splits: Sequence[Split], device: torch.device) -> PaddedBags | None:
+    """The bags of all splits, None for methods that use none."""
+    found = [split.bags for split in splits if split.bags is not None]
+    return PaddedBags.of(found, device) if method_of(config).uses_bags and len(found) == len(splits) else None
+
+
+def _told(cache: FeatureCache, configs: Sequence[FitConfig], splits: Sequence[Split]) -> list[Rows]:
+    """What each trial is told of its labelled pictures (L,); one array for all trials that are told the same."""
+    told: dict[tuple[object, ...], Rows] = {}
+    keys: list[tuple[object, ...]] = []
+    for config, split in zip(configs, splits, strict=True):
+        # without noise nothing is drawn, whatever the seed
+        keys.append((id(split), (config.label_noise, config.data_seed) if config.label_noise else None))
+        if keys[-1] not in told:
+            told[keys[-1]] = told_labels(cache.labels, split, len(cache.class_names), config)
+    return [told[key] for key in keys]
 
 
 def _trials(
     cache: FeatureCache,
     features: DeviceFeatures,
-    labels: Tensor,
     configs: Sequence[FitConfig],
     splits: Sequence[Split],
+    told: Sequence[Rows],
 ) -> Trials:
-    device = labels.device
+    device = features.plain.device
     values = {
         name: torch.tensor([float(getattr(config, name)) for config in configs], device=device)
         for name in per_trial_fields()
     }
     seeds = torch.tensor([config.seed for config in configs], device=device)
-    # trials often share a split, and counting is slower than looking up
-    counted = {id(split): labeled_counts(cache.labels, split, len(cache.class_names)) for split in splits}
-    counts = np.stack([counted[id(split)] for split in splits])  # (T, K)
-    frequency = torch.from_numpy(counts / counts.sum(1, keepdims=True)).float().to(device)
-    prototypes = _prototypes(cache, features, labels, splits)
-    head = {name: torch.from_numpy(value).to(device) for name, value in cache.head.items() if features.tokens}
-    return Trials(configs[0], values, seeds, prototypes, torch.log(frequency.clamp(min=1e-8)), head)
+    # trials often are told the same, and counting is slower than looking up
+    counted = {id(own): np.bincount(own, minlength=len(cache.class_names)) for own in told}
+    counts = np.stack([counted[id(own)] for own in told])  # (T, K)
+    # a trial that learns from bags may have no labelled picture
+    frequency = torch.from_numpy(counts / counts.sum(1, keepdims=True).clip(min=1)).float().to(device)
+    prototypes = _prototypes(cache, features, splits, told)
+    # tokens as wide as the projection is high have been through the norm before it already
+    normed = features.tokens and cache.token_kinds != ["pre", "post"]
+    wanted = ("projection",) if normed else cache.head if features.tokens else ()
+    head = {name: torch.from_numpy(cache.head[name]).to(device) for name in wanted}
+    log_prior = torch.log(frequency.clamp(min=1e-8))
+    return Trials(configs[0], values, seeds, prototypes, log_prior, head, _texts(cache, device))
 
 
-def _prototypes(cache: FeatureCache, features: DeviceFeatures, labels: Tensor, splits: Sequence[Split]) -> Tensor:
+def _texts(cache: FeatureCache, device: torch.device) -> Tensor | None:
+    """Features of the class names in each prompt (P, K, D), as long as the encoder's logit scale."""
+    if cache.text_features is None:
+        return None
+    texts = torch.from_numpy(np.asarray(cache.text_features)).float().to(device).transpose(0, 1)
+    return cache.logit_scale * normalize(texts)
+
+
+def _prototypes(cache: FeatureCache, features: DeviceFeatures, splits: Sequence[Split], told: Sequence[Rows]) -> Tensor:
     """The text's prototypes (T, K, D), or each trial's class means where the cache has no text."""
+    device = features.plain.device
     if cache.prototypes is not None:
-        text = torch.from_numpy(np.asarray(cache.prototypes)).float().to(labels.device)
+        text = torch.from_numpy(np.asarray(cache.prototypes)).float().to(device)
         return normalize(text).repeat(len(splits), 1, 1)
     means = {}
-    for split in {id(split): split for split in splits}.values():
-        rows = torch.from_numpy(split.labeled).to(labels.device)
-        shown, classes = features.rows(rows)[None], labels[rows][None]  # (1, L, D), (1, L)
-        means[id(split)] = class_means(shown, classes, len(cache.class_names))[0][0]
-    return normalize(torch.stack([means[id(split)] for split in splits]))
+    for split, own in {id(own): (split, own) for split, own in zip(splits, told, strict=True)}.values():
+        shown = features.rows(torch.from_numpy(split.labeled).to(device))[None]  # (1, L, D)
+        classes = torch.from_numpy(own).to(device)[None]  # (1, L)
+        means[id(own)] = class_means(shown, classes, len(cache.class_names))[0][0]
+    return normalize(torch.stack([means[id(own)] for own in told]))

@@ -123,13 +123,27 @@ def adapt_last_block(tensors: Tensors, tokens: Tensor, strength: Tensor) -> Tens
     Returns:
         Unit rows (T, B, D).
     """
-    before, after = tokens.chunk(2, -1)  # (T, B, W) each
-    token = after + strength.view(-1, 1, 1) * _bottleneck(tensors, before)
+    return normalize(last_norm(tensors, tokens, strength) @ tensors["backbone.projection"])
+
+
+def last_norm(tensors: Tensors, tokens: Tensor, strength: Tensor) -> Tensor:
+    """The class token as it leaves the encoder's last norm, before the projection.
+
+    Args:
+        tensors: those of :func:`frozen_end`, and of an adapter in the last block where there is one.
+        tokens: as for :func:`adapt_last_block` (T, B, 2 W).
+        strength: s (T,), of the adapter.
+
+    Returns:
+        Rows of any length (T, B, W).
+    """
+    before, token = tokens.chunk(2, -1)  # (T, B, W) each
+    if "adapter.up" in tensors:
+        token = token + strength.view(-1, 1, 1) * _bottleneck(tensors, before)
     centred = token - token.mean(-1, keepdim=True)
     # by hand: the trials of a pass might come from a norm each, which torch's does not take
     spread = torch.rsqrt(centred.square().mean(-1, keepdim=True) + tensors["backbone.eps"].unsqueeze(1))
-    normed = centred * spread * tensors["backbone.scale"].unsqueeze(1) + tensors["backbone.shift"].unsqueeze(1)
-    return normalize(normed @ tensors["backbone.projection"])
+    return centred * spread * tensors["backbone.scale"].unsqueeze(1) + tensors["backbone.shift"].unsqueeze(1)
 
 
 def _bottleneck(tensors: Tensors, rows: Tensor) -> Tensor:

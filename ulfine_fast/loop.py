@@ -252,6 +252,7 @@ class Pass:
                 encoder=encoder_of(self.cache),
                 cache_path=None if self.cache.path is None else self.cache.path.resolve(),
                 status=self.status[t],
+                relabeled=self.cache.relabeled,
             )
             if self.status[t] != "done":
                 runs[t].metrics |= {"status": self.status[t], f"{self.status[t]}_at": self.left[t]}

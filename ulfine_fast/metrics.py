@@ -36,6 +36,16 @@ def rank_thirds(counts: Labels) -> tuple[Labels, Labels, Labels]:
     return many, medium, few
 
 
+def class_groups(counts: Labels) -> dict[str, Labels]:
+    """Classes by name of their group, of labelled counts (K,): many / medium / few thirds, and *_shot by count."""
+    return {
+        **dict(zip(("many", "medium", "few"), rank_thirds(counts), strict=True)),
+        "many_shot": np.flatnonzero(counts > SHOT_MANY),
+        "medium_shot": np.flatnonzero((counts <= SHOT_MANY) & (counts >= SHOT_FEW)),
+        "few_shot": np.flatnonzero(counts < SHOT_FEW),
+    }
+
+
 def classification(logits: Floats, labels: Labels, counts: Labels, temperature: float = 1.0) -> dict[str, Any]:
     """Accuracy and calibration on labelled rows.
 
@@ -55,16 +65,10 @@ def classification(logits: Floats, labels: Labels, counts: Labels, temperature: 
         return {}
     predicted = logits.argmax(axis=1)
     recall = per_class_accuracy(labels, predicted, classes)
-    thirds = dict(zip(("many", "medium", "few"), rank_thirds(counts), strict=True))
-    shots = {
-        "many_shot": np.flatnonzero(counts > SHOT_MANY),
-        "medium_shot": np.flatnonzero((counts <= SHOT_MANY) & (counts >= SHOT_FEW)),
-        "few_shot": np.flatnonzero(counts < SHOT_FEW),
-    }
     return {
         "accuracy": float((predicted == labels).mean()),
         "balanced_accuracy": _mean(recall),
-        **{name: _mean(recall[group]) for name, group in {**thirds, **shots}.items()},
+        **{name: _mean(recall[group]) for name, group in class_groups(counts).items()},
         "worst_class": float(np.nanmin(recall)),
         "macro_f1": _macro_f1(labels, predicted, classes),
         "ece": expected_calibration_error(softmax(logits), labels),

@@ -26,12 +26,19 @@ def group(configs: Sequence[FitConfig], splits: Sequence[Split], chosen: Sequenc
     groups: dict[tuple[Any, ...], list[int]] = {}
     for i in chosen:
         # a trial without unlabelled pictures must not be handed a neighbour's padding to learn from
-        groups.setdefault((*structural_key(configs[i]), len(splits[i].unlabeled) > 0), []).append(i)
+        # nor take as many bags into a mini-batch as a neighbour's larger ones allow
+        width = _bag_width(splits[i])
+        groups.setdefault((*structural_key(configs[i]), len(splits[i].unlabeled) > 0, width), []).append(i)
     first: dict[int, int] = {}
     for i in chosen:
         first.setdefault(id(splits[i]), i)
     # neighbours of one split read the same pictures when they are judged
     return [sorted(members, key=lambda i: first[id(splits[i])]) for members in groups.values()]
+
+
+def _bag_width(split: Split) -> int:
+    """Pictures in the largest bag, 0 without bags."""
+    return 0 if split.bags is None else split.bags.width
 
 
 def cut(
@@ -86,25 +93,28 @@ def largest(configs: Sequence[FitConfig], splits: Sequence[Split]) -> tuple[FitC
     """A trial that needs at least as much memory as each of these: the most of all that they have."""
     roles = ("labeled", "unlabeled", "val", "test")
     longest = {role: max((getattr(split, role) for split in splits), key=len) for role in roles}
+    bags = max((split.bags for split in splits if split.bags is not None), key=lambda own: len(own.names), default=None)
     select = "best" if any(config.select == "best" for config in configs) else "last"
     most = {name: max(getattr(config, name) for config in configs) for name in ("rank", "feature_noise")}
-    return replace(configs[0], select=select, **most), replace(splits[0], **longest)
+    return replace(configs[0], select=select, **most), replace(splits[0], **longest, bags=bags)
 
 
 def estimate(features: DeviceFeatures, configs: Sequence[FitConfig], splits: Sequence[Split], classes: int) -> int:
     """Bytes that one of these trials takes at the very most, by a count of what is kept of it."""
     config, split = largest(configs, splits)
-    dim, rows = features.plain.shape[1], config.batch_labeled + 2 * config.batch_unlabeled
+    dim, width = features.plain.shape[1], _bag_width(split)
+    rows = max(config.batch_labeled, width) + 2 * config.batch_unlabeled
+    heads = max(1, config.ensemble_heads)
     # some two dozen copies of the batch in the autograd graph, and the numbers of its draws
-    step = 24 * rows * (dim + classes) + 50 * 30 * rows
+    step = 24 * rows * (dim + classes * heads) + 50 * 30 * rows
     # heads and adapter with gradient, velocity, best and kept copies, and temporaries
-    weights = 16 * (4 * classes + 2 * config.rank + 4) * dim
+    weights = 16 * (4 * classes * heads + 2 * config.rank + 4) * dim
     if config.reads_tokens:
         # copies of the encoder's projection, which is no wider than the two tokens together
         weights += 2 * dim * dim
     weights += 100 * min(len(configs), 64) * config.rank * dim // len(configs)
     pictures = len(split.labeled) + len(split.unlabeled)
-    judged = 12 * (min(pictures, 4096) * (dim + classes) + len(split.val))
+    judged = 12 * (min(pictures, 4096) * (dim + classes * heads) + len(split.val))
     pool = 0
     if method_of(config).uses_pool:
         # copies of all views and plain rows, and arrays of logits for every start and fold

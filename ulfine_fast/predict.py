@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ulfine_fast import metrics
 from ulfine_fast.cache.encoder import Encoder, load_encoder
 from ulfine_fast.cache.encoding import encoded
 from ulfine_fast.cache.errors import CacheMismatch, InputError
+from ulfine_fast.cache.five_crops import PLACES, cropped
 from ulfine_fast.cache.planning import batches_of
 from ulfine_fast.cache.progress import progress_bar
 from ulfine_fast.cache.reading import PictureReader
@@ -38,12 +40,14 @@ class Predictions:
     Attributes:
         ids: picture ids (n,). probabilities: calibrated (n, K). class_names: (K,).
         skipped: id and reason of each picture that could not be read.
+        scores: how much each picture looks like one of a known class (n,), written where there are any.
     """
 
     ids: list[str]
     probabilities: NDArray[np.float32]
     class_names: list[str]
     skipped: list[tuple[str, str]]
+    scores: NDArray[np.float32] | None = None
 
     def to_arrow(self) -> pa.Table:
         """What `write_predictions` writes: `.to_pandas()` and `polars.from_arrow` make data frames of it."""
@@ -59,6 +63,7 @@ def predict_pictures(
     device: str = "auto",
     batch_size: int = 32,
     scorer: Callable[[NDArray[Any]], NDArray[np.float32]] | None = None,
+    five_crops: bool = False,
 ) -> Predictions:
     """Encode pictures with the encoder named in the run and predict their classes.
 
@@ -69,6 +74,8 @@ def predict_pictures(
         device: where to encode.
         batch_size: pictures encoded at once, at least 1.
         scorer: features to probabilities, in place of `run.predict_proba`.
+        five_crops: average the logits of four corners and the middle of each picture (LIFT's test-time ensembling,
+            arXiv 2309.10019), for five times the work.
 
     Raises:
         InputError: no pictures there, none readable, or a run without an encoder.
@@ -79,10 +86,22 @@ def predict_pictures(
     source = _pictures(pictures)
     encoder = encoder_of_run(run, device)
     skipped: list[tuple[str, str]] = []
-    ids, features = _encode(source, encoder, batch_size, skipped)
+    ids, features = encode_pictures(source, encoder, batch_size, skipped, 0 if five_crops else None)
     if not ids:
         raise InputError(f"none of the {len(skipped)} pictures at {pictures} can be read; the first: {skipped[0][1]}")
-    return Predictions(ids, (scorer or run.predict_proba)(features), run.class_names, skipped)
+    # what cannot be read was told by the first pass
+    others = (encode_pictures(source, encoder, batch_size, [], place)[1] for place in range(1, PLACES) if five_crops)
+    score = scorer or run.predict_proba
+    return Predictions(ids, ensembled([score(rows) for rows in (features, *others)]), run.class_names, skipped)
+
+
+def ensembled(probabilities: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:
+    """Probabilities (n, K) of the mean logits of several predictions (n, K); of one, itself."""
+    if len(probabilities) == 1:
+        return probabilities[0]
+    # logits are known up to a shift of each row, which the softmax takes out again
+    logs = [np.log(np.maximum(one, np.finfo(np.float32).tiny)) for one in probabilities]
+    return metrics.softmax(np.mean(logs, axis=0)).astype(np.float32)
 
 
 def encoder_of_run(run: Run, device: str) -> Encoder:
@@ -94,7 +113,8 @@ def encoder_of_run(run: Run, device: str) -> Encoder:
     """
     if run.encoder is None:
         raise InputError("this run was fitted on arrays, not on pictures; give features to Run.predict instead")
-    features = "last-block" if run.config.reads_tokens else "projected"
+    *tokens, _ = run.row_shape
+    features = {(): "projected", (1,): "pre-projection", (2,): "last-block"}[tuple(tokens)]
     # of runs of old, which do not say it, pictures were read exactly
     exact = run.encoder.get("exact", True)
     encoder = load_encoder(
@@ -143,16 +163,31 @@ def _columns(found: Predictions) -> dict[str, list[Any]]:
         best = order[:, place]
         columns[f"class{ending}"] = [found.class_names[k] for k in best]
         columns[f"probability{ending}"] = [round(float(p), 6) for p in found.probabilities[np.arange(len(best)), best]]
+    if found.scores is not None:
+        columns["score"] = [round(float(score), 6) for score in found.scores]
     return columns
 
 
-def _encode(
-    source: ListedSource, encoder: Encoder, batch_size: int, skipped: list[tuple[str, str]]
+def encode_pictures(
+    source: ListedSource,
+    encoder: Encoder,
+    batch_size: int,
+    skipped: list[tuple[str, str]],
+    place: int | None = None,
 ) -> tuple[list[str], NDArray[np.float32]]:
-    """Ids and plain features (n, D), or tokens (n, S, W), of the readable pictures; the others go to `skipped`."""
+    """Ids and plain features (n, D), or tokens (n, S, W), of the readable pictures; the others go to `skipped`.
+
+    Args:
+        source: of pictures.
+        encoder: what takes them.
+        batch_size: pictures encoded at once.
+        skipped: id and reason are added for each that cannot be read.
+        place: take one of five crops, 0 to 4 (`ulfine_fast.cache.five_crops`), in place of the whole picture.
+    """
     ids: list[str] = []
     blocks = [np.zeros((0, encoder.columns), dtype=np.float32)]
-    reader = PictureReader.of(source, encoder, ViewRecipe(weak=0, strong=0))
+    whole = PictureReader.of(source, encoder, ViewRecipe(weak=0, strong=0))
+    reader = whole if place is None else cropped(whole, place)
     rows = batches_of(source.rows, batch_size)
     # starting reader processes pays only where there is enough to read
     workers = None if len(rows) > 2 else 0

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ulfine_fast.bags import Bags
 from ulfine_fast.cache.errors import InputError
 from ulfine_fast.config import FitConfig
 
@@ -33,6 +34,7 @@ class Split:
         val: rows held out of the labelled ones for selection and calibration (V,).
         test: rows read once, at the end (E,).
         class_order: class indices from head to tail (K,), by drawn rank or by labelled count.
+        bags: of training pictures of which class shares are known, for methods that learn from those; else None.
     """
 
     labeled: Rows
@@ -40,12 +42,14 @@ class Split:
     val: Rows
     test: Rows
     class_order: Rows
+    bags: Bags | None = None
 
     def to_dict(self, ids: list[str]) -> dict[str, Any]:
         """The split as picture ids, so that it fits a cache of the same pictures made with another model."""
         roles = {role: [ids[row] for row in getattr(self, role)] for role in ("labeled", "unlabeled", "val", "test")}
         order = [int(k) for k in self.class_order]
-        return {"format": "ulfine-fast-split", "version": 1, "rule": RULE, "class_order": order, **roles}
+        bags = {} if self.bags is None else {"bags": self.bags.to_list(ids)}
+        return {"format": "ulfine-fast-split", "version": 1, "rule": RULE, "class_order": order, **roles, **bags}
 
 
 def read_split(path: Path, ids: list[str]) -> Split:
@@ -74,7 +78,9 @@ def read_split(path: Path, ids: list[str]) -> Split:
             raise InputError(
                 f"the {role} part of {file} names {missing[0]!r}, which this cache lacks; use the cache it was made on"
             )
-    return Split(**{role: _rows([row_of[name] for name in names]) for role, names in roles.items()}, class_order=order)
+    bags = Bags.from_list(found["bags"], row_of) if "bags" in found else None
+    rows = {role: _rows([row_of[name] for name in names]) for role, names in roles.items()}
+    return Split(**rows, class_order=order, bags=bags)
 
 
 def long_tail_counts(largest: int, gamma: float, classes: int, smallest: int = 0) -> Rows:
@@ -156,6 +162,36 @@ def draw_split(labels: Rows, splits: NDArray[Any], class_names: list[str], confi
 def labeled_counts(labels: Rows, split: Split, classes: int) -> Rows:
     """Labelled training pictures of each class (K,), validation left out."""
     return np.bincount(labels[split.labeled], minlength=classes).astype(np.int64)
+
+
+def told_labels(labels: Rows, split: Split, classes: int, config: FitConfig) -> Rows:
+    """The classes that training is told: some wrong, as noisy labels are studied (symmetric noise).
+
+    round(`label_noise` L) labelled pictures, drawn from the split seed, get one of the other classes, each as likely.
+    Whoever is wrong at one share is wrong in the same way at every larger one.
+
+    Args:
+        labels: class index of each row of the cache (n,).
+        split: whose labelled pictures are meant.
+        classes: K.
+        config: `label_noise` and the split seed decide.
+
+    Returns:
+        Classes of `split.labeled`, in its order (L,).
+
+    Raises:
+        InputError: noise asked for where there is no other class.
+    """
+    told = labels[split.labeled]
+    if not config.label_noise:
+        return told
+    if classes < 2:
+        raise InputError(f"label_noise = {config.label_noise:g} needs a second class; set it to 0")
+    random = np.random.default_rng([config.data_seed, 0x401E])
+    order, steps = random.permutation(len(told)), random.integers(1, classes, len(told))
+    wrong = order[: round(config.label_noise * len(told))]
+    told[wrong] = (told[wrong] + steps[wrong]) % classes
+    return told
 
 
 def _rows(values: Any) -> Rows:

@@ -104,14 +104,14 @@ def make_stepper(
     Raises:
         InputError: the engine is "fused" and the method has no such step, or half precision is asked of it.
     """
-    # an adapter in the encoder's last block goes through autograd
+    # tokens of the encoder's last block go through autograd
     by_hand = engine != "specification" and trials.config.precision == "float32" and not trials.config.reads_tokens
     fused = method.fused(trials, state) if by_hand else None
     if fused is not None:
         return FusedSteps(fused, trials, state, velocity, batches, steps, threads)
     if engine == "fused":
         config = trials.config
-        inside = " with adapter adaptformer" if config.reads_tokens else ""
+        inside = f" with {config.reads_tokens_for}" if config.reads_tokens else ""
         raise InputError(
             f"method {config.method}{inside} at precision {config.precision} has no fused step; use engine auto"
         )

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ulfine_fast.bags import draw_bags
 from ulfine_fast.cache.device import pick_device
 from ulfine_fast.cache.errors import InputError
 from ulfine_fast.cache.progress import progress_bar
@@ -18,7 +20,7 @@ from ulfine_fast.loop import Pass, Watch
 from ulfine_fast.methods import method_of
 from ulfine_fast.passes import cut
 from ulfine_fast.run import Run
-from ulfine_fast.splits import Split, draw_split
+from ulfine_fast.splits import Split, draw_split, told_labels
 from ulfine_fast.steps import ENGINES
 
 if TYPE_CHECKING:
@@ -85,7 +87,8 @@ def fit_many(
         raise InputError(f"engine must be one of {', '.join(ENGINES)}, got {engine!r}")
     place = pick_device(device)
     _refuse_adapters(cache, configs)
-    splits = _splits(cache, configs, split)
+    _refuse_unknown_crops(cache, configs)
+    splits = _with_bags(cache, configs, _splits(cache, configs, split))
     saved = None if checkpoint is None else Checkpoint(Path(checkpoint), cache, configs, splits, engine)
     begun = [] if saved is None else saved.load()
     read = {tokens: DeviceFeatures.load(cache, place, tokens=tokens) for tokens in {c.reads_tokens for c in configs}}
@@ -127,20 +130,54 @@ def _fresh(
 
 
 def _refuse_adapters(cache: FeatureCache, configs: Sequence[FitConfig]) -> None:
-    """Refuse adapters in the encoder's last block where something is missing for them."""
+    """Refuse adapters in the encoder's last block, and heads behind it, where something is missing for them."""
     inside = [config for config in configs if config.reads_tokens]
-    if inside and (cache.token_kinds != ["pre", "post"] or "projection" not in cache.head or cache.prototypes is None):
-        raise InputError(
-            "adapter adaptformer trains on the tokens of the encoder's last block, which this cache does not hold; "
-            "extract again with --features last-block, or take adapter residual"
-        )
+    for config in inside:
+        if config.feature == "pre-projection" and not method_of(config).before_projection:
+            raise InputError(f"method {config.method} takes no feature pre-projection; use lift_head")
+        _refuse_missing_tokens(cache, config)
     for config in inside:
         if not method_of(config).takes_tokens:
             raise InputError(
                 f"method {config.method} takes no adapter adaptformer; use ulfine, lightweight or fixmatch"
             )
+        if config.pseudo_loss != "cross-entropy":
+            raise InputError(
+                f"pseudo_loss {config.pseudo_loss} asks texts about features, and {config.reads_tokens_for} trains on "
+                "tokens; set it to cross-entropy"
+            )
         if config.feature_noise > 0:
-            raise InputError("feature_noise is for features, and adapter adaptformer trains on tokens; set it to 0")
+            raise InputError(
+                f"feature_noise is for features, and {config.reads_tokens_for} trains on tokens; set it to 0"
+            )
+
+
+def _refuse_missing_tokens(cache: FeatureCache, config: FitConfig) -> None:
+    """Refuse a cache that lacks the tokens, or what the encoder does to them."""
+    there = cache.token_kinds if "projection" in cache.head and cache.prototypes is not None else []
+    if config.adapter == "adaptformer" and there != ["pre", "post"]:
+        raise InputError(
+            "adapter adaptformer trains on the tokens of the encoder's last block, which this cache does not hold; "
+            "extract again with --features last-block, or take adapter residual"
+        )
+    if not there:
+        raise InputError(
+            "feature pre-projection trains on what the encoder has before its projection, which this cache does not "
+            "hold; extract again with --features last-block or pre-projection, or take feature projected"
+        )
+
+
+def _refuse_unknown_crops(cache: FeatureCache, configs: Sequence[FitConfig]) -> None:
+    """Refuse a schedule of crops where there are none, or nobody noted what they show."""
+    asked = max((config.crop_epochs for config in configs), default=0)
+    if not asked or cache.view_areas("weak").any():
+        return
+    there = cache.views("weak").shape[1]
+    lacking = "does not say how much of a picture its views show" if there else "holds no weak views"
+    raise InputError(
+        f"crop_epochs is {asked} and this cache {lacking}; extract the pictures again with --weak 4 --smallest-crop "
+        "0.08, or set crop_epochs to 0"
+    )
 
 
 def _watch_of(trials: Sequence[int], watch: Watch | None) -> Watch | None:
@@ -177,6 +214,54 @@ def _splits(cache: FeatureCache, configs: Sequence[FitConfig], given: Split | Se
     for one in {id(split): split for split in splits}.values():
         _refuse_held_out(cache, one)
     return splits
+
+
+def _with_bags(cache: FeatureCache, configs: Sequence[FitConfig], splits: Sequence[Split]) -> list[Split]:
+    """The splits, those of methods that learn from bags with bags: their own, or drawn from the labelled pictures."""
+    found: dict[tuple[Any, ...], Split] = {}
+    keys: list[tuple[Any, ...]] = []
+    for config, split in zip(configs, splits, strict=True):
+        _refuse_bags(cache, config, split)
+        drawn = method_of(config).uses_bags and split.bags is None
+        keys.append((id(split), *((config.bag_size, config.data_seed, config.label_noise) if drawn else ())))
+        if keys[-1] not in found:
+            found[keys[-1]] = _drawn_bags(cache, config, split) if drawn else split
+    return [found[key] for key in keys]
+
+
+def _drawn_bags(cache: FeatureCache, config: FitConfig, split: Split) -> Split:
+    """The split with its labelled pictures in bags."""
+    classes = len(cache.class_names)
+    told = told_labels(cache.labels, split, classes, config)
+    return replace(split, bags=draw_bags(split.labeled, told, config.bag_size, classes, config.data_seed))
+
+
+def _refuse_bags(cache: FeatureCache, config: FitConfig, split: Split) -> None:
+    """Refuse a method without what it learns from: bags and texts, or labelled pictures."""
+    name, given = config.method, split.bags
+    if not method_of(config).uses_bags:
+        if not len(split.labeled) and name != "zero_shot":
+            raise InputError(f"method {name} learns from labelled pictures and this split has none; use proportions")
+        return
+    if cache.prototypes is None:
+        raise InputError(
+            f"method {name} starts from texts of the classes, which this cache does not hold; make it with extract, "
+            "or give from_arrays text_features"
+        )
+    if given is None and not config.bag_size:
+        raise InputError(
+            f"method {name} learns from bags and has none; give --bags and --proportions, or set bag_size to draw bags "
+            "from labelled pictures"
+        )
+    # labels are drawn at evaluations alone
+    begins = -(-config.stage_one * config.steps // config.eval_every) * config.eval_every
+    if config.stage_one < 1 and begins >= config.steps:
+        raise InputError(
+            f"stage two begins at an evaluation and none of every {config.eval_every} steps comes between "
+            f"stage_one {config.stage_one:g} and step {config.steps}; lower eval_every, or set stage_one to 1"
+        )
+    if given is not None and config.bag_size not in (0, given.width):
+        raise InputError(f"bag_size is {config.bag_size} and the split has bags of its own; set it to 0")
 
 
 def _refuse_held_out(cache: FeatureCache, split: Split) -> None:

@@ -106,12 +106,13 @@ def with_preprocessing(model, size=32):
     return model
 
 
-def timm_model():
+def timm_model(**changes):
     vision = {"timm_model_name": "test_resnet", "timm_model_pretrained": False, "timm_proj": "linear", "image_size": 32}
     text = {"context_length": 16, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1}
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return with_preprocessing(open_clip.CLIP(embed_dim=8, vision_cfg={**vision, "timm_pool": ""}, text_cfg=text))
+        told = {**vision, "timm_pool": "", **changes}
+        return with_preprocessing(open_clip.CLIP(embed_dim=8, vision_cfg=told, text_cfg=text))
 
 
 def test_before_the_projection_of_a_timm_trunk():
@@ -123,6 +124,14 @@ def test_before_the_projection_of_a_timm_trunk():
         trunk = visual.trunk(batch)
         assert torch.allclose(found.tokens[:, 0], trunk, atol=1e-5)
         assert torch.allclose(found.features, normalize(visual.head(trunk), dim=-1), atol=1e-5)
+    projection = torch.from_numpy(encoder.vision_head()["projection"])
+    assert torch.allclose(normalize(found.tokens[:, 0] @ projection, dim=-1), found.features, atol=1e-5)
+
+
+@pytest.mark.parametrize("more", [{"timm_proj": "mlp"}, {"timm_proj_bias": True}], ids=str)
+def test_a_projection_that_is_more_than_a_matrix_is_not_told(more):
+    encoder = Encoder(timm_model(**more), "timm", None, device=torch.device("cpu"), features="pre-projection")
+    assert encoder.vision_head() == {}
 
 
 def vit(**vision):

@@ -51,6 +51,34 @@ def test_an_adapter_in_the_encoder_from_pictures_to_predictions(cache, pictures,
         ]
 
 
+def test_lifts_head_from_pictures_to_predictions(pictures, model, tmp_path):
+    out = tmp_path / "crops"
+    told = ("--features", "pre-projection", "--weak", 4, "--smallest-crop", 0.08)
+    done = run("extract", pictures, "-o", out, "--model", model, *told)
+    assert done.exit_code == 0, done.output
+    cache = FeatureCache.open(out)
+    assert (cache.manifest.views["weak_scale"], cache.token_kinds) == ([0.08, 1.0], ["ln_post"])
+    assert cache.view_areas("weak").min() < 0.5
+    lift = (
+        "--method",
+        "lift_head",
+        "--feature",
+        "pre-projection",
+        "--crop-epochs",
+        5,
+        "--adapter",
+        "none",
+        "--steps",
+        6,
+    )
+    fitted = run("fit", out, "--out", tmp_path / "run", *lift)
+    assert fitted.exit_code == 0, fitted.output
+    for name, crops in (("whole.csv", ()), ("five.csv", ("--five-crops",))):
+        done = run("predict", tmp_path / "run", pictures / "test", "--out", tmp_path / name, *crops)
+        assert done.exit_code == 0, done.output
+    assert (tmp_path / "whole.csv").read_text() != (tmp_path / "five.csv").read_text()
+
+
 def test_refusals(cache, pictures, model, tmp_path):
     told = run("fit", cache, "--out", tmp_path / "run", "--adapter", "adaptformer", "--method", "linear_probe")
     assert told.exit_code == 2

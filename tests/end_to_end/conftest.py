@@ -24,14 +24,14 @@ def ulfine(tmp_path_factory):
         **{name: closed for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY")},
     }
 
-    def run(*arguments, code=0):
-        done = subprocess.run(
-            [str(COMMAND), *map(str, arguments)], env=environment, capture_output=True, text=True, check=False
-        )
+    def run(*arguments, code=0, cwd=None):
+        command = [str(COMMAND), *map(str, arguments)]
+        done = subprocess.run(command, env=environment, cwd=cwd, capture_output=True, text=True, check=False)
         assert done.returncode == code, f"{arguments} ended with {done.returncode}:\n{done.stdout}\n{done.stderr}"
         assert "Traceback" not in done.stderr
         return done
 
+    run.environment = environment
     return run
 
 
