@@ -162,8 +162,12 @@ class PictureReader:
             return picture, picture.size
         enough = _ENOUGH * self.image_size
         with no_finer_than(enough) as decoding:
-            picture = self.source.read(row)
-        return picture.reduce(max(1, min(picture.size) // enough)), decoding.whole or picture.size
+            picture, size = self.source.read(row), decoding.whole
+        if decoding.picture is not picture:
+            # The source made it of what it loaded, and may have counted pixels there: nothing of it may be reduced.
+            picture = self.source.read(row) if decoding.picture else picture
+            size = picture.size
+        return picture.reduce(max(1, min(picture.size) // enough)), size
 
     def _placed(self, row: Row, picture: Image.Image, size: tuple[int, int]) -> _Whole:
         """A picture, and where its views will lie in it, drawn as for its own size (width, height)."""

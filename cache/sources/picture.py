@@ -28,11 +28,13 @@ class Decoding:
 
     Attributes:
         short_side: pixels that the picture's shorter side keeps at least.
-        whole: (width, height) of the picture upright, with all its pixels; None before one was loaded.
+        picture: what was loaded last; None before.
+        whole: (width, height) of it upright, with all its pixels.
     """
 
     short_side: int
-    whole: tuple[int, int] | None = None
+    picture: Image.Image | None = None
+    whole: tuple[int, int] = (0, 0)
 
 
 # Whoever reads pictures sets it around what a source does, which need not know.
@@ -95,9 +97,10 @@ def load_picture(source: Path | str | bytes) -> Image.Image:
             # Damaged EXIF data is no reason to lose a good picture.
             with contextlib.suppress(Exception):
                 ImageOps.exif_transpose(picture, in_place=True)
+            found = to_rgb(picture)
             if decoding:
-                decoding.whole = size if picture.size == stored else size[::-1]
-            return to_rgb(picture)
+                decoding.picture, decoding.whole = found, size if picture.size == stored else size[::-1]
+            return found
     except UnreadablePicture:
         raise
     # PIL's decoders raise almost anything on damaged data: OSError, SyntaxError, ValueError, struct.error, zlib.error.

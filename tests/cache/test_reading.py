@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -144,6 +144,35 @@ def test_a_jpeg_is_decoded_to_what_is_enough(tmp_path):
         assert load_picture(tmp_path / "a.png").size == (641, 403)
         assert decoding.whole == (641, 403)
     assert load_picture(tmp_path / "a.jpg").size == (403, 641)
+
+
+@dataclass
+class CutOuts:
+    """The right lower quarter of each of another source's pictures, found by counting pixels."""
+
+    whole: object
+
+    def read(self, row):
+        picture = self.whole.read(row)
+        return picture.crop((picture.width - 150, picture.height - 130, picture.width, picture.height))
+
+
+@pytest.mark.parametrize("later", [False, True])
+def test_a_source_may_make_pictures_of_others(large, tiny_encoder, tmp_path, later):
+    rows = [row for row in large.rows if "d.png" not in row.id]
+    for row in rows:
+        kept = tmp_path / "cut" / row.id
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        CutOuts(large).read(row).save(kept.with_suffix(".png"))
+    files = open_source(tmp_path / "cut")
+    one = replace(readers(CutOuts(large), tiny_encoder)[1], later=later)
+    two = replace(one, source=files)
+    found = [one.pixels_on(HERE, one.read([row])) for row in rows]
+    # the views are drawn by a row's id, and a file of another suffix has another: the plain view is the same
+    by_name = {row.id.rsplit(".")[0]: row for row in files.rows}
+    for row, views in zip(rows, found, strict=True):
+        saved = two.pixels_on(HERE, two.read([by_name[row.id.rsplit(".")[0]]]))
+        assert torch.equal(views[0], saved[0])
 
 
 def test_models_that_pad_are_read_exactly_or_not_at_all(tmp_path, monkeypatch, tiny_model):
