@@ -51,7 +51,7 @@ def content_sha256(content: Content) -> str:
     """Hex digest of an array's raw little-endian bytes in C order, or of texts in UTF-8 joined by newlines."""
     if isinstance(content, np.ndarray) and content.dtype.kind != "O":
         ordered = np.ascontiguousarray(content, dtype=content.dtype.newbyteorder("<"))
-        return hashlib.sha256(ordered.tobytes()).hexdigest()
+        return hashlib.sha256(ordered.reshape(-1).view(np.uint8).data).hexdigest()  # where it lies, no copy
     return hashlib.sha256("\n".join(np.asarray(content, dtype=object).reshape(-1)).encode()).hexdigest()
 
 

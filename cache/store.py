@@ -27,6 +27,7 @@ from ulfine_fast.cache.text import average, read_text
 
 UNKNOWN = "(unknown)"
 _ASKED_AT_ONCE = 16  # records of a store
+_HINT = 1 << 17  # bytes that the system is asked to read ahead at a time
 
 
 @dataclass(frozen=True)
@@ -377,7 +378,9 @@ class FeatureCache:
         if number >= len(self.records) or not hasattr(os, "posix_fadvise") or is_remote(self.path):
             return
         with suppress(OSError), shard_path(self.path, number).open("rb") as file:
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
+            # Linux takes no more of one hint than the disk reads at once, so the file is named piece by piece.
+            for start in range(0, os.fstat(file.fileno()).st_size, _HINT):
+                os.posix_fadvise(file.fileno(), start, _HINT, os.POSIX_FADV_WILLNEED)
 
     def _shard(self, record: ShardRecord, tokens: bool) -> Shard:
         assert self.path is not None
@@ -456,8 +459,8 @@ def _each_record(folder: Path) -> Generator[ShardRecord, None, None]:
 
 
 def _threads() -> int:
-    # Reading and hashing leave the interpreter lock, HDF5 does not: more threads than this only queue up.
-    return min(8, 2 * (os.cpu_count() or 1))
+    # Hashing keeps a core busy, one thread more fills the gaps; HDF5 holds its lock, and others only queue up.
+    return min(8, (os.cpu_count() or 1) + 1)
 
 
 def _text_problems(folder: Path, manifest: Manifest) -> list[str]:
