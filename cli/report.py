@@ -30,6 +30,7 @@ def report(
     """Write one self-contained HTML page about runs: tables, charts, confusion, pictures."""
     from ulfine_fast.report.feature_map import mapper
     from ulfine_fast.report.leakage import find_leakage
+    from ulfine_fast.report.one_byte import rounder
     from ulfine_fast.report.page import render_page, write_page
     from ulfine_fast.report.pictures import find_pictures
     from ulfine_fast.report.sweeps import find_sweeps
@@ -48,6 +49,7 @@ def report(
         attributes=attributes,
         sweeps=find_sweeps(runs),
         mapped=mapped,
+        rounded=rounder(),
     )
     page = write_page(rendered, out)
     if as_json:

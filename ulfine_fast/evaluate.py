@@ -43,12 +43,15 @@ def evaluate(run: Run, other: Path | None = None) -> dict[str, Any]:
         raise InputError(f"the cache {where} is gone or no cache; extract it again, or name another with --cache")
     cache = FeatureCache.open(where)
     refuse_other_encoder(run, cache)
-    rows, labels = _other_rows(run, cache) if other else _own_rows(run, cache)
-    counts = np.asarray(run.metrics["class_counts"], dtype=np.int64)
-    temperature = run.metrics.get("temperature", 1.0)
+    rows, labels = _other_rows(run, cache) if other else own_rows(run, cache)
     inputs = cache.tokens("plain") if run.config.reads_tokens else cache.plain
-    figures = metrics.classification(run.logits(inputs[rows]), labels, counts, temperature)
-    return {**figures, "test_rows": len(rows)}
+    return {**figures(run, inputs[rows], labels), "test_rows": len(rows)}
+
+
+def figures(run: Run, features: NDArray[Any], labels: NDArray[np.int64]) -> dict[str, Any]:
+    """Figures of :func:`ulfine_fast.metrics.classification` on what `Run.logits` takes (n, ...), labels (n,)."""
+    counts = np.asarray(run.metrics["class_counts"], dtype=np.int64)
+    return metrics.classification(run.logits(features), labels, counts, run.metrics.get("temperature", 1.0))
 
 
 def refuse_other_encoder(run: Run, cache: FeatureCache) -> None:
@@ -68,8 +71,12 @@ def refuse_other_encoder(run: Run, cache: FeatureCache) -> None:
             )
 
 
-def _own_rows(run: Run, cache: FeatureCache) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Rows and labels of the run's test split."""
+def own_rows(run: Run, cache: FeatureCache) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Rows and labels (n,) of the run's test split.
+
+    Raises:
+        InputError: the cache lacks one of its pictures.
+    """
     row_of = {name: row for row, name in enumerate(cache.ids)}
     missing = [name for name in run.test_ids if name not in row_of]
     if missing:

@@ -22,6 +22,7 @@ def build_report(
     leakage: Sequence[str] = (),
     attributes: Mapping[str, str] | None = None,
     projection: str = "none",
+    one_byte: bool = False,
 ) -> Path:
     """Write one HTML page about the runs found at or below the given folders.
 
@@ -37,6 +38,7 @@ def build_report(
         leakage: warnings that stand above the figures, see `ulfine_fast.report.leakage.find_leakage`.
         attributes: picture id -> another attribute than the class, for gaps between groups of pictures.
         projection: "pca" or "umap" for a map of the test pictures' features, where the cache is at hand; "none".
+        one_byte: whether to say what `extract --dtype int8` would cost, where the cache is at hand.
         title: the page's heading; None writes one from the number of methods, seeds and classes.
 
     Returns:
@@ -48,6 +50,7 @@ def build_report(
     """
     # The page's parts need numpy, pyarrow, jinja2: loaded on use, so that importing the package stays quick.
     from ulfine_fast.report.feature_map import mapper
+    from ulfine_fast.report.one_byte import rounder
     from ulfine_fast.report.page import render_page, write_page
     from ulfine_fast.report.sweeps import find_sweeps
     from ulfine_fast.run_files import load_runs
@@ -60,5 +63,6 @@ def build_report(
         attributes=attributes,
         sweeps=find_sweeps(runs),
         mapped=mapper(projection),
+        rounded=rounder() if one_byte else None,
     )
     return write_page(page, out)

@@ -18,6 +18,7 @@ from ulfine_fast.cache.errors import InputError
 from ulfine_fast.report import charts, headline, sections
 from ulfine_fast.report.feature_map import FeatureMap, map_section
 from ulfine_fast.report.groups import Group, best_by_validation, charted, group_runs
+from ulfine_fast.report.one_byte import Cost, cost_section
 from ulfine_fast.report.sweeps import SweepFiles, sweeps_section
 from ulfine_fast.report.transfer import transfer_section
 from ulfine_fast.run_files import RunFiles
@@ -34,6 +35,7 @@ def render_page(
     attributes: Mapping[str, str] | None = None,
     sweeps: Sequence[SweepFiles] = (),
     mapped: Callable[[RunFiles], FeatureMap | None] | None = None,
+    rounded: Callable[[RunFiles], Cost | None] | None = None,
 ) -> str:
     """Render the page of the given runs; arguments as in :func:`ulfine_fast.report.build_report`."""
     groups, repeated = group_runs(runs)
@@ -59,6 +61,7 @@ def render_page(
             classes=sections.classes_section(lines, shown),
             pseudo=sections.pseudo_section(lines),
             calibration=sections.calibration_section(shown, rows),
+            storage=cost_section(groups, rounded),
             transfer=transfer_section(groups, attributes),
             confusion=sections.confusion_section(shown, rows),
             gallery=sections.gallery_section(shown, rows[0], pictures),
