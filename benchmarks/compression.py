@@ -4,7 +4,7 @@
 
 The counterpart of *Uncovering the Hidden Cost of Model Compression* (arXiv 2308.14969) over cached features: the same
 fits on the same splits and mini-batches, with features rounded, or cut, as each encoding leaves them; and with features
-of an encoder whose weights were rounded (`--encoder-bits`), which are extracted for it.
+of an encoder whose weights were rounded (`--encoder-bits`), or that ran in bf16, which are extracted for it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from benchmarks.options import parse_methods, parse_seeds
 from benchmarks.parts import write_json
 from benchmarks.storage import opened, types_of
 from benchmarks.tables import print_table
-from ulfine_fast.cache.encoder import Encoder, load_encoder
+from ulfine_fast.cache.encoder import PRECISIONS, Encoder, load_encoder
 from ulfine_fast.cache.errors import InputError
 from ulfine_fast.cache.extract import extract
 from ulfine_fast.cache.home import cache_home
@@ -122,15 +122,20 @@ def round_weights(encoder: Encoder, bits: int) -> None:
                 weight.copy_(torch.from_numpy(near).view_as(weight))
 
 
-def of_rounded_encoder(bits: int) -> FeatureCache:
-    """The demo's pictures by an encoder whose weights have so many bits; extracted once, below `cache_home()`."""
+def of_rounded_encoder(bits: str) -> FeatureCache:
+    """The demo's pictures by an encoder whose weights have so many bits, or that runs in "bf16" or "fp16".
+
+    Extracted once, below `cache_home()`.
+    """
     original = demo().manifest
     assert original is not None
     folder = cache_home() / "benchmarks" / f"demo-encoder-{bits}-bits"
     if not (folder / "done").exists():
-        encoder = load_encoder(original.model["name"], original.model["pretrained"])
+        precision = bits if bits in PRECISIONS else "fp32"
+        encoder = load_encoder(original.model["name"], original.model["pretrained"], precision=precision)
         texts = encoder.encode_texts(["a"])
-        round_weights(encoder, bits)
+        if precision == "fp32":
+            round_weights(encoder, int(bits))
         assert torch.equal(texts, encoder.encode_texts(["a"]))  # texts come from the part that was left alone
         views = ViewRecipe(original.views["weak"], original.views["strong"], original.views["seed"])
         extract(reopen_source(original.source), encoder, folder, views=views, prompts=original.prompts)
@@ -180,7 +185,8 @@ def compression(
     methods: Annotated[str, typer.Option(help="Methods, separated by commas.")] = "linear_probe,ulfine_plus",
     seeds: Annotated[str, typer.Option(help="Such as 0-4.")] = "0-4",
     encoder_bits: Annotated[
-        str, typer.Option(help="Weights of the encoder in so many bits, such as 8,4; of the demo alone.")
+        str,
+        typer.Option(help="Encoder with weights of so many bits, or in bf16, such as 8,4,bf16; for the demo alone."),
     ] = "",
     n1: Annotated[int, typer.Option(help="Labelled pictures of the largest class.", min=1)] = 100,
     m1: Annotated[int, typer.Option(help="Unlabelled pictures of the largest class.", min=0)] = 150,
@@ -190,23 +196,26 @@ def compression(
     """Fit on features that were compressed in several ways; print accuracy, rare classes and calibration, paired."""
     if encoder_bits and data != "demo":
         raise InputError(f"--encoder-bits reads the demo's pictures again, got --data {data}; leave one of them out")
+    ways = [one for one in encoder_bits.split(",") if one]
+    if wrong := [one for one in ways if one not in PRECISIONS and not (one.isdecimal() and int(one) > 1)]:
+        raise InputError(f"--encoder-bits takes numbers from 2, bf16 and fp16, got {wrong[0]!r}")
     values = {"n1": n1, "m1": m1, "gamma_l": gamma, "gamma_u": gamma}
-    rows = list(_rows(data, parse_methods(methods), parse_seeds(seeds), values, encoder_bits))
+    rows = list(_rows(data, parse_methods(methods), parse_seeds(seeds), values, ways))
     if as_json is not None:
         write_json(as_json, rows)
     titles = ["method", "encoding", "bytes", "balanced accuracy", "difference", "few", "difference"]
     print_table([*titles, "ECE", "difference", "ECE scaled", "difference"], table(rows), texts=2)
 
 
-def _rows(data: str, methods: Sequence[str], seeds: Sequence[int], values: Row, bits: str) -> Iterator[Row]:
+def _rows(data: str, methods: Sequence[str], seeds: Sequence[int], values: Row, ways: Sequence[str]) -> Iterator[Row]:
     cache = opened(data)
     finest = types_of(cache)[0]
     for name in list(ENCODINGS)[list(ENCODINGS).index(finest) if finest in ENCODINGS else 2 :]:
         for row in measure(encoded(cache, name), name, methods, seeds, values):
             yield {"data": Path(data).name, "bytes": ENCODINGS[name][1](cache.dim), **row}
-    for one in filter(None, bits.split(",")):
-        rounded_one = of_rounded_encoder(int(one))
-        for row in measure(rounded_one, f"encoder of {one} bits", methods, seeds, values):
+    for one in ways:
+        name = f"encoder in {one}" if one in PRECISIONS else f"encoder of {one} bits"
+        for row in measure(of_rounded_encoder(one), name, methods, seeds, values):
             yield {"data": Path(data).name, "bytes": 2 * cache.dim, **row}
 
 

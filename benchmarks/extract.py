@@ -34,7 +34,9 @@ CONTENDERS = ("script", "clip_retrieval", "ulfine_fast")
 _MEMORY_COUNTS = (10_000, 100_000)
 
 
-def measure(shape: str, model: str, count: int, contenders: list[str], rounds: int, peer: Path | None) -> list[Row]:
+def measure(
+    shape: str, model: str, count: int, contenders: list[str], rounds: int, peer: Path | None, precision: str = "fp32"
+) -> list[Row]:
     """All contenders on one shape of pictures and one model.
 
     Args:
@@ -44,24 +46,31 @@ def measure(shape: str, model: str, count: int, contenders: list[str], rounds: i
         contenders: of `CONTENDERS`.
         rounds: runs of each, in turns.
         peer: the Python that has clip-retrieval.
+        precision: of the model while it runs, for all contenders; clip-retrieval knows fp32 alone on a processor.
     """
     name, folder = model_name(model), SHAPES[shape](count)
-    if model == LITE0:  # clip-retrieval takes architectures that open_clip knows by name alone
+    if model == LITE0 or precision != "fp32":  # clip-retrieval takes architectures that open_clip knows by name alone
         contenders = [contender for contender in contenders if contender != "clip_retrieval"]
     runs: dict[str, list[Row]] = {contender: [] for contender in contenders}
     bounds: list[dict[str, float]] = []
     for _ in range(rounds):
         # between the contenders of each round, since a machine's rate changes with its load
-        bounds.append(stage_rates(FolderSource(folder), load_encoder(name, device="cpu")))
+        bounds.append(stage_rates(FolderSource(folder), load_encoder(name, device="cpu", precision=precision)))
         for contender in contenders:
-            command = _peer_command(peer, model, name) if contender == "clip_retrieval" else _command(contender, name)
+            command = (
+                _peer_command(peer, model, name)
+                if contender == "clip_retrieval"
+                else _command(contender, name, precision)
+            )
             runs[contender].append(_run([*command, str(folder)]))
     stages = {stage: statistics.median(found[stage] for found in bounds) for stage in bounds[0]}
-    return [_row(shape, model, contender, runs[contender], stages) for contender in contenders]
+    return [
+        {**_row(shape, model, contender, runs[contender], stages), "precision": precision} for contender in contenders
+    ]
 
 
-def _command(contender: str, model: str) -> list[str]:
-    return [sys.executable, "-m", "benchmarks.extracting", contender, model]
+def _command(contender: str, model: str, precision: str = "fp32") -> list[str]:
+    return [sys.executable, "-m", "benchmarks.extracting", contender, model, precision]
 
 
 def _peer_command(python: Path | None, model: str, name: str) -> list[str]:
@@ -115,6 +124,7 @@ def extract(
     rounds: Annotated[int, typer.Option(help="Runs of each contender.", min=1)] = 3,
     contenders: Annotated[str, typer.Option(help="Of script, clip_retrieval, ulfine_fast.")] = "script,ulfine_fast",
     clip_retrieval: Annotated[Path | None, typer.Option(help="Python that has clip-retrieval.")] = None,
+    precision: Annotated[str, typer.Option(help="fp32, bf16 or fp16, of the models while they run.")] = "fp32",
     peak: Annotated[
         bool, typer.Option("--memory", help="Peak memory over 10,000 and 100,000 pictures instead.")
     ] = False,
@@ -128,7 +138,10 @@ def extract(
         rows = memory()
     else:
         rows = [
-            row for kind in kinds for net in nets for row in measure(kind, net, pictures, names, rounds, clip_retrieval)
+            row
+            for kind in kinds
+            for net in nets
+            for row in measure(kind, net, pictures, names, rounds, clip_retrieval, precision)
         ]
     if as_json is not None:
         write_json(as_json, rows)

@@ -1,6 +1,6 @@
 """One contender of `benchmarks.extract` on one folder of pictures, in a process of its own: prints one JSON object.
 
-python -m benchmarks.extracting script lite0-minilm PICTURES
+python -m benchmarks.extracting script lite0-minilm fp32 PICTURES
 """
 
 from __future__ import annotations
@@ -25,32 +25,40 @@ Row = dict[str, Any]
 _WARM = 4  # batches of the model before the clock starts: buffers and kernels are chosen at the first
 
 
-def script(model: str, pictures: Path) -> Row:
-    """What one writes by hand: open_clip, torchvision's ImageFolder, a DataLoader on all cores, an array at last."""
+def script(model: str, precision: str, pictures: Path) -> Row:
+    """What one writes by hand: open_clip, torchvision's ImageFolder, a DataLoader on all cores, an array at last.
+
+    With autocast it is `no_grad` that stands around it: in `inference_mode` no weight is cached, and a ViT's attention
+    takes a way many times slower.
+    """
     import open_clip
+
+    from ulfine_fast.cache.encoder import PRECISIONS
 
     net, _, preprocess = open_clip.create_model_and_transforms(_open_clip_name(model))
     net.eval()
     loader = DataLoader(ImageFolder(str(pictures), preprocess), batch_size=64, num_workers=os.cpu_count() or 1)
     features = []
-    with torch.inference_mode(), tempfile.TemporaryDirectory() as folder:
+    dtype = PRECISIONS[precision]
+    mixed = torch.autocast("cpu", dtype=dtype, enabled=dtype is not None)
+    with torch.no_grad() if dtype else torch.inference_mode(), mixed, tempfile.TemporaryDirectory() as folder:
         _warm(lambda batch: net.encode_image(batch), 64, net.visual.image_size)
         started = time.perf_counter()
         for batch, _ in loader:
             features.append(functional.normalize(net.encode_image(batch), dim=-1))
-        np.save(Path(folder) / "features.npy", torch.cat(features).numpy())
+        np.save(Path(folder) / "features.npy", torch.cat(features).float().numpy())
         seconds = time.perf_counter() - started
     return {"pictures": sum(map(len, features)), "seconds": seconds, "readers": loader.num_workers}
 
 
-def ulfine_fast(model: str, pictures: Path) -> Row:
+def ulfine_fast(model: str, precision: str, pictures: Path) -> Row:
     """Ours, with the plain view alone, as the script has it; text and manifest are not counted."""
     from ulfine_fast.cache.encoder import load_encoder
     from ulfine_fast.cache.extract import extract
     from ulfine_fast.cache.sources import open_source
     from ulfine_fast.cache.views import ViewRecipe
 
-    encoder = load_encoder(model, device="cpu")
+    encoder = load_encoder(model, device="cpu", precision=precision)
     _warm(encoder.encode_pictures, 16, encoder.spec.image_size)
     with tempfile.TemporaryDirectory() as folder:
         views = ViewRecipe(weak=0, strong=0)
@@ -77,10 +85,10 @@ def peak_bytes(readers: int) -> int:
     return 1024 * (own + readers * child)  # Linux counts in KiB
 
 
-def main(contender: str, model: str, pictures: str) -> None:
+def main(contender: str, model: str, precision: str, pictures: str) -> None:
     """Runs one contender."""
     run = {"script": script, "ulfine_fast": ulfine_fast}[contender]
-    row = run(model, Path(pictures))
+    row = run(model, precision, Path(pictures))
     print(json.dumps({**row, "peak_rss_bytes": peak_bytes(row.pop("readers"))}))
 
 

@@ -90,7 +90,7 @@ class Encoder:
         resampling: the same as `resize` for many pictures on a device; None where it has no such form.
         exact: whether pictures go through `resize`, not through `resampling`.
         mean, std: its normalisation per channel, for pixel values 0..1.
-        dtype: autocast type, None for float32.
+        dtype: autocast type, None for float32; weights of the vision part's matrices and filters are then in it.
         features: as given to `load_encoder`.
         compiled: whether `torch.compile` has made kernels for the vision part.
         token_kinds: names of the S tokens taken beside each feature, see `ulfine_fast.cache.tokens.Taps`; often none.
@@ -138,6 +138,10 @@ class Encoder:
         # The pass that told D has left tokens behind.
         left = self._taps.take()
         self.token_width = 0 if left is None else left.shape[-1]
+        # As the model has it: what follows rounds weights.
+        self._head = self._read_head()
+        if dtype is not None:
+            _round_weights(self.model.visual, dtype)
         self.compiled = compiled
         if compiled:  # last, so that names and digest are those of the model itself
             self.model.visual.compile()
@@ -228,6 +232,9 @@ class Encoder:
             `ln_post_weight` (W,), `ln_post_bias` (W,), `ln_post_eps` (1,) and `projection` (W, D), float32; of a trunk
             the last alone, where it is one matrix; empty for others.
         """
+        return self._head
+
+    def _read_head(self) -> dict[str, np.ndarray]:
         if self.token_kinds == ("trunk",):
             return _matrix_of(self.model.visual.head)
         norm, projection = getattr(self.model.visual, "ln_post", None), getattr(self.model.visual, "proj", None)
@@ -403,6 +410,18 @@ def _matrix_of(head: torch.nn.Module) -> dict[str, np.ndarray]:
     if not isinstance(projection, torch.nn.Linear) or len(list(head.parameters())) != 1:
         return {}
     return {"projection": projection.weight.detach().T.float().cpu().numpy().copy()}
+
+
+def _round_weights(visual: torch.nn.Module, dtype: torch.dtype) -> None:
+    """Keeps the weights of a tower in the type that autocast turns them into, which it would do for every batch anew.
+
+    It caches only weights that are being trained. On a processor a ViT's attention is then also many times slower.
+    """
+    for module in visual.modules():
+        whole = isinstance(module, (torch.nn.Linear, torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d))
+        for name, weight in module.named_parameters(recurse=False):
+            if whole or name in ("in_proj_weight", "in_proj_bias"):  # of attention, which calls no layer for them
+                weight.data = weight.data.to(dtype)
 
 
 def _is_convolutional(visual: torch.nn.Module) -> bool:

@@ -66,6 +66,8 @@ def test_the_command(tmp_path, monkeypatch):
     assert [row["encoding"] for row in rows] == list(compression.ENCODINGS)
     assert rows[0]["bytes"] == 64
     assert run(compression.compression, "--data", "digits", "--encoder-bits", "8").exit_code == 2
+    wrong = run(compression.compression, "--encoder-bits", "8,bf8")
+    assert (wrong.exit_code, "got 'bf8'" in wrong.output) == (2, True)
 
 
 def test_bias_transfer(tmp_path, monkeypatch):

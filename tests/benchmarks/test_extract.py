@@ -3,13 +3,14 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 import typer
 from PIL import Image
 from typer.testing import CliRunner
 
 from benchmarks import extract as benchmark
 from benchmarks import pictures
-from benchmarks.extracting import peak_bytes
+from benchmarks.extracting import peak_bytes, script, ulfine_fast
 from benchmarks.stages import stage_rates
 from ulfine_fast.cache.encoder import load_encoder
 from ulfine_fast.cache.sources import FolderSource
@@ -74,3 +75,21 @@ def test_unknown_names_are_refused(option):
 def test_readers_count_towards_the_peak():
     assert peak_bytes(readers=0) > 1e7
     assert peak_bytes(readers=2) >= peak_bytes(readers=0)
+
+
+@pytest.mark.parametrize("contender", [script, ulfine_fast])
+def test_contenders_run_in_the_precision_asked_for(contender, home, monkeypatch):
+    folder = pictures.large_jpeg(8)
+    seen = []
+    linear = torch.nn.functional.linear
+
+    def noting(rows, *weights):
+        seen.append(linear(rows, *weights).dtype)
+        return linear(rows, *weights)
+
+    monkeypatch.setattr(torch.nn.functional, "linear", noting)
+    for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        seen.clear()
+        assert contender(pictures.model_name(pictures.TINY), precision, folder)["pictures"] == 8
+        assert dtype in seen
+        assert (torch.bfloat16 in seen) == (precision == "bf16")

@@ -142,6 +142,25 @@ def test_mixed_precision_stays_close_and_texts_stay_exact(precision: str, tiny_m
     assert torch.equal(mixed.encode_texts(["a cat"]), tiny_encoder.encode_texts(["a cat"]))
 
 
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_rounded_weights_compute_what_autocast_does(precision: str, tiny_model: str, tiny_encoder: Encoder):
+    mixed = load_encoder(tiny_model, device="cpu", precision=precision)
+    pixels, dtype = batch(tiny_encoder), {"bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    # weights that take part in training: autocast casts each once, and attention takes its plain way
+    trained = load_encoder(tiny_model, device="cpu").model.visual.requires_grad_(True)
+    with torch.autocast("cpu", dtype=dtype):
+        wanted = torch.nn.functional.normalize(trained(pixels).detach().float(), dim=-1)
+    assert torch.nn.functional.cosine_similarity(mixed.encode_pictures(pixels), wanted).min() > 0.9999
+    kinds = {name: weight.dtype for name, weight in mixed.model.visual.named_parameters()}
+    assert all(kinds[name] == dtype for name in kinds if "_proj" in name or "conv1" in name or "c_fc" in name)
+    assert all(kinds[name] == torch.float32 for name in kinds if "ln_" in name or name == "proj")
+    assert all(weight.dtype == torch.float32 for name, weight in mixed.model.named_parameters() if "visual" not in name)
+    assert mixed.spec == tiny_encoder.spec
+    for name, part in load_encoder(tiny_model, device="cpu", features="pre-projection").vision_head().items():
+        found = load_encoder(tiny_model, device="cpu", precision=precision, features="pre-projection").vision_head()
+        assert np.array_equal(found[name], part)
+
+
 def test_a_relative_folder_is_recorded_absolute(folder: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(folder.parent)
     assert load_encoder(f"local-dir:{folder.name}", device="cpu").spec.name == f"local-dir:{folder}"
