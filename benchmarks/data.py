@@ -13,16 +13,16 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from benchmarks.pixels import STRONG, WEAK, Pixels, pixel_cache, raw, untrained
-from ulfine_fast.cache.errors import InputError
-from ulfine_fast.cache.home import cache_home
-from ulfine_fast.cache.planning import is_listed
+from benchmarks.studies.pixels import STRONG, WEAK, Pixels, pixel_cache, raw, untrained
+from ulfine_fast.cache.io.errors import InputError
+from ulfine_fast.cache.io.home import cache_home
+from ulfine_fast.cache.pipeline.plan import is_listed
 from ulfine_fast.cache.store import FeatureCache
 from ulfine_fast.demo import unpack_pictures
 
 if TYPE_CHECKING:
+    from ulfine_fast.cache.pipeline.views import ViewRecipe
     from ulfine_fast.cache.sources import Row, Source
-    from ulfine_fast.cache.views import ViewRecipe
 
     VIEWS: ViewRecipe
 
@@ -57,7 +57,7 @@ def __getattr__(name: str) -> Any:
 
 
 def _views() -> ViewRecipe:
-    from ulfine_fast.cache.views import ViewRecipe
+    from ulfine_fast.cache.pipeline.views import ViewRecipe
 
     return ViewRecipe(weak=2, strong=4, seed=0)
 
@@ -146,8 +146,8 @@ def extracted(
         except InputError:
             pass
     pictures = source()
-    from ulfine_fast.cache.encoder import load_encoder
-    from ulfine_fast.cache.extract import extract
+    from ulfine_fast.cache.models.encoder import load_encoder
+    from ulfine_fast.cache.pipeline.extract import extract
 
     extract(pictures, load_encoder(model, device=device), folder, views=views())
     return FeatureCache.open(folder)
@@ -193,7 +193,7 @@ def demo(model: str = MODEL, device: str = "auto") -> FeatureCache:
 
 
 def _one() -> ViewRecipe:
-    from ulfine_fast.cache.views import ViewRecipe
+    from ulfine_fast.cache.pipeline.views import ViewRecipe
 
     return ViewRecipe()
 
@@ -241,7 +241,7 @@ def _mnist_source(folder: Path) -> Source:
 
 
 def fashion_mnist_random() -> FeatureCache:
-    """Fashion-MNIST through an encoder that was never trained; see `benchmarks.pixels.untrained`."""
+    """Fashion-MNIST through an encoder that was never trained; see `benchmarks.studies.pixels.untrained`."""
     source = _fashion_source()
     grey = np.stack([np.asarray(source.read(row).convert("L")) for row in source.rows])
     pixels: Pixels = grey.astype(np.float32) / np.float32(255)  # (n, 28, 28)

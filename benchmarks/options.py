@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
-from benchmarks.contenders import ORACLE, Settings, check_names
-from benchmarks.outside import OUTSIDE
-from ulfine_fast.cache.errors import InputError
+from benchmarks.speed.contenders import ORACLE, Settings, check_names
+from benchmarks.studies.outside import OUTSIDE
+from ulfine_fast.cache.io.errors import InputError
 from ulfine_fast.config import METHODS
 
 _DECIDED = ("method", "seed", "split_seed", "n1", "m1", "gamma_l", "gamma_u", "shape", "labeled_fraction")

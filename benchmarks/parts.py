@@ -10,12 +10,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-from benchmarks.contenders import ORACLE
-from benchmarks.outside import OUTSIDE
-from ulfine_fast.cache.atomic import make_folder, write_atomically
+from benchmarks.speed.contenders import ORACLE
+from benchmarks.studies.outside import OUTSIDE
+from ulfine_fast.cache.io.files import make_folder, write_atomically
 from ulfine_fast.cache.store import FeatureCache
 from ulfine_fast.config import FitConfig
-from ulfine_fast.methods import method_of
+from ulfine_fast.methods.registry import method_of
 
 Part = dict[str, Any]
 
@@ -68,13 +68,13 @@ def fingerprint_of(cache: FeatureCache) -> str:
 def code_of(method: str, *, tuned: bool) -> str:
     """A short name for the code that a method's figures come from: its own module, the engine, all they import."""
     if method in OUTSIDE:
-        start = ["benchmarks.outside"]
+        start = ["benchmarks.studies.outside"]
     else:
         engine = "linear_probe" if method == ORACLE else method
         own = [base.__module__ for base in type(method_of(FitConfig(method=engine))).__mro__]
-        start = ["ulfine_fast.train", *(name for name in own if name.startswith("ulfine_fast"))]
+        start = ["ulfine_fast.engine.fit", *(name for name in own if name.startswith("ulfine_fast"))]
     seen = hashlib.sha256()
-    for name in sorted(_imported([*start, *(["benchmarks.search"] if tuned else [])])):
+    for name in sorted(_imported([*start, *(["benchmarks.speed.search"] if tuned else [])])):
         if name not in _SHARED:
             seen.update(_file(name).read_bytes())
     return seen.hexdigest()[:16]

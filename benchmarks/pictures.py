@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 from sklearn.datasets import load_sample_images
 
 from benchmarks.data import demo
-from ulfine_fast.cache.home import cache_home
-from ulfine_fast.cache.lite0_minilm import NAME as LITE0
+from ulfine_fast.cache.io.home import cache_home
+from ulfine_fast.cache.models.lite0_minilm import NAME as LITE0
 from ulfine_fast.cache.sources import reopen_source
 
 VIT = "ViT-B-32"

@@ -12,9 +12,9 @@ from rich.box import MARKDOWN
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.cells import Cell
-from benchmarks.contenders import ORACLE
-from ulfine_fast.intervals import Interval, mean_interval
+from benchmarks.speed.cells import Cell
+from benchmarks.speed.contenders import ORACLE
+from ulfine_fast.metrics.intervals import Interval, mean_interval
 
 Row = dict[str, Any]
 PROBE = "linear_probe"

@@ -12,7 +12,7 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from ulfine_fast.cache.errors import InputError
+from ulfine_fast.cache.io.errors import InputError
 
 # One fixed format of the file itself: with a range, HDF5 would pick by its own version and the bytes would differ.
 _PIECE = 1 << 17  # values looked at together

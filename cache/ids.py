@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ulfine_fast.cache import hdf5
-from ulfine_fast.cache.errors import InputError
+from ulfine_fast.cache.io.errors import InputError
 from ulfine_fast.cache.shard import ShardRecord, shard_path
 
 

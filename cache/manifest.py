@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from ulfine_fast.cache.atomic import write_atomically
-from ulfine_fast.cache.errors import CacheMismatch, InputError
+from ulfine_fast.cache.io.errors import CacheMismatch, InputError
+from ulfine_fast.cache.io.files import write_atomically
 from ulfine_fast.cache.shard import VIEWED_SPLITS, Layout
 
 FORMAT = "ulfine-fast-cache"
@@ -39,7 +39,7 @@ class Manifest:
         class_names: (K,). prompts: (P,) with {} for the class.
         source: kind, path or name, rows, fingerprint (over ids, labels, splits and file sizes); of a stream the number
             of parts instead of that of rows.
-        tokens: names of the S tokens stored beside each feature, see `ulfine_fast.cache.tokens.Taps`.
+        tokens: names of the S tokens stored beside each feature, see `ulfine_fast.cache.models.tokens.Taps`.
         token_width: W, their length; 0 where there are none.
         exact: whether all pictures were resized and cropped by the model's own preprocessing as they were; else large
             ones were reduced before, or a GPU did it, which turns a feature by a degree or so.

@@ -16,9 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ulfine_fast.cache import hdf5
-from ulfine_fast.cache.atomic import write_atomically
-from ulfine_fast.cache.errors import InputError
-from ulfine_fast.cache.places import is_remote
+from ulfine_fast.cache.io.errors import InputError
+from ulfine_fast.cache.io.files import write_atomically
+from ulfine_fast.cache.io.paths import is_remote
 from ulfine_fast.cache.quantized import quantized, restored
 from ulfine_fast.cache.sources.rows import SPLITS, Part
 

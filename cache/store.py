@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ulfine_fast.cache.errors import InputError
 from ulfine_fast.cache.ids import read_ids
+from ulfine_fast.cache.io.errors import InputError
+from ulfine_fast.cache.io.paths import is_remote, open_place
 from ulfine_fast.cache.manifest import Manifest
-from ulfine_fast.cache.places import is_remote, open_place
 from ulfine_fast.cache.shard import VIEWED_SPLITS, Shard, ShardRecord, read_shard, shard_path, verify_shard
 from ulfine_fast.cache.sources.rows import SPLITS
 from ulfine_fast.cache.text import average, read_text

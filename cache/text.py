@@ -12,12 +12,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ulfine_fast.cache import hdf5
-from ulfine_fast.cache.atomic import write_atomically
-from ulfine_fast.cache.errors import InputError
+from ulfine_fast.cache.io.errors import InputError
+from ulfine_fast.cache.io.files import write_atomically
 
 if TYPE_CHECKING:
-    from ulfine_fast.cache.encoder import Encoder
     from ulfine_fast.cache.manifest import Manifest
+    from ulfine_fast.cache.models.encoder import Encoder
 
 NAME = "text.h5"
 _HEAD = ("ln_post_weight", "ln_post_bias", "ln_post_eps", "projection")

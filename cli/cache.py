@@ -12,8 +12,8 @@ import typer
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from ulfine_fast.cache.assembly import Assembled
-    from ulfine_fast.cache.encoder import Encoder
+    from ulfine_fast.cache.models.encoder import Encoder
+    from ulfine_fast.cache.pipeline.assemble import Assembled
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
@@ -27,7 +27,7 @@ def merge(
     as_json: AsJson = False,
 ) -> None:
     """Make one cache of several that were extracted alike; classes are united by name."""
-    from ulfine_fast.cache.merge import merge as run
+    from ulfine_fast.cache.pipeline.merge import merge as run
 
     done = run(caches, out, prefix=prefix)
     typer.echo(json.dumps(done.to_dict()) if as_json else _text(done))
@@ -43,7 +43,7 @@ def export(
     as_json: AsJson = False,
 ) -> None:
     """Write the features of a cache as plain arrays."""
-    from ulfine_fast.cache.export import export as run
+    from ulfine_fast.cache.interop.export import export as run
 
     done = run(cache, out, to=to, rows_per_file=rows_per_file)
     said = f"{done.out}: {done.rows} rows, {done.files} files written"
@@ -98,9 +98,9 @@ def import_(
     as_json: AsJson = False,
 ) -> None:
     """Make a cache of features that another program computed."""
-    from ulfine_fast.cache.found import read_array
-    from ulfine_fast.cache.imports import import_features, open_features
-    from ulfine_fast.cache.prompts import read_prompts
+    from ulfine_fast.cache.interop.found import read_array
+    from ulfine_fast.cache.interop.import_features import import_features, open_features
+    from ulfine_fast.cache.models.prompts import read_prompts
 
     names = None if class_names is None else _lines(class_names)
     # The files first: a wrong path should not cost the loading of a model.
@@ -126,14 +126,14 @@ HELP = "Merge caches, export them as plain arrays, import features of other prog
 
 
 def _encoder(model: str, pretrained: str | None, device: str) -> Encoder:
-    from ulfine_fast.cache.encoder import load_encoder
+    from ulfine_fast.cache.models.encoder import load_encoder
 
     return load_encoder(model, pretrained, device=device)
 
 
 def _lines(class_names: Path) -> Sequence[str]:
     """Class names in label order; how many there are is for the file to say."""
-    from ulfine_fast.cache.prompts import count_names, read_class_names
+    from ulfine_fast.cache.models.prompts import count_names, read_class_names
 
     return read_class_names(class_names, [str(label) for label in range(count_names(class_names))])
 

@@ -21,7 +21,7 @@ def defaults_from(path: Path, commands: Any) -> dict[str, Any]:
     Raises:
         InputError: no such file, not TOML, no such command or option.
     """
-    from ulfine_fast.toml import read_toml
+    from ulfine_fast.cache.io.toml import read_toml
 
     return _checked(read_toml(path), commands, path, "")
 
@@ -40,7 +40,7 @@ def printed(context: Any) -> str:
 
 
 def _checked(found: dict[str, Any], group: Any, path: Path, where: str) -> dict[str, Any]:
-    from ulfine_fast.cache.errors import InputError
+    from ulfine_fast.cache.io.errors import InputError
 
     checked: dict[str, Any] = {}
     for name, values in found.items():
@@ -57,7 +57,7 @@ def _checked(found: dict[str, Any], group: Any, path: Path, where: str) -> dict[
 
 def _option(name: str, command: Any, path: Path) -> str:
     """The parameter that a name in the file stands for; dashes are underscores."""
-    from ulfine_fast.cache.errors import InputError
+    from ulfine_fast.cache.io.errors import InputError
 
     own = _options(command)
     wanted = name.replace("-", "_")

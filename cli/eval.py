@@ -18,9 +18,9 @@ def evaluate(
 ) -> None:
     """Compute a run's figures again from its heads, on its own test split or another cache of the same encoder."""
     from ulfine_fast.cli.tables import print_summary
-    from ulfine_fast.evaluate import evaluate as evaluate_run
-    from ulfine_fast.run import Run
-    from ulfine_fast.summary import summarize
+    from ulfine_fast.runs.evaluate import evaluate as evaluate_run
+    from ulfine_fast.runs.run import Run
+    from ulfine_fast.runs.seeds import summarize
 
     fitted = Run.load(run)
     figures = evaluate_run(fitted, cache)

@@ -21,8 +21,8 @@ def export(
     """Write a run's classifier with its settings and a model card."""
     from ulfine_fast.exports import FORMATS
     from ulfine_fast.exports import export as write
-    from ulfine_fast.predict import encoder_of_run
-    from ulfine_fast.run import Run
+    from ulfine_fast.runs.predict import encoder_of_run
+    from ulfine_fast.runs.run import Run
 
     fitted = Run.load(run)
     folder = write(fitted, out, to=to, encoder=encoder_of_run(fitted, "cpu") if with_encoder else None)

@@ -11,8 +11,8 @@ import typer
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from ulfine_fast.cache.append import AppendSummary
-    from ulfine_fast.cache.extract import Engine, ExtractSummary
+    from ulfine_fast.cache.pipeline.append import AppendSummary
+    from ulfine_fast.cache.pipeline.extract import Engine, ExtractSummary
 
 
 def extract(
@@ -86,11 +86,11 @@ def extract(
     if append:
         _append(context, source, out, class_names, workers, device, on, as_json)
         return
-    from ulfine_fast.cache.encoder import load_encoder
-    from ulfine_fast.cache.extract import extract as run
-    from ulfine_fast.cache.prompts import DEFAULT_PROMPTS, read_prompts
+    from ulfine_fast.cache.models.encoder import load_encoder
+    from ulfine_fast.cache.models.prompts import DEFAULT_PROMPTS, read_prompts
+    from ulfine_fast.cache.pipeline.extract import extract as run
+    from ulfine_fast.cache.pipeline.views import ViewRecipe
     from ulfine_fast.cache.sources import open_source
-    from ulfine_fast.cache.views import ViewRecipe
 
     recipe = ViewRecipe(weak=weak, strong=strong, seed=view_seed, weak_scale=(smallest_crop, 1.0))
     templates = DEFAULT_PROMPTS if prompts is None else read_prompts(prompts)
@@ -118,14 +118,14 @@ def extract(
 
 def _engine(engine: str, address: str | None, cpus: float, gpus: float) -> Callable[..., Engine | None]:
     """Arguments of the model -> where its shards are worked on; None for here."""
-    from ulfine_fast.cache.errors import InputError
+    from ulfine_fast.cache.io.errors import InputError
 
     if engine not in ("local", "ray"):
         raise InputError(f"engine must be local or ray, got {engine!r}")
     if engine == "local" and address is None:
         return lambda *_: None
-    from ulfine_fast.cache.on_ray import Loading, on_ray
-    from ulfine_fast.cache.ray_cluster import RayWorkers
+    from ulfine_fast.cache.io.ray_cluster import RayWorkers
+    from ulfine_fast.cache.pipeline.on_ray import Loading, on_ray
 
     return lambda *model: on_ray(Loading(*model), RayWorkers(address or "local", cpus, gpus))
 
@@ -148,10 +148,10 @@ def _append(
     as_json: bool,
 ) -> None:
     """Adds to the cache with the model and settings that its manifest names."""
-    from ulfine_fast.cache.append import append, features_of
-    from ulfine_fast.cache.encoder import load_encoder
-    from ulfine_fast.cache.errors import InputError
+    from ulfine_fast.cache.io.errors import InputError
     from ulfine_fast.cache.manifest import Manifest
+    from ulfine_fast.cache.models.encoder import load_encoder
+    from ulfine_fast.cache.pipeline.append import append, features_of
     from ulfine_fast.cache.sources import open_source
 
     for name in _OF_THE_CACHE:

@@ -12,8 +12,8 @@ from ulfine_fast.cli.settings import settings_with_file, with_settings
 if TYPE_CHECKING:
     from ulfine_fast.cache.store import FeatureCache
     from ulfine_fast.config import FitConfig
-    from ulfine_fast.run import Run
-    from ulfine_fast.splits import Split
+    from ulfine_fast.data.splits import Split
+    from ulfine_fast.runs.run import Run
 
 
 @with_settings
@@ -44,7 +44,7 @@ def fit(
 
     Interrupted, the same command goes on from the last evaluation.
     """
-    from ulfine_fast.cache.errors import InputError
+    from ulfine_fast.cache.io.errors import InputError
     from ulfine_fast.cli.tables import print_summary
     from ulfine_fast.config import FitConfig
 
@@ -54,8 +54,8 @@ def fit(
     first = FitConfig(**settings)
     configs = [FitConfig(**{**settings, "seed": first.seed + i}) for i in range(seeds)]
 
-    from ulfine_fast.loggers import refuse_unknown
-    from ulfine_fast.summary import CHECKPOINT, refuse_other_content, save_runs
+    from ulfine_fast.runs.loggers import refuse_unknown
+    from ulfine_fast.runs.seeds import CHECKPOINT, refuse_other_content, save_runs
 
     # before minutes of training, not after
     refuse_other_content(out, [config.seed for config in configs])
@@ -80,8 +80,8 @@ def fit(
 def _given(cache: Path, split: Path | None, labels: Path | None) -> tuple[FeatureCache, Split | None]:
     """The features, under corrected labels where there are any, and the saved split that was asked for."""
     from ulfine_fast.cache.store import FeatureCache
-    from ulfine_fast.corrections import corrected, corrected_split, read_corrections
-    from ulfine_fast.splits import read_split
+    from ulfine_fast.data.corrections import corrected, corrected_split, read_corrections
+    from ulfine_fast.data.splits import read_split
 
     features = FeatureCache.open(cache)
     saved = None if split is None else read_split(split, features.ids)
@@ -96,8 +96,8 @@ def _in_bags(
     cache: Path, split: Path | None, labels: Path | None, bags: Path | None, proportions: Path | None
 ) -> tuple[FeatureCache, Split]:
     """The features, and the split that trains on the bags of two files."""
-    from ulfine_fast.cache.errors import InputError
-    from ulfine_fast.proportions import bag_split, read_bags
+    from ulfine_fast.cache.io.errors import InputError
+    from ulfine_fast.related.label_proportions.files import bag_split, read_bags
 
     if bags is None or proportions is None:
         given, other = ("--bags", "--proportions") if proportions is None else ("--proportions", "--bags")
@@ -112,8 +112,8 @@ def _fit(
     cache: FeatureCache, configs: list[FitConfig], split: Split | None, device: str, checkpoint: Path
 ) -> list[Run]:
     """Fit, from where an interrupted fit of the same settings stood."""
-    from ulfine_fast.checkpoint import saved_step
-    from ulfine_fast.train import fit_many
+    from ulfine_fast.engine.checkpoint import saved_step
+    from ulfine_fast.engine.fit import fit_many
 
     step = saved_step(checkpoint)
     if step is not None:
@@ -123,8 +123,8 @@ def _fit(
 
 def _log(out: Path, names: list[str]) -> None:
     """Write the runs of a folder for other programs."""
-    from ulfine_fast.loggers import log_run
-    from ulfine_fast.run_files import load_runs
+    from ulfine_fast.runs.files import load_runs
+    from ulfine_fast.runs.loggers import log_run
 
     for name in names:
         for run in load_runs([out]):
@@ -133,7 +133,7 @@ def _log(out: Path, names: list[str]) -> None:
 
 def _end_with(failed: list[Run], out: Path) -> None:
     """Say which seeds diverged, and leave no empty folder."""
-    from ulfine_fast.cache.errors import InputError
+    from ulfine_fast.cache.io.errors import InputError
 
     for run in failed:
         try:

@@ -19,9 +19,9 @@ def inspect(
     """Print what is in a cache and check every byte of it."""
     from rich.console import Console
 
-    from ulfine_fast.cache.errors import InputError
+    from ulfine_fast.cache.io.errors import InputError
+    from ulfine_fast.cache.neighbors import leakage
     from ulfine_fast.cache.store import FeatureCache
-    from ulfine_fast.neighbors import leakage
 
     opened = FeatureCache.open(cache)
     summary = opened.summary()

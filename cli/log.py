@@ -16,9 +16,9 @@ def log(
     as_json: Annotated[bool, typer.Option("--json", help="Print what was written as JSON.")] = False,
 ) -> None:
     """Write runs where other programs look for experiments, without a network."""
-    from ulfine_fast.cache.progress import progress_bar
-    from ulfine_fast.loggers import log_run, named, refuse_unknown
-    from ulfine_fast.run_files import load_runs
+    from ulfine_fast.cache.io.progress import progress_bar
+    from ulfine_fast.runs.files import load_runs
+    from ulfine_fast.runs.loggers import log_run, named, refuse_unknown
 
     refuse_unknown(to)
     loaded, folder = load_runs(runs), out or Path("logs") / to

@@ -14,9 +14,8 @@ import typer
 from typer.core import TyperCommand
 
 from ulfine_fast._version import __version__
-from ulfine_fast.cache.errors import InputError
+from ulfine_fast.cache.io.errors import InputError
 from ulfine_fast.cli import cache
-from ulfine_fast.cli.adapt import adapt
 from ulfine_fast.cli.config_file import defaults_from, printed
 from ulfine_fast.cli.demo import demo
 from ulfine_fast.cli.eval import evaluate
@@ -25,14 +24,15 @@ from ulfine_fast.cli.extract import extract
 from ulfine_fast.cli.fit import fit
 from ulfine_fast.cli.inspect import inspect
 from ulfine_fast.cli.log import log
-from ulfine_fast.cli.multilabel import multilabel
 from ulfine_fast.cli.neighbors import neighbors
 from ulfine_fast.cli.predict import predict
 from ulfine_fast.cli.push import push
-from ulfine_fast.cli.realign import realign
 from ulfine_fast.cli.report import report
 from ulfine_fast.cli.review import review
 from ulfine_fast.cli.sweep import sweep
+from ulfine_fast.related.head_realignment.command import realign
+from ulfine_fast.related.multilabel.command import multilabel
+from ulfine_fast.related.test_time_adaptation.command import adapt
 
 _PRINT = "ulfine_fast.print_config"
 

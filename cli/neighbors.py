@@ -20,8 +20,8 @@ def neighbors(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object, with all pairs.")] = False,
 ) -> None:
     """Find pictures that are nearly the same, within and across splits."""
+    from ulfine_fast.cache.neighbors import build_index, near_duplicates, nearest_columns, summary_of
     from ulfine_fast.cache.store import FeatureCache
-    from ulfine_fast.neighbors import build_index, near_duplicates, nearest_columns, summary_of
 
     opened = FeatureCache.open(cache)
     index = build_index(opened.plain)
@@ -66,7 +66,7 @@ def _write(out: Path, columns: dict[str, Any]) -> None:
     import pyarrow as pa
     from pyarrow import parquet
 
-    from ulfine_fast.cache.errors import InputError
+    from ulfine_fast.cache.io.errors import InputError
 
     if out.suffix != ".parquet":
         raise InputError(f"out must end in .parquet, got {out.name!r}")

@@ -25,8 +25,8 @@ def predict(
     as_json: Annotated[bool, typer.Option("--json", help="Print counts as JSON.")] = False,
 ) -> None:
     """Predict the class of each picture: id, class, probability and the five likeliest classes."""
-    from ulfine_fast.predict import predict_pictures, write_predictions
-    from ulfine_fast.run import Run
+    from ulfine_fast.runs.predict import predict_pictures, write_predictions
+    from ulfine_fast.runs.run import Run
 
     found = predict_pictures(Run.load(run), pictures, device=device, batch_size=batch_size, five_crops=five_crops)
     write_predictions(found, out)

@@ -28,14 +28,14 @@ def report(
     as_json: Annotated[bool, typer.Option("--json", help="Print what was written as JSON.")] = False,
 ) -> None:
     """Write one self-contained HTML page about runs: tables, charts, confusion, pictures."""
+    from ulfine_fast.related.class_bias.section import read_groups
     from ulfine_fast.report.feature_map import mapper
+    from ulfine_fast.report.images import find_pictures
     from ulfine_fast.report.leakage import find_leakage
     from ulfine_fast.report.one_byte import rounder
     from ulfine_fast.report.page import render_page, write_page
-    from ulfine_fast.report.pictures import find_pictures
     from ulfine_fast.report.sweeps import find_sweeps
-    from ulfine_fast.report.transfer import read_groups
-    from ulfine_fast.run_files import load_runs
+    from ulfine_fast.runs.files import load_runs
 
     mapped = mapper(projection)
     loaded = load_runs(runs)

@@ -32,7 +32,7 @@ def review(
 
     Each label is saved at once; `fit --labels FILE` takes them.
     """
-    from ulfine_fast.cache.errors import InputError
+    from ulfine_fast.cache.io.errors import InputError
 
     if find_spec("flask") is None:
         raise InputError("the review needs Flask, which is not installed; pip install 'ulfine-fast[review]'")

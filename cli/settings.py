@@ -48,8 +48,8 @@ def settings_with_file(context: typer.Context, settings: dict[str, Any], path: P
     """
     if path is None:
         return settings
-    from ulfine_fast.cache.errors import InputError
-    from ulfine_fast.toml import read_toml
+    from ulfine_fast.cache.io.errors import InputError
+    from ulfine_fast.cache.io.toml import read_toml
 
     found = read_toml(path)
     try:

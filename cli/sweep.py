@@ -57,9 +57,9 @@ def sweep(
 ) -> None:
     """Search for the best settings on validation; a setting given as an option holds for every trial."""
     from ulfine_fast.cache.store import FeatureCache
+    from ulfine_fast.data.splits import read_split
     from ulfine_fast.search.on_ray import RayWorkers
     from ulfine_fast.search.sweep import sweep as search
-    from ulfine_fast.splits import read_split
 
     features = FeatureCache.open(cache)
     # a default on the command line is no wish: the space may search it
@@ -129,7 +129,7 @@ def _print_forecast(told: dict[str, Any]) -> None:
     if told["forecast"] is None:
         typer.echo(f"\nno forecast: {told['refused']}")
         return
-    from ulfine_fast.search.forecast import FORECASTERS
+    from ulfine_fast.related.forecast.forecast import FORECASTERS
 
     largest, target = told["curve"]["budgets"][-1], told["forecast"]["target"]
     typer.echo(f"\n{told['metric']} on validation, forecast from {largest:g} to {target:g} {told['over']}:")

@@ -23,7 +23,7 @@ def print_summary(rows: dict[str, dict[str, Any]], *, as_json: bool) -> None:
     """Print mean and 95% interval over seeds, shares as percent.
 
     Args:
-        rows: a summary (see `ulfine_fast.summary.summarize`) for each method.
+        rows: a summary (see `ulfine_fast.runs.seeds.summarize`) for each method.
         as_json: print the summaries as they are instead.
     """
     if as_json:

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from ulfine_fast.cache.errors import InputError
+from ulfine_fast.cache.io.errors import InputError
 from ulfine_fast.config import FitConfig, per_trial_fields, split_key, structural_key
 
 

@@ -18,8 +18,9 @@ from sklearn.utils.estimator_checks import parametrize_with_checks
 
 import ulfine_fast
 from ulfine_fast import FeatureCache, FitConfig, fit
-from ulfine_fast.cache.errors import InputError
+from ulfine_fast.cache.io.errors import InputError
 from ulfine_fast.config import METHODS
+from ulfine_fast.data.splits import Split
 from ulfine_fast.estimator import (
     FeatureClassifier,
     FixMatchClassifier,
@@ -27,7 +28,6 @@ from ulfine_fast.estimator import (
     ULFineClassifier,
     ULFinePlusClassifier,
 )
-from ulfine_fast.splits import Split
 
 EXAMPLES = Path(__file__).parents[1] / "docs/examples"
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from ulfine_fast.toml import read_toml
+from ulfine_fast.cache.io.toml import read_toml
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ["ulfine_fast", "cache", "cli"]

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 from ulfine_fast._version import __version__
 
 if TYPE_CHECKING:
-    from ulfine_fast.cache.errors import CacheMismatch, InputError
+    from ulfine_fast.cache.io.errors import CacheMismatch, InputError
     from ulfine_fast.cache.store import FeatureCache
     from ulfine_fast.config import FitConfig
+    from ulfine_fast.engine.fit import fit, fit_many
     from ulfine_fast.estimator import (
         FeatureClassifier,
         FixMatchClassifier,
@@ -23,26 +24,25 @@ if TYPE_CHECKING:
     )
     from ulfine_fast.exports import export, load, push
     from ulfine_fast.report import build_report
-    from ulfine_fast.run import Run
+    from ulfine_fast.runs.run import Run
     from ulfine_fast.search.result import SweepResult
     from ulfine_fast.search.sweep import sweep
-    from ulfine_fast.train import fit, fit_many
 
 _HOMES = {
-    "CacheMismatch": "ulfine_fast.cache.errors",
+    "CacheMismatch": "ulfine_fast.cache.io.errors",
     "FeatureCache": "ulfine_fast.cache.store",
     "FeatureClassifier": "ulfine_fast.estimator",
     "FitConfig": "ulfine_fast.config",
     "FixMatchClassifier": "ulfine_fast.estimator",
-    "InputError": "ulfine_fast.cache.errors",
+    "InputError": "ulfine_fast.cache.io.errors",
     "LinearProbeClassifier": "ulfine_fast.estimator",
-    "Run": "ulfine_fast.run",
+    "Run": "ulfine_fast.runs.run",
     "SweepResult": "ulfine_fast.search.result",
     "ULFineClassifier": "ulfine_fast.estimator",
     "ULFinePlusClassifier": "ulfine_fast.estimator",
     "build_report": "ulfine_fast.report",
-    "fit": "ulfine_fast.train",
-    "fit_many": "ulfine_fast.train",
+    "fit": "ulfine_fast.engine.fit",
+    "fit_many": "ulfine_fast.engine.fit",
     "export": "ulfine_fast.exports",
     "load": "ulfine_fast.exports",
     "push": "ulfine_fast.exports",

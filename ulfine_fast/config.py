@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-from ulfine_fast.cache.errors import InputError
+from ulfine_fast.cache.io.errors import InputError
 
 METHODS = (
     "zero_shot",

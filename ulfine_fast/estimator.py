@@ -18,11 +18,11 @@ from sklearn.utils.validation import (
     validate_data,
 )
 
-from ulfine_fast.cache.errors import InputError
+from ulfine_fast.cache.io.errors import InputError
 from ulfine_fast.cache.store import FeatureCache
 from ulfine_fast.config import FitConfig
-from ulfine_fast.splits import Split
-from ulfine_fast.train import fit
+from ulfine_fast.data.splits import Split
+from ulfine_fast.engine.fit import fit
 
 UNLABELED = -1
 # Fields that say which pictures are labelled, or how a run is watched: the arrays say the first, and nobody watches.

@@ -8,13 +8,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ulfine_fast.cache.errors import InputError
+from ulfine_fast.cache.io.errors import InputError
 from ulfine_fast.cache.sources.folder import FolderSource, PictureFolder
 from ulfine_fast.cache.sources.huggingface import PREFIX as HF
 from ulfine_fast.cache.sources.huggingface import HuggingFaceSource, is_saved
-from ulfine_fast.cache.sources.parquet_pictures import SUFFIX as PARQUET
-from ulfine_fast.cache.sources.parquet_pictures import ParquetSource, holds_pictures
-from ulfine_fast.cache.sources.picture import UnreadablePicture, load_picture
+from ulfine_fast.cache.sources.image import UnreadablePicture, load_picture
+from ulfine_fast.cache.sources.parquet_images import SUFFIX as PARQUET
+from ulfine_fast.cache.sources.parquet_images import ParquetSource, holds_pictures
 from ulfine_fast.cache.sources.rows import SPLITS, ListedSource, Part, Row, Source, StreamedSource, fingerprint
 from ulfine_fast.cache.sources.table import SUFFIXES, PictureTable, TableSource
 from ulfine_fast.cache.sources.tar import SUFFIX as TAR

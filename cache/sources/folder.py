@@ -9,9 +9,9 @@ from typing import Any
 
 from PIL import Image
 
-from ulfine_fast.cache.errors import InputError
-from ulfine_fast.cache.prompts import read_class_names
-from ulfine_fast.cache.sources.picture import load_picture, picture_suffixes
+from ulfine_fast.cache.io.errors import InputError
+from ulfine_fast.cache.models.prompts import read_class_names
+from ulfine_fast.cache.sources.image import load_picture, picture_suffixes
 from ulfine_fast.cache.sources.rows import SPLITS, UNKNOWN, Row, in_order
 
 LAYOUT = "expected CLASS/picture, or train/CLASS/picture beside unlabeled/, val/CLASS/ and test/CLASS/"

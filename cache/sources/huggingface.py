@@ -10,10 +10,10 @@ from typing import Any
 
 from PIL import Image
 
-from ulfine_fast.cache.errors import InputError
-from ulfine_fast.cache.prompts import read_class_names
-from ulfine_fast.cache.sources.parquet_pictures import LABELS
-from ulfine_fast.cache.sources.picture import UnreadablePicture, load_picture
+from ulfine_fast.cache.io.errors import InputError
+from ulfine_fast.cache.models.prompts import read_class_names
+from ulfine_fast.cache.sources.image import UnreadablePicture, load_picture
+from ulfine_fast.cache.sources.parquet_images import LABELS
 from ulfine_fast.cache.sources.rows import SPLITS, Part, Row
 from ulfine_fast.cache.sources.streams import Labels, classes_of, names_or_refuse, split_named
 

@@ -16,8 +16,8 @@ from typing import Any
 from braceexpand import braceexpand
 from fsspec.core import url_to_fs
 
-from ulfine_fast.cache.errors import InputError
-from ulfine_fast.cache.prompts import read_class_names_alone
+from ulfine_fast.cache.io.errors import InputError
+from ulfine_fast.cache.models.prompts import read_class_names_alone
 from ulfine_fast.cache.sources.rows import SPLITS, UNKNOWN, Part
 
 # Names people give to splits, those of data set libraries among them.

@@ -14,9 +14,9 @@ import pyarrow as pa
 from PIL import Image
 from pyarrow import parquet
 
-from ulfine_fast.cache.errors import InputError
-from ulfine_fast.cache.prompts import count_names, read_class_names
-from ulfine_fast.cache.sources.picture import load_picture
+from ulfine_fast.cache.io.errors import InputError
+from ulfine_fast.cache.models.prompts import count_names, read_class_names
+from ulfine_fast.cache.sources.image import load_picture
 from ulfine_fast.cache.sources.rows import SPLITS, UNKNOWN, Row, in_order
 
 COLUMNS = ("path", "label", "split")

@@ -15,8 +15,8 @@ from typing import Any, BinaryIO
 from fsspec.core import url_to_fs
 from PIL import Image
 
-from ulfine_fast.cache.errors import InputError
-from ulfine_fast.cache.sources.picture import UnreadablePicture, load_picture, picture_suffixes
+from ulfine_fast.cache.io.errors import InputError
+from ulfine_fast.cache.sources.image import UnreadablePicture, load_picture, picture_suffixes
 from ulfine_fast.cache.sources.rows import UNKNOWN, Part, Row
 from ulfine_fast.cache.sources.streams import (
     ASKED_AT_ONCE,

@@ -11,10 +11,10 @@ import numpy as np
 from PIL import Image
 from torchvision import datasets
 
-from ulfine_fast.cache.errors import InputError
-from ulfine_fast.cache.home import cache_home
-from ulfine_fast.cache.prompts import read_class_names
-from ulfine_fast.cache.sources.picture import UnreadablePicture, load_picture
+from ulfine_fast.cache.io.errors import InputError
+from ulfine_fast.cache.io.home import cache_home
+from ulfine_fast.cache.models.prompts import read_class_names
+from ulfine_fast.cache.sources.image import UnreadablePicture, load_picture
 from ulfine_fast.cache.sources.rows import UNKNOWN, Row, in_order
 
 NAMES = ("cifar10", "cifar100", "fashion_mnist", "food101", "stl10", "svhn")

@@ -9,7 +9,7 @@ from pathlib import Path
 import pyarrow as pa
 
 from ulfine_fast import Run
-from ulfine_fast.predict import predict_pictures
+from ulfine_fast.runs.predict import predict_pictures
 
 run, pictures = Run.load(sys.argv[1]), Path(sys.argv[2])
 

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 
 from benchmarks import data
-from benchmarks.cells import parse_cell
-from benchmarks.contenders import splits_of
+from benchmarks.speed.cells import parse_cell
+from benchmarks.speed.contenders import splits_of
 from tests.conftest import make_clusters
-from ulfine_fast.cache.errors import InputError
+from ulfine_fast.cache.io.errors import InputError
 
 
 @pytest.fixture(scope="module")

@@ -1,8 +1,8 @@
 import pytest
 
-from benchmarks.contenders import names
 from benchmarks.options import parse_methods, parse_seeds, parse_settings
-from ulfine_fast.cache.errors import InputError
+from benchmarks.speed.contenders import names
+from ulfine_fast.cache.io.errors import InputError
 
 
 @pytest.mark.parametrize(("text", "seeds"), [("0-4", (0, 1, 2, 3, 4)), ("3", (3,)), ("0,2,5-7", (0, 2, 5, 6, 7))])

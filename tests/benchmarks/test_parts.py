@@ -4,7 +4,7 @@ import pytest
 
 from benchmarks.parts import code_of, fingerprint_of, read_part, write_json, write_part
 from tests.conftest import make_clusters
-from ulfine_fast.cache.errors import InputError
+from ulfine_fast.cache.io.errors import InputError
 
 REQUEST = {"method": "ulfine", "seeds": [0, 1], "config": {"lr": 0.1, "mu": 0.01}}
 ROWS = [{"seed": 0, "accuracy": 0.5}, {"seed": 1, "accuracy": None}]

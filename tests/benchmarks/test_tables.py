@@ -2,9 +2,9 @@ import math
 
 import pytest
 
-from benchmarks.cells import parse_cell
+from benchmarks.speed.cells import parse_cell
 from benchmarks.tables import Rows, print_table, print_tables
-from ulfine_fast.intervals import mean_interval
+from ulfine_fast.metrics.intervals import mean_interval
 
 CELL = parse_cell("fashion_mnist:150:uniform")
 OTHER = parse_cell("digits:40:reversed")

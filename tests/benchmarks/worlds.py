@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from benchmarks.backbone import World
+from benchmarks.studies.backbone import World
 
 MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
 COLOURS = np.array([[200, 60, 60], [60, 200, 60], [60, 60, 200]])

@@ -8,11 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
+from tests.cache.samples import make_manifest, make_shard, put_shard
 from ulfine_fast.cache.manifest import Manifest
 from ulfine_fast.cache.shard import Shard
 from ulfine_fast.cache.text import TextFeatures, average, write_text
-
-from .samples import make_manifest, make_shard, put_shard
 
 # Rows of each shard: a second train shard, and one of each other split but val.
 PARTS = [("train", 4), ("train", 2), ("unlabeled", 3), ("test", 3)]

@@ -4,9 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from ulfine_fast.cache.encoder import Encoder, load_encoder
-
-from .samples import write_pictures, write_tiny_model
+from tests.cache.samples import write_pictures, write_tiny_model
+from ulfine_fast.cache.models.encoder import Encoder, load_encoder
 
 
 @pytest.fixture(scope="session")

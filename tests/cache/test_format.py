@@ -12,7 +12,7 @@ import h5py
 import numpy as np
 import pytest
 
-from ulfine_fast.cache.extract import extract
+from ulfine_fast.cache.pipeline.extract import extract
 from ulfine_fast.cache.sources import open_source
 from ulfine_fast.cache.store import FeatureCache
 
@@ -88,7 +88,7 @@ def test_shards_read_by_the_page_alone(folder):
 
 def test_bytes_and_tokens_read_by_the_page_alone(pictures, tiny_model, tmp_path):
     """The same pictures as float32 and as int8 with tokens: the page says how one comes from the other."""
-    from ulfine_fast.cache.encoder import load_encoder
+    from ulfine_fast.cache.models.encoder import load_encoder
 
     encoder = load_encoder(tiny_model, device="cpu", features="last-block")
     for dtype in ("float32", "int8"):
@@ -142,7 +142,7 @@ def test_text_read_by_the_page_alone(folder):
 
 
 def test_the_view_seed_is_as_the_page_says():
-    from ulfine_fast.cache.views import view_seed
+    from ulfine_fast.cache.pipeline.views import view_seed
 
     digest = hashlib.sha256(b"7/strong/1/train/cat/a.png").digest()
     assert view_seed(7, "train/cat/a.png", "strong", 1) == int.from_bytes(digest[:8], "big")

@@ -8,11 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from ulfine_fast.cache.errors import CacheMismatch, InputError
+from tests.cache.samples import make_manifest
+from ulfine_fast.cache.io.errors import CacheMismatch, InputError
 from ulfine_fast.cache.manifest import Manifest, is_cache
 from ulfine_fast.cache.shard import Layout
-
-from .samples import make_manifest
 
 
 def test_round_trip_and_exact_form(tmp_path):

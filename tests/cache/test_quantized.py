@@ -8,14 +8,13 @@ import h5py
 import numpy as np
 import pytest
 
+from tests.cache.samples import make_manifest, make_shard, make_text, put_shard
 from ulfine_fast.cache import shard as shards
-from ulfine_fast.cache.errors import InputError
+from ulfine_fast.cache.io.errors import InputError
 from ulfine_fast.cache.quantized import quantized, restored
 from ulfine_fast.cache.shard import Layout, pack_shard, read_shard, shard_path, verify_shard
 from ulfine_fast.cache.store import FeatureCache
 from ulfine_fast.cache.text import write_text
-
-from .samples import make_manifest, make_shard, make_text, put_shard
 
 LAYOUT = Layout(dim=4, dtype="int8", weak=1, strong=2)
 

@@ -11,11 +11,10 @@ import h5py
 import numpy as np
 import pytest
 
+from tests.cache.samples import LAYOUT, make_shard
 from ulfine_fast.cache import shard as shards
-from ulfine_fast.cache.errors import InputError
+from ulfine_fast.cache.io.errors import InputError
 from ulfine_fast.cache.shard import Layout, Shard, ShardRecord, pack_shard, read_shard, verify_shard, write_shard
-
-from .samples import LAYOUT, make_shard
 
 TINY_SHA256 = "3214d4386a01e28fe112b868ba78b839e2192e3e1aedc4483d65605f8a2de6ee"
 

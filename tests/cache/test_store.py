@@ -7,13 +7,12 @@ import h5py
 import numpy as np
 import pytest
 
+from tests.cache.samples import LAYOUT, PARTS, make_manifest, make_text, put_shard, write_cache
 from ulfine_fast.cache import store
-from ulfine_fast.cache.errors import InputError
+from ulfine_fast.cache.io.errors import InputError
 from ulfine_fast.cache.shard import shard_path
 from ulfine_fast.cache.store import FeatureCache
 from ulfine_fast.cache.text import average, read_text, write_text
-
-from .samples import LAYOUT, PARTS, make_manifest, make_text, put_shard, write_cache
 
 
 @pytest.fixture

@@ -244,7 +244,7 @@ def test_ctrl_c_is_exit_code_130_and_a_sentence(monkeypatch, cache, tmp_path):
     def interrupt(*_arguments, **_options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("ulfine_fast.train.fit_many", interrupt)
+    monkeypatch.setattr("ulfine_fast.engine.fit.fit_many", interrupt)
     done = run("fit", cache, "--out", tmp_path / "run")
     assert done.exit_code == 130
     assert "interrupted" in done.stderr

@@ -6,9 +6,9 @@ import pytest
 from typer.main import get_command
 from typer.testing import CliRunner
 
-from ulfine_fast.cache.device import pick_device
+from ulfine_fast.cache.io.device import pick_device
+from ulfine_fast.cache.io.toml import read_toml
 from ulfine_fast.cli.main import app
-from ulfine_fast.toml import read_toml
 
 
 def run(*arguments: str, **environment: str):

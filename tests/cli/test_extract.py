@@ -12,7 +12,7 @@ import typer
 from typer.testing import CliRunner
 
 from tests.cache.samples import write_pictures, write_tiny_model
-from ulfine_fast.cache.errors import CacheMismatch, InputError
+from ulfine_fast.cache.io.errors import CacheMismatch, InputError
 from ulfine_fast.cache.store import FeatureCache
 from ulfine_fast.cli.extract import extract
 from ulfine_fast.cli.inspect import inspect
@@ -125,7 +125,7 @@ CHILD = """
 import signal, sys, threading
 signal.signal(signal.SIGINT, signal.default_int_handler)
 from pathlib import Path
-from ulfine_fast.cache import extract
+from ulfine_fast.cache.pipeline import extract
 from ulfine_fast.cli.main import main
 reached, note = Path(sys.argv.pop()), extract._Work._note_batch
 seen = []

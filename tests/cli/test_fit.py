@@ -9,8 +9,9 @@ import torch
 
 from tests.cache.samples import write_pictures, write_tiny_model
 from tests.cli.test_bad_input import run
-from ulfine_fast import Run, train
-from ulfine_fast.checkpoint import Checkpoint
+from ulfine_fast import Run
+from ulfine_fast.engine import fit as train
+from ulfine_fast.engine.checkpoint import Checkpoint
 
 OPTIONS = ["--steps", 30, "--eval-every", 10]
 WILD = ["--lr", 1e38, "--weight-decay", 1e3]

@@ -14,7 +14,7 @@ from tests.cli.test_bad_input import run as command
 from ulfine_fast import InputError, Run, fit, load
 from ulfine_fast.exports import FORMATS, export
 from ulfine_fast.exports.card import escaped
-from ulfine_fast.predict import encoder_of_run, predict_pictures
+from ulfine_fast.runs.predict import encoder_of_run, predict_pictures
 
 
 @pytest.fixture(scope="module")

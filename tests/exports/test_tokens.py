@@ -7,10 +7,10 @@ import dataclasses
 import numpy as np
 import pytest
 
-from tests.test_adaptformer import QUICK, world  # noqa: F401
+from tests.core.test_adaptformer import QUICK, world  # noqa: F401
 from ulfine_fast import InputError, fit, load
 from ulfine_fast.exports import export
-from ulfine_fast.predict import encoder_of_run
+from ulfine_fast.runs.predict import encoder_of_run
 
 
 def test_tokens_go_in_and_the_encoder_stays_out(world, tmp_path):  # noqa: F811

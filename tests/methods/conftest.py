@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from ulfine_fast.config import FitConfig, per_trial_fields
-from ulfine_fast.features import DeviceFeatures
-from ulfine_fast.methods import Batch, Pool, Trials, method_of
+from ulfine_fast.core.features import DeviceFeatures
+from ulfine_fast.core.types import Batch, Pool, Trials
+from ulfine_fast.methods.registry import method_of
 from ulfine_fast.ops.prototypes import normalize
 
 

@@ -7,7 +7,8 @@ import torch
 
 from tests.methods.conftest import pool_of, trials_of
 from ulfine_fast.config import FitConfig
-from ulfine_fast.methods import gmm, method_of
+from ulfine_fast.methods import gmm
+from ulfine_fast.methods.registry import method_of
 from ulfine_fast.ops.prototypes import normalize
 
 K, D = 3, 6

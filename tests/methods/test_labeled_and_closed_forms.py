@@ -7,8 +7,8 @@ import pytest
 
 from tests.conftest import make_clusters
 from ulfine_fast import fit, fit_many
-from ulfine_fast.run import Run
-from ulfine_fast.splits import draw_split
+from ulfine_fast.data.splits import draw_split
+from ulfine_fast.runs.run import Run
 
 METHODS = [
     "lift",

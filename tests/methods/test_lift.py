@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ulfine_fast.cache.errors import InputError
+from ulfine_fast.cache.io.errors import InputError
 from ulfine_fast.config import FitConfig
 from ulfine_fast.methods.lift import lift_settings
 from ulfine_fast.ops.losses import adjusted_cross_entropy

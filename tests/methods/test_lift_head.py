@@ -5,10 +5,10 @@ import dataclasses
 import pytest
 import torch
 
-from ulfine_fast.cache.errors import InputError
+from ulfine_fast.cache.io.errors import InputError
 from ulfine_fast.config import FitConfig
-from ulfine_fast.methods import method_of
 from ulfine_fast.methods.lift_head import lift_head_settings, text_start
+from ulfine_fast.methods.registry import method_of
 from ulfine_fast.ops.losses import adjusted_cross_entropy
 
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from ulfine_fast.config import FitConfig, per_trial_fields
-from ulfine_fast.methods import Batch, Trials, method_of
+from ulfine_fast.core.types import Batch, Trials
+from ulfine_fast.methods.registry import method_of
 from ulfine_fast.ops.prototypes import normalize
 
 T, B, U, K, D = 2, 6, 8, 3, 5

@@ -3,8 +3,8 @@ from __future__ import annotations
 import torch
 
 from tests.conftest import make_clusters
-from ulfine_fast.features import DeviceFeatures
-from ulfine_fast.methods import Pool
+from ulfine_fast.core.features import DeviceFeatures
+from ulfine_fast.core.types import Pool
 from ulfine_fast.ops.prototypes import normalize
 
 ROWS = torch.tensor([[0, 5, 7], [9, 0, 0]])

@@ -7,7 +7,7 @@ import pytest
 
 from tests.conftest import make_clusters
 from ulfine_fast import fit, fit_many
-from ulfine_fast.run import Run
+from ulfine_fast.runs.run import Run
 
 METHODS = [
     "fixmatch",

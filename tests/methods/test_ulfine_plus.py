@@ -6,9 +6,9 @@ import torch
 
 from tests.conftest import make_clusters
 from ulfine_fast import FeatureCache, FitConfig, Run, fit, fit_many
+from ulfine_fast.data.splits import draw_split
 from ulfine_fast.methods import ulfine_plus
 from ulfine_fast.ops.evidence import fold_numbers
-from ulfine_fast.splits import draw_split
 
 SEEDS = range(3)
 

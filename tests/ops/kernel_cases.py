@@ -9,8 +9,8 @@ import torch
 
 from tests.conftest import make_clusters
 from ulfine_fast import FitConfig, fit_many
+from ulfine_fast.core.fused.heads import inverse_lengths
 from ulfine_fast.ops import kernels
-from ulfine_fast.ops.fused_heads import inverse_lengths
 from ulfine_fast.ops.fusion import fuse
 from ulfine_fast.ops.losses import adjusted_cross_entropy
 from ulfine_fast.ops.losses import pseudo_labels as plain_pseudo_labels

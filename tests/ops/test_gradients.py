@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.autograd import gradcheck
 
-from ulfine_fast.heads import adapt, cosine_logits, new_adapter
+from ulfine_fast.core.heads import adapt, cosine_logits, new_adapter
 from ulfine_fast.ops.fusion import fuse
 from ulfine_fast.ops.losses import masked_mean
 from ulfine_fast.ops.margins import smoothed_cross_entropy, with_margin

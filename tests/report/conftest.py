@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from .writer import write_run, write_study
+from tests.report.writer import write_run, write_study
 
 
 @pytest.fixture

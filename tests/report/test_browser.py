@@ -12,9 +12,8 @@ from typing import Any
 
 import pytest
 
+from tests.report.writer import RunSpec, stripes, write_run, write_study
 from ulfine_fast.report import build_report
-
-from .writer import RunSpec, stripes, write_run, write_study
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")

@@ -6,10 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.report.writer import slow_ece, softmax
 from ulfine_fast.report.calibration import pooled
-from ulfine_fast.run_files import Predictions, load_run
-
-from .writer import slow_ece, softmax
+from ulfine_fast.runs.files import Predictions, load_run
 
 
 def rows_of(logits: np.ndarray, labels: np.ndarray) -> Predictions:

@@ -7,11 +7,10 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from ulfine_fast.cache.errors import InputError
+from tests.report.test_images import draw_folder, run_of, write_cache
+from tests.report.writer import PageTables
+from ulfine_fast.cache.io.errors import InputError
 from ulfine_fast.cli.report import report
-
-from .test_pictures import draw_folder, run_of, write_cache
-from .writer import PageTables
 
 app = typer.Typer()
 app.command()(report)

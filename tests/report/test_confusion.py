@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 
 from ulfine_fast.report.confusion import Confused, most_confused, pair_counts, share_matrix
-from ulfine_fast.run_files import Predictions
+from ulfine_fast.runs.files import Predictions
 
 
 def rows(labels: list[int], predicted: list[int]) -> Predictions:

@@ -7,16 +7,15 @@ import re
 import numpy as np
 import pytest
 
+from tests.report.writer import write_run
 from ulfine_fast import FitConfig, build_report, fit
-from ulfine_fast.cache.errors import InputError
+from ulfine_fast.cache.io.errors import InputError
 from ulfine_fast.cache.store import FeatureCache
 from ulfine_fast.report.charts import map_chart
 from ulfine_fast.report.feature_map import mapper
 from ulfine_fast.report.page import render_page
-from ulfine_fast.run_files import load_run
-from ulfine_fast.summary import save_runs
-
-from .writer import write_run
+from ulfine_fast.runs.files import load_run
+from ulfine_fast.runs.seeds import save_runs
 
 
 @pytest.fixture(scope="module")

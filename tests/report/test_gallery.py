@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from ulfine_fast.report import gallery
-from ulfine_fast.run_files import Predictions
+from ulfine_fast.runs.files import Predictions
 
 
 def rows(labels: list[int], predicted: list[int], confidence: list[float], ids: list[str] | None = None) -> Predictions:

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.report.writer import RunSpec, edit_json, write_run, write_study
 from ulfine_fast.report.groups import (
     best_by_validation,
     charted,
@@ -18,9 +19,7 @@ from ulfine_fast.report.groups import (
     same_counts,
     tail_third,
 )
-from ulfine_fast.run_files import load_run, load_runs
-
-from .writer import RunSpec, edit_json, write_run, write_study
+from ulfine_fast.runs.files import load_run, load_runs
 
 
 def test_seeds_of_one_setting_form_a_group(study: Path) -> None:

@@ -8,19 +8,18 @@ import numpy as np
 import pytest
 
 from tests.cache.samples import write_cache, write_pictures, write_tiny_model
+from tests.report.writer import RunSpec, write_run
 from ulfine_fast import FitConfig, Run, build_report, fit
-from ulfine_fast.cache.encoder import load_encoder
-from ulfine_fast.cache.extract import extract
+from ulfine_fast.cache.models.encoder import load_encoder
+from ulfine_fast.cache.pipeline.extract import extract
 from ulfine_fast.cache.sources import open_source
 from ulfine_fast.cache.store import FeatureCache
-from ulfine_fast.metrics import softmax
+from ulfine_fast.metrics.classification import softmax
 from ulfine_fast.report.groups import group_runs
 from ulfine_fast.report.one_byte import Cost, cost_section, rounder
 from ulfine_fast.report.page import render_page
-from ulfine_fast.run_files import load_run
-from ulfine_fast.summary import save_runs
-
-from .writer import RunSpec, write_run
+from ulfine_fast.runs.files import load_run
+from ulfine_fast.runs.seeds import save_runs
 
 SPLITS = [("train", 6), ("train", 6), ("unlabeled", 4), ("val", 4), ("test", 9), ("test", 8)]
 

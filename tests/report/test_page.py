@@ -16,10 +16,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ulfine_fast.cache.errors import InputError
+from tests.report.writer import METHODS, PageTables, RunSpec, edit_json, metrics_of, stripes, write_run, write_study
+from ulfine_fast.cache.io.errors import InputError
 from ulfine_fast.report import build_report
-
-from .writer import METHODS, PageTables, RunSpec, edit_json, metrics_of, stripes, write_run, write_study
 
 T_975 = {2: 12.706205, 3: 4.302653, 5: 2.776445}  # by number of seeds
 

@@ -11,12 +11,11 @@ from typing import Any
 import pytest
 
 from tests.cli.test_bad_input import run as command
+from tests.report.writer import write_run
 from ulfine_fast import build_report, sweep
-from ulfine_fast.cache.errors import InputError
+from ulfine_fast.cache.io.errors import InputError
 from ulfine_fast.report.charts import share_bars
 from ulfine_fast.report.sweeps import find_sweeps, sweeps_section
-
-from .writer import write_run
 
 SPACE = {
     "method": ["lightweight", "linear_probe"],

@@ -7,8 +7,8 @@ import io
 import pytest
 from PIL import Image
 
-from ulfine_fast.cache.errors import InputError
-from ulfine_fast.corrections import read_corrections
+from ulfine_fast.cache.io.errors import InputError
+from ulfine_fast.data.corrections import read_corrections
 from ulfine_fast.review.app import create_app, make_server, new_token
 
 TOKEN = "secret"

@@ -7,10 +7,9 @@ import threading
 
 import pytest
 
-from ulfine_fast.corrections import read_corrections
+from tests.review.conftest import BAD
+from ulfine_fast.data.corrections import read_corrections
 from ulfine_fast.review.app import make_server
-
-from .conftest import BAD
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")

@@ -7,10 +7,10 @@ import pytest
 
 from tests.conftest import make_clusters
 from ulfine_fast import FeatureCache, FitConfig
-from ulfine_fast.cache.errors import InputError
-from ulfine_fast.neighbors import Duplicates, near_duplicates
+from ulfine_fast.cache.io.errors import InputError
+from ulfine_fast.cache.neighbors import Duplicates, near_duplicates
+from ulfine_fast.data.splits import Split, draw_split
 from ulfine_fast.review.ranking import candidates, doubtful, judge, rare, twins
-from ulfine_fast.splits import Split, draw_split
 
 QUICK = {"method": "linear_probe", "val_fraction": 0.0, "steps": 60, "eval_every": 30}
 

@@ -7,12 +7,11 @@ import threading
 import pytest
 
 from tests.cli.test_bad_input import run
+from tests.review.conftest import BAD
 from ulfine_fast import Run
-from ulfine_fast.cache.errors import InputError
-from ulfine_fast.corrections import read_corrections
+from ulfine_fast.cache.io.errors import InputError
+from ulfine_fast.data.corrections import read_corrections
 from ulfine_fast.review.session import Conflict, Session
-
-from .conftest import BAD
 
 
 def test_a_label_is_in_the_file_when_put_returns(session):

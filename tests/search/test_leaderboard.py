@@ -8,13 +8,13 @@ import numpy as np
 import optuna
 import pytest
 
+from ulfine_fast.cache.io.toml import read_toml, toml_text
 from ulfine_fast.config import FitConfig
-from ulfine_fast.intervals import Interval
+from ulfine_fast.metrics.intervals import Interval
 from ulfine_fast.search.leaderboard import _fronts, importance, rank_trials, write_best, write_board, write_rows
 from ulfine_fast.search.plan import Plan, default_batch, wanted_trials
 from ulfine_fast.search.samplers import distributions, quiet_optuna
 from ulfine_fast.search.space import parse_space
-from ulfine_fast.toml import read_toml, toml_text
 
 SPACE = parse_space({"method": "ulfine", "lr": {"low": 0.0, "high": 1.0}, "tau": {"low": 0.0, "high": 1.0}})
 

@@ -8,9 +8,9 @@ import pytest
 
 from tests.conftest import make_clusters
 from ulfine_fast import InputError, sweep
-from ulfine_fast.cache import ray_cluster
-from ulfine_fast.search.ledger import open_storage
+from ulfine_fast.cache.io import ray_cluster
 from ulfine_fast.search.on_ray import RayWorkers
+from ulfine_fast.search.study import open_storage
 
 STORE = 80 << 20  # bytes, the least that Ray takes
 
@@ -85,7 +85,7 @@ def test_without_ray_the_extra_is_named(monkeypatch, clusters, tmp_path):
 
 
 def test_a_trial_told_twice_keeps_its_first_figures(clusters, tmp_path):
-    from ulfine_fast.search.ledger import Ledger
+    from ulfine_fast.search.study import Ledger
 
     options = {"out": tmp_path / "sweep", "trials": 2, "sampler": "random", "refit": 0}
     result = sweep(clusters, {"method": "linear_probe", "steps": 5, "lr": {"low": 0.01, "high": 0.1}}, **options)

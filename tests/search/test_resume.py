@@ -13,7 +13,7 @@ import pytest
 
 from tests.search.conftest import SPACE, told
 from ulfine_fast.search import sweep as module
-from ulfine_fast.search.ledger import Ledger
+from ulfine_fast.search.study import Ledger
 
 ROOT = Path(__file__).parents[2]
 EVERY_STEP = {**SPACE, "eval_every": 1}
@@ -26,7 +26,7 @@ def test_finished_trials_are_never_run_again(search, monkeypatch):
     assert len(later.study.trials) == 6
     assert json.loads((later.out / "sweep.json").read_text())["trials"] == 6
     monkeypatch.setattr(module, "run_share", None)
-    monkeypatch.setattr("ulfine_fast.train.fit_many", None)
+    monkeypatch.setattr("ulfine_fast.engine.fit.fit_many", None)
     assert told(search(trials=6, refit=1, refit_seeds=1)) == told(later)
     assert told(search(trials=2, refit=1, refit_seeds=1)) == told(later)
 
@@ -36,7 +36,7 @@ import os, signal
 from tests.conftest import make_clusters
 from tests.search.conftest import SPACE
 from ulfine_fast import sweep
-from ulfine_fast.search import passes
+from ulfine_fast.search import trial_batches as passes
 
 look = passes.Watch.__call__
 
@@ -70,7 +70,7 @@ def test_a_sweep_killed_in_its_second_pass_goes_on_there(search, tmp_path, monke
         steps.append(step)
         return look(watch, step, rows)
 
-    monkeypatch.setattr("ulfine_fast.search.passes.Watch.__call__", spy)
+    monkeypatch.setattr("ulfine_fast.search.trial_batches.Watch.__call__", spy)
     continued = search(EVERY_STEP, out=out, batch=3)
     # the evaluation it died in may be looked at again, the ones before may not
     assert 14 <= steps[0] <= 15

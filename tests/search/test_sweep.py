@@ -13,8 +13,8 @@ import pytest
 from tests.conftest import make_clusters
 from tests.search.conftest import SPACE, told
 from ulfine_fast import FitConfig, InputError, Run, fit_many
-from ulfine_fast.intervals import mean_interval
-from ulfine_fast.toml import read_toml
+from ulfine_fast.cache.io.toml import read_toml
+from ulfine_fast.metrics.intervals import mean_interval
 
 ROOT = Path(__file__).parents[2]
 
@@ -47,7 +47,7 @@ def test_the_test_split_is_not_looked_at_before_the_refit(search, monkeypatch):
         seen.append([("accuracy" in run.metrics, len(run.test_ids)) for run in runs])
         return runs
 
-    monkeypatch.setattr("ulfine_fast.train.fit_many", spy)
+    monkeypatch.setattr("ulfine_fast.engine.fit.fit_many", spy)
     search(trials=3, refit=1, refit_seeds=2)
     assert seen == [[(False, 0)] * 3, [(True, 60)] * 2]
 

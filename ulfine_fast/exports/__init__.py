@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ulfine_fast.exports.hub import pull, push
-from ulfine_fast.exports.loaded import Loaded, load
+from ulfine_fast.exports.load import Loaded, load
 from ulfine_fast.exports.write import FORMATS, export
 
 __all__ = ["FORMATS", "Loaded", "export", "load", "pull", "push"]

@@ -6,7 +6,7 @@ import json
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ulfine_fast.run import Run
+    from ulfine_fast.runs.run import Run
 
 _SPECIAL = "\\`*_{}[]<>()#+-.!|~&$:@\"'"
 _FIGURES = {

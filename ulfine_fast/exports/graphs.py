@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from ulfine_fast.cache.errors import InputError
-from ulfine_fast.methods import run_logits
+from ulfine_fast.cache.io.errors import InputError
 from ulfine_fast.ops.prototypes import normalize
+from ulfine_fast.runs.run import run_logits
 
 if TYPE_CHECKING:
-    from ulfine_fast.cache.encoder import Encoder
-    from ulfine_fast.run import Run
+    from ulfine_fast.cache.models.encoder import Encoder
+    from ulfine_fast.runs.run import Run
 
 
 class Scorer(nn.Module):

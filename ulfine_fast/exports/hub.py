@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-from ulfine_fast.cache.errors import InputError
+from ulfine_fast.cache.io.errors import InputError
 
 SCHEME = "hf://"
 CARD = "README.md"
@@ -41,7 +41,7 @@ def push(
     """
     from huggingface_hub import CommitOperationAdd, HfApi
 
-    from ulfine_fast.exports.loaded import read_config
+    from ulfine_fast.exports.load import read_config
     from ulfine_fast.exports.write import CONFIG
 
     told = read_config(Path(folder))

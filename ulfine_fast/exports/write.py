@@ -16,13 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from ulfine_fast._version import __version__
-from ulfine_fast.cache.errors import InputError
+from ulfine_fast.cache.io.errors import InputError
 from ulfine_fast.exports.card import model_card
 from ulfine_fast.exports.graphs import PictureScorer, Scorer
 
 if TYPE_CHECKING:
-    from ulfine_fast.cache.encoder import Encoder
-    from ulfine_fast.run import Run
+    from ulfine_fast.cache.models.encoder import Encoder
+    from ulfine_fast.runs.run import Run
 
 FORMAT = "ulfine-fast-model"
 # What each is written as.
@@ -44,7 +44,7 @@ def export(run: Run, out: str | Path, *, to: str = "safetensors", encoder: Encod
         out: a new or empty folder.
         to: "safetensors" for the heads' tensors and settings; "onnx", "torchscript" or "torch.export" for a graph of
             everything from features to probabilities.
-        encoder: the run's encoder (`ulfine_fast.predict.encoder_of_run`), to put it into the graph too, which then
+        encoder: the run's encoder (`ulfine_fast.runs.predict.encoder_of_run`), to put it into the graph too, which then
             takes pictures of the model's size.
 
     Returns:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from ulfine_fast.methods import Method
 from ulfine_fast.methods.abc import ABC
 from ulfine_fast.methods.acr import ACR
+from ulfine_fast.methods.base import Method
 from ulfine_fast.methods.ccl import CCL
 from ulfine_fast.methods.clip_adapter import ClipAdapter
 from ulfine_fast.methods.cossl import CoSSL
@@ -25,8 +25,6 @@ from ulfine_fast.methods.lift_head import LiftHead
 from ulfine_fast.methods.lightweight import Lightweight
 from ulfine_fast.methods.linear_probe import LinearProbe
 from ulfine_fast.methods.loft import LoFT
-from ulfine_fast.methods.poft import PoFT
-from ulfine_fast.methods.proportions import Proportions
 from ulfine_fast.methods.simpro import SimPro
 from ulfine_fast.methods.softmatch import SoftMatch
 from ulfine_fast.methods.supervised import LDAM, BalancedSoftmax, ClassBalanced, CrossEntropy
@@ -35,6 +33,8 @@ from ulfine_fast.methods.tip_adapter_f import TipAdapterF
 from ulfine_fast.methods.ulfine import ULFine
 from ulfine_fast.methods.ulfine_plus import ULFinePlus
 from ulfine_fast.methods.zero_shot import ZeroShot
+from ulfine_fast.related.label_proportions.method import Proportions
+from ulfine_fast.related.preference.poft import PoFT
 
 CLASSES: dict[str, type[Method]] = {
     "zero_shot": ZeroShot,

@@ -11,8 +11,9 @@ import math
 import torch
 from torch import Tensor
 
-from ulfine_fast.heads import Tensors, cosine_logits, padded_normals
-from ulfine_fast.methods import Batch, Losses, Method, State, Trials
+from ulfine_fast.core.heads import Tensors, cosine_logits, padded_normals
+from ulfine_fast.core.types import Batch, Losses, State, Trials
+from ulfine_fast.methods.base import Method
 from ulfine_fast.ops.losses import adjusted_cross_entropy
 from ulfine_fast.ops.prototypes import normalize
 

@@ -12,8 +12,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ulfine_fast.heads import Tensors, adapt, cosine_logits
-from ulfine_fast.methods import Batch, Losses, State, Trials
+from ulfine_fast.core.heads import Tensors, adapt, cosine_logits
+from ulfine_fast.core.types import Batch, Losses, State, Trials
 from ulfine_fast.methods.fixmatch import FixMatch, plain_cross_entropy
 from ulfine_fast.ops.philox import Purpose, words
 from ulfine_fast.ops.prototypes import normalize

@@ -10,8 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ulfine_fast.heads import Tensors, adapt, cosine_logits
-from ulfine_fast.methods import Batch, Losses, State, Trials
+from ulfine_fast.core.heads import Tensors, adapt, cosine_logits
+from ulfine_fast.core.types import Batch, Losses, State, Trials
 from ulfine_fast.methods.fixmatch import FixMatch, plain_cross_entropy
 from ulfine_fast.ops.distributions import rank_thirds
 from ulfine_fast.ops.losses import adjusted_cross_entropy, pseudo_labels

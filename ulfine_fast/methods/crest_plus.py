@@ -11,8 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ulfine_fast.heads import Tensors
-from ulfine_fast.methods import Batch, Losses, State, Trials
+from ulfine_fast.core.heads import Tensors
+from ulfine_fast.core.types import Batch, Losses, State, Trials
 from ulfine_fast.methods.fixmatch import FixMatch
 from ulfine_fast.ops.distributions import aligned, reversed_ranks
 from ulfine_fast.ops.losses import PseudoLabels

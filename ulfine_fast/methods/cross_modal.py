@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from ulfine_fast.methods import Batch, Losses, State, Trials
+from ulfine_fast.core.types import Batch, Losses, State, Trials
 from ulfine_fast.methods.linear_probe import LinearProbe
 from ulfine_fast.ops.losses import adjusted_cross_entropy
 

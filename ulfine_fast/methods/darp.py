@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ulfine_fast.methods import Batch, Pool, State, Trials
+from ulfine_fast.core.types import Batch, Pool, State, Trials
 from ulfine_fast.methods.fixmatch import FixMatch
 from ulfine_fast.ops.losses import PseudoLabels
 from ulfine_fast.ops.refinement import prune, refine

@@ -12,8 +12,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ulfine_fast.heads import Tensors, adapt
-from ulfine_fast.methods import Batch, Losses, Pool, State, Trials
+from ulfine_fast.core.heads import Tensors, adapt
+from ulfine_fast.core.types import Batch, Losses, Pool, State, Trials
 from ulfine_fast.methods.fixmatch import FixMatch, soft_cross_entropy
 from ulfine_fast.ops.losses import PseudoLabels
 from ulfine_fast.ops.prototypes import class_means, move_visual, normalize

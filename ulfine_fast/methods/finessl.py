@@ -11,8 +11,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ulfine_fast.heads import Tensors, adapt, cosine_logits, new_adapter
-from ulfine_fast.methods import Batch, Losses, Method, Pool, State, Trials
+from ulfine_fast.core.heads import Tensors, adapt, cosine_logits, new_adapter
+from ulfine_fast.core.types import Batch, Losses, Pool, State, Trials
+from ulfine_fast.methods.base import Method
 from ulfine_fast.ops.losses import PseudoLabels, adjusted_cross_entropy, pseudo_labels
 from ulfine_fast.ops.margins import balanced_margins, class_counts, smoothed_cross_entropy, with_margin
 

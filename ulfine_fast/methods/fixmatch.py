@@ -10,12 +10,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ulfine_fast.fused import FusedStep, UnadjustedStep
-from ulfine_fast.methods import Batch, Losses, State, Trials
+from ulfine_fast.core.fused.step import FusedStep, UnadjustedStep
+from ulfine_fast.core.types import Batch, Losses, State, Trials
 from ulfine_fast.methods.lightweight import Lightweight
-from ulfine_fast.methods.poft import reference
 from ulfine_fast.ops.losses import PseudoLabels, adjusted_cross_entropy, masked_mean, pseudo_labels
-from ulfine_fast.ops.preference import preferred
+from ulfine_fast.related.preference.losses import preferred
+from ulfine_fast.related.preference.poft import reference
 
 
 class FixMatch(Lightweight):

@@ -14,8 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ulfine_fast.heads import Tensors, cosine_logits
-from ulfine_fast.methods import Method, Pool, State, Trials
+from ulfine_fast.core.heads import Tensors, cosine_logits
+from ulfine_fast.core.types import Pool, State, Trials
+from ulfine_fast.methods.base import Method
 from ulfine_fast.ops.graph import nearest, spread, symmetric
 from ulfine_fast.ops.prototypes import normalize
 

@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ulfine_fast.heads import Tensors
-from ulfine_fast.methods import Method, Pool, State, Trials
+from ulfine_fast.core.heads import Tensors
+from ulfine_fast.core.types import Pool, State, Trials
+from ulfine_fast.methods.base import Method
 from ulfine_fast.ops.graph import Neighbors, nearest, normalized, propagate, symmetric
 from ulfine_fast.ops.margins import balanced_one_hot
 from ulfine_fast.ops.prototypes import normalize

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from ulfine_fast.cache.errors import InputError
+from ulfine_fast.cache.io.errors import InputError
 from ulfine_fast.methods.lightweight import Lightweight
 
 

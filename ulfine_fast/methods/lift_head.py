@@ -12,10 +12,10 @@ from typing import Any
 
 from torch import Tensor
 
-from ulfine_fast.cache.errors import InputError
-from ulfine_fast.fused import FusedStep
-from ulfine_fast.heads import Tensors, cosine_logits, frozen_end, last_norm
-from ulfine_fast.methods import State, Trials
+from ulfine_fast.cache.io.errors import InputError
+from ulfine_fast.core.fused.step import FusedStep
+from ulfine_fast.core.heads import Tensors, cosine_logits, frozen_end, last_norm
+from ulfine_fast.core.types import State, Trials
 from ulfine_fast.methods.lift import lift_settings
 from ulfine_fast.methods.linear_probe import LinearProbe
 from ulfine_fast.ops.prototypes import normalize

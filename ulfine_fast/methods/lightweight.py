@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ulfine_fast.fused import FusedStep
-from ulfine_fast.heads import Tensors, adapt, cosine_logits
-from ulfine_fast.methods import Batch, Losses, Method, State, Trials
+from ulfine_fast.core.fused.step import FusedStep
+from ulfine_fast.core.heads import Tensors, adapt, cosine_logits
+from ulfine_fast.core.types import Batch, Losses, State, Trials
+from ulfine_fast.methods.base import Method
 from ulfine_fast.ops.losses import adjusted_cross_entropy, masked_mean, pseudo_labels
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ulfine_fast.methods import Batch, Losses, State, Trials
+from ulfine_fast.core.types import Batch, Losses, State, Trials
 from ulfine_fast.methods.lightweight import Lightweight
 from ulfine_fast.ops.losses import PseudoLabels, adjusted_cross_entropy, pseudo_labels
 

@@ -10,8 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ulfine_fast.heads import Tensors
-from ulfine_fast.methods import Batch, Losses, State, Trials
+from ulfine_fast.core.heads import Tensors
+from ulfine_fast.core.types import Batch, Losses, State, Trials
 from ulfine_fast.methods.fixmatch import FixMatch, soft_cross_entropy
 from ulfine_fast.methods.lightweight import Lightweight
 from ulfine_fast.ops.losses import adjusted_cross_entropy, masked_mean, pseudo_labels

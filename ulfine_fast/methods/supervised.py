@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ulfine_fast.fused import FusedStep, UnadjustedStep
-from ulfine_fast.methods import Batch, Losses, Pool, State, Trials
+from ulfine_fast.core.fused.step import FusedStep, UnadjustedStep
+from ulfine_fast.core.types import Batch, Losses, Pool, State, Trials
 from ulfine_fast.methods.linear_probe import LinearProbe
 from ulfine_fast.ops.losses import adjusted_cross_entropy
 from ulfine_fast.ops.margins import class_counts, effective_weights, ldam_margins, with_margin

@@ -9,8 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ulfine_fast.heads import Tensors, cosine_logits
-from ulfine_fast.methods import Method, Pool, State, Trials
+from ulfine_fast.core.heads import Tensors, cosine_logits
+from ulfine_fast.core.types import Pool, State, Trials
+from ulfine_fast.methods.base import Method
 from ulfine_fast.ops.margins import balanced_one_hot
 from ulfine_fast.ops.prototypes import normalize
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from ulfine_fast.methods import Batch, Losses, Pool, State, Trials
+from ulfine_fast.core.types import Batch, Losses, Pool, State, Trials
 from ulfine_fast.methods.tip_adapter import TipAdapter
 from ulfine_fast.ops.losses import adjusted_cross_entropy
 

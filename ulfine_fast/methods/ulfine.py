@@ -8,11 +8,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ulfine_fast.fused import FusedStep
-from ulfine_fast.heads import Tensors, adapt, cosine_logits
-from ulfine_fast.methods import Batch, Losses, Method, State, Trials
-from ulfine_fast.methods.ulfine_fused import FusedULFine
-from ulfine_fast.ops.bags import sinkhorn
+from ulfine_fast.core.fused.step import FusedStep
+from ulfine_fast.core.heads import Tensors, adapt, cosine_logits
+from ulfine_fast.core.types import Batch, Losses, State, Trials
+from ulfine_fast.methods._ulfine_fused import FusedULFine
+from ulfine_fast.methods.base import Method
 from ulfine_fast.ops.fusion import fuse
 from ulfine_fast.ops.losses import PseudoLabels, adjusted_cross_entropy, masked_mean, pseudo_labels
 from ulfine_fast.ops.prototypes import (
@@ -23,6 +23,7 @@ from ulfine_fast.ops.prototypes import (
     move_visual,
     orthogonality,
 )
+from ulfine_fast.related.label_proportions.losses import sinkhorn
 
 
 class ULFine(Method):

@@ -14,8 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ulfine_fast.heads import Tensors
-from ulfine_fast.methods import Method, Pool, State, Trials
+from ulfine_fast.core.heads import Tensors
+from ulfine_fast.core.types import Pool, State, Trials
+from ulfine_fast.methods.base import Method
 from ulfine_fast.ops.clustering import Clusters, Evidence, Schedule, fit_clusters
 from ulfine_fast.ops.evidence import fold_numbers, held_out_scores, starting_shares
 from ulfine_fast.ops.mixture import Metric, Rows, Whitening, cosines, products, view_scatter, whitening

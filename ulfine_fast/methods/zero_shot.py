@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ulfine_fast.heads import Tensors, cosine_logits
-from ulfine_fast.methods import Batch, Losses, Method, State, Trials
+from ulfine_fast.core.heads import Tensors, cosine_logits
+from ulfine_fast.core.types import Batch, Losses, State, Trials
+from ulfine_fast.methods.base import Method
 
 
 class ZeroShot(Method):

@@ -46,7 +46,7 @@ def _interpreted() -> bool:
 
 
 def gather_rows(store: Tensor, slots: Tensor, out: Tensor) -> None:
-    """Rows of a store, widened and at unit length; see :meth:`ulfine_fast.features.DeviceFeatures.at`.
+    """Rows of a store, widened and at unit length; see :meth:`ulfine_fast.core.features.DeviceFeatures.at`.
 
     Args:
         store: float16 or float32 (S, D).
@@ -60,7 +60,7 @@ def gather_rows(store: Tensor, slots: Tensor, out: Tensor) -> None:
 
 
 def cross_entropy_gradient_(logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
-    """See :func:`ulfine_fast.ops.fused_loss.cross_entropy_gradient_`; logits (T, n, H, K), contiguous but for T."""
+    """See :func:`ulfine_fast.core.fused.loss.cross_entropy_gradient_`; logits (T, n, H, K), contiguous but for T."""
     trials, rows, heads, classes = logits.shape
     found = torch.empty(trials, rows, heads, dtype=logits.dtype, device=logits.device)
     labels, weights = labels.contiguous(), weights.contiguous()
@@ -120,7 +120,7 @@ def move_prototypes_(
     momentum: Tensor,
     alpha: Tensor,
 ) -> None:
-    """Class means, moving averages and fitting in one pass over K x D; see :mod:`ulfine_fast.ops.fused_prototypes`.
+    """Class means, moving averages and fitting in one pass over K x D; see :mod:`ulfine_fast.core.fused.prototypes`.
 
     Args:
         visual: (T, K, D), contiguous, moved.

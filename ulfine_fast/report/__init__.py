@@ -53,7 +53,7 @@ def build_report(
     from ulfine_fast.report.one_byte import rounder
     from ulfine_fast.report.page import render_page, write_page
     from ulfine_fast.report.sweeps import find_sweeps
-    from ulfine_fast.run_files import load_runs
+    from ulfine_fast.runs.files import load_runs
 
     page = render_page(
         load_runs(runs),

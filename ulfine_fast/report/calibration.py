@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ulfine_fast.calibration import Reliability, raw_confidence, reliability
-from ulfine_fast.run_files import Predictions
+from ulfine_fast.metrics.calibration import Reliability, raw_confidence, reliability
+from ulfine_fast.runs.files import Predictions
 
 
 def pooled(predictions: Sequence[Predictions], temperatures: Sequence[float] | None = None) -> Reliability:

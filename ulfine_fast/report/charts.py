@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from markupsafe import Markup
 
-from ulfine_fast.calibration import Reliability
+from ulfine_fast.metrics.calibration import Reliability
 from ulfine_fast.report.svg import (
     Frame,
     band,

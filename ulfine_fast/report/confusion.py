@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ulfine_fast.run_files import Predictions
+from ulfine_fast.runs.files import Predictions
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from ulfine_fast.cache.errors import InputError
+from ulfine_fast.cache.io.errors import InputError
 from ulfine_fast.report.charts import map_chart
 from ulfine_fast.report.groups import Group
-from ulfine_fast.run_files import RunFiles
+from ulfine_fast.runs.files import RunFiles
 
 KINDS = ("pca", "umap", "none")
 _POINTS = 1200  # as many as a page holds without growing heavy

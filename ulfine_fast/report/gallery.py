@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from ulfine_fast.run_files import Predictions
+from ulfine_fast.runs.files import Predictions
 
 _SIDE = 144  # pixels of the longer side: sharp at 72 CSS pixels on dense screens
 _GONE = (OSError, ValueError, KeyError, Image.DecompressionBombError)

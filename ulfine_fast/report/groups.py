@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from ulfine_fast.intervals import Interval, mean_interval
-from ulfine_fast.run_files import RunFiles
+from ulfine_fast.metrics.intervals import Interval, mean_interval
+from ulfine_fast.runs.files import RunFiles
 
 _SEED_FIELDS = frozenset({"seed", "split_seed"})
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ulfine_fast.intervals import Interval
+from ulfine_fast.metrics.intervals import Interval
 from ulfine_fast.report import charts
 from ulfine_fast.report.groups import Group, not_told_apart, paired_difference
 

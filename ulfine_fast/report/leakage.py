@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ulfine_fast.cache.errors import InputError
-from ulfine_fast.run_files import RunFiles
+from ulfine_fast.cache.io.errors import InputError
+from ulfine_fast.runs.files import RunFiles
 
 
 def find_leakage(runs: Sequence[RunFiles]) -> list[str]:
@@ -15,8 +15,8 @@ def find_leakage(runs: Sequence[RunFiles]) -> list[str]:
     are no worse for that.
     """
     # the page itself needs neither features nor an index
+    from ulfine_fast.cache.neighbors import leakage
     from ulfine_fast.cache.store import FeatureCache
-    from ulfine_fast.neighbors import leakage
 
     found = []
     for path in dict.fromkeys(run.cache for run in runs if run.cache is not None):

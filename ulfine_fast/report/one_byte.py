@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from ulfine_fast.cache.errors import InputError
-from ulfine_fast.intervals import mean_interval
+from ulfine_fast.cache.io.errors import InputError
+from ulfine_fast.metrics.intervals import mean_interval
 from ulfine_fast.report.groups import Group
-from ulfine_fast.run_files import RunFiles
+from ulfine_fast.runs.files import RunFiles
 
 _FIGURES = ("accuracy", "balanced_accuracy", "few", "ece", "ece_temperature_scaled")
 
@@ -63,8 +63,8 @@ def _difference(costs: Sequence[Cost], name: str) -> tuple[str, str]:
 
 def _cost(run: RunFiles, opened: Callable[[str], Any]) -> Cost | None:
     from ulfine_fast.cache.quantized import quantized, restored
-    from ulfine_fast.evaluate import figures, own_rows, refuse_other_encoder
-    from ulfine_fast.run import Run
+    from ulfine_fast.runs.evaluate import figures, own_rows, refuse_other_encoder
+    from ulfine_fast.runs.run import Run
 
     assert run.cache is not None
     try:

@@ -14,14 +14,14 @@ from markupsafe import Markup
 from PIL import Image
 
 from ulfine_fast._version import __version__
-from ulfine_fast.cache.errors import InputError
+from ulfine_fast.cache.io.errors import InputError
+from ulfine_fast.related.class_bias.section import transfer_section
 from ulfine_fast.report import charts, headline, sections
 from ulfine_fast.report.feature_map import FeatureMap, map_section
 from ulfine_fast.report.groups import Group, best_by_validation, charted, group_runs
 from ulfine_fast.report.one_byte import Cost, cost_section
 from ulfine_fast.report.sweeps import SweepFiles, sweeps_section
-from ulfine_fast.report.transfer import transfer_section
-from ulfine_fast.run_files import RunFiles
+from ulfine_fast.runs.files import RunFiles
 
 _LINES = 6  # colours and markers that stay apart for every reader
 

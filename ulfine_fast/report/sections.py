@@ -14,7 +14,7 @@ from PIL import Image
 from ulfine_fast.report import calibration, charts, confusion, gallery
 from ulfine_fast.report.groups import Group, nan_mean, rank_order, same_counts, tail_third
 from ulfine_fast.report.headline import number_range, percent
-from ulfine_fast.run_files import Predictions, RunFiles
+from ulfine_fast.runs.files import Predictions, RunFiles
 
 _MATRIX = 30  # classes up to which a confusion matrix can be read
 _SHOTS = 12  # pictures on a shelf: divides by the columns of phones and desks

@@ -12,9 +12,9 @@ from typing import Any
 
 from markupsafe import Markup
 
-from ulfine_fast.cache.errors import InputError
+from ulfine_fast.cache.io.errors import InputError
+from ulfine_fast.related.forecast.forecast import FORECASTERS
 from ulfine_fast.report.charts import share_bars
-from ulfine_fast.search.forecast import FORECASTERS
 
 _FORMAT = "ulfine-fast-sweep"
 _TRIALS = 30  # rows of the board that are shown

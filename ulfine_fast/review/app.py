@@ -13,7 +13,7 @@ from PIL import Image
 from werkzeug.serving import WSGIRequestHandler
 from werkzeug.serving import make_server as _make_server
 
-from ulfine_fast.cache.errors import InputError
+from ulfine_fast.cache.io.errors import InputError
 from ulfine_fast.review.session import Conflict, Session
 
 if TYPE_CHECKING:

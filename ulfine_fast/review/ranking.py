@@ -11,14 +11,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ulfine_fast.config import FitConfig
-from ulfine_fast.metrics import rank_thirds
-from ulfine_fast.run import Run
-from ulfine_fast.splits import Rows, Split, labeled_counts
-from ulfine_fast.train import fit_many
+from ulfine_fast.data.splits import Rows, Split, labeled_counts
+from ulfine_fast.engine.fit import fit_many
+from ulfine_fast.metrics.classification import rank_thirds
+from ulfine_fast.runs.run import Run
 
 if TYPE_CHECKING:
+    from ulfine_fast.cache.neighbors import Duplicates
     from ulfine_fast.cache.store import FeatureCache
-    from ulfine_fast.neighbors import Duplicates
 
 FOLDS = 4  # a label is judged by heads that three quarters of the labels trained
 MOST = 200  # pictures of a kind: more than anybody looks at before fitting again

@@ -9,15 +9,15 @@ from typing import Any
 from filelock import FileLock
 from PIL import Image
 
-from ulfine_fast.cache.errors import InputError
+from ulfine_fast.cache.io.errors import InputError
+from ulfine_fast.cache.neighbors import near_duplicates
 from ulfine_fast.cache.store import FeatureCache
-from ulfine_fast.corrections import corrected, corrected_split, read_corrections, write_corrections
-from ulfine_fast.neighbors import near_duplicates
-from ulfine_fast.report.pictures import find_pictures
+from ulfine_fast.data.corrections import corrected, corrected_split, read_corrections, write_corrections
+from ulfine_fast.data.splits import read_split
+from ulfine_fast.report.images import find_pictures
 from ulfine_fast.review.ranking import Candidate, Judged, candidates, judge
-from ulfine_fast.run import Run
-from ulfine_fast.run_files import load_run
-from ulfine_fast.splits import read_split
+from ulfine_fast.runs.files import load_run
+from ulfine_fast.runs.run import Run
 
 _LIKELY = 10  # classes with a key of their own, 1 to 9 and 0
 

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ulfine_fast._version import __version__
-from ulfine_fast.cache.atomic import write_atomically
-from ulfine_fast.intervals import Interval, mean_interval
+from ulfine_fast.cache.io.files import write_atomically
+from ulfine_fast.cache.io.toml import toml_text
+from ulfine_fast.metrics.intervals import Interval, mean_interval
 from ulfine_fast.search.objective import sign
-from ulfine_fast.toml import toml_text
 
 if TYPE_CHECKING:
     from optuna.study import Study

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from ulfine_fast.cache.errors import InputError
+from ulfine_fast.cache.io.errors import InputError
 
 LARGER = (
     "accuracy",
@@ -21,7 +21,7 @@ LARGER = (
     "worst_class",
     "macro_f1",
 )
-"""Figures of :func:`ulfine_fast.metrics.classification` of which more is better."""
+"""Figures of :func:`ulfine_fast.metrics.classification.classification` of which more is better."""
 
 SMALLER = ("ece", "ece_temperature_scaled")
 """Figures of which less is better."""

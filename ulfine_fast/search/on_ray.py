@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from ulfine_fast.cache.ray_cluster import RayWorkers, joined, result_of
-from ulfine_fast.search.ledger import Share
+from ulfine_fast.cache.io.ray_cluster import RayWorkers, joined, result_of
 from ulfine_fast.search.plan import Plan
+from ulfine_fast.search.study import Share
 
 if TYPE_CHECKING:
     from ulfine_fast.cache.store import FeatureCache
@@ -45,8 +45,8 @@ def run_on_ray(
 def run_remotely(plan: Plan, cache: FeatureCache | str, share: Share) -> int:
     """Run one pass on a worker; returns how many trials it told."""
     from ulfine_fast.cache.store import FeatureCache
-    from ulfine_fast.search.passes import run_share
     from ulfine_fast.search.samplers import quiet_optuna
+    from ulfine_fast.search.trial_batches import run_share
 
     with quiet_optuna():
         return run_share(plan, FeatureCache.open(cache) if isinstance(cache, str) else cache, share)

@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from ulfine_fast.cache.device import pick_device
-from ulfine_fast.cache.errors import InputError
+from ulfine_fast.cache.io.device import pick_device
+from ulfine_fast.cache.io.errors import InputError
+from ulfine_fast.data.splits import Split
+from ulfine_fast.engine.steps import ENGINES
 from ulfine_fast.search.objective import check_metrics, direction
 from ulfine_fast.search.pruning import check_pruning
 from ulfine_fast.search.samplers import LEARNING, check_sampler, grid_size
 from ulfine_fast.search.space import Space
-from ulfine_fast.splits import Split
-from ulfine_fast.steps import ENGINES
 
 if TYPE_CHECKING:
     from ulfine_fast.cache.store import FeatureCache

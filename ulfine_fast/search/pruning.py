@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from ulfine_fast.cache.errors import InputError
+from ulfine_fast.cache.io.errors import InputError
 
 PRUNINGS = ("none", "halving", "hyperband")
 ETA = 3

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ulfine_fast._version import __version__
-from ulfine_fast.cache.atomic import make_folder, write_atomically
-from ulfine_fast.cache.errors import InputError
+from ulfine_fast.cache.io.errors import InputError
+from ulfine_fast.cache.io.files import make_folder, write_atomically
 from ulfine_fast.search.leaderboard import (
     Place,
     importance,
@@ -22,8 +22,8 @@ from ulfine_fast.search.leaderboard import (
     write_json,
     write_rows,
 )
-from ulfine_fast.search.ledger import Ledger, hidden
 from ulfine_fast.search.plan import Plan
+from ulfine_fast.search.study import Ledger, hidden
 
 if TYPE_CHECKING:
     from optuna.study import Study
@@ -64,7 +64,7 @@ class SweepResult:
         """The Optuna study, for its plots and its dashboard."""
         import optuna
 
-        from ulfine_fast.search.ledger import open_storage
+        from ulfine_fast.search.study import open_storage
 
         return optuna.load_study(study_name=self.study_name, storage=open_storage(self.storage))
 

@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ulfine_fast.cache.errors import InputError
+from ulfine_fast.cache.io.errors import InputError
+from ulfine_fast.cache.io.toml import read_toml
 from ulfine_fast.config import METHODS, FitConfig
-from ulfine_fast.toml import read_toml
 
 Value = bool | int | float | str
 
@@ -159,7 +159,7 @@ def default_space(method: str, settings: Mapping[str, Value] | None = None) -> S
 
 def _default_file(method: str) -> Path:
     """The method's own space, or the one of its kind: trained on labelled pictures alone, or on pseudo-labels."""
-    from ulfine_fast.methods import method_of
+    from ulfine_fast.methods.registry import method_of
 
     own = _SPACES / f"{method}.toml"
     if own.exists():

@@ -7,14 +7,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ulfine_fast.cache.errors import InputError
-from ulfine_fast.cache.progress import progress_bar
-from ulfine_fast.checkpoint import cache_fingerprint
-from ulfine_fast.search.growth import check_forecast, forecast_best
+from ulfine_fast.cache.io.errors import InputError
+from ulfine_fast.cache.io.progress import progress_bar
+from ulfine_fast.data.splits import Split
+from ulfine_fast.engine.checkpoint import cache_fingerprint
+from ulfine_fast.related.forecast.growth import check_forecast, forecast_best
 from ulfine_fast.search.leaderboard import Place, write_best
-from ulfine_fast.search.ledger import Ledger, Share
 from ulfine_fast.search.on_ray import RayWorkers, run_on_ray
-from ulfine_fast.search.passes import CHECKPOINTS, plan_shares, run_share
 from ulfine_fast.search.plan import Plan, check_numbers, check_place, check_search, default_batch, wanted_trials
 from ulfine_fast.search.result import (
     DATABASE,
@@ -26,7 +25,8 @@ from ulfine_fast.search.result import (
 )
 from ulfine_fast.search.samplers import quiet_optuna
 from ulfine_fast.search.space import Space, default_space, parse_space, read_space
-from ulfine_fast.splits import Split
+from ulfine_fast.search.study import Ledger, Share
+from ulfine_fast.search.trial_batches import CHECKPOINTS, plan_shares, run_share
 
 if TYPE_CHECKING:
     from ulfine_fast.cache.store import FeatureCache
@@ -85,7 +85,7 @@ def sweep(
         ray: run passes on Ray.
         progress: draw a progress bar; None draws it where stderr is a terminal.
         forecast: labels, views or steps: also say what the best trial would reach with more of them, from runs with
-            fewer, of the refit's seeds; see :mod:`ulfine_fast.search.forecast`.
+            fewer, of the refit's seeds; see :mod:`ulfine_fast.related.forecast.forecast`.
         forecast_times: how many times as many, above 1 and at most 4.
 
     Raises:
@@ -223,8 +223,8 @@ def _refit(result: SweepResult, plan: Plan, cache: FeatureCache, count: int, see
 
 def _refit_anew(places: Sequence[Place], seeds: list[int], plan: Plan, cache: FeatureCache) -> list[dict[str, Any]]:
     """Fit and save the runs of the best; what is known of each."""
-    from ulfine_fast.summary import save_runs
-    from ulfine_fast.train import fit_many
+    from ulfine_fast.engine.fit import fit_many
+    from ulfine_fast.runs.seeds import save_runs
 
     runs = fit_many(
         cache,

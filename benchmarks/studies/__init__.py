@@ -1,0 +1,1 @@
+"""One study for each table of the documentation."""

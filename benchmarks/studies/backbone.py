@@ -1,0 +1,276 @@
+"""FixMatch through an image tower: the losses that cached features get, with gradients into the tower's weights."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor, nn
+
+from benchmarks.data import VIEWS
+from ulfine_fast.cache.pipeline.views import ViewRecipe, draw
+from ulfine_fast.cache.store import FeatureCache
+from ulfine_fast.config import FitConfig, per_trial_fields
+from ulfine_fast.core.batches import PaddedRows
+from ulfine_fast.core.types import Batch, State, Trials
+from ulfine_fast.data.splits import Split, labeled_counts
+from ulfine_fast.methods.lightweight import Lightweight
+from ulfine_fast.ops.philox import Purpose, integers
+from ulfine_fast.ops.prototypes import normalize
+from ulfine_fast.ops.sgd import cosine_rate
+
+Rows = NDArray[np.int64]
+
+WAYS = ("fft", "lft", "lp", "scratch")
+"""Full fine-tuning, norm tuning, frozen tower with a trained head, and full training from random weights."""
+
+_BLOCK = 64
+_LOSSES = Lightweight()
+
+
+@dataclass(frozen=True)
+class World:
+    """Pictures and the tower they are seen through.
+
+    Attributes:
+        picture: row number -> RGB picture.
+        ids: (n,). labels: class of each row (n,). splits: "train" or "test" (n,). class_names: (K,).
+        text: textual features of the classes (K, P, D).
+        prototypes: their unit means (K, D).
+        tower: pixels (B, 3, size, size) to features (B, D); never changed.
+        plain: picture -> (3, size, size), the evaluation view.
+        mean, std: the tower's normalisation per channel. size: side of the square input in pixels.
+    """
+
+    picture: Callable[[int], Image.Image]
+    ids: list[str]
+    labels: Rows
+    splits: NDArray[np.str_]
+    class_names: list[str]
+    text: NDArray[np.float32]
+    prototypes: NDArray[np.float32]
+    tower: nn.Module
+    plain: Callable[[Image.Image], Tensor]
+    mean: Sequence[float]
+    std: Sequence[float]
+    size: int
+
+    def plain_pixels(self, rows: Rows) -> Tensor:
+        """Evaluation views (n, 3, size, size)."""
+        return torch.stack([self.plain(self.picture(row)) for row in rows.tolist()])
+
+    def views(self, rows: Rows, recipe: ViewRecipe) -> Tensor:
+        """Augmented views (n, V, 3, size, size), weak ones first, the same for the same rows and recipe."""
+        drawn = [draw(self.picture(row), self.ids[row], recipe, image_size=self.size).pixels for row in rows.tolist()]
+        pixels = torch.from_numpy(np.stack(drawn)).permute(0, 1, 4, 2, 3).float()  # (n, V, 3, size, size)
+        center, spread = (torch.tensor(values).view(3, 1, 1) for values in (self.mean, self.std))
+        return pixels.div_(255.0).sub_(center).div_(spread)
+
+
+@dataclass
+class Model:
+    """A tower, the head on it, and what the losses must know of the trial (T = 1)."""
+
+    tower: nn.Module
+    state: State
+    trials: Trials
+
+    def features(self, pixels: Tensor) -> Tensor:
+        """Unit features (1, B, D) of pixels (B, 3, H, W)."""
+        # channels last, for which the convolutions of a CPU are written
+        return normalize(self.tower(pixels.contiguous(memory_format=torch.channels_last))).unsqueeze(0)
+
+    def trained(self) -> list[Tensor]:
+        """The weights that get gradients, head included."""
+        return [weight for weight in self.tower.parameters() if weight.requires_grad] + [
+            self.state.parameters["linear"]
+        ]
+
+    @torch.no_grad()
+    def logits(self, world: World, rows: Rows) -> NDArray[np.float32]:
+        """Logits (n, K) of plain views."""
+        training = self.tower.training
+        self.tower.eval()
+        blocks = [rows[start : start + _BLOCK] for start in range(0, len(rows), _BLOCK)]
+        features = torch.cat([self.features(world.plain_pixels(block)) for block in blocks], dim=1)  # (1, n, D)
+        self.tower.train(training)
+        found = _LOSSES.logits(self.trials, self.state.tensors, features)[0]  # (n, K)
+        # a run that diverged must end as a bad row of the table, not as an error
+        return np.asarray(found.nan_to_num(0.0, 0.0, 0.0).numpy())
+
+
+def new_model(way: str, world: World, split: Split, config: FitConfig) -> Model:
+    """The model before its first step.
+
+    Args:
+        way: one of `WAYS`. "lft" trains scale and shift of all norm layers, as BitFit (arXiv 2106.10199) and BN tuning
+            (arXiv 2003.00152) do, with frozen running statistics; "fft" and "scratch" train every weight and let norm
+            layers use the batch's statistics.
+        world: pictures and tower.
+        split: its labelled rows give the prior of the logit adjustment.
+        config: seed and hyper-parameters of the losses; the adapter must be "none".
+    """
+    torch.manual_seed(config.seed)
+    tower = copy.deepcopy(world.tower).requires_grad_(way in ("fft", "scratch")).train(way in ("fft", "scratch"))
+    head = torch.from_numpy(world.prototypes).float().unsqueeze(0)  # (1, K, D)
+    if way == "scratch":
+        forget(tower)
+        head = normalize(torch.randn_like(head))
+    if way == "lft":
+        for weight in norm_weights(tower):
+            weight.requires_grad_(True)
+    counts = labeled_counts(world.labels, split, len(world.class_names))
+    state = State({"linear": head.clone().requires_grad_(True)})
+    return Model(tower.to(memory_format=torch.channels_last), state, one_trial(config, head, counts))
+
+
+def forget(tower: nn.Module) -> None:
+    """Give every layer the random weights, and every norm the statistics, that it was born with."""
+    for module in tower.modules():
+        if callable(reset := getattr(module, "reset_parameters", None)):
+            reset()
+
+
+def norm_weights(tower: nn.Module) -> list[nn.Parameter]:
+    """Scale and shift of every batch and layer norm."""
+    kinds = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm)
+    norms = (module for module in tower.modules() if isinstance(module, kinds))
+    return [weight for norm in norms for weight in norm.parameters(recurse=False)]
+
+
+def one_trial(config: FitConfig, prototypes: Tensor, counts: Rows) -> Trials:
+    """What a method's losses read, for one trial with prototypes (1, K, D) and labelled counts (K,)."""
+    values = {name: torch.tensor([float(getattr(config, name))]) for name in per_trial_fields()}
+    frequency = torch.from_numpy(counts / counts.sum()).float().unsqueeze(0)  # (1, K)
+    return Trials(config, values, torch.tensor([config.seed]), prototypes, torch.log(frequency.clamp(min=1e-8)))
+
+
+def drawn(rows: Rows, config: FitConfig, size: int, purposes: tuple[Purpose, Purpose]) -> tuple[Tensor, Tensor]:
+    """Rows of every mini-batch and the view of each (S, size), as the engine for cached features draws them."""
+    seeds, steps = torch.tensor([config.seed]), torch.arange(config.steps)
+    index, _ = PaddedRows.of([rows], torch.device("cpu")).draw(seeds, steps, purposes[0], size)  # (S, 1, size)
+    view = integers(seeds, steps, purposes[1], size, torch.tensor([1 + VIEWS.weak]))  # (S, 1, size)
+    return index[:, 0], view[:, 0]
+
+
+def batches(world: World, split: Split, config: FitConfig) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """The mini-batches of a trial: the pictures it would get from a cache, but views drawn anew each time.
+
+    As there, an easy view is the plain one as often as each of the cached weak ones.
+
+    Yields:
+        Easy views of labelled pictures (B, 3, H, W), their labels (1, B), easy and strong views of unlabelled ones
+        (U, 3, H, W).
+    """
+    labeled, easy = drawn(split.labeled, config, config.batch_labeled, (Purpose.LABELED, Purpose.LABELED_VIEW))
+    hidden, weak = drawn(split.unlabeled, config, config.batch_unlabeled, (Purpose.UNLABELED, Purpose.WEAK_VIEW))
+    for step in range(config.steps):
+        rows, others = labeled[step].numpy(), hidden[step].numpy()
+        mine = views(world, rows, easy[step] == 0, recipe_of(config.seed, step, strong=0))
+        pair = views(world, others, weak[step] == 0, recipe_of(config.seed, step, strong=1))  # (U, 2, 3, H, W)
+        yield mine[:, 0], torch.from_numpy(world.labels[rows]).unsqueeze(0), pair[:, 0], pair[:, 1]
+
+
+def views(world: World, rows: Rows, plain: Tensor, recipe: ViewRecipe) -> Tensor:
+    """Augmented views (n, V, 3, H, W), the first of them the evaluation view where `plain` (n,) says so."""
+    pixels = world.views(rows, recipe)
+    if bool(plain.any()):
+        pixels[plain, 0] = world.plain_pixels(rows[plain.numpy()])
+    return pixels
+
+
+def recipe_of(seed: int, step: int, strong: int) -> ViewRecipe:
+    """One weak view and `strong` strong ones; a picture has 64 of each in a trial, more than it is drawn."""
+    # each recipe keeps its transforms in memory, so not one for every step
+    return ViewRecipe(weak=1, strong=strong, seed=64 * seed + step % 64)
+
+
+def train(model: Model, world: World, split: Split, config: FitConfig) -> float:
+    """Run the config's steps; views are drawn as they are needed.
+
+    Returns:
+        Wall seconds, views included.
+    """
+    started = time.perf_counter()
+    optimizer = torch.optim.SGD(
+        model.trained(), lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay
+    )
+    for step, batch in enumerate(batches(world, split, config)):
+        for group in optimizer.param_groups:
+            group["lr"] = config.lr * cosine_rate(step, config.steps)
+        ramp = min(1.0, (step + 1) / config.steps / max(config.warmup, 1e-9))
+        optimizer.zero_grad()
+        loss(model, *batch, ramp).backward()
+        optimizer.step()
+    return time.perf_counter() - started
+
+
+def loss(model: Model, labeled: Tensor, labels: Tensor, weak: Tensor, strong: Tensor, ramp: float) -> Tensor:
+    """FixMatch's loss (arXiv 2001.07685, equations 3 and 4) with a logit-adjusted labelled part, a scalar.
+
+    Args:
+        model: tower and head.
+        labeled: easy views of labelled pictures (B, 3, H, W).
+        labels: their classes (1, B).
+        weak: of unlabelled pictures (U, 3, H, W), for pseudo-labels.
+        strong: of the same (U, 3, H, W), to learn from.
+        ramp: factor of the unlabelled part, 0..1.
+    """
+    with torch.no_grad():
+        sure = model.features(weak)  # (1, U, D)
+    # one pass, so that norm layers see labelled and strong pictures as one batch
+    both = model.features(torch.cat([labeled, strong]))  # (1, B + U, D)
+    batch = Batch(both[:, : len(labeled)], labels, sure, both[:, len(labeled) :])
+    losses = _LOSSES.losses(model.trials, model.state, batch)
+    return (losses.labeled + ramp * losses.unlabeled).sum()
+
+
+def cache_of(world: World, split: Split, recipe: ViewRecipe) -> tuple[FeatureCache, Split, float]:
+    """Features of a split's pictures through the untouched tower, in memory.
+
+    Returns:
+        The cache, the split in its row numbers, and the wall seconds that the training pictures took: plain view and
+        augmented ones.
+    """
+    seen = np.sort(np.concatenate([split.labeled, split.unlabeled, split.val]))
+    started = time.perf_counter()
+    views = encoded(world, seen, recipe)  # (m, 1 + V, D)
+    seconds = time.perf_counter() - started
+    rows = np.concatenate([seen, split.test])
+    arrays: dict[str, Any] = {"weak": views[:, 1 : 1 + recipe.weak], "strong": views[:, 1 + recipe.weak :]}
+    plain = np.concatenate([views[:, 0], encoded(world, split.test, ViewRecipe(weak=0, strong=0))[:, 0]])
+    splits, ids = world.splits[rows].tolist(), [world.ids[row] for row in rows]
+    arrays |= {"class_names": world.class_names, "text_features": world.text, "splits": splits, "ids": ids}
+    return FeatureCache.from_arrays(plain, world.labels[rows], **arrays), moved(split, rows), seconds
+
+
+def moved(split: Split, rows: Rows) -> Split:
+    """The split in places among `rows`."""
+    place = {int(row): i for i, row in enumerate(rows)}
+    parts = (split.labeled, split.unlabeled, split.val, split.test)
+    labeled, unlabeled, val, test = (np.array([place[int(row)] for row in part], dtype=np.int64) for part in parts)
+    return replace(split, labeled=labeled, unlabeled=unlabeled, val=val, test=test)
+
+
+@torch.inference_mode()
+def encoded(world: World, rows: Rows, recipe: ViewRecipe) -> NDArray[np.float16]:
+    """Unit features (n, 1 + V, D) of the plain view and those of the recipe, as a cache stores them."""
+    tower = copy.deepcopy(world.tower).eval().to(memory_format=torch.channels_last)
+    blocks = []
+    for start in range(0, len(rows), _BLOCK):
+        block = rows[start : start + _BLOCK]
+        pixels = world.plain_pixels(block).unsqueeze(1)  # (b, 1, 3, H, W)
+        if recipe.kinds:
+            pixels = torch.cat([pixels, world.views(block, recipe)], dim=1)
+        flat = pixels.flatten(0, 1).contiguous(memory_format=torch.channels_last)
+        # views of many pictures at once would leave the processor's cache
+        features = torch.cat([tower(part) for part in flat.split(_BLOCK)])
+        blocks.append(normalize(features).unflatten(0, pixels.shape[:2]))  # (b, 1 + V, D)
+    return np.asarray(torch.cat(blocks).numpy().astype(np.float16))

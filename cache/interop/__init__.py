@@ -1,0 +1,4 @@
+"""Other programs' formats.
+
+Features in (`import_features`) and caches out (`export`).
+"""

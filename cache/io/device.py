@@ -1,0 +1,34 @@
+"""Where to compute: a name from the command line to a device that is really there."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from ulfine_fast.cache.io.errors import InputError
+
+
+def pick_device(name: str) -> torch.device:
+    """The device to compute on.
+
+    Args:
+        name: "auto" takes what the environment variable ULFINE_FAST_DEVICE names, else a GPU if there is one; anything
+            else is a torch device such as "cpu", "cuda:1" or "mps".
+
+    Raises:
+        InputError: no such device, or it is not there.
+    """
+    name = os.environ.get("ULFINE_FAST_DEVICE", "auto") if name == "auto" else name
+    if name == "auto":
+        found = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        return torch.device(found)
+    try:
+        device = torch.device(name)
+        # A name can be well formed and the device still be absent; only using it tells.
+        torch.empty(1, device=device)
+    # torch raises RuntimeError for a bad name, AssertionError where it was built without the device.
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"device {name!r} is not available here ({reason}); use auto or cpu") from error
+    return device

@@ -1,0 +1,42 @@
+"""Flat TOML files of settings: what `fit --config` takes, what a sweep writes, and what spaces are written in."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ulfine_fast.cache.io.errors import InputError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The content of a TOML file.
+
+    Raises:
+        InputError: no such file, or not TOML; says where in the file.
+    """
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror or error}; name a TOML file of settings") from error
+    except ValueError as error:  # broken syntax, or text that is not UTF-8
+        raise InputError(f"{path} is not TOML: {error}") from error
+
+
+def toml_text(values: Mapping[str, bool | int | float | str], heading: str) -> str:
+    """A flat TOML document, one `name = value` a line.
+
+    Args:
+        values: settings by name.
+        heading: lines of comment above them.
+    """
+    # TOML writes true, numbers and quoted texts of these types as JSON does
+    lines = [f"{name} = {json.dumps(value, allow_nan=False)}" for name, value in values.items()]
+    return "\n".join([*(f"# {line}" for line in heading.splitlines()), *lines]) + "\n"

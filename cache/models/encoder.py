@@ -1,0 +1,453 @@
+"""A frozen image-text model of open_clip, with its own preprocessing: pictures and texts to unit vectors."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import os
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import open_clip
+import torch
+from open_clip.transform import PreprocessCfg, image_transform_v2
+from PIL import Image
+from torch.nn import functional
+from torchvision.transforms import Compose
+
+from ulfine_fast.cache.io.device import pick_device
+from ulfine_fast.cache.io.errors import InputError
+from ulfine_fast.cache.io.home import cache_home
+from ulfine_fast.cache.models import lite0_minilm
+from ulfine_fast.cache.models.tokens import Taps
+from ulfine_fast.cache.pipeline.resample import Resampling
+
+__all__ = [
+    "DEFAULT_MODEL",
+    "DEFAULT_PRETRAINED",
+    "EncodedViews",
+    "Encoder",
+    "ModelSpec",
+    "cache_home",
+    "load_encoder",
+]
+
+DEFAULT_MODEL = "ViT-B-16"
+DEFAULT_PRETRAINED = "openai"
+PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+_TEXT_BATCH = 128
+_SCHEMES = ("local-dir:", "hf-hub:")
+_OFFLINE_WAY = f"use --model {lite0_minilm.NAME}, which needs no network, or --pretrained FILE"
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSpec:
+    """What identifies a frozen model.
+
+    Attributes:
+        name: an open_clip name, `local-dir:/absolute/path`, `hf-hub:owner/name`, or `lite0-minilm`.
+        pretrained: tag or absolute path of a checkpoint; None where the name says it all.
+        sha256: over the names, types and bytes of all tensors, so independent of the file's form.
+        image_size: side of the square input, in pixels.
+        dim: D, length of a feature.
+        logit_scale: the factor the model was trained with on cosine similarities (CLIP: about 100).
+    """
+
+    name: str
+    pretrained: str | None
+    sha256: str
+    image_size: int
+    dim: int
+    logit_scale: float
+
+
+class EncodedViews(NamedTuple):
+    """What a model makes of N pictures.
+
+    Attributes:
+        features: float32 (N, D), rows of length 1.
+        tokens: float32 (N, S, W), as the model holds them, of any length; None where it was loaded without.
+    """
+
+    features: torch.Tensor
+    tokens: torch.Tensor | None
+
+
+class Encoder:
+    """A frozen model on a device; made by `load_encoder`.
+
+    Attributes:
+        spec: what the model is.
+        model: the open_clip module, in evaluation mode.
+        device: where it runs.
+        transform: PIL picture -> (3, H, W) float tensor, the model's own evaluation preprocessing.
+        resize: PIL picture -> PIL picture of the model's size, the part of it before the normalisation.
+        resampling: the same as `resize` for many pictures on a device; None where it has no such form.
+        exact: whether pictures go through `resize`, not through `resampling`.
+        mean, std: its normalisation per channel, for pixel values 0..1.
+        dtype: autocast type, None for float32; weights of the vision part's matrices and filters are then in it.
+        features: as given to `load_encoder`.
+        compiled: whether `torch.compile` has made kernels for the vision part.
+        token_kinds: names of the S tokens taken beside each feature, see `cache.models.tokens.Taps`; often none.
+        token_width: W, their length; 0 for none.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        name: str,
+        pretrained: str | None,
+        *,
+        device: torch.device,
+        dtype: torch.dtype | None = None,
+        handle: str | None = None,
+        features: str = "projected",
+        exact: bool | None = None,
+        compiled: bool = False,
+    ) -> None:
+        """Takes a module made by open_clip, which knows its preprocessing; `handle` is what open_clip calls it."""
+        settings = open_clip.get_model_preprocess_cfg(model)
+        self._handle = handle or name
+        self.device, self.dtype = device, dtype
+        self.mean: tuple[float, ...] = tuple(float(value) for value in settings["mean"])
+        self.std: tuple[float, ...] = tuple(float(value) for value in settings["std"])
+        self.transform: Callable[[Image.Image], torch.Tensor] = image_transform_v2(
+            PreprocessCfg(**settings), is_train=False
+        )
+        self.resize = _before_normalisation(name, self.transform)
+        self.resampling = _resampling(settings)
+        self.exact = _is_exact(exact, self.resampling, name)
+        # Before the model moves, so that nothing has to be copied back from a GPU.
+        digest = weights_sha256(model)
+        self.model = model.eval().requires_grad_(False).to(device)
+        # Convolutions on the CPU prefer the channels last (Lite0: 144 pictures/s against 92); a ViT does not care.
+        self._layout = torch.channels_last if _is_convolutional(self.model.visual) else torch.contiguous_format
+        self.model.visual.to(memory_format=self._layout)
+        size = _square_side(name, settings["size"])
+        # The model keeps the logarithm; some keep it as a vector of one.
+        scale = float(model.logit_scale.detach().float().exp().max())
+        self.features = features
+        self._taps = Taps(name, self.model.visual, features)
+        self.spec = ModelSpec(name, pretrained, digest, size, _feature_dim(model, size, device), scale)
+        self.token_kinds = self._taps.kinds
+        # The pass that told D has left tokens behind.
+        left = self._taps.take()
+        self.token_width = 0 if left is None else left.shape[-1]
+        # As the model has it: what follows rounds weights.
+        self._head = self._read_head()
+        if dtype is not None:
+            _round_weights(self.model.visual, dtype)
+        self.compiled = compiled
+        if compiled:  # last, so that names and digest are those of the model itself
+            self.model.visual.compile()
+
+    @property
+    def preprocessing(self) -> str:
+        """The evaluation preprocessing as text, the same in every process."""
+        # Functions in a Compose print their address, which would make two equal manifests differ.
+        return re.sub(r" at 0x[0-9a-f]+", "", str(self.transform))
+
+    @torch.inference_mode()
+    def encode_pictures(self, batch: torch.Tensor) -> torch.Tensor:
+        """Features of pictures.
+
+        Args:
+            batch: (B, 3, H, W) float32, already preprocessed.
+
+        Returns:
+            (B, D) float32 on the CPU, each row of length 1.
+        """
+        return self.encode_views(batch).features
+
+    @torch.inference_mode()
+    def encode_views(self, pixels: torch.Tensor) -> EncodedViews:
+        """Features and tokens of pictures or of views of them.
+
+        Args:
+            pixels: (N, 3, H, W) float32, already preprocessed.
+
+        Returns:
+            Features (N, D) and tokens (N, S, W) on the CPU.
+        """
+        batch = pixels.to(self.device, non_blocking=True).contiguous(memory_format=self._layout)
+        rows = self._encode(batch).cpu()
+        features, tokens = rows[:, : self.spec.dim], rows[:, self.spec.dim :]
+        return EncodedViews(features, tokens.unflatten(1, (-1, self.token_width)) if self.token_kinds else None)
+
+    @torch.inference_mode()
+    def encode_pixels(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Features of pictures of the model's size; nothing waits for a GPU to finish.
+
+        Args:
+            pixels: uint8 (B, H, W, 3), as `resize` makes them.
+
+        Returns:
+            (B, D + S W) float32 on the device: features of length 1, equal to those of `transform`'s tensors, and
+            behind each the picture's tokens, if any.
+        """
+        return self._encode(self.normalise(pixels.to(self.device, non_blocking=True)))
+
+    @property
+    def columns(self) -> int:
+        """D + S W, numbers that a picture comes to."""
+        return self.spec.dim + len(self.token_kinds) * self.token_width
+
+    def normalise(self, pixels: torch.Tensor) -> torch.Tensor:
+        """The last part of `transform` for a batch: uint8 (B, H, W, 3) to float32 (B, 3, H, W), on the device."""
+        # Bytes in the order of a picture are channels last already; the operations come in torchvision's order.
+        images = pixels.permute(0, 3, 1, 2).to(torch.float32).contiguous(memory_format=self._layout)
+        center, spread = (torch.tensor(v, device=pixels.device).view(3, 1, 1) for v in (self.mean, self.std))
+        return images.div_(255.0).sub_(center).div_(spread)
+
+    def _encode(self, batch: torch.Tensor) -> torch.Tensor:
+        """Preprocessed pictures (B, 3, H, W) on the device to unit rows (B, D) there, tokens behind them."""
+        with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype is not None):
+            features = self.model.encode_image(batch)  # (B, D)
+        unit, tokens = functional.normalize(features.float(), dim=-1), self._taps.take()
+        return unit if tokens is None else torch.cat([unit, tokens.flatten(1)], dim=1)
+
+    @torch.inference_mode()
+    def encode_texts(self, texts: Sequence[str]) -> torch.Tensor:
+        """Features of texts, always in float32 since they are few and every picture is compared with them.
+
+        Returns:
+            (n, D) float32 on the CPU, each row of length 1.
+        """
+        if not texts:
+            return torch.empty(0, self.spec.dim)
+        parts = self._tokenizer(list(texts)).split(_TEXT_BATCH)
+        # No autocast here: prototypes are compared with every picture, and there are few of them.
+        features = torch.cat([self.model.encode_text(part.to(self.device)) for part in parts])  # (n, D)
+        return functional.normalize(features.float(), dim=-1).cpu()
+
+    def vision_head(self) -> dict[str, np.ndarray]:
+        """What an open_clip ViT applies to the class token last; the projection of a timm trunk whose output is kept.
+
+        Returns:
+            `ln_post_weight` (W,), `ln_post_bias` (W,), `ln_post_eps` (1,) and `projection` (W, D), float32; of a trunk
+            the last alone, where it is one matrix; empty for others.
+        """
+        return self._head
+
+    def _read_head(self) -> dict[str, np.ndarray]:
+        if self.token_kinds == ("trunk",):
+            return _matrix_of(self.model.visual.head)
+        norm, projection = getattr(self.model.visual, "ln_post", None), getattr(self.model.visual, "proj", None)
+        if not isinstance(norm, torch.nn.LayerNorm) or not isinstance(projection, torch.nn.Parameter):
+            return {}
+        parts = {"ln_post_weight": norm.weight, "ln_post_bias": norm.bias, "projection": projection}
+        found = {name: value.detach().float().cpu().numpy() for name, value in parts.items()}
+        return {**found, "ln_post_eps": np.asarray([norm.eps], dtype=np.float32)}
+
+    # On first use only: reading pictures alone should not need the tokenizer's files.
+    @cached_property
+    def _tokenizer(self) -> Callable[[list[str]], torch.Tensor]:
+        try:
+            return open_clip.get_tokenizer(self._handle)
+        except (OSError, RuntimeError, ValueError) as error:
+            raise InputError(
+                f"the tokenizer of {self._handle} cannot be loaded ({_one_line(error)}); {_OFFLINE_WAY}"
+            ) from error
+
+
+def load_encoder(
+    model: str = DEFAULT_MODEL,
+    pretrained: str | None = None,
+    *,
+    device: str = "auto",
+    precision: str = "fp32",
+    features: str = "projected",
+    exact: bool | None = None,
+    compiled: bool = False,
+) -> Encoder:
+    """Loads a model and its weights; a hub is asked only for names whose weights are not on this machine yet.
+
+    Args:
+        model: an open_clip name, `local-dir:FOLDER`, `hf-hub:OWNER/NAME`, or `lite0-minilm` (built on first use).
+        pretrained: open_clip's tag, or a checkpoint file (read with `weights_only`); only for open_clip names, and
+            "openai" for the default model.
+        device: "auto" (a GPU if there is one), "cpu", "cuda", "cuda:1", "mps".
+        precision: "fp32", or "bf16" / "fp16" for mixed precision.
+        features: "projected"; "pre-projection" to take also what is projected, "last-block" the class token before and
+            after the last block's MLP.
+        exact: whether all pictures are resized and cropped by the model's own preprocessing as they are; else large
+            ones are reduced while they are read, and a GPU resizes many at once. None is False where the model's
+            preprocessing allows it.
+        compiled: whether to let `torch.compile` make kernels for the vision part: a minute at first, less time for each
+            picture. It moves the last bits.
+
+    Raises:
+        InputError: unknown model, tag, device or precision; weights that do not fit, or that no hub in reach has; a
+            model without the tokens asked for.
+    """
+    if precision not in PRECISIONS:
+        raise InputError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
+    target = pick_device(device)
+    name, pretrained, handle = _resolve(model, pretrained)
+    module = _create(handle, pretrained)
+    dtype = PRECISIONS[precision]
+    return Encoder(
+        module,
+        name,
+        pretrained,
+        device=target,
+        dtype=dtype,
+        handle=handle,
+        features=features,
+        exact=exact,
+        compiled=compiled,
+    )
+
+
+def weights_sha256(model: Any) -> str:
+    """Hex digest over name, type, shape and bytes of every tensor of the state dict, in the order of the names."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
+        # A view as bytes covers types that numpy lacks, such as bfloat16; a scalar has no last axis to view.
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _resolve(model: str, pretrained: str | None) -> tuple[str, str | None, str]:
+    """Name and tag as recorded, and open_clip's name; paths become absolute, so that a run works from any folder."""
+    if pretrained is not None and (model == lite0_minilm.NAME or model.startswith(_SCHEMES)):
+        raise InputError(f"{model} brings its own weights, so leave out --pretrained {pretrained}")
+    if model == lite0_minilm.NAME:
+        return model, None, f"local-dir:{lite0_minilm.ensure_built()}"
+    if model.startswith("local-dir:"):
+        folder = Path(model.removeprefix("local-dir:")).expanduser().absolute()
+        if not (folder / "open_clip_config.json").is_file():
+            raise InputError(f"no open_clip model in {folder}: open_clip_config.json is missing")
+        return f"local-dir:{folder}", None, f"local-dir:{folder}"
+    if model.startswith("hf-hub:"):
+        return model, None, model
+    known = open_clip.list_models()
+    if model not in known:
+        raise InputError(f"unknown model {model!r}{_close(model, [*known, lite0_minilm.NAME])}")
+    return model, _resolve_pretrained(model, pretrained), model
+
+
+def _resolve_pretrained(model: str, pretrained: str | None) -> str:
+    """A known tag, or the absolute path of a checkpoint file."""
+    tags = open_clip.list_pretrained_tags_by_model(model)
+    # Only the default model has a default tag: elsewhere the choice matters too much to be made in silence.
+    if pretrained is None and model == DEFAULT_MODEL:
+        return DEFAULT_PRETRAINED
+    if pretrained is None:
+        raise InputError(f"{model} needs --pretrained: {', '.join(tags) or 'no tag is known, so a checkpoint file'}")
+    if open_clip.get_pretrained_cfg(model, pretrained):
+        return pretrained
+    if os.path.isfile(Path(pretrained).expanduser()):
+        return str(Path(pretrained).expanduser().absolute())
+    raise InputError(
+        f"{pretrained!r} is neither a file nor a tag of {model}{_close(pretrained, tags) or '; ' + ', '.join(tags)}"
+    )
+
+
+def _create(handle: str, pretrained: str | None) -> Any:
+    """The open_clip module with its weights; every way this can fail becomes one sentence."""
+    tag = open_clip.get_pretrained_cfg(handle, pretrained) if pretrained else {}
+    try:
+        # open_clip only warns when a tag was trained with QuickGELU and the architecture says GELU (ViT-B-16 with
+        # openai): the features would be off, so the tag decides.
+        return open_clip.create_model(
+            handle,
+            pretrained,
+            require_pretrained=True,
+            force_quick_gelu=bool(tag.get("quick_gelu")),
+        )
+    # The loaders below open_clip raise their own types: the hub's, pickle's, safetensors'.
+    except Exception as error:
+        if handle.startswith("local-dir:") or (pretrained and not tag):
+            source = pretrained or handle.removeprefix("local-dir:")
+            raise InputError(f"the weights in {source} do not load: {_one_line(error)}") from error
+        wanted = f"{handle} ({pretrained})" if pretrained else handle
+        raise InputError(
+            f"the weights of {wanted} are not on this machine and no model hub could be reached "
+            f"({_one_line(error)}); {_OFFLINE_WAY}"
+        ) from error
+
+
+def _before_normalisation(name: str, transform: Any) -> Callable[[Image.Image], Image.Image]:
+    """What open_clip does to a picture before it becomes numbers: resize, crop, RGB."""
+    steps = list(getattr(transform, "transforms", []))
+    last = [type(step).__name__ for step in steps[-2:]]
+    if last not in (["MaybeToTensor", "Normalize"], ["ToTensor", "Normalize"]):
+        raise InputError(f"{name} preprocesses in a way unknown here, it ends in {last}; use another model")
+    return Compose(steps[:-2])
+
+
+def _resampling(settings: dict[str, Any]) -> Resampling | None:
+    """open_clip's preprocessing as one for a device; None for what is not done there, such as padding to a square."""
+    mode = settings.get("resize_mode", "shortest")
+    squash = mode == "squash"
+    if not squash and mode != "shortest":
+        return None
+    size = settings["size"]
+    side = size if isinstance(size, int) else size[0]
+    return Resampling(side, squash, "bilinear" if settings.get("interpolation") == "bilinear" else "bicubic")
+
+
+def _is_exact(wanted: bool | None, resampling: Resampling | None, name: str) -> bool:
+    if wanted is False and resampling is None:
+        raise InputError(
+            f"the pictures of {name} are padded to a square, which is done exactly or not at all; use --exact"
+        )
+    if wanted is None:
+        return resampling is None
+    return wanted
+
+
+def _matrix_of(head: torch.nn.Module) -> dict[str, np.ndarray]:
+    """`projection` (W, D) of a timm trunk's head that is one matrix; empty for a head with more to it."""
+    projection = getattr(head, "proj", None)
+    if not isinstance(projection, torch.nn.Linear) or len(list(head.parameters())) != 1:
+        return {}
+    return {"projection": projection.weight.detach().T.float().cpu().numpy().copy()}
+
+
+def _round_weights(visual: torch.nn.Module, dtype: torch.dtype) -> None:
+    """Keeps the weights of a tower in the type that autocast turns them into, which it would do for every batch anew.
+
+    It caches only weights that are being trained. On a processor a ViT's attention is then also many times slower.
+    """
+    for module in visual.modules():
+        whole = isinstance(module, (torch.nn.Linear, torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d))
+        for name, weight in module.named_parameters(recurse=False):
+            if whole or name in ("in_proj_weight", "in_proj_bias"):  # of attention, which calls no layer for them
+                weight.data = weight.data.to(dtype)
+
+
+def _is_convolutional(visual: torch.nn.Module) -> bool:
+    """Whether the trunk is made of convolutions; a ViT has one, its patch embedding."""
+    return sum(isinstance(module, torch.nn.Conv2d) for module in visual.modules()) > 4
+
+
+def _square_side(name: str, size: Any) -> int:
+    sides = {size} if isinstance(size, int) else set(size)
+    if len(sides) != 1:
+        raise InputError(f"{name} takes pictures of {size} pixels; only models with a square input are supported")
+    return int(sides.pop())
+
+
+@torch.inference_mode()
+def _feature_dim(model: Any, size: int, device: torch.device) -> int:
+    """D, asked of the model itself: configurations name it in too many ways."""
+    return int(model.encode_image(torch.zeros(1, 3, size, size, device=device)).shape[-1])
+
+
+def _close(value: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(value, known, n=3, cutoff=0.5)
+    return f"; did you mean {', '.join(near)}?" if near else ""
+
+
+def _one_line(error: BaseException) -> str:
+    """The start of an error's text, fit for the middle of a sentence."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 160 else text[:157] + "..."

@@ -1,0 +1,53 @@
+"""Five crops of a picture for predictions: four corners and the middle, as LIFT takes them (arXiv 2309.10019)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from ulfine_fast.cache.pipeline.read import PictureReader
+
+PLACES = 5
+_SHARE = 224 / 248  # side of a crop as a share of the shorter side: crops of 224 of a picture resized to 248
+
+
+@dataclass(frozen=True)
+class Cropped:
+    """The evaluation preprocessing of one crop of a picture. It travels to reader processes.
+
+    Attributes:
+        resize: PIL picture -> PIL picture of the model's size, the preprocessing of a whole one.
+        place: which crop, 0 to 4, see `crop_box`.
+    """
+
+    resize: Callable[[Image.Image], Image.Image]
+    place: int
+
+    def __call__(self, picture: Image.Image) -> Image.Image:
+        """That crop at the model's size."""
+        return self.resize(picture.crop(crop_box(picture.size, self.place)))
+
+
+def crop_box(size: tuple[int, int], place: int) -> tuple[int, int, int, int]:
+    """Left, top, right and bottom of a square crop, in pixels.
+
+    Args:
+        size: width and height of the picture, in pixels.
+        place: 0 to 3 for the corners, row by row; 4 for the middle.
+    """
+    width, height = size
+    side = max(1, round(_SHARE * min(size)))
+    if place == PLACES - 1:
+        left, top = (width - side) // 2, (height - side) // 2
+    else:
+        left, top = (width - side) * (place % 2), (height - side) * (place // 2)
+    return left, top, left + side, top + side
+
+
+def cropped(reader: PictureReader, place: int) -> PictureReader:
+    """The reader of one crop of each picture; pictures are read exactly, none is reduced first."""
+    return replace(reader, resize=Cropped(reader.resize, place), resampling=None, later=False)

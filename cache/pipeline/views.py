@@ -1,0 +1,211 @@
+"""Weak and strong views of a picture, the same whenever and wherever they are drawn."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torchvision.transforms import v2
+
+from ulfine_fast.cache.io.errors import InputError
+
+# Of RandAugment: magnitudes are 0..30, as in its paper and in torchvision.
+_MAGNITUDES = 31
+# A large crop is first averaged down to this many times the wanted size: faster, and hardly visible (PIL's advice).
+_REDUCING_GAP = 3.0
+# torchvision draws from torch's one generator of the process, so two threads must not draw at once.
+_GENERATOR = threading.Lock()
+
+
+@dataclass(frozen=True, slots=True)
+class ViewRecipe:
+    """How views are drawn; two equal recipes give equal views.
+
+    Attributes:
+        weak: Vw, number of weak views (random resized crop, flip), at least 0.
+        strong: Vs, number of strong views (the same, then RandAugment), at least 0.
+        seed: any whole number.
+        weak_scale: smallest and largest share of the picture's area in a crop, 0 < low <= high <= 1; for both kinds.
+        strong_ops: operations of RandAugment on a strong view, at least 0.
+        strong_magnitude: their strength, 0..30.
+    """
+
+    weak: int = 1
+    strong: int = 1
+    seed: int = 0
+    weak_scale: tuple[float, float] = (0.5, 1.0)
+    strong_ops: int = 2
+    strong_magnitude: int = 10
+
+    def __post_init__(self) -> None:
+        """Refuses values out of range with an InputError."""
+        for name in ("weak", "strong", "strong_ops"):
+            if getattr(self, name) < 0:
+                raise InputError(f"{name} must be at least 0, got {getattr(self, name)}")
+        low, high = self.weak_scale
+        if not 0 < low <= high <= 1:
+            raise InputError(f"weak_scale must hold 0 < low <= high <= 1, got {low:g} {high:g}")
+        if not 0 <= self.strong_magnitude < _MAGNITUDES:
+            raise InputError(f"strong_magnitude must be 0 to {_MAGNITUDES - 1}, got {self.strong_magnitude}")
+
+    @property
+    def kinds(self) -> list[str]:
+        """The kind of each view in the order of `draw`: Vw times "weak", then Vs times "strong"."""
+        return ["weak"] * self.weak + ["strong"] * self.strong
+
+
+@dataclass(frozen=True, slots=True)
+class Views:
+    """The views of one picture, V = Vw + Vs, weak ones first.
+
+    Attributes:
+        pixels: uint8 (V, H, W, 3).
+        scale: float32 (V,), share of the picture's area that the crop shows.
+        flip: uint8 (V,), 1 where the view is mirrored.
+    """
+
+    pixels: NDArray[np.uint8]
+    scale: NDArray[np.float32]
+    flip: NDArray[np.uint8]
+
+
+def view_seed(seed: int, id: str, kind: str, place: int) -> int:
+    """Seed of one view: the first 8 bytes of sha256("seed/kind/place/id"), big-endian.
+
+    The place counts from 0 inside the kind, so that asking for more weak views leaves all other views as they were.
+    """
+    return int.from_bytes(hashlib.sha256(f"{seed}/{kind}/{place}/{id}".encode()).digest()[:8], "big")
+
+
+@dataclass(frozen=True, slots=True)
+class Drawing:
+    """What chance decided for one view, before any pixel is touched.
+
+    Attributes:
+        box: left, top, right and bottom of the crop, in whole pixels of the picture.
+        mirrored: whether it is then mirrored.
+        operations: of RandAugment, in their order: name and magnitude.
+    """
+
+    box: tuple[int, int, int, int]
+    mirrored: bool
+    operations: tuple[tuple[str, float], ...]
+
+
+def draw(picture: Image.Image, id: str, recipe: ViewRecipe, *, image_size: int) -> Views:
+    """All views of a picture, made with PIL.
+
+    The result depends on the arguments alone, as that of `drawings` does.
+
+    Args:
+        picture: RGB, any size.
+        id: the row's id.
+        recipe: what to draw.
+        image_size: H and W, in pixels.
+    """
+    found = drawings(picture.size, id, recipe, image_size=image_size)
+    pixels = np.empty((len(found), image_size, image_size, 3), dtype=np.uint8)  # (V, H, W, 3)
+    for view, drawing in enumerate(found):
+        pixels[view] = np.asarray(_made(picture, drawing, recipe, image_size))
+    return Views(pixels, *areas_and_flips(picture.size, found))
+
+
+def drawings(size: tuple[int, int], id: str, recipe: ViewRecipe, *, image_size: int) -> list[Drawing]:
+    """What is drawn for the V views of a picture of that size (width, height), weak ones first.
+
+    Every view has a seed of its own (`view_seed`), so the result depends on the arguments alone: not on the order of
+    the pictures, the process or the thread, and not on torch's random state, which is left as it was.
+    """
+    # Places count inside each kind, as `view_seed` wants them.
+    places = [*range(recipe.weak), *range(recipe.strong)]
+    found = []
+    with _GENERATOR, torch.random.fork_rng(devices=[]):
+        for kind, place in zip(recipe.kinds, places, strict=True):
+            # torch.manual_seed would also seed every GPU, which takes longer than the whole view.
+            torch.default_generator.manual_seed(view_seed(recipe.seed, id, kind, place))
+            found.append(_drawn(size, recipe, kind == "strong", image_size))
+    return found
+
+
+def areas_and_flips(size: tuple[int, int], found: Sequence[Drawing]) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
+    """`Views.scale` and `Views.flip` of what was drawn for a picture of that size (width, height)."""
+    whole = size[0] * size[1]
+    areas = [(one.box[2] - one.box[0]) * (one.box[3] - one.box[1]) / whole for one in found]
+    return np.array(areas, dtype=np.float32), np.array([one.mirrored for one in found], dtype=np.uint8)
+
+
+def augmented(views: torch.Tensor, drawn: Sequence[Drawing], recipe: ViewRecipe) -> torch.Tensor:
+    """RandAugment on a batch of views, the same operations together.
+
+    Args:
+        views: uint8 (N, 3, H, W), on any device; changed in place.
+        drawn: (N,), what was drawn for each.
+        recipe: they were drawn from.
+    """
+    augment = _transforms(recipe)[1]
+    for turn in range(recipe.strong_ops):
+        rows_of: dict[tuple[str, float], list[int]] = {}
+        for row, one in enumerate(drawn):
+            if turn < len(one.operations):
+                rows_of.setdefault(one.operations[turn], []).append(row)
+        for operation, rows in rows_of.items():
+            views[rows] = augment.apply(views[rows], operation)
+    return views
+
+
+def _drawn(size: tuple[int, int], recipe: ViewRecipe, strong: bool, image_size: int) -> Drawing:
+    """Chance's part of one view, from torch's generator as it is."""
+    crop, augment = _transforms(recipe)
+    # torchvision asks a picture for its size; this one has no pixels
+    box = crop.make_params([torch.empty(3, size[1], size[0], device="meta")])
+    mirrored = bool(torch.rand(()) < 0.5)
+    operations = augment.draw(image_size) if strong else ()
+    left, top = box["left"], box["top"]
+    return Drawing((left, top, left + box["width"], top + box["height"]), mirrored, operations)
+
+
+def _made(picture: Image.Image, drawing: Drawing, recipe: ViewRecipe, size: int) -> Image.Image:
+    """One view of size x size pixels; crop and bicubic resize in one step, without a copy of the crop."""
+    image = picture.resize((size, size), Image.Resampling.BICUBIC, box=drawing.box, reducing_gap=_REDUCING_GAP)
+    if drawing.mirrored:
+        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    for operation in drawing.operations:
+        image = _transforms(recipe)[1].apply(image, operation)
+    return image
+
+
+class _Augment(v2.RandAugment):
+    """torchvision's RandAugment in two steps, so that what is drawn can be done elsewhere, and to many at once."""
+
+    def draw(self, size: int) -> tuple[tuple[str, float], ...]:
+        """Operations and magnitudes for a square of `size` pixels, with the random numbers of `forward`."""
+        return tuple(self._draw_one(size) for _ in range(self.num_ops))
+
+    def _draw_one(self, size: int) -> tuple[str, float]:
+        name, (magnitudes_of, signed) = self._get_random_item(self._AUGMENTATION_SPACE)
+        magnitudes = magnitudes_of(self.num_magnitude_bins, size, size)
+        if magnitudes is None:
+            return name, 0.0
+        magnitude = float(magnitudes[self.magnitude])
+        return name, -magnitude if signed and torch.rand(()) <= 0.5 else magnitude
+
+    def apply(self, image: Any, operation: tuple[str, float]) -> Any:
+        """One operation on a PIL picture, or on a tensor (..., 3, H, W)."""
+        return self._apply_image_or_video_transform(
+            image, *operation, interpolation=self.interpolation, fill=self._fill
+        )
+
+
+@cache
+def _transforms(recipe: ViewRecipe) -> tuple[v2.RandomResizedCrop, _Augment]:
+    """The transforms for a recipe; the crop serves only to draw boxes, so its size does not matter."""
+    crop = v2.RandomResizedCrop(1, scale=recipe.weak_scale)
+    return crop, _Augment(recipe.strong_ops, recipe.strong_magnitude, num_magnitude_bins=_MAGNITUDES)

@@ -1,0 +1,89 @@
+import math
+
+import numpy as np
+import pytest
+
+import benchmarks.speed.search
+from benchmarks.speed.cells import parse_cell
+from benchmarks.speed.contenders import fit_cell, names, splits_of, without_test
+from benchmarks.speed.search import Draws, draw, search
+from benchmarks.studies.outside import OUTSIDE, OutsideClassifier
+
+CELL = parse_cell("folder=/made:20:reversed", 5)
+QUICK = {"steps": 20, "eval_every": 20}
+
+
+@pytest.fixture(scope="module")
+def splits(clusters):
+    return splits_of(CELL, clusters, [0, 1])
+
+
+@pytest.mark.parametrize("method", names())
+def test_every_draw_of_every_method_is_legal(method):
+    for i in range(30):
+        if method in OUTSIDE:
+            OutsideClassifier(method, **draw(method, i)).build()
+        else:
+            CELL.config(method="linear_probe" if method == "oracle" else method, **draw(method, i))
+
+
+def test_the_first_draw_is_the_defaults_and_the_others_differ():
+    assert draw("ulfine", 0) == {}
+    assert len({tuple(draw("ulfine", i).values()) for i in range(10)}) == 10
+
+
+def test_methods_that_share_a_knob_share_its_draws():
+    ours, theirs = draw("ulfine", 3), draw("linear_probe", 3)
+    assert theirs.items() <= ours.items()
+
+
+def test_an_unknown_method_has_the_common_space():
+    assert set(draw("made_tomorrow", 1)) == set(draw("lightweight", 1)) > {"lr", "threshold", "lambda_u"}
+
+
+def test_draws_lie_where_they_are_said_to():
+    values = [Draws(i).log_uniform("lr", 0.01, 1.0) for i in range(300)]
+    assert min(values) >= 0.01
+    assert max(values) <= 1
+    assert math.exp(np.log(values).mean()) == pytest.approx(0.1, rel=0.3)
+    assert {Draws(i).choice("kind", ("a", "b")) for i in range(20)} == {"a", "b"}
+    assert np.mean([Draws(i).uniform("x", 2, 4) for i in range(300)]) == pytest.approx(3, abs=0.2)
+
+
+def test_the_best_on_validation_is_chosen(clusters, splits):
+    chosen = search("linear_probe", CELL, clusters, [0, 1], splits, QUICK, 4, "cpu")
+    drawn = [{**draw("linear_probe", i), **QUICK} for i in range(4)]
+    blind = [without_test(split) for split in splits]
+    scores = []
+    for setting in drawn:
+        [figures] = fit_cell("linear_probe", CELL, clusters, [0, 1], blind, [setting], "cpu")
+        scores.append(np.mean([one["val"]["balanced_accuracy"] for one in figures]))
+    assert chosen == drawn[int(np.argmax(scores))]
+
+
+def test_every_method_has_as_many_draws_and_none_sees_a_test_picture(clusters, splits, monkeypatch):
+    asked = []
+
+    def spy(method, cell, cache, seeds, splits, settings, device):
+        asked.append((method, len(settings), sum(len(split.test) for split in splits)))
+        return [[{"val": {"balanced_accuracy": 0.5}} for _ in seeds] for _ in settings]
+
+    monkeypatch.setattr(benchmarks.speed.search, "fit_cell", spy)
+    for method in names():
+        assert search(method, CELL, clusters, [0, 1], splits, {}, 5, "cpu") == {}
+    assert asked == [(method, 5, 0) for method in names()]
+
+
+def test_a_given_setting_holds_in_every_draw(clusters, splits, monkeypatch):
+    def spy(method, cell, cache, seeds, splits, settings, device):
+        assert all(one["lr"] == 0.5 for one in settings)
+        return [[{"val": {"balanced_accuracy": float(i == 2)}}] for i in range(len(settings))]
+
+    monkeypatch.setattr(benchmarks.speed.search, "fit_cell", spy)
+    chosen = search("linear_probe", CELL, clusters, [0, 1], splits, {"lr": 0.5}, 4, "cpu")
+    assert chosen == {**draw("linear_probe", 2), "lr": 0.5}
+
+
+def test_without_validation_pictures_the_defaults_stay(clusters, splits, monkeypatch):
+    monkeypatch.setattr(benchmarks.speed.search, "fit_cell", lambda *given: [[{"val": {}}] for _ in given[5]])
+    assert search("ulfine", CELL, clusters, [0, 1], splits, {}, 3, "cpu") == {}

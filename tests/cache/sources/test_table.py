@@ -1,0 +1,196 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+from PIL import Image
+from pyarrow import parquet
+
+from ulfine_fast.cache.io.errors import InputError
+from ulfine_fast.cache.sources import open_source, reopen_source
+from ulfine_fast.cache.sources.table import PictureTable, TableSource
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    (tmp_path / "p").mkdir()
+    for number, name in enumerate("abcdef"):
+        Image.new("RGB", (3 + number, 3)).save(tmp_path / f"p/{name}.png")
+    return tmp_path
+
+
+def write(folder: Path, text: str, encoding: str = "utf-8") -> Path:
+    (folder / "table.csv").write_text(text, encoding=encoding)
+    return folder / "table.csv"
+
+
+def table(source: TableSource) -> list[tuple[str, int, str]]:
+    return [(row.id, row.label, row.split) for row in source.rows]
+
+
+def test_csv_with_all_columns(pictures: Path):
+    where = write(
+        pictures,
+        "split,path,other,label\n"
+        "test,p/a.png,x,dog\n"
+        "train,p/b.png,x,cat\n"
+        ",p/d.png,x,dog\n"
+        ",p/c.png,x,\n"
+        "unlabeled,p/e.png,x,dog\n"
+        "val,p/f.png,x,\n",
+    )
+    source = TableSource(where)
+    assert source.class_names == ["cat", "dog"]
+    assert table(source) == [
+        ("p/b.png", 0, "train"),
+        ("p/d.png", 1, "train"),
+        ("p/c.png", -1, "unlabeled"),
+        ("p/e.png", 1, "unlabeled"),  # kept to score pseudo-labels
+        ("p/f.png", -1, "val"),
+        ("p/a.png", 1, "test"),
+    ]
+    assert source.read(source.rows[0]).size == (4, 3)
+    assert source.rows[0].bytes == (pictures / "p/b.png").stat().st_size
+
+
+def test_without_a_split_column(pictures: Path):
+    source = TableSource(write(pictures, "path,label\np/a.png,x\np/b.png,\n"))
+    assert table(source) == [("p/a.png", 0, "train"), ("p/b.png", -1, "unlabeled")]
+
+
+def test_absolute_paths_quotes_blanks_and_byte_order_mark(pictures: Path):
+    (pictures / "p/a, b.png").write_bytes((pictures / "p/a.png").read_bytes())
+    where = write(pictures, f'path,label\n{pictures}/p/a.png , x\n"p/a, b.png",x\n', encoding="utf-8-sig")
+    source = TableSource(where)
+    assert [row.id for row in source.rows] == [f"{pictures}/p/a.png", "p/a, b.png"]
+    assert all(source.read(row).size == (3, 3) for row in source.rows)
+
+
+def test_whole_numbers_are_in_numeric_order(pictures: Path):
+    source = TableSource(write(pictures, "path,label\np/a.png,10\np/b.png,9\np/c.png,10\n"))
+    assert source.class_names == ["9", "10"]
+    assert [row.label for row in source.rows] == [1, 0, 1]
+
+
+def test_numbers_are_places_in_a_list_of_names(pictures: Path):
+    names = pictures / "names.txt"
+    names.write_text("zero\none\ntwo\n")
+    source = TableSource(write(pictures, "path,label\np/a.png,2\np/b.png,0\n"), class_names_file=names)
+    assert source.class_names == ["zero", "one", "two"]
+    assert [row.label for row in source.rows] == [2, 0]
+
+
+def test_too_short_a_list_of_names(pictures: Path):
+    names = pictures / "names.txt"
+    names.write_text("zero\n")
+    with pytest.raises(InputError, match=r"has 1 names, the source has 2 classes: 0, 7"):
+        TableSource(write(pictures, "path,label\np/a.png,7\np/b.png,0\n"), class_names_file=names)
+
+
+def test_names_by_folder_column(pictures: Path):
+    names = pictures / "names.csv"
+    names.write_text("folder,name\n7,seven things\n")
+    source = TableSource(write(pictures, "path,label\np/a.png,7\np/b.png,0\n"), class_names_file=names)
+    assert source.class_names == ["0", "seven things"]
+
+
+def test_parquet_gives_the_same_as_csv(pictures: Path):
+    paths, labels = ["p/a.png", "p/b.png", "p/c.png"], ["y", None, "x"]
+    parquet.write_table(pa.table({"label": labels, "path": paths, "z": [1, 2, 3]}), pictures / "t.parquet")
+    found = TableSource(pictures / "t.parquet")
+    wanted = TableSource(write(pictures, "path,label\np/a.png,y\np/b.png,\np/c.png,x\n"))
+    assert (found.rows, found.class_names) == (wanted.rows, wanted.class_names)
+
+
+def test_parquet_numbers_with_gaps(pictures: Path):
+    # What a data frame makes of whole numbers with a missing one.
+    labels = pa.array([3.0, float("nan"), 1.0, None])
+    paths = pa.array([f"p/{name}.png" for name in "abcd"]).dictionary_encode()
+    parquet.write_table(pa.table({"path": paths, "label": labels}), pictures / "t.parquet")
+    source = TableSource(pictures / "t.parquet")
+    assert source.class_names == ["1", "3"]
+    assert [(row.id, row.label) for row in source.rows] == [
+        ("p/a.png", 1),
+        ("p/c.png", 0),
+        ("p/b.png", -1),
+        ("p/d.png", -1),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("", "needs a column path .* found none"),
+        ("file,class\np/a.png,x\n", r"needs a column path \(and label, split\); found file, class"),
+        ("path;label\np/a.png;x\n", "found path;label"),
+        ("path,label\n", "has no rows"),
+        ("path,label\n,x\n", "row 1: the path is empty"),
+        ("path,label\np/a.png,\n", "has no label in any row"),
+        ("path\np/a.png\n", "has no label in any row"),
+        ("path,label,split\np/a.png,x,Train\n", "row 1: unknown split 'Train'; use train, unlabeled, val, test"),
+        ("path,label,split\np/a.png,x,\np/b.png,,train\n", "row 2: a training row without a label"),
+        ("path,label\np/a.png,x\np/b.png,x\np/a.png,y\n", r"lists p/a.png 2 times"),
+        ("path,label\np/a.png,x\np/gone.png,x\nq.png,x\n", r"row 2: p/gone.png is not there \(2 of 3 paths"),
+        ("path,label\np,x\n", r"row 1: p is not there"),
+        (f"path,label\n{'x' * 5000}.png,x\n", "is not there"),
+        ("path,label\np/\0a.png,x\n", r"is not"),
+    ],
+)
+def test_bad_tables_end_with_one_sentence(text: str, sentence: str, pictures: Path):
+    with pytest.raises(InputError, match=sentence) as caught:
+        TableSource(write(pictures, text))
+    assert "\n" not in str(caught.value)
+
+
+def test_files_that_are_no_tables(pictures: Path):
+    with pytest.raises(InputError, match="no such table"):
+        TableSource(pictures / "gone.csv")
+    with pytest.raises(InputError, match="is not a UTF-8 csv file"):
+        TableSource(write(pictures, "path,label\np/ä.png,x\n", encoding="latin-1"))
+    (pictures / "t.parquet").write_bytes(b"not parquet at all")
+    with pytest.raises(InputError, match="is not a parquet file") as caught:
+        TableSource(pictures / "t.parquet")
+    assert "\n" not in str(caught.value)
+    parquet.write_table(pa.table({"file": ["a"]}), pictures / "t.parquet")
+    with pytest.raises(InputError, match=r"needs a column path .* found file"):
+        TableSource(pictures / "t.parquet")
+
+
+def test_opened_by_name_and_reopened(pictures: Path):
+    where = write(pictures, "path,label\np/a.png,x\n")
+    source = open_source(str(where))
+    assert source.describe() == {"kind": "table", "path": str(where)}
+    assert reopen_source(source.describe()).rows == source.rows
+    where.unlink()
+    with pytest.raises(InputError, match="no such table"):
+        reopen_source(source.describe())
+
+
+# -- without labels
+
+
+def test_pictures_to_predict_need_no_labels(pictures: Path):
+    where = write(pictures, "path,note\np/b.png,x\np/a.png,\n")
+    source = PictureTable(where)
+    assert table(source) == [("p/a.png", -1, "test"), ("p/b.png", -1, "test")]
+    assert source.class_names == []
+    assert source.read(source.rows[1]).size == (4, 3)
+    assert source.describe()["kind"] == "pictures"
+
+
+@pytest.mark.parametrize("text", ["name\na", "path\n", "path\np/a.png\np/a.png", "path\np/gone.png"])
+def test_a_table_of_pictures_that_cannot_be_read_is_named(pictures: Path, text: str):
+    with pytest.raises(InputError, match=r"table|list"):
+        PictureTable(write(pictures, text))
+
+
+def test_a_data_frame_of_pictures(pictures: Path, monkeypatch):
+    pandas = pytest.importorskip("pandas")
+    monkeypatch.chdir(pictures)
+    frame = pandas.DataFrame({"path": ["p/b.png", "p/a.png"], "other": [1, 2]})
+    assert [row.id for row in PictureTable(frame).rows] == ["p/a.png", "p/b.png"]
+    with pytest.raises(InputError, match="path"):
+        PictureTable(pandas.DataFrame({"file": ["p/a.png"]}))
+    with pytest.raises(InputError, match="data frame"):
+        PictureTable(3)

@@ -1,0 +1,56 @@
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+
+from ulfine_fast.core.threads import side_by_side
+
+
+def test_everything_that_is_yielded_comes_out():
+    works = [iter(range(start, 30, 3)) for start in range(3)]
+    assert sorted(side_by_side(works)) == list(range(30))
+
+
+def test_each_work_has_a_thread_and_a_core_of_its_own():
+    before = torch.get_num_threads()
+    meeting = threading.Barrier(2, timeout=60)
+
+    def work():
+        meeting.wait()  # both are running at once
+        yield threading.get_ident(), torch.get_num_threads()
+
+    found = list(side_by_side([work(), work()]))
+    assert len({ident for ident, _ in found}) == 2
+    assert {cores for _, cores in found} == {1}
+    assert torch.get_num_threads() == before
+
+
+def test_an_error_comes_out_once_all_have_ended():
+    def fails():
+        yield 1
+        raise ValueError("no")
+
+    ended = []
+
+    def works():
+        yield 2
+        ended.append(True)
+
+    with pytest.raises(ValueError, match="no"):
+        list(side_by_side([fails(), works()]))
+    assert ended == [True]
+
+
+def test_who_stops_listening_stops_the_works():
+    alive = threading.active_count()
+
+    def endless():
+        while True:
+            yield 0
+
+    listening = side_by_side([endless(), endless()])
+    assert next(listening) == 0
+    listening.close()
+    assert threading.active_count() == alive

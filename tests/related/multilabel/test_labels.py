@@ -1,0 +1,82 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from tests.related.multilabel.worlds import hidden, make_pictures
+from ulfine_fast.cache.io.errors import InputError
+from ulfine_fast.related.multilabel.labels import placed, read_label_table, split_labels
+from ulfine_fast.related.multilabel.settings import MultiLabelConfig
+
+
+def written(folder, text):
+    path = folder / "labels.csv"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_a_table_is_read(tmp_path):
+    found = read_label_table(written(tmp_path, "id,cat,dog\nb.png,1,\na.png,0, 1\n\n"))
+    assert found.class_names == ["cat", "dog"]
+    assert found.ids == ["b.png", "a.png"]
+    assert found.values.tolist() == [[1, -1], [0, 1]]
+    again = read_label_table(written(tmp_path, "id,cat,dog\nb.png,1,\na.png,0,0\n"))
+    assert again.digest != found.digest
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("", "column id"),
+        ("id\na\n", "one for each class"),
+        ("name,cat\na,1\n", "got name, cat"),
+        ("id,cat,cat\na,1,1\n", "class 'cat'"),
+        ("id,split\na,1\n", "class 'split'"),
+        ("id,cat\na,1,0\n", "line 2 of .* has 3 cells instead of 2"),
+        ("id,cat\na,1\nb,yes\n", "line 3 of .* has 'yes' for class 'cat'"),
+        ("id,cat\na,1\na,0\n", "line 3 of .* names 'a' again"),
+    ],
+)
+def test_a_wrong_table_is_refused(tmp_path, text, sentence):
+    with pytest.raises(InputError, match=sentence):
+        read_label_table(written(tmp_path, text))
+
+
+def test_rows_find_their_place():
+    cache, truth = make_pictures()
+    table = hidden(cache, truth)
+    few = type(table)(table.class_names, table.ids[5:2:-1], table.values[5:2:-1])
+    whole, rows = placed(few, cache)
+    assert rows.tolist() == [3, 4, 5]
+    np.testing.assert_array_equal(whole[3:6], table.values[3:6])
+    assert (np.delete(whole, rows, 0) == -1).all()
+    with pytest.raises(InputError, match="'nobody', which this cache lacks; its ids look like 'train/0'"):
+        placed(type(table)(table.class_names, ["nobody"], table.values[:1]), cache)
+    with pytest.raises(InputError, match="no picture"):
+        placed(type(table)(table.class_names, [], table.values[:0]), cache)
+
+
+def test_splits_follow_the_cache_or_hold_some_out():
+    cache, truth = make_pictures()
+    labels, rows = placed(hidden(cache, truth), cache)
+    names = cache.class_names
+    found = split_labels(cache, labels, rows, names, MultiLabelConfig())
+    assert found.train.tolist() == list(range(120))
+    assert found.test.tolist() == list(range(120, 240))
+    held = [split_labels(cache, labels, rows[:120], names, MultiLabelConfig(seed=s)) for s in (1, 1, 2)]
+    assert len(held[0].test) == 24
+    assert set(held[0].test) | set(held[0].train) == set(range(120))
+    np.testing.assert_array_equal(held[0].test, held[1].test)
+    assert not np.array_equal(held[0].test, held[2].test)
+    with pytest.raises(InputError, match="no training picture; all"):
+        split_labels(cache, labels, rows[120:], names, MultiLabelConfig())
+
+
+def test_a_class_nobody_shows_is_refused():
+    cache, truth = make_pictures()
+    labels, rows = placed(hidden(cache, truth), cache)
+    with pytest.raises(InputError, match="'class 0' is 0 in no training picture"):
+        split_labels(cache, labels, rows, cache.class_names, MultiLabelConfig(unknown="ignore"))
+    labels[:120, 3] = -1
+    with pytest.raises(InputError, match="'class 3' is 1 in none of 120 training pictures"):
+        split_labels(cache, labels, rows, cache.class_names, MultiLabelConfig())

@@ -1,0 +1,354 @@
+"""Adaptation to a stream: its losses beside loops in numpy, the encoder's own norm, and streams that break things."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.cache.samples import write_pictures, write_tiny_model
+from tests.conftest import make_clusters
+from ulfine_fast.cache.io.errors import CacheMismatch, InputError
+from ulfine_fast.cache.models.encoder import load_encoder
+from ulfine_fast.cache.pipeline.extract import extract
+from ulfine_fast.cache.pipeline.views import ViewRecipe
+from ulfine_fast.cache.sources import open_source
+from ulfine_fast.cache.store import FeatureCache
+from ulfine_fast.config import FitConfig
+from ulfine_fast.engine.fit import fit
+from ulfine_fast.related.test_time_adaptation.adapt import (
+    Adaptation,
+    ConfidentMemory,
+    adapt,
+    entropy,
+    exposure_loss,
+    figures,
+    known_score,
+    last_norm_of,
+    marginal_entropy,
+    open_set_figures,
+    otsu,
+    soft_contrast,
+    stream_labels,
+)
+
+FEW = {"n1": 20, "gamma_l": 4.0, "gamma_u": 4.0, "steps": 30, "eval_every": 30}
+SHORT = {"steps": 5, "eval_every": 5}
+FAST = Adaptation(lr=1e-2, steps=5, batch=16)
+
+
+def softmax(row):
+    shifted = np.exp(np.asarray(row) - np.max(row))
+    return shifted / shifted.sum()
+
+
+def entropy_of(p):
+    return -sum(x * np.log(x) for x in p if x > 0)
+
+
+@pytest.fixture(scope="module")
+def logits():
+    return torch.from_numpy(np.random.default_rng(0).normal(0, 3, (7, 4)))
+
+
+def test_losses_by_hand(logits):
+    rows = logits.numpy()
+    predicted = [row.argmax() for row in rows]
+    contrast = np.array([[row[k] for k in predicted] for row in rows])
+    to_text = np.mean([entropy_of(softmax(row)) for row in contrast])
+    to_picture = np.mean([entropy_of(softmax(column)) for column in contrast.T])
+    assert abs(to_text - to_picture) > 0.05  # the two directions are not the same
+    assert soft_contrast(logits).item() == pytest.approx((to_text + to_picture) / 2)
+    assert entropy(logits).item() == pytest.approx(np.mean([entropy_of(softmax(row)) for row in rows]))
+    assert marginal_entropy(logits).item() == pytest.approx(entropy_of(np.mean([softmax(row) for row in rows], axis=0)))
+    scores = [np.log(softmax(row).max()) for row in rows]
+    np.testing.assert_allclose(known_score(logits), scores)
+
+
+def test_exposure_by_hand():
+    scores, threshold = np.array([0.1, 0.104, 0.11, 0.2]), 0.107
+    inside = 1 / (1 + np.exp(-(scores - threshold) / 0.005))
+    gap = np.average(scores, weights=inside) - np.average(scores, weights=1 - inside)
+    found = exposure_loss(torch.from_numpy(scores), torch.tensor(threshold))
+    assert found.item() == pytest.approx(-(gap**2))
+    # far from all scores one side is empty
+    assert torch.isfinite(exposure_loss(torch.from_numpy(scores), torch.tensor(50.0)))
+
+
+def test_the_threshold_separates_most_variance():
+    scores = np.random.default_rng(1).normal(size=30)
+    scores[20:] += 3
+
+    def between(cut):
+        low, high = scores[scores < cut], scores[scores >= cut]
+        return len(low) * len(high) * (low.mean() - high.mean()) ** 2
+
+    ordered = np.sort(scores)
+    best = max((ordered[1:] + ordered[:-1]) / 2, key=between)
+    assert otsu(torch.from_numpy(scores)).item() == pytest.approx(best)
+    assert otsu(torch.tensor([0.5])).item() == 0.5
+    assert otsu(torch.tensor([0.5, 0.5, 0.5])).item() == 0.5
+
+
+def test_the_memory_keeps_the_most_confident_of_each_class():
+    random, memory, seen = np.random.default_rng(2), ConfidentMemory(3, shots=2, sample=6, seed=0), []
+    for batch in range(4):
+        rows = random.normal(0, 2, (5, 3)).astype(np.float32)
+        rows[:, 2] = -9  # nobody is of the last class
+        memory.add(torch.arange(5) + 5 * batch, torch.from_numpy(rows))
+        seen += [(softmax(row).max(), int(row.argmax()), 5 * batch + i) for i, row in enumerate(rows)]
+        for k in range(3):
+            theirs = sorted((one for one in seen if one[1] == k), reverse=True)[:2]
+            kept = memory.places[k][memory.places[k] >= 0].tolist()
+            assert kept == [place for *_, place in theirs]
+    assert sorted(memory.draw().tolist()) == sorted(memory.places[:2].flatten().tolist())
+
+
+def test_the_memory_draws_as_many_of_each_class():
+    memory = ConfidentMemory(2, shots=4, sample=4, seed=0)
+    memory.add(torch.arange(8), torch.tensor([[3.0, 0.0], [0.0, 3.0]]).repeat(4, 1))
+    draws = [tuple(sorted(memory.draw().tolist())) for _ in range(20)]
+    assert all(sum(place % 2 for place in drawn) == 2 and len(set(drawn)) == 4 for drawn in draws)
+    assert len(set(draws)) > 1
+
+
+@pytest.fixture(scope="module")
+def zero_shot(clusters):
+    return fit(clusters, FitConfig(method="zero_shot", **FEW), progress=False)
+
+
+@pytest.fixture(scope="module")
+def probe(clusters):
+    return fit(clusters, FitConfig(method="linear_probe", **FEW), progress=False)
+
+
+@pytest.mark.parametrize("by", ["none", "tent", "cliptta"])
+def test_a_stream_by_autograd_alone(by, probe, clusters):
+    """The whole loop again, plainly: affine features, one loss, torch's Adam."""
+    settings = dataclasses.replace(FAST, by=by, shots=0, marginal=0.5)
+    order = np.random.default_rng(0).permutation(len(clusters))[:40]
+    found = adapt(probe, clusters, settings, rows=order, progress=False)
+    features = torch.from_numpy(clusters.plain[order].astype(np.float32))
+    features = features / features.norm(dim=1, keepdim=True) * 4  # the root of 16 dimensions
+    heads = probe.tensors["linear"] / probe.tensors["linear"].norm(dim=1, keepdim=True)
+    weight, bias = torch.ones(16, requires_grad=True), torch.zeros(16, requires_grad=True)
+    adam, expected = torch.optim.Adam([weight, bias], lr=settings.lr), []
+    for batch in features.split(16):
+        for step in range(6):
+            moved = weight * batch + bias
+            logits = 25 * (moved / moved.norm(dim=1, keepdim=True)) @ heads.T
+            if by == "none" or step == 5:
+                expected.append(logits.detach())
+                break
+            adam.zero_grad()
+            loss = (soft_contrast if by == "cliptta" else entropy)(logits) - 0.5 * marginal_entropy(logits)
+            loss.backward()
+            adam.step()
+    np.testing.assert_allclose(found.logits, torch.cat(expected), atol=2e-3)
+    np.testing.assert_allclose(found.before, probe.logits(clusters.plain[order]), atol=1e-4)
+    assert (np.abs(found.logits - found.before).max() > 0.5) == (by != "none")
+
+
+@pytest.mark.parametrize("batch", [1, 16])
+@pytest.mark.parametrize("open_set", [False, True])
+def test_one_class_alone_gives_numbers(batch, open_set, zero_shot, clusters):
+    """A memory of one class, first batches of one class, and rows of no length at all."""
+    settings = dataclasses.replace(FAST, batch=batch, open_set=open_set)
+    rows = np.flatnonzero(clusters.labels == 0)[:20]
+    assert np.isfinite(adapt(zero_shot, clusters, settings, rows=rows, progress=False).logits).all()
+    features = np.array(clusters.plain[rows])
+    features[::3] = 0
+    empty = FeatureCache.from_arrays(features, np.zeros(len(rows), np.int64), class_names=clusters.class_names)
+    found = adapt(zero_shot, empty, settings, progress=False)
+    assert np.isfinite(found.logits).all()
+    assert np.isfinite(found.weight).all()
+
+
+def test_tent_collapses_where_the_contrast_does_not():
+    """All pictures are moved the same way, so that most look like a few of the classes."""
+    world = make_clusters(classes=10, dim=32, noise=1.5, train=100)
+    run = fit(world, FitConfig(method="zero_shot", **FEW), progress=False)
+    away = np.random.default_rng(5).normal(size=32)
+    moved = world.plain + 2 * away / np.linalg.norm(away)
+    stream, order = FeatureCache.from_arrays(moved, world.labels), np.random.default_rng(0).permutation(len(world))
+    ends = {}
+    for by in ("tent", "cliptta"):
+        settings = Adaptation(by=by, lr=1e-2, scale=100.0)
+        ends[by] = figures(adapt(run, stream, settings, rows=order, progress=False), world.labels[order])
+    tent, ours = ends["tent"], ends["cliptta"]
+    assert tent["effective_classes"] < tent["effective_classes_before"] < 5 < 8 < ours["effective_classes"]
+    assert tent["accuracy"] < tent["accuracy_before"] < 0.5 < ours["accuracy"]
+    assert tent["accuracy_by_quarter"][-1] < tent["accuracy_by_quarter"][0]
+    assert ours["accuracy_by_quarter"][-1] > ours["accuracy_by_quarter"][0]
+
+
+def test_what_came_before_does_not_change_with_what_comes_after(probe, clusters):
+    short, long = (adapt(probe, clusters, FAST, rows=np.arange(n), progress=False) for n in (48, 96))
+    assert np.array_equal(short.logits, long.logits[:48])
+    again = adapt(probe, clusters, FAST, rows=np.arange(96), progress=False)
+    assert np.array_equal(again.logits, long.logits)
+
+
+def strangers(clusters):
+    """A run that does not know the last class, and its stream."""
+    known = clusters.labels < 3
+    part = FeatureCache.from_arrays(
+        clusters.plain[known],
+        clusters.labels[known],
+        class_names=clusters.class_names[:3],
+        text_features=clusters.text_features[:3],
+        splits=clusters.splits[known].tolist(),
+    )
+    return fit(part, FitConfig(method="zero_shot", **FEW), progress=False)
+
+
+def test_open_set(clusters):
+    run, order = strangers(clusters), np.random.default_rng(0).permutation(len(clusters))
+    labels = stream_labels(run, clusters)[order]
+    assert np.array_equal(labels, clusters.labels[order])  # the fourth is the stranger
+    told = {}
+    for exposure in (0.0, 30.0):
+        settings = Adaptation(open_set=True, exposure=exposure, lr=1e-3)
+        told[exposure] = figures(adapt(run, clusters, settings, rows=order, progress=False), labels, open_set=True)
+    assert told[30.0]["auroc"] != told[0.0]["auroc"]
+    assert told[0.0]["auroc_before"] == told[30.0]["auroc_before"] > 0.5
+    assert "auroc" not in figures(adapt(run, clusters, FAST, rows=order, progress=False), labels)
+
+
+def test_open_set_figures_by_hand():
+    known, strange = np.array([3.0, 2.0, 2.0, 1.0]), np.array([2.0, 0.0])
+    pairs = [(a > b) + 0.5 * (a == b) for a in known for b in strange]
+    assert open_set_figures(known, strange) == {"auroc": np.mean(pairs), "fpr95": 0.5}
+    from sklearn.metrics import roc_auc_score
+
+    random = np.random.default_rng(0)
+    known, strange = random.normal(1, 1, 200), random.normal(0, 1, 100)
+    found = open_set_figures(known, strange)
+    labels = np.repeat([1, 0], [200, 100])
+    assert found["auroc"] == pytest.approx(roc_auc_score(labels, np.concatenate([known, strange])))
+    least = max(one for one in known if (known >= one).mean() >= 0.95)
+    assert found["fpr95"] == (strange >= least).mean()
+
+
+def test_labels_by_name(zero_shot, clusters):
+    other = FeatureCache.from_arrays(clusters.plain[:4], [0, 1, 2, -1], class_names=["class 3", "moose", "class 0"])
+    assert stream_labels(zero_shot, other).tolist() == [3, 4, 0, -1]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A ViT whose last norm is not the identity."""
+    folder = tmp_path_factory.mktemp("model")
+    name = write_tiny_model(folder, layers=2)
+    weights, made = load_file(folder / "open_clip_model.safetensors"), torch.Generator().manual_seed(0)
+    for part, mean in (("weight", 1.0), ("bias", 0.0)):
+        weights[f"visual.ln_post.{part}"] = mean + 0.5 * torch.randn(16, generator=made)
+    save_file(weights, folder / "open_clip_model.safetensors")
+    return name
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    counts = {"train/cat": 10, "train/dog": 8, "test/cat": 3, "test/dog": 4}
+    return write_pictures(tmp_path_factory.mktemp("pictures"), counts)
+
+
+@pytest.fixture(scope="module")
+def caches(pictures, model, tmp_path_factory):
+    found = {}
+    for features in ("projected", "last-block", "pre-projection"):
+        folder = tmp_path_factory.mktemp(features) / "cache"
+        encoder = load_encoder(model, device="cpu", features=features)
+        views = ViewRecipe(weak=1, strong=1)
+        extract(open_source(pictures), encoder, folder, views=views, dtype="float32", workers=0, progress=False)
+        found[features] = FeatureCache.open(folder)
+    return found
+
+
+RUNS = {
+    "zero_shot": {},
+    "lightweight": {"adapter": "adaptformer", "batch_labeled": 4},
+    "lift_head": {"feature": "pre-projection", "batch_labeled": 4},
+}
+
+
+@pytest.mark.parametrize("features", ["last-block", "pre-projection"])
+@pytest.mark.parametrize("method", ["zero_shot", "lift_head"])
+def test_the_encoders_own_norm_is_adapted(features, method, caches, pictures, model):
+    """The adapted weight and bias, put into the encoder itself, give the same predictions there."""
+    config = FitConfig(method=method, **RUNS[method], **SHORT)
+    cache = caches[features]
+    run = fit(cache, config, device="cpu", progress=False)
+    found = adapt(run, cache, Adaptation(lr=0.05, steps=5, batch=32), progress=False)
+    assert found.exact
+    assert np.abs(found.logits - found.before).max() > 0.5
+    encoder, source = load_encoder(model, device="cpu"), open_source(pictures)
+    norm = encoder.model.visual.ln_post
+    with torch.no_grad():
+        norm.weight.copy_(torch.from_numpy(found.weight))
+        norm.bias.copy_(torch.from_numpy(found.bias))
+        if method == "lift_head":
+            encoder.model.visual.proj = None
+        rows = encoder.model.visual(torch.stack([encoder.transform(source.read(row)) for row in source.rows]))
+        heads = run.tensors["linear" if method == "lift_head" else "prototypes"]
+        expected = 25 * torch.nn.functional.normalize(rows) @ torch.nn.functional.normalize(heads).T
+    assert [row.id for row in source.rows] == cache.ids
+    np.testing.assert_allclose(found.logits, expected, atol=2e-3)
+
+
+def test_an_adapter_in_the_last_block_stays_in_front_of_the_norm(caches):
+    config = FitConfig(method="lightweight", **RUNS["lightweight"], **SHORT)
+    run = fit(caches["last-block"], config, device="cpu", progress=False)
+    found = adapt(run, caches["last-block"], Adaptation(lr=0.05), progress=False)
+    np.testing.assert_allclose(found.before, run.logits(caches["last-block"].tokens("plain")), atol=1e-4)
+    assert np.abs(found.logits - found.before).max() > 0.5
+    # the vectors it ended with, in the run itself, are that run
+    for name, vector in (("scale", found.weight), ("shift", found.bias)):
+        run.tensors[f"backbone.{name}"] = torch.from_numpy(vector)
+    np.testing.assert_allclose(found.logits, run.logits(caches["last-block"].tokens("plain")), atol=1e-4)
+    with pytest.raises(InputError, match="extract the stream with --features last-block"):
+        adapt(run, caches["pre-projection"], FAST, progress=False)
+
+
+def test_both_kinds_of_token_are_the_same_stream(caches):
+    run = fit(caches["projected"], FitConfig(method="zero_shot"), device="cpu", progress=False)
+    ends = {name: adapt(run, cache, FAST, progress=False) for name, cache in caches.items()}
+    assert [found.exact for found in ends.values()] == [False, True, True]
+    np.testing.assert_allclose(ends["last-block"].logits, ends["pre-projection"].logits, atol=2e-3)
+    np.testing.assert_allclose(ends["last-block"].before, ends["projected"].before, atol=1e-3)
+
+
+def test_a_channel_that_the_norm_wiped_out(caches):
+    cache = caches["pre-projection"]
+    weight = cache.head["ln_post_weight"].copy()
+    weight[3] = 0
+    cache = FeatureCache(
+        class_names=cache.class_names,
+        dim=cache.dim,
+        text_features=cache.text_features,
+        prototypes=cache.prototypes,
+        logit_scale=cache.logit_scale,
+        path=cache.path,
+        manifest=cache.manifest,
+        records=cache.records,
+        head={**cache.head, "ln_post_weight": weight},
+    )
+    rows, _ = last_norm_of(cache)
+    assert torch.isfinite(rows).all()
+    assert not rows[:, 3].any()
+
+
+def test_mistakes_are_said(zero_shot, clusters, caches):
+    for wrong in ({"by": "eata"}, {"lr": 0.0}, {"steps": 0}, {"marginal": -1.0}, {"shots": -1}, {"scale": -2.0}):
+        with pytest.raises(InputError, match=next(iter(wrong))):
+            Adaptation(**wrong)
+    with pytest.raises(InputError, match="no pictures"):
+        adapt(zero_shot, clusters, rows=np.zeros(0, np.int64))
+    with pytest.raises(InputError, match="not finite; lower"):
+        adapt(zero_shot, clusters, dataclasses.replace(FAST, marginal=1e38), progress=False)
+    run = fit(caches["projected"], FitConfig(method="zero_shot"), device="cpu", progress=False)
+    with pytest.raises(CacheMismatch):
+        adapt(run, clusters, FAST, progress=False)

@@ -1,0 +1,171 @@
+"""Class Gaussians, their anchors and their heads against numpy, scikit-learn and cases with a known answer."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from sklearn.covariance import ledoit_wolf
+from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
+
+from ulfine_fast.ops.philox import Purpose, normals
+from ulfine_fast.related.head_realignment.gaussians import (
+    Sampling,
+    align,
+    anchored,
+    class_gaussians,
+    discriminant,
+    shrunk,
+    text_anchors,
+)
+
+K, D = 4, 6
+COUNTS = np.array([40, 12, 3, 1])
+
+
+@pytest.fixture
+def world():
+    random = np.random.default_rng(0)
+    labels = np.repeat(np.arange(K), COUNTS)
+    means = 2 * random.normal(size=(K, D))
+    rows = means[labels] + random.normal(size=(len(labels), D)) * np.linspace(0.3, 1.5, D)
+    return torch.from_numpy(rows), torch.from_numpy(labels), means
+
+
+def test_shrinkage_is_ledoit_and_wolfs(world):
+    rows = world[0] - world[0].mean(0)
+    wanted, share = ledoit_wolf(rows.numpy(), assume_centered=True)
+    assert 0.01 < share < 0.99
+    np.testing.assert_allclose(shrunk(rows), wanted, atol=1e-10)
+
+
+def test_statistics_row_by_row(world):
+    rows, labels, _ = world
+    found = class_gaussians(rows, labels, K)
+    spread = []
+    for k in range(K):
+        own = rows[labels == k].numpy()
+        np.testing.assert_allclose(found.means[k], own.mean(0), atol=1e-12)
+        # a class of one row says nothing of a spread
+        spread += [] if len(own) < 2 else [(x - own.mean(0)) * np.sqrt(len(own) / (len(own) - 1)) for x in own]
+    assert found.counts.tolist() == COUNTS.tolist()
+    np.testing.assert_allclose(found.covariance, ledoit_wolf(np.array(spread), assume_centered=True)[0], atol=1e-10)
+
+
+def test_fewer_rows_than_dimensions_still_have_an_inverse():
+    random = torch.Generator().manual_seed(0)
+    covariance = class_gaussians(torch.randn(4, 50, generator=random), torch.tensor([0, 0, 1, 1]), 2).covariance
+    assert torch.linalg.eigvalsh(covariance)[0] > 1e-3
+    alike = class_gaussians(torch.ones(4, 5), torch.tensor([0, 0, 1, 1]), 2).covariance
+    assert torch.isfinite(torch.linalg.cholesky(alike)).all()
+    with pytest.raises(ValueError, match="two rows"):
+        class_gaussians(torch.ones(2, 5), torch.tensor([0, 1]), 2)
+
+
+def test_anchors_are_the_weighted_ridge_map(world):
+    """Against the normal equations over dimensions, where ours solves over classes."""
+    _, _, means = world
+    text = np.random.default_rng(1).normal(size=(K, 3))
+    w = COUNTS / (COUNTS + 10)
+    share = w / w.sum()
+    x, center = text - share @ text, share @ means
+    ridge = sum(s * (row @ row) for s, row in zip(share, x, strict=True))
+    left, right = ridge * np.eye(3), np.zeros((3, D))
+    for k in range(K):
+        left, right = left + w[k] * np.outer(x[k], x[k]), right + w[k] * np.outer(x[k], means[k] - center)
+    found = text_anchors(torch.from_numpy(means), torch.from_numpy(COUNTS), torch.from_numpy(text))
+    np.testing.assert_allclose(found, center + x @ np.linalg.solve(left, right), atol=1e-10)
+
+
+def test_a_class_without_rows_is_placed_by_its_text_alone(world):
+    _, _, means = world
+    text = torch.randn(K, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    counts = torch.tensor([40, 12, 3, 0])
+    wild = torch.from_numpy(means).clone()
+    wild[3] = 1e6
+    found, other = (text_anchors(one, counts, text) for one in (torch.from_numpy(means), wild))
+    assert torch.allclose(found, other)
+    assert torch.allclose(anchored(wild, counts, found, 5.0)[3], found[3], rtol=1e-12)
+
+
+def test_anchored_means_by_hand():
+    means, anchors = torch.tensor([[1.0], [1.0]]), torch.tensor([[3.0], [3.0]])
+    found = anchored(means, torch.tensor([20, 5]), anchors, 5.0)
+    assert found.squeeze(1).tolist() == pytest.approx([(20 + 15) / 25, 2.0])
+    assert torch.equal(anchored(means, torch.tensor([20, 5]), anchors, 0.0), means)
+
+
+def test_the_discriminant_is_scikit_learns(world):
+    several = world[1] < 3  # scikit-learn warns of a class of one row
+    rows, labels = world[0][several], world[1][several]
+    found = class_gaussians(rows, labels, 3)
+    theirs = LinearDiscriminantAnalysis(solver="lsqr", priors=np.full(3, 1 / 3))
+    theirs.fit(rows.numpy(), labels.numpy())
+    within = np.asarray(theirs.covariance_)
+    weights, bias = discriminant(found.means, torch.from_numpy(within))
+    wanted = theirs.decision_function(rows.numpy())
+    ours = (rows @ weights.T + bias).numpy()
+    np.testing.assert_allclose(ours - ours.mean(1, keepdims=True), wanted - wanted.mean(1, keepdims=True), atol=1e-8)
+
+
+def trained(heads, means, covariance, seeds, sampling):
+    return list(align(heads, means, covariance, seeds, sampling))[-1][1]
+
+
+def test_one_step_against_numpy():
+    random = torch.Generator().manual_seed(0)
+    heads, means = (torch.randn(1, 1, K, D, generator=random) for _ in range(2))
+    root = torch.randn(1, D, D, generator=random)
+    covariance = root @ root.transpose(1, 2) + torch.eye(D)
+    sampling = Sampling(epochs=1, per_class=5, lr=0.5, temperature=0.2)
+    found = next(align(heads, means, covariance, torch.tensor([7]), sampling))[1]
+    noise = normals(torch.tensor([7]), 0, Purpose.SAMPLES, 5 * D).view(5, D).double().numpy()
+    labels = np.arange(5) % K
+    rows = noise @ np.linalg.cholesky(covariance[0].double().numpy()).T + means[0, 0].double().numpy()[labels]
+    start = heads[0, 0].double().numpy()
+    start /= np.linalg.norm(start, axis=1, keepdims=True)
+    gradient = np.zeros_like(start)
+    for k, d in np.ndindex(K, D):
+        moved = [
+            slow_loss(start + step * np.eye(K * D)[k * D + d].reshape(K, D), rows, labels) for step in (1e-5, -1e-5)
+        ]
+        gradient[k, d] = (moved[0] - moved[1]) / 2e-5
+    np.testing.assert_allclose(found[0, 0], start - 0.5 * gradient, atol=1e-4)
+
+
+def slow_loss(weights, rows, labels, temperature=0.2):
+    total = 0.0
+    for row, label in zip(rows, labels, strict=True):
+        z = np.array([w @ row / np.linalg.norm(w) for w in weights])
+        z = z / (temperature * np.linalg.norm(z))
+        total += np.log(np.exp(z).sum()) - z[label]
+    return total / len(rows)
+
+
+def test_a_head_that_ignores_a_class_learns_it_back():
+    """Separated Gaussians, and a head with two equal rows."""
+    means = torch.eye(D)[:K].expand(1, 1, K, D)
+    heads = torch.eye(D)[[0, 1, 2, 2]].expand(1, 1, K, D).clone()
+    heads[..., 3, 0] = 0.5
+    covariance = 0.02 * torch.eye(D).unsqueeze(0)
+    assert (means[0, 0] @ heads[0, 0].T).argmax(1).tolist() != [0, 1, 2, 3]
+    found = trained(heads, means, covariance, torch.tensor([0]), Sampling(per_class=32, lr=0.1))
+    assert (means[0, 0] @ found[0, 0].T).argmax(1).tolist() == [0, 1, 2, 3]
+
+
+def test_trials_do_not_see_their_neighbours():
+    random = torch.Generator().manual_seed(0)
+    heads, means = (torch.randn(3, 2, K, D, generator=random) for _ in range(2))
+    covariance = torch.eye(D).expand(3, D, D) * torch.tensor([0.1, 0.2, 0.3]).view(3, 1, 1)
+    seeds, sampling = torch.tensor([3, 1, 2]), Sampling(epochs=2, per_class=8)
+    together = trained(heads, means, covariance, seeds, sampling)
+    alone = trained(heads[1:2], means[1:2], covariance[1:2], seeds[1:2], sampling)
+    assert torch.equal(together[1], alone[0])
+    assert not torch.equal(together[1, 0], together[1, 1])
+
+
+def test_every_class_is_sampled_as_often():
+    from ulfine_fast.related.head_realignment.gaussians import _labels
+
+    seen = torch.cat([_labels(step, 5, K, torch.device("cpu")) for step in range(K)])
+    assert torch.bincount(seen).tolist() == [5] * K

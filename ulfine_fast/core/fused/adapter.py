@@ -1,0 +1,104 @@
+"""The residual adapter without an autograd graph: forward into buffers, gradients added to the velocity.
+
+The specification is :func:`ulfine_fast.core.heads.adapt`. Inputs are cached features that need no gradient, so the
+normalised rows are never stored: with m and r a row's mean and inverse deviation, a and b the norm's scale and shift,
+
+    LN(x) W = r (x (a W)) - m r sum_d (a W)_d + b W,
+
+and the gradients of a, b and W all follow from Q = sum_rows (x - m) r dh (D, rank) and the sums of dh.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ulfine_fast.core.fused.buffers import Buffers
+
+_LN_EPS = 1e-5
+
+
+class AdapterRows(NamedTuple):
+    """What the adapter reads and writes for n rows of each trial.
+
+    Attributes:
+        features: unit rows (T, n, D), read.
+        hidden: relu(...) (T, n, r).
+        mean: m (T, n, 1). shifted: m r (T, n, 1). inverse: r (T, n, 1).
+        adapted: x + s W_up hidden (T, n, D), not normalised.
+    """
+
+    features: Tensor
+    hidden: Tensor
+    mean: Tensor
+    shifted: Tensor
+    inverse: Tensor
+    adapted: Tensor
+
+
+class FusedAdapter:
+    """Adapters of T trials.
+
+    Args:
+        tensors: "adapter.scale" and "adapter.shift" (T, D), "adapter.down" (T, D, r), "adapter.up" (T, r, D).
+        velocity: tensors of the same names and shapes, to which :meth:`backward` adds the gradients.
+        strength: s (T,).
+        buffers: where activations go.
+    """
+
+    def __init__(
+        self, tensors: dict[str, Tensor], velocity: dict[str, Tensor], strength: Tensor, buffers: Buffers
+    ) -> None:
+        self.velocity, self.buffers, self.strength = velocity, buffers, strength.view(-1, 1, 1)
+        self.down, self.up = tensors["adapter.down"], tensors["adapter.up"]
+        self.scale, self.shift = tensors["adapter.scale"].unsqueeze(2), tensors["adapter.shift"].unsqueeze(2)
+        trials, dim, rank = self.down.shape
+        self.first, self.second = buffers.lend("first", trials, dim, rank), buffers.lend("second", trials, rank, dim)
+        # unit rows: their mean square is 1 / D
+        self.mean_square = torch.full_like(self.strength, 1.0 / dim + _LN_EPS)
+
+    def prepare(self) -> None:
+        """Fold the norm's scale and s into the products; once a step, before :meth:`forward`."""
+        torch.mul(self.down, self.scale, out=self.first)
+        torch.mul(self.up, self.strength, out=self.second)
+        self.sums = self.first.sum(1, keepdim=True)  # (T, 1, r)
+        self.offset = self.shift.transpose(1, 2) @ self.down  # (T, 1, r)
+
+    def rows(self, features: Tensor, adapted: Tensor) -> AdapterRows:
+        """Memory for :meth:`forward` and :meth:`backward` of rows (T, n, D)."""
+        trials, rows, _ = features.shape
+        lend = self.buffers.lend
+        return AdapterRows(
+            features=features,
+            hidden=lend("hidden", trials, rows, self.up.shape[1]),
+            mean=lend("mean", trials, rows, 1),
+            shifted=lend("shifted", trials, rows, 1),
+            inverse=lend("spread", trials, rows, 1),
+            adapted=adapted,
+        )
+
+    def forward(self, rows: AdapterRows) -> None:
+        """The rows x + s W_up relu(W_down LN(x)), before they are normalised."""
+        torch.mean(rows.features, -1, keepdim=True, out=rows.mean)
+        torch.addcmul(self.mean_square, rows.mean, rows.mean, value=-1.0, out=rows.inverse).rsqrt_()
+        torch.mul(rows.mean, rows.inverse, out=rows.shifted)
+        torch.bmm(rows.features, self.first, out=rows.hidden).mul_(rows.inverse).add_(self.offset)
+        rows.hidden.addcmul_(rows.shifted, self.sums, value=-1.0).relu_()
+        torch.baddbmm(rows.features, rows.hidden, self.second, out=rows.adapted)
+
+    def backward(self, rows: AdapterRows, adapted_gradient: Tensor) -> None:
+        """Add the gradients of the four tensors, from dL / d adapted (T, n, D)."""
+        velocity, lend = self.velocity, self.buffers.lend
+        inner, quotient = lend("inner", *rows.hidden.shape), lend("quotient", *self.down.shape)
+        torch.bmm(adapted_gradient, self.second.transpose(1, 2), out=inner)
+        # the rectifier's own backward: one pass, where a comparison and a product are three
+        torch.ops.aten.threshold_backward.grad_input(inner, rows.hidden, 0.0, grad_input=inner)  # (T, n, r)
+        scaled = torch.mul(rows.hidden, self.strength, out=lend("scaled", *rows.hidden.shape))
+        velocity["adapter.up"].baddbmm_(scaled.transpose(1, 2), adapted_gradient)
+        sums, drift = inner.sum(1, keepdim=True), rows.shifted.transpose(1, 2) @ inner  # (T, 1, r)
+        torch.bmm(rows.features.transpose(1, 2), inner.mul_(rows.inverse), out=quotient).sub_(drift)  # Q
+        velocity["adapter.down"].addcmul_(quotient, self.scale).addcmul_(self.shift, sums)
+        velocity["adapter.scale"].add_(quotient.mul_(self.down).sum(2))
+        velocity["adapter.shift"].unsqueeze(2).baddbmm_(self.down, sums.transpose(1, 2))

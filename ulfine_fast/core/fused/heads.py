@@ -1,0 +1,134 @@
+"""Cosine heads without an autograd graph: all heads of a trial in one product, their vectors normalised nowhere.
+
+The specification is :func:`ulfine_fast.core.heads.cosine_logits` on normalised rows. With n_b = 1 / ||y_b|| and
+w_k = 1 / ||v_k||, logits are z = sigma n_b w_k (y_b . v_k), and with G = dz sigma n_b w_k
+
+    dv_k = sum_b G_bk y_b - w_k^2 (sum_b dz_bk z_bk) v_k,    dy_b = sum_k G_bk v_k - n_b^2 (sum_k dz_bk z_bk) y_b.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ulfine_fast.core.fused.buffers import Buffers
+
+# the square root of the specification's epsilon, under which a row counts as zero
+_SHORTEST = 1e-6
+
+
+class HeadRows(NamedTuple):
+    """What the heads read and write for n rows of each trial.
+
+    Attributes:
+        adapted: rows of any length (T, n, D), read. inverse: 1 / length (T, n, 1). pull: sigma / length (T, n, 1).
+        logits: (T, n, M).
+    """
+
+    adapted: Tensor
+    inverse: Tensor
+    pull: Tensor
+    logits: Tensor
+
+
+class FusedHeads:
+    """Class vectors of T trials, M = heads x classes of them.
+
+    Args:
+        weights: (T, M, D).
+        velocity: the same shape, to which :meth:`backward` adds the gradients.
+        scale: sigma (T,).
+        learns: 1 for vectors that get a gradient, 0 for others, (T, M); None for all.
+        buffers: where activations go.
+    """
+
+    def __init__(
+        self, weights: Tensor, velocity: Tensor, scale: Tensor, learns: Tensor | None, buffers: Buffers
+    ) -> None:
+        self.weights, self.velocity, self.scale, self.buffers = weights, velocity, scale.view(-1, 1, 1), buffers
+        self.learns = learns
+        self.across = weights.transpose(1, 2)
+        self.inverse = buffers.lend("vector_inverse", weights.shape[0], weights.shape[1])
+        self.by_row, self.by_column = self.inverse.unsqueeze(1), self.inverse.unsqueeze(2)
+
+    def prepare(self) -> None:
+        """Measure the class vectors; once a step, before :meth:`forward`."""
+        inverse_lengths(self.weights, out=self.inverse)
+
+    def rows(self, adapted: Tensor) -> HeadRows:
+        """Memory for :meth:`forward` and :meth:`backward` of rows (T, n, D)."""
+        trials, rows, _ = adapted.shape
+        lend = self.buffers.lend
+        logits = lend("logits", trials, rows, self.weights.shape[1])
+        return HeadRows(adapted, lend("inverse", trials, rows, 1), lend("pull", trials, rows, 1), logits)
+
+    def forward(self, rows: HeadRows) -> None:
+        """Logits of the rows."""
+        inverse_lengths(rows.adapted, out=rows.inverse.squeeze(2))
+        torch.mul(rows.inverse, self.scale, out=rows.pull)
+        torch.bmm(rows.adapted, self.across, out=rows.logits)
+        rows.logits.mul_(rows.pull).mul_(self.by_row)
+
+    def backward(
+        self, rows: HeadRows, logit_gradient: Tensor, rows_gradient: Tensor | None, momentum: float, decay: Tensor
+    ) -> None:
+        """Move the velocity to momentum * velocity + gradient + decay * weights; the gradient of the rows.
+
+        Args:
+            rows: of :meth:`forward`.
+            logit_gradient: dL / dz (T, n, M); overwritten.
+            rows_gradient: written, (T, n, D); None where nothing below the heads learns.
+            momentum: of all trials.
+            decay: weight decay (T, 1).
+        """
+        shared = torch.mul(logit_gradient, rows.logits, out=self.buffers.lend("shared", *rows.logits.shape))
+        along = shared.sum(1).mul_(self.inverse).mul_(self.inverse)  # (T, M)
+        logit_gradient.mul_(rows.pull).mul_(self.by_row)
+        if rows_gradient is not None:
+            torch.bmm(logit_gradient, self.weights, out=rows_gradient)
+            along_rows = shared.sum(2, keepdim=True).mul_(rows.inverse).mul_(rows.inverse)  # (T, n, 1)
+            rows_gradient.addcmul_(rows.adapted, along_rows, value=-1.0)
+        if self.learns is not None:
+            logit_gradient.mul_(self.learns.unsqueeze(1))
+            along.mul_(self.learns)
+        self.velocity.baddbmm_(logit_gradient.transpose(1, 2), rows.adapted, beta=momentum)
+        # what only changes a vector's length and the decay lie along the vector: one pass for both
+        self.velocity.addcmul_(self.weights, (decay - along).unsqueeze(2))
+
+
+def inverse_lengths(rows: Tensor, out: Tensor | None = None) -> Tensor:
+    """1 / ||x|| of rows (..., D), shape (...); a zero row gives a finite number, so that it stays zero."""
+    return torch.linalg.vector_norm(rows, dim=-1, out=out).clamp_(min=_SHORTEST).reciprocal_()
+
+
+def add_orthogonality_gradient(
+    vectors: Tensor, inverse: Tensor, weight: Tensor, velocity: Tensor, buffers: Buffers
+) -> Tensor:
+    """Add the gradient of weight * || U U^T - I ||_F^2 / K^2, U the vectors at unit length.
+
+    The specification is :func:`ulfine_fast.ops.prototypes.orthogonality`.
+
+    Args:
+        vectors: C (T, K, D).
+        inverse: 1 / length (T, K).
+        weight: (T,).
+        velocity: added to, (T, K, D).
+        buffers: where the Gram matrix goes.
+
+    Returns:
+        The penalties without their weight (T,).
+    """
+    trials, classes, _ = vectors.shape
+    scales = inverse.unsqueeze(2) * inverse.unsqueeze(1)  # (T, K, K)
+    gram, pull = (buffers.lend(name, trials, classes, classes) for name in ("gram", "pull_apart"))
+    torch.bmm(vectors, vectors.transpose(1, 2), out=gram).mul_(scales)
+    pull.copy_(gram).diagonal(dim1=1, dim2=2).sub_(1.0)
+    penalty = torch.linalg.vector_norm(pull, dim=(1, 2)).square_().div_(classes**2)
+    # dO / dgram, and what of it only changes a vector's length
+    pull.mul_((4.0 / classes**2 * weight).view(-1, 1, 1))
+    along = gram.mul_(pull).sum(2)  # (T, K)
+    pull.mul_(scales).diagonal(dim1=1, dim2=2).addcmul_(along, inverse.square(), value=-1.0)
+    velocity.baddbmm_(pull, vectors)
+    return penalty

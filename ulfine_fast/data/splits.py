@@ -1,0 +1,257 @@
+"""Long-tailed semi-supervised splits of a cache's rows: drawn from a seed, saved by picture id, loadable again."""
+
+from __future__ import annotations
+
+import bisect
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ulfine_fast.cache.io.errors import InputError
+from ulfine_fast.config import FitConfig
+from ulfine_fast.related.label_proportions.bags import Bags
+
+Rows = NDArray[np.int64]
+
+RULE = (
+    "count of rank k = max(1, int(N1 * gamma_l ** (-k / (K - 1)))), the last max(1, int(N1 / gamma_l)); "
+    "unlabelled the same with M1, gamma_u and no lower bound; per class: labelled rows first, unlabelled next, of one "
+    "seeded permutation"
+)
+
+
+@dataclass(frozen=True)
+class Split:
+    """Row numbers of a cache by role.
+
+    Attributes:
+        labeled: rows that train with their label (L,).
+        unlabeled: rows that train without (U,); their labels, where known, are used for health figures only.
+        val: rows held out of the labelled ones for selection and calibration (V,).
+        test: rows read once, at the end (E,).
+        class_order: class indices from head to tail (K,), by drawn rank or by labelled count.
+        bags: of training pictures of which class shares are known, for methods that learn from those; else None.
+    """
+
+    labeled: Rows
+    unlabeled: Rows
+    val: Rows
+    test: Rows
+    class_order: Rows
+    bags: Bags | None = None
+
+    def to_dict(self, ids: list[str]) -> dict[str, Any]:
+        """The split as picture ids, so that it fits a cache of the same pictures made with another model."""
+        roles = {role: [ids[row] for row in getattr(self, role)] for role in ("labeled", "unlabeled", "val", "test")}
+        order = [int(k) for k in self.class_order]
+        bags = {} if self.bags is None else {"bags": self.bags.to_list(ids)}
+        return {"format": "ulfine-fast-split", "version": 1, "rule": RULE, "class_order": order, **roles, **bags}
+
+
+def read_split(path: Path, ids: list[str]) -> Split:
+    """Load a saved split.
+
+    Args:
+        path: a split.json, or a run folder that holds one.
+        ids: the cache's picture ids, in row order.
+
+    Raises:
+        InputError: no such file, no split in it, or a picture the cache lacks.
+    """
+    file = path / "split.json" if path.is_dir() else path
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        roles = {role: found[role] for role in ("labeled", "unlabeled", "val", "test", "class_order")}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"{file} is not a saved split ({type(error).__name__}); name the split.json of a run"
+        ) from error
+    row_of = {name: row for row, name in enumerate(ids)}
+    order = np.asarray(roles.pop("class_order"), dtype=np.int64)
+    for role, names in roles.items():
+        missing = [name for name in names if name not in row_of]
+        if missing:
+            raise InputError(
+                f"the {role} part of {file} names {missing[0]!r}, which this cache lacks; use the cache it was made on"
+            )
+    bags = Bags.from_list(found["bags"], row_of) if "bags" in found else None
+    rows = {role: _rows([row_of[name] for name in names]) for role, names in roles.items()}
+    return Split(**rows, class_order=order, bags=bags)
+
+
+def long_tail_counts(largest: int, gamma: float, classes: int, smallest: int = 0) -> Rows:
+    """Class sizes from head to tail, falling exponentially from `largest` to `largest / gamma`.
+
+    Returns:
+        Counts of shape (K,), each at least `smallest`.
+    """
+    ranks = np.arange(classes) / max(classes - 1, 1)
+    counts = (largest * gamma ** (-ranks)).astype(np.int64)  # (K,)
+    if classes > 1:
+        # The power's rounding may land just below an exact quotient; the division does not.
+        counts[-1] = int(largest / gamma)
+    return np.maximum(counts, smallest)
+
+
+def unlabeled_counts(m1: int, gamma: float, shape: str, classes: int) -> Rows:
+    """Unlabelled class sizes in the labelled rank order (head first), for one of the protocol's shapes.
+
+    `consistent` falls, `reversed` rises, `uniform` is flat, `middle` peaks at the middle ranks and `head-tail` at both
+    ends (the last two after SimPro, arXiv 2402.13505; which of two equally distant ranks is larger is our choice).
+    `shuffled` falls along a second random order of the classes, which the caller draws.
+
+    Returns:
+        Counts of shape (K,).
+    """
+    if shape == "uniform":
+        return np.full(classes, m1, dtype=np.int64)
+    falling = long_tail_counts(m1, gamma, classes)
+    if shape == "reversed":
+        return falling[::-1].copy()
+    if shape in ("middle", "head-tail"):
+        distance = np.abs(np.arange(classes) - (classes - 1) / 2)
+        from_centre = np.argsort(distance, kind="stable")
+        counts = np.empty_like(falling)
+        counts[from_centre if shape == "middle" else from_centre[::-1]] = falling
+        return counts
+    return falling
+
+
+def draw_split(labels: Rows, splits: NDArray[Any], class_names: list[str], config: FitConfig) -> Split:
+    """Draw a trial's split from the cache's rows.
+
+    Args:
+        labels: class index of each row, -1 unknown (n,).
+        splits: "train", "unlabeled", "val" or "test" for each row (n,).
+        class_names: (K,).
+        config: n1, m1, gamma_l, gamma_u, shape and the split seed decide.
+
+    Raises:
+        InputError: too few pictures for the counts asked for, or a class with no labelled picture.
+    """
+    random = np.random.default_rng([config.data_seed, 0x5B11])
+    test = _rows(np.flatnonzero((splits == "test") & (labels >= 0)))
+    pools = [
+        _rows(random.permutation(np.flatnonzero((splits == "train") & (labels == k)))) for k in range(len(class_names))
+    ]
+    if not len(test):
+        test, pools = _carve(pools, config.test_fraction, keep=2)
+    for name, pool in zip(class_names, pools, strict=True):
+        if not len(pool):
+            raise InputError(f"class {name!r} has no labelled training picture; add one or remove the class")
+    unknown = _rows(np.flatnonzero((splits == "unlabeled") | ((splits == "train") & (labels < 0))))
+    if config.n1 is None:
+        order, labeled, unlabeled = _as_they_are(pools, config.labeled_fraction)
+        unlabeled = np.concatenate([unlabeled, unknown])
+    else:
+        order = random.permutation(len(pools)) if config.permute_classes else np.arange(len(pools))
+        labeled, unlabeled = _long_tailed(pools, order, class_names, config, random)
+        if config.shape == "natural":
+            unlabeled = np.concatenate([unlabeled, unknown])
+    if config.labeled_in_unlabeled:
+        unlabeled = np.concatenate([unlabeled, *labeled])
+    given = _rows(np.flatnonzero((splits == "val") & (labels >= 0)))
+    carved, labeled = (given, labeled) if len(given) else _carve(labeled, config.val_fraction, keep=3)
+    return Split(np.sort(np.concatenate(labeled)), np.sort(unlabeled), np.sort(carved), np.sort(test), _rows(order))
+
+
+def labeled_counts(labels: Rows, split: Split, classes: int) -> Rows:
+    """Labelled training pictures of each class (K,), validation left out."""
+    return np.bincount(labels[split.labeled], minlength=classes).astype(np.int64)
+
+
+def told_labels(labels: Rows, split: Split, classes: int, config: FitConfig) -> Rows:
+    """The classes that training is told: some wrong, as noisy labels are studied (symmetric noise).
+
+    round(`label_noise` L) labelled pictures, drawn from the split seed, get one of the other classes, each as likely.
+    Whoever is wrong at one share is wrong in the same way at every larger one.
+
+    Args:
+        labels: class index of each row of the cache (n,).
+        split: whose labelled pictures are meant.
+        classes: K.
+        config: `label_noise` and the split seed decide.
+
+    Returns:
+        Classes of `split.labeled`, in its order (L,).
+
+    Raises:
+        InputError: noise asked for where there is no other class.
+    """
+    told = labels[split.labeled]
+    if not config.label_noise:
+        return told
+    if classes < 2:
+        raise InputError(f"label_noise = {config.label_noise:g} needs a second class; set it to 0")
+    random = np.random.default_rng([config.data_seed, 0x401E])
+    order, steps = random.permutation(len(told)), random.integers(1, classes, len(told))
+    wrong = order[: round(config.label_noise * len(told))]
+    told[wrong] = (told[wrong] + steps[wrong]) % classes
+    return told
+
+
+def _rows(values: Any) -> Rows:
+    return np.asarray(values, dtype=np.int64)
+
+
+def _carve(pools: list[Rows], share: float, keep: int) -> tuple[Rows, list[Rows]]:
+    """Take `share` of each class, at least one where more than `keep` are there, none otherwise."""
+    sizes = [max(1, round(len(pool) * share)) if share > 0 and len(pool) > keep else 0 for pool in pools]
+    taken = np.concatenate([pool[:size] for pool, size in zip(pools, sizes, strict=True)])
+    return _rows(taken), [pool[size:] for pool, size in zip(pools, sizes, strict=True)]
+
+
+def _as_they_are(pools: list[Rows], share: float) -> tuple[Rows, list[Rows], Rows]:
+    """Keep the data's own counts; `share` of each class, at least one picture, stays labelled."""
+    sizes = [max(1, round(len(pool) * share)) for pool in pools]
+    labeled = [pool[:size] for pool, size in zip(pools, sizes, strict=True)]
+    hidden = [pool[size:] for pool, size in zip(pools, sizes, strict=True)]
+    order = np.argsort([-len(rows) for rows in labeled], kind="stable")
+    return order, labeled, _rows(np.concatenate(hidden))
+
+
+def _long_tailed(
+    pools: list[Rows], order: NDArray[Any], class_names: list[str], config: FitConfig, random: np.random.Generator
+) -> tuple[list[Rows], Rows]:
+    """Labelled rows per class and unlabelled rows, by the protocol's counts along `order`."""
+    classes = len(pools)
+    assert config.n1 is not None
+    counts = np.empty(classes, dtype=np.int64)
+    counts[order] = long_tail_counts(config.n1, config.gamma_l, classes, smallest=1)
+    sizes = np.array([len(pool) for pool in pools])
+    for k in np.flatnonzero(counts > sizes)[:1]:
+        raise InputError(
+            f"n1 = {config.n1} needs {counts[k]} labelled pictures of class {class_names[k]!r}, "
+            f"which has {sizes[k]}; lower n1"
+        )
+    labeled = [pool[:count] for pool, count in zip(pools, counts, strict=True)]
+    rest = [pool[count:] for pool, count in zip(pools, counts, strict=True)]
+    if config.shape == "natural":
+        return labeled, _rows(np.concatenate(rest))
+    hidden = np.empty(classes, dtype=np.int64)
+    # an order of the unlabelled classes that the labelled one says nothing about
+    ranked = random.permutation(order) if config.shape == "shuffled" else order
+    hidden[ranked] = _hidden_counts(sizes[ranked] - counts[ranked], config)
+    for k in np.flatnonzero(hidden > sizes - counts)[:1]:
+        raise InputError(
+            f"m1 = {config.m1} needs {hidden[k]} unlabelled pictures of class {class_names[k]!r}, "
+            f"which has {sizes[k] - counts[k]} left; lower m1 or n1"
+        )
+    return labeled, _rows(np.concatenate([rows[:count] for rows, count in zip(rest, hidden, strict=True)]))
+
+
+def _hidden_counts(left: Rows, config: FitConfig) -> Rows:
+    """Unlabelled counts by rank; without m1, the largest M1 for which every class has enough pictures left."""
+
+    def counts(m1: int) -> Rows:
+        return unlabeled_counts(m1, config.gamma_u, config.shape, len(left))
+
+    if config.m1 is not None:
+        return counts(config.m1)
+    # no count falls when M1 grows, so the feasible ones end at one place
+    feasible = bisect.bisect_left(range(int(left.max()) + 1), True, key=lambda m1: bool((counts(m1) > left).any()))
+    return counts(max(0, feasible - 1))

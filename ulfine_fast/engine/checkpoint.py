@@ -1,0 +1,200 @@
+"""Interrupted training goes on: every pass is one file, replaced as a whole after each evaluation.
+
+The folder holds head.json, which says what is being trained on what, and pass-N.safetensors for the pass whose first
+trial is N, with its tensors and, as JSON in the file's own header, where it stands.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from ulfine_fast._version import __version__
+from ulfine_fast.cache.io.errors import InputError
+from ulfine_fast.cache.io.files import make_folder, write_atomically
+from ulfine_fast.config import FitConfig
+from ulfine_fast.core.heads import Tensors
+from ulfine_fast.data.splits import Split
+
+if TYPE_CHECKING:
+    from ulfine_fast.cache.store import FeatureCache
+
+_FORMAT = "ulfine-fast-checkpoint"
+_PASSES = "pass-*.safetensors"
+_ROLES = ("labeled", "unlabeled", "val", "test")
+
+
+class Begun(NamedTuple):
+    """A pass as far as it is saved: its trials' places among all, its tensors, and where it stands."""
+
+    trials: list[int]
+    tensors: Tensors
+    notes: dict[str, Any]
+
+
+class Checkpoint:
+    """A folder that the passes of one call of :func:`ulfine_fast.fit_many` are saved in.
+
+    Raises:
+        InputError: the folder holds a checkpoint of other configs, splits, another cache or version, or something
+            else, or cannot be written.
+    """
+
+    def __init__(
+        self, folder: Path, cache: FeatureCache, configs: Sequence[FitConfig], splits: Sequence[Split], engine: str
+    ) -> None:
+        self.folder = folder
+        self.head = {
+            "format": _FORMAT,
+            "version": __version__,
+            "cache": cache_fingerprint(cache),
+            "engine": engine,
+            "splits": _splits_digest(splits),
+            "configs": [config.to_dict() for config in configs],
+        }
+        path = folder / "head.json"
+        # a head alone was left by a fit that came to nothing, and binds nobody
+        if path.exists() and any(folder.glob(_PASSES)):
+            _refuse_other(folder, _read_head(path), self.head)
+        elif folder.exists() and (not folder.is_dir() or _strangers(folder)):
+            raise InputError(f"{folder} exists and is no checkpoint; name a new folder")
+
+    def load(self) -> list[Begun]:
+        """The passes that were begun, as :meth:`save` was given them.
+
+        Raises:
+            InputError: a damaged file.
+        """
+        from safetensors.torch import load_file
+
+        found = []
+        for path in sorted(self.folder.glob(_PASSES)):
+            notes = _read_notes(path)
+            found.append(Begun(notes.pop("trials"), load_file(path), notes))
+        return found
+
+    def save(self, trials: Sequence[int], tensors: Tensors, notes: dict[str, Any]) -> None:
+        """Replace what is known of the pass of these trials.
+
+        Raises:
+            InputError: the file system refused.
+        """
+        from safetensors.torch import save
+
+        if not any(self.folder.glob(_PASSES)):
+            make_folder(self.folder)
+            write_atomically(self.folder / "head.json", json.dumps(self.head).encode())
+        content = save(tensors, {"notes": json.dumps({"trials": list(trials), **notes})})
+        write_atomically(self.folder / f"pass-{trials[0]}.safetensors", content)
+
+    def remove(self) -> None:
+        """Everything is done: take the folder away."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def saved_step(folder: Path) -> int | None:
+    """The step that training would go on from, None without a checkpoint; of several passes the latest begun."""
+    steps = [_read_notes(path)["step"] for path in folder.glob(_PASSES)]
+    return max(steps, default=None)
+
+
+def cache_fingerprint(cache: FeatureCache) -> str:
+    """Hex digest of what a cache holds: by its shards' own digests, or over all arrays of one in memory."""
+    digest = hashlib.sha256()
+    if cache.manifest is not None:
+        digest.update(json.dumps(cache.manifest.to_dict(), sort_keys=True, default=str).encode())
+        for record in cache.records:
+            digest.update(record.sha256.encode())
+        digest.update((cache.relabeled or "").encode())
+        return digest.hexdigest()
+    digest.update(json.dumps([cache.class_names, cache.ids, cache.splits.tolist()]).encode())
+    arrays = [cache.labels, cache.plain, cache.views("weak"), cache.views("strong"), cache.view_rows]
+    if cache.prototypes is not None:
+        arrays.append(cache.prototypes)
+    for array in arrays:
+        digest.update(f"{array.dtype}{array.shape}".encode())
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()
+
+
+def _splits_digest(splits: Sequence[Split]) -> str:
+    digest = hashlib.sha256()
+    # trials often share a split
+    own = {id(split): hashlib.sha256(_bytes(split)).digest() for split in splits}
+    for split in splits:
+        digest.update(own[id(split)])
+    return digest.hexdigest()
+
+
+def _bytes(split: Split) -> bytes:
+    rows = [np.ascontiguousarray(getattr(split, role), dtype=np.int64) for role in _ROLES]
+    if split.bags is not None:
+        rows += [split.bags.shares.view(np.int64).ravel(), *split.bags.members]
+    return b"".join(len(each).to_bytes(8, "little") + each.tobytes() for each in rows)
+
+
+def _refuse_other(folder: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
+    """Name the first thing in which a checkpoint differs from what is to be trained."""
+    reason = next((reason for reason in _differences(found, wanted) if reason), None)
+    if reason is not None:
+        raise InputError(f"{folder} is the checkpoint of {reason}; finish that one, or remove the folder to start anew")
+
+
+def _differences(found: dict[str, Any], wanted: dict[str, Any]) -> list[str | None]:
+    other = {name: found[name] != wanted[name] for name in wanted}
+    return [
+        f"version {found['version']}, not {wanted['version']}" if other["version"] else None,
+        "a fit of another cache" if other["cache"] else None,
+        _other_setting(found["configs"], wanted["configs"]) if other["configs"] else None,
+        "a fit of other splits" if other["splits"] else None,
+        f"a fit with engine {found['engine']}, not {wanted['engine']}" if other["engine"] else None,
+    ]
+
+
+def _other_setting(found: list[dict[str, Any]], wanted: list[dict[str, Any]]) -> str:
+    if len(found) != len(wanted):
+        return f"a fit of {len(found)} trials, not {len(wanted)}"
+    for one, other in zip(found, wanted, strict=True):
+        for name in other:
+            if one.get(name) != other[name]:
+                return f"a fit with {name} = {one.get(name)}, not {other[name]}"
+    return "a fit of other settings"
+
+
+def _read_head(path: Path) -> dict[str, Any]:
+    try:
+        head: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if head["format"] != _FORMAT:
+            raise InputError(f"{path.parent} exists and is no checkpoint; name a new folder")
+        head["version"], head["cache"], head["engine"], head["splits"], head["configs"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise _damaged(path, error) from error
+    return head
+
+
+def _read_notes(path: Path) -> dict[str, Any]:
+    from safetensors import safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            notes: dict[str, Any] = json.loads(file.metadata()["notes"])
+        notes["trials"], notes["step"]
+    except Exception as error:  # the library has errors of its own for a damaged file
+        raise _damaged(path, error) from error
+    return notes
+
+
+def _damaged(path: Path, error: Exception) -> InputError:
+    return InputError(f"{path} is damaged ({type(error).__name__}); remove {path.parent} to start anew")
+
+
+def _strangers(folder: Path) -> list[Path]:
+    """Files that a checkpoint interrupted at its very start would not have left."""
+    own = ("head.json", "head.json.tmp")
+    return [path for path in folder.iterdir() if path.name not in own and not path.match(_PASSES + ".tmp")]

@@ -1,0 +1,150 @@
+"""Figures of T trials at once: validation accuracy and pseudo-label health, a few trials' rows at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ulfine_fast.core.batches import PaddedRows
+from ulfine_fast.core.features import DeviceFeatures
+from ulfine_fast.core.types import State, Trials
+from ulfine_fast.methods.base import Method
+
+Figures = dict[str, NDArray[np.float64]]
+"""Figures by name, (T,) or (T, K); NaN where one has no rows to stand on."""
+
+_ROWS = 4096
+# float32 values of a block's features: what a processor's cache holds, and what keeps a GPU busy
+_VALUES, _VALUES_GPU = 1 << 19, 1 << 26
+
+
+@dataclass(frozen=True)
+class Readers:
+    """T trials as fitted so far, and the features and labels (n,) that they are judged on."""
+
+    method: Method
+    trials: Trials
+    state: State
+    features: DeviceFeatures
+    labels: Tensor
+
+    def accuracy(self, rows: PaddedRows) -> Figures:
+        """`accuracy` and `balanced_accuracy` (mean recall over classes present) on each trial's rows, each (T,)."""
+        classes = self.trials.log_prior.shape[1]
+        right, there = (torch.zeros_like(self.trials.log_prior, dtype=torch.int64) for _ in range(2))
+        for start, stop, first, logits in self._blocks(rows, pseudo=False):
+            index, present = _cut(rows, start, stop, first, logits.shape[1])
+            labels = self.labels[index]
+            there[start:stop] += _tally(labels, present, classes)
+            right[start:stop] += _tally(labels, present & (logits.argmax(-1) == labels), classes)
+        recall = _shares(right, there)
+        seen = ~np.isnan(recall)
+        balanced = _divided(np.where(seen, recall, 0.0).sum(1), seen.sum(1))
+        return {"accuracy": _shares(right.sum(1), there.sum(1)), "balanced_accuracy": balanced}
+
+    def health(self, rows: PaddedRows) -> Figures:
+        """Pseudo-label figures over each trial's unlabelled rows, as :func:`metrics.pseudo_label_health` has them."""
+        values, judged = self.trials.values, self.method.uses_unlabeled and self.method.thresholds
+        # methods that draw no pseudo-labels, or draw soft ones, are judged on all their guesses
+        threshold = values["threshold"] if judged else torch.zeros_like(values["threshold"])
+        counts = torch.zeros(4, *self.trials.log_prior.shape, dtype=torch.int64, device=self.labels.device)
+        false = torch.zeros(2, len(threshold), dtype=torch.float64, device=self.labels.device)
+        for start, stop, first, probabilities in self._probabilities(rows):
+            index, present = _cut(rows, start, stop, first, probabilities.shape[1])
+            found = _health(probabilities, self.labels[index], present, threshold[start:stop])
+            counts[:, start:stop] += found[0]
+            false[:, start:stop] += found[1]
+        return _health_figures(counts, false, rows.count)
+
+    def _probabilities(self, rows: PaddedRows) -> Iterator[tuple[int, int, int, Tensor]]:
+        """Pseudo-label probabilities as :meth:`_blocks` hands out logits."""
+        drawn = self.method.drawn(self.trials, self.state)
+        if drawn is not None:
+            yield 0, len(drawn), 0, drawn.float()
+            return
+        for start, stop, first, logits in self._blocks(rows, pseudo=True):
+            sharpen = self.trials.values["sharpen"][start:stop].view(-1, 1, 1)
+            yield start, stop, first, torch.softmax(logits / sharpen, dim=-1)
+
+    def logits(self, rows: PaddedRows) -> Tensor:
+        """Logits of each trial's rows, padding included (T, N, K), in main memory."""
+        found = torch.zeros(*rows.index.shape, self.trials.log_prior.shape[1])
+        for start, stop, first, logits in self._blocks(rows, pseudo=False):
+            found[start:stop, first : first + logits.shape[1]] = logits.cpu()
+        return found
+
+    @torch.no_grad()
+    def _blocks(self, rows: PaddedRows, *, pseudo: bool) -> Iterator[tuple[int, int, int, Tensor]]:
+        """Logits (t, n, K) of trials [start, stop) and n rows from `first` on, block after block."""
+        forward = self.method.pseudo_logits if pseudo else self.method.logits
+        trials, total = rows.index.shape
+        width = min(total, _ROWS)
+        values = _VALUES_GPU if self.labels.is_cuda else _VALUES
+        together = max(1, values // (width * self.features.plain.shape[1]))
+        for start in range(0, trials, together):
+            stop = min(start + together, trials)
+            given, tensors = self.trials.part(start, stop), self.state.part(start, stop).tensors
+            shared = bool((rows.index[start:stop] == rows.index[start]).all())
+            for first in range(0, total, width):
+                # trials of one split read the same pictures, which are widened once for all of a block
+                index = rows.index[start : start + 1 if shared else stop, first : first + width]
+                features = self.features.rows(index).expand(stop - start, -1, -1)  # (t, n, D)
+                yield start, stop, first, forward(given, tensors, features).float()
+
+
+def finite(*tensors: Tensor) -> Tensor:
+    """Whether all values of each trial are finite: tensors (T, ...) give bool (T,)."""
+    return torch.stack([torch.isfinite(tensor.detach()).reshape(len(tensor), -1).all(1) for tensor in tensors]).all(0)
+
+
+def _cut(rows: PaddedRows, start: int, stop: int, first: int, count: int) -> tuple[Tensor, Tensor]:
+    """Row numbers and presence of a block, each (t, n)."""
+    places = torch.arange(first, first + count, device=rows.index.device)
+    return rows.index[start:stop, first : first + count], places < rows.count[start:stop, None]
+
+
+def _health(probabilities: Tensor, labels: Tensor, present: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor]:
+    """Counts (4, t, K) of labels drawn, judged, right, and there; sum and number (2, t) of false confidences."""
+    classes = probabilities.shape[-1]
+    confidence, guess = probabilities.max(-1)  # (t, n)
+    kept = present & (confidence >= threshold.unsqueeze(1))
+    known = present & (labels >= 0)
+    right, false = kept & (guess == labels), kept & known & (guess != labels)
+    pairs = [(guess, kept), (guess, kept & known), (guess, right), (labels, known)]
+    counts = torch.stack([_tally(classes_of, mask, classes) for classes_of, mask in pairs])
+    return counts, torch.stack([(confidence * false).double().sum(1), false.double().sum(1)])
+
+
+def _health_figures(counts: Tensor, false: Tensor, rows: Tensor) -> Figures:
+    drawn, judged, right, there = counts
+    every = rows.unsqueeze(1).expand_as(drawn)
+    return {
+        "pseudo_label_rate": _shares(drawn.sum(1), rows),
+        "pseudo_label_precision": _shares(right.sum(1), judged.sum(1)),
+        "confidence_on_false": _shares(*false),
+        "per_class_pseudo_label_rate": _shares(drawn, every),
+        "per_class_pseudo_label_precision": _shares(right, judged),
+        "per_class_pseudo_label_recall": _shares(right, there),
+    }
+
+
+def _tally(classes_of: Tensor, mask: Tensor, classes: int) -> Tensor:
+    """How many masked rows (t, n) have each class: int64 (t, K)."""
+    counts = torch.zeros(len(mask), classes, dtype=torch.int64, device=mask.device)
+    # unknown labels are masked, and counted as none of class 0
+    return counts.scatter_add_(1, classes_of.clamp(min=0), mask.long())
+
+
+def _shares(part: Tensor, whole: Tensor) -> NDArray[np.float64]:
+    return _divided(part.cpu().numpy(), whole.cpu().numpy())
+
+
+def _divided(part: NDArray[Any], whole: NDArray[Any]) -> NDArray[np.float64]:
+    """Part / whole, NaN where there is nothing."""
+    return np.divide(part, whole, out=np.full(part.shape, np.nan), where=whole > 0)

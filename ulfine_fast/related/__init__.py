@@ -1,0 +1,5 @@
+"""Counterparts of related systems over cached features.
+
+Each is a small package that plugs in: methods through the registry, commands through the list in `cli/main.py`. Nothing
+outside this package imports from it.
+"""

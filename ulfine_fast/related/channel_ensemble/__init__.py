@@ -1,0 +1,1 @@
+"""Heads over random parts of the channels, whose mean gives the pseudo-labels (Channel-Ensemble)."""

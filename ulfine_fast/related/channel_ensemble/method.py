@@ -1,0 +1,152 @@
+"""Channel-ensemble (arXiv 2403.18407): M heads over parts of the channels, whose mean draws the pseudo-labels.
+
+The paper's losses were not at hand; these are a reconstruction from its description. Lost to the cache: the heads shape
+no shared encoder, at most the shared adapter.
+
+The heads are folded into the rows of a batch, row b of head m at b M + m: then the losses of the methods that they are
+built into are means over heads without knowing of them. `own_pace` gives every head the gradient that it has alone, and
+the adapter the mean over heads. So M identical heads train as one does, and no gain is a hidden learning rate.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ulfine_fast.core.heads import Tensors, adapt
+from ulfine_fast.core.types import Batch, Losses, State, Trials
+from ulfine_fast.methods.base import Method
+from ulfine_fast.methods.fixmatch import FixMatch
+from ulfine_fast.methods.freematch import FreeMatch
+from ulfine_fast.methods.ulfine import ULFine
+from ulfine_fast.ops.losses import PseudoLabels
+from ulfine_fast.related.channel_ensemble.channels import channel_logits, draw_channels, low_bias, low_variance
+
+
+class ChannelFixMatch(FixMatch):
+    """FixMatch with M heads on a shared adapter."""
+
+    def start(self, trials: Trials) -> State:
+        """Heads (T, M, K, D) at the textual prototypes, the channels of each (T, M, D), and what one head needs."""
+        return with_heads(trials, super().start(trials))
+
+    def losses(self, trials: Trials, state: State, batch: Batch) -> Losses:
+        """The method's own, a mean over heads, and both terms of the ensemble in the regularizer."""
+        found = super().losses(trials, state, folded(trials, batch))
+        pseudo = (
+            None if found.pseudo is None else PseudoLabels(*(part[:, :: heads_in(trials)] for part in found.pseudo))
+        )
+        return with_terms(trials, state, batch, found._replace(pseudo=pseudo))
+
+    def linear(self, trials: Trials, state: State, features: Tensor) -> Tensor:
+        """All heads' logits, folded (T, B M, K)."""
+        return all_heads(trials, state.tensors, features).flatten(1, 2)
+
+    def guess(self, trials: Trials, state: State, batch: Batch) -> PseudoLabels:
+        """The ensemble's guesses, the same for all heads (T, U M)."""
+        return repeated(trials, super().guess(trials, state, batch))
+
+    def logits(self, trials: Trials, tensors: Tensors, features: Tensor) -> Tensor:
+        """Mean logits of the heads (T, B, K)."""
+        return all_heads(trials, tensors, features).mean(2)
+
+
+class ChannelFreeMatch(ChannelFixMatch, FreeMatch):
+    """FreeMatch with M heads on a shared adapter."""
+
+
+class ChannelULFine(ULFine):
+    """ULFine with M linear heads beside one similarity head, fused with it one by one."""
+
+    def start(self, trials: Trials) -> State:
+        """Linear heads (T, M, K, D) at the textual prototypes, their channels (T, M, D), and the rest of ULFine."""
+        return with_heads(trials, super().start(trials))
+
+    def losses(self, trials: Trials, state: State, batch: Batch) -> Losses:
+        """ULFine's, a mean over heads, and both terms of the ensemble in the regularizer."""
+        return with_terms(trials, state, batch, super().losses(trials, state, folded(trials, batch)))
+
+    def pseudo_logits(self, trials: Trials, tensors: Tensors, features: Tensor) -> Tensor:
+        """Mean over heads of the fused logits (T, B, K)."""
+        return _mean(trials, super().pseudo_logits(trials, tensors, features))
+
+    def logits(self, trials: Trials, tensors: Tensors, features: Tensor) -> Tensor:
+        """Mean over heads of the logits that `predict_from` names (T, B, K)."""
+        return _mean(trials, super().logits(trials, tensors, features))
+
+    def _both(self, trials: Trials, tensors: Tensors, adapted: Tensor) -> tuple[Tensor, Tensor]:
+        """z^l of all heads and z^s once for each, both folded (T, B M, K)."""
+        _, similarity = super()._both(trials, {**tensors, "linear": tensors["linear"][:, 0]}, adapted)
+        heads = head_logits(trials, tensors, adapted).flatten(1, 2)
+        return heads, similarity.repeat_interleave(heads_in(trials), 1)
+
+    def _unlabeled(self, trials: Trials, state: State, strong: Tensor, pseudo: PseudoLabels) -> Tensor:
+        return super()._unlabeled(trials, state, strong, repeated(trials, pseudo))
+
+    def _orthogonality(self, trials: Trials, state: State, adapted: Tensor, labels: Tensor) -> Tensor:
+        # it looks at rows before the heads
+        return super()._orthogonality(trials, state, adapted, labels[:, :: heads_in(trials)])
+
+
+CLASSES: dict[str, type[Method]] = {
+    "fixmatch": ChannelFixMatch,
+    "freematch": ChannelFreeMatch,
+    "ulfine": ChannelULFine,
+}
+"""The methods that take an ensemble, and what they are with one."""
+
+
+def heads_in(trials: Trials) -> int:
+    """M."""
+    return trials.config.ensemble_heads
+
+
+def with_heads(trials: Trials, state: State) -> State:
+    """A method's first state with M linear heads in the place of one."""
+    linear, heads = state.parameters["linear"], heads_in(trials)
+    state.parameters["linear"] = linear.unsqueeze(1).repeat(1, heads, 1, 1)
+    share = trials.values["ensemble_share"]
+    state.memory["channels"] = draw_channels(trials.seeds, heads, linear.shape[-1], share)
+    return state
+
+
+def all_heads(trials: Trials, tensors: Tensors, features: Tensor) -> Tensor:
+    """Logits (T, B, M, K) of unit features (T, B, D) or tokens."""
+    return head_logits(trials, tensors, adapt(tensors, features, trials.values["adapter_scale"]))
+
+
+def head_logits(trials: Trials, tensors: Tensors, adapted: Tensor) -> Tensor:
+    """Logits (T, B, M, K) of adapted rows (T, B, D)."""
+    weights = own_pace(tensors["linear"], heads_in(trials))
+    return channel_logits(adapted, weights, tensors["channels"], trials.values["scale"])
+
+
+def own_pace(weights: Tensor, heads: int) -> Tensor:
+    """The weights as they are, with M times the gradient: a mean over heads then moves each as its own loss would."""
+    fixed = weights.detach()
+    return fixed + heads * (weights - fixed)
+
+
+def folded(trials: Trials, batch: Batch) -> Batch:
+    """The batch with the label of each row once for every head (T, B M)."""
+    return batch._replace(labels=batch.labels.repeat_interleave(heads_in(trials), 1))
+
+
+def repeated(trials: Trials, pseudo: PseudoLabels) -> PseudoLabels:
+    """Pseudo-labels once for every head, (T, U M)."""
+    return PseudoLabels(*(part.repeat_interleave(heads_in(trials), 1) for part in pseudo))
+
+
+def with_terms(trials: Trials, state: State, batch: Batch, losses: Losses) -> Losses:
+    """Add low_variance times the ensemble's on labelled rows, low_bias times that of strong views' errors."""
+    values = trials.values
+    labeled = all_heads(trials, state.tensors, batch.labeled)  # (T, B, M, K)
+    added = losses.regularizer + values["low_variance"] * low_variance(labeled, batch.labels)
+    if batch.strong is not None and losses.pseudo is not None:
+        strong = all_heads(trials, state.tensors, batch.strong)  # (T, U, M, K)
+        added = added + values["low_bias"] * low_bias(strong, losses.pseudo.labels)
+    return losses._replace(regularizer=added)
+
+
+def _mean(trials: Trials, rows: Tensor) -> Tensor:
+    """Mean over heads (T, B, K) of folded logits (T, B M, K)."""
+    return rows.unflatten(1, (-1, heads_in(trials))).mean(2)

@@ -1,0 +1,1 @@
+"""How far a classifier favours the classes that its encoder and its labels favour."""

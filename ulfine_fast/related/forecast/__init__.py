@@ -1,0 +1,1 @@
+"""What more labels or more steps would bring, extrapolated from a sweep."""

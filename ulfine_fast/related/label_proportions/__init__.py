@@ -1,0 +1,1 @@
+"""Learning from bags of images of which only the class proportions are known."""

@@ -1,0 +1,1 @@
+"""Preference-oriented fine-tuning over classes (PoFT)."""

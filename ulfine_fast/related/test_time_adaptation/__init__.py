@@ -1,0 +1,1 @@
+"""A fitted run that adapts to a stream of images without labels (CLIPTTA, TENT)."""
