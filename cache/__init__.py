@@ -1,1 +1,1 @@
-"""Stage 1: pictures to a folder of HDF5 shards with frozen image and text features."""
+"""Stage 1: images to a folder of HDF5 shards with frozen image and text features."""

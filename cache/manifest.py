@@ -16,7 +16,7 @@ FORMAT = "ulfine-fast-cache"
 VERSIONS = (1, 2)
 NAME = "manifest.json"
 DTYPES = ("float16", "float32", "int8")
-# Where the pictures lie, what wrote the file and how much may be missing do not change what a feature is.
+# Where the images lie, what wrote the file and how much may be missing do not change what a feature is.
 _NOT_IDENTITY = ("version", "libraries", "created_by", "max_skipped")
 _NOT_IDENTITY_OF_SOURCE = ("path",)
 _NEEDED = {
@@ -35,16 +35,16 @@ class Manifest:
         preprocessing: the evaluation transform as text. mean, std: its normalisation by channel, for values 0..1.
         views: weak, strong (views of each kind), seed, and the recipe's ranges.
         dtype: of the stored features. precision: that the model ran in.
-        batch_size: pictures encoded together. shard_size: source rows a shard covers at most.
+        batch_size: images encoded together. shard_size: source rows a shard covers at most.
         class_names: (K,). prompts: (P,) with {} for the class.
         source: kind, path or name, rows, fingerprint (over ids, labels, splits and file sizes); of a stream the number
             of parts instead of that of rows.
         tokens: names of the S tokens stored beside each feature, see `ulfine_fast.cache.models.tokens.Taps`.
         token_width: W, their length; 0 where there are none.
-        exact: whether all pictures were resized and cropped by the model's own preprocessing as they were; else large
+        exact: whether all images were resized and cropped by the model's own preprocessing as they were; else large
             ones were reduced before, or a GPU did it, which turns a feature by a degree or so.
         compiled: whether the model ran as `torch.compile` made it.
-        max_skipped: share of pictures that may be unreadable, 0..1.
+        max_skipped: share of images that may be unreadable, 0..1.
         libraries: versions of what computed the features. created_by: this tool and its version.
     """
 
@@ -75,7 +75,7 @@ class Manifest:
 
     @property
     def rows(self) -> int | None:
-        """Rows of the source, those of unreadable pictures included; None for a stream."""
+        """Rows of the source, those of unreadable images included; None for a stream."""
         return None if self.parts else int(self.source["rows"])
 
     @property

@@ -1,4 +1,4 @@
-"""Nearest pictures of a cache: near-duplicates within and across splits, and what of a test split was trained on."""
+"""Nearest images of a cache: near-duplicates within and across splits, and what of a test split was trained on."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 THRESHOLD = 0.98
 EXACT_ROWS = 100_000  # up to so many, every pair is compared
 _BLOCK = 4096  # queries at a time: bounds the memory of what is found
-_MOST = 64  # near-duplicates looked for of each picture; a group of more is still found, by its other members
+_MOST = 64  # near-duplicates looked for of each image; a group of more is still found, by its other members
 _SAMPLE = 500  # queries on which an approximate index is compared with the exact one
 _RECALL = 0.98  # that an approximate index must reach
 _FIRST_CELLS = 4  # that a query visits at first
@@ -58,7 +58,7 @@ class Index:
 
 @dataclass(frozen=True)
 class Duplicates:
-    """Pictures so alike that one may be a copy of the other.
+    """Images so alike that one may be a copy of the other.
 
     Attributes:
         first, second: row numbers of each pair (p,), first < second.
@@ -78,7 +78,7 @@ class Duplicates:
 
 @dataclass(frozen=True)
 class Leak:
-    """A held-out picture that training has nearly seen.
+    """A held-out image that training has nearly seen.
 
     Attributes:
         held_out, trained: row numbers. cosine: how alike. same_label: whether both labels are known and agree.
@@ -103,7 +103,7 @@ def build_index(features: NDArray[Any], *, exact_rows: int = EXACT_ROWS) -> Inde
     import faiss
 
     if not len(features):
-        raise InputError("there are no pictures to compare; extract some first")
+        raise InputError("there are no images to compare; extract some first")
     rows = _unit(features)
     exact = len(rows) <= exact_rows
     index, device = _on_gpu(faiss, _flat(faiss, rows) if exact else _cells(faiss, rows))
@@ -133,7 +133,7 @@ def near_duplicates(cache: FeatureCache, *, threshold: float = THRESHOLD, index:
 
 
 def leaks(cache: FeatureCache, found: Duplicates) -> list[Leak]:
-    """Pictures of val and test with a near-duplicate in train or unlabeled: of each the nearest, most alike first."""
+    """Images of val and test with a near-duplicate in train or unlabeled: of each the nearest, most alike first."""
     trained, held_out = (np.isin(cache.splits, names) for names in (_TRAINED, _HELD_OUT))
     nearest: dict[int, Leak] = {}
     for one, other, cosine in zip(found.first.tolist(), found.second.tolist(), found.cosine.tolist(), strict=True):
@@ -154,15 +154,15 @@ def summary_of(cache: FeatureCache, found: Duplicates) -> dict[str, Any]:
     """What was found, in JSON's types.
 
     Returns:
-        pictures, threshold, exact, recall, pairs, groups (counts), by_splits (pairs by the splits they join),
-        different_labels (pairs whose labels are known and differ), leaks (held-out pictures nearly trained on), and
+        images, threshold, exact, recall, pairs, groups (counts), by_splits (pairs by the splits they join),
+        different_labels (pairs whose labels are known and differ), leaks (held-out images nearly trained on), and
         near_duplicates: {"first", "second", "cosine", "splits", "different_labels"} of each pair, most alike first.
     """
     contradict = set(contradictions(cache, found).tolist())
     order = sorted(range(len(found.first)), key=lambda pair: (-found.cosine[pair], found.first[pair]))
     pairs = [_told_pair(cache, found, pair, pair in contradict) for pair in order]
     return {
-        "pictures": len(cache),
+        "images": len(cache),
         "threshold": found.threshold,
         "exact": found.exact,
         "recall": round(found.recall, 4),
@@ -187,7 +187,7 @@ def _told_pair(cache: FeatureCache, found: Duplicates, pair: int, different: boo
 
 
 def nearest_columns(cache: FeatureCache, index: Index, k: int) -> dict[str, NDArray[Any]]:
-    """The nearest pictures of each picture, itself left out, as columns of a table.
+    """The nearest images of each image, itself left out, as columns of a table.
 
     Args:
         cache: features.
@@ -200,7 +200,7 @@ def nearest_columns(cache: FeatureCache, index: Index, k: int) -> dict[str, NDAr
     k = min(k, len(cache) - 1)
     cosines, places = index.search(index.rows, k + 1)
     itself = places == np.arange(len(places))[:, None]
-    # a copy may stand before the picture itself; where that is not among its nearest, the last one goes
+    # a copy may stand before the image itself; where that is not among its nearest, the last one goes
     itself[~itself.any(1), -1] = True
     ids = np.asarray(cache.ids, dtype=object)
     near = places[~itself]  # (n k,)
@@ -246,15 +246,15 @@ def leakage(cache: FeatureCache) -> str | None:
     found = find_leaks(cache)
     if found is None:
         return (
-            "this cache is too large to look for test pictures among the training pictures in passing; "
+            "this cache is too large to look for test images among the training images in passing; "
             "`ulfine-fast neighbors CACHE` does it"
         )
     if not found:
         return None
     total, first = int(np.isin(cache.splits, _HELD_OUT).sum()), found[0]
-    pictures = "1 picture" if len(found) == 1 else f"{len(found)} pictures"
+    images = "1 image" if len(found) == 1 else f"{len(found)} images"
     return (
-        f"{pictures} of the {total:,} in val and test {'is' if len(found) == 1 else 'are'} nearly the same as one in "
+        f"{images} of the {total:,} in val and test {'is' if len(found) == 1 else 'are'} nearly the same as one in "
         f"train or unlabeled (cosine {THRESHOLD:g} or more; {cache.ids[first.held_out]} and "
         f"{cache.ids[first.trained]}, {first.cosine:.4f}), so figures on them flatter; `ulfine-fast neighbors CACHE` "
         "lists them: leave them out and extract again"
@@ -329,7 +329,7 @@ def _pairs(
 
 
 def _groups(first: NDArray[np.int64], second: NDArray[np.int64], rows: int) -> NDArray[np.int64]:
-    """Connected pictures, numbered by their first row; -1 for those alone."""
+    """Connected images, numbered by their first row; -1 for those alone."""
     links = coo_array((np.ones(len(first), np.int8), (first, second)), shape=(rows, rows))
     _, label = connected_components(links, directed=False)
     members = np.bincount(label)[label] > 1

@@ -32,8 +32,8 @@ class Layout:
     Attributes:
         dim: D, length of a feature.
         dtype: "float16", "float32", or "int8" with a scale for each row.
-        weak: Vw, weak views of each picture; 0 for none.
-        strong: Vs, strong views of each picture; 0 for none.
+        weak: Vw, weak views of each image; 0 for none.
+        strong: Vs, strong views of each image; 0 for none.
         tokens: S, tokens of each view; 0 for none.
         token_width: W, length of a token.
     """
@@ -76,7 +76,7 @@ class Shard:
         plain: (n, 1, D). weak: (n, Vw, D). strong: (n, Vs, D). All float16 or all float32, finite.
         quantized: whether features are stored as int8 with a scale for each row; in memory they are float16 then.
         tokens: (n, 1 + Vw + Vs, S, W) in the order plain, weak, strong, of the features' type; None without.
-        scale: float32 (n, Vw + Vs), share of the picture's area that the crop kept. flip: uint8 of that shape, 0 or 1.
+        scale: float32 (n, Vw + Vs), share of the image's area that the crop kept. flip: uint8 of that shape, 0 or 1.
         view_seed: the seed that the views were drawn from.
     """
 
@@ -100,10 +100,10 @@ class ShardRecord:
     Attributes:
         shard: number, from 0. split: of all its rows.
         first_row: where it starts in the source's order. rows_read: source rows it covers.
-        rows: rows it holds, those of pictures that could be read.
+        rows: rows it holds, those of images that could be read.
         sha256, bytes: of the HDF5 file.
         seconds: wall seconds spent on "read", "encode" and "write".
-        skipped: {"id", "reason"} of each picture left out.
+        skipped: {"id", "reason"} of each image left out.
     """
 
     shard: int
@@ -239,7 +239,7 @@ def read_shard(path: Path, layout: Layout, *, check: bool = True, ids: bool = Tr
         ids: whether to read the ids, which takes longer than many a feature; else the shard has none.
 
     Raises:
-        InputError: missing, unfinished, damaged, of another layout, or with NaN; names the shard (and the picture).
+        InputError: missing, unfinished, damaged, of another layout, or with NaN; names the shard (and the image).
     """
     record = ShardRecord.read(path.with_suffix(".json"))
     data = _read_bytes(path)
@@ -317,9 +317,9 @@ def _refuse_not_finite(path: Path, shard: Shard) -> None:
 
 
 def _named(path: Path, shard: Shard, row: int) -> str:
-    """The picture of a row, by its id."""
+    """The image of a row, by its id."""
     with path.open("rb") as data, hdf5.unpacked(data) as file:
-        return f"picture {hdf5.take(file, 'id', shape=(len(shard.labels),), check=False)[row]!r}"
+        return f"image {hdf5.take(file, 'id', shape=(len(shard.labels),), check=False)[row]!r}"
 
 
 def _unpack(

@@ -54,7 +54,7 @@ class _Tokens:
 
 
 class FeatureCache:
-    """Frozen features of a set of pictures, from a folder or from arrays.
+    """Frozen features of a set of images, from a folder or from arrays.
 
     Attributes:
         path: the folder, None for a cache in memory. manifest: what the features are, None for a cache in memory.
@@ -158,7 +158,7 @@ class FeatureCache:
         )
 
     def with_labels(self, labels: ArrayLike) -> FeatureCache:
-        """The same pictures with other labels; memory is shared, nothing is written.
+        """The same images with other labels; memory is shared, nothing is written.
 
         A row of "unlabeled" that is given a label is in "train", which has views too; no other row changes its split.
 
@@ -224,7 +224,7 @@ class FeatureCache:
         return found
 
     def view_areas(self, kind: str) -> NDArray[np.float32]:
-        """Shares of the picture's area that augmented views show.
+        """Shares of the image's area that augmented views show.
 
         Args:
             kind: "weak" or "strong".
@@ -279,7 +279,7 @@ class FeatureCache:
         """What is in the cache, in JSON's types; reads and checks every shard for it.
 
         Returns:
-            path, model, dim, dtype, tokens, precision, prompts, views, source, created_by, class_names, pictures,
+            path, model, dim, dtype, tokens, precision, prompts, views, source, created_by, class_names, images,
             shards, bytes (on the disk), counts (split -> class -> rows), skipped ({"id", "reason"}), problems (texts).
         """
         counts, problems = self._survey()
@@ -290,7 +290,7 @@ class FeatureCache:
             **{name: about.get(name) for name in kept},
             "dim": self.dim,
             "class_names": self.class_names,
-            "pictures": len(self),
+            "images": len(self),
             "shards": len(self.records),
             "bytes": _bytes_on_disk(self.path),
             "counts": counts,

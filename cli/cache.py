@@ -141,4 +141,4 @@ def _lines(class_names: Path) -> Sequence[str]:
 def _text(done: Assembled) -> str:
     shards = "1 shard" if done.shards == 1 else f"{done.shards} shards"
     kept = f", {done.kept} of them finished before and kept" if done.kept else ""
-    return f"{done.out}: {done.pictures} pictures of {done.classes} classes in {shards}{kept}"
+    return f"{done.out}: {done.images} images of {done.classes} classes in {shards}{kept}"

@@ -1,4 +1,4 @@
-"""`ulfine-fast demo`: the whole path on real pictures, without a network."""
+"""`ulfine-fast demo`: the whole path on real images, without a network."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ SPLIT = "--n1 100 --gamma-l 50 --m1 150 --gamma-u 50"
 
 
 def demo(
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for pictures, cache, runs and report.")] = Path(
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for images, cache, runs and report.")] = Path(
         "demo-output"
     ),
     seeds: Annotated[int, typer.Option(help="Seeds to average over, fitted in one pass.")] = 5,
     show: Annotated[bool, typer.Option("--open", help="Open the report in a browser at the end.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures and where the report is as JSON.")] = False,
 ) -> None:
-    """Extract, fit and report on 3,000 real pictures of clothes: 10 classes, long-tailed labels, a small encoder."""
+    """Extract, fit and report on 3,000 real images of clothes: 10 classes, long-tailed labels, a small encoder."""
     started = time.perf_counter()
     page = (out / "report.html").resolve()
     with contextlib.redirect_stdout(io.StringIO()) if as_json else contextlib.nullcontext():
@@ -40,11 +40,11 @@ def demo(
 
 
 def _whole_path(out: Path, seeds: int) -> None:
-    """Pictures, commands, table."""
-    from ulfine_fast.demo import unpack_pictures
+    """Images, commands, table."""
+    from ulfine_fast.demo import unpack_images
 
-    pictures = unpack_pictures(out / "pictures")
-    commands = demo_commands(pictures, out, seeds)
+    images = unpack_images(out / "images")
+    commands = demo_commands(images, out, seeds)
     typer.echo("The encoder lite0-minilm is a small, weak image-text model, not CLIP; see docs/models.md.\n")
     for command in commands:
         _run(command)
@@ -54,10 +54,10 @@ def _whole_path(out: Path, seeds: int) -> None:
         typer.echo(f"  ulfine-fast {shlex.join(command)}")
 
 
-def demo_commands(pictures: Path, out: Path, seeds: int) -> list[list[str]]:
+def demo_commands(images: Path, out: Path, seeds: int) -> list[list[str]]:
     """The commands of the demo, as their arguments."""
     cache = str(out / "cache")
-    extract = ["extract", str(pictures), "--out", cache, "--model", "lite0-minilm"]
+    extract = ["extract", str(images), "--out", cache, "--model", "lite0-minilm"]
     runs = [str(out / "runs" / method) for method in METHODS]
     fits = [
         ["fit", cache, "--method", method, "--seeds", str(seeds), *SPLIT.split(), "--out", run]

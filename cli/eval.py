@@ -12,7 +12,7 @@ import typer
 def evaluate(
     run: Annotated[Path, typer.Argument(help="Run folder that `fit` wrote.")],
     cache: Annotated[
-        Path | None, typer.Option(help="Evaluate on this cache's test pictures (all labelled ones if it has no test).")
+        Path | None, typer.Option(help="Evaluate on this cache's test images (all labelled ones if it has no test).")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
 ) -> None:
@@ -28,4 +28,4 @@ def evaluate(
         typer.echo(json.dumps(figures))
         return
     print_summary({fitted.config.method: summarize([figures])}, as_json=False)
-    typer.echo(f"{figures['test_rows']} pictures")
+    typer.echo(f"{figures['test_rows']} images")

@@ -14,7 +14,7 @@ def export(
     out: Annotated[Path, typer.Argument(help="A new or empty folder.")],
     to: Annotated[str, typer.Option(help="safetensors, onnx, torchscript or torch.export.")] = "safetensors",
     with_encoder: Annotated[
-        bool, typer.Option("--with-encoder", help="Put the encoder into the graph: pictures in, probabilities out.")
+        bool, typer.Option("--with-encoder", help="Put the encoder into the graph: images in, probabilities out.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print what was written as JSON.")] = False,
 ) -> None:

@@ -1,4 +1,4 @@
-"""`ulfine-fast extract`: pictures to a cache."""
+"""`ulfine-fast extract`: images to a cache."""
 
 from __future__ import annotations
 
@@ -36,17 +36,17 @@ def extract(
         Path | None,
         typer.Option(help="Text file, one class name a line, in label order.", show_default=False),
     ] = None,
-    weak: Annotated[int, typer.Option(help="Weak views of each picture of train and unlabeled.")] = 1,
+    weak: Annotated[int, typer.Option(help="Weak views of each image of train and unlabeled.")] = 1,
     strong: Annotated[int, typer.Option(help="Strong views of each.")] = 1,
     view_seed: Annotated[int, typer.Option(help="Seed that the views are drawn from.")] = 0,
     smallest_crop: Annotated[
-        float, typer.Option(help="Smallest share of a picture's area that a view shows; LIFT+ wants 0.08.")
+        float, typer.Option(help="Smallest share of an image's area that a view shows; LIFT+ wants 0.08.")
     ] = 0.5,
     dtype: Annotated[str, typer.Option(help="Type of stored features: float16, float32 or int8.")] = "float16",
     features: Annotated[
         str, typer.Option(help="projected; pre-projection or last-block also store the model's tokens.")
     ] = "projected",
-    batch_size: Annotated[int, typer.Option(help="Pictures encoded together; a GPU wants more, such as 256.")] = 32,
+    batch_size: Annotated[int, typer.Option(help="Images encoded together; a GPU wants more, such as 256.")] = 32,
     shard_size: Annotated[int, typer.Option(help="Rows a shard covers; a stop loses at most one shard.")] = 1024,
     workers: Annotated[
         int | None,
@@ -57,12 +57,12 @@ def extract(
     mode: Annotated[
         str, typer.Option(help="resume continues, overwrite starts anew, verify checks and extracts nothing.")
     ] = "resume",
-    max_skipped: Annotated[float, typer.Option(help="Share of pictures that may be unreadable, 0 to 1.")] = 0.01,
+    max_skipped: Annotated[float, typer.Option(help="Share of images that may be unreadable, 0 to 1.")] = 0.01,
     exact: Annotated[
         bool | None,
         typer.Option(
             "--exact/--fast",
-            help="Take pictures as they are, or reduce large ones first and let a GPU resize.",
+            help="Take images as they are, or reduce large ones first and let a GPU resize.",
             show_default="fast",
         ),
     ] = None,
@@ -77,11 +77,11 @@ def extract(
     ray_cpus: Annotated[float, typer.Option(help="CPU cores of a worker on Ray.", min=0)] = 1,
     ray_gpus: Annotated[float, typer.Option(help="GPUs of a worker on Ray.", min=0)] = 0,
     append: Annotated[
-        bool, typer.Option("--append", help="Add the pictures and classes that a finished cache lacks.")
+        bool, typer.Option("--append", help="Add the images and classes that a finished cache lacks.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Extract frozen features of pictures into a cache; a stopped run continues where it was."""
+    """Extract frozen features of images into a cache; a stopped run continues where it was."""
     on = _engine(engine, ray, ray_cpus, ray_gpus)
     if append:
         _append(context, source, out, class_names, workers, device, on, as_json)
@@ -95,12 +95,12 @@ def extract(
     recipe = ViewRecipe(weak=weak, strong=strong, seed=view_seed, weak_scale=(smallest_crop, 1.0))
     templates = DEFAULT_PROMPTS if prompts is None else read_prompts(prompts)
     # The source first: a wrong path should not cost the loading of a model.
-    pictures = open_source(source, class_names_file=class_names)
+    images = open_source(source, class_names_file=class_names)
     encoder = load_encoder(
         model, pretrained, device=device, precision=precision, features=features, exact=exact, compiled=compiled
     )
     summary = run(
-        pictures,
+        images,
         encoder,
         out,
         views=recipe,
@@ -159,7 +159,7 @@ def _append(
         if given is not None and given.name in ("COMMANDLINE", "ENVIRONMENT"):
             raise InputError(f"--append takes everything from the cache; leave out --{name.replace('_', '-')}")
     manifest = Manifest.read(out)
-    pictures = open_source(source, class_names_file=class_names)
+    images = open_source(source, class_names_file=class_names)
     name, pretrained = manifest.model["name"], manifest.model["pretrained"]
     precision, features = manifest.precision, features_of(manifest)
     encoder = load_encoder(
@@ -171,28 +171,28 @@ def _append(
         exact=manifest.exact,
         compiled=manifest.compiled,
     )
-    added = append(pictures, encoder, out, workers=workers, engine=on(name, pretrained, precision, features))
+    added = append(images, encoder, out, workers=workers, engine=on(name, pretrained, precision, features))
     typer.echo(json.dumps(added.to_dict()) if as_json else _added(added))
 
 
 def _added(summary: AppendSummary) -> str:
     """The summary in a few lines."""
     lines = [_text(summary, "append")]
-    lines.append(f"{summary.known} pictures were there already and stay as they are")
+    lines.append(f"{summary.known} images were there already and stay as they are")
     return "\n".join([*lines, f"{summary.classes} new classes"] if summary.classes else lines)
 
 
 def _text(summary: ExtractSummary, mode: str) -> str:
     """The summary in a few lines."""
     if mode == "verify":
-        return f"{summary.out}: {_shards(summary.shards)} with {summary.pictures} pictures intact"
-    lines = [f"{summary.out}: {summary.pictures} pictures in {_shards(summary.shards)}"]
+        return f"{summary.out}: {_shards(summary.shards)} with {summary.images} images intact"
+    lines = [f"{summary.out}: {summary.images} images in {_shards(summary.shards)}"]
     if summary.kept:
         lines.append(f"{_shards(summary.kept)} finished before and kept")
     if summary.encoded:
         shares = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in summary.stages.items())
-        rate = f"{summary.pictures_per_second:.1f} pictures/s"
-        lines.append(f"{summary.encoded} pictures encoded in {summary.seconds:.1f} s ({rate}; {shares})")
+        rate = f"{summary.images_per_second:.1f} images/s"
+        lines.append(f"{summary.encoded} images encoded in {summary.seconds:.1f} s ({rate}; {shares})")
     lines += [f"skipped {one['id']}: {one['reason']}" for one in summary.skipped[:10]]
     if len(summary.skipped) > 10:
         lines.append(f"... and {len(summary.skipped) - 10} more; `ulfine-fast inspect {summary.out}` lists them")

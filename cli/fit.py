@@ -29,7 +29,7 @@ def fit(
     labels: Annotated[
         Path | None, typer.Option(help="CSV of corrected labels, id and label, such as `review` writes.")
     ] = None,
-    bags: Annotated[Path | None, typer.Option(help="CSV of bags of pictures, id and bag; with --proportions.")] = None,
+    bags: Annotated[Path | None, typer.Option(help="CSV of bags of images, id and bag; with --proportions.")] = None,
     proportions: Annotated[
         Path | None, typer.Option(help="CSV of the class shares of bags: bag, class, share, or a column a class.")
     ] = None,
@@ -103,7 +103,7 @@ def _in_bags(
         given, other = ("--bags", "--proportions") if proportions is None else ("--proportions", "--bags")
         raise InputError(f"{given} says nothing without {other}; give both")
     if split is not None:
-        raise InputError(f"--split {split} and --bags {bags} both say which pictures train; give one of them")
+        raise InputError(f"--split {split} and --bags {bags} both say which images train; give one of them")
     features, _ = _given(cache, None, labels)
     return features, bag_split(features, read_bags(bags, proportions, features))
 

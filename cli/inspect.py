@@ -52,7 +52,7 @@ def _about(summary: dict[str, Any]) -> Table:
     table = Table(title=escape(str(summary["path"])), show_header=False, title_justify="left")
     rows = {
         "model": f"{model['name']}{tag}, weights {model['sha256'][:12]}, {summary['precision']}",
-        "pictures": f"{summary['pictures']} from {source['kind']} {source.get('path') or source.get('name')}",
+        "images": f"{summary['images']} from {source['kind']} {source.get('path') or source.get('name')}",
         "features": f"{summary['dim']} x {summary['dtype']}{beside}, logit scale {model['logit_scale']:.4g}",
         "views": f"1 plain, {views['weak']} weak, {views['strong']} strong, seed {views['seed']}",
         "prompts": "\n".join(summary["prompts"]),
@@ -82,13 +82,13 @@ def _counts(summary: dict[str, Any]) -> Table:
 
 
 def _skipped(summary: dict[str, Any]) -> list[Table]:
-    """The pictures left out and why; nothing where there are none."""
+    """The images left out and why; nothing where there are none."""
     from rich.markup import escape
     from rich.table import Table
 
     if not summary["skipped"]:
         return []
-    table = Table("picture", "reason", title=f"{len(summary['skipped'])} pictures skipped", title_justify="left")
+    table = Table("image", "reason", title=f"{len(summary['skipped'])} images skipped", title_justify="left")
     for one in summary["skipped"]:
         table.add_row(escape(one["id"]), escape(one["reason"]))
     return [table]

@@ -1,4 +1,4 @@
-"""`ulfine-fast neighbors`: near-duplicates and nearest pictures of a cache."""
+"""`ulfine-fast neighbors`: near-duplicates and nearest images of a cache."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ import typer
 def neighbors(
     cache: Annotated[Path, typer.Argument(help="Folder of the cache.")],
     threshold: Annotated[float, typer.Option(help="Least cosine of a near-duplicate, above 0, at most 1.")] = 0.98,
-    k: Annotated[int, typer.Option(help="Nearest pictures of each, for --out.", min=1)] = 10,
+    k: Annotated[int, typer.Option(help="Nearest images of each, for --out.", min=1)] = 10,
     out: Annotated[
-        Path | None, typer.Option(help="Write each picture's nearest ones to this .parquet.", show_default=False)
+        Path | None, typer.Option(help="Write each image's nearest ones to this .parquet.", show_default=False)
     ] = None,
     limit: Annotated[int, typer.Option(help="Pairs to print.", min=0)] = 20,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object, with all pairs.")] = False,
 ) -> None:
-    """Find pictures that are nearly the same, within and across splits."""
+    """Find images that are nearly the same, within and across splits."""
     from ulfine_fast.cache.neighbors import build_index, near_duplicates, nearest_columns, summary_of
     from ulfine_fast.cache.store import FeatureCache
 
@@ -43,7 +43,7 @@ def _print(told: dict[str, Any], limit: int) -> None:
     console = Console()
     how = "every pair was compared" if told["exact"] else f"approximate, recall {told['recall']:.1%} of the ten nearest"
     console.print(
-        f"{told['pairs']} near-duplicates in {told['groups']} groups among {told['pictures']} pictures "
+        f"{told['pairs']} near-duplicates in {told['groups']} groups among {told['images']} images "
         f"(cosine {told['threshold']:g} or more; {how})"
     )
     for splits, count in told["by_splits"].items():
@@ -52,7 +52,7 @@ def _print(told: dict[str, Any], limit: int) -> None:
         console.print(f"{told['different_labels']} pairs have different labels: one of the two is likely wrong")
     if told["leaks"]:
         console.print(
-            f"{told['leaks']} pictures of val or test are nearly in train or unlabeled: figures on them flatter"
+            f"{told['leaks']} images of val or test are nearly in train or unlabeled: figures on them flatter"
         )
     table = Table("first", "second", "cosine", "splits", "labels")
     for pair in told["near_duplicates"][:limit]:

@@ -1,4 +1,4 @@
-"""`ulfine-fast predict`: classes of new pictures, by a run's heads and the encoder named in it."""
+"""`ulfine-fast predict`: classes of new images, by a run's heads and the encoder named in it."""
 
 from __future__ import annotations
 
@@ -11,28 +11,28 @@ import typer
 
 def predict(
     run: Annotated[Path, typer.Argument(help="Run folder that `fit` wrote.")],
-    pictures: Annotated[
-        Path, typer.Argument(help="A picture, a folder of pictures at any depth, or a csv or parquet table.")
+    images: Annotated[
+        Path, typer.Argument(help="An image, a folder of images at any depth, or a csv or parquet table.")
     ],
     out: Annotated[Path, typer.Option("--out", "-o", help="Table to write: .csv or .parquet.")] = Path(
         "predictions.csv"
     ),
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    batch_size: Annotated[int, typer.Option(help="Pictures encoded at once (at least 1).")] = 32,
+    batch_size: Annotated[int, typer.Option(help="Images encoded at once (at least 1).")] = 32,
     five_crops: Annotated[
         bool, typer.Option("--five-crops", help="Average the logits of four corners and the middle, as LIFT does.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print counts as JSON.")] = False,
 ) -> None:
-    """Predict the class of each picture: id, class, probability and the five likeliest classes."""
-    from ulfine_fast.runs.predict import predict_pictures, write_predictions
+    """Predict the class of each image: id, class, probability and the five likeliest classes."""
+    from ulfine_fast.runs.predict import predict_images, write_predictions
     from ulfine_fast.runs.run import Run
 
-    found = predict_pictures(Run.load(run), pictures, device=device, batch_size=batch_size, five_crops=five_crops)
+    found = predict_images(Run.load(run), images, device=device, batch_size=batch_size, five_crops=five_crops)
     write_predictions(found, out)
     if as_json:
-        typer.echo(json.dumps({"pictures": len(found.ids), "skipped": found.skipped, "out": str(out)}))
+        typer.echo(json.dumps({"images": len(found.ids), "skipped": found.skipped, "out": str(out)}))
         return
-    typer.echo(f"{len(found.ids)} pictures: {out}")
+    typer.echo(f"{len(found.ids)} images: {out}")
     for name, reason in found.skipped:
         typer.echo(f"skipped {name}: {reason}", err=True)

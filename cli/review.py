@@ -20,15 +20,13 @@ def review(
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Where fits from the page go; default: RUN-reviewed.")
     ] = None,
-    pictures: Annotated[
-        str | None, typer.Option(help="Where the pictures are; default: where the cache had them.")
-    ] = None,
+    images: Annotated[str | None, typer.Option(help="Where the images are; default: where the cache had them.")] = None,
     port: Annotated[int, typer.Option(help="Port on 127.0.0.1; 0 for any that is free.", min=0, max=65535)] = 0,
     open_page: Annotated[bool, typer.Option("--open", help="Open the page in the browser.")] = False,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print the page's address as JSON.")] = False,
 ) -> None:
-    """Correct labels on a local page: likely wrong ones, near-duplicates, pictures of rare classes; Ctrl-C ends it.
+    """Correct labels on a local page: likely wrong ones, near-duplicates, images of rare classes; Ctrl-C ends it.
 
     Each label is saved at once; `fit --labels FILE` takes them.
     """
@@ -42,12 +40,12 @@ def review(
     # a name of its own, not `RUN/..`: the run may be given as "."
     whole = run.resolve()
     saved = labels or whole.parent / "labels.csv"
-    session = Session(run, saved, out or whole.with_name(f"{whole.name}-reviewed"), pictures=pictures, device=device)
+    session = Session(run, saved, out or whole.with_name(f"{whole.name}-reviewed"), images=images, device=device)
     token = new_token()
     server = make_server(session, token, port)
     address = f"http://{HOST}:{server.port}/{token}/"
-    if session.no_pictures:
-        typer.echo(f"no pictures on the page: {session.no_pictures}; name their place with --pictures", err=True)
+    if session.no_images:
+        typer.echo(f"no images on the page: {session.no_images}; name their place with --images", err=True)
     typer.echo(json.dumps({"address": address, "labels": str(saved)}) if as_json else f"review: {address}")
     if open_page:
         webbrowser.open(address)

@@ -1,4 +1,4 @@
-"""Take the pictures of pages that stand in the documentation: `python docs/screenshots.py demo-output`."""
+"""Take the images of pages that stand in the documentation: `python docs/screenshots.py demo-output`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from playwright.sync_api import Browser, Page, sync_playwright
 from ulfine_fast.review.app import make_server
 from ulfine_fast.review.session import Session
 
-PICTURES = Path(__file__).with_name("pictures")
+IMAGES = Path(__file__).with_name("images")
 WIDE, PHONE = (1100, 800), (390, 844)
 
 
@@ -44,7 +44,7 @@ def take_review(browser: Browser, run: Path) -> None:
             with shown(browser, f"http://127.0.0.1:{server.port}/screenshot/", size, scheme) as page:
                 page.locator("#accept").wait_for()
                 page.wait_for_load_state("networkidle")
-                page.screenshot(path=PICTURES / f"{name}.png")
+                page.screenshot(path=IMAGES / f"{name}.png")
         server.shutdown()
         os.chdir(run)
 
@@ -53,12 +53,12 @@ def take_report(browser: Browser, report: Path) -> None:
     """The report's top, wide and light, narrow and dark."""
     for name, size, scheme in (("report-light", WIDE, "light"), ("report-dark", PHONE, "dark")):
         with shown(browser, report.resolve().as_uri(), size, scheme) as page:
-            page.screenshot(path=PICTURES / f"{name}.png")
+            page.screenshot(path=IMAGES / f"{name}.png")
 
 
 def main(demo: Path) -> None:
-    """Take all pictures from the folder that `ulfine-fast demo` wrote."""
-    PICTURES.mkdir(exist_ok=True)
+    """Take all images from the folder that `ulfine-fast demo` wrote."""
+    IMAGES.mkdir(exist_ok=True)
     chromium = shutil.which("chromium") or shutil.which("google-chrome")
     with sync_playwright() as play:
         browser = play.chromium.launch(executable_path=chromium, args=["--no-sandbox"])

@@ -104,28 +104,26 @@ class FitConfig:
         None, "seed of the split and of the class order; default: the seed", low=0, high=2**31 - 1
     )
     n1: int | None = _option(
-        None, "labelled pictures of the largest class; default: all labelled pictures as they are", low=1
+        None, "labelled images of the largest class; default: all labelled images as they are", low=1
     )
-    m1: int | None = _option(
-        None, "unlabelled pictures of the largest class; default: as many as the data allow", low=0
-    )
+    m1: int | None = _option(None, "unlabelled images of the largest class; default: as many as the data allow", low=0)
     gamma_l: float = _option(100.0, "labelled imbalance, largest class over smallest; with n1", low=1.0)
     gamma_u: float = _option(100.0, "unlabelled imbalance, largest class over smallest; with n1", low=1.0)
     shape: str = _option("consistent", "class distribution of the unlabelled set; with n1", choices=SHAPES)
-    labeled_in_unlabeled: bool = _option(False, "put the labelled pictures into the unlabelled set too")
+    labeled_in_unlabeled: bool = _option(False, "put the labelled images into the unlabelled set too")
     permute_classes: bool = _option(True, "draw the order of classes, head to tail, from the split seed; with n1")
     labeled_fraction: float = _option(
-        1.0, "share of each class's labelled pictures kept labelled; without n1", low=0.0, high=1.0
+        1.0, "share of each class's labelled images kept labelled; without n1", low=0.0, high=1.0
     )
-    val_fraction: float = _option(0.1, "share of the labelled pictures set aside for validation", low=0.0, high=0.5)
+    val_fraction: float = _option(0.1, "share of the labelled images set aside for validation", low=0.0, high=0.5)
     test_fraction: float = _option(
         0.2, "share held out for testing where the data has no test split", low=0.01, high=0.9
     )
 
     # -- optimiser
     steps: int = _option(500, "mini-batch steps", low=1, structural=True)
-    batch_labeled: int = _option(32, "labelled pictures in a mini-batch", low=1, structural=True)
-    batch_unlabeled: int = _option(64, "unlabelled pictures in a mini-batch", low=1, structural=True)
+    batch_labeled: int = _option(32, "labelled images in a mini-batch", low=1, structural=True)
+    batch_unlabeled: int = _option(64, "unlabelled images in a mini-batch", low=1, structural=True)
     lr: float = _option(0.03, "peak learning rate of SGD; cosine schedule to zero", low=0.0)
     momentum: float = _option(0.9, "momentum of SGD", low=0.0, high=0.999)
     weight_decay: float = _option(5e-4, "weight decay of SGD", low=0.0)
@@ -199,7 +197,7 @@ class FitConfig:
         "fused", "ulfine: logits of the final prediction", choices=("fused", "linear", "similarity"), structural=True
     )
 
-    # -- caches of labelled pictures, graphs, mixtures
+    # -- caches of labelled images, graphs, mixtures
     cache_weight: float = _option(1.0, "tip_adapter, tip_adapter_f: weight alpha of the cache beside the text", low=0.0)
     cache_sharpness: float = _option(
         5.5, "tip_adapter, tip_adapter_f: sharpness beta of a key's affinity, exp(-beta (1 - cos))", low=0.0
@@ -211,10 +209,10 @@ class FitConfig:
     propagation: float = _option(
         0.3, "label_propagation: how far labels travel, alpha in (I - alpha S) z = y", low=0.0, high=0.99
     )
-    text_power: float = _option(5.0, "label_propagation: power gamma of cosines between pictures and texts", low=0.0)
+    text_power: float = _option(5.0, "label_propagation: power gamma of cosines between images and texts", low=0.0)
     anchor: float = _option(0.5, "gmm: weight lambda of the text's log probabilities", low=0.0)
     labeled_weight: float = _option(
-        1.0, "gmm: weight of all labelled pictures in means and covariance, the unlabelled ones having 1", low=0.0
+        1.0, "gmm: weight of all labelled images in means and covariance, the unlabelled ones having 1", low=0.0
     )
 
     # -- margins
@@ -223,7 +221,7 @@ class FitConfig:
     largest_margin: float = _option(0.5, "ldam: margin of the rarest class, in cosines", low=0.0, high=2.0)
     defer: float = _option(0.8, "ldam: share of the steps before classes are weighted", low=0.0, high=1.0)
     effective_beta: float = _option(
-        0.9999, "ldam, class_balanced: beta of the effective numbers of pictures", low=0.0, high=0.9999999
+        0.9999, "ldam, class_balanced: beta of the effective numbers of images", low=0.0, high=0.9999999
     )
 
     # -- semi-supervised baselines
@@ -243,7 +241,7 @@ class FitConfig:
     darp_keep: float = _option(2.0, "darp: most guesses kept for a class, as a multiple of its wanted total", low=0.01)
 
     least_labeled: float = _option(
-        0.6, "cossl: smallest share of a labelled picture in a blended feature", low=0.0, high=1.0
+        0.6, "cossl: smallest share of a labelled image in a blended feature", low=0.0, high=1.0
     )
     weight_average: float = _option(
         0.98, "cossl: momentum of the averaged adapter and balanced head", low=0.0, high=0.9999
@@ -252,7 +250,7 @@ class FitConfig:
     # -- ULFine plus: anchored clusters, weighed by held-out labels
     folds: int = _option(4, "ulfine_plus: parts of the labels held out in turn", low=2, structural=True)
     lean: float = _option(1.0, "ulfine_plus: weight of the labelled-only probe in the clusters' logits", low=0.0)
-    label_weight: float = _option(10.0, "ulfine_plus: weight of a labelled picture in its class's center", low=0.0)
+    label_weight: float = _option(10.0, "ulfine_plus: weight of a labelled image in its class's center", low=0.0)
     view_weight: float = _option(1.0, "ulfine_plus: weight of the scatter between views in the whitening", low=0.0)
     shrink: float = _option(0.05, "ulfine_plus: share of the scatter spread evenly over all directions", low=0.0)
     blunt: float = _option(10.0, "ulfine_plus: sharpness of the cluster probabilities in the first round", low=0.1)
@@ -270,14 +268,14 @@ class FitConfig:
     )
     crop_epochs: int = _option(
         0,
-        "lift_head: epochs of the crop schedule, from crops of 8% of the picture on to the whole of it; "
+        "lift_head: epochs of the crop schedule, from crops of 8% of the image on to the whole of it; "
         "0 draws from all views alike",
         low=0,
     )
 
     # -- wrong labels, and references that know better
     label_noise: float = _option(
-        0.0, "share of the labelled training pictures that are told a wrong class, drawn evenly", low=0.0, high=1.0
+        0.0, "share of the labelled training images that are told a wrong class, drawn evenly", low=0.0, high=1.0
     )
     reference_scale: float = _option(
         1.0, "poft: factor on the logits of the references; 0 for references that know nothing", low=0.0
@@ -311,15 +309,15 @@ class FitConfig:
         0.0, "fixmatch, freematch, ulfine: weight of the correlation between errors of the ensemble's heads", low=0.0
     )
     low_variance: float = _option(
-        0.0, "fixmatch, freematch, ulfine: weight of the ensemble's squared error on labelled pictures", low=0.0
+        0.0, "fixmatch, freematch, ulfine: weight of the ensemble's squared error on labelled images", low=0.0
     )
 
-    # -- bags of pictures of which the class shares alone are known
+    # -- bags of images of which the class shares alone are known
     bag_size: int = _option(
-        0, "proportions: pictures in a bag, to draw bags from labelled pictures; 0 where bags are given", low=0
+        0, "proportions: images in a bag, to draw bags from labelled images; 0 where bags are given", low=0
     )
     stage_one: float = _option(
-        0.6, "proportions: share of the steps that learn from bags, before pictures get labels", low=0.0, high=1.0
+        0.6, "proportions: share of the steps that learn from bags, before images get labels", low=0.0, high=1.0
     )
     bag_labels: str = _option(
         "sinkhorn",
@@ -385,7 +383,7 @@ def structural_key(config: FitConfig) -> tuple[Any, ...]:
 
 
 def split_key(config: FitConfig) -> tuple[Any, ...]:
-    """The values that decide which pictures a trial is given: configs that agree in them have one split."""
+    """The values that decide which images a trial is given: configs that agree in them have one split."""
     return (config.data_seed, *(getattr(config, name) for name in _SPLIT_FIELDS))
 
 

@@ -25,7 +25,7 @@ from ulfine_fast.data.splits import Split
 from ulfine_fast.engine.fit import fit
 
 UNLABELED = -1
-# Fields that say which pictures are labelled, or how a run is watched: the arrays say the first, and nobody watches.
+# Fields that say which images are labelled, or how a run is watched: the arrays say the first, and nobody watches.
 _NOT_HERE = {
     *("method", "seed", "split_seed", "n1", "m1", "gamma_l", "gamma_u", "shape", "labeled_in_unlabeled"),
     *("permute_classes", "labeled_fraction", "val_fraction", "test_fraction", "eval_every", "select", "patience"),
@@ -65,7 +65,7 @@ def _initializer(method: str | None) -> Any:
 class FeatureClassifier(ClassifierMixin, BaseEstimator):
     """Any method of this package over features in memory, as a scikit-learn classifier.
 
-    Rows are features of pictures (n, D), of any length: methods read their direction alone. What a cache holds more is
+    Rows are features of images (n, D), of any length: methods read their direction alone. What a cache holds more is
     optional: texts of the classes, and views of the rows (see `fit`).
 
     Args:
@@ -181,7 +181,7 @@ class FeatureClassifier(ClassifierMixin, BaseEstimator):
 
 
 class ULFineClassifier(FeatureClassifier):
-    """ULFine (arXiv 2505.05062): prototypes fitted to the pictures, two fused heads; see `FeatureClassifier`."""
+    """ULFine (arXiv 2505.05062): prototypes fitted to the images, two fused heads; see `FeatureClassifier`."""
 
     _method = "ulfine"
     __init__ = _initializer(_method)

@@ -1,11 +1,11 @@
-"""How far the fast ways to read pictures agree with the model's own preprocessing, and what they save.
+"""How far the fast ways to read images agree with the model's own preprocessing, and what they save.
 
     python -m benchmarks.speed.agreement --json agreement.json
 
-Features of the same pictures, plain and drawn views, once as open_clip prepares them and once as each way does: cosines
-of the two. `reduced` is what an extraction on a processor does by default: pictures of twice the model's side or more
+Features of the same images, plain and drawn views, once as open_clip prepares them and once as each way does: cosines
+of the two. `reduced` is what an extraction on a processor does by default: images of twice the model's side or more
 are reduced by a whole number before they are resized, JPEG files while they are decoded. `device` is what it does
-beside a GPU: pictures travel whole, and batched products resize, crop and augment all views there. On a machine without
+beside a GPU: images travel whole, and batched products resize, crop and augment all views there. On a machine without
 a GPU the same products run on the processor, for the pixels' sake alone.
 """
 
@@ -21,14 +21,14 @@ import torch
 import typer
 
 from benchmarks.data import demo
+from benchmarks.images import SHAPES, model_name
 from benchmarks.options import parse_names
 from benchmarks.parts import write_json
-from benchmarks.pictures import SHAPES, model_name
 from benchmarks.tables import print_table
 from ulfine_fast.cache.io.errors import InputError
 from ulfine_fast.cache.models.encoder import Encoder, load_encoder
 from ulfine_fast.cache.pipeline.plan import batches_of, is_listed
-from ulfine_fast.cache.pipeline.read import Batch, PictureReader
+from ulfine_fast.cache.pipeline.read import Batch, ImageReader
 from ulfine_fast.cache.pipeline.resample import by_products
 from ulfine_fast.cache.pipeline.threads import one_core
 from ulfine_fast.cache.pipeline.views import ViewRecipe, augmented
@@ -42,8 +42,8 @@ _STAMPS = Path("/usr/share/tuxpaint/stamps")
 _BATCH = 16
 
 
-def pictures_of(data: str, count: int) -> ListedSource:
-    """The demo's pictures, Tux Paint's stamps, one of `SHAPES`, or any folder; at most `count`, evenly chosen."""
+def images_of(data: str, count: int) -> ListedSource:
+    """The demo's images, Tux Paint's stamps, one of `SHAPES`, or any folder; at most `count`, evenly chosen."""
     if data == "demo":
         source = reopen_source(demo().manifest.source)  # type: ignore[union-attr]
     elif data in SHAPES:
@@ -51,9 +51,9 @@ def pictures_of(data: str, count: int) -> ListedSource:
     else:
         source = open_source(_STAMPS if data == "tux_paint" else Path(data))
     if not is_listed(source):
-        raise InputError(f"{data} is a stream; give a folder of pictures")
+        raise InputError(f"{data} is a stream; give a folder of images")
     rows = source.rows[:: max(1, len(source.rows) // count)][:count]
-    # views are drawn of training pictures alone
+    # views are drawn of training images alone
     source.rows = [replace(row, split="train") for row in rows]
     return source
 
@@ -62,15 +62,15 @@ def measure(source: ListedSource, encoder: Encoder, ways: Sequence[str] = WAYS) 
     """One row for each way and kind of view.
 
     Args:
-        source: pictures.
+        source: images.
         encoder: the model; its preprocessing must have a form for devices.
         ways: of `WAYS`.
     """
     assert encoder.resampling is not None
-    exact = PictureReader(source, encoder.resize, ViewRecipe(), encoder.spec.image_size)
+    exact = ImageReader(source, encoder.resize, ViewRecipe(), encoder.spec.image_size)
     reduced = replace(exact, resampling=encoder.resampling)
     device = replace(reduced, later=True)
-    makers: dict[str, tuple[PictureReader, Callable[[Batch], torch.Tensor]]] = {
+    makers: dict[str, tuple[ImageReader, Callable[[Batch], torch.Tensor]]] = {
         "exact": (exact, lambda batch: exact.pixels_on(encoder.device, batch)),
         "reduced": (reduced, lambda batch: reduced.pixels_on(encoder.device, batch)),
         "device": (device, lambda batch: _by_products(device, batch, encoder.device)),
@@ -84,7 +84,7 @@ def measure(source: ListedSource, encoder: Encoder, ways: Sequence[str] = WAYS) 
     return rows
 
 
-def _by_products(reader: PictureReader, batch: Batch, device: torch.device) -> torch.Tensor:
+def _by_products(reader: ImageReader, batch: Batch, device: torch.device) -> torch.Tensor:
     """A batch's views as a GPU makes them, wherever that is: uint8 (B V, H, W, 3)."""
     assert batch.sampling is not None
     assert reader.resampling is not None
@@ -93,9 +93,9 @@ def _by_products(reader: PictureReader, batch: Batch, device: torch.device) -> t
 
 
 def _features(
-    rows: Sequence[Row], encoder: Encoder, reader: PictureReader, pixels: Callable[[Batch], torch.Tensor]
+    rows: Sequence[Row], encoder: Encoder, reader: ImageReader, pixels: Callable[[Batch], torch.Tensor]
 ) -> tuple[torch.Tensor, float]:
-    """Features (N, V, D) of all rows, and pictures that one core reads and prepares in a second."""
+    """Features (N, V, D) of all rows, and images that one core reads and prepares in a second."""
     features, seconds = [], 0.0
     for batch_rows in batches_of(rows, _BATCH):
         started = time.perf_counter()
@@ -111,7 +111,7 @@ def _rows(way: str, wanted: torch.Tensor, found: torch.Tensor, faster: float) ->
     for view, kind in enumerate(KINDS):
         own = cosines[:, view]
         figures = {"mean_cosine": float(own.mean()), "worst_cosine": float(own.min())}
-        yield {"way": way, "view": kind, "pictures": len(own), **figures, "times_as_fast": faster}
+        yield {"way": way, "view": kind, "images": len(own), **figures, "times_as_fast": faster}
 
 
 def agreement(
@@ -120,26 +120,26 @@ def agreement(
     ] = "demo,tux_paint,jpeg500,photograph",
     models: Annotated[str, typer.Option(help="lite0-minilm, ViT-B-32 (random weights) or both.")] = "lite0-minilm",
     ways: Annotated[str, typer.Option(help="reduced, device or both.")] = "reduced,device",
-    count: Annotated[int, typer.Option(help="Pictures at most.", min=1)] = 1000,
+    count: Annotated[int, typer.Option(help="Images at most.", min=1)] = 1000,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     as_json: Annotated[Path | None, typer.Option("--json", help="Write all rows to this file.")] = None,
 ) -> None:
-    """Compare features of pictures read fast with those of the model's own preprocessing."""
+    """Compare features of images read fast with those of the model's own preprocessing."""
     chosen = parse_names(ways, WAYS, "ways")
     rows = []
     for model in parse_names(models, ("lite0-minilm", "ViT-B-32"), "models"):
         encoder = load_encoder(model_name(model), device=device)
         for name in data.split(","):
-            measured = measure(pictures_of(name, count), encoder, chosen)
+            measured = measure(images_of(name, count), encoder, chosen)
             rows += [{"model": model, "data": Path(name).name, **row} for row in measured]
     if as_json is not None:
         write_json(as_json, rows)
-    titles = ["model", "data", "way", "view", "pictures", "mean cosine", "worst cosine", "reading, times as fast"]
+    titles = ["model", "data", "way", "view", "images", "mean cosine", "worst cosine", "reading, times as fast"]
     print_table(titles, map(_line, rows), texts=4)
 
 
 def _line(row: Figures) -> list[str]:
-    texts = [row["model"], row["data"], row["way"], row["view"], str(row["pictures"])]
+    texts = [row["model"], row["data"], row["way"], row["view"], str(row["images"])]
     return [*texts, f"{row['mean_cosine']:.5f}", f"{row['worst_cosine']:.5f}", f"{row['times_as_fast']:.2f}"]
 
 

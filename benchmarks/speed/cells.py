@@ -17,7 +17,7 @@ class Protocol:
 
     Attributes:
         gamma_l: labelled imbalance. gamma_u: unlabelled imbalance where the command line gives none.
-        m1: unlabelled pictures of the largest class, as many as the data allow where None.
+        m1: unlabelled images of the largest class, as many as the data allow where None.
         uniform: the same for the shape `uniform`, where every class has m1.
     """
 
@@ -33,9 +33,9 @@ class Cell:
 
     Attributes:
         data: a data set's name, see `benchmarks.data.open_data`.
-        n1: labelled pictures of the largest class; None for the data's own counts.
+        n1: labelled images of the largest class; None for the data's own counts.
         gamma_l, m1, gamma_u: see `Protocol`; without meaning where n1 is None.
-        shape: class distribution of the unlabelled pictures; `uniform` ignores gamma_u.
+        shape: class distribution of the unlabelled images; `uniform` ignores gamma_u.
         labeled_share: share of each class that keeps its labels, where n1 is None.
     """
 

@@ -40,7 +40,7 @@ def check_names(wanted: Sequence[str]) -> None:
 
 
 def splits_of(cell: Cell, cache: FeatureCache, seeds: Sequence[int]) -> list[Split]:
-    """The split of each seed; pictures that have no label in the cache are among the unlabelled ones of all cells."""
+    """The split of each seed; images that have no label in the cache are among the unlabelled ones of all cells."""
     unknown = np.flatnonzero((cache.labels < 0) & np.isin(cache.splits, ("train", "unlabeled")))
     found = []
     for seed in seeds:
@@ -50,7 +50,7 @@ def splits_of(cell: Cell, cache: FeatureCache, seeds: Sequence[int]) -> list[Spl
 
 
 def with_true_labels(split: Split, cache: FeatureCache) -> Split:
-    """The oracle's split: unlabelled pictures of a known class joined the labelled ones."""
+    """The oracle's split: unlabelled images of a known class joined the labelled ones."""
     known = split.unlabeled[cache.labels[split.unlabeled] >= 0]
     return replace(split, labeled=np.union1d(split.labeled, known), unlabeled=known[:0])
 
@@ -81,7 +81,7 @@ def fit_cell(
         device: where the engine runs.
 
     Returns:
-        Figures of each setting and seed, with tail_accuracy over the third of classes with fewest labelled pictures
+        Figures of each setting and seed, with tail_accuracy over the third of classes with fewest labelled images
         in `splits`.
     """
     pairs = [(split, one) for one in settings for split in splits]
@@ -112,7 +112,7 @@ def _fit_engine(
 
 
 def _tail(figures: Figures, cache: FeatureCache, split: Split) -> Figures:
-    """Mean recall over the classes that are rare among the pictures labelled for everyone, not for the oracle alone."""
+    """Mean recall over the classes that are rare among the images labelled for everyone, not for the oracle alone."""
     recall = figures.get("per_class_accuracy")
     if recall is None:
         return {"tail_accuracy": None}

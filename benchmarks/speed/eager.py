@@ -34,12 +34,12 @@ class Views(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Pictures:
-    """Features in memory, as unit float32 rows, view after view of each picture.
+class Images:
+    """Features in memory, as unit float32 rows, view after view of each image.
 
     Attributes:
-        easy: plain and weak views of labelled pictures (L * V, D). labels: (L,).
-        weak: plain and weak views of unlabelled pictures (U * V, D). strong: their strong views (U * W, D).
+        easy: plain and weak views of labelled images (L * V, D). labels: (L,).
+        weak: plain and weak views of unlabelled images (U * V, D). strong: their strong views (U * W, D).
         counts: V and W.
     """
 
@@ -50,11 +50,11 @@ class Pictures:
     counts: tuple[int, int]
 
     def draw(self, labeled: int, unlabeled: int) -> Views:
-        """As many pictures and views, drawn with replacement."""
+        """As many images and views, drawn with replacement."""
         device, (easy, strong) = self.labels.device, self.counts
         rows = torch.randint(len(self.labels), (labeled,), device=device)
         hidden = torch.randint(len(self.weak) // easy, (unlabeled,), device=device)
-        # the view's number is drawn too, and a picture's views stand side by side
+        # the view's number is drawn too, and an image's views stand side by side
         first = rows * easy + torch.randint(easy, (labeled,), device=device)
         weak = hidden * easy + torch.randint(easy, (unlabeled,), device=device)
         hard = hidden * strong + torch.randint(strong, (unlabeled,), device=device)
@@ -193,7 +193,7 @@ class EagerTrial:
     Args:
         config: hyper-parameters; all numbers are honoured, switches must be the defaults.
         parameters: heads (2K, D), linear above prototypes; scale, shift (D,); down (D, r); up (r, D). Taken over.
-        log_prior: log class frequencies of the labelled pictures (K,).
+        log_prior: log class frequencies of the labelled images (K,).
         backend: of torch.compile for losses and PAF; None compiles nothing.
         optimizer: implementation of torch.optim.SGD, "fused" or "foreach".
 
@@ -238,7 +238,7 @@ class VmapTrials:
     Args:
         config: as :class:`EagerTrial` takes it.
         parameters: as it takes them, each with a leading axis T.
-        log_prior: log class frequencies of the labelled pictures, the same for all trials (K,).
+        log_prior: log class frequencies of the labelled images, the same for all trials (K,).
 
     Raises:
         InputError: a config that the loop does not do.

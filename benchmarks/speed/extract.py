@@ -1,10 +1,10 @@
-"""Pictures per second of an extraction: ours, a script as one writes it, and what the machine allows.
+"""Images per second of an extraction: ours, a script as one writes it, and what the machine allows.
 
     python -m benchmarks.speed.extract --json extract.json
 
 Every contender runs in a process of its own, in turns; medians over rounds. The clock starts once the model is loaded
 and warm and stops when the features are on the disk. The bound is the rate of all stages together, each measured alone
-with all cores at it. With `--memory` ours runs over 10,000 and 100,000 pictures with a tiny model, for its peak memory.
+with all cores at it. With `--memory` ours runs over 10,000 and 100,000 images with a tiny model, for its peak memory.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from typing import Annotated, Any
 
 import typer
 
+from benchmarks.images import SHAPES, TINY, model_name
 from benchmarks.options import parse_names
 from benchmarks.parts import write_json
-from benchmarks.pictures import SHAPES, TINY, model_name
 from benchmarks.speed.stages import stage_rates
 from benchmarks.tables import print_table
 from ulfine_fast.cache.io.errors import InputError
@@ -37,12 +37,12 @@ _MEMORY_COUNTS = (10_000, 100_000)
 def measure(
     shape: str, model: str, count: int, contenders: list[str], rounds: int, peer: Path | None, precision: str = "fp32"
 ) -> list[Row]:
-    """All contenders on one shape of pictures and one model.
+    """All contenders on one shape of images and one model.
 
     Args:
         shape: one of `SHAPES`.
         model: "lite0-minilm", "ViT-B-32" or "tiny".
-        count: pictures.
+        count: images.
         contenders: of `CONTENDERS`.
         rounds: runs of each, in turns.
         peer: the Python that has clip-retrieval.
@@ -90,21 +90,21 @@ def _run(command: list[str]) -> Row:
 
 
 def _row(shape: str, model: str, contender: str, runs: list[Row], stages: dict[str, float]) -> Row:
-    rate = statistics.median(run["pictures"] / run["seconds"] for run in runs)
+    rate = statistics.median(run["images"] / run["seconds"] for run in runs)
     return {
         "shape": shape,
-        "pictures": runs[0]["pictures"],
+        "images": runs[0]["images"],
         "model": model,
         "contender": contender,
-        "pictures_per_second": rate,
-        "bound_pictures_per_second": stages["bound"],
+        "images_per_second": rate,
+        "bound_images_per_second": stages["bound"],
         "stages": stages,
         "peak_rss_bytes": max(run["peak_rss_bytes"] for run in runs),
     }
 
 
 def memory() -> list[Row]:
-    """Ours over few and many pictures, with a model so small that reading is most of the work."""
+    """Ours over few and many images, with a model so small that reading is most of the work."""
     name = model_name(TINY)
     return [
         {
@@ -120,17 +120,15 @@ def memory() -> list[Row]:
 def extract(
     shapes: Annotated[str, typer.Option(help="Of png28, jpeg500, photograph.")] = "png28,jpeg500",
     models: Annotated[str, typer.Option(help="Of lite0-minilm, ViT-B-32, tiny.")] = "lite0-minilm,ViT-B-32",
-    pictures: Annotated[int, typer.Option(help="Pictures of each shape.", min=64)] = 512,
+    images: Annotated[int, typer.Option(help="Images of each shape.", min=64)] = 512,
     rounds: Annotated[int, typer.Option(help="Runs of each contender.", min=1)] = 3,
     contenders: Annotated[str, typer.Option(help="Of script, clip_retrieval, ulfine_fast.")] = "script,ulfine_fast",
     clip_retrieval: Annotated[Path | None, typer.Option(help="Python that has clip-retrieval.")] = None,
     precision: Annotated[str, typer.Option(help="fp32, bf16 or fp16, of the models while they run.")] = "fp32",
-    peak: Annotated[
-        bool, typer.Option("--memory", help="Peak memory over 10,000 and 100,000 pictures instead.")
-    ] = False,
+    peak: Annotated[bool, typer.Option("--memory", help="Peak memory over 10,000 and 100,000 images instead.")] = False,
     as_json: Annotated[Path | None, typer.Option("--json", help="Write the rows to this file.")] = None,
 ) -> None:
-    """Measure pictures per second of extracting features on the processor, beside a script and the machine's bound."""
+    """Measure images per second of extracting features on the processor, beside a script and the machine's bound."""
     kinds = parse_names(shapes, tuple(SHAPES), "shapes")
     nets = parse_names(models, (LITE0, "ViT-B-32", TINY), "models")
     names = parse_names(contenders, CONTENDERS, "contenders")
@@ -141,31 +139,31 @@ def extract(
             row
             for kind in kinds
             for net in nets
-            for row in measure(kind, net, pictures, names, rounds, clip_retrieval, precision)
+            for row in measure(kind, net, images, names, rounds, clip_retrieval, precision)
         ]
     if as_json is not None:
         write_json(as_json, rows)
     if peak:
-        print_table(["pictures", "seconds", "peak memory, MB"], [_memory_line(row) for row in rows], texts=0)
+        print_table(["images", "seconds", "peak memory, MB"], [_memory_line(row) for row in rows], texts=0)
     else:
         _print(rows)
 
 
 def _memory_line(row: Row) -> list[str]:
-    return [f"{row['pictures']:,}", f"{row['seconds']:.0f}", f"{row['peak_rss_bytes'] / 1e6:,.0f}"]
+    return [f"{row['images']:,}", f"{row['seconds']:.0f}", f"{row['peak_rss_bytes'] / 1e6:,.0f}"]
 
 
 def _print(rows: list[Row]) -> None:
-    slowest = {(row["shape"], row["model"]): row["pictures_per_second"] for row in rows if row["contender"] == "script"}
+    slowest = {(row["shape"], row["model"]): row["images_per_second"] for row in rows if row["contender"] == "script"}
     lines = []
     for row in rows:
-        rate, bound = row["pictures_per_second"], row["bound_pictures_per_second"]
+        rate, bound = row["images_per_second"], row["bound_images_per_second"]
         base = slowest.get((row["shape"], row["model"]))
         over = "-" if base is None else f"{rate / base:.2f}"
         alone = "  ".join(f"{stage} {row['stages'][stage]:,.0f}" for stage in ("read", "encode", "write"))
         figures = [f"{rate:.1f}", over, f"{rate / bound:.2f}", f"{row['peak_rss_bytes'] / 1e6:,.0f}"]
         lines.append([row["shape"], row["model"], row["contender"], alone, *figures])
-    titles = ["shape", "model", "contender", "stages alone, pictures/s", "pictures/s", "over script", "of the bound"]
+    titles = ["shape", "model", "contender", "stages alone, images/s", "images/s", "over script", "of the bound"]
     print_table([*titles, "peak memory, MB"], lines, texts=4)
 
 

@@ -1,6 +1,6 @@
 """One contender of `benchmarks.speed.extract` on one folder of images, in its own process; prints a JSON object.
 
-python -m benchmarks.speed.extracting script lite0-minilm fp32 PICTURES
+python -m benchmarks.speed.extracting script lite0-minilm fp32 IMAGES
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Row = dict[str, Any]
 _WARM = 4  # batches of the model before the clock starts: buffers and kernels are chosen at the first
 
 
-def script(model: str, precision: str, pictures: Path) -> Row:
+def script(model: str, precision: str, images: Path) -> Row:
     """What one writes by hand: open_clip, torchvision's ImageFolder, a DataLoader on all cores, an array at last.
 
     With autocast it is `no_grad` that stands around it: in `inference_mode` no weight is cached, and a ViT's attention
@@ -37,7 +37,7 @@ def script(model: str, precision: str, pictures: Path) -> Row:
 
     net, _, preprocess = open_clip.create_model_and_transforms(_open_clip_name(model))
     net.eval()
-    loader = DataLoader(ImageFolder(str(pictures), preprocess), batch_size=64, num_workers=os.cpu_count() or 1)
+    loader = DataLoader(ImageFolder(str(images), preprocess), batch_size=64, num_workers=os.cpu_count() or 1)
     features = []
     dtype = PRECISIONS[precision]
     mixed = torch.autocast("cpu", dtype=dtype, enabled=dtype is not None)
@@ -48,10 +48,10 @@ def script(model: str, precision: str, pictures: Path) -> Row:
             features.append(functional.normalize(net.encode_image(batch), dim=-1))
         np.save(Path(folder) / "features.npy", torch.cat(features).float().numpy())
         seconds = time.perf_counter() - started
-    return {"pictures": sum(map(len, features)), "seconds": seconds, "readers": loader.num_workers}
+    return {"images": sum(map(len, features)), "seconds": seconds, "readers": loader.num_workers}
 
 
-def ulfine_fast(model: str, precision: str, pictures: Path) -> Row:
+def ulfine_fast(model: str, precision: str, images: Path) -> Row:
     """Ours, with the plain view alone, as the script has it; text and manifest are not counted."""
     from ulfine_fast.cache.models.encoder import load_encoder
     from ulfine_fast.cache.pipeline.extract import extract
@@ -59,11 +59,11 @@ def ulfine_fast(model: str, precision: str, pictures: Path) -> Row:
     from ulfine_fast.cache.sources import open_source
 
     encoder = load_encoder(model, device="cpu", precision=precision)
-    _warm(encoder.encode_pictures, 16, encoder.spec.image_size)
+    _warm(encoder.encode_images, 16, encoder.spec.image_size)
     with tempfile.TemporaryDirectory() as folder:
         views = ViewRecipe(weak=0, strong=0)
-        done = extract(open_source(pictures), encoder, Path(folder) / "cache", views=views, progress=False)
-    return {"pictures": done.encoded, "seconds": done.seconds, "readers": 0}
+        done = extract(open_source(images), encoder, Path(folder) / "cache", views=views, progress=False)
+    return {"images": done.encoded, "seconds": done.seconds, "readers": 0}
 
 
 def _open_clip_name(model: str) -> str:
@@ -85,10 +85,10 @@ def peak_bytes(readers: int) -> int:
     return 1024 * (own + readers * child)  # Linux counts in KiB
 
 
-def main(contender: str, model: str, precision: str, pictures: str) -> None:
+def main(contender: str, model: str, precision: str, images: str) -> None:
     """Runs one contender."""
     run = {"script": script, "ulfine_fast": ulfine_fast}[contender]
-    row = run(model, precision, Path(pictures))
+    row = run(model, precision, Path(images))
     print(json.dumps({**row, "peak_rss_bytes": peak_bytes(row.pop("readers"))}))
 
 

@@ -1,6 +1,6 @@
 """The least time a ULFine step can take: the multiply-adds it must do, at the machine's own matrix-product rate.
 
-Multiply-adds of one trial's step, with B labelled and U unlabelled pictures, features D wide, K classes, rank r:
+Multiply-adds of one trial's step, with B labelled and U unlabelled images, features D wide, K classes, rank r:
 
     forward     (B + 2U) (2 D r + 2 K D)    adapter down and up, both heads; labelled, weak and strong rows
     backward    (B + U) (4 K D + 3 D r)     heads: weights and rows; adapter: up's weights, hidden rows, down's weights

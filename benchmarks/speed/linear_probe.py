@@ -2,7 +2,7 @@
 
     python -m benchmarks.speed.linear_probe --penalties 45 --json linear_probe.json
 
-Both see the same unit features, split, and validation pictures, which choose the penalty; the chosen one's test
+Both see the same unit features, split, and validation images, which choose the penalty; the chosen one's test
 accuracy is read. scikit-learn's follows CLIP's protocol (arXiv 2103.00020, appendix A.3): l2 penalty, L-BFGS, at most
 1,000 iterations, here from the strongest penalty to the weakest, each from the solution before. The engine's probe is
 another estimator: a cosine classifier by SGD from the text's prototypes, of which no penalty but the weight decay is
@@ -107,11 +107,11 @@ def measure(cache: FeatureCache, count: int, config: FitConfig, *, iterations: i
         device: where the engine runs.
 
     Raises:
-        InputError: a split without validation pictures.
+        InputError: a split without validation images.
     """
     split = draw_split(cache.labels, cache.splits, cache.class_names, config)
     if not len(split.val):
-        raise InputError("a path needs validation pictures to choose from, and this split has none")
+        raise InputError("a path needs validation images to choose from, and this split has none")
     # the first fit of a process pays for threads and buffers that others find ready
     fit_many(cache, [FitConfig.from_dict({**config.to_dict(), "steps": 2})], split=split, device=device, progress=False)
     return [engine(cache, split, count, config, device), sklearn(cache, split, count, iterations)]
@@ -121,7 +121,7 @@ def linear_probe(
     penalties: Annotated[int, typer.Option(help="Penalties on the path of each contender.", min=1)] = 45,
     data: Annotated[str, typer.Option(help="demo, or a data set of benchmarks.studies.methods.")] = "demo",
     steps: Annotated[int, typer.Option(help="Steps of the engine's probe.", min=1)] = 1000,
-    batch: Annotated[int, typer.Option(help="Pictures in its mini-batches.", min=1)] = 64,
+    batch: Annotated[int, typer.Option(help="Images in its mini-batches.", min=1)] = 64,
     lr: Annotated[float, typer.Option(help="Its peak learning rate.", min=0.0)] = 0.3,
     iterations: Annotated[int, typer.Option(help="Most iterations of scikit-learn's, for each penalty.", min=1)] = 1000,
     threads: Annotated[int, typer.Option(help="Threads of torch; 0 takes its own choice.", min=0)] = 0,

@@ -3,8 +3,8 @@
     python -m benchmarks.speed.neighbors --json neighbors.json
     python -m benchmarks.speed.neighbors --rows 100000,300000
 
-The first compares pictures with variants of themselves: how alike a model finds a copy that was encoded again, made
-smaller, cut or mirrored, beside how alike the nearest other picture is. The second searches rows that lie between two
+The first compares images with variants of themselves: how alike a model finds a copy that was encoded again, made
+smaller, cut or mirrored, beside how alike the nearest other image is. The second searches rows that lie between two
 of the demo's, with a little noise, once flat and once in cells.
 """
 
@@ -24,7 +24,7 @@ from PIL import Image
 
 from benchmarks.data import demo
 from benchmarks.parts import write_json
-from benchmarks.speed.agreement import pictures_of
+from benchmarks.speed.agreement import images_of
 from benchmarks.tables import print_table
 from ulfine_fast.cache.models.encoder import Encoder, load_encoder
 from ulfine_fast.cache.neighbors import build_index
@@ -38,26 +38,26 @@ _QUANTILES = {"first_percentile": 0.01, "median": 0.5, "last_percentile": 0.99}
 
 
 def _encoded_again(quality: int) -> Variant:
-    def make(picture: Image.Image) -> Image.Image:
+    def make(image: Image.Image) -> Image.Image:
         buffer = io.BytesIO()
-        picture.save(buffer, "JPEG", quality=quality)
+        image.save(buffer, "JPEG", quality=quality)
         return Image.open(buffer).convert("RGB")
 
     return make
 
 
-def _smaller(picture: Image.Image) -> Image.Image:
-    size = tuple(max(1, 2 * side // 3) for side in picture.size)
-    return picture.resize((size[0], size[1]), Image.Resampling.BICUBIC)
+def _smaller(image: Image.Image) -> Image.Image:
+    size = tuple(max(1, 2 * side // 3) for side in image.size)
+    return image.resize((size[0], size[1]), Image.Resampling.BICUBIC)
 
 
-def _cut(picture: Image.Image) -> Image.Image:
-    across, down = (max(1, side * 3 // 100) for side in picture.size)
-    return picture.crop((across, down, picture.width - across, picture.height - down))
+def _cut(image: Image.Image) -> Image.Image:
+    across, down = (max(1, side * 3 // 100) for side in image.size)
+    return image.crop((across, down, image.width - across, image.height - down))
 
 
-def _mirrored(picture: Image.Image) -> Image.Image:
-    return picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+def _mirrored(image: Image.Image) -> Image.Image:
+    return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
 
 
 VARIANTS: dict[str, Variant] = {
@@ -70,25 +70,23 @@ VARIANTS: dict[str, Variant] = {
 
 
 def copies(source: ListedSource, encoder: Encoder) -> list[Figures]:
-    """One row for each variant, and one for the nearest other picture: quantiles of cosines."""
-    pictures = [source.read(row) for row in source.rows]
-    own = _features(pictures, encoder)
-    rows = [
-        (name, (own * _features(list(map(make, pictures)), encoder)).sum(axis=1)) for name, make in VARIANTS.items()
-    ]
+    """One row for each variant, and one for the nearest other image: quantiles of cosines."""
+    images = [source.read(row) for row in source.rows]
+    own = _features(images, encoder)
+    rows = [(name, (own * _features(list(map(make, images)), encoder)).sum(axis=1)) for name, make in VARIANTS.items()]
     alike = own @ own.T
     np.fill_diagonal(alike, -1)
-    rows.append(("nearest other picture", alike.max(axis=1)))
-    return [{"variant": name, "pictures": len(own), **_quantiles(cosines)} for name, cosines in rows]
+    rows.append(("nearest other image", alike.max(axis=1)))
+    return [{"variant": name, "images": len(own), **_quantiles(cosines)} for name, cosines in rows]
 
 
 def _quantiles(cosines: NDArray[np.float32]) -> Figures:
     return {name: float(np.quantile(cosines, share)) for name, share in _QUANTILES.items()}
 
 
-def _features(pictures: list[Image.Image], encoder: Encoder) -> NDArray[np.float32]:
+def _features(images: list[Image.Image], encoder: Encoder) -> NDArray[np.float32]:
     """Unit rows (N, D), of the plain view."""
-    made = [np.asarray(encoder.resize(picture)) for picture in pictures]
+    made = [np.asarray(encoder.resize(image)) for image in images]
     parts = [made[start : start + _BATCH] for start in range(0, len(made), _BATCH)]
     return np.concatenate([encoder.encode_pixels(torch.from_numpy(np.stack(part))).cpu().numpy() for part in parts])
 
@@ -121,7 +119,7 @@ def neighbors(
     data: Annotated[
         str, typer.Option(help="As of benchmarks.speed.agreement, separated by commas.")
     ] = "demo,tux_paint",
-    count: Annotated[int, typer.Option(help="Pictures at most.", min=2)] = 1000,
+    count: Annotated[int, typer.Option(help="Images at most.", min=2)] = 1000,
     rows: Annotated[str, typer.Option(help="Compare both indexes over so many rows instead, such as 300000.")] = "",
     model: Annotated[str, typer.Option(help="As of extract.")] = "lite0-minilm",
     as_json: Annotated[Path | None, typer.Option("--json", help="Write the rows to this file.")] = None,
@@ -135,11 +133,11 @@ def neighbors(
     else:
         encoder = load_encoder(model)
         names = [name.strip() for name in data.split(",")]
-        told = [{"data": Path(name).name, **row} for name in names for row in copies(pictures_of(name, count), encoder)]
+        told = [{"data": Path(name).name, **row} for name in names for row in copies(images_of(name, count), encoder)]
         lines = [
-            [row["data"], row["variant"], str(row["pictures"]), *(f"{row[q]:.3f}" for q in _QUANTILES)] for row in told
+            [row["data"], row["variant"], str(row["images"]), *(f"{row[q]:.3f}" for q in _QUANTILES)] for row in told
         ]
-        print_table(["data", "variant", "pictures", "1st percentile", "median", "99th"], lines, texts=2)
+        print_table(["data", "variant", "images", "1st percentile", "median", "99th"], lines, texts=2)
     if as_json is not None:
         write_json(as_json, told)
 

@@ -1,4 +1,4 @@
-"""Random search with the same number of draws for every method; it never sees a test picture."""
+"""Random search with the same number of draws for every method; it never sees a test image."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def nothing(draws: Draws) -> Settings:
 
 
 def probe(draws: Draws) -> Settings:
-    """Classifiers trained on labelled pictures alone, the oracle among them."""
+    """Classifiers trained on labelled images alone, the oracle among them."""
     return {
         "lr": draws.log_uniform("lr", 3e-3, 0.3),
         "tau": draws.uniform("tau", 0.0, 2.0),
@@ -105,7 +105,7 @@ def label_propagation(draws: Draws) -> Settings:
 
 
 def gmm(draws: Draws) -> Settings:
-    """The mixture: degree of its graph, pull of the text, weight of the labelled pictures."""
+    """The mixture: degree of its graph, pull of the text, weight of the labelled images."""
     return {
         "neighbors": draws.choice("neighbors", (3, 5, 7, 10, 15, 25)),
         "anchor": draws.log_uniform("anchor", 0.05, 5.0),
@@ -192,6 +192,6 @@ def search(
 
 
 def _score(figures: Sequence[Figures]) -> float:
-    """Mean over the seeds that have validation pictures; 0 without any, which leaves the defaults."""
+    """Mean over the seeds that have validation images; 0 without any, which leaves the defaults."""
     scores = [one["val"]["balanced_accuracy"] for one in figures if one["val"]]
     return float(np.mean(scores)) if scores else 0.0

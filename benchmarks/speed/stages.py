@@ -13,7 +13,7 @@ import torch
 
 from ulfine_fast.cache.models.encoder import Encoder
 from ulfine_fast.cache.pipeline.plan import batches_of
-from ulfine_fast.cache.pipeline.read import PictureReader
+from ulfine_fast.cache.pipeline.read import ImageReader
 from ulfine_fast.cache.pipeline.threads import cores, in_order
 from ulfine_fast.cache.pipeline.views import ViewRecipe
 from ulfine_fast.cache.shard import Shard, write_shard
@@ -23,10 +23,10 @@ _BATCH = 16
 
 
 def stage_rates(source: ListedSource, encoder: Encoder, *, device_shares_cores: bool = True) -> dict[str, float]:
-    """Pictures per second of each stage, with all cores at it, and of the whole.
+    """Images per second of each stage, with all cores at it, and of the whole.
 
     Args:
-        source: pictures; each is read twice, so that all stages find the files in memory.
+        source: images; each is read twice, so that all stages find the files in memory.
         encoder: the model, on the processor.
         device_shares_cores: whether the stages take the cores from one another, so that their times add up; else the
             slowest stage is the bound.
@@ -34,7 +34,7 @@ def stage_rates(source: ListedSource, encoder: Encoder, *, device_shares_cores: 
     Returns:
         "read" (open, decode, resize, crop), "encode", "write", and "bound".
     """
-    reader = PictureReader.of(source, encoder, ViewRecipe(weak=0, strong=0))
+    reader = ImageReader.of(source, encoder, ViewRecipe(weak=0, strong=0))
     batches = batches_of(source.rows, _BATCH)
     list(in_order(reader.read, batches, cores()))
     rates = {

@@ -2,8 +2,8 @@
 
     python -m benchmarks.speed.sweep --trials 256 --steps 1000 --json sweep.json
 
-Both draw from the space that ships for `ulfine`, on the pictures of `ulfine-fast demo` and one split of them; both
-look at validation every `--eval-every` steps and never at test pictures. The plain loop is
+Both draw from the space that ships for `ulfine`, on the images of `ulfine-fast demo` and one split of them; both
+look at validation every `--eval-every` steps and never at test images. The plain loop is
 `benchmarks.speed.eager`'s.
 It is measured for `--measured` trials, since one trial takes as long as the next, and its time for all is extrapolated.
 """
@@ -23,7 +23,7 @@ import typer
 from benchmarks.data import demo
 from benchmarks.parts import write_json
 from benchmarks.speed.eager import EagerTrial, first_weights, logits_of
-from benchmarks.speed.trial_steps import pictures_of
+from benchmarks.speed.trial_steps import images_of
 from benchmarks.tables import print_table
 from ulfine_fast.cache.io.device import pick_device
 from ulfine_fast.cache.store import FeatureCache
@@ -77,7 +77,7 @@ class PlainLoop:
 
     def __init__(self, cache: FeatureCache, split: Split, device: torch.device) -> None:
         """Put features, validation rows and the text's prototypes on the device."""
-        self.pictures = pictures_of(cache, split, device)
+        self.images = images_of(cache, split, device)
         self.val = F.normalize(torch.from_numpy(np.asarray(cache.plain[split.val])).to(device).float(), dim=-1)
         self.labels, self.counts = cache.labels[split.val], labeled_counts(cache.labels, split, len(cache.class_names))
         self.prototypes = F.normalize(torch.from_numpy(np.asarray(cache.prototypes)).to(device).float(), dim=-1)
@@ -89,7 +89,7 @@ class PlainLoop:
         torch.manual_seed(config.seed)
         trial, score = EagerTrial(config, first_weights(self.prototypes, config.rank), self.log_prior), 0.0
         for step in range(1, config.steps + 1):
-            trial.step(self.pictures.draw(config.batch_labeled, config.batch_unlabeled))
+            trial.step(self.images.draw(config.batch_labeled, config.batch_unlabeled))
             if step % config.eval_every == 0 or step == config.steps:
                 found = logits_of(trial.parameters, self.val, config).cpu().numpy()
                 score = metrics.classification(found, self.labels, self.counts)["balanced_accuracy"]

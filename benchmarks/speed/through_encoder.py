@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize
 
 from benchmarks.data import FirstOfEachClass
-from benchmarks.pictures import model_name
+from benchmarks.images import model_name
 from ulfine_fast.cache.io.home import cache_home
 from ulfine_fast.cache.models.encoder import Encoder, load_encoder
 from ulfine_fast.cache.pipeline.extract import extract
@@ -28,7 +28,7 @@ from ulfine_fast.cache.store import FeatureCache
 from ulfine_fast.config import FitConfig
 from ulfine_fast.core.features import DeviceFeatures
 from ulfine_fast.data.splits import draw_split
-from ulfine_fast.demo import unpack_pictures
+from ulfine_fast.demo import unpack_images
 from ulfine_fast.engine.fit import fit
 from ulfine_fast.engine.trial_batch import Pass
 from ulfine_fast.ops.sgd import cosine_rate
@@ -36,34 +36,34 @@ from ulfine_fast.ops.sgd import cosine_rate
 Row = dict[str, Any]
 
 _CROPS = ViewRecipe(weak=4, strong=0, weak_scale=(0.08, 1.0))
-_PICTURES = {"train": 6, "test": 2}  # of each class
+_IMAGES = {"train": 6, "test": 2}  # of each class
 # a rate at which few steps go far
 _CONFIG = FitConfig(
     method="lift_head", feature="pre-projection", steps=10, eval_every=10, batch_labeled=8, lr=0.2, crop_epochs=5
 )
 
 
-class Pictures:
-    """Pictures and an encoder; views are drawn and encoded whenever they are asked for."""
+class Images:
+    """Images and an encoder; views are drawn and encoded whenever they are asked for."""
 
     def __init__(self, source: FirstOfEachClass, model: str) -> None:
-        """`model` as in `benchmarks.pictures.model_name`."""
+        """`model` as in `benchmarks.images.model_name`."""
         self.source, self.rows = source, {row.id: row for row in source.rows}
         self.encoder = load_encoder(model_name(model), device="cpu")
         self.encoder.model.visual.proj = None
 
     def feature(self, name: str, view: int) -> Tensor:
         """What the tower gives its classifier of a view, 0 for the evaluation view, at length 1 (W,)."""
-        encoder, picture = self.encoder, self.source.read(self.rows[name])
+        encoder, image = self.encoder, self.source.read(self.rows[name])
         with torch.no_grad():
-            return normalize(encoder.model.visual(_pixels(encoder, picture, name, view)[None])[0], dim=-1)
+            return normalize(encoder.model.visual(_pixels(encoder, image, name, view)[None])[0], dim=-1)
 
 
-def _pixels(encoder: Encoder, picture: Any, name: str, view: int) -> Tensor:
+def _pixels(encoder: Encoder, image: Any, name: str, view: int) -> Tensor:
     """A view as the tower takes it (3, H, W)."""
     if view == 0:
-        return encoder.transform(picture)
-    drawn = draw(picture, name, _CROPS, image_size=encoder.spec.image_size)
+        return encoder.transform(image)
+    drawn = draw(image, name, _CROPS, image_size=encoder.spec.image_size)
     return encoder.normalise(torch.from_numpy(drawn.pixels[view - 1][None]))[0]
 
 
@@ -71,20 +71,20 @@ def both_ways(model: str, seeds: Iterable[int], folder: Path | None = None) -> I
     """For each seed the largest difference of test logits between both ways, and how far training moved them.
 
     Args:
-        model: as in `benchmarks.pictures.model_name`.
+        model: as in `benchmarks.images.model_name`.
         seeds: of split and mini-batches.
-        folder: of pictures by split and class; None for those of the demo.
+        folder: of images by split and class; None for those of the demo.
     """
-    where = folder or unpack_pictures(cache_home() / "datasets" / "demo")
-    source = FirstOfEachClass(open_source(where), _PICTURES)
+    where = folder or unpack_images(cache_home() / "datasets" / "demo")
+    source = FirstOfEachClass(open_source(where), _IMAGES)
     with tempfile.TemporaryDirectory() as space:
-        cache, pictures = _extracted(source, model, Path(space) / "cache"), Pictures(source, model)
+        cache, images = _extracted(source, model, Path(space) / "cache"), Images(source, model)
         test = np.flatnonzero(cache.splits == "test")
-        seen = torch.stack([pictures.feature(cache.ids[row], 0) for row in test])  # (E, W)
+        seen = torch.stack([images.feature(cache.ids[row], 0) for row in test])  # (E, W)
         for seed in seeds:
             config = replace(_CONFIG, seed=seed)
             ours = fit(cache, config, device="cpu", progress=False).logits(cache.tokens("plain")[test])
-            start, end = trained(cache, config, pictures.feature)
+            start, end = trained(cache, config, images.feature)
             before, after = ((config.scale * seen @ normalize(w, dim=-1).T).numpy() for w in (start, end))
             yield {
                 "model": model,
@@ -105,19 +105,19 @@ def _extracted(source: FirstOfEachClass, model: str, folder: Path) -> FeatureCac
 
 
 def trained(cache: FeatureCache, config: FitConfig, feature: Callable[[str, int], Tensor]) -> tuple[Tensor, Tensor]:
-    """Heads (K, W) at the start and in the end, by autograd and torch's SGD, from pictures.
+    """Heads (K, W) at the start and in the end, by autograd and torch's SGD, from images.
 
     Args:
-        cache: tells which pictures and views the engine draws, and the texts; none of its features is read.
+        cache: tells which images and views the engine draws, and the texts; none of its features is read.
         config: the trial.
-        feature: of a picture's id and view, (W,).
+        feature: of an image's id and view, (W,).
     """
     texts, projection = torch.from_numpy(cache.prototypes), torch.from_numpy(cache.head["projection"])
     start = normalize(normalize(texts, dim=-1) @ projection.T, dim=-1)
     weights = start.clone().requires_grad_(True)
     sgd = torch.optim.SGD([weights], lr=1.0, momentum=config.momentum, weight_decay=config.weight_decay)
-    for step, (pictures, labels, log_prior) in enumerate(drawn(cache, config)):
-        rows = torch.stack([feature(*picture) for picture in pictures])  # (B, W)
+    for step, (images, labels, log_prior) in enumerate(drawn(cache, config)):
+        rows = torch.stack([feature(*image) for image in images])  # (B, W)
         logits = config.scale * rows @ normalize(weights, dim=-1).T + config.tau * log_prior
         sgd.param_groups[0]["lr"] = config.lr * cosine_rate(step, config.steps)
         sgd.zero_grad()

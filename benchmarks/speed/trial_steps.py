@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.speed.eager import EagerTrial, Pictures, Tensors, Views, VmapTrials
+from benchmarks.speed.eager import EagerTrial, Images, Tensors, Views, VmapTrials
 from benchmarks.speed.floor import Shape
 from ulfine_fast.cache.store import FeatureCache
 from ulfine_fast.config import FitConfig
@@ -33,7 +33,7 @@ _STEPS = 10**6
 
 
 def new_cache(shape: Shape, seed: int = 0) -> FeatureCache:
-    """Clusters of K classes with one weak and two strong views, some 4,000 pictures; the text knows them badly."""
+    """Clusters of K classes with one weak and two strong views, some 4,000 images; the text knows them badly."""
     random = np.random.default_rng(seed)
     each = max(8, 4000 // shape.classes)
     labels = np.repeat(np.arange(shape.classes), each)
@@ -104,13 +104,13 @@ class Field:
         features = DeviceFeatures.load(self.cache, self.device)
         return Given.of(self.cache, features, configs, [self.split] * len(configs))
 
-    def pictures(self) -> Pictures:
+    def images(self) -> Images:
         """The same features as the plain loop keeps them."""
-        return pictures_of(self.cache, self.split, self.device)
+        return images_of(self.cache, self.split, self.device)
 
 
-def pictures_of(cache: FeatureCache, split: Split, device: torch.device) -> Pictures:
-    """A split's training pictures in memory, unit float32 rows."""
+def images_of(cache: FeatureCache, split: Split, device: torch.device) -> Images:
+    """A split's training images in memory, unit float32 rows."""
     views = {"weak": cache.views("weak"), "strong": cache.views("strong")}
     place = np.searchsorted(cache.view_rows, np.arange(len(cache)))
 
@@ -122,7 +122,7 @@ def pictures_of(cache: FeatureCache, split: Split, device: torch.device) -> Pict
     labels = torch.from_numpy(cache.labels[split.labeled]).to(device)
     counts, easy = (1 + views["weak"].shape[1], views["strong"].shape[1]), ("plain", "weak")
     hidden = split.unlabeled
-    return Pictures(unit(split.labeled, easy), labels, unit(hidden, easy), unit(hidden, ("strong",)), counts)
+    return Images(unit(split.labeled, easy), labels, unit(hidden, easy), unit(hidden, ("strong",)), counts)
 
 
 def plain_parameters(state: State) -> Tensors:
@@ -156,22 +156,22 @@ def _alone(field: Field, backend: str | None) -> Work:
     first = plain_parameters(method_of(trials.config).start(trials))
     parameters = {name: tensor[0].clone() for name, tensor in first.items()}
     trial = EagerTrial(trials.config, parameters, trials.log_prior[0], backend=backend)
-    pictures, sizes = field.pictures(), (field.shape.labeled, field.shape.unlabeled)
+    images, sizes = field.images(), (field.shape.labeled, field.shape.unlabeled)
 
     def work(steps: int) -> None:
         for _ in range(steps):
-            trial.step(pictures.draw(*sizes))
+            trial.step(images.draw(*sizes))
 
     return work
 
 
 def _vmapped(field: Field, given: Trials, state: State) -> Work:
     trials = VmapTrials(given.config, plain_parameters(state), given.log_prior[0])
-    pictures, count = field.pictures(), len(given.seeds)
+    images, count = field.images(), len(given.seeds)
 
     def work(steps: int) -> None:
         for _ in range(steps):
-            drawn = pictures.draw(count * field.shape.labeled, count * field.shape.unlabeled)
+            drawn = images.draw(count * field.shape.labeled, count * field.shape.unlabeled)
             trials.step(Views(*(tensor.unflatten(0, (count, -1)) for tensor in drawn)))
 
     return work

@@ -1,6 +1,6 @@
-"""clip-retrieval's inference over a folder of pictures: run by an interpreter that has it, prints one JSON object.
+"""clip-retrieval's inference over a folder of images: run by an interpreter that has it, prints one JSON object.
 
-    /path/to/python benchmarks/speed/with_clip_retrieval.py MODEL CHECKPOINT PICTURES
+    /path/to/python benchmarks/speed/with_clip_retrieval.py MODEL CHECKPOINT IMAGES
 
 It imports nothing of this project, since clip-retrieval asks for other versions of what both use.
 """
@@ -16,7 +16,7 @@ import time
 from importlib import metadata
 
 
-def main(model: str, checkpoint: str, pictures: str) -> None:
+def main(model: str, checkpoint: str, images: str) -> None:
     """Runs it."""
     from all_clip import load_clip
     from clip_retrieval.clip_inference.worker import worker
@@ -29,7 +29,7 @@ def main(model: str, checkpoint: str, pictures: str) -> None:
         # what clip_inference starts; around it there is only a reader of its statistics, which sleeps for seconds
         worker(
             tasks=[0],
-            input_dataset=pictures,
+            input_dataset=images,
             output_folder=folder,
             output_partition_count=1,
             input_format="files",
@@ -44,7 +44,7 @@ def main(model: str, checkpoint: str, pictures: str) -> None:
         seconds = time.perf_counter() - started
         count = _rows(folder)
     own, child = (resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    told = {"pictures": count, "seconds": seconds, "peak_rss_bytes": 1024 * (own + readers * child)}
+    told = {"images": count, "seconds": seconds, "peak_rss_bytes": 1024 * (own + readers * child)}
     print(json.dumps({**told, "version": metadata.version("clip-retrieval")}))
 
 

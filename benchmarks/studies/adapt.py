@@ -1,13 +1,13 @@
-"""Accuracy through a stream of shifted pictures: a run as it is, TENT and CLIPTTA, and whether they collapse.
+"""Accuracy through a stream of shifted images: a run as it is, TENT and CLIPTTA, and whether they collapse.
 
     python -m benchmarks.studies.adapt --json adapt.json
 
-Runs are fitted on the demo's pictures as they are. The stream holds those that are neither labelled nor validation
-pictures of the run, under Gaussian noise, blurred, or with little contrast, in an order drawn by the seed;
+Runs are fitted on the demo's images as they are. The stream holds those that are neither labelled nor validation
+images of the run, under Gaussian noise, blurred, or with little contrast, in an order drawn by the seed;
 `--order classes` lets one class come after the other, `--order tail` thins classes out as in training. Each loss is
 measured without and with the marginal regulariser, at the paper's learning rate and at ten and a hundred times that:
 here one norm is learned, there all of them.
-`--open-set` leaves three classes out of the run and their pictures in the stream.
+`--open-set` leaves three classes out of the run and their images in the stream.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from ulfine_fast.cache.pipeline.plan import is_listed
 from ulfine_fast.cache.store import FeatureCache
 from ulfine_fast.cli.main import guarded
 from ulfine_fast.config import FitConfig
-from ulfine_fast.demo import unpack_pictures
+from ulfine_fast.demo import unpack_images
 from ulfine_fast.engine.fit import fit_many
 from ulfine_fast.metrics.intervals import mean_interval
 from ulfine_fast.related.test_time_adaptation.adapt import Adaptation, adapt, figures, stream_labels
@@ -43,7 +43,7 @@ from ulfine_fast.runs.run import Run
 
 if TYPE_CHECKING:
     from ulfine_fast.cache.pipeline.views import ViewRecipe
-    from ulfine_fast.cache.sources import Row as PictureRow
+    from ulfine_fast.cache.sources import Row as ImageRow
     from ulfine_fast.cache.sources import Source
 
 Row = dict[str, Any]
@@ -54,23 +54,23 @@ ORDERS = ("random", "classes", "tail")
 _FIGURES = ("accuracy", "balanced_accuracy", "classes_predicted", "effective_classes", "auroc", "fpr95")
 
 
-def noisy(picture: Image.Image, seed: int) -> Image.Image:
+def noisy(image: Image.Image, seed: int) -> Image.Image:
     """Gaussian noise of standard deviation 50 on each of 0..255, the same for a seed."""
-    pixels = np.asarray(picture, dtype=np.float64)
+    pixels = np.asarray(image, dtype=np.float64)
     noise = np.random.default_rng(seed).normal(0, _LEVEL["noise"], pixels.shape)
     return Image.fromarray((pixels + noise).clip(0, 255).round().astype(np.uint8))
 
 
 CORRUPTIONS: dict[str, Callable[[Image.Image, int], Image.Image]] = {
-    "clean": lambda picture, _: picture,
+    "clean": lambda image, _: image,
     "noise": noisy,
-    "blur": lambda picture, _: picture.filter(ImageFilter.GaussianBlur(_LEVEL["blur"])),
-    "contrast": lambda picture, _: ImageEnhance.Contrast(picture).enhance(_LEVEL["contrast"]),
+    "blur": lambda image, _: image.filter(ImageFilter.GaussianBlur(_LEVEL["blur"])),
+    "contrast": lambda image, _: ImageEnhance.Contrast(image).enhance(_LEVEL["contrast"]),
 }
 
 
 class Corrupted:
-    """A source whose pictures come corrupted; ids, labels and splits are the source's."""
+    """A source whose images come corrupted; ids, labels and splits are the source's."""
 
     def __init__(self, source: Source, corruption: str) -> None:
         """See `CORRUPTIONS`."""
@@ -78,8 +78,8 @@ class Corrupted:
         self._source, self._corruption = source, corruption
         self.kind, self.class_names, self.rows = source.kind, source.class_names, source.rows
 
-    def read(self, row: PictureRow) -> Image.Image:
-        """The picture of `row`, before it is resized; its noise is drawn from its id."""
+    def read(self, row: ImageRow) -> Image.Image:
+        """The image of `row`, before it is resized; its noise is drawn from its id."""
         return CORRUPTIONS[self._corruption](self._source.read(row), zlib.crc32(row.id.encode()))
 
     def describe(self) -> dict[str, Any]:
@@ -88,12 +88,12 @@ class Corrupted:
 
 
 def corrupted(name: str) -> FeatureCache:
-    """The demo's pictures under a corruption, extracted on the first call; `clean` is the demo's own cache."""
+    """The demo's images under a corruption, extracted on the first call; `clean` is the demo's own cache."""
     if name == "clean":
         return demo()
 
     def source() -> Corrupted:
-        return Corrupted(_named(unpack_pictures(cache_home() / "datasets" / "demo")), name)
+        return Corrupted(_named(unpack_images(cache_home() / "datasets" / "demo")), name)
 
     return extracted(f"demo-{name}", source, views=_none)
 
@@ -115,7 +115,7 @@ def stream_of(run: Run, cache: FeatureCache, order: str) -> NDArray[np.int64]:
 
 
 def _in_tail(run: Run, labels: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """Which of the labels (n,) stay when classes thin out as those of the run's labelled pictures do."""
+    """Which of the labels (n,) stay when classes thin out as those of the run's labelled images do."""
     kept, classes = np.zeros(len(labels), dtype=bool), run.split["class_order"]
     for rank, k in enumerate(classes):
         theirs = np.flatnonzero(labels == k)
@@ -165,15 +165,15 @@ def adapting(
     seeds: Annotated[str, typer.Option(help="Such as 0-4.")] = "0-4",
     rates: Annotated[str, typer.Option(help="Learning rates.")] = RATES,
     order: Annotated[str, typer.Option(help="random, classes: one after the other, or tail: uneven.")] = "random",
-    batch: Annotated[int, typer.Option(help="Pictures that arrive together.", min=1)] = 128,
-    shots: Annotated[int, typer.Option(help="Pictures of each class in the memory.", min=0)] = 4,
+    batch: Annotated[int, typer.Option(help="Images that arrive together.", min=1)] = 128,
+    shots: Annotated[int, typer.Option(help="Images of each class in the memory.", min=0)] = 4,
     open_set: Annotated[bool, typer.Option("--open-set", help="Leave three classes out of the run.")] = False,
     exposure: Annotated[float, typer.Option(help="Weight of the outlier exposure.", min=0.0)] = 1.0,
-    n1: Annotated[int, typer.Option(help="Labelled pictures of the largest class.", min=1)] = 100,
+    n1: Annotated[int, typer.Option(help="Labelled images of the largest class.", min=1)] = 100,
     gamma: Annotated[float, typer.Option(help="Imbalance of both.", min=1.0)] = 50.0,
     as_json: Annotated[Path | None, typer.Option("--json", help="Write all rows to this file.")] = None,
 ) -> None:
-    """Let runs follow streams of shifted pictures; print accuracy and how many classes are predicted at the end."""
+    """Let runs follow streams of shifted images; print accuracy and how many classes are predicted at the end."""
     _refuse_unknown(order, streams.split(","))
     start = Adaptation(batch=batch, shots=shots, open_set=open_set, exposure=exposure)
     values = {"n1": n1, "m1": n1, "gamma_l": gamma, "gamma_u": gamma}

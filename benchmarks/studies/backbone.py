@@ -37,19 +37,19 @@ _LOSSES = Lightweight()
 
 @dataclass(frozen=True)
 class World:
-    """Pictures and the tower they are seen through.
+    """Images and the tower they are seen through.
 
     Attributes:
-        picture: row number -> RGB picture.
+        image: row number -> RGB image.
         ids: (n,). labels: class of each row (n,). splits: "train" or "test" (n,). class_names: (K,).
         text: textual features of the classes (K, P, D).
         prototypes: their unit means (K, D).
         tower: pixels (B, 3, size, size) to features (B, D); never changed.
-        plain: picture -> (3, size, size), the evaluation view.
+        plain: image -> (3, size, size), the evaluation view.
         mean, std: the tower's normalisation per channel. size: side of the square input in pixels.
     """
 
-    picture: Callable[[int], Image.Image]
+    image: Callable[[int], Image.Image]
     ids: list[str]
     labels: Rows
     splits: NDArray[np.str_]
@@ -64,11 +64,11 @@ class World:
 
     def plain_pixels(self, rows: Rows) -> Tensor:
         """Evaluation views (n, 3, size, size)."""
-        return torch.stack([self.plain(self.picture(row)) for row in rows.tolist()])
+        return torch.stack([self.plain(self.image(row)) for row in rows.tolist()])
 
     def views(self, rows: Rows, recipe: ViewRecipe) -> Tensor:
         """Augmented views (n, V, 3, size, size), weak ones first, the same for the same rows and recipe."""
-        drawn = [draw(self.picture(row), self.ids[row], recipe, image_size=self.size).pixels for row in rows.tolist()]
+        drawn = [draw(self.image(row), self.ids[row], recipe, image_size=self.size).pixels for row in rows.tolist()]
         pixels = torch.from_numpy(np.stack(drawn)).permute(0, 1, 4, 2, 3).float()  # (n, V, 3, size, size)
         center, spread = (torch.tensor(values).view(3, 1, 1) for values in (self.mean, self.std))
         return pixels.div_(255.0).sub_(center).div_(spread)
@@ -113,7 +113,7 @@ def new_model(way: str, world: World, split: Split, config: FitConfig) -> Model:
         way: one of `WAYS`. "lft" trains scale and shift of all norm layers, as BitFit (arXiv 2106.10199) and BN tuning
             (arXiv 2003.00152) do, with frozen running statistics; "fft" and "scratch" train every weight and let norm
             layers use the batch's statistics.
-        world: pictures and tower.
+        world: images and tower.
         split: its labelled rows give the prior of the logit adjustment.
         config: seed and hyper-parameters of the losses; the adapter must be "none".
     """
@@ -161,12 +161,12 @@ def drawn(rows: Rows, config: FitConfig, size: int, purposes: tuple[Purpose, Pur
 
 
 def batches(world: World, split: Split, config: FitConfig) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """The mini-batches of a trial: the pictures it would get from a cache, but views drawn anew each time.
+    """The mini-batches of a trial: the images it would get from a cache, but views drawn anew each time.
 
     As there, an easy view is the plain one as often as each of the cached weak ones.
 
     Yields:
-        Easy views of labelled pictures (B, 3, H, W), their labels (1, B), easy and strong views of unlabelled ones
+        Easy views of labelled images (B, 3, H, W), their labels (1, B), easy and strong views of unlabelled ones
         (U, 3, H, W).
     """
     labeled, easy = drawn(split.labeled, config, config.batch_labeled, (Purpose.LABELED, Purpose.LABELED_VIEW))
@@ -187,7 +187,7 @@ def views(world: World, rows: Rows, plain: Tensor, recipe: ViewRecipe) -> Tensor
 
 
 def recipe_of(seed: int, step: int, strong: int) -> ViewRecipe:
-    """One weak view and `strong` strong ones; a picture has 64 of each in a trial, more than it is drawn."""
+    """One weak view and `strong` strong ones; an image has 64 of each in a trial, more than it is drawn."""
     # each recipe keeps its transforms in memory, so not one for every step
     return ViewRecipe(weak=1, strong=strong, seed=64 * seed + step % 64)
 
@@ -217,15 +217,15 @@ def loss(model: Model, labeled: Tensor, labels: Tensor, weak: Tensor, strong: Te
 
     Args:
         model: tower and head.
-        labeled: easy views of labelled pictures (B, 3, H, W).
+        labeled: easy views of labelled images (B, 3, H, W).
         labels: their classes (1, B).
-        weak: of unlabelled pictures (U, 3, H, W), for pseudo-labels.
+        weak: of unlabelled images (U, 3, H, W), for pseudo-labels.
         strong: of the same (U, 3, H, W), to learn from.
         ramp: factor of the unlabelled part, 0..1.
     """
     with torch.no_grad():
         sure = model.features(weak)  # (1, U, D)
-    # one pass, so that norm layers see labelled and strong pictures as one batch
+    # one pass, so that norm layers see labelled and strong images as one batch
     both = model.features(torch.cat([labeled, strong]))  # (1, B + U, D)
     batch = Batch(both[:, : len(labeled)], labels, sure, both[:, len(labeled) :])
     losses = _LOSSES.losses(model.trials, model.state, batch)
@@ -233,10 +233,10 @@ def loss(model: Model, labeled: Tensor, labels: Tensor, weak: Tensor, strong: Te
 
 
 def cache_of(world: World, split: Split, recipe: ViewRecipe) -> tuple[FeatureCache, Split, float]:
-    """Features of a split's pictures through the untouched tower, in memory.
+    """Features of a split's images through the untouched tower, in memory.
 
     Returns:
-        The cache, the split in its row numbers, and the wall seconds that the training pictures took: plain view and
+        The cache, the split in its row numbers, and the wall seconds that the training images took: plain view and
         augmented ones.
     """
     seen = np.sort(np.concatenate([split.labeled, split.unlabeled, split.val]))
@@ -270,7 +270,7 @@ def encoded(world: World, rows: Rows, recipe: ViewRecipe) -> NDArray[np.float16]
         if recipe.kinds:
             pixels = torch.cat([pixels, world.views(block, recipe)], dim=1)
         flat = pixels.flatten(0, 1).contiguous(memory_format=torch.channels_last)
-        # views of many pictures at once would leave the processor's cache
+        # views of many images at once would leave the processor's cache
         features = torch.cat([tower(part) for part in flat.split(_BLOCK)])
         blocks.append(normalize(features).unflatten(0, pixels.shape[:2]))  # (b, 1 + V, D)
     return np.asarray(torch.cat(blocks).numpy().astype(np.float16))

@@ -75,8 +75,8 @@ def bias_transfer(
         str, typer.Option(help="Methods, separated by commas.")
     ] = "tip_adapter,knn,cross_entropy,balanced_softmax,linear_probe,lightweight,ulfine,ulfine_plus",
     seeds: Annotated[str, typer.Option(help="Such as 0-4.")] = "0-4",
-    n1: Annotated[int, typer.Option(help="Labelled pictures of the largest class.", min=1)] = 100,
-    m1: Annotated[int, typer.Option(help="Unlabelled pictures of the largest class.", min=0)] = 150,
+    n1: Annotated[int, typer.Option(help="Labelled images of the largest class.", min=1)] = 100,
+    m1: Annotated[int, typer.Option(help="Unlabelled images of the largest class.", min=0)] = 150,
     gamma: Annotated[float, typer.Option(help="Imbalance of both.", min=1.0)] = 50.0,
     as_json: Annotated[Path | None, typer.Option("--json", help="Write all rows to this file.")] = None,
 ) -> None:

@@ -1,4 +1,4 @@
-"""One head, M identical heads, M heads over random channels; and other voters on what the unlabelled pictures show.
+"""One head, M identical heads, M heads over random channels; and other voters on what the unlabelled images show.
 
 python -m benchmarks.studies.channel_ensemble --data demo --data fashion_mnist --json channels.json
 
@@ -67,7 +67,7 @@ def measure(cache: FeatureCache, method: str, seeds: Sequence[int], values: Row,
 
 
 def _figures(cache: FeatureCache, run: Run) -> Row:
-    """Of one run, on the test pictures and on what it says of the unlabelled ones."""
+    """Of one run, on the test images and on what it says of the unlabelled ones."""
     unlabeled = draw_split(cache.labels, cache.splits, cache.class_names, run.config).unlabeled
     features, labels = cache.plain[unlabeled], cache.labels[unlabeled]
     return {
@@ -81,7 +81,7 @@ def _figures(cache: FeatureCache, run: Run) -> Row:
 
 
 def error_correlation(run: Run, features: Floats, labels: NDArray[np.int64]) -> float | None:
-    """Mean correlation of two heads' errors on these pictures; None for a single head."""
+    """Mean correlation of two heads' errors on these images; None for a single head."""
     if not run.config.ensemble_heads:
         return None
     tensors = {name: tensor.unsqueeze(0) for name, tensor in run.tensors.items()}
@@ -102,7 +102,7 @@ def vote(cache: FeatureCache, method: str, seeds: Sequence[int], values: Row, en
         seeds: of split and training.
         values: settings of all trials.
         ensemble: settings of the heads over channels.
-        keep: share of the unlabelled pictures whose guesses a probe learns from.
+        keep: share of the unlabelled images whose guesses a probe learns from.
     """
     configs = [FitConfig.from_dict({**values, "method": method, "seed": seed}) for seed in seeds]
     single = fit_many(cache, configs, progress=False)
@@ -117,7 +117,7 @@ def vote(cache: FeatureCache, method: str, seeds: Sequence[int], values: Row, en
 
 
 def voters(cache: FeatureCache, one: Run, many: Run, rows: NDArray[np.int64]) -> dict[str, Floats]:
-    """Probabilities (n, K) of each voter for these pictures; the first is one head's on one view."""
+    """Probabilities (n, K) of each voter for these images; the first is one head's on one view."""
     plain, place = cache.plain[rows], np.searchsorted(cache.view_rows, rows)
     weak, strong = (np.moveaxis(cache.views(kind)[place], 1, 0) for kind in ("weak", "strong"))  # (V, n, D) each
     head = softmax(one.logits(plain))
@@ -203,8 +203,8 @@ def channel_ensemble(
     share: Annotated[float, typer.Option(help="Share of the channels that a head sees.", min=0.01, max=1.0)] = 0.5,
     weight: Annotated[float, typer.Option(help="Weight of each term.", min=0.0)] = 1.0,
     keep: Annotated[float, typer.Option(help="Share of guesses a probe learns from.", min=0.01, max=1.0)] = 0.5,
-    n1: Annotated[int, typer.Option(help="Labelled pictures of the largest class.", min=1)] = 100,
-    m1: Annotated[int, typer.Option(help="Unlabelled pictures of the largest class.", min=1)] = 150,
+    n1: Annotated[int, typer.Option(help="Labelled images of the largest class.", min=1)] = 100,
+    m1: Annotated[int, typer.Option(help="Unlabelled images of the largest class.", min=1)] = 150,
     gamma: Annotated[float, typer.Option(help="Imbalance of both.", min=1.0)] = 50.0,
     steps: Annotated[int, typer.Option(help="Mini-batch steps.", min=1)] = 500,
     voting: Annotated[bool, typer.Option(help="Compare voters, too.")] = True,

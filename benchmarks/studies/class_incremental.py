@@ -3,10 +3,10 @@
     python -m benchmarks.studies.class_incremental --json incremental.json
 
 SLCA's own setting (arXiv 2303.05118) over stored features. An adapter and a cosine head are trained on one task's
-pictures alone, by cross-entropy over that task's classes as released; the slow learner gives the adapter a smaller
-learning rate. Of each class its mean and one shared covariance are kept, no picture; the realigned head is used for
+images alone, by cross-entropy over that task's classes as released; the slow learner gives the adapter a smaller
+learning rate. Of each class its mean and one shared covariance are kept, no image; the realigned head is used for
 predictions only, and the next task goes on from the other one. Ten classes are too few for ten tasks, so two data sets
-are joined, with as many pictures of every class.
+are joined, with as many images of every class.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ from ulfine_fast.related.head_realignment.gaussians import Sampling, align, clas
 Row = dict[str, Any]
 ARMS = ("sequential", "slow", "slow, realigned", "sequential, realigned", "joint")
 _SCALE, _ADAPTER_SCALE, _RANK, _BATCH = 25.0, 0.1, 16, 32
-_TEST = 100  # test pictures of a class at most
+_TEST = 100  # test images of a class at most
 
 
 @dataclass(frozen=True)
 class World:
-    """Pictures of K classes as unit features, with the texts of the classes (K, D)."""
+    """Images of K classes as unit features, with the texts of the classes (K, D)."""
 
     train: Tensor
     train_labels: Tensor
@@ -54,7 +54,7 @@ class World:
 
     @classmethod
     def of(cls, names: Sequence[str], each: int) -> World:
-        """Join data sets: all their classes, the first `each` training and 100 test pictures of every one."""
+        """Join data sets: all their classes, the first `each` training and 100 test images of every one."""
         parts: dict[str, list[Tensor]] = {"train": [], "train_labels": [], "test": [], "test_labels": [], "text": []}
         for name in names:
             cache, offset = opened(name), sum(len(text) for text in parts["text"])
@@ -78,11 +78,11 @@ class Pace:
 
 
 def _first(cache: FeatureCache, split: str, most: int) -> Rows:
-    """The first pictures of each class in a split."""
+    """The first images of each class in a split."""
     inside = [np.flatnonzero((cache.splits == split) & (cache.labels == k)) for k in range(len(cache.class_names))]
     fewest = min(len(rows) for rows in inside)
     if split == "train" and fewest < most:
-        raise InputError(f"a class has {fewest} training pictures, fewer than the {most} asked for; lower --each")
+        raise InputError(f"a class has {fewest} training images, fewer than the {most} asked for; lower --each")
     return np.concatenate([rows[:most] for rows in inside]).astype(np.int64)
 
 
@@ -90,7 +90,7 @@ class Learner:
     """T trials that meet tasks one after the other.
 
     Args:
-        world: the pictures.
+        world: the images.
         orders: classes in the order of their coming (T, K).
         seeds: (T,).
     """
@@ -104,7 +104,7 @@ class Learner:
         self.covariances: list[Tensor] = []
 
     def train(self, first: int, last: int, pace: Pace, task: int) -> None:
-        """Train on the pictures of the classes at places [first, last) of each order, over those classes' logits."""
+        """Train on the images of the classes at places [first, last) of each order, over those classes' logits."""
         rows, classes = self._rows(first, last), self.orders[:, first:last]  # (T, n), (T, C)
         slow, fast = self.adapter, {"head": self.head}
         velocity = {name: torch.zeros_like(tensor) for name, tensor in {**slow, **fast}.items()}
@@ -138,7 +138,7 @@ class Learner:
         classes = self.orders[:, :seen]
         index = classes.unsqueeze(-1).expand(-1, -1, self.head.shape[-1])
         heads, means = self.head.gather(1, index), self.means.gather(1, index).float()
-        # every task has as many pictures
+        # every task has as many images
         covariance = torch.stack(self.covariances).mean(0)
         for _, found in align(heads.unsqueeze(1), means.unsqueeze(1), covariance, self.seeds, sampling):
             aligned = found[:, 0]
@@ -146,7 +146,7 @@ class Learner:
 
     @torch.no_grad()
     def accuracy(self, seen: int, head: Tensor) -> Tensor:
-        """Accuracy (T,) on the test pictures of the first classes, among those classes."""
+        """Accuracy (T,) on the test images of the first classes, among those classes."""
         features = self._adapted(self.world.test.expand(len(head), -1, -1))
         logits = features @ normalize(head).transpose(1, 2)  # (T, n, K)
         known = torch.zeros(len(head), len(self.world.text), dtype=torch.bool)
@@ -229,13 +229,13 @@ def class_incremental(
     data: Annotated[str, typer.Option(help="Data sets whose classes are joined.")] = "fashion_mnist,mnist",
     seeds: Annotated[str, typer.Option(help="Such as 0-4; a seed draws the order of classes too.")] = "0-4",
     tasks: Annotated[int, typer.Option(help="Tasks of as many classes each.", min=1)] = 10,
-    each: Annotated[int, typer.Option(help="Training pictures of a class.", min=2)] = 200,
+    each: Annotated[int, typer.Option(help="Training images of a class.", min=2)] = 200,
     steps: Annotated[int, typer.Option(help="Mini-batches in a task.", min=1)] = 100,
     lr: Annotated[float, typer.Option(help="Learning rate of head and adapter.", min=0.0)] = 0.03,
     slowness: Annotated[float, typer.Option(help="The slow learner's adapter rate, as a share.", min=0.0)] = 0.1,
     as_json: Annotated[Path | None, typer.Option("--json", help="Write all rows to this file.")] = None,
 ) -> None:
-    """Train over arriving classes in each way; print average and last accuracy on test pictures of all classes seen."""
+    """Train over arriving classes in each way; print average and last accuracy on test images of all classes seen."""
     world = World.of([name.strip() for name in data.split(",")], each)
     rows = arrive(world, parse_seeds(seeds), tasks, Pace(lr, lr, steps), slowness)
     if as_json is not None:

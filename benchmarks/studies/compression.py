@@ -123,7 +123,7 @@ def round_weights(encoder: Encoder, bits: int) -> None:
 
 
 def of_rounded_encoder(bits: str) -> FeatureCache:
-    """The demo's pictures by an encoder whose weights have so many bits, or that runs in "bf16" or "fp16".
+    """The demo's images by an encoder whose weights have so many bits, or that runs in "bf16" or "fp16".
 
     Extracted once, below `cache_home()`.
     """
@@ -190,14 +190,14 @@ def compression(
         str,
         typer.Option(help="Encoder with weights of so many bits, or in bf16, such as 8,4,bf16; for the demo alone."),
     ] = "",
-    n1: Annotated[int, typer.Option(help="Labelled pictures of the largest class.", min=1)] = 100,
-    m1: Annotated[int, typer.Option(help="Unlabelled pictures of the largest class.", min=0)] = 150,
+    n1: Annotated[int, typer.Option(help="Labelled images of the largest class.", min=1)] = 100,
+    m1: Annotated[int, typer.Option(help="Unlabelled images of the largest class.", min=0)] = 150,
     gamma: Annotated[float, typer.Option(help="Imbalance of both.", min=1.0)] = 50.0,
     as_json: Annotated[Path | None, typer.Option("--json", help="Write all rows to this file.")] = None,
 ) -> None:
     """Fit on features that were compressed in several ways; print accuracy, rare classes and calibration, paired."""
     if encoder_bits and data != "demo":
-        raise InputError(f"--encoder-bits reads the demo's pictures again, got --data {data}; leave one of them out")
+        raise InputError(f"--encoder-bits reads the demo's images again, got --data {data}; leave one of them out")
     ways = [one for one in encoder_bits.split(",") if one]
     if wrong := [one for one in ways if one not in PRECISIONS and not (one.isdecimal() and int(one) > 1)]:
         raise InputError(f"--encoder-bits takes numbers from 2, bf16 and fp16, got {wrong[0]!r}")

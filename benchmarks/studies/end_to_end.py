@@ -1,9 +1,9 @@
 """Training through the encoder beside training on its cached features: what the paper's claims C1 to C4 compare.
 
-FixMatch with one loss, one split, the same mini-batches and test pictures, through Lite0's image tower at a small
+FixMatch with one loss, one split, the same mini-batches and test images, through Lite0's image tower at a small
 size: full fine-tuning (`fft`), norm layers only (`lft`), frozen tower (`lp`, a control of the cached one) and all
 weights from random ones (`scratch`); and on features cached from the same tower at the same size. The learning rate of
-each is chosen on validation pictures, over all seeds.
+each is chosen on validation images, over all seeds.
 
     python -m benchmarks.studies.end_to_end --seeds 0,1 --lrs 0.003,0.01,0.03 --json end_to_end.json
 
@@ -54,7 +54,7 @@ CACHED: dict[str, dict[str, Any]] = {
     "cached-lft": {"method": "lightweight"},
     "cached-ulfine": {"method": "ulfine"},
 }
-"""Contenders on cached features: text alone, labelled pictures alone, FixMatch on the head, with an adapter, ULFine."""
+"""Contenders on cached features: text alone, labelled images alone, FixMatch on the head, with an adapter, ULFine."""
 
 METHODS = (*WAYS, *CACHED)
 
@@ -83,12 +83,12 @@ class Settings:
     """What all runs of a table share.
 
     Attributes:
-        size: side of the pictures in pixels.
+        size: side of the images in pixels.
         steps: mini-batch steps. scratch_steps: those from random weights, twice as many where 0.
-        batch: pictures in a mini-batch, labelled and unlabelled alike.
-        n1, m1: labelled and unlabelled pictures of the largest class. gamma: imbalance of both.
-        val: share of the labelled pictures that choose the learning rate and the temperature.
-        test: test pictures of each class.
+        batch: images in a mini-batch, labelled and unlabelled alike.
+        n1, m1: labelled and unlabelled images of the largest class. gamma: imbalance of both.
+        val: share of the labelled images that choose the learning rate and the temperature.
+        test: test images of each class.
         threads: of torch, for seconds that can be compared.
     """
 
@@ -122,14 +122,14 @@ class Settings:
 
 
 def fashion_world(settings: Settings) -> World:
-    """Fashion-MNIST, as many pictures a class as the settings need, and Lite0's image tower."""
+    """Fashion-MNIST, as many images a class as the settings need, and Lite0's image tower."""
     limits = {"train": settings.n1 + settings.m1, "test": settings.test}
     source = FirstOfEachClass(open_source("fashion_mnist"), limits)
     return world_of(source, load_encoder(MODEL, device="cpu"), settings.size)
 
 
 def world_of(source: ListedSource, encoder: Encoder, size: int) -> World:
-    """A source's pictures, kept in memory, seen through an encoder's image tower at another size.
+    """A source's images, kept in memory, seen through an encoder's image tower at another size.
 
     The evaluation view is the encoder's own preprocessing at that size.
     """
@@ -140,11 +140,11 @@ def world_of(source: ListedSource, encoder: Encoder, size: int) -> World:
     )
 
     @cache
-    def picture(row: int) -> Image.Image:
+    def image(row: int) -> Image.Image:
         return source.read(rows[row])
 
     return World(
-        picture=picture,
+        image=image,
         ids=[row.id for row in rows],
         labels=np.array([row.label for row in rows], dtype=np.int64),
         splits=np.array([row.split for row in rows]),
@@ -173,7 +173,7 @@ def figures(read: Callable[[Rows], Logits], labels: Rows, split: Split, config: 
         classes: K.
 
     Returns:
-        Test figures, validation figures, and pseudo-labels of the unlabelled pictures: those `kept`, and all guesses.
+        Test figures, validation figures, and pseudo-labels of the unlabelled images: those `kept`, and all guesses.
     """
     counts = labeled_counts(labels, split, classes)
     val, test = read(split.val), read(split.test)
@@ -191,7 +191,7 @@ def figures(read: Callable[[Rows], Logits], labels: Rows, split: Split, config: 
 
 
 def pseudo_labels(logits: Logits, labels: Rows, threshold: float) -> Row:
-    """How many pseudo-labels of unlabelled pictures (n, K) with hidden labels (n,) are false, and how sure those are.
+    """How many pseudo-labels of unlabelled images (n, K) with hidden labels (n,) are false, and how sure those are.
 
     Returns:
         unlabeled: n. kept, false_kept: pseudo-labels over the threshold, and the false ones among them, with
@@ -274,7 +274,7 @@ def measure(
 
     @lru_cache(maxsize=1)
     def cached(seed: int) -> Cached:
-        # which pictures a seed gives does not depend on the method
+        # which images a seed gives does not depend on the method
         config = settings.config("cached-probe", rates[0], seed)
         split = draw_split(world().labels, world().splits, world().class_names, config)
         return Cached(*cache_of(world(), split, VIEWS))
@@ -320,7 +320,7 @@ def keep(path: Path, row: Row) -> None:
 def choose(rows: Sequence[Row]) -> list[Row]:
     """The rows with `chosen`: whether the learning rate has its method's best validation balanced accuracy.
 
-    The mean over the seeds decides, since one seed has a few dozen validation pictures; of equal ones the smaller rate.
+    The mean over the seeds decides, since one seed has a few dozen validation images; of equal ones the smaller rate.
     """
     scores: dict[str, dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
     for row in rows:

@@ -36,9 +36,9 @@ MANY_VIEWS = 16
 
 
 def with_validation(cache: FeatureCache) -> FeatureCache:
-    """Every second test picture, without a test split every third picture, as validation that counts classes the same.
+    """Every second test image, without a test split every third image, as validation that counts classes the same.
 
-    A tenth of a long tail's labelled pictures, which validation is otherwise, has hardly one of a rare class.
+    A tenth of a long tail's labelled images, which validation is otherwise, has hardly one of a rare class.
     """
     splits = cache.splits.copy()
     test = np.flatnonzero(splits == "test")
@@ -186,8 +186,8 @@ def forecasts(
     over: Annotated[str, typer.Option(help="labels, steps, views, separated by commas.")] = "labels,steps,views",
     methods: Annotated[str, typer.Option(help="Methods, separated by commas.")] = "linear_probe",
     seeds: Annotated[str, typer.Option(help="Such as 0-4.")] = "0-4",
-    n1: Annotated[int, typer.Option(help="Labelled pictures of the largest class.", min=1)] = 80,
-    gamma: Annotated[float, typer.Option(help="Imbalance of labelled and unlabelled pictures.", min=1.0)] = 10.0,
+    n1: Annotated[int, typer.Option(help="Labelled images of the largest class.", min=1)] = 80,
+    gamma: Annotated[float, typer.Option(help="Imbalance of labelled and unlabelled images.", min=1.0)] = 10.0,
     as_json: Annotated[Path | None, typer.Option("--json", help="Write all rows to this file.")] = None,
 ) -> None:
     """Hold out full runs and forecast them from a quarter and a half of their budget."""

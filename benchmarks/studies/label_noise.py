@@ -2,10 +2,10 @@
 
     python -m benchmarks.studies.label_noise --data demo --data fashion_mnist --json label_noise.json
 
-Labels of so many training pictures are drawn evenly from the other classes; validation and test keep theirs. Nothing is
+Labels of so many training images are drawn evenly from the other classes; validation and test keep theirs. Nothing is
 tuned: all have the learning rate, steps and scale that they have by default, and the heads of the last step. Splits,
 wrong labels and mini-batches of a seed are the same for all, so that differences are paired. Where texts know little,
-`--trusted 10` has class means of a few pictures with right labels in their place, for all contenders.
+`--trusted 10` has class means of a few images with right labels in their place, for all contenders.
 """
 
 from __future__ import annotations
@@ -56,13 +56,13 @@ FIGURES = ("balanced_accuracy", "few", "worst_class")
 
 
 def with_trusted(cache: FeatureCache, count: int) -> FeatureCache:
-    """A cache whose "texts" are means of pictures with right labels, to see what better references are worth.
+    """A cache whose "texts" are means of images with right labels, to see what better references are worth.
 
-    The first `count` training pictures of each class give its mean, as many after them the scale of the cosines. None
+    The first `count` training images of each class give its mean, as many after them the scale of the cosines. None
     of them remains in the cache.
 
     Raises:
-        InputError: a class with too few training pictures.
+        InputError: a class with too few training images.
     """
     means, judges = (np.concatenate(rows) for rows in zip(*_halves(cache, count), strict=True))
     unit = cache.plain.astype(np.float32)
@@ -74,11 +74,11 @@ def with_trusted(cache: FeatureCache, count: int) -> FeatureCache:
 
 
 def _halves(cache: FeatureCache, count: int) -> Iterator[tuple[Rows, Rows]]:
-    """Of each class, the rows of the pictures its mean is taken of, and of those the scale is fitted on."""
+    """Of each class, the rows of the images its mean is taken of, and of those the scale is fitted on."""
     for k, name in enumerate(cache.class_names):
         rows = np.flatnonzero((cache.splits == "train") & (cache.labels == k))
         if len(rows) <= 2 * count:
-            raise InputError(f"--trusted {count} takes {2 * count} pictures of each class, {name!r} has {len(rows)}")
+            raise InputError(f"--trusted {count} takes {2 * count} images of each class, {name!r} has {len(rows)}")
         yield rows[:count], rows[count : 2 * count]
 
 
@@ -172,11 +172,11 @@ def label_noise(
     figure: Annotated[str, typer.Option(help=f"What is printed: {', '.join(FIGURES)}.")] = FIGURES[0],
     pseudo_labels: Annotated[bool, typer.Option(help="Pseudo-labels by the same losses, too.")] = True,
     trusted: Annotated[
-        int, typer.Option(help="Take texts from so many right-labelled pictures of each class; 0 for the texts.", min=0)
+        int, typer.Option(help="Take texts from so many right-labelled images of each class; 0 for the texts.", min=0)
     ] = 0,
     steps: Annotated[int, typer.Option(help="Mini-batch steps.", min=1)] = 500,
-    n1: Annotated[int, typer.Option(help="Labelled pictures of the largest class.", min=1)] = 100,
-    m1: Annotated[int, typer.Option(help="Unlabelled pictures of the largest class.", min=0)] = 100,
+    n1: Annotated[int, typer.Option(help="Labelled images of the largest class.", min=1)] = 100,
+    m1: Annotated[int, typer.Option(help="Unlabelled images of the largest class.", min=0)] = 100,
     gamma: Annotated[float, typer.Option(help="Imbalance of both.", min=1.0)] = 10.0,
     as_json: Annotated[Path | None, typer.Option("--json", help="Write all rows to this file.")] = None,
 ) -> None:

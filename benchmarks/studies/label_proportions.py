@@ -1,10 +1,10 @@
-"""Bags of pictures with class shares: stage one alone, both stages, and their controls; ULFine with transported labels.
+"""Bags of images with class shares: stage one alone, both stages, and their controls; ULFine with transported labels.
 
     python -m benchmarks.studies.label_proportions --data demo --data fashion_mnist --json proportions.json
 
-The first table puts all labelled pictures into bags, a size at a time. "labels" is a plain probe that is told every
-picture's own class, by the same steps over the same pictures; "wrong shares" are those of another bag. Differences are
-paired with stage one of the same size. Beside the test figures stands how many of the bags' own pictures stage one
+The first table puts all labelled images into bags, a size at a time. "labels" is a plain probe that is told every
+image's own class, by the same steps over the same images; "wrong shares" are those of another bag. Differences are
+paired with stage one of the same size. Beside the test figures stands how many of the bags' own images stage one
 guesses, and how many once its guesses are transported onto the shares. The second table is the long-tailed protocol,
 `ulfine` with its pseudo-labels as they are and transported onto P, by the shape of the unlabelled part.
 """
@@ -68,7 +68,7 @@ def measure(cache: FeatureCache, sizes: Sequence[int], seeds: Sequence[int], val
 
 
 def in_bags(cache: FeatureCache, split: Split, size: int, seed: int) -> Split:
-    """The split with its labelled pictures in bags of a size."""
+    """The split with its labelled images in bags of a size."""
     labels = cache.labels[split.labeled]
     return replace(split, bags=draw_bags(split.labeled, labels, size, len(cache.class_names), seed))
 
@@ -80,7 +80,7 @@ def shuffled(split: Split) -> Split:
 
 
 def guesses(cache: FeatureCache, run: Run, split: Split) -> Row:
-    """How many of the bags' pictures a run knows, alone and with the bags' shares; how far those are missed."""
+    """How many of the bags' images a run knows, alone and with the bags' shares; how far those are missed."""
     assert split.bags is not None
     bags = PaddedBags.of([split.bags], torch.device("cpu"))
     index, present = bags.index[0].numpy(), bags.present[0]
@@ -135,10 +135,10 @@ def label_proportions(
         list[str] | None,
         typer.Option(help="demo, a data set of benchmarks.studies.methods, or a cache's folder.", show_default="demo"),
     ] = None,
-    sizes: Annotated[str, typer.Option(help="Pictures in a bag, separated by commas.")] = "4,16,64,256",
+    sizes: Annotated[str, typer.Option(help="Images in a bag, separated by commas.")] = "4,16,64,256",
     seeds: Annotated[str, typer.Option(help="Such as 0-4.")] = "0-4",
     steps: Annotated[int, typer.Option(help="Mini-batch steps.", min=10)] = 500,
-    batch: Annotated[int, typer.Option(help="Pictures in a mini-batch, in the first table.", min=1)] = 256,
+    batch: Annotated[int, typer.Option(help="Images in a mini-batch, in the first table.", min=1)] = 256,
     lr: Annotated[float, typer.Option(help="Learning rate, in the first table.", min=0.0)] = 0.03,
     shapes: Annotated[str, typer.Option(help="Shapes of the second table; none for no such table.")] = (
         "consistent,uniform,reversed"

@@ -45,18 +45,18 @@ if TYPE_CHECKING:
 Row = dict[str, Any]
 Floats = NDArray[np.floating[Any]]
 
-CROPS = 4  # cached crops of a training picture
+CROPS = 4  # cached crops of a training image
 STARTS = ("text", "random", "text, cross-entropy")
 """Of the head; the last one with plain cross-entropy in place of adjusted logits."""
 SEEN = ("whole", "middle crop", "five crops")
 _FIGURES = ("balanced_accuracy", "many_shot", "medium_shot", "few_shot")
 _DRIFTS = ("drift_many", "drift_medium", "drift_few")
-_TEST_PICTURES = 10**9  # all of them
+_TEST_IMAGES = 10**9  # all of them
 
 
 @dataclass(frozen=True)
 class Pace:
-    """Learning rate, and epochs of the labelled pictures."""
+    """Learning rate, and epochs of the labelled images."""
 
     lr: float
     epochs: int
@@ -67,19 +67,19 @@ class Pace:
 
 @dataclass(frozen=True)
 class World:
-    """A cache whose training pictures have crops, and its test pictures once more, in five crops (5, E, D)."""
+    """A cache whose training images have crops, and its test images once more, in five crops (5, E, D)."""
 
     cache: FeatureCache
     test_crops: Floats
 
     @property
     def test(self) -> NDArray[np.int64]:
-        """Rows of the test pictures."""
+        """Rows of the test images."""
         return np.flatnonzero(self.cache.splits == "test")
 
     @classmethod
     def of(cls, name: str) -> World:
-        """One of `SOURCES`, extracted on the first call: four crops of 8% to all of a picture."""
+        """One of `SOURCES`, extracted on the first call: four crops of 8% to all of an image."""
         cache = extracted(f"{name.replace('_', '-')}-lift", SOURCES[name], views=_crops)
         return cls(cache, _five_crops(name, cache))
 
@@ -92,9 +92,9 @@ def _crops() -> ViewRecipe:
 
 def _demo() -> Source:
     from ulfine_fast.cache.sources import open_source
-    from ulfine_fast.demo import unpack_pictures
+    from ulfine_fast.demo import unpack_images
 
-    return open_source(unpack_pictures(cache_home() / "datasets" / "demo"))
+    return open_source(unpack_images(cache_home() / "datasets" / "demo"))
 
 
 def _fashion() -> Source:
@@ -104,20 +104,20 @@ def _fashion() -> Source:
 
 
 SOURCES: dict[str, Callable[[], Source]] = {"demo": _demo, "fashion_mnist": _fashion}
-"""Pictures by name: those of `ulfine-fast demo`; 400 training and 200 test pictures a class of Fashion-MNIST."""
+"""Images by name: those of `ulfine-fast demo`; 400 training and 200 test images a class of Fashion-MNIST."""
 
 
 def _five_crops(name: str, cache: FeatureCache) -> Floats:
-    """Features of five crops of the test pictures (5, E, D), in the cache's order; encoded once and kept."""
+    """Features of five crops of the test images (5, E, D), in the cache's order; encoded once and kept."""
     assert cache.manifest is not None
     path = cache_home() / "benchmarks" / f"{name}-five-crops-{cache.manifest.model['sha256'][:12]}.npy"
     if not path.exists():
         from ulfine_fast.cache.models.encoder import load_encoder
-        from ulfine_fast.runs.predict import encode_pictures
+        from ulfine_fast.runs.predict import encode_images
 
-        source = FirstOfEachClass(SOURCES[name](), {"train": 0, "test": _TEST_PICTURES})
+        source = FirstOfEachClass(SOURCES[name](), {"train": 0, "test": _TEST_IMAGES})
         encoder = load_encoder(cache.manifest.model["name"])
-        found = [encode_pictures(source, encoder, 32, [], place) for place in range(PLACES)]
+        found = [encode_images(source, encoder, 32, [], place) for place in range(PLACES)]
         assert all(ids == [cache.ids[row] for row in np.flatnonzero(cache.splits == "test")] for ids, _ in found)
         np.save(path, np.stack([rows for _, rows in found]))
     kept: Floats = np.load(path, allow_pickle=False)
@@ -133,17 +133,17 @@ def random_start(cache: FeatureCache, seed: int) -> FeatureCache:
 
 
 def trusted_start(cache: FeatureCache, count: int) -> FeatureCache:
-    """The same cache with means of pictures in place of its texts, to see what better texts are worth.
+    """The same cache with means of images in place of its texts, to see what better texts are worth.
 
-    Of each class the first `count` training pictures give their mean. They lose their label, so that nothing trains or
+    Of each class the first `count` training images give their mean. They lose their label, so that nothing trains or
     is judged on them.
 
     Raises:
-        InputError: a class with too few training pictures.
+        InputError: a class with too few training images.
     """
     train = [np.flatnonzero((cache.splits == "train") & (cache.labels == k)) for k in range(len(cache.class_names))]
     if min(map(len, train)) <= count:
-        raise InputError(f"--trusted {count} takes as many pictures of each class, one has {min(map(len, train))}")
+        raise InputError(f"--trusted {count} takes as many images of each class, one has {min(map(len, train))}")
     labels = cache.labels.copy()
     labels[np.concatenate([rows[:count] for rows in train])] = -1
     unit = cache.plain.astype(np.float32)
@@ -160,7 +160,7 @@ def _started(cache: FeatureCache, texts: NDArray[Any]) -> FeatureCache:
 
 
 def fewer_views(cache: FeatureCache, count: int) -> FeatureCache:
-    """The same pictures with the first `count` of their crops; nobody knows any more what those show."""
+    """The same images with the first `count` of their crops; nobody knows any more what those show."""
     return FeatureCache.from_arrays(
         cache.plain,
         cache.labels,
@@ -174,7 +174,7 @@ def fewer_views(cache: FeatureCache, count: int) -> FeatureCache:
 
 
 def config_of(cache: FeatureCache, pace: Pace, seed: int, values: Row) -> FitConfig:
-    """LIFT+'s settings at a pace; epochs are counted in the labelled pictures of that seed's split."""
+    """LIFT+'s settings at a pace; epochs are counted in the labelled images of that seed's split."""
     draft = FitConfig.from_dict({"seed": seed, **values})
     split = draw_split(cache.labels, cache.splits, cache.class_names, draft)
     own = lift_head_settings(len(split.labeled), len(cache.class_names), epochs=pace.epochs)
@@ -221,7 +221,7 @@ def starts(world: World, paces: Sequence[Pace], seeds: Sequence[int], values: Ro
 
 
 def predicted_crops(world: World, paces: Sequence[Pace], seeds: Sequence[int], values: Row) -> Iterator[Row]:
-    """Test pictures as the encoder takes them, cut to the middle, and in five crops whose logits are averaged."""
+    """Test images as the encoder takes them, cut to the middle, and in five crops whose logits are averaged."""
     plain, labels = world.cache.plain[world.test], world.cache.labels[world.test]
     for pace in paces:
         for seed, run in zip(seeds, fitted(world.cache, pace, seeds, values), strict=True):
@@ -232,7 +232,7 @@ def predicted_crops(world: World, paces: Sequence[Pace], seeds: Sequence[int], v
 
 
 def train_crops(world: World, paces: Sequence[Pace], seeds: Sequence[int], values: Row) -> Iterator[Row]:
-    """Training on the whole picture alone, with one crop, with all, and with all by the schedule."""
+    """Training on the whole image alone, with one crop, with all, and with all by the schedule."""
     arms = {f"whole and {count} cropped": count for count in (0, 1, CROPS)}
     for pace in paces:
         for name, count in arms.items():
@@ -308,10 +308,10 @@ def lift_head(
     data: Annotated[list[str] | None, typer.Option(help=f"One of {', '.join(SOURCES)}; repeatable.")] = None,
     paces: Annotated[str, typer.Option(help="Learning rates and epochs.")] = "0.02x5,0.02x50,0.1x15,0.5x15",
     seeds: Annotated[str, typer.Option(help="Such as 0-4.")] = "0-4",
-    n1: Annotated[int, typer.Option(help="Labelled pictures of the largest class.", min=1)] = 200,
-    gamma: Annotated[float, typer.Option(help="Imbalance of the labelled pictures.", min=1.0)] = 50.0,
+    n1: Annotated[int, typer.Option(help="Labelled images of the largest class.", min=1)] = 200,
+    gamma: Annotated[float, typer.Option(help="Imbalance of the labelled images.", min=1.0)] = 50.0,
     trusted: Annotated[
-        int, typer.Option(help="Take texts from so many pictures of each class; 0 for the texts.", min=0)
+        int, typer.Option(help="Take texts from so many images of each class; 0 for the texts.", min=0)
     ] = 0,
     encoder: Annotated[
         str, typer.Option(help="Random ViT to train through as well: tiny, ViT-B-32, or none.")

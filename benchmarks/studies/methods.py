@@ -29,7 +29,7 @@ FASHION = ",".join(
     for n1 in (150, 50)
     for shape in ("consistent", "uniform", "reversed", "middle", "head-tail")
 )
-_CELLS_HELP = f"""Comma-separated DATA:N1:SHAPE. DATA: {", ".join(NAMES)}. N1: labelled pictures of the largest class,
+_CELLS_HELP = f"""Comma-separated DATA:N1:SHAPE. DATA: {", ".join(NAMES)}. N1: labelled images of the largest class,
 as the data set's protocol has it. DATA::natural and DATA:25%:natural take the data's own counts and keep the labels of
 half, or of a quarter, of each class. SHAPE: {", ".join(SHAPES)}. Default: the ten cells of Fashion-MNIST."""
 _FIGURES = (
@@ -52,7 +52,7 @@ class Plan:
         methods: in the table's order. seeds: of splits, weights and mini-batches.
         trials: settings tried by the search; 0 takes the defaults.
         base: settings that hold for every method, over its defaults and over what a search draws.
-        model: encoder of pictures. device: where extraction and training run.
+        model: encoder of images. device: where extraction and training run.
         parts: folder of finished parts, None to keep none.
     """
 
@@ -172,7 +172,7 @@ def methods(
         Path | None,
         typer.Option(help="Folder of finished parts.", show_default="with --json, FILE without its suffix + .parts"),
     ] = None,
-    model: Annotated[str, typer.Option(help="Encoder of the pictures, as in `ulfine-fast extract`.")] = MODEL,
+    model: Annotated[str, typer.Option(help="Encoder of the images, as in `ulfine-fast extract`.")] = MODEL,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
 ) -> None:
     """Fit methods on cells of data set, labelled count and unlabelled shape; print balanced accuracy.

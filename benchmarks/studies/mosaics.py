@@ -1,8 +1,8 @@
-"""Pictures of several classes: mosaics of the demo's garments and scikit-learn's digits, drawn with a long tail.
+"""Images of several classes: mosaics of the demo's garments and scikit-learn's digits, drawn with a long tail.
 
-A mosaic has four places, each empty or with a picture of one of 20 classes; its labels are the classes in it. Training
+A mosaic has four places, each empty or with an image of one of 20 classes; its labels are the classes in it. Training
 mosaics draw classes with an exponential long tail whose order the seed draws; those of validation and test draw all
-classes alike, from pictures that no training mosaic shows.
+classes alike, from images that no training mosaic shows.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ulfine_fast.cache.pipeline.views import ViewRecipe
 from ulfine_fast.cache.sources import FolderSource
 from ulfine_fast.cache.sources.rows import Row
 from ulfine_fast.cache.store import FeatureCache
-from ulfine_fast.demo import unpack_pictures
+from ulfine_fast.demo import unpack_images
 
 SIZES = {"train": 1000, "val": 300, "test": 600}
 IMBALANCE = 50.0
@@ -31,14 +31,14 @@ _DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight
 
 @dataclass(frozen=True)
 class Tiles:
-    """Small grey pictures by class.
+    """Small grey images by class.
 
     Attributes:
-        names: of the K classes. pictures: of each class uint8 (n_k, 28, 28).
+        names: of the K classes. images: of each class uint8 (n_k, 28, 28).
     """
 
     names: list[str]
-    pictures: list[NDArray[np.uint8]]
+    images: list[NDArray[np.uint8]]
 
 
 @once
@@ -46,7 +46,7 @@ def tiles() -> Tiles:
     """The demo's ten garments and scikit-learn's ten digits."""
     from sklearn.datasets import load_digits
 
-    folder = FolderSource(unpack_pictures(cache_home() / "datasets" / "demo"))
+    folder = FolderSource(unpack_images(cache_home() / "datasets" / "demo"))
     garments: list[list[NDArray[np.uint8]]] = [[] for _ in folder.class_names]
     for row in folder.rows:
         garments[row.label].append(np.asarray(folder.read(row).convert("L").resize((_SIDE, _SIDE)), dtype=np.uint8))
@@ -63,7 +63,7 @@ def _enlarged(digit: NDArray[Any]) -> NDArray[np.uint8]:
 
 @dataclass(frozen=True)
 class Drawn:
-    """What the mosaics of a split show: classes (n, 4), -1 for an empty place, and the number of each picture."""
+    """What the mosaics of a split show: classes (n, 4), -1 for an empty place, and the number of each image."""
 
     classes: NDArray[np.int64]
     numbers: NDArray[np.int64]
@@ -75,7 +75,7 @@ def drawn(seed: int, split: str, per_class: list[int]) -> Drawn:
     Args:
         seed: draws the order of the classes and all else.
         split: one of `SIZES`.
-        per_class: how many pictures there are of each class (K,).
+        per_class: how many images there are of each class (K,).
     """
     random = np.random.default_rng([seed, list(SIZES).index(split), 0x305])
     classes, n = len(per_class), SIZES[split]
@@ -97,7 +97,7 @@ def truth(seed: int) -> NDArray[np.int8]:
     """Which classes each mosaic shows, 1 or 0, in the order of the cache's rows (n, K)."""
     own, found = tiles(), []
     for split in SIZES:
-        shown = drawn(seed, split, [len(one) for one in own.pictures]).classes
+        shown = drawn(seed, split, [len(one) for one in own.images]).classes
         found.append((shown[:, :, None] == np.arange(len(own.names))).any(1))  # (n, K)
     return np.concatenate(found).astype(np.int8)
 
@@ -114,7 +114,7 @@ class Mosaics:
         """Draw them all; a mosaic is put together when it is read."""
         self._seed, self._tiles = seed, tiles()
         self.class_names = self._tiles.names
-        counts = [len(one) for one in self._tiles.pictures]
+        counts = [len(one) for one in self._tiles.images]
         self._drawn = {split: drawn(seed, split, counts) for split in SIZES}
         self.rows = [
             Row(f"{split}/{i:05d}", int(shown[shown >= 0][0]), split, str(i), 4 * _SIDE * _SIDE)
@@ -128,7 +128,7 @@ class Mosaics:
         whole = np.zeros((2, _SIDE, 2, _SIDE), dtype=np.uint8)
         for place, (k, number) in enumerate(zip(found.classes[i], found.numbers[i], strict=True)):
             if k >= 0:
-                whole[place // 2, :, place % 2] = self._tiles.pictures[k][number]
+                whole[place // 2, :, place % 2] = self._tiles.images[k][number]
         return Image.fromarray(whole.reshape(2 * _SIDE, 2 * _SIDE)).convert("RGB")
 
     def describe(self) -> dict[str, Any]:

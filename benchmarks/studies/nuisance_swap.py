@@ -1,12 +1,12 @@
-"""Features whose nuisance component comes from another picture: what training on them is worth under a shift.
+"""Features whose nuisance component comes from another image: what training on them is worth under a shift.
 
     python -m benchmarks.studies.nuisance_swap --json nuisance_swap.json
 
-Demo pictures, plain or with an attribute (red, inverted, rotated, blurred). In training and validation most pictures of
-a class share its attribute, drawn by the seed; test pictures come in both forms. A probe is trained on
-x' = x + (x_other - x) B B', where B spans the nuisance, estimated from prompts, from groups of training pictures, or
-from pairs of unlabelled pictures in both forms. The rank of B is chosen on validation, by the mean of the accuracies of
-pictures with their class's usual and unusual form; mini-batches and exchanges of a seed are the same for all.
+Demo images, plain or with an attribute (red, inverted, rotated, blurred). In training and validation most images of
+a class share its attribute, drawn by the seed; test images come in both forms. A probe is trained on
+x' = x + (x_other - x) B B', where B spans the nuisance, estimated from prompts, from groups of training images, or
+from pairs of unlabelled images in both forms. The rank of B is chosen on validation, by the mean of the accuracies of
+images with their class's usual and unusual form; mini-batches and exchanges of a seed are the same for all.
 """
 
 from __future__ import annotations
@@ -32,34 +32,34 @@ from ulfine_fast.cache.io.errors import InputError
 from ulfine_fast.cache.io.home import cache_home
 from ulfine_fast.cache.models.prompts import readable
 from ulfine_fast.cli.main import guarded
-from ulfine_fast.demo import unpack_pictures
+from ulfine_fast.demo import unpack_images
 from ulfine_fast.metrics.intervals import mean_interval
 
 if TYPE_CHECKING:
-    from ulfine_fast.cache.sources import Row as PictureRow
+    from ulfine_fast.cache.sources import Row as ImageRow
     from ulfine_fast.cache.sources import Source
 
 _SCALE, _RATE, _MOMENTUM, _BATCH = 10.0, 0.05, 0.9, 256
 _WITHIN = ("attribute", "classes")
-_APART, _VALIDATION = 20, 50  # pictures of each class in both forms, without labels; and those that choose the rank
+_APART, _VALIDATION = 20, 50  # images of each class in both forms, without labels; and those that choose the rank
 
 Row = dict[str, Any]
 Rows = NDArray[Any]
 Change = Callable[[Rows, Rows], Rows]  # features (B, D), rows that give (B,) -> features (B, D)
 
 ATTRIBUTES: dict[str, Callable[[Image.Image], Image.Image]] = {
-    "red": lambda picture: ImageOps.colorize(picture.convert("L"), "black", "red"),
-    "inverted": lambda picture: ImageOps.invert(picture.convert("RGB")),
-    "rotated": lambda picture: picture.transpose(Image.Transpose.ROTATE_90),
-    "blurred": lambda picture: picture.filter(ImageFilter.GaussianBlur(1.5)),
+    "red": lambda image: ImageOps.colorize(image.convert("L"), "black", "red"),
+    "inverted": lambda image: ImageOps.invert(image.convert("RGB")),
+    "rotated": lambda image: image.transpose(Image.Transpose.ROTATE_90),
+    "blurred": lambda image: image.filter(ImageFilter.GaussianBlur(1.5)),
 }
 # without and with the attribute, {} being the class; written once, before any of their figures was seen
 PROMPTS = {
     "red": [("a photo of a {}.", "a photo of a red {}."), ("a {}", "a red {}"), ("a {}", "a {} in red")],
     "inverted": [
         ("a photo of a {}.", "a photo negative of a {}."),
-        ("a black picture of a {}", "a white picture of a {}"),
-        ("a {}", "an inverted picture of a {}"),
+        ("a black image of a {}", "a white image of a {}"),
+        ("a {}", "an inverted image of a {}"),
     ],
     "rotated": [
         ("a photo of a {}.", "a rotated photo of a {}."),
@@ -68,17 +68,17 @@ PROMPTS = {
     ],
     "blurred": [
         ("a photo of a {}.", "a blurry photo of a {}."),
-        ("a sharp picture of a {}", "a blurred picture of a {}"),
+        ("a sharp image of a {}", "a blurred image of a {}"),
         ("a {}", "a {} out of focus"),
     ],
 }
 
 
 class Changed(Corrupted):
-    """A source whose pictures all have an attribute; ids, labels and splits are the source's."""
+    """A source whose images all have an attribute; ids, labels and splits are the source's."""
 
-    def read(self, row: PictureRow) -> Image.Image:
-        """The picture of `row` with the attribute."""
+    def read(self, row: ImageRow) -> Image.Image:
+        """The image of `row` with the attribute."""
         return ATTRIBUTES[self._corruption](self._source.read(row))
 
     def describe(self) -> dict[str, Any]:
@@ -88,13 +88,13 @@ class Changed(Corrupted):
 
 @dataclass(frozen=True)
 class Shift:
-    """Pictures in two forms, and the form in which each is seen.
+    """Images in two forms, and the form in which each is seen.
 
     Attributes:
         forms: (N, 2, D) features, plain and with the attribute.
         labels: (N,).
         seen: (N,) 0 or 1, the form in training and validation.
-        usual: (K,) the form that most pictures of a class have.
+        usual: (K,) the form that most images of a class have.
         train: rows to learn from.
         val: rows the rank is chosen on.
         apart: rows that are known in both forms and have no label.
@@ -116,13 +116,13 @@ class Shift:
 
 
 def drawn(forms: Rows, labels: Rows, splits: Rows, share: float, seed: int) -> Shift:
-    """Draw each class's usual form, and for each picture, with probability `share`, that form.
+    """Draw each class's usual form, and for each image, with probability `share`, that form.
 
     Args:
         forms: (N, 2, D).
         labels: (N,).
         splits: (N,) train or test.
-        share: of pictures in their class's usual form.
+        share: of images in their class's usual form.
         seed: of all draws.
     """
     random, classes = np.random.default_rng([seed, 0x5A9]), int(labels.max()) + 1
@@ -159,13 +159,13 @@ def without(rows: Rows, basis: Rows) -> Rows:
 
 
 def group_differences(shift: Shift) -> Rows:
-    """Of each class, the mean of training pictures with the attribute less that of those without: at most (K, D)."""
+    """Of each class, the mean of training images with the attribute less that of those without: at most (K, D)."""
     means = _group_means(shift)
     return (means[:, 1] - means[:, 0])[np.isfinite(means).all((1, 2))]
 
 
 def class_differences(shift: Shift) -> Rows:
-    """Class means of training pictures, both forms counted the same, less their mean: (K, D)."""
+    """Class means of training images, both forms counted the same, less their mean: (K, D)."""
     means = np.nanmean(_group_means(shift), axis=1)
     centred: Rows = means - means.mean(0)
     return centred
@@ -215,7 +215,7 @@ def _gradient(weights: Rows, rows: Rows, labels: Rows) -> Rows:
 
 
 def accuracies(weights: Rows, shift: Shift, forms: Rows) -> Row:
-    """Shares of right predictions, apart for pictures in their class's usual and unusual form.
+    """Shares of right predictions, apart for images in their class's usual and unusual form.
 
     Args:
         weights: (K, D + 1).
@@ -243,7 +243,7 @@ def estimates(shift: Shift, words: Rows, most: int) -> dict[str, Rows]:
     """What the subspaces are spanned by, by name.
 
     Args:
-        shift: pictures.
+        shift: images.
         words: (m, D) differences of texts with and without the attribute.
         most: rows of the random subspace, which is the same for all ranks up to it.
     """
@@ -272,7 +272,7 @@ def measure(shift: Shift, words: Rows, ranks: Sequence[int], steps: int, seed: i
 
 
 def _without_subspace(shift: Shift, steps: int, seed: int) -> Iterator[tuple[str, Rows]]:
-    """Plain training; batches with as many pictures of each class and form; and forms that tell nothing of classes."""
+    """Plain training; batches with as many images of each class and form; and forms that tell nothing of classes."""
     features, labels, seen = shift.of(shift.train), shift.labels[shift.train], shift.seen[shift.train]
     groups = 2 * labels + seen
     chances = 1 / np.bincount(groups)[groups]
@@ -343,7 +343,7 @@ def both_forms(attribute: str) -> Rows:
     """The demo's features without and with an attribute, (N, 2, D); extracted on the first call."""
 
     def source() -> Source:
-        return Changed(_named(unpack_pictures(cache_home() / "datasets" / "demo")), attribute)
+        return Changed(_named(unpack_images(cache_home() / "datasets" / "demo")), attribute)
 
     changed = extracted(f"demo-attribute-{attribute}", source, views=_none)
     return np.stack([demo().plain, changed.plain], axis=1).astype(np.float32)
@@ -361,11 +361,11 @@ def word_differences(attribute: str, classes: Sequence[str]) -> Rows:
 def nuisance_swap(
     attributes: Annotated[str, typer.Option(help="Separated by commas.")] = ",".join(ATTRIBUTES),
     share: Annotated[
-        float, typer.Option(help="Of training pictures, those in the usual form.", min=0.5, max=0.99)
+        float, typer.Option(help="Of training images, those in the usual form.", min=0.5, max=0.99)
     ] = 0.95,
     ranks: Annotated[str, typer.Option(help="What validation chooses from.")] = "1,2,4,8",
     seeds: Annotated[str, typer.Option(help="Such as 0-4.")] = "0-4",
-    steps: Annotated[int, typer.Option(help="Mini-batches of 256 pictures.", min=1)] = 500,
+    steps: Annotated[int, typer.Option(help="Mini-batches of 256 images.", min=1)] = 500,
     as_json: Annotated[Path | None, typer.Option("--json", help="Write all rows to this file.")] = None,
 ) -> None:
     """Train on features whose nuisance was exchanged; print accuracies where the attribute tells nothing of classes."""

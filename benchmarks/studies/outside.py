@@ -29,7 +29,7 @@ class OutsideClassifier:
         threshold: self-training: smallest probability of a pseudo-label.
         inverse_penalty: self-training: C of the logistic regression.
         balanced: self-training: weigh classes by their inverse frequency.
-        neighbors: label spreading: edges of each picture in the graph; the radial kernel's n x n matrix is left alone.
+        neighbors: label spreading: edges of each image in the graph; the radial kernel's n x n matrix is left alone.
         alpha: label spreading: share of a label that comes from the neighbours.
     """
 
@@ -88,7 +88,7 @@ def _log_probabilities(fitted: Any, features: NDArray[np.float32], classes: int)
     """Log probabilities (n, K); a class the estimator never saw is as good as impossible."""
     found = np.zeros((len(features), classes))
     if len(features):
-        # a picture that no label has reached has a row of NaN
+        # an image that no label has reached has a row of NaN
         with np.errstate(invalid="ignore"):
             found[:, fitted.classes_] = np.nan_to_num(fitted.predict_proba(features), nan=1 / classes)
     return np.log(found.clip(1e-9)).astype(np.float32)

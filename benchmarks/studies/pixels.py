@@ -1,4 +1,4 @@
-"""Features without a model: raw pixels, and an encoder that was never trained. Small grey pictures (n, H, W), 0..1."""
+"""Features without a model: raw pixels, and an encoder that was never trained. Small grey images (n, H, W), 0..1."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ Pixels = NDArray[np.float32]
 Encode = Callable[[Pixels], Pixels]
 
 WEAK, STRONG = 2, 4
-"""Views of each training picture, as many as `benchmarks.data.VIEWS` has."""
+"""Views of each training image, as many as `benchmarks.data.VIEWS` has."""
 
 
 def moved(pixels: Pixels, random: np.random.Generator, reach: int) -> Pixels:
-    """Each picture shifted by up to `reach` pixels along both axes, zeros moving in; (n, H, W) to (n, H, W)."""
+    """Each image shifted by up to `reach` pixels along both axes, zeros moving in; (n, H, W) to (n, H, W)."""
     n, height, width = pixels.shape
     wide = np.pad(pixels, ((0, 0), (reach, reach), (reach, reach)))
     down, right = random.integers(0, 2 * reach + 1, (2, n, 1, 1))
@@ -29,13 +29,13 @@ def moved(pixels: Pixels, random: np.random.Generator, reach: int) -> Pixels:
 
 
 def mirrored(pixels: Pixels, random: np.random.Generator) -> Pixels:
-    """Half of the pictures flipped left to right."""
+    """Half of the images flipped left to right."""
     flip = random.random((len(pixels), 1, 1)) < 0.5
     return np.where(flip, pixels[:, :, ::-1], pixels)
 
 
 def erased(pixels: Pixels, random: np.random.Generator, side: int) -> Pixels:
-    """A square of zeros, `side` pixels wide, at a random place of each picture."""
+    """A square of zeros, `side` pixels wide, at a random place of each image."""
     n, height, width = pixels.shape
     top, left = random.integers(0, height - side + 1, (n, 1, 1)), random.integers(0, width - side + 1, (n, 1, 1))
     rows, columns = np.arange(height).reshape(1, -1, 1) - top, np.arange(width).reshape(1, 1, -1) - left
@@ -44,14 +44,14 @@ def erased(pixels: Pixels, random: np.random.Generator, side: int) -> Pixels:
 
 
 def weak_view(pixels: Pixels, random: np.random.Generator, *, flips: bool) -> Pixels:
-    """A picture moved by up to a fourteenth of its side, at least one pixel."""
+    """An image moved by up to a fourteenth of its side, at least one pixel."""
     reach = max(1, pixels.shape[1] // 14)
     shifted = moved(pixels, random, reach)
     return mirrored(shifted, random) if flips else shifted
 
 
 def strong_view(pixels: Pixels, random: np.random.Generator, *, flips: bool) -> Pixels:
-    """A weak view with another brightness, a square a third as wide as the picture erased, and noise."""
+    """A weak view with another brightness, a square a third as wide as the image erased, and noise."""
     view = weak_view(pixels, random, flips=flips) * random.uniform(0.6, 1.0, (len(pixels), 1, 1)).astype(np.float32)
     noise = random.normal(0, 0.05, pixels.shape).astype(np.float32)
     return np.clip(erased(view, random, max(1, pixels.shape[1] // 3)) + noise, 0, 1)
@@ -68,7 +68,7 @@ def pixel_cache(
     ids: list[str] | None = None,
     views: tuple[int, int] = (WEAK, STRONG),
 ) -> FeatureCache:
-    """A cache in memory, without text, of pictures (n, H, W) and their views.
+    """A cache in memory, without text, of images (n, H, W) and their views.
 
     Features are centred at the mean of the training rows: without it all cosines of non-negative features are close
     to one, and a head would first have to learn that direction away.
@@ -102,7 +102,7 @@ def untrained(filters: int = 24, seed: int = 0) -> Encode:
     """An encoder of random weights: 5 x 5 filters in steps of two, relu, the mean of each cell of a 4 x 4 grid.
 
     Returns:
-        A function from pictures (n, H, W) to features (n, 16 * filters).
+        A function from images (n, H, W) to features (n, 16 * filters).
     """
     kernel = torch.randn(filters, 1, 5, 5, generator=torch.Generator().manual_seed(seed)) / 5
     bias = 0.1 * torch.randn(filters, generator=torch.Generator().manual_seed(seed + 1))

@@ -87,11 +87,11 @@ def realigned(
         str, typer.Option(help="demo, a data set of benchmarks.studies.methods, or a cache's folder.")
     ] = "demo",
     seeds: Annotated[str, typer.Option(help="Such as 0-4.")] = "0-4",
-    n1: Annotated[int, typer.Option(help="Labelled pictures of the largest class.", min=1)] = 150,
-    gamma: Annotated[float, typer.Option(help="Imbalance of the labelled pictures.", min=1.0)] = 50.0,
+    n1: Annotated[int, typer.Option(help="Labelled images of the largest class.", min=1)] = 150,
+    gamma: Annotated[float, typer.Option(help="Imbalance of the labelled images.", min=1.0)] = 50.0,
     as_json: Annotated[Path | None, typer.Option("--json", help="Write all rows to this file.")] = None,
 ) -> None:
-    """Fit biased heads, realign them in each way, and print all, many, medium and few on the test pictures."""
+    """Fit biased heads, realign them in each way, and print all, many, medium and few on the test images."""
     rows = measure(opened(data), parse_seeds(seeds), {"n1": n1, "m1": 0, "gamma_l": gamma, "gamma_u": gamma})
     if as_json is not None:
         write_json(as_json, rows)

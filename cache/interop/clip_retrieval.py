@@ -44,25 +44,25 @@ def clip_retrieval(path: Path, label_column: str | None, id_column: str | None) 
     Raises:
         InputError: files that do not go together, or a column that is not there; names the file.
     """
-    pictures = _by_number(path / "img_emb", "npy")
-    if not pictures:
+    images = _by_number(path / "img_emb", "npy")
+    if not images:
         raise InputError(f"{path / 'img_emb'} holds no file such as img_emb_0.npy")
     tables = _by_number(path / "metadata", "parquet")
-    alone = sorted(set(pictures) ^ set(tables))
+    alone = sorted(set(images) ^ set(tables))
     if tables and alone:
         raise InputError(
             f"{path}: number {alone[0]} is in only one of img_emb and metadata; both must have every number"
         )
     blocks: list[Block] = []
     said: list[Said] = []
-    for number, file in pictures.items():
+    for number, file in images.items():
         # Like the first one: files that disagree among themselves belong to different models.
         features = checked_features(read_array(file), str(file), blocks[0].features.shape[1] if blocks else None)
         table = tables.get(number)
         said.append(_nothing_said(len(features)) if table is None else _said(table, len(features), label_column))
         ids = _numbered(number) if table is None else _ids_in(table, id_column)
         blocks.append(Block(str(file), features, ids))
-    return Opened(_class_arrays(path), _joined(said), blocks, [*pictures.values(), *tables.values()])
+    return Opened(_class_arrays(path), _joined(said), blocks, [*images.values(), *tables.values()])
 
 
 def _by_number(folder: Path, suffix: str) -> dict[int, Path]:

@@ -214,10 +214,10 @@ def _write_group(
     of_class = np.concatenate([work.text.prototypes, np.zeros((1, work.manifest.dim), np.float32)])  # (K + 1, D)
     with ExitStack() as stack:
         table = stack.enter_context(GrowingTable(metadata, _COLUMNS))
-        pictures, texts = (stack.enter_context(GrowingArray(path, shape, work.dtype)) for path in paths)
+        images, texts = (stack.enter_context(GrowingArray(path, shape, work.dtype)) for path in paths)
         for record in group:
             shard = work.shard(record)
-            pictures.append(shard.plain[:, 0])  # (n, D)
+            images.append(shard.plain[:, 0])  # (n, D)
             texts.append(of_class[shard.labels].astype(work.dtype))  # (n, D); -1 is the last row
             table.append(_metadata(work.manifest, shard))
             advance(record.rows)

@@ -25,7 +25,7 @@ def progress_bar(shown: bool | None = None) -> Progress:
     Args:
         shown: whether to draw it; None draws it only where stderr is a terminal.
 
-    Add tasks with `add_task(text, total=..., unit="pictures", note="")`.
+    Add tasks with `add_task(text, total=..., unit="images", note="")`.
     """
     visible = sys.stderr.isatty() if shown is None else shown
     columns = (

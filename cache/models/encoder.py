@@ -1,4 +1,4 @@
-"""A frozen image-text model of open_clip, with its own preprocessing: pictures and texts to unit vectors."""
+"""A frozen image-text model of open_clip, with its own preprocessing: images and texts to unit vectors."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class ModelSpec:
 
 
 class EncodedViews(NamedTuple):
-    """What a model makes of N pictures.
+    """What a model makes of N images.
 
     Attributes:
         features: float32 (N, D), rows of length 1.
@@ -85,10 +85,10 @@ class Encoder:
         spec: what the model is.
         model: the open_clip module, in evaluation mode.
         device: where it runs.
-        transform: PIL picture -> (3, H, W) float tensor, the model's own evaluation preprocessing.
-        resize: PIL picture -> PIL picture of the model's size, the part of it before the normalisation.
-        resampling: the same as `resize` for many pictures on a device; None where it has no such form.
-        exact: whether pictures go through `resize`, not through `resampling`.
+        transform: PIL image -> (3, H, W) float tensor, the model's own evaluation preprocessing.
+        resize: PIL image -> PIL image of the model's size, the part of it before the normalisation.
+        resampling: the same as `resize` for many images on a device; None where it has no such form.
+        exact: whether images go through `resize`, not through `resampling`.
         mean, std: its normalisation per channel, for pixel values 0..1.
         dtype: autocast type, None for float32; weights of the vision part's matrices and filters are then in it.
         features: as given to `load_encoder`.
@@ -125,7 +125,7 @@ class Encoder:
         # Before the model moves, so that nothing has to be copied back from a GPU.
         digest = weights_sha256(model)
         self.model = model.eval().requires_grad_(False).to(device)
-        # Convolutions on the CPU prefer the channels last (Lite0: 144 pictures/s against 92); a ViT does not care.
+        # Convolutions on the CPU prefer the channels last (Lite0: 144 images/s against 92); a ViT does not care.
         self._layout = torch.channels_last if _is_convolutional(self.model.visual) else torch.contiguous_format
         self.model.visual.to(memory_format=self._layout)
         size = _square_side(name, settings["size"])
@@ -153,8 +153,8 @@ class Encoder:
         return re.sub(r" at 0x[0-9a-f]+", "", str(self.transform))
 
     @torch.inference_mode()
-    def encode_pictures(self, batch: torch.Tensor) -> torch.Tensor:
-        """Features of pictures.
+    def encode_images(self, batch: torch.Tensor) -> torch.Tensor:
+        """Features of images.
 
         Args:
             batch: (B, 3, H, W) float32, already preprocessed.
@@ -166,7 +166,7 @@ class Encoder:
 
     @torch.inference_mode()
     def encode_views(self, pixels: torch.Tensor) -> EncodedViews:
-        """Features and tokens of pictures or of views of them.
+        """Features and tokens of images or of views of them.
 
         Args:
             pixels: (N, 3, H, W) float32, already preprocessed.
@@ -181,31 +181,31 @@ class Encoder:
 
     @torch.inference_mode()
     def encode_pixels(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Features of pictures of the model's size; nothing waits for a GPU to finish.
+        """Features of images of the model's size; nothing waits for a GPU to finish.
 
         Args:
             pixels: uint8 (B, H, W, 3), as `resize` makes them.
 
         Returns:
             (B, D + S W) float32 on the device: features of length 1, equal to those of `transform`'s tensors, and
-            behind each the picture's tokens, if any.
+            behind each the image's tokens, if any.
         """
         return self._encode(self.normalise(pixels.to(self.device, non_blocking=True)))
 
     @property
     def columns(self) -> int:
-        """D + S W, numbers that a picture comes to."""
+        """D + S W, numbers that an image comes to."""
         return self.spec.dim + len(self.token_kinds) * self.token_width
 
     def normalise(self, pixels: torch.Tensor) -> torch.Tensor:
         """The last part of `transform` for a batch: uint8 (B, H, W, 3) to float32 (B, 3, H, W), on the device."""
-        # Bytes in the order of a picture are channels last already; the operations come in torchvision's order.
+        # Bytes in the order of an image are channels last already; the operations come in torchvision's order.
         images = pixels.permute(0, 3, 1, 2).to(torch.float32).contiguous(memory_format=self._layout)
         center, spread = (torch.tensor(v, device=pixels.device).view(3, 1, 1) for v in (self.mean, self.std))
         return images.div_(255.0).sub_(center).div_(spread)
 
     def _encode(self, batch: torch.Tensor) -> torch.Tensor:
-        """Preprocessed pictures (B, 3, H, W) on the device to unit rows (B, D) there, tokens behind them."""
+        """Preprocessed images (B, 3, H, W) on the device to unit rows (B, D) there, tokens behind them."""
         with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype is not None):
             features = self.model.encode_image(batch)  # (B, D)
         unit, tokens = functional.normalize(features.float(), dim=-1), self._taps.take()
@@ -213,7 +213,7 @@ class Encoder:
 
     @torch.inference_mode()
     def encode_texts(self, texts: Sequence[str]) -> torch.Tensor:
-        """Features of texts, always in float32 since they are few and every picture is compared with them.
+        """Features of texts, always in float32 since they are few and every image is compared with them.
 
         Returns:
             (n, D) float32 on the CPU, each row of length 1.
@@ -221,7 +221,7 @@ class Encoder:
         if not texts:
             return torch.empty(0, self.spec.dim)
         parts = self._tokenizer(list(texts)).split(_TEXT_BATCH)
-        # No autocast here: prototypes are compared with every picture, and there are few of them.
+        # No autocast here: prototypes are compared with every image, and there are few of them.
         features = torch.cat([self.model.encode_text(part.to(self.device)) for part in parts])  # (n, D)
         return functional.normalize(features.float(), dim=-1).cpu()
 
@@ -244,7 +244,7 @@ class Encoder:
         found = {name: value.detach().float().cpu().numpy() for name, value in parts.items()}
         return {**found, "ln_post_eps": np.asarray([norm.eps], dtype=np.float32)}
 
-    # On first use only: reading pictures alone should not need the tokenizer's files.
+    # On first use only: reading images alone should not need the tokenizer's files.
     @cached_property
     def _tokenizer(self) -> Callable[[list[str]], torch.Tensor]:
         try:
@@ -275,11 +275,11 @@ def load_encoder(
         precision: "fp32", or "bf16" / "fp16" for mixed precision.
         features: "projected"; "pre-projection" to take also what is projected, "last-block" the class token before and
             after the last block's MLP.
-        exact: whether all pictures are resized and cropped by the model's own preprocessing as they are; else large
+        exact: whether all images are resized and cropped by the model's own preprocessing as they are; else large
             ones are reduced while they are read, and a GPU resizes many at once. None is False where the model's
             preprocessing allows it.
         compiled: whether to let `torch.compile` make kernels for the vision part: a minute at first, less time for each
-            picture. It moves the last bits.
+            image. It moves the last bits.
 
     Raises:
         InputError: unknown model, tag, device or precision; weights that do not fit, or that no hub in reach has; a
@@ -375,7 +375,7 @@ def _create(handle: str, pretrained: str | None) -> Any:
 
 
 def _before_normalisation(name: str, transform: Any) -> Callable[[Image.Image], Image.Image]:
-    """What open_clip does to a picture before it becomes numbers: resize, crop, RGB."""
+    """What open_clip does to an image before it becomes numbers: resize, crop, RGB."""
     steps = list(getattr(transform, "transforms", []))
     last = [type(step).__name__ for step in steps[-2:]]
     if last not in (["MaybeToTensor", "Normalize"], ["ToTensor", "Normalize"]):
@@ -397,7 +397,7 @@ def _resampling(settings: dict[str, Any]) -> Resampling | None:
 def _is_exact(wanted: bool | None, resampling: Resampling | None, name: str) -> bool:
     if wanted is False and resampling is None:
         raise InputError(
-            f"the pictures of {name} are padded to a square, which is done exactly or not at all; use --exact"
+            f"the images of {name} are padded to a square, which is done exactly or not at all; use --exact"
         )
     if wanted is None:
         return resampling is None
@@ -432,7 +432,7 @@ def _is_convolutional(visual: torch.nn.Module) -> bool:
 def _square_side(name: str, size: Any) -> int:
     sides = {size} if isinstance(size, int) else set(size)
     if len(sides) != 1:
-        raise InputError(f"{name} takes pictures of {size} pixels; only models with a square input are supported")
+        raise InputError(f"{name} takes images of {size} pixels; only models with a square input are supported")
     return int(sides.pop())
 
 

@@ -1,4 +1,4 @@
-"""A small real image-text model that is built here from two packages, without a network and without pictures.
+"""A small real image-text model that is built here from two packages, without a network and without images.
 
 EfficientNet-Lite0 (ImageNet, 1280-d) and MiniLM-L6 (sentences, 384-d) never saw each other. A closed-form bridge joins
 them: ridge regression from the 1000 rows of the ImageNet classifier to the MiniLM embeddings of the 1000 class names.
@@ -26,7 +26,7 @@ from ulfine_fast.cache.io.errors import InputError
 from ulfine_fast.cache.io.home import cache_home
 
 NAME = "lite0-minilm"
-# Fashion-MNIST, 1,000 pictures: zero-shot 31.5% at 128 px and 33.0% at 224 px, which costs 3 to 4 times the time.
+# Fashion-MNIST, 1,000 images: zero-shot 31.5% at 128 px and 33.0% at 224 px, which costs 3 to 4 times the time.
 IMAGE_SIZE = 128
 # Chosen by 5-fold cross-validation over ImageNet classes alone; no target data was looked at.
 RIDGE_LAMBDA = 10.0

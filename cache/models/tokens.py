@@ -1,4 +1,4 @@
-"""Tokens: what a model holds of a picture before its last layers, taken by hooks while it runs."""
+"""Tokens: what a model holds of an image before its last layers, taken by hooks while it runs."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from torch import Tensor
 from ulfine_fast.cache.io.errors import InputError
 
 FEATURES = ("projected", "pre-projection", "last-block")
-"""What a cache may hold of a picture: the feature alone; also what is projected; also the last block's class token."""
+"""What a cache may hold of an image: the feature alone; also what is projected; also the last block's class token."""
 
 
 class Taps:
-    """Hooks on a vision tower that keep S tokens of every picture that runs through it.
+    """Hooks on a vision tower that keep S tokens of every image that runs through it.
 
     Attributes:
         kinds: names of the S tokens. "pre" and "post" are the class token before and after the last block's MLP, so
@@ -31,7 +31,7 @@ class Taps:
         Raises:
             InputError: `features` is unknown, or the tower has no such token.
         """
-        # The threads of a processor share one model, and each must find the tokens of its own pictures.
+        # The threads of a processor share one model, and each must find the tokens of its own images.
         self._found = threading.local()
         self.kinds: tuple[str, ...] = ()
         if features not in FEATURES:

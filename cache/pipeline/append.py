@@ -1,4 +1,4 @@
-"""More pictures and classes for a finished cache; whoever reads it meanwhile sees it as it was.
+"""More images and classes for a finished cache; whoever reads it meanwhile sees it as it was.
 
 The new manifest lies beside the old one until its shards and texts are there, and then takes its name in one step.
 """
@@ -49,7 +49,7 @@ class AppendSummary(ExtractSummary):
     """What a call of `append` did.
 
     Attributes:
-        known: pictures of the source that were in the cache already and stay as they are.
+        known: images of the source that were in the cache already and stay as they are.
         classes: classes that the cache did not have.
     """
 
@@ -66,14 +66,14 @@ def append(
     progress: bool | None = None,
     engine: Engine | None = None,
 ) -> AppendSummary:
-    """Adds what a source has more than a cache: pictures of other ids, and classes of other names.
+    """Adds what a source has more than a cache: images of other ids, and classes of other names.
 
     Existing rows and classes keep their places; new ones come after them. Everything else, such as prompts, views and
-    batch size, is as the cache has it. Where only classes are new, no picture is read. While ids are compared, memory
+    batch size, is as the cache has it. Where only classes are new, no image is read. While ids are compared, memory
     holds 16 bytes of each row of the cache.
 
     Args:
-        source: pictures; those whose ids the cache has (also as unreadable ones) are left aside.
+        source: images; those whose ids the cache has (also as unreadable ones) are left aside.
         encoder: the model that made the cache.
         cache: folder of a finished cache.
         workers: see `extract`.
@@ -160,7 +160,7 @@ class _Addition:
             _stream(self.source).close(self._inner[part.number])
 
     def read(self, row: Row) -> Image.Image:
-        """The picture of `row` as RGB; raises UnreadablePicture."""
+        """The image of `row` as RGB; raises UnreadableImage."""
         return self.source.read(row)
 
     def describe(self) -> dict[str, Any]:
@@ -178,7 +178,7 @@ class _Addition:
             for part in cut_rows(self._rows, shard_size):
                 yield part, self._slice(part)
             return
-        # Every part is opened here and once more for its pictures: only so is it known which rows are new.
+        # Every part is opened here and once more for its images: only so is it known which rows are new.
         stream = _stream(self.source)
         for part in stream.plan(shard_size):
             rows = self._counted(stream.open(part))
@@ -208,7 +208,7 @@ def _stream(source: Source) -> StreamedSource:
 
 
 def _known_ids(out: Path, records: Sequence[ShardRecord]) -> KnownIds:
-    """Ids that the cache has, those of unreadable pictures included."""
+    """Ids that the cache has, those of unreadable images included."""
     ids = (read_ids(out, record) for record in records)
     return KnownIds(itertools.chain(ids, ([one["id"] for one in record.skipped] for record in records)))
 
@@ -220,7 +220,7 @@ def _recipe(manifest: Manifest) -> ViewRecipe:
     except TypeError as error:
         raise InputError(f"the cache's views were drawn in a way unknown here ({error}); extract anew") from error
     if recipe.weak + recipe.strong and "weak_scale" not in views:
-        raise InputError("the cache was imported, so nobody knows how its views were drawn; extract the pictures anew")
+        raise InputError("the cache was imported, so nobody knows how its views were drawn; extract the images anew")
     return recipe
 
 
@@ -292,7 +292,7 @@ def _note_pending(out: Path, after: Manifest, shards: int) -> None:
 
 
 def _remove_given_up(out: Path, shards: int) -> None:
-    """Deletes shards that an append left when it was given up: they may be of other pictures, and as many."""
+    """Deletes shards that an append left when it was given up: they may be of other images, and as many."""
     number = shards
     try:
         # In order, and records first: what a kill leaves has no gap, and does not count.
@@ -355,7 +355,7 @@ class _Work:
         self.skipped = [one for record in [*old, *self.records.values()] for one in record.skipped]
         self.stages = {"read": 0.0, "encode": 0.0, "write": 0.0}
         self.total = sum(part.rows or 0 for part in parts)
-        # One bad picture among a few new ones is no sign of anything, so the share is that of the whole cache.
+        # One bad image among a few new ones is no sign of anything, so the share is that of the whole cache.
         self.allowed = job.manifest.max_skipped * (self.total + sum(record.rows_read for record in old))
 
     def run(self, engine: Engine, workers: int | None, progress: bool | None) -> float:
@@ -367,7 +367,7 @@ class _Work:
         seen = sum(record.rows_read for record in self.records.values())
         try:
             with progress_bar(progress) as bar:
-                task = bar.add_task("append", total=self.total, completed=seen, unit="pictures", note="")
+                task = bar.add_task("append", total=self.total, completed=seen, unit="images", note="")
 
                 def on_batch(done: Done) -> None:
                     self._note_batch(done)
@@ -386,7 +386,7 @@ class _Work:
         if done.skipped and len(self.skipped) > self.allowed:
             last = self.skipped[-1]
             raise InputError(
-                f"{len(self.skipped)} pictures of the cache and the new ones cannot be read so far, more than the "
+                f"{len(self.skipped)} images of the cache and the new ones cannot be read so far, more than the "
                 f"share of {self.job.manifest.max_skipped:g} that may be skipped (the last: {last['id']}: "
                 f"{last['reason']}); mend or remove them and append again"
             )
@@ -403,7 +403,7 @@ def _summary(
     new = [] if work is None else [work.records[part.number] for part in addition.parts]
     return AppendSummary(
         out=out,
-        pictures=sum(record.rows for record in [*old, *new]),
+        images=sum(record.rows for record in [*old, *new]),
         encoded=work.encoded if work else 0,
         shards=len(old) + len(new),
         kept=len(old) + (work.kept if work else 0),

@@ -44,13 +44,13 @@ class Assembled:
 
     Attributes:
         out: the cache's folder.
-        pictures: rows in the cache now. classes: K.
+        images: rows in the cache now. classes: K.
         shards: in the cache. kept: those that were finished and intact before this call.
         seconds: wall seconds.
     """
 
     out: Path
-    pictures: int
+    images: int
     classes: int
     shards: int
     kept: int

@@ -17,14 +17,14 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
 from ulfine_fast.cache.io.errors import InputError
-from ulfine_fast.cache.pipeline.read import Batch, PictureReader
+from ulfine_fast.cache.pipeline.read import Batch, ImageReader
 from ulfine_fast.cache.pipeline.threads import cores, in_order
 
 if TYPE_CHECKING:
     from ulfine_fast.cache.models.encoder import Encoder
     from ulfine_fast.cache.sources import Row
 
-# Pictures in one call of the model on a processor: more do not fit into its caches (Lite0 at 224 pixels: 190 pictures/s
+# Images in one call of the model on a processor: more do not fit into its caches (Lite0 at 224 pixels: 190 images/s
 # with 16 on two cores, 150 with 32, 87 with 64), fewer give small products.
 _ON_A_CORE = 16
 _AHEAD = 2  # batches that each reader process prepares ahead
@@ -34,7 +34,7 @@ class Done(NamedTuple):
     """What became of some rows, without their features.
 
     Attributes:
-        rows: how many. skipped: {"id", "reason"} of those whose picture could not be read.
+        rows: how many. skipped: {"id", "reason"} of those whose image could not be read.
         seconds: of work on "read" and "encode".
     """
 
@@ -47,7 +47,7 @@ class Encoded(NamedTuple):
     """Features of a batch of rows.
 
     Attributes:
-        kept: the B rows whose pictures could be read. skipped: (row, reason) of the others.
+        kept: the B rows whose images could be read. skipped: (row, reason) of the others.
         features: float32 (B, V, D + S W), rows of length 1 and behind each its tokens, if any; plain view first, then
             weak, then strong ones.
         scale: float32 (B, V - 1). flip: uint8 (B, V - 1). Of the drawn views.
@@ -69,7 +69,7 @@ class Encoded(NamedTuple):
 
 
 def encoded(
-    reader: PictureReader, encoder: Encoder, batches: Iterable[list[Row]], *, workers: int | None = None
+    reader: ImageReader, encoder: Encoder, batches: Iterable[list[Row]], *, workers: int | None = None
 ) -> Generator[Encoded, None, None]:
     """Reads and encodes batches, in their order.
 
@@ -81,7 +81,7 @@ def encoded(
             none; by default one for each core, at most 16 processes.
 
     Raises:
-        InputError: a reader process ended, or a single picture is too large for the GPU's memory.
+        InputError: a reader process ended, or a single image is too large for the GPU's memory.
     """
     count = default_workers(encoder.device) if workers is None else workers
     if encoder.device.type == "cpu":
@@ -95,7 +95,7 @@ def default_workers(device: torch.device) -> int:
     return cores() if device.type == "cpu" else min(cores(), 16)
 
 
-def _on_a_core(reader: PictureReader, encoder: Encoder, rows: list[Row]) -> Encoded:
+def _on_a_core(reader: ImageReader, encoder: Encoder, rows: list[Row]) -> Encoded:
     batch = reader.read(rows)
     started = time.perf_counter()
     flat = reader.pixels_on(encoder.device, batch).split(_ON_A_CORE)  # (b, H, W, 3) each
@@ -104,7 +104,7 @@ def _on_a_core(reader: PictureReader, encoder: Encoder, rows: list[Row]) -> Enco
 
 
 def _encoded(batch: Batch, features: torch.Tensor | None, columns: int, seconds: float) -> Encoded:
-    """Puts the features (B * V, D + S W) to their pictures; None where nothing could be read."""
+    """Puts the features (B * V, D + S W) to their images; None where nothing could be read."""
     views = np.empty((0, 1, columns), np.float32) if features is None else features.cpu().numpy()
     shaped = views.reshape(len(batch.kept), -1, columns) if batch.kept else views  # (B, V, D + S W)
     times = {"read": batch.seconds, "encode": seconds}
@@ -112,7 +112,7 @@ def _encoded(batch: Batch, features: torch.Tensor | None, columns: int, seconds:
 
 
 def _beside_readers(
-    reader: PictureReader, encoder: Encoder, batches: Iterable[list[Row]], workers: int
+    reader: ImageReader, encoder: Encoder, batches: Iterable[list[Row]], workers: int
 ) -> Iterator[Encoded]:
     """The model runs here, one batch behind what is asked of it, so that a GPU never waits for the copy back."""
     gpu = _Gpu(encoder)
@@ -146,14 +146,14 @@ class _Gpu:
                 return torch.cat([self.encoder.encode_pixels(part) for part in pixels.split(most)])
             except torch.OutOfMemoryError as error:
                 if most == 1:
-                    raise InputError("a single picture is too large for the GPU's memory; use --device cpu") from error
+                    raise InputError("a single image is too large for the GPU's memory; use --device cpu") from error
                 most = self._halved(most)
 
     def _halved(self, most: int) -> int:
         """Half as many from now on; the user is told once."""
         if not self.most:
             warnings.warn(
-                f"{most} pictures at once do not fit into the GPU's memory; going on with fewer, results stay the same "
+                f"{most} images at once do not fit into the GPU's memory; going on with fewer, results stay the same "
                 "to float rounding (a smaller --batch-size avoids this)",
                 stacklevel=2,
             )
@@ -166,7 +166,7 @@ class _Gpu:
 class _Reading(Dataset[Batch]):
     """A reader as torch's loader wants it: the index is the batch itself."""
 
-    reader: PictureReader
+    reader: ImageReader
     shared: bool  # pixels travel in shared memory (fast), or through a pipe
 
     def __getitem__(self, rows: Any) -> Batch:
@@ -176,7 +176,7 @@ class _Reading(Dataset[Batch]):
         return batch._replace(pixels=pixels)
 
 
-def _read(reader: PictureReader, batches: Iterable[list[Row]], workers: int) -> Iterator[Batch]:
+def _read(reader: ImageReader, batches: Iterable[list[Row]], workers: int) -> Iterator[Batch]:
     """Batches from reader processes, in order; on leaving, the processes are gone."""
     first, batches = _peeked(batches)
     loader: DataLoader[Batch] = DataLoader(
@@ -214,14 +214,14 @@ def _peeked(batches: Iterable[list[Row]]) -> tuple[Sequence[Row], Any]:
     return first, everything()
 
 
-def _fits_shared_memory(reader: PictureReader, batch_size: int, workers: int) -> bool:
+def _fits_shared_memory(reader: ImageReader, batch_size: int, workers: int) -> bool:
     """Whether all batches under way fit into /dev/shm with room to spare; true where there is no such folder.
 
     Where that memory is small, as in containers, a reader would die of a bus error.
     """
     if not workers or not os.path.isdir("/dev/shm"):
         return True
-    wanted = workers * (_AHEAD + 1) * batch_size * reader.picture_bytes
+    wanted = workers * (_AHEAD + 1) * batch_size * reader.image_bytes
     return shutil.disk_usage("/dev/shm").free > 1.25 * wanted
 
 

@@ -1,4 +1,4 @@
-"""The extraction pipeline: pictures of a source to a cache that can be interrupted at any instant and continued."""
+"""The extraction pipeline: images of a source to a cache that can be interrupted at any instant and continued."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from ulfine_fast.cache.pipeline.plan import (
     refuse_bad_rows,
     refuse_empty_class,
 )
-from ulfine_fast.cache.pipeline.read import PictureReader
+from ulfine_fast.cache.pipeline.read import ImageReader
 from ulfine_fast.cache.pipeline.views import ViewRecipe
 from ulfine_fast.cache.pipeline.write import OpenPart, ShardWriter
 from ulfine_fast.cache.shard import ShardRecord, shard_path, verify_shard
@@ -59,15 +59,15 @@ class ExtractSummary:
 
     Attributes:
         out: the cache's folder.
-        pictures: rows in the cache now. encoded: rows encoded by this call.
+        images: rows in the cache now. encoded: rows encoded by this call.
         shards: finished shards in the cache. kept: those that were finished and intact before this call.
-        skipped: {"id", "reason"} of every picture left out.
+        skipped: {"id", "reason"} of every image left out.
         seconds: wall seconds of this call's reading, encoding and writing.
         stages: seconds of work on each; where threads work at once these add up to more than the wall's.
     """
 
     out: Path
-    pictures: int
+    images: int
     encoded: int
     shards: int
     kept: int
@@ -76,14 +76,14 @@ class ExtractSummary:
     stages: dict[str, float]
 
     @property
-    def pictures_per_second(self) -> float:
+    def images_per_second(self) -> float:
         """Rate of this call, 0 where it had nothing to do."""
         return self.encoded / self.seconds if self.seconds else 0.0
 
     def to_dict(self) -> dict[str, Any]:
         """The summary in JSON's types."""
         told = {one.name: getattr(self, one.name) for one in fields(self)}
-        return {**told, "out": str(self.out), "pictures_per_second": self.pictures_per_second}
+        return {**told, "out": str(self.out), "images_per_second": self.images_per_second}
 
 
 def extract(
@@ -105,24 +105,24 @@ def extract(
     """Extracts the features of a source into a cache folder.
 
     Args:
-        source: pictures with ids, labels and splits.
+        source: images with ids, labels and splits.
         encoder: the frozen model.
         out: folder of the cache, or a URL that fsspec knows, such as s3://bucket/cache; new, empty, or a cache.
         views: what to draw beside the plain view; one weak and one strong view by default.
         prompts: (P,) texts with {} for the class name.
         dtype: "float16", "float32" or "int8" with a scale a row, of the stored features.
-        batch_size: pictures encoded together, at least 1. Part of the cache's identity: it moves the last bits.
+        batch_size: images encoded together, at least 1. Part of the cache's identity: it moves the last bits.
         shard_size: source rows a shard covers, at least 1; an interruption loses at most this much work.
         workers: threads that read and encode (on a processor), or processes that read (beside a GPU); 0 for none, by
             default one for each core.
         mode: "resume" keeps intact finished shards, "overwrite" starts anew, "verify" checks and extracts nothing.
-        max_skipped: share of all pictures that may be unreadable, 0..1.
+        max_skipped: share of all images that may be unreadable, 0..1.
         progress: whether to draw a bar on stderr; by default where that is a terminal.
         engine: where the parts are worked on; by default here (`extract_parts`).
 
     Raises:
-        InputError: a value out of range, two rows with one id, a class without labelled pictures, too many unreadable
-            pictures, features that are not finite, a file system that refuses, or (verify) any problem found.
+        InputError: a value out of range, two rows with one id, a class without labelled images, too many unreadable
+            images, features that are not finite, a file system that refuses, or (verify) any problem found.
         CacheMismatch: the folder's cache was made with other settings.
         KeyboardInterrupt: Ctrl-C; its text says what is finished and how to continue.
     """
@@ -145,7 +145,7 @@ def extract(
         shard_size=shard_size,
         max_skipped=max_skipped,
     )
-    # Everything up to here reads no picture and writes nothing, so that bad input costs a moment.
+    # Everything up to here reads no image and writes nothing, so that bad input costs a moment.
     place = open_place(out)
     if mode == "verify":
         return _verify(place, wanted, parts)
@@ -161,7 +161,7 @@ class Job:
     """What to extract and whereto; it holds no model, so that it can travel to other processes.
 
     Attributes:
-        source: where pictures come from. recipe: of the drawn views.
+        source: where images come from. recipe: of the drawn views.
         out: the cache's folder. manifest: what its features are.
     """
 
@@ -193,7 +193,7 @@ def extract_parts(
     Raises:
         InputError: features that are not finite, a file system that refuses, a part that cannot be read to its end.
     """
-    reader = PictureReader.of(job.source, encoder, job.recipe)
+    reader = ImageReader.of(job.source, encoder, job.recipe)
     under_way: deque[OpenPart] = deque()
     try:
         with ShardWriter(job.out, job.manifest, on_shard) as writer:
@@ -269,7 +269,7 @@ def describe(
 
 def _refuse_bad_source(source: Source, parts: Sequence[Part]) -> None:
     if not parts:
-        raise InputError("there are no pictures in the source; give a folder, a table or the name of a data set")
+        raise InputError("there are no images in the source; give a folder, a table or the name of a data set")
     if is_listed(source):  # of a stream each part is looked at when it is opened
         refuse_bad_rows(source.rows)
         refuse_empty_class(source, set())
@@ -299,13 +299,13 @@ class _Work:
         except KeyboardInterrupt:
             # Still an interrupt for whoever calls, but one that says what was saved.
             raise KeyboardInterrupt(self._interrupted()) from None
-        if is_listed(self.job.source):  # only now is it known which labelled pictures could be read
+        if is_listed(self.job.source):  # only now is it known which labelled images could be read
             refuse_empty_class(self.job.source, {one["id"] for one in self.skipped})
         return self._summary(time.perf_counter() - started if todo else 0.0)
 
     def _extract(self, todo: list[Part], workers: int | None, progress: bool | None) -> None:
         with progress_bar(progress) as bar:
-            task = bar.add_task("extract", total=self._total(), completed=self.rows_seen, unit="pictures", note="")
+            task = bar.add_task("extract", total=self._total(), completed=self.rows_seen, unit="images", note="")
             self.engine(
                 self.job,
                 self.encoder,
@@ -334,12 +334,12 @@ class _Work:
 
     def _refuse_many_skipped(self) -> None:
         total, allowed = self._total(), self.job.manifest.max_skipped
-        # Of a stream's first few pictures any share may be bad; what counts is what there is so far, from a shard on.
+        # Of a stream's first few images any share may be bad; what counts is what there is so far, from a shard on.
         of = total if total is not None else max(self.rows_seen, self.job.manifest.shard_size)
         if len(self.skipped) > allowed * of:
             first = self.skipped[0]
             raise InputError(
-                f"{len(self.skipped)} of {of} pictures cannot be read so far, more than the share of {allowed:g} "
+                f"{len(self.skipped)} of {of} images cannot be read so far, more than the share of {allowed:g} "
                 f"that may be skipped (the first: {first['id']}: {first['reason']}); mend them or raise --max-skipped; "
                 "finished shards stay"
             )
@@ -355,11 +355,11 @@ class _Work:
         )
 
     def _summary(self, seconds: float) -> ExtractSummary:
-        pictures = sum(record.rows for record in self.records.values())
+        images = sum(record.rows for record in self.records.values())
         skipped = [one for number in sorted(self.records) for one in self.records[number].skipped]
         stages = {stage: round(value, 4) for stage, value in self.stages.items()}
         return ExtractSummary(
-            self.job.out, pictures, self.encoded, len(self.records), self.kept, skipped, round(seconds, 4), stages
+            self.job.out, images, self.encoded, len(self.records), self.kept, skipped, round(seconds, 4), stages
         )
 
 

@@ -1,4 +1,4 @@
-"""Five crops of a picture for predictions: four corners and the middle, as LIFT takes them (arXiv 2309.10019)."""
+"""Five crops of an image for predictions: four corners and the middle, as LIFT takes them (arXiv 2309.10019)."""
 
 from __future__ import annotations
 
@@ -9,34 +9,34 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from PIL import Image
 
-    from ulfine_fast.cache.pipeline.read import PictureReader
+    from ulfine_fast.cache.pipeline.read import ImageReader
 
 PLACES = 5
-_SHARE = 224 / 248  # side of a crop as a share of the shorter side: crops of 224 of a picture resized to 248
+_SHARE = 224 / 248  # side of a crop as a share of the shorter side: crops of 224 of an image resized to 248
 
 
 @dataclass(frozen=True)
 class Cropped:
-    """The evaluation preprocessing of one crop of a picture. It travels to reader processes.
+    """The evaluation preprocessing of one crop of an image. It travels to reader processes.
 
     Attributes:
-        resize: PIL picture -> PIL picture of the model's size, the preprocessing of a whole one.
+        resize: PIL image -> PIL image of the model's size, the preprocessing of a whole one.
         place: which crop, 0 to 4, see `crop_box`.
     """
 
     resize: Callable[[Image.Image], Image.Image]
     place: int
 
-    def __call__(self, picture: Image.Image) -> Image.Image:
+    def __call__(self, image: Image.Image) -> Image.Image:
         """That crop at the model's size."""
-        return self.resize(picture.crop(crop_box(picture.size, self.place)))
+        return self.resize(image.crop(crop_box(image.size, self.place)))
 
 
 def crop_box(size: tuple[int, int], place: int) -> tuple[int, int, int, int]:
     """Left, top, right and bottom of a square crop, in pixels.
 
     Args:
-        size: width and height of the picture, in pixels.
+        size: width and height of the image, in pixels.
         place: 0 to 3 for the corners, row by row; 4 for the middle.
     """
     width, height = size
@@ -48,6 +48,6 @@ def crop_box(size: tuple[int, int], place: int) -> tuple[int, int, int, int]:
     return left, top, left + side, top + side
 
 
-def cropped(reader: PictureReader, place: int) -> PictureReader:
-    """The reader of one crop of each picture; pictures are read exactly, none is reduced first."""
+def cropped(reader: ImageReader, place: int) -> ImageReader:
+    """The reader of one crop of each image; images are read exactly, none is reduced first."""
     return replace(reader, resize=Cropped(reader.resize, place), resampling=None, later=False)

@@ -88,7 +88,7 @@ def identity(source: Source, parts: Sequence[Part]) -> dict[str, Any]:
 
 
 def refuse_bad_rows(rows: Sequence[Row]) -> None:
-    """Looks for what would make rows useless in a cache, before any picture is read.
+    """Looks for what would make rows useless in a cache, before any image is read.
 
     Raises:
         InputError: an id that occurs twice or cannot be stored.
@@ -96,11 +96,11 @@ def refuse_bad_rows(rows: Sequence[Row]) -> None:
     seen: set[str] = set()
     for row in rows:
         if row.id in seen:
-            raise InputError(f"two pictures have the id {row.id!r}; ids must differ, so remove or rename one")
+            raise InputError(f"two images have the id {row.id!r}; ids must differ, so remove or rename one")
         seen.add(row.id)
     strange = next((name for name in seen if not _storable(name)), None)
     if strange is not None:
-        raise InputError(f"the name {strange!r} is not valid Unicode text and cannot be stored; rename the picture")
+        raise InputError(f"the name {strange!r} is not valid Unicode text and cannot be stored; rename the image")
 
 
 def refuse_empty_class(source: ListedSource, missing: set[str]) -> None:
@@ -108,7 +108,7 @@ def refuse_empty_class(source: ListedSource, missing: set[str]) -> None:
 
     Args:
         source: all rows are known.
-        missing: ids of pictures that could not be read.
+        missing: ids of images that could not be read.
 
     Raises:
         InputError: names the class.
@@ -117,7 +117,7 @@ def refuse_empty_class(source: ListedSource, missing: set[str]) -> None:
     left = {row.label for row in labelled if row.id not in missing}
     for label, name in enumerate(source.class_names):
         if labelled and label not in left:
-            why = "none of its labelled pictures can be read" if missing else "it has no labelled picture in train"
+            why = "none of its labelled images can be read" if missing else "it has no labelled image in train"
             raise InputError(f"class {name!r} cannot be learned: {why}; add some, or leave the class out")
 
 

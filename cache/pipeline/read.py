@@ -1,4 +1,4 @@
-"""Rows of a source to pictures of the model's size: decoding, preprocessing and views, wherever it runs."""
+"""Rows of a source to images of the model's size: decoding, preprocessing and views, wherever it runs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from ulfine_fast.cache.pipeline.resample import Resampling, Sampling, resampled
 from ulfine_fast.cache.pipeline.views import Drawing, ViewRecipe, areas_and_flips, augmented, draw, drawings
 from ulfine_fast.cache.shard import VIEWED_SPLITS
-from ulfine_fast.cache.sources.image import UnreadablePicture, no_finer_than
+from ulfine_fast.cache.sources.image import UnreadableImage, no_finer_than
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -22,22 +22,22 @@ if TYPE_CHECKING:
     from ulfine_fast.cache.models.encoder import Encoder
     from ulfine_fast.cache.sources import Row, Source
 
-# A large picture that travels whole keeps at least this many times the model's side: less than twice that, so that a
+# A large image that travels whole keeps at least this many times the model's side: less than twice that, so that a
 # batch has a largest size, and what is lost can hardly be seen in the features (`benchmarks.speed.agreement`).
 _ENOUGH = 2
 
 
 class Batch(NamedTuple):
-    """What was read: B pictures, and those that could not be.
+    """What was read: B images, and those that could not be.
 
     Attributes:
         kept: the B rows.
         skipped: (row, reason).
         pixels: uint8 (B, V, H, W, 3), the plain view first, then weak, then strong ones; not normalised. Where the
-            views are still to be made, uint8 (n,), the whole pictures one after another.
-        scale: float32 (B, V - 1), share of the picture's area in a view. flip: uint8 (B, V - 1), 1 where mirrored.
+            views are still to be made, uint8 (n,), the whole images one after another.
+        scale: float32 (B, V - 1), share of the image's area in a view. flip: uint8 (B, V - 1), 1 where mirrored.
         seconds: that reading took.
-        sampling: how the views lie in whole pictures, None where they are made. drawn: (B V,), strong ones' operations.
+        sampling: how the views lie in whole images, None where they are made. drawn: (B V,), strong ones' operations.
     """
 
     kept: list[Row]
@@ -51,7 +51,7 @@ class Batch(NamedTuple):
 
 
 class _Views(NamedTuple):
-    """One picture: pixels uint8 (V, H, W, 3), scale (V - 1,), flip (V - 1,)."""
+    """One image: pixels uint8 (V, H, W, 3), scale (V - 1,), flip (V - 1,)."""
 
     pixels: NDArray[np.uint8]
     scale: NDArray[np.float32]
@@ -59,7 +59,7 @@ class _Views(NamedTuple):
 
 
 class _Whole(NamedTuple):
-    """One picture (h, w, 3) whose views are still to be made: windows (V, 2, 2), what was drawn, and of it (V - 1,)."""
+    """One image (h, w, 3) whose views are still to be made: windows (V, 2, 2), what was drawn, and of it (V - 1,)."""
 
     pixels: NDArray[np.uint8]
     windows: NDArray[np.float64]
@@ -74,16 +74,16 @@ _NOTHING = Drawing((0, 0, 0, 0), False, ())
 
 
 @dataclass(frozen=True)
-class PictureReader:
-    """Rows -> all views of their pictures. It travels to reader processes.
+class ImageReader:
+    """Rows -> all views of their images. It travels to reader processes.
 
     Attributes:
-        source: where pictures come from.
-        resize: PIL picture -> PIL picture of the model's size, the evaluation preprocessing before normalisation.
+        source: where images come from.
+        resize: PIL image -> PIL image of the model's size, the evaluation preprocessing before normalisation.
         recipe: of the drawn views.
         image_size: H and W, in pixels.
-        resampling: the same resizing for large pictures, which are reduced before; None to take all as they are.
-        later: whether views are made on the device (`pixels_on`), so that pictures travel whole.
+        resampling: the same resizing for large images, which are reduced before; None to take all as they are.
+        later: whether views are made on the device (`pixels_on`), so that images travel whole.
     """
 
     source: Source
@@ -94,15 +94,15 @@ class PictureReader:
     later: bool = False
 
     @classmethod
-    def of(cls, source: Source, encoder: Encoder, recipe: ViewRecipe) -> PictureReader:
+    def of(cls, source: Source, encoder: Encoder, recipe: ViewRecipe) -> ImageReader:
         """The reader for an encoder; it takes nothing of the model itself, which stays in the main process."""
         resampling = None if encoder.exact else encoder.resampling
         later = resampling is not None and encoder.device.type != "cpu"
         return cls(source, encoder.resize, recipe, encoder.spec.image_size, resampling, later)
 
     @property
-    def picture_bytes(self) -> int:
-        """What one picture comes to: its views, or the most that an oblong one has as a whole."""
+    def image_bytes(self) -> int:
+        """What one image comes to: its views, or the most that an oblong one has as a whole."""
         if not self.later:
             return (1 + self.recipe.weak + self.recipe.strong) * 3 * self.image_size**2
         return 3 * 2 * (2 * _ENOUGH * self.image_size) ** 2
@@ -136,7 +136,7 @@ class PictureReader:
             try:
                 found.append(work(row))
                 kept.append(row)
-            except UnreadablePicture as error:
+            except UnreadableImage as error:
                 skipped.append((row, str(error)))
         return kept, found, skipped
 
@@ -144,11 +144,11 @@ class PictureReader:
         return self.recipe if row.split in VIEWED_SPLITS else _PLAIN_ALONE
 
     def _views(self, row: Row) -> _Views:
-        picture, size = self._loaded(row)
-        if picture.size != size:
-            return self._views_of_reduced(self._placed(row, picture, size))
-        plain = np.asarray(self.resize(picture))[None]  # (1, H, W, 3)
-        drawn = draw(picture, row.id, self._recipe_of(row), image_size=self.image_size)
+        image, size = self._loaded(row)
+        if image.size != size:
+            return self._views_of_reduced(self._placed(row, image, size))
+        plain = np.asarray(self.resize(image))[None]  # (1, H, W, 3)
+        drawn = draw(image, row.id, self._recipe_of(row), image_size=self.image_size)
         return _Views(np.concatenate([plain, drawn.pixels]), drawn.scale, drawn.flip)
 
     def _views_of_reduced(self, whole: _Whole) -> _Views:
@@ -156,31 +156,31 @@ class PictureReader:
         return _Views(here.numpy(), whole.scale, whole.flip)
 
     def _loaded(self, row: Row) -> tuple[Image.Image, tuple[int, int]]:
-        """A picture, reduced if it is large and that is wanted, and the size (width, height) that it had."""
+        """An image, reduced if it is large and that is wanted, and the size (width, height) that it had."""
         if self.resampling is None:
-            picture = self.source.read(row)
-            return picture, picture.size
+            image = self.source.read(row)
+            return image, image.size
         enough = _ENOUGH * self.image_size
         with no_finer_than(enough) as decoding:
-            picture, size = self.source.read(row), decoding.whole
-        if decoding.picture is not picture:
+            image, size = self.source.read(row), decoding.whole
+        if decoding.image is not image:
             # The source made it of what it loaded, and may have counted pixels there: nothing of it may be reduced.
-            picture = self.source.read(row) if decoding.picture else picture
-            size = picture.size
-        return picture.reduce(max(1, min(picture.size) // enough)), size
+            image = self.source.read(row) if decoding.image else image
+            size = image.size
+        return image.reduce(max(1, min(image.size) // enough)), size
 
-    def _placed(self, row: Row, picture: Image.Image, size: tuple[int, int]) -> _Whole:
-        """A picture, and where its views will lie in it, drawn as for its own size (width, height)."""
+    def _placed(self, row: Row, image: Image.Image, size: tuple[int, int]) -> _Whole:
+        """An image, and where its views will lie in it, drawn as for its own size (width, height)."""
         assert self.resampling is not None
         found = drawings(size, row.id, self._recipe_of(row), image_size=self.image_size)
         boxes = [self.resampling.cropped(one.box) for one in found]
         windows = np.array([self.resampling.whole(size[1], size[0]), *boxes])  # (V, 2, 2)
-        # A pixel of a reduced picture stands for a whole number of them, the last one perhaps for less.
-        windows /= round(min(size) / min(picture.size))
-        return _Whole(np.asarray(picture), windows, found, *areas_and_flips(size, found))
+        # A pixel of a reduced image stands for a whole number of them, the last one perhaps for less.
+        windows /= round(min(size) / min(image.size))
+        return _Whole(np.asarray(image), windows, found, *areas_and_flips(size, found))
 
     def _joined(self, kept: list[Row], skipped: list[tuple[Row, str]], found: list[_Whole], started: float) -> Batch:
-        """A batch of whole pictures."""
+        """A batch of whole images."""
         if not found:
             return Batch(kept, skipped, *self._stacked([]), time.perf_counter() - started)
         sizes = np.array([one.pixels.shape[:2] for one in found])  # (B, 2)

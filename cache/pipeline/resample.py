@@ -1,8 +1,8 @@
-"""Resizing and cropping many pictures at once on any device, to the pixels that PIL would give.
+"""Resizing and cropping many images at once on any device, to the pixels that PIL would give.
 
 PIL resizes one side and then the other, each time by one small weighted sum for each pixel, rounded to a byte. The
-weights of a side are a matrix, so a batch of pictures is two batched matrix products: of a kind that a GPU is made for,
-crop, mirroring and all views of a picture included. PIL takes the columns first where that is less work; here the rows
+weights of a side are a matrix, so a batch of images is two batched matrix products: of a kind that a GPU is made for,
+crop, mirroring and all views of an image included. PIL takes the columns first where that is less work; here the rows
 always are, so that now and then a pixel beside a sharp edge differs by a few of 255.
 """
 
@@ -18,16 +18,16 @@ from numpy.typing import NDArray
 from PIL import Image
 
 PIL_FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
-# Values of padded pictures worked on together: 256 MB of float32, and less than as much again between the two steps.
+# Values of padded images worked on together: 256 MB of float32, and less than as much again between the two steps.
 _AT_ONCE = 2**26
 
 
 class Window(NamedTuple):
-    """A stretch of a picture's side that becomes the side of a view.
+    """A stretch of an image's side that becomes the side of a view.
 
     Attributes:
-        start: where it begins, in pixels of the picture, 0 at the outer edge of the first.
-        step: pixels of the picture that one pixel of the view takes the place of.
+        start: where it begins, in pixels of the image, 0 at the outer edge of the first.
+        step: pixels of the image that one pixel of the view takes the place of.
     """
 
     start: float
@@ -35,10 +35,10 @@ class Window(NamedTuple):
 
 
 class Sampling(NamedTuple):
-    """How the V views of B pictures lie in them.
+    """How the V views of B images lie in them.
 
     Attributes:
-        sizes: int64 (B, 2), H and W of each picture.
+        sizes: int64 (B, 2), H and W of each image.
         windows: float64 (B, V, 2, 2): of the rows and of the columns, start and step of a `Window`.
         mirrored: bool (B, V), left and right exchanged.
     """
@@ -83,10 +83,10 @@ class Resampling:
 
 
 def resampled(values: torch.Tensor, sampling: Sampling, how: Resampling) -> torch.Tensor:
-    """Views of pictures of any size.
+    """Views of images of any size.
 
     Args:
-        values: uint8 (sum of H * W * 3,), the pictures' pixels one after another, on the device to work on.
+        values: uint8 (sum of H * W * 3,), the images' pixels one after another, on the device to work on.
         sampling: how the views lie in them.
         how: size and filter; crops are always bicubic, which is what `filter` is in nearly all models.
 
@@ -114,7 +114,7 @@ def by_products(values: torch.Tensor, sampling: Sampling, how: Resampling) -> to
 
 
 def _offsets(sampling: Sampling) -> NDArray[np.int64]:
-    """Where each picture begins in the values, and where the last one ends."""
+    """Where each image begins in the values, and where the last one ends."""
     return np.concatenate([[0], np.cumsum(sampling.sizes.prod(axis=1))]) * 3
 
 
@@ -124,19 +124,19 @@ def _by_pil(values: NDArray[np.uint8], sampling: Sampling, how: Resampling) -> t
     batch, views = sampling.windows.shape[:2]
     out = np.empty((batch, views, how.side, how.side, 3), dtype=np.uint8)
     for row, size in enumerate(sampling.sizes):
-        picture = Image.fromarray(values[offsets[row] : offsets[row + 1]].reshape(*size, 3))
+        image = Image.fromarray(values[offsets[row] : offsets[row + 1]].reshape(*size, 3))
         for view in range(views):
             (top, down), (left, across) = sampling.windows[row, view]
-            # float64 may end a hair beyond the picture's edge, which PIL refuses
+            # float64 may end a hair beyond the image's edge, which PIL refuses
             right, bottom = min(left + how.side * across, size[1]), min(top + how.side * down, size[0])
             filter_ = PIL_FILTERS[how.filter if view == 0 else "bicubic"]
-            made = np.asarray(picture.resize((how.side, how.side), filter_, box=(left, top, right, bottom)))
+            made = np.asarray(image.resize((how.side, how.side), filter_, box=(left, top, right, bottom)))
             out[row, view] = made[:, ::-1] if sampling.mirrored[row, view] else made
     return torch.from_numpy(out).permute(0, 1, 4, 2, 3)  # (B, V, 3, S, S)
 
 
 def _chunks(sizes: NDArray[np.int64]) -> Iterator[list[int]]:
-    """Pictures of like sizes together, so that little is padded, and never more than a device has room for."""
+    """Images of like sizes together, so that little is padded, and never more than a device has room for."""
     chunk: list[int] = []
     height = width = 0
     for row in np.lexsort(sizes.T):
@@ -156,7 +156,7 @@ def _of(sampling: Sampling, rows: Sequence[int]) -> Sampling:
 
 
 def _chunk(padded: torch.Tensor, sampling: Sampling, how: Resampling) -> torch.Tensor:
-    """Views uint8 (B, V, 3, S, S) of pictures (B, H, W, 3) that are padded at the right and at the bottom."""
+    """Views uint8 (B, V, 3, S, S) of images (B, H, W, 3) that are padded at the right and at the bottom."""
     batch, height, width, _ = padded.shape
     down, across = (_weights(sampling, side, length, how, padded.device) for side, length in ((0, height), (1, width)))
     mirrored = torch.as_tensor(sampling.mirrored, device=padded.device)[:, :, None, None]  # (B, V, 1, 1)

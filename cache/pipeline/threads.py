@@ -1,4 +1,4 @@
-"""Work on the cores of a processor: each core at a picture batch of its own, results in order."""
+"""Work on the cores of a processor: each core at an image batch of its own, results in order."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def in_order(work: Callable[[_Item], _Result], items: Iterable[_Item], threads: 
 
     Decoding, resizing and PyTorch let go of the interpreter, so threads keep the cores busy, and nothing has to travel
     between processes. A core that does all of a batch is never waited for inside an operation, and the cores divide
-    themselves between decoding and encoding as the pictures need it.
+    themselves between decoding and encoding as the images need it.
 
     Args:
         work: what to do with an item; called from several threads at once.

@@ -1,4 +1,4 @@
-"""Weak and strong views of a picture, the same whenever and wherever they are drawn."""
+"""Weak and strong views of an image, the same whenever and wherever they are drawn."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class ViewRecipe:
         weak: Vw, number of weak views (random resized crop, flip), at least 0.
         strong: Vs, number of strong views (the same, then RandAugment), at least 0.
         seed: any whole number.
-        weak_scale: smallest and largest share of the picture's area in a crop, 0 < low <= high <= 1; for both kinds.
+        weak_scale: smallest and largest share of the image's area in a crop, 0 < low <= high <= 1; for both kinds.
         strong_ops: operations of RandAugment on a strong view, at least 0.
         strong_magnitude: their strength, 0..30.
     """
@@ -64,11 +64,11 @@ class ViewRecipe:
 
 @dataclass(frozen=True, slots=True)
 class Views:
-    """The views of one picture, V = Vw + Vs, weak ones first.
+    """The views of one image, V = Vw + Vs, weak ones first.
 
     Attributes:
         pixels: uint8 (V, H, W, 3).
-        scale: float32 (V,), share of the picture's area that the crop shows.
+        scale: float32 (V,), share of the image's area that the crop shows.
         flip: uint8 (V,), 1 where the view is mirrored.
     """
 
@@ -90,7 +90,7 @@ class Drawing:
     """What chance decided for one view, before any pixel is touched.
 
     Attributes:
-        box: left, top, right and bottom of the crop, in whole pixels of the picture.
+        box: left, top, right and bottom of the crop, in whole pixels of the image.
         mirrored: whether it is then mirrored.
         operations: of RandAugment, in their order: name and magnitude.
     """
@@ -100,29 +100,29 @@ class Drawing:
     operations: tuple[tuple[str, float], ...]
 
 
-def draw(picture: Image.Image, id: str, recipe: ViewRecipe, *, image_size: int) -> Views:
-    """All views of a picture, made with PIL.
+def draw(image: Image.Image, id: str, recipe: ViewRecipe, *, image_size: int) -> Views:
+    """All views of an image, made with PIL.
 
     The result depends on the arguments alone, as that of `drawings` does.
 
     Args:
-        picture: RGB, any size.
+        image: RGB, any size.
         id: the row's id.
         recipe: what to draw.
         image_size: H and W, in pixels.
     """
-    found = drawings(picture.size, id, recipe, image_size=image_size)
+    found = drawings(image.size, id, recipe, image_size=image_size)
     pixels = np.empty((len(found), image_size, image_size, 3), dtype=np.uint8)  # (V, H, W, 3)
     for view, drawing in enumerate(found):
-        pixels[view] = np.asarray(_made(picture, drawing, recipe, image_size))
-    return Views(pixels, *areas_and_flips(picture.size, found))
+        pixels[view] = np.asarray(_made(image, drawing, recipe, image_size))
+    return Views(pixels, *areas_and_flips(image.size, found))
 
 
 def drawings(size: tuple[int, int], id: str, recipe: ViewRecipe, *, image_size: int) -> list[Drawing]:
-    """What is drawn for the V views of a picture of that size (width, height), weak ones first.
+    """What is drawn for the V views of an image of that size (width, height), weak ones first.
 
     Every view has a seed of its own (`view_seed`), so the result depends on the arguments alone: not on the order of
-    the pictures, the process or the thread, and not on torch's random state, which is left as it was.
+    the images, the process or the thread, and not on torch's random state, which is left as it was.
     """
     # Places count inside each kind, as `view_seed` wants them.
     places = [*range(recipe.weak), *range(recipe.strong)]
@@ -136,7 +136,7 @@ def drawings(size: tuple[int, int], id: str, recipe: ViewRecipe, *, image_size: 
 
 
 def areas_and_flips(size: tuple[int, int], found: Sequence[Drawing]) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
-    """`Views.scale` and `Views.flip` of what was drawn for a picture of that size (width, height)."""
+    """`Views.scale` and `Views.flip` of what was drawn for an image of that size (width, height)."""
     whole = size[0] * size[1]
     areas = [(one.box[2] - one.box[0]) * (one.box[3] - one.box[1]) / whole for one in found]
     return np.array(areas, dtype=np.float32), np.array([one.mirrored for one in found], dtype=np.uint8)
@@ -164,7 +164,7 @@ def augmented(views: torch.Tensor, drawn: Sequence[Drawing], recipe: ViewRecipe)
 def _drawn(size: tuple[int, int], recipe: ViewRecipe, strong: bool, image_size: int) -> Drawing:
     """Chance's part of one view, from torch's generator as it is."""
     crop, augment = _transforms(recipe)
-    # torchvision asks a picture for its size; this one has no pixels
+    # torchvision asks an image for its size; this one has no pixels
     box = crop.make_params([torch.empty(3, size[1], size[0], device="meta")])
     mirrored = bool(torch.rand(()) < 0.5)
     operations = augment.draw(image_size) if strong else ()
@@ -172,14 +172,14 @@ def _drawn(size: tuple[int, int], recipe: ViewRecipe, strong: bool, image_size: 
     return Drawing((left, top, left + box["width"], top + box["height"]), mirrored, operations)
 
 
-def _made(picture: Image.Image, drawing: Drawing, recipe: ViewRecipe, size: int) -> Image.Image:
+def _made(image: Image.Image, drawing: Drawing, recipe: ViewRecipe, size: int) -> Image.Image:
     """One view of size x size pixels; crop and bicubic resize in one step, without a copy of the crop."""
-    image = picture.resize((size, size), Image.Resampling.BICUBIC, box=drawing.box, reducing_gap=_REDUCING_GAP)
+    view = image.resize((size, size), Image.Resampling.BICUBIC, box=drawing.box, reducing_gap=_REDUCING_GAP)
     if drawing.mirrored:
-        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        view = view.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     for operation in drawing.operations:
-        image = _transforms(recipe)[1].apply(image, operation)
-    return image
+        view = _transforms(recipe)[1].apply(view, operation)
+    return view
 
 
 class _Augment(v2.RandAugment):
@@ -198,7 +198,7 @@ class _Augment(v2.RandAugment):
         return name, -magnitude if signed and torch.rand(()) <= 0.5 else magnitude
 
     def apply(self, image: Any, operation: tuple[str, float]) -> Any:
-        """One operation on a PIL picture, or on a tensor (..., 3, H, W)."""
+        """One operation on a PIL image, or on a tensor (..., 3, H, W)."""
         return self._apply_image_or_video_transform(
             image, *operation, interpolation=self.interpolation, fill=self._fill
         )

@@ -44,13 +44,13 @@ class OpenPart:
         """Takes the next batch.
 
         Raises:
-            InputError: a feature that is not finite in the stored type; names the picture.
+            InputError: a feature that is not finite in the stored type; names the image.
         """
         self.left -= 1
         self.skipped += [{"id": row.id, "reason": reason} for row, reason in batch.skipped]
         for stage, seconds in batch.seconds.items():
             self.seconds[stage] += seconds
-        if not batch.kept:  # the arrays of no picture have no shape to speak of
+        if not batch.kept:  # the arrays of no image have no shape to speak of
             return
         features = batch.features.astype(dtype)  # (B, V, D + S W)
         _refuse_not_finite(features, batch.kept)
@@ -60,7 +60,7 @@ class OpenPart:
         self.flip.append(batch.flip)
 
     def shard(self, manifest: Manifest) -> Shard:
-        """The rows together; n is 0 where no picture could be read."""
+        """The rows together; n is 0 where no image could be read."""
         layout = manifest.layout(self.part.split)
         views, n = layout.weak + layout.strong, len(self.kept)
         # Gives the result its shape and type where there is nothing to join.
@@ -145,6 +145,6 @@ def _refuse_not_finite(features: NDArray[Any], rows: list[Row]) -> None:
     bad = np.flatnonzero(~np.isfinite(features).all(axis=(1, 2)))
     if len(bad):
         raise InputError(
-            f"the model gives features that are not finite for the picture {rows[int(bad[0])].id!r}; use --precision "
-            "fp32, or leave the picture out; finished shards stay"
+            f"the model gives features that are not finite for the image {rows[int(bad[0])].id!r}; use --precision "
+            "fp32, or leave the image out; finished shards stay"
         )

@@ -1,4 +1,4 @@
-"""Where pictures come from: class folders, tables, data sets by name; each gives rows in a fixed, recorded order."""
+"""Where images come from: class folders, tables, data sets by name; each gives rows in a fixed, recorded order."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from ulfine_fast.cache.io.errors import InputError
-from ulfine_fast.cache.sources.folder import FolderSource, PictureFolder
+from ulfine_fast.cache.sources.folder import FolderSource, ImageFolder
 from ulfine_fast.cache.sources.huggingface import PREFIX as HF
 from ulfine_fast.cache.sources.huggingface import HuggingFaceSource, is_saved
-from ulfine_fast.cache.sources.image import UnreadablePicture, load_picture
+from ulfine_fast.cache.sources.image import UnreadableImage, load_image
 from ulfine_fast.cache.sources.parquet_images import SUFFIX as PARQUET
-from ulfine_fast.cache.sources.parquet_images import ParquetSource, holds_pictures
+from ulfine_fast.cache.sources.parquet_images import ParquetSource, holds_images
 from ulfine_fast.cache.sources.rows import SPLITS, ListedSource, Part, Row, Source, StreamedSource, fingerprint
-from ulfine_fast.cache.sources.table import SUFFIXES, PictureTable, TableSource
+from ulfine_fast.cache.sources.table import SUFFIXES, ImageTable, TableSource
 from ulfine_fast.cache.sources.tar import SUFFIX as TAR
 from ulfine_fast.cache.sources.tar import TarSource
 
@@ -24,19 +24,19 @@ __all__ = [
     "SPLITS",
     "FolderSource",
     "HuggingFaceSource",
+    "ImageFolder",
+    "ImageTable",
     "ListedSource",
     "ParquetSource",
     "Part",
-    "PictureFolder",
-    "PictureTable",
     "Row",
     "Source",
     "StreamedSource",
     "TableSource",
     "TarSource",
-    "UnreadablePicture",
+    "UnreadableImage",
     "fingerprint",
-    "load_picture",
+    "load_image",
     "open_source",
     "reopen_source",
 ]
@@ -46,7 +46,7 @@ def open_source(where: str | Path, *, class_names_file: Path | None = None) -> S
     """Opens what the user named: a folder, a table, tar files, or a data set by name.
 
     Args:
-        where: a folder of pictures or of tar files, a `.csv` or `.parquet` table, a `.tar` file, pattern or URL, or one
+        where: a folder of images or of tar files, a `.csv` or `.parquet` table, a `.tar` file, pattern or URL, or one
             of cifar10, cifar100, fashion_mnist, food101, stl10, svhn. A folder of that name wins.
         class_names_file: names for the text tower, see `read_class_names`.
 
@@ -77,7 +77,7 @@ def open_source(where: str | Path, *, class_names_file: Path | None = None) -> S
 
 
 def reopen_source(described: Mapping[str, Any]) -> Source:
-    """Opens again what a manifest describes, for showing its pictures.
+    """Opens again what a manifest describes, for showing its images.
 
     Args:
         described: the manifest's `source`.
@@ -98,7 +98,7 @@ def reopen_source(described: Mapping[str, Any]) -> Source:
     if kind == "huggingface" and path:
         return HuggingFaceSource(path, class_names=[])
     if kind == "pictures" and path:
-        return PictureFolder(Path(path))
+        return ImageFolder(Path(path))
     if kind == "torchvision":
         # As above, only when asked for.
         from ulfine_fast.cache.sources.torchvision_sets import FASHION_MNIST_FOLDER, TorchvisionSource
@@ -108,15 +108,15 @@ def reopen_source(described: Mapping[str, Any]) -> Source:
 
 
 def _holds_parquet(where: str) -> bool:
-    """Whether parquet files with pictures in them are named: a file, a pattern, a folder or a URL."""
+    """Whether parquet files with images in them are named: a file, a pattern, a folder or a URL."""
     if "://" in where or any(sign in where for sign in "{*"):
         return where.endswith(PARQUET)
     path = Path(where).expanduser()
     if os.path.isdir(path):
         first = next(iter(sorted([*path.glob(f"*{PARQUET}"), *path.glob(f"*/*{PARQUET}")])), None)
         # a downloader's tables lie beside its tar files
-        return first is not None and not any(first.parent.glob(f"*{TAR}")) and holds_pictures(first)
-    return where.endswith(PARQUET) and os.path.isfile(path) and holds_pictures(path)
+        return first is not None and not any(first.parent.glob(f"*{TAR}")) and holds_images(first)
+    return where.endswith(PARQUET) and os.path.isfile(path) and holds_images(path)
 
 
 def _is_tars(where: str) -> bool:

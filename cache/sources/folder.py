@@ -1,4 +1,4 @@
-"""Pictures in class folders."""
+"""Images in class folders."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from PIL import Image
 
 from ulfine_fast.cache.io.errors import InputError
 from ulfine_fast.cache.models.prompts import read_class_names
-from ulfine_fast.cache.sources.image import load_picture, picture_suffixes
+from ulfine_fast.cache.sources.image import image_suffixes, load_image
 from ulfine_fast.cache.sources.rows import SPLITS, UNKNOWN, Row, in_order
 
-LAYOUT = "expected CLASS/picture, or train/CLASS/picture beside unlabeled/, val/CLASS/ and test/CLASS/"
+LAYOUT = "expected CLASS/image, or train/CLASS/image beside unlabeled/, val/CLASS/ and test/CLASS/"
 # Names people give to splits; taken for classes they would spoil a run without a word.
 _MISNAMED = {"training": "train", "valid": "val", "validation": "val", "dev": "val", "testing": "test"}
 _MISNAMED |= {"unlabelled": "unlabeled"}
@@ -23,8 +23,8 @@ _MISNAMED |= {"unlabelled": "unlabeled"}
 class FolderSource:
     """A folder with one folder per class, or with `train`, `unlabeled`, `val`, `test` folders above those.
 
-    The class is the first folder below the root (or below the split); pictures nested deeper belong to it. Under
-    `unlabeled` pictures lie at any depth. Hidden files and files that are not pictures by their suffix do not count.
+    The class is the first folder below the root (or below the split); images nested deeper belong to it. Under
+    `unlabeled` images lie at any depth. Hidden files and files that are not images by their suffix do not count.
     Without split folders every row is in "train". The classes are the union over the splits, sorted by name.
 
     Attributes:
@@ -37,22 +37,22 @@ class FolderSource:
     kind = "folder"
 
     def __init__(self, path: Path, *, class_names_file: Path | None = None) -> None:
-        """Lists the folder; no picture is opened.
+        """Lists the folder; no image is opened.
 
         Raises:
-            InputError: no such folder, no pictures, a picture outside of the class folders, a misnamed split folder.
+            InputError: no such folder, no images, an image outside of the class folders, a misnamed split folder.
         """
         self.path = path.absolute()
         if not os.path.isdir(self.path):
             raise InputError(f"no such folder: {path}")
         # File systems list in any order.
-        found = sorted(_pictures(self.path))
+        found = sorted(_images(self.path))
         splits = _has_splits(self.path)
         placed = [_place(relative, splits) for relative, _ in found]
         classes = sorted({name for _, name in placed if name is not None})
         if not classes:
-            raise InputError(f"no pictures in class folders under {path}; {LAYOUT}")
-        # By table, since a search in the list for every picture grows with classes times pictures.
+            raise InputError(f"no images in class folders under {path}; {LAYOUT}")
+        # By table, since a search in the list for every image grows with classes times images.
         index = {name: place for place, name in enumerate(classes)} | {None: UNKNOWN}
         self.rows = in_order(
             Row(_text(relative), index[name], split, str(self.path / relative), size)
@@ -62,20 +62,20 @@ class FolderSource:
         self.class_names = classes if class_names_file is None else read_class_names(class_names_file, classes)
 
     def read(self, row: Row) -> Image.Image:
-        """The picture of `row` as RGB; raises UnreadablePicture."""
-        return load_picture(row.location)
+        """The image of `row` as RGB; raises UnreadableImage."""
+        return load_image(row.location)
 
     def describe(self) -> dict[str, Any]:
         """Kind and path, for the manifest."""
         return {"kind": self.kind, "path": str(self.path)}
 
 
-class PictureFolder:
-    """Pictures without labels, at any depth of a folder, or a single picture: what `predict` reads.
+class ImageFolder:
+    """Images without labels, at any depth of a folder, or a single image: what `predict` reads.
 
     Attributes:
         kind: "pictures".
-        path: the folder or the picture, absolute.
+        path: the folder or the image, absolute.
         class_names: always empty.
         rows: all in the split "test" with label -1; a row's id is its path below the folder.
     """
@@ -83,27 +83,27 @@ class PictureFolder:
     kind = "pictures"
 
     def __init__(self, path: Path) -> None:
-        """Lists the folder; no picture is opened.
+        """Lists the folder; no image is opened.
 
         Raises:
-            InputError: nothing there, or no pictures in it.
+            InputError: nothing there, or no images in it.
         """
         self.path = path.absolute()
         if os.path.isfile(self.path):
             found = [(self.path.name, self.path.stat().st_size)]
         elif os.path.isdir(self.path):
-            found = list(_pictures(self.path))
+            found = list(_images(self.path))
         else:
-            raise InputError(f"no such folder or picture: {path}")
+            raise InputError(f"no such folder or image: {path}")
         if not found:
-            raise InputError(f"no pictures under {path}")
+            raise InputError(f"no images under {path}")
         root = self.path.parent if self.path.is_file() else self.path
         self.rows = in_order(Row(_text(name), UNKNOWN, "test", str(root / name), size) for name, size in found)
         self.class_names: list[str] = []
 
     def read(self, row: Row) -> Image.Image:
-        """The picture of `row` as RGB; raises UnreadablePicture."""
-        return load_picture(row.location)
+        """The image of `row` as RGB; raises UnreadableImage."""
+        return load_image(row.location)
 
     def describe(self) -> dict[str, Any]:
         """Kind and path."""
@@ -123,21 +123,21 @@ def _has_splits(root: Path) -> bool:
 
 
 def _place(relative: str, splits: bool) -> tuple[str, str | None]:
-    """Split and class of a path below the root; the class is None where pictures are unlabelled."""
+    """Split and class of a path below the root; the class is None where images are unlabelled."""
     parts = relative.split("/")
     split = parts[0] if splits and len(parts) > 1 else "train"
     if splits and split == "unlabeled":
         return split, None
-    # The class is the part after the split, and a picture must lie below it.
+    # The class is the part after the split, and an image must lie below it.
     depth = 1 if splits else 0
     if len(parts) < depth + 2:
-        raise InputError(f"the picture {_text(relative)} lies in no class folder; {LAYOUT}")
+        raise InputError(f"the image {_text(relative)} lies in no class folder; {LAYOUT}")
     return split, parts[depth]
 
 
-def _pictures(root: Path) -> Iterator[tuple[str, int]]:
-    """Path below the root, with forward slashes, and size of every picture; never enters a folder inside itself."""
-    suffixes = picture_suffixes()
+def _images(root: Path) -> Iterator[tuple[str, int]]:
+    """Path below the root, with forward slashes, and size of every image; never enters a folder inside itself."""
+    suffixes = image_suffixes()
     stack: list[tuple[str, frozenset[tuple[int, int]]]] = [("", frozenset())]
     while stack:
         below, above = stack.pop()

@@ -12,7 +12,7 @@ from PIL import Image
 
 from ulfine_fast.cache.io.errors import InputError
 from ulfine_fast.cache.models.prompts import read_class_names
-from ulfine_fast.cache.sources.image import UnreadablePicture, load_picture
+from ulfine_fast.cache.sources.image import UnreadableImage, load_image
 from ulfine_fast.cache.sources.parquet_images import LABELS
 from ulfine_fast.cache.sources.rows import SPLITS, Part, Row
 from ulfine_fast.cache.sources.streams import Labels, classes_of, names_or_refuse, split_named
@@ -24,8 +24,8 @@ _MARKS = ("dataset_dict.json", "dataset_info.json")
 class HuggingFaceSource:
     """`hf:FOLDER`, as `save_to_disk` leaves it, or `hf:OWNER/NAME`, which `datasets` downloads once.
 
-    The first column of pictures is used, and the column `label`, `class`, `cls` or `fine_label`. Splits are known by
-    their names (train, validation, test, unlabeled and what people write instead); others are left aside. A picture's
+    The first column of images is used, and the column `label`, `class`, `cls` or `fine_label`. Splits are known by
+    their names (train, validation, test, unlabeled and what people write instead); others are left aside. An image's
     id is its split and its number there.
 
     Attributes:
@@ -39,7 +39,7 @@ class HuggingFaceSource:
     def __init__(
         self, where: str, *, class_names_file: Path | None = None, class_names: list[str] | None = None
     ) -> None:
-        """Opens the data set; no picture is decoded.
+        """Opens the data set; no image is decoded.
 
         Args:
             where: a folder or a name.
@@ -47,11 +47,11 @@ class HuggingFaceSource:
             class_names: instead of a file; an empty list leaves all labels unknown.
 
         Raises:
-            InputError: `datasets` is not installed, nothing there, no known split, or no column of pictures.
+            InputError: `datasets` is not installed, nothing there, no known split, or no column of images.
         """
         self.where = str(Path(where).expanduser().absolute()) if os.path.isdir(os.path.expanduser(where)) else where
         first = next(iter(self._splits.values()))
-        self._picture = _picture_column(self.where, first)
+        self._image = _image_column(self.where, first)
         self._label = next((name for name in LABELS if name in first.column_names), None)
         self.class_names = self._classes(class_names_file) if class_names is None else class_names
         self._labels = Labels(self.class_names)
@@ -71,7 +71,7 @@ class HuggingFaceSource:
         return [Part(number, split, None, None, name) for number, (split, name) in enumerate(slices)]
 
     def open(self, part: Part) -> list[Row]:
-        """The rows of a slice: labels alone, no picture."""
+        """The rows of a slice: labels alone, no image."""
         start, stop = map(int, part.name.partition("#")[2].split("-"))
         labels = self._splits[part.split][self._label][start:stop] if self._label else [None] * (stop - start)
         rows = []
@@ -84,14 +84,14 @@ class HuggingFaceSource:
         """Nothing to do: the data set lies mapped in memory."""
 
     def read(self, row: Row) -> Image.Image:
-        """The picture of `row` as RGB; raises UnreadablePicture."""
-        value = self._splits[row.split][int(row.location)][self._picture]
+        """The image of `row` as RGB; raises UnreadableImage."""
+        value = self._splits[row.split][int(row.location)][self._image]
         content = value.get("bytes") if isinstance(value, dict) else value
         if content:
-            return load_picture(bytes(content))
+            return load_image(bytes(content))
         if isinstance(value, dict) and value.get("path"):
-            return load_picture(str(value["path"]))
-        raise UnreadablePicture("its cell is empty")
+            return load_image(str(value["path"]))
+        raise UnreadableImage("its cell is empty")
 
     def describe(self) -> dict[str, Any]:
         """Kind and place, for the manifest."""
@@ -107,12 +107,12 @@ class HuggingFaceSource:
 
     @cached_property
     def _splits(self) -> dict[str, Any]:
-        """The data set's splits by our names, pictures left encoded."""
+        """The data set's splits by our names, images left encoded."""
         found = _load(self.where)
         splits = found.items() if hasattr(found, "items") else [(str(found.split or "train"), found)]
         known = {split: data for name, data in splits if (split := split_named(name)) is not None and len(data)}
         if not known:
-            raise InputError(f"{self.where} has no split called train, unlabeled, val or test that holds pictures")
+            raise InputError(f"{self.where} has no split called train, unlabeled, val or test that holds images")
         return {split: _encoded(data) for split, data in known.items()}
 
     def _classes(self, class_names_file: Path | None) -> list[str]:
@@ -146,7 +146,7 @@ def _load(where: str) -> Any:
 
 
 def _encoded(data: Any) -> Any:
-    """Pictures as the bytes they were stored as: they are decoded where all others are."""
+    """Images as the bytes they were stored as: they are decoded where all others are."""
     import datasets
 
     for name, feature in data.features.items():
@@ -155,10 +155,10 @@ def _encoded(data: Any) -> Any:
     return data
 
 
-def _picture_column(where: str, data: Any) -> str:
+def _image_column(where: str, data: Any) -> str:
     import datasets
 
     found = [name for name, feature in data.features.items() if isinstance(feature, datasets.Image)]
     if not found:
-        raise InputError(f"{where} has no column of pictures; found {', '.join(data.column_names) or 'none'}")
+        raise InputError(f"{where} has no column of images; found {', '.join(data.column_names) or 'none'}")
     return found[0]

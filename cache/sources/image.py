@@ -1,4 +1,4 @@
-"""Any picture that PIL reads, as RGB: orientation honoured, transparency on white, deep grey scaled to 8 bits."""
+"""Any image that PIL reads, as RGB: orientation honoured, transparency on white, deep grey scaled to 8 bits."""
 
 from __future__ import annotations
 
@@ -24,28 +24,28 @@ _WHITE = (255, 255, 255, 255)
 
 @dataclass
 class Decoding:
-    """How the next picture is decoded, and what came of it.
+    """How the next image is decoded, and what came of it.
 
     Attributes:
-        short_side: pixels that the picture's shorter side keeps at least.
-        picture: what was loaded last; None before.
+        short_side: pixels that the image's shorter side keeps at least.
+        image: what was loaded last; None before.
         whole: (width, height) of it upright, with all its pixels.
     """
 
     short_side: int
-    picture: Image.Image | None = None
+    image: Image.Image | None = None
     whole: tuple[int, int] = (0, 0)
 
 
-# Whoever reads pictures sets it around what a source does, which need not know.
+# Whoever reads images sets it around what a source does, which need not know.
 _DECODING: ContextVar[Decoding | None] = ContextVar("decoding", default=None)
 
 
-class UnreadablePicture(Exception):
-    """A picture that is skipped.
+class UnreadableImage(Exception):
+    """An image that is skipped.
 
     Attributes:
-        reason: one line for the list of skipped pictures.
+        reason: one line for the list of skipped images.
     """
 
     def __init__(self, reason: str) -> None:
@@ -55,7 +55,7 @@ class UnreadablePicture(Exception):
 
 @contextlib.contextmanager
 def no_finer_than(short_side: int) -> Iterator[Decoding]:
-    """A JPEG picture loaded meanwhile may be reduced to a half, quarter or eighth while it is decoded.
+    """A JPEG image loaded meanwhile may be reduced to a half, quarter or eighth while it is decoded.
 
     That takes a fraction of the time for a large one. The short side keeps at least `short_side` pixels.
     """
@@ -68,67 +68,67 @@ def no_finer_than(short_side: int) -> Iterator[Decoding]:
 
 
 @cache
-def picture_suffixes() -> frozenset[str]:
-    """Lower-case file suffixes, with the dot, that count as pictures."""
+def image_suffixes() -> frozenset[str]:
+    """Lower-case file suffixes, with the dot, that count as images."""
     formats = Image.registered_extensions().items()
     return frozenset(suffix for suffix, name in formats if name in Image.OPEN and name not in _NOT_DECODABLE)
 
 
-def load_picture(source: Path | str | bytes) -> Image.Image:
-    """Reads one picture.
+def load_image(source: Path | str | bytes) -> Image.Image:
+    """Reads one image.
 
     Args:
         source: a path, or the bytes of the file.
 
     Returns:
-        an RGB picture in memory, turned upright by its EXIF orientation; of an animation, the first frame.
+        an RGB image in memory, turned upright by its EXIF orientation; of an animation, the first frame.
 
     Raises:
-        UnreadablePicture: not a picture, damaged, unreadable, over `MAX_PIXELS`, or thinner than 1 : `MAX_ASPECT`.
+        UnreadableImage: not an image, damaged, unreadable, over `MAX_PIXELS`, or thinner than 1 : `MAX_ASPECT`.
     """
     try:
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as picture:
-            _refuse_unreasonable(picture)
-            decoding, size = _DECODING.get(), picture.size
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+            _refuse_unreasonable(image)
+            decoding, size = _DECODING.get(), image.size
             if decoding:  # of other formats than JPEG this does nothing
-                picture.draft(None, (decoding.short_side, decoding.short_side))
-            picture.load()
-            stored = picture.size
-            # Damaged EXIF data is no reason to lose a good picture.
+                image.draft(None, (decoding.short_side, decoding.short_side))
+            image.load()
+            stored = image.size
+            # Damaged EXIF data is no reason to lose a good image.
             with contextlib.suppress(Exception):
-                ImageOps.exif_transpose(picture, in_place=True)
-            found = to_rgb(picture)
+                ImageOps.exif_transpose(image, in_place=True)
+            found = to_rgb(image)
             if decoding:
-                decoding.picture, decoding.whole = found, size if picture.size == stored else size[::-1]
+                decoding.image, decoding.whole = found, size if image.size == stored else size[::-1]
             return found
-    except UnreadablePicture:
+    except UnreadableImage:
         raise
     # PIL's decoders raise almost anything on damaged data: OSError, SyntaxError, ValueError, struct.error, zlib.error.
     except Exception as error:
-        raise UnreadablePicture(_reason(error)) from error
+        raise UnreadableImage(_reason(error)) from error
 
 
-def to_rgb(picture: Image.Image) -> Image.Image:
-    """The picture in RGB, from any mode.
+def to_rgb(image: Image.Image) -> Image.Image:
+    """The image in RGB, from any mode.
 
     16-bit pixels are scaled from their full range; 32-bit integers and floats from the smallest usual range that holds
     them (0..255 or 0..65535; 0..1 or 0..255), else from their own. Transparent pixels are laid on white.
     """
-    if picture.mode == "RGB" and "transparency" not in picture.info:
-        # A copy, because the caller closes the file the picture came from.
-        return picture.copy()
-    if picture.mode.startswith("I;16"):
-        return _from_grey(np.asarray(picture).astype(np.float64) / 257.0)
-    if picture.mode in ("I", "F"):
-        return _from_grey(_to_byte_range(np.asarray(picture).astype(np.float64), picture.mode))
-    if picture.mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in picture.info:
-        return _on_white(picture)
-    return picture.convert("RGB")
+    if image.mode == "RGB" and "transparency" not in image.info:
+        # A copy, because the caller closes the file the image came from.
+        return image.copy()
+    if image.mode.startswith("I;16"):
+        return _from_grey(np.asarray(image).astype(np.float64) / 257.0)
+    if image.mode in ("I", "F"):
+        return _from_grey(_to_byte_range(np.asarray(image).astype(np.float64), image.mode))
+    if image.mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in image.info:
+        return _on_white(image)
+    return image.convert("RGB")
 
 
-def _on_white(picture: Image.Image) -> Image.Image:
+def _on_white(image: Image.Image) -> Image.Image:
     # PIL has no direct way from La to RGBA.
-    layer = picture.convert("LA").convert("RGBA") if picture.mode == "La" else picture.convert("RGBA")
+    layer = image.convert("LA").convert("RGBA") if image.mode == "La" else image.convert("RGBA")
     return Image.alpha_composite(Image.new("RGBA", layer.size, _WHITE), layer).convert("RGB")
 
 
@@ -147,19 +147,19 @@ def _from_grey(values: np.ndarray) -> Image.Image:
     return Image.fromarray(grey).convert("RGB")
 
 
-def _refuse_unreasonable(picture: Image.Image) -> None:
+def _refuse_unreasonable(image: Image.Image) -> None:
     """Looks at the header only, before any pixel is decoded."""
-    width, height = picture.size
+    width, height = image.size
     if width * height > MAX_PIXELS:
-        raise UnreadablePicture(f"{width} x {height} pixels, more than {MAX_PIXELS:,}")
+        raise UnreadableImage(f"{width} x {height} pixels, more than {MAX_PIXELS:,}")
     if max(width, height) > MAX_ASPECT * min(width, height):
-        raise UnreadablePicture(f"{width} x {height} pixels, thinner than 1 : {MAX_ASPECT}")
+        raise UnreadableImage(f"{width} x {height} pixels, thinner than 1 : {MAX_ASPECT}")
 
 
 def _reason(error: Exception) -> str:
     """One line without the path or the object's address, so that it is the same in every run."""
     if isinstance(error, Image.UnidentifiedImageError):
-        return "not a picture that PIL knows"
+        return "not an image that PIL knows"
     if isinstance(error, Image.DecompressionBombError):
         return f"more than {MAX_PIXELS:,} pixels"
     if isinstance(error, OSError) and error.strerror:

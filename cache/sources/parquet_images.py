@@ -1,4 +1,4 @@
-"""Pictures inside parquet files: a column of bytes, as data set hubs and crawlers keep them."""
+"""Images inside parquet files: a column of bytes, as data set hubs and crawlers keep them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from PIL import Image
 from pyarrow import parquet
 
 from ulfine_fast.cache.io.errors import InputError
-from ulfine_fast.cache.sources.image import UnreadablePicture, load_picture
+from ulfine_fast.cache.sources.image import UnreadableImage, load_image
 from ulfine_fast.cache.sources.rows import SPLITS, Part, Row
 from ulfine_fast.cache.sources.streams import (
     File,
@@ -38,9 +38,9 @@ _GROUPS = threading.Lock()
 
 
 class ParquetSource:
-    """Parquet files with a column of encoded pictures, and of labels, ids and splits if there are any.
+    """Parquet files with a column of encoded images, and of labels, ids and splits if there are any.
 
-    The pictures' column holds bytes, or pairs of `bytes` and `path`. Labels are class indices or names, in a column
+    The images' column holds bytes, or pairs of `bytes` and `path`. Labels are class indices or names, in a column
     `label`, `class`, `cls` or `fine_label`. A row's split is what the column `split` says, else the file's folder or
     the beginning of its name, else "train" where there is a column of labels and "unlabeled" where not.
 
@@ -65,13 +65,13 @@ class ParquetSource:
             class_names: instead of a file; an empty list leaves all labels unknown.
 
         Raises:
-            InputError: nothing there, files that are not parquet, no column of pictures, or no class.
+            InputError: nothing there, files that are not parquet, no column of images, or no class.
         """
         self.where = where if not is_local(where) else str(Path(local_path(where)).expanduser().absolute())
         self.files = list_files(self.where, SUFFIX)
         self._by_name = {file.name: file for file in self.files}
         schema = _opened(self.files[0].url).schema_arrow
-        self._picture = _picture_column(self.files[0], schema)
+        self._image = _image_column(self.files[0], schema)
         self._label, self._id, self._split = (
             next((name for name in names if name in schema.names), None) for names in (LABELS, IDS, ("split",))
         )
@@ -92,7 +92,7 @@ class ParquetSource:
         return [Part(number, split, None, None, name) for number, (split, name) in enumerate(ordered)]
 
     def open(self, part: Part) -> list[Row]:
-        """The rows of some row groups: labels and ids alone, no picture."""
+        """The rows of some row groups: labels and ids alone, no image."""
         name, _, span = part.name.partition("#")
         first, last = map(int, span.split("-"))
         return [row for group in range(first, last + 1) for row in self._rows(self._by_name[name], group, part.split)]
@@ -101,17 +101,17 @@ class ParquetSource:
         """Nothing to do: what was read is kept only while neighbours ask for it."""
 
     def read(self, row: Row) -> Image.Image:
-        """The picture of `row` as RGB; raises UnreadablePicture."""
+        """The image of `row` as RGB; raises UnreadableImage."""
         url, group, place = row.location.split("\0")
         if not url:
-            raise UnreadablePicture(place)
+            raise UnreadableImage(place)
         with _GROUPS:
-            column = _pictures(url, int(group), self._picture)
+            column = _images(url, int(group), self._image)
         value = column[int(place)].as_py()
         content = value.get("bytes") if isinstance(value, dict) else value
         if not content:
-            raise UnreadablePicture("its cell is empty")
-        return load_picture(bytes(content))
+            raise UnreadableImage("its cell is empty")
+        return load_image(bytes(content))
 
     def describe(self) -> dict[str, Any]:
         """Kind and place, for the manifest."""
@@ -173,13 +173,13 @@ class ParquetSource:
         return Row(name, label, split, f"{file.url}\0{group}\0{place}", 0)
 
 
-def holds_pictures(table: Path) -> bool:
-    """Whether a parquet file has a column of encoded pictures, and not paths of pictures."""
+def holds_images(table: Path) -> bool:
+    """Whether a parquet file has a column of encoded images, and not paths of images."""
     try:
         schema = parquet.read_schema(table)
     except (pa.ArrowException, OSError):
         return False
-    return "path" not in schema.names and any(_is_picture(field.type) for field in schema)
+    return "path" not in schema.names and any(_is_image(field.type) for field in schema)
 
 
 @lru_cache(maxsize=64)
@@ -195,27 +195,27 @@ def _opened(url: str) -> parquet.ParquetFile:
 
 
 @lru_cache(maxsize=2)
-def _pictures(url: str, group: int, column: str) -> pa.ChunkedArray:
-    """The encoded pictures of a row group; two are kept, since batches cross from one to the next."""
+def _images(url: str, group: int, column: str) -> pa.ChunkedArray:
+    """The encoded images of a row group; two are kept, since batches cross from one to the next."""
     try:
         return _opened(url).read_row_group(group, columns=[column])[column]
     except (pa.ArrowException, OSError) as error:
-        raise UnreadablePicture(f"its row group cannot be read: {str(error).splitlines()[0]}") from error
+        raise UnreadableImage(f"its row group cannot be read: {str(error).splitlines()[0]}") from error
 
 
-def _picture_column(file: File, schema: pa.Schema) -> str:
-    found = [field.name for field in schema if _is_picture(field.type)]
+def _image_column(file: File, schema: pa.Schema) -> str:
+    found = [field.name for field in schema if _is_image(field.type)]
     if not found:
         raise InputError(
-            f"{file.url} has no column of encoded pictures (bytes, or pairs of bytes and path); found "
+            f"{file.url} has no column of encoded images (bytes, or pairs of bytes and path); found "
             f"{', '.join(schema.names) or 'none'}"
         )
     return found[0]
 
 
-def _is_picture(kind: pa.DataType) -> bool:
+def _is_image(kind: pa.DataType) -> bool:
     if pa.types.is_struct(kind):
-        return any(field.name == "bytes" and _is_picture(field.type) for field in kind)
+        return any(field.name == "bytes" and _is_image(field.type) for field in kind)
     return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
 
 

@@ -1,4 +1,4 @@
-"""What a source of pictures is: rows in a fixed order, and a way to read the picture of a row."""
+"""What a source of images is: rows in a fixed order, and a way to read the image of a row."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ UNKNOWN = -1
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One picture.
+    """One image.
 
     Attributes:
         id: unique in the source, the same on every machine, always encodable as UTF-8.
         label: class index, or -1 if unknown. A label in the split "unlabeled" serves only to score pseudo-labels.
         split: one of `SPLITS`.
-        location: where the source finds the picture: a path, or an index as text.
-        bytes: size of the file, or of the pixels where there is no file per picture.
+        location: where the source finds the image: a path, or an index as text.
+        bytes: size of the file, or of the pixels where there is no file per image.
     """
 
     id: str
@@ -52,7 +52,7 @@ class Part:
 
 
 class ListedSource(Protocol):
-    """Pictures whose rows fit in memory: a folder, a table, a data set by name.
+    """Images whose rows fit in memory: a folder, a table, a data set by name.
 
     Attributes:
         kind: "folder", "table" or "torchvision".
@@ -65,7 +65,7 @@ class ListedSource(Protocol):
     rows: list[Row]
 
     def read(self, row: Row) -> Image.Image:
-        """The picture of `row` as RGB; raises UnreadablePicture."""
+        """The image of `row` as RGB; raises UnreadableImage."""
         ...
 
     def describe(self) -> dict[str, Any]:
@@ -74,7 +74,7 @@ class ListedSource(Protocol):
 
 
 class StreamedSource(Protocol):
-    """Pictures too many to list: files of pictures, one part each; only the rows of parts under way are in memory.
+    """Images too many to list: files of images, one part each; only the rows of parts under way are in memory.
 
     It can be pickled, for reader processes; file handles are made where they are used.
 
@@ -87,7 +87,7 @@ class StreamedSource(Protocol):
     class_names: list[str]
 
     def plan(self, shard_size: int) -> list[Part]:
-        """The parts, split by split in the order of `SPLITS`, by name inside a split; no picture is opened."""
+        """The parts, split by split in the order of `SPLITS`, by name inside a split; no image is opened."""
         ...
 
     def open(self, part: Part) -> list[Row]:
@@ -99,7 +99,7 @@ class StreamedSource(Protocol):
         ...
 
     def read(self, row: Row) -> Image.Image:
-        """The picture of `row` as RGB, while its part is open; raises UnreadablePicture."""
+        """The image of `row` as RGB, while its part is open; raises UnreadableImage."""
         ...
 
     def describe(self) -> dict[str, Any]:
@@ -121,7 +121,7 @@ def in_order(rows: Iterable[Row]) -> list[Row]:
 
 
 def fingerprint(rows: Iterable[Row]) -> str:
-    """Hex sha256 over (id, label, split, bytes) of the rows in their order; changes when any picture's size does."""
+    """Hex sha256 over (id, label, split, bytes) of the rows in their order; changes when any image's size does."""
     digest = hashlib.sha256()
     for row in rows:
         # NUL cannot be part of a file name, so no two different rows give the same text.

@@ -1,4 +1,4 @@
-"""What streams of pictures share: files here or far away, splits by their names, labels as classes, plain ids."""
+"""What streams of images share: files here or far away, splits by their names, labels as classes, plain ids."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from ulfine_fast.cache.sources.rows import SPLITS, UNKNOWN, Part
 # Names people give to splits, those of data set libraries among them.
 _SAME_AS = {"training": "train", "valid": "val", "validation": "val", "dev": "val", "testing": "test"}
 _SAME_AS |= {"unlabelled": "unlabeled", "unsupervised": "unlabeled"}
-# More classes than any prompt list has; labels beyond are numbers of something else, such as of the picture.
+# More classes than any prompt list has; labels beyond are numbers of something else, such as of the image.
 _MOST_CLASSES = 1_000_000
 ASKED_AT_ONCE = 16  # questions to a store: a far one answers slowly, but many
 # Copies of remote files, so that none outlives a process that was interrupted.
@@ -46,7 +46,7 @@ class File:
 
     @property
     def stem(self) -> str:
-        """The name without its suffix: the first part of its pictures' ids."""
+        """The name without its suffix: the first part of its images' ids."""
         return str(PurePosixPath(self.name).with_suffix(""))
 
     @property
@@ -86,7 +86,7 @@ def list_files(where: str, suffix: str) -> list[File]:
     """The files that a path, a folder, a pattern with braces or stars, or a URL names, sorted by name.
 
     Args:
-        where: such as `pictures/`, `train-{000..031}.tar`, `s3://bucket/pictures`.
+        where: such as `images/`, `train-{000..031}.tar`, `s3://bucket/images`.
         suffix: of the files in a folder, with the dot.
 
     Raises:
@@ -98,7 +98,7 @@ def list_files(where: str, suffix: str) -> list[File]:
     if not files:
         raise InputError(f"no {suffix} files in {where}")
     names = [file.name for file in files]
-    # Files of one name in two folders would give pictures of one id, so they are told apart by more of their path.
+    # Files of one name in two folders would give images of one id, so they are told apart by more of their path.
     if len(set(names)) < len(names):
         files = [File(file.url.split("://")[-1].lstrip("/"), file.url, file.bytes) for file in files]
     return sorted(files, key=lambda file: file.name)

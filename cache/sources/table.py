@@ -1,4 +1,4 @@
-"""Pictures listed in a table: csv or parquet with the columns path, label and split."""
+"""Images listed in a table: csv or parquet with the columns path, label and split."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pyarrow import parquet
 
 from ulfine_fast.cache.io.errors import InputError
 from ulfine_fast.cache.models.prompts import count_names, read_class_names
-from ulfine_fast.cache.sources.image import load_picture
+from ulfine_fast.cache.sources.image import load_image
 from ulfine_fast.cache.sources.rows import SPLITS, UNKNOWN, Row, in_order
 
 COLUMNS = ("path", "label", "split")
@@ -50,7 +50,7 @@ class TableSource:
     kind = "table"
 
     def __init__(self, path: Path, *, class_names_file: Path | None = None) -> None:
-        """Reads the table and asks for the size of every picture; no picture is opened.
+        """Reads the table and asks for the size of every image; no image is opened.
 
         Raises:
             InputError: no such table, a column is missing, no rows, an unknown split, a training row without a label,
@@ -77,16 +77,16 @@ class TableSource:
         )
 
     def read(self, row: Row) -> Image.Image:
-        """The picture of `row` as RGB; raises UnreadablePicture."""
-        return load_picture(row.location)
+        """The image of `row` as RGB; raises UnreadableImage."""
+        return load_image(row.location)
 
     def describe(self) -> dict[str, Any]:
         """Kind and path, for the manifest."""
         return {"kind": self.kind, "path": str(self.path)}
 
 
-class PictureTable:
-    """Pictures of a table's column `path`, whatever else it holds: what `predict` reads.
+class ImageTable:
+    """Images of a table's column `path`, whatever else it holds: what `predict` reads.
 
     Attributes:
         kind: "pictures".
@@ -98,7 +98,7 @@ class PictureTable:
     kind = "pictures"
 
     def __init__(self, table: Path | Any) -> None:
-        """Reads the column and asks for the size of every picture; no picture is opened.
+        """Reads the column and asks for the size of every image; no image is opened.
 
         Args:
             table: a csv or parquet file, whose paths are relative to its folder; or a data frame of pandas or Polars,
@@ -122,8 +122,8 @@ class PictureTable:
         )
 
     def read(self, row: Row) -> Image.Image:
-        """The picture of `row` as RGB; raises UnreadablePicture."""
-        return load_picture(row.location)
+        """The image of `row` as RGB; raises UnreadableImage."""
+        return load_image(row.location)
 
     def describe(self) -> dict[str, Any]:
         """Kind and path."""
@@ -135,7 +135,7 @@ def _frame_paths(frame: Any) -> list[str]:
     try:
         table = pa.table(frame)
     except (TypeError, ValueError, pa.ArrowException) as error:
-        raise InputError(f"pictures must be a path or a data frame with a column path, got {type(frame)}") from error
+        raise InputError(f"images must be a path or a data frame with a column path, got {type(frame)}") from error
     _require_path(Path("the data frame"), table.column_names)
     return ["" if path is None else str(path) for path in table["path"].to_pylist()]
 
@@ -169,7 +169,7 @@ def _read_parquet(table: Path) -> list[list[str]]:
         names = parquet.read_schema(table).names
         _require_path(table, names)
         wanted = [name for name in COLUMNS if name in names]
-        # Only the columns used: a table may hold embeddings or the pictures themselves beside them.
+        # Only the columns used: a table may hold embeddings or the images themselves beside them.
         content = parquet.read_table(table, columns=wanted)
     except (pa.ArrowException, OSError) as error:
         raise InputError(f"{table} is not a parquet file: {str(error).splitlines()[0]}") from error

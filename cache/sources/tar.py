@@ -1,4 +1,4 @@
-"""Pictures in tar files, as webdataset and img2dataset write them."""
+"""Images in tar files, as webdataset and img2dataset write them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fsspec.core import url_to_fs
 from PIL import Image
 
 from ulfine_fast.cache.io.errors import InputError
-from ulfine_fast.cache.sources.image import UnreadablePicture, load_picture, picture_suffixes
+from ulfine_fast.cache.sources.image import UnreadableImage, image_suffixes, load_image
 from ulfine_fast.cache.sources.rows import UNKNOWN, Part, Row
 from ulfine_fast.cache.sources.streams import (
     ASKED_AT_ONCE,
@@ -42,7 +42,7 @@ _PEEK_BYTES = 2**16  # fetched at once for that, of a remote file
 class TarSource:
     """Tar files of samples: files in a row that share their name up to the first dot are one sample.
 
-    A sample's picture is its first file with a picture's suffix; its label stands in `.cls` (a class index or name) or
+    A sample's image is its first file with an image's suffix; its label stands in `.cls` (a class index or name) or
     in `.json` as `label` or `class`; other files are left aside. A file's split is what its folder or the beginning of
     its name says, else "train" where its first sample has a label and "unlabeled" where not. Members are never written
     to the disk. A remote file is copied whole to a temporary one while it is worked on.
@@ -59,7 +59,7 @@ class TarSource:
     def __init__(
         self, where: str, *, class_names_file: Path | None = None, class_names: list[str] | None = None
     ) -> None:
-        """Lists the files; no picture is opened.
+        """Lists the files; no image is opened.
 
         Args:
             where: see the class.
@@ -82,7 +82,7 @@ class TarSource:
             return planned(self.files, pool.map(self._split_of, self.files))
 
     def plan(self, shard_size: int) -> list[Part]:
-        """One part for each tar file, however many pictures it holds."""
+        """One part for each tar file, however many images it holds."""
         return self._parts
 
     def open(self, part: Part) -> list[Row]:
@@ -106,13 +106,13 @@ class TarSource:
             forget(copy)
 
     def read(self, row: Row) -> Image.Image:
-        """The picture of `row` as RGB, straight from its place in the tar file; raises UnreadablePicture."""
+        """The image of `row` as RGB, straight from its place in the tar file; raises UnreadableImage."""
         path, offset, size = row.location.split("\0")
         if not path:
-            raise UnreadablePicture(size)
+            raise UnreadableImage(size)
         with open(path, "rb") as file:
             file.seek(int(offset))
-            return load_picture(file.read(int(size)))
+            return load_image(file.read(int(size)))
 
     def describe(self) -> dict[str, Any]:
         """Kind and place, for the manifest."""
@@ -141,26 +141,26 @@ class TarSource:
         return self._labels.of(_label(sample), file.name)
 
     def _row(self, members: list[tarfile.TarInfo], file: File, path: str, split: str, data: BinaryIO) -> Row | None:
-        """One sample; None without a picture, and a row that cannot be read where its name leads elsewhere."""
-        pictures = [member for member in members if _key(member.name)[1] in picture_suffixes()]
-        if not pictures:
+        """One sample; None without an image, and a row that cannot be read where its name leads elsewhere."""
+        images = [member for member in members if _key(member.name)[1] in image_suffixes()]
+        if not images:
             return None
-        picture = pictures[0]
-        name = plain_id(file.stem, _key(picture.name)[0])
-        if name is None or not picture.isreg():
-            why = "its name leads out of the tar file" if picture.isreg() else "it is a link or a device"
-            return Row(f"{file.stem}/member-{picture.offset}", UNKNOWN, split, f"\0\0{why}", 0)
+        image = images[0]
+        name = plain_id(file.stem, _key(image.name)[0])
+        if name is None or not image.isreg():
+            why = "its name leads out of the tar file" if image.isreg() else "it is a link or a device"
+            return Row(f"{file.stem}/member-{image.offset}", UNKNOWN, split, f"\0\0{why}", 0)
         beside = {_key(member.name)[1]: member for member in members if member.isreg()}
         texts = {suffix: _bytes(data, one) for suffix, one in beside.items() if suffix in (".cls", ".json")}
-        label = self._labels.of(_label(texts), f"{file.name}, {picture.name}")
-        return Row(name, label, split, f"{path}\0{picture.offset_data}\0{picture.size}", picture.size)
+        label = self._labels.of(_label(texts), f"{file.name}, {image.name}")
+        return Row(name, label, split, f"{path}\0{image.offset_data}\0{image.size}", image.size)
 
 
 def _key(name: str) -> tuple[str, str]:
     """A member's sample and its suffix in lower case: the name is cut at the first dot of its last part."""
     head, slash, last = name.rpartition("/")
     stem, dot, rest = last.partition(".")
-    # `a.left.png` is a picture of the sample `a`: what it is, the last suffix says
+    # `a.left.png` is an image of the sample `a`: what it is, the last suffix says
     return head + slash + stem, f".{rest.rpartition('.')[2]}".lower() if dot else ""
 
 
@@ -194,7 +194,7 @@ def _peeking(file: File) -> Iterator[tarfile.TarFile]:
 def _checked(tar: tarfile.TarFile, data: BinaryIO) -> Iterator[tarfile.TarInfo]:
     """Members, the last of which must be there to its end, and the mark of zeros behind it.
 
-    `tarfile` takes a cut or damaged header after the first for the end, and a picture without its end for whole.
+    `tarfile` takes a cut or damaged header after the first for the end, and an image without its end for whole.
     """
     size = data.seek(0, os.SEEK_END)
     for member in tar:
@@ -217,7 +217,7 @@ def _label(texts: dict[str, bytes]) -> Any:
         return texts[".cls"]
     try:
         told = json.loads(texts.get(".json", b"{}"))
-    except ValueError:  # what downloaders note of a picture is no reason to lose it
+    except ValueError:  # what downloaders note of an image is no reason to lose it
         return None
     return next((told[name] for name in ("label", "class") if name in told), None) if isinstance(told, dict) else None
 

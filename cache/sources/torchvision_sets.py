@@ -14,7 +14,7 @@ from torchvision import datasets
 from ulfine_fast.cache.io.errors import InputError
 from ulfine_fast.cache.io.home import cache_home
 from ulfine_fast.cache.models.prompts import read_class_names
-from ulfine_fast.cache.sources.image import UnreadablePicture, load_picture
+from ulfine_fast.cache.sources.image import UnreadableImage, load_image
 from ulfine_fast.cache.sources.rows import UNKNOWN, Row, in_order
 
 NAMES = ("cifar10", "cifar100", "fashion_mnist", "food101", "stl10", "svhn")
@@ -25,14 +25,14 @@ _FILES = "train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3
 
 
 class _Part:
-    """One split: labels (n,) and pixels (n, H, W) or (n, H, W, 3) uint8, or picture files."""
+    """One split: labels (n,) and pixels (n, H, W) or (n, H, W, 3) uint8, or image files."""
 
     def __init__(self, labels: Any, pixels: np.ndarray | None = None, files: list[Path] | None = None) -> None:
         self.labels = np.asarray(labels, dtype=np.int64)
         self.pixels, self.files = pixels, files
 
     def location(self, place: int) -> tuple[str, int]:
-        """Where picture `place` is, as text, and its size in bytes."""
+        """Where image `place` is, as text, and its size in bytes."""
         if self.files is not None:
             return str(self.files[place]), self.files[place].stat().st_size
         assert self.pixels is not None
@@ -70,15 +70,15 @@ class TorchvisionSource:
         self.rows = in_order(row for split, part in self._parts.items() for row in _rows(split, part))
 
     def read(self, row: Row) -> Image.Image:
-        """The picture of `row` as RGB; raises UnreadablePicture."""
+        """The image of `row` as RGB; raises UnreadableImage."""
         pixels = self._parts[row.split].pixels
         if pixels is None:
-            return load_picture(row.location)
+            return load_image(row.location)
         try:
             # Some sets are views with the channels first in memory, which PIL cannot take.
             return Image.fromarray(np.ascontiguousarray(pixels[int(row.location)])).convert("RGB")
         except (IndexError, ValueError) as error:
-            raise UnreadablePicture(f"no picture {row.location} in {self.name}: {error}") from error
+            raise UnreadableImage(f"no image {row.location} in {self.name}: {error}") from error
 
     def describe(self) -> dict[str, Any]:
         """Kind, name, and where the files were if not in the usual place."""
@@ -98,7 +98,7 @@ class TorchvisionSource:
             reason = " ".join(str(error).split()) or type(error).__name__
             raise InputError(
                 f"{self.name} could not be downloaded to {root} ({reason[:160]}); "
-                "copy the data set there or give a folder of pictures instead"
+                "copy the data set there or give a folder of images instead"
             ) from error
 
 
@@ -112,7 +112,7 @@ def _rows(split: str, part: _Part) -> list[Row]:
 
 
 def _from_idx(folder: Path) -> dict[str, _Part]:
-    """Train and test from gzipped IDX files; the headers say how many pictures of which size."""
+    """Train and test from gzipped IDX files; the headers say how many images of which size."""
     arrays = [_read_idx(folder / f"{file}.gz") for file in _FILES]
     for pixels, labels in (arrays[:2], arrays[2:]):
         if pixels.ndim != 3 or labels.ndim != 1 or len(pixels) != len(labels):
@@ -163,7 +163,7 @@ def _stl10(root: str) -> tuple[list[str], dict[str, _Part]]:
 
 def _svhn(root: str) -> tuple[list[str], dict[str, _Part]]:
     parts = {}
-    # Its "extra" split is left out: half a million easier pictures that no protocol counts as training set.
+    # Its "extra" split is left out: half a million easier images that no protocol counts as training set.
     for split in ("train", "test"):
         part = datasets.SVHN(root, split=split, download=True)
         parts[split] = _Part(part.labels, part.data.transpose(0, 2, 3, 1))
@@ -171,7 +171,7 @@ def _svhn(root: str) -> tuple[list[str], dict[str, _Part]]:
 
 
 def _food101(root: str) -> tuple[list[str], dict[str, _Part]]:
-    # The one set of picture files; torchvision has no public name for its list.
+    # The one set of image files; torchvision has no public name for its list.
     train, test = (datasets.Food101(root, split=split, download=True) for split in ("train", "test"))
     parts = {"train": train, "test": test}
     return list(train.classes), {name: _Part(part._labels, files=part._image_files) for name, part in parts.items()}

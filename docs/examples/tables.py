@@ -1,6 +1,6 @@
-"""Predictions from and to tables: `python docs/examples/tables.py RUN PICTURES`.
+"""Predictions from and to tables: `python docs/examples/tables.py RUN IMAGES`.
 
-RUN is a run folder over pictures, PICTURES a folder of new ones.
+RUN is a run folder over images, IMAGES a folder of new ones.
 """
 
 import sys
@@ -9,13 +9,13 @@ from pathlib import Path
 import pyarrow as pa
 
 from ulfine_fast import Run
-from ulfine_fast.runs.predict import predict_pictures
+from ulfine_fast.runs.predict import predict_images
 
-run, pictures = Run.load(sys.argv[1]), Path(sys.argv[2])
+run, images = Run.load(sys.argv[1]), Path(sys.argv[2])
 
 # a data frame of pandas or Polars, or an Arrow table, with a column `path`
-table = pa.table({"path": [str(path) for path in sorted(pictures.rglob("*.png"))[:20]]})
-found = predict_pictures(run, table)
+table = pa.table({"path": [str(path) for path in sorted(images.rglob("*.png"))[:20]]})
+found = predict_images(run, table)
 
 # and back: .to_pandas() of it, or polars.from_arrow(it)
 answer = found.to_arrow()

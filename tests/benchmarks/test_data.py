@@ -84,7 +84,7 @@ def test_the_open_sets_strangers_are_unlabelled_in_every_shape(ten):
     assert len(np.unique(split.unlabeled)) == len(split.unlabeled)
 
 
-def test_npm_digits_become_pictures_by_split_and_class(tmp_path, monkeypatch):
+def test_npm_digits_become_images_by_split_and_class(tmp_path, monkeypatch):
     packed = tmp_path / "package" / "src" / "digits"
     packed.mkdir(parents=True)
     for digit in range(10):
@@ -119,7 +119,7 @@ def test_a_finished_cache_is_opened_without_model_and_source(tmp_path, monkeypat
 
     monkeypatch.setenv("ULFINE_FAST_HOME", str(tmp_path))
     write_cache(tmp_path / "benchmarks" / "mine")
-    assert data.extracted("mine", lambda: pytest.fail("listed the pictures")).class_names == ["cat", "dog"]
+    assert data.extracted("mine", lambda: pytest.fail("listed the images")).class_names == ["cat", "dog"]
 
 
 def test_another_model_has_a_cache_of_its_own(tmp_path, monkeypatch):
@@ -127,7 +127,7 @@ def test_another_model_has_a_cache_of_its_own(tmp_path, monkeypatch):
 
     monkeypatch.setenv("ULFINE_FAST_HOME", str(tmp_path))
     write_cache(tmp_path / "benchmarks" / "mine-ViT-B-16-openai")
-    found = data.extracted("mine", lambda: pytest.fail("listed the pictures"), model="ViT-B-16/openai")
+    found = data.extracted("mine", lambda: pytest.fail("listed the images"), model="ViT-B-16/openai")
     assert found.class_names == ["cat", "dog"]
 
 
@@ -155,7 +155,7 @@ def test_views_are_two_weak_and_four_strong():
         data.NOTHING  # noqa: B018
 
 
-def test_the_demos_pictures_have_the_views_of_its_command(monkeypatch, tmp_path):
+def test_the_demos_images_have_the_views_of_its_command(monkeypatch, tmp_path):
     monkeypatch.setenv("ULFINE_FAST_HOME", str(tmp_path))
     monkeypatch.setattr(data, "extracted", lambda *given: given)
     name, source, _, _, views = data.demo()

@@ -1,4 +1,4 @@
-"""A world of small coloured pictures and a tower of one convolution."""
+"""A world of small coloured images and a tower of one convolution."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ def tower(seed=0):
         # fmt: on
 
 
-def plain(picture):
-    pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 255
+def plain(image):
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
     return (pixels - 0.5) / 0.25
 
 
 def make_world(train=40, test=10, size=12, noise=50, seed=0):
-    """Three classes, each a colour under noise, `train` and `test` pictures of each."""
+    """Three classes, each a colour under noise, `train` and `test` images of each."""
     random = np.random.default_rng(seed)
     labels = np.concatenate([np.repeat(np.arange(3), train), np.repeat(np.arange(3), test)])
     clean = np.broadcast_to(COLOURS[labels][:, None, None], (len(labels), size, size, 3))
@@ -38,7 +38,7 @@ def make_world(train=40, test=10, size=12, noise=50, seed=0):
     text = random.normal(size=(3, 1, 5)).astype(np.float32)
     text /= np.linalg.norm(text, axis=-1, keepdims=True)
     return World(
-        picture=lambda row: Image.fromarray(pixels[row]),
+        image=lambda row: Image.fromarray(pixels[row]),
         ids=[f"{row:04d}" for row in range(len(labels))],
         labels=labels.astype(np.int64),
         splits=np.array(["train"] * (3 * train) + ["test"] * (3 * test)),

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cache.samples import write_pictures, write_tiny_model
+from tests.cache.samples import write_images, write_tiny_model
 from ulfine_fast.cache.models.encoder import Encoder, load_encoder
 
 
@@ -19,7 +19,7 @@ def tiny_encoder(tiny_model) -> Encoder:
 
 
 @pytest.fixture
-def pictures(tmp_path) -> Path:
-    """11 pictures in all four splits, two classes."""
+def images(tmp_path) -> Path:
+    """11 images in all four splits, two classes."""
     counts = {"train/cat": 3, "train/dog": 2, "unlabeled": 3, "val/dog": 1, "test/cat": 1, "test/dog": 1}
-    return write_pictures(tmp_path / "pictures", counts)
+    return write_images(tmp_path / "images", counts)

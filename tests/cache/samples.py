@@ -1,4 +1,4 @@
-"""Small real things: a model of random weights, pictures, shards, and a cache that no model made."""
+"""Small real things: a model of random weights, images, shards, and a cache that no model made."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ def write_tiny_model(folder: Path, seed: int = 0, **vision: Any) -> str:
     return f"local-dir:{folder}"
 
 
-def write_pictures(root: Path, counts: dict[str, int], seed: int = 0) -> Path:
-    """Noise pictures, `counts` of them for each folder below `root` ("train/cat": 3)."""
+def write_images(root: Path, counts: dict[str, int], seed: int = 0) -> Path:
+    """Noise images, `counts` of them for each folder below `root` ("train/cat": 3)."""
     rng = np.random.default_rng(seed)
     for folder, count in counts.items():
         (root / folder).mkdir(parents=True, exist_ok=True)
@@ -117,7 +117,7 @@ PARTS = [("train", 3), ("train", 1), ("unlabeled", 2), ("val", 2), ("test", 3)]
 
 
 def write_cache(folder: Path, parts: list[tuple[str, int]] = PARTS, skipped: int = 1) -> list[Shard]:
-    """A cache written part by part, without a model; `skipped` pictures are missing from every shard."""
+    """A cache written part by part, without a model; `skipped` images are missing from every shard."""
     (folder / "shards").mkdir(parents=True)
     rows = sum(n + skipped for _, n in parts)
     manifest = make_manifest(source={**make_manifest().source, "rows": rows})

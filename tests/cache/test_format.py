@@ -21,10 +21,10 @@ VIEWED = {"train", "unlabeled"}
 
 
 @pytest.fixture
-def folder(pictures, tiny_encoder, tmp_path):
-    (pictures / "train/cat/001.png").write_bytes(b"cut")
+def folder(images, tiny_encoder, tmp_path):
+    (images / "train/cat/001.png").write_bytes(b"cut")
     options = {"batch_size": 2, "shard_size": 3, "workers": 0, "prompts": ["a {}.", "{}"], "max_skipped": 0.1}
-    extract(open_source(pictures), tiny_encoder, tmp_path / "cache", **options)
+    extract(open_source(images), tiny_encoder, tmp_path / "cache", **options)
     return tmp_path / "cache"
 
 
@@ -86,13 +86,13 @@ def test_shards_read_by_the_page_alone(folder):
     assert ids == FeatureCache.open(folder).ids
 
 
-def test_bytes_and_tokens_read_by_the_page_alone(pictures, tiny_model, tmp_path):
-    """The same pictures as float32 and as int8 with tokens: the page says how one comes from the other."""
+def test_bytes_and_tokens_read_by_the_page_alone(images, tiny_model, tmp_path):
+    """The same images as float32 and as int8 with tokens: the page says how one comes from the other."""
     from ulfine_fast.cache.models.encoder import load_encoder
 
     encoder = load_encoder(tiny_model, device="cpu", features="last-block")
     for dtype in ("float32", "int8"):
-        extract(open_source(pictures), encoder, tmp_path / dtype, dtype=dtype, workers=0, shard_size=4)
+        extract(open_source(images), encoder, tmp_path / dtype, dtype=dtype, workers=0, shard_size=4)
     manifest = json.loads((tmp_path / "int8/manifest.json").read_text())
     assert (manifest["version"], manifest["dtype"], manifest["tokens"]) == (2, "int8", ["pre", "post"])
     with h5py.File(tmp_path / "int8/text.h5") as text:
@@ -148,8 +148,8 @@ def test_the_view_seed_is_as_the_page_says():
     assert view_seed(7, "train/cat/a.png", "strong", 1) == int.from_bytes(digest[:8], "big")
 
 
-def test_the_fingerprint_is_as_the_page_says(pictures, tiny_encoder, folder):
-    rows = open_source(pictures).rows
+def test_the_fingerprint_is_as_the_page_says(images, tiny_encoder, folder):
+    rows = open_source(images).rows
     text = "".join(f"{row.id}\0{row.label}\0{row.split}\0{row.bytes}\n" for row in rows)
     found = json.loads((folder / "manifest.json").read_text())["source"]["fingerprint"]
     assert found == hashlib.sha256(text.encode()).hexdigest()

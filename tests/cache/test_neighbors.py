@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from tests.cache.samples import write_pictures, write_tiny_model
+from tests.cache.samples import write_images, write_tiny_model
 from ulfine_fast import FeatureCache, InputError
 from ulfine_fast.cache.models.encoder import load_encoder
 from ulfine_fast.cache.neighbors import (
@@ -56,7 +56,7 @@ def test_planted_copies_are_found_and_nothing_else():
     assert found.group.tolist() == [0, 0, 1, 2, 1, 3, 4, 3, -1, 2, -1, 4]
 
 
-def test_leaks_are_held_out_pictures_that_training_has():
+def test_leaks_are_held_out_images_that_training_has():
     cache = planted()
     for found in (leaks(cache, near_duplicates(cache)), find_leaks(cache)):
         assert sorted((leak.held_out, leak.trained, leak.same_label) for leak in found) == [
@@ -64,7 +64,7 @@ def test_leaks_are_held_out_pictures_that_training_has():
             (11, 6, False),
         ]
         assert found[0].cosine >= found[1].cosine
-    assert "2 pictures of the 4 in val and test are nearly the same as one in train" in leakage(cache)
+    assert "2 images of the 4 in val and test are nearly the same as one in train" in leakage(cache)
 
 
 def test_no_leak_is_no_word_and_a_large_cache_is_said():
@@ -106,7 +106,7 @@ def test_rows_of_zeros_are_like_nothing():
 def test_tiny_and_empty_caches():
     one = FeatureCache.from_arrays(random_rows(1), [0])
     assert pairs_of(near_duplicates(one)) == []
-    with pytest.raises(InputError, match="no pictures to compare"):
+    with pytest.raises(InputError, match="no images to compare"):
         build_index(np.empty((0, 4), np.float32))
 
 
@@ -138,25 +138,25 @@ def test_the_approximate_index_tells_its_recall_and_finds_copies():
     assert found == [(i, 5000 + i) for i in range(10)]
 
 
-# -- the commands, over real pictures
+# -- the commands, over real images
 
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory):
-    """Pictures with a copy across splits, a copy with another label, and a re-encoded one."""
+    """Images with a copy across splits, a copy with another label, and a re-encoded one."""
     root = tmp_path_factory.mktemp("neighbors")
-    pictures = write_pictures(root / "pictures", {"train/cat": 4, "train/dog": 4, "test/cat": 2, "test/dog": 2}, seed=3)
-    # the tiny model sees every picture as much the same, so these differ in colour
-    for number, path in enumerate(sorted(pictures.rglob("*.png"))):
+    images = write_images(root / "images", {"train/cat": 4, "train/dog": 4, "test/cat": 2, "test/dog": 2}, seed=3)
+    # the tiny model sees every image as much the same, so these differ in colour
+    for number, path in enumerate(sorted(images.rglob("*.png"))):
         Image.new("RGB", (24, 24), (17 * number % 256, 90 * number % 256, 200 - 15 * number)).save(path)
-    (pictures / "test/cat/000.png").write_bytes((pictures / "train/cat/002.png").read_bytes())
-    (pictures / "train/dog/003.png").write_bytes((pictures / "train/cat/001.png").read_bytes())
+    (images / "test/cat/000.png").write_bytes((images / "train/cat/002.png").read_bytes())
+    (images / "train/dog/003.png").write_bytes((images / "train/cat/001.png").read_bytes())
     buffer = io.BytesIO()
-    Image.open(pictures / "train/dog/000.png").save(buffer, "JPEG", quality=95)
-    (pictures / "test/dog/001.png").write_bytes(buffer.getvalue())
+    Image.open(images / "train/dog/000.png").save(buffer, "JPEG", quality=95)
+    (images / "test/dog/001.png").write_bytes(buffer.getvalue())
     encoder = load_encoder(write_tiny_model(root / "model"), device="cpu")
     views = ViewRecipe(weak=0, strong=0)
-    extract(open_source(pictures), encoder, root / "cache", views=views, dtype="float32", prompts=["{}"], workers=0)
+    extract(open_source(images), encoder, root / "cache", views=views, dtype="float32", prompts=["{}"], workers=0)
     return root / "cache"
 
 
@@ -170,11 +170,11 @@ def test_the_command_finds_what_was_planted(cache, tmp_path):
     assert ("train/dog/000.png", "test/dog/001.png") in found
     assert (told["leaks"], told["different_labels"], told["pairs"]) == (2, 1, 3)
     shown = CliRunner().invoke(app, ["neighbors", str(cache), "--threshold", "0.99999"]).output
-    assert "3 near-duplicates in 3 groups among 12 pictures" in shown
+    assert "3 near-duplicates in 3 groups among 12 images" in shown
     assert "different labels: one of the two is likely wrong" in " ".join(shown.split())
 
 
-def test_the_nearest_of_each_picture_go_to_a_table(cache, tmp_path):
+def test_the_nearest_of_each_image_go_to_a_table(cache, tmp_path):
     out = tmp_path / "near.parquet"
     done = CliRunner().invoke(app, ["neighbors", str(cache), "--k", "3", "--out", str(out)])
     assert done.exit_code == 0, done.output

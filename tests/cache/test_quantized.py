@@ -85,7 +85,7 @@ def test_a_damaged_scale_is_refused(tmp_path):
         file["weak_scale"][3, 0] = 1e30
     problems = " ".join(verify_shard(path, LAYOUT)[1])
     assert "weak_scale does not match its checksum" in problems
-    with pytest.raises(InputError, match=r"the weak features of picture 'train/катя/3.png' are not finite"):
+    with pytest.raises(InputError, match=r"the weak features of image 'train/катя/3.png' are not finite"):
         shards._refuse_not_finite(path, read_shard(path, LAYOUT, check=False))
 
 

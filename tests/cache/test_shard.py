@@ -211,10 +211,10 @@ def test_a_file_that_is_no_hdf5_is_refused(tmp_path):
 
 @pytest.mark.parametrize("name", ["plain", "weak", "strong"])
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_nan_names_shard_and_picture(tmp_path, name, value):
+def test_nan_names_shard_and_image(tmp_path, name, value):
     shard = make_shard()
     getattr(shard, name)[1, -1, 2] = value
-    with pytest.raises(InputError, match=rf"shard 00000: the {name} features of picture 'train/катя/1.png' are not"):
+    with pytest.raises(InputError, match=rf"shard 00000: the {name} features of image 'train/катя/1.png' are not"):
         read_shard(finish(tmp_path, shard), LAYOUT)
     assert np.array_equal(
         read_shard(tmp_path / "00000.h5", LAYOUT, check=False).plain, shard.plain, equal_nan=name == "plain"

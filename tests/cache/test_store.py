@@ -131,13 +131,13 @@ def test_a_shard_that_vanishes_after_opening_is_named(folder):
         _ = cache.labels
 
 
-def test_nan_names_shard_and_picture(tmp_path):
+def test_nan_names_shard_and_image(tmp_path):
     written = write_cache(tmp_path, [("train", 2)], skipped=0)
     written[0].weak[1, 0, 0] = np.nan
     put_shard(tmp_path, written[0])
-    with pytest.raises(InputError, match=r"shard 00000: the weak features of picture 'train/0/1' are not finite"):
+    with pytest.raises(InputError, match=r"shard 00000: the weak features of image 'train/0/1' are not finite"):
         _ = FeatureCache.open(tmp_path).plain
-    # The other picture of the shard went down with it, so make the cache anew without that picture.
+    # The other image of the shard went down with it, so make the cache anew without that image.
     assert "--mode overwrite" in FeatureCache.open(tmp_path).verify()[0]
 
 
@@ -217,7 +217,7 @@ def test_summary_says_what_is_in_it(folder):
         "val": {"dog": 2},
         "test": {"cat": 3},
     }
-    assert (found["pictures"], found["shards"], found["dim"], found["dtype"]) == (11, 5, 4, "float16")
+    assert (found["images"], found["shards"], found["dim"], found["dtype"]) == (11, 5, 4, "float16")
     assert found["bytes"] == sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     assert [one["id"] for one in found["skipped"]][:2] == ["train/0/lost0", "train/1/lost0"]
     assert (found["problems"], found["model"]["name"], found["views"]["strong"]) == ([], "ViT-B-16", 2)

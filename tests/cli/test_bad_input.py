@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from tests.cache.samples import write_pictures, write_tiny_model
+from tests.cache.samples import write_images, write_tiny_model
 from ulfine_fast.cli.main import app
 from ulfine_fast.cli.tables import print_summary
 
@@ -32,14 +32,14 @@ def model(tmp_path_factory):
 
 
 @pytest.fixture
-def pictures(tmp_path):
-    return write_pictures(tmp_path / "pictures", {"train/cat": 8, "train/dog": 5, "test/cat": 2, "test/dog": 2})
+def images(tmp_path):
+    return write_images(tmp_path / "images", {"train/cat": 8, "train/dog": 5, "test/cat": 2, "test/dog": 2})
 
 
 @pytest.fixture(scope="module")
 def cache(model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("cache")
-    source = write_pictures(folder / "pictures", {"train/cat": 8, "train/dog": 6, "test/cat": 2, "test/dog": 2})
+    source = write_images(folder / "images", {"train/cat": 8, "train/dog": 6, "test/cat": 2, "test/dog": 2})
     done = run("extract", source, "--out", folder / "cache", "--model", model, "--workers", 0)
     assert done.exit_code == 0, done.output
     return folder / "cache"
@@ -60,15 +60,15 @@ def test_a_missing_folder(tmp_path):
 def test_an_empty_folder(tmp_path, model):
     (tmp_path / "empty").mkdir()
     sentence = refused("extract", tmp_path / "empty", "--out", tmp_path / "cache", "--model", model)
-    assert "CLASS/picture" in sentence
+    assert "CLASS/image" in sentence
 
 
 def test_a_data_set_misspelt(tmp_path):
     assert "did you mean cifar10?" in refused("extract", "cifar1O", "--out", tmp_path / "cache")
 
 
-def test_a_model_misspelt(pictures, tmp_path):
-    sentence = refused("extract", pictures, "--out", tmp_path / "cache", "--model", "ViT-B-61")
+def test_a_model_misspelt(images, tmp_path):
+    sentence = refused("extract", images, "--out", tmp_path / "cache", "--model", "ViT-B-61")
     assert "'ViT-B-61'" in sentence
     assert "ViT-B-16" in sentence
 
@@ -103,19 +103,19 @@ def test_a_table_with_an_id_twice(tmp_path):
         ("--precision", "fp64", "fp64"),
     ],
 )
-def test_extract_options_out_of_range(pictures, tmp_path, model, option, value, words):
-    sentence = refused("extract", pictures, "--out", tmp_path / "cache", "--model", model, option, value)
+def test_extract_options_out_of_range(images, tmp_path, model, option, value, words):
+    sentence = refused("extract", images, "--out", tmp_path / "cache", "--model", model, option, value)
     assert words in sentence
 
 
-def test_an_option_that_is_no_number_is_clicks_own_exit_two(pictures, tmp_path):
-    assert run("extract", pictures, "--out", tmp_path / "cache", "--weak", "many").exit_code == 2
-    assert run("extract", pictures).exit_code == 2
+def test_an_option_that_is_no_number_is_clicks_own_exit_two(images, tmp_path):
+    assert run("extract", images, "--out", tmp_path / "cache", "--weak", "many").exit_code == 2
+    assert run("extract", images).exit_code == 2
     assert run("nonsense").exit_code == 2
 
 
-def test_a_class_without_a_labelled_picture(tmp_path, model):
-    source = write_pictures(tmp_path / "pictures", {"train/cat": 3, "test/cat": 1, "test/dog": 1})
+def test_a_class_without_a_labelled_image(tmp_path, model):
+    source = write_images(tmp_path / "images", {"train/cat": 3, "test/cat": 1, "test/dog": 1})
     done = run("extract", source, "--out", tmp_path / "cache", "--model", model, "--workers", 0)
     sentence = done.stderr
     if done.exit_code == 0:
@@ -123,8 +123,8 @@ def test_a_class_without_a_labelled_picture(tmp_path, model):
     assert "dog" in sentence
 
 
-def test_broken_pictures_are_skipped_up_to_a_share(tmp_path, model):
-    source = write_pictures(tmp_path / "pictures", {"cat": 8, "dog": 8})
+def test_broken_images_are_skipped_up_to_a_share(tmp_path, model):
+    source = write_images(tmp_path / "images", {"cat": 8, "dog": 8})
     good = (source / "cat" / "000.png").read_bytes()
     for name, content in {"zero.png": b"", "cut.png": good[: len(good) // 2], "text.jpg": b"hello"}.items():
         (source / "cat" / name).write_bytes(content)
@@ -145,18 +145,18 @@ def test_broken_pictures_are_skipped_up_to_a_share(tmp_path, model):
         assert name not in done.stdout
 
 
-def test_an_output_that_is_something_else(pictures, tmp_path, model):
+def test_an_output_that_is_something_else(images, tmp_path, model):
     photos = tmp_path / "photos"
     photos.mkdir()
     (photos / "cat.jpg").write_bytes(b"meow")
     for mode in ("resume", "overwrite"):
-        refused("extract", pictures, "--out", photos, "--model", model, "--mode", mode)
+        refused("extract", images, "--out", photos, "--model", model, "--mode", mode)
     assert (photos / "cat.jpg").read_bytes() == b"meow"
 
 
-def test_an_output_below_a_file(pictures, tmp_path, model):
+def test_an_output_below_a_file(images, tmp_path, model):
     (tmp_path / "file").write_text("")
-    refused("extract", pictures, "--out", tmp_path / "file" / "cache", "--model", model)
+    refused("extract", images, "--out", tmp_path / "file" / "cache", "--model", model)
 
 
 def test_no_cache_there(tmp_path):
@@ -188,8 +188,8 @@ def test_a_flipped_byte_in_a_shard(cache, tmp_path):
         (["--lr", "nan"], "lr must be a finite number"),
         (["--seeds", "0"], "seeds must be at least 1, got 0"),
         (["--shape", "round"], "shape must be one of"),
-        (["--n1", "500"], "n1 = 500 needs 500 labelled pictures"),
-        (["--n1", "2", "--gamma-l", "1", "--m1", "500"], "m1 = 500 needs 500 unlabelled pictures"),
+        (["--n1", "500"], "n1 = 500 needs 500 labelled images"),
+        (["--n1", "2", "--gamma-l", "1", "--m1", "500"], "m1 = 500 needs 500 unlabelled images"),
         (["--device", "tpu"], "device"),
         (["--split", "nowhere.json"], "is not a saved split"),
     ],
@@ -213,29 +213,29 @@ def test_a_fit_over_runs_it_does_not_replace_is_refused_before_training(cache, t
 
 
 @pytest.mark.parametrize("command", ["eval", "predict", "report"])
-def test_no_run_there(command, tmp_path, pictures):
-    extra = [pictures] if command == "predict" else []
+def test_no_run_there(command, tmp_path, images):
+    extra = [images] if command == "predict" else []
     assert "run" in refused(command, tmp_path / "nowhere", *extra)
 
 
-def test_predict_refuses_what_it_cannot_do(fitted, tmp_path, pictures):
-    assert "no such folder or picture" in refused("predict", fitted, tmp_path / "none")
-    assert "got 0" in refused("predict", fitted, pictures, "--batch-size", 0)
-    assert "must end in .csv or .parquet" in refused("predict", fitted, pictures, "--out", tmp_path / "out.xlsx")
+def test_predict_refuses_what_it_cannot_do(fitted, tmp_path, images):
+    assert "no such folder or image" in refused("predict", fitted, tmp_path / "none")
+    assert "got 0" in refused("predict", fitted, images, "--batch-size", 0)
+    assert "must end in .csv or .parquet" in refused("predict", fitted, images, "--out", tmp_path / "out.xlsx")
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "a.png").write_bytes(b"no")
-    assert "none of the 1 pictures" in refused("predict", fitted, tmp_path / "bad", "--out", tmp_path / "o.csv")
+    assert "none of the 1 images" in refused("predict", fitted, tmp_path / "bad", "--out", tmp_path / "o.csv")
 
 
-def test_eval_refuses_another_encoders_cache(fitted, tmp_path, pictures):
+def test_eval_refuses_another_encoders_cache(fitted, tmp_path, images):
     other = write_tiny_model(tmp_path / "other", seed=1)
-    done = run("extract", pictures, "--out", tmp_path / "cache", "--model", other, "--workers", 0)
+    done = run("extract", images, "--out", tmp_path / "cache", "--model", other, "--workers", 0)
     assert done.exit_code == 0, done.stderr
     assert "model.sha256" in refused("eval", fitted, "--cache", tmp_path / "cache")
 
 
 def test_eval_refuses_classes_the_run_does_not_know(fitted, tmp_path, model):
-    source = write_pictures(tmp_path / "pictures", {"cat": 2, "horse": 2})
+    source = write_images(tmp_path / "images", {"cat": 2, "horse": 2})
     run("extract", source, "--out", tmp_path / "cache", "--model", model, "--workers", 0)
     assert "class 'horse'" in refused("eval", fitted, "--cache", tmp_path / "cache")
 

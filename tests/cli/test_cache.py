@@ -7,7 +7,7 @@ import pytest
 from typer.testing import CliRunner
 
 from tests.cache.caches import write_named_cache
-from tests.cache.samples import write_pictures, write_tiny_model
+from tests.cache.samples import write_images, write_tiny_model
 from ulfine_fast.cache.store import FeatureCache
 from ulfine_fast.cli.main import app
 
@@ -36,9 +36,9 @@ def run(*arguments, code=0):
 
 def test_merge_says_what_it_made(two, tmp_path):
     shown = run("cache", "merge", *two, "--out", tmp_path / "all")
-    assert shown.strip() == f"{tmp_path / 'all'}: 24 pictures of 3 classes in 8 shards"
+    assert shown.strip() == f"{tmp_path / 'all'}: 24 images of 3 classes in 8 shards"
     found = json.loads(run("cache", "merge", *two, "-o", tmp_path / "all", "--json"))
-    assert (found["pictures"], found["kept"], found["out"]) == (24, 8, str(tmp_path / "all"))
+    assert (found["images"], found["kept"], found["out"]) == (24, 8, str(tmp_path / "all"))
     assert "8 of them finished before and kept" in run("cache", "merge", *two, "-o", tmp_path / "all")
 
 
@@ -62,7 +62,7 @@ def test_out_and_back(two, tmp_path, to, files):
     assert f"12 rows, {files} files written" in run("cache", "export", two[0], "--out", tmp_path / "out", "--to", to)
     assert json.loads(run("cache", "export", two[0], "--out", tmp_path / "out", "--to", to, "--json"))["rows"] == 12
     shown = run("cache", "import", tmp_path / "out", "--out", tmp_path / "back", "--shard-size", 2)
-    assert "12 pictures of 2 classes in 7 shards" in shown
+    assert "12 images of 2 classes in 7 shards" in shown
     before, after = FeatureCache.open(two[0]), FeatureCache.open(tmp_path / "back")
     assert np.array_equal(before.plain, after.plain)
     assert before.labels.tolist() == after.labels.tolist()
@@ -88,7 +88,7 @@ def test_a_model_named_beside_text_features_is_not_loaded(tmp_path):
     np.save(tmp_path / "text.npy", np.eye(2, 4))
     options = ["--text-features", tmp_path / "text.npy", "--model", "no such model", "--json"]
     found = json.loads(run("cache", "import", tmp_path / "all.npz", "--out", tmp_path / "cache", *options))
-    assert (found["pictures"], found["classes"], found["normalised"]) == (4, 2, 0)
+    assert (found["images"], found["classes"], found["normalised"]) == (4, 2, 0)
     manifest = FeatureCache.open(tmp_path / "cache").manifest
     assert manifest is not None
     assert (manifest.model["name"], manifest.model["sha256"]) == ("no such model", "")
@@ -105,15 +105,15 @@ def test_a_wrong_path_loads_no_model(tmp_path):
 
 
 def test_append_takes_everything_from_the_cache(tmp_path, model):
-    pictures = write_pictures(tmp_path / "pictures", {"train/cat": 2, "train/dog": 1})
+    images = write_images(tmp_path / "images", {"train/cat": 2, "train/dog": 1})
     settings = ["--model", model, "--weak", 2, "--strong", 0, "--batch-size", 2, "--shard-size", 2]
-    run("extract", pictures, "--out", tmp_path / "cache", "--device", "cpu", "--workers", 0, *settings)
-    write_pictures(tmp_path / "more", {"train/emu": 2, "train/cat": 3})
+    run("extract", images, "--out", tmp_path / "cache", "--device", "cpu", "--workers", 0, *settings)
+    write_images(tmp_path / "more", {"train/emu": 2, "train/cat": 3})
     place = [tmp_path / "more", "--out", tmp_path / "cache", "--append", "--device", "cpu", "--workers", 0]
     shown = run("extract", *place)
-    assert "6 pictures in 4 shards" in shown
-    assert "3 pictures encoded" in shown
-    assert "2 pictures were there already and stay as they are\n1 new classes" in shown
+    assert "6 images in 4 shards" in shown
+    assert "3 images encoded" in shown
+    assert "2 images were there already and stay as they are\n1 new classes" in shown
     found = json.loads(run("extract", *place, "--json"))
     assert (found["encoded"], found["known"], found["classes"]) == (0, 5, 0)
     cache = FeatureCache.open(tmp_path / "cache")
@@ -121,7 +121,7 @@ def test_append_takes_everything_from_the_cache(tmp_path, model):
 
 
 def test_append_leaves_settings_to_the_cache(two):
-    said = run("extract", "pictures", "--out", two[0], "--append", "--batch-size", 8, code=2)
+    said = run("extract", "images", "--out", two[0], "--append", "--batch-size", 8, code=2)
     assert "--append takes everything from the cache; leave out --batch-size" in said
-    said = run("extract", "pictures", "--out", two[0] / "shards", "--append", code=2)
+    said = run("extract", "images", "--out", two[0] / "shards", "--append", code=2)
     assert "is not a feature cache" in said

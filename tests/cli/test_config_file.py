@@ -52,7 +52,7 @@ def test_what_is_printed_is_a_file_of_the_same_options(tmp_path):
 def test_a_file_changes_what_is_done(tmp_path):
     """Nothing is run while options are printed; with the same file the command does run."""
     (tmp_path / "options.toml").write_text(f'[extract]\nout = "{tmp_path / "cache"}"\nmode = "nonsense"\n')
-    (tmp_path / "pictures/train/cat").mkdir(parents=True)
+    (tmp_path / "images/train/cat").mkdir(parents=True)
     assert run("--config", tmp_path / "options.toml", "--print-config", "extract", tmp_path / "x").exit_code == 0
     done = run("--config", tmp_path / "options.toml", "extract", tmp_path / "no-such-folder")
     assert (done.exit_code, "no-such-folder" in done.stderr) == (2, True)

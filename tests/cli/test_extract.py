@@ -11,7 +11,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from tests.cache.samples import write_pictures, write_tiny_model
+from tests.cache.samples import write_images, write_tiny_model
 from ulfine_fast.cache.io.errors import CacheMismatch, InputError
 from ulfine_fast.cache.store import FeatureCache
 from ulfine_fast.cli.extract import extract
@@ -28,8 +28,8 @@ def model(tmp_path_factory):
 
 
 @pytest.fixture
-def pictures(tmp_path):
-    return write_pictures(tmp_path / "pictures", {"train/cat": 2, "train/dog": 1, "test/cat": 1, "unlabeled": 1})
+def images(tmp_path):
+    return write_images(tmp_path / "images", {"train/cat": 2, "train/dog": 1, "test/cat": 1, "unlabeled": 1})
 
 
 def run(*arguments):
@@ -39,31 +39,31 @@ def run(*arguments):
     return result.stdout
 
 
-def run_extract(pictures, out, model, *more):
-    return run("extract", pictures, "--out", out, "--model", model, "--workers", 0, "--device", "cpu", *more)
+def run_extract(images, out, model, *more):
+    return run("extract", images, "--out", out, "--model", model, "--workers", 0, "--device", "cpu", *more)
 
 
 # -- extract
 
 
-def test_extract_prints_what_it_did(pictures, model, tmp_path):
-    shown = run_extract(pictures, tmp_path / "cache", model)
-    assert "5 pictures in 3 shards" in shown
-    assert "5 pictures encoded in" in shown
+def test_extract_prints_what_it_did(images, model, tmp_path):
+    shown = run_extract(images, tmp_path / "cache", model)
+    assert "5 images in 3 shards" in shown
+    assert "5 images encoded in" in shown
     assert len(FeatureCache.open(tmp_path / "cache")) == 5
-    again = run_extract(pictures, tmp_path / "cache", model)
+    again = run_extract(images, tmp_path / "cache", model)
     assert "3 shards finished before and kept" in again
     assert "encoded" not in again
-    assert "3 shards with 5 pictures intact" in run_extract(pictures, tmp_path / "cache", model, "--mode", "verify")
+    assert "3 shards with 5 images intact" in run_extract(images, tmp_path / "cache", model, "--mode", "verify")
 
 
-def test_every_option_reaches_the_cache(pictures, model, tmp_path):
+def test_every_option_reaches_the_cache(images, model, tmp_path):
     (tmp_path / "prompts.txt").write_text("a drawing of a {}.\n{}\n")
     (tmp_path / "names.txt").write_text("house cat\nbig dog\n")
     options = ["--weak", 2, "--strong", 0, "--view-seed", 7, "--dtype", "float32", "--batch-size", 4, "--shard-size", 2]
     options += ["--prompts", tmp_path / "prompts.txt", "--class-names", tmp_path / "names.txt", "--precision", "bf16"]
-    shown = run_extract(pictures, tmp_path / "cache", model, *options, "--max-skipped", 0.5, "--json")
-    assert json.loads(shown)["pictures"] == 5
+    shown = run_extract(images, tmp_path / "cache", model, *options, "--max-skipped", 0.5, "--json")
+    assert json.loads(shown)["images"] == 5
     manifest = FeatureCache.open(tmp_path / "cache").manifest
     assert manifest is not None
     assert (manifest.views["weak"], manifest.views["strong"], manifest.views["seed"]) == (2, 0, 7)
@@ -72,17 +72,17 @@ def test_every_option_reaches_the_cache(pictures, model, tmp_path):
     assert (manifest.precision, manifest.max_skipped) == ("bf16", 0.5)
 
 
-def test_extract_json_is_one_object(pictures, model, tmp_path):
-    found = json.loads(run_extract(pictures, tmp_path / "cache", model, "--json"))
-    assert (found["pictures"], found["encoded"], found["shards"], found["skipped"]) == (5, 5, 3, [])
+def test_extract_json_is_one_object(images, model, tmp_path):
+    found = json.loads(run_extract(images, tmp_path / "cache", model, "--json"))
+    assert (found["images"], found["encoded"], found["shards"], found["skipped"]) == (5, 5, 3, [])
     assert found["out"] == str(tmp_path / "cache")
-    assert found["pictures_per_second"] > 0
+    assert found["images_per_second"] > 0
 
 
-def test_skipped_pictures_are_listed(pictures, model, tmp_path):
+def test_skipped_images_are_listed(images, model, tmp_path):
     for number in range(12):
-        (pictures / f"unlabeled/cut{number:02d}.png").write_bytes(b"")
-    shown = run_extract(pictures, tmp_path / "cache", model, "--max-skipped", 0.9)
+        (images / f"unlabeled/cut{number:02d}.png").write_bytes(b"")
+    shown = run_extract(images, tmp_path / "cache", model, "--max-skipped", 0.9)
     assert "skipped unlabeled/cut00.png: " in shown
     assert "... and 2 more" in shown
 
@@ -100,9 +100,9 @@ def test_skipped_pictures_are_listed(pictures, model, tmp_path):
         (["--class-names", "/nowhere.txt"], r"/nowhere\.txt"),
     ],
 )
-def test_a_wrong_value_is_said_with_the_value(pictures, model, tmp_path, options, message):
+def test_a_wrong_value_is_said_with_the_value(images, model, tmp_path, options, message):
     with pytest.raises(InputError, match=message):
-        run_extract(pictures, tmp_path / "cache", model, *options)
+        run_extract(images, tmp_path / "cache", model, *options)
     assert not (tmp_path / "cache").exists()
 
 
@@ -111,11 +111,11 @@ def test_a_wrong_source_is_said_before_a_model_is_loaded(tmp_path):
         run_extract(tmp_path / "nowhere", tmp_path / "cache", "no-such-model")
 
 
-def test_other_settings_are_refused(pictures, model, tmp_path):
-    run_extract(pictures, tmp_path / "cache", model)
+def test_other_settings_are_refused(images, model, tmp_path):
+    run_extract(images, tmp_path / "cache", model)
     with pytest.raises(CacheMismatch, match=r"views\.weak = 1, the request says 3; .*--mode overwrite"):
-        run_extract(pictures, tmp_path / "cache", model, "--weak", 3)
-    run_extract(pictures, tmp_path / "cache", model, "--weak", 3, "--mode", "overwrite")
+        run_extract(images, tmp_path / "cache", model, "--weak", 3)
+    run_extract(images, tmp_path / "cache", model, "--weak", 3, "--mode", "overwrite")
     assert FeatureCache.open(tmp_path / "cache").views("weak").shape[1] == 3
 
 
@@ -141,12 +141,12 @@ main()
 
 
 @pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_an_interrupt_says_how_to_continue(pictures, model, tmp_path, sent, code):
+def test_an_interrupt_says_how_to_continue(images, model, tmp_path, sent, code):
     out, reached = tmp_path / "cache", tmp_path / "reached"
     options = ["--out", out, "--model", model, "--workers", 2, "--device", "cpu"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     child = subprocess.Popen(
-        [str(one) for one in [sys.executable, "-c", CHILD, "extract", pictures, *options, reached]],
+        [str(one) for one in [sys.executable, "-c", CHILD, "extract", images, *options, reached]],
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -164,35 +164,35 @@ def test_an_interrupt_says_how_to_continue(pictures, model, tmp_path, sent, code
     assert "stopped: 1 of 3 shards are finished" in stderr
     assert "run the same command again to continue" in stderr
     assert "Traceback" not in stderr
-    assert "encoded" in run_extract(pictures, out, model)
+    assert "encoded" in run_extract(images, out, model)
 
 
 # -- inspect
 
 
-def test_inspect_prints_what_is_in_a_cache(pictures, model, tmp_path, monkeypatch):
+def test_inspect_prints_what_is_in_a_cache(images, model, tmp_path, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
-    (pictures / "unlabeled/[red]cut.png").write_bytes(b"")
-    run_extract(pictures, tmp_path / "cache", model, "--max-skipped", 0.5)
+    (images / "unlabeled/[red]cut.png").write_bytes(b"")
+    run_extract(images, tmp_path / "cache", model, "--max-skipped", 0.5)
     shown = run("inspect", tmp_path / "cache")
     for part in ("local-dir:", "8 x float16", "1 plain, 1 weak, 1 strong, seed 0", "a photo of a {}.", "5 from folder"):
         assert part in shown
     rows = {cells[0]: cells[1:] for line in shown.splitlines() if len(cells := line.replace("│", " ").split()) > 3}
     assert (rows["cat"], rows["dog"], rows["all"]) == (["2", "0", "1"], ["1", "0", "0"], ["3", "1", "1"])
     assert "unlabeled/[red]cut.png" in shown
-    assert "1 pictures skipped" in shown or "1 picture skipped" in shown
+    assert "1 images skipped" in shown or "1 image skipped" in shown
     assert "every checksum, shape and value is right" in shown
 
 
-def test_inspect_json_is_one_object(pictures, model, tmp_path):
-    run_extract(pictures, tmp_path / "cache", model)
+def test_inspect_json_is_one_object(images, model, tmp_path):
+    run_extract(images, tmp_path / "cache", model)
     found = json.loads(run("inspect", tmp_path / "cache", "--json"))
     assert found["counts"] == {"train": {"cat": 2, "dog": 1}, "unlabeled": {"(unknown)": 1}, "test": {"cat": 1}}
-    assert (found["problems"], found["pictures"], found["dim"]) == ([], 5, 8)
+    assert (found["problems"], found["images"], found["dim"]) == ([], 5, 8)
 
 
-def test_inspect_of_a_damaged_cache_shows_the_rest_and_fails(pictures, model, tmp_path, capsys):
-    run_extract(pictures, tmp_path / "cache", model)
+def test_inspect_of_a_damaged_cache_shows_the_rest_and_fails(images, model, tmp_path, capsys):
+    run_extract(images, tmp_path / "cache", model)
     path = tmp_path / "cache/shards/00001.h5"
     path.write_bytes(path.read_bytes()[:-1] + b"?")
     for as_json in (False, True):

@@ -6,7 +6,7 @@ import csv
 
 import pytest
 
-from tests.cache.samples import write_pictures, write_tiny_model
+from tests.cache.samples import write_images, write_tiny_model
 from tests.cli.test_bad_input import run
 from ulfine_fast.cache.store import FeatureCache
 
@@ -14,9 +14,9 @@ OPTIONS = ["--method", "lightweight", "--steps", 10, "--eval-every", 10]
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
+def images(tmp_path_factory):
     counts = {"train/cat": 8, "train/dog": 6, "test/cat": 2, "test/dog": 2}
-    return write_pictures(tmp_path_factory.mktemp("pictures"), counts)
+    return write_images(tmp_path_factory.mktemp("images"), counts)
 
 
 @pytest.fixture(scope="module")
@@ -25,10 +25,10 @@ def model(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def cache(pictures, model, tmp_path_factory):
+def cache(images, model, tmp_path_factory):
     """Features as bytes, and the last block's tokens."""
     out = tmp_path_factory.mktemp("cache") / "features"
-    done = run("extract", pictures, "-o", out, "--model", model, "--features", "last-block", "--dtype", "int8")
+    done = run("extract", images, "-o", out, "--model", model, "--features", "last-block", "--dtype", "int8")
     assert done.exit_code == 0, done.output
     return out
 
@@ -38,12 +38,12 @@ def test_inspect_tells_type_and_tokens(cache):
     assert FeatureCache.open(cache).summary()["tokens"] == ["pre", "post"]
 
 
-def test_an_adapter_in_the_encoder_from_pictures_to_predictions(cache, pictures, tmp_path):
+def test_an_adapter_in_the_encoder_from_images_to_predictions(cache, images, tmp_path):
     fitted = run("fit", cache, "--out", tmp_path / "run", "--adapter", "adaptformer", *OPTIONS)
     assert fitted.exit_code == 0, fitted.output
     judged = run("eval", tmp_path / "run", "--json")
     assert judged.exit_code == 0, judged.output
-    done = run("predict", tmp_path / "run", pictures / "test", "--out", tmp_path / "found.csv")
+    done = run("predict", tmp_path / "run", images / "test", "--out", tmp_path / "found.csv")
     assert done.exit_code == 0, done.output
     with (tmp_path / "found.csv").open(newline="") as file:
         assert [row["id"] for row in csv.DictReader(file)] == [
@@ -51,10 +51,10 @@ def test_an_adapter_in_the_encoder_from_pictures_to_predictions(cache, pictures,
         ]
 
 
-def test_lifts_head_from_pictures_to_predictions(pictures, model, tmp_path):
+def test_lifts_head_from_images_to_predictions(images, model, tmp_path):
     out = tmp_path / "crops"
     told = ("--features", "pre-projection", "--weak", 4, "--smallest-crop", 0.08)
-    done = run("extract", pictures, "-o", out, "--model", model, *told)
+    done = run("extract", images, "-o", out, "--model", model, *told)
     assert done.exit_code == 0, done.output
     cache = FeatureCache.open(out)
     assert (cache.manifest.views["weak_scale"], cache.token_kinds) == ([0.08, 1.0], ["ln_post"])
@@ -74,19 +74,19 @@ def test_lifts_head_from_pictures_to_predictions(pictures, model, tmp_path):
     fitted = run("fit", out, "--out", tmp_path / "run", *lift)
     assert fitted.exit_code == 0, fitted.output
     for name, crops in (("whole.csv", ()), ("five.csv", ("--five-crops",))):
-        done = run("predict", tmp_path / "run", pictures / "test", "--out", tmp_path / name, *crops)
+        done = run("predict", tmp_path / "run", images / "test", "--out", tmp_path / name, *crops)
         assert done.exit_code == 0, done.output
     assert (tmp_path / "whole.csv").read_text() != (tmp_path / "five.csv").read_text()
 
 
-def test_refusals(cache, pictures, model, tmp_path):
+def test_refusals(cache, images, model, tmp_path):
     told = run("fit", cache, "--out", tmp_path / "run", "--adapter", "adaptformer", "--method", "linear_probe")
     assert told.exit_code == 2
     assert "method linear_probe takes no adapter adaptformer" in told.output
-    told = run("extract", pictures, "-o", tmp_path / "c", "--model", model, "--features", "cls")
+    told = run("extract", images, "-o", tmp_path / "c", "--model", model, "--features", "cls")
     assert told.exit_code == 2
     assert "features must be one of projected, pre-projection, last-block" in told.output
     assert not (tmp_path / "c").exists()
-    told = run("extract", pictures, "-o", cache, "--model", model, "--dtype", "int8")
+    told = run("extract", images, "-o", cache, "--model", model, "--dtype", "int8")
     assert told.exit_code == 2
     assert "tokens" in told.output

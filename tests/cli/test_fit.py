@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests.cache.samples import write_pictures, write_tiny_model
+from tests.cache.samples import write_images, write_tiny_model
 from tests.cli.test_bad_input import run
 from ulfine_fast import Run
 from ulfine_fast.engine import fit as train
@@ -20,7 +20,7 @@ WILD = ["--lr", 1e38, "--weight-decay", 1e3]
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory):
     folder = tmp_path_factory.mktemp("cache")
-    source = write_pictures(folder / "pictures", {"train/cat": 8, "train/dog": 6, "test/cat": 2, "test/dog": 2})
+    source = write_images(folder / "images", {"train/cat": 8, "train/dog": 6, "test/cat": 2, "test/dog": 2})
     model = write_tiny_model(tmp_path_factory.mktemp("model"))
     done = run("extract", source, "--out", folder / "cache", "--model", model, "--workers", 0)
     assert done.exit_code == 0, done.output

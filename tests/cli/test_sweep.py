@@ -7,7 +7,7 @@ import json
 import pytest
 from typer.testing import CliRunner
 
-from tests.cache.samples import write_pictures, write_tiny_model
+from tests.cache.samples import write_images, write_tiny_model
 from ulfine_fast.cli.main import app
 
 SPACE = """
@@ -34,7 +34,7 @@ def refused(*arguments):
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory):
     folder = tmp_path_factory.mktemp("cache")
-    source = write_pictures(folder / "pictures", {"train/cat": 9, "train/dog": 7, "test/cat": 2, "test/dog": 2})
+    source = write_images(folder / "images", {"train/cat": 9, "train/dog": 7, "test/cat": 2, "test/dog": 2})
     model = write_tiny_model(folder / "model")
     done = run("extract", source, "--out", folder / "cache", "--model", model, "--workers", 0)
     assert done.exit_code == 0, done.output
@@ -97,7 +97,7 @@ def test_a_forecast_is_printed_or_refused(swept):
     done = run(*arguments, "--forecast", "labels")
     assert done.exit_code == 0, done.output
     told = json.loads((out / "forecast.json").read_text())
-    # 16 pictures are too few to tell anything from
+    # 16 images are too few to tell anything from
     assert f"no forecast: {told['refused']}" in done.stdout
     assert done.stdout.replace(f"\nno forecast: {told['refused']}\n", "") == before.stdout
     losses, figures = ([[value] * 5 for value in values] for values in ((1.0, 0.8, 0.7, 0.6), (0.6, 0.7, 0.75, 0.8)))
@@ -155,7 +155,7 @@ def test_configs_that_are_refused(cache, tmp_path):
         (["--engine", "steam"], "engine must be one of"),
         (["--storage", "nonsense"], "is no database URL"),
         (["--space", "nowhere.toml"], "nowhere.toml: No such file"),
-        (["--n1", 500], "n1 = 500 needs 500 labelled pictures"),
+        (["--n1", 500], "n1 = 500 needs 500 labelled images"),
     ],
 )
 def test_options_out_of_range(cache, space, tmp_path, arguments, words):

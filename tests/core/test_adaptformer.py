@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy, layer_norm, normalize
 
-from tests.cache.samples import write_pictures, write_tiny_model
+from tests.cache.samples import write_images, write_tiny_model
 from ulfine_fast.cache.io.errors import InputError
 from ulfine_fast.cache.models.encoder import load_encoder
 from ulfine_fast.cache.pipeline.extract import extract
@@ -22,7 +22,7 @@ from ulfine_fast.core.heads import adapt, cosine_logits, frozen_end, new_adapter
 from ulfine_fast.engine.fit import fit, fit_many
 from ulfine_fast.methods.registry import method_of
 from ulfine_fast.runs.evaluate import evaluate
-from ulfine_fast.runs.predict import predict_pictures
+from ulfine_fast.runs.predict import predict_images
 from ulfine_fast.runs.run import Run
 
 COUNTS = {"train/cat": 10, "train/dog": 8, "unlabeled": 9, "test/cat": 3, "test/dog": 4}
@@ -33,13 +33,13 @@ QUICK = FitConfig(
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """Pictures, a ViT of two layers, and a cache of float32 features and tokens."""
+    """Images, a ViT of two layers, and a cache of float32 features and tokens."""
     root = tmp_path_factory.mktemp("world")
     model = write_tiny_model(root / "model", layers=2, ls_init_value=0.5)
-    pictures = write_pictures(root / "pictures", COUNTS)
+    images = write_images(root / "images", COUNTS)
     encoder = load_encoder(model, device="cpu", features="last-block")
-    extract(open_source(pictures), encoder, root / "cache", dtype="float32", workers=0, progress=False)
-    return pictures, encoder, FeatureCache.open(root / "cache")
+    extract(open_source(images), encoder, root / "cache", dtype="float32", workers=0, progress=False)
+    return images, encoder, FeatureCache.open(root / "cache")
 
 
 def with_adapter_inside(visual, pixels, adapter, strength):
@@ -128,9 +128,9 @@ def test_a_cache_without_its_own_epsilon_takes_the_usual_one(tower):
     assert float(frozen_end(head, 3)["backbone.eps"][2, 0]) == pytest.approx(1e-5)
 
 
-def patched_logits(run, encoder, pictures):
-    """Logits of test pictures through the encoder with the run's adapter inside."""
-    source = open_source(pictures)
+def patched_logits(run, encoder, images):
+    """Logits of test images through the encoder with the run's adapter inside."""
+    source = open_source(images)
     rows = [row for row in source.rows if row.split == "test"]
     pixels = torch.stack([encoder.transform(source.read(row)) for row in rows])
     with torch.no_grad():
@@ -139,10 +139,10 @@ def patched_logits(run, encoder, pictures):
 
 
 def test_a_fitted_run_is_the_patched_encoder(world, tmp_path):
-    pictures, encoder, cache = world
+    images, encoder, cache = world
     run = fit(cache, dataclasses.replace(QUICK, lr=0.5, adapter_scale=1.0), device="cpu", progress=False)
     assert run.tensors["adapter.up"].abs().max() > 1e-3
-    ids, logits = patched_logits(run, encoder, pictures)
+    ids, logits = patched_logits(run, encoder, images)
     assert run.test_ids == ids
     rows = np.flatnonzero(cache.splits == "test")
     found = run.logits(cache.tokens("plain")[rows])
@@ -153,7 +153,7 @@ def test_a_fitted_run_is_the_patched_encoder(world, tmp_path):
     again = Run.load(run.save(tmp_path / "run"))
     np.testing.assert_array_equal(again.logits(cache.tokens("plain")), run.logits(cache.tokens("plain")))
     assert evaluate(again)["balanced_accuracy"] == pytest.approx(run.metrics["balanced_accuracy"])
-    predicted = predict_pictures(again, pictures / "test", device="cpu")
+    predicted = predict_images(again, images / "test", device="cpu")
     order = [run.test_ids.index(f"test/{name}") for name in predicted.ids]
     np.testing.assert_allclose(predicted.probabilities, run.test_probabilities[order], atol=1e-3)
 

@@ -35,7 +35,7 @@ def test_adapter_forward_and_backward(size):
     torch.manual_seed(0)
     trials, rows, dim, _, rank = size
     tensors, features = adapters(trials, dim, rank), normalize(random(trials, rows, dim))
-    features[0, 0] = 0.0  # a picture without a feature must not spoil its batch
+    features[0, 0] = 0.0  # an image without a feature must not spoil its batch
     strength = torch.rand(trials, dtype=torch.float64)
     wanted = {name: tensor.clone().requires_grad_() for name, tensor in tensors.items()}
     out, upstream = adapt(wanted, features, strength), random(trials, rows, dim)

@@ -1,4 +1,4 @@
-"""Corrected labels: the file, the cache under them, and a split whose pictures move."""
+"""Corrected labels: the file, the cache under them, and a split whose images move."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_labels_that_are_none_are_refused(cache, wrong):
         cache.with_labels(np.array(wrong))
 
 
-def test_pictures_move_within_training_and_out_of_what_is_held_out(cache, split):
+def test_images_move_within_training_and_out_of_what_is_held_out(cache, split):
     told = {"0.png": "", "3.png": "b", "4.png": "", "5.png": "a", "7.png": ""}
     moved = corrected_split(split, corrected(cache, told), told)
     assert rows_of(moved) == [[1, 2, 3], [0, 4], [5], [6]]

@@ -100,7 +100,7 @@ def test_m1_by_default_is_the_largest_the_data_allow():
     assert np.bincount(labels[uniform.unlabeled]).tolist() == [140] * 5
 
 
-def test_validation_is_carved_from_the_labelled_pictures_and_leaves_small_classes_alone():
+def test_validation_is_carved_from_the_labelled_images_and_leaves_small_classes_alone():
     labels, splits = rows()
     whole = draw_split(labels, splits, NAMES, FitConfig(n1=100, gamma_l=50, val_fraction=0))
     split = draw_split(labels, splits, NAMES, FitConfig(n1=100, gamma_l=50, val_fraction=0.1))
@@ -150,26 +150,26 @@ def test_given_validation_rows_are_used():
 @pytest.mark.parametrize(
     ("config", "words"),
     [
-        (FitConfig(n1=500), "n1 = 500 needs 500 labelled pictures of class"),
+        (FitConfig(n1=500), "n1 = 500 needs 500 labelled images of class"),
         (FitConfig(n1=150, m1=100), "m1 = 100 needs"),
     ],
 )
-def test_too_few_pictures(config, words):
+def test_too_few_images(config, words):
     labels, splits = rows()
     with pytest.raises(InputError, match=words):
         draw_split(labels, splits, NAMES, config)
 
 
-def test_a_class_without_a_labelled_picture_is_named():
+def test_a_class_without_a_labelled_image_is_named():
     labels, splits = rows()
     labels = np.where((labels == 2) & (splits == "train"), -1, labels)
-    with pytest.raises(InputError, match="class 'c' has no labelled training picture"):
+    with pytest.raises(InputError, match="class 'c' has no labelled training image"):
         draw_split(labels, splits, NAMES, FitConfig())
 
 
 def test_saved_by_id_and_loaded_on_reordered_rows(tmp_path):
     labels, splits = rows(per_class=20)
-    ids = [f"picture-{row}" for row in range(len(labels))]
+    ids = [f"image-{row}" for row in range(len(labels))]
     split = draw_split(labels, splits, NAMES, FitConfig(n1=10))
     (tmp_path / "split.json").write_text(json.dumps(split.to_dict(ids)))
     shuffled = ids[::-1]
@@ -186,7 +186,7 @@ def test_what_is_no_split_is_refused(tmp_path, text):
         read_split(tmp_path / "split.json", [])
 
 
-def test_a_split_of_other_pictures_names_one(tmp_path):
+def test_a_split_of_other_images_names_one(tmp_path):
     split = Split(*(np.array([0]) for _ in range(5)))
     (tmp_path / "s.json").write_text(json.dumps(split.to_dict(["old.png"])))
     with pytest.raises(InputError, match=r"'old\.png', which this cache lacks"):
@@ -237,7 +237,7 @@ def told(share, seed=0, split=None, classes=5):
 
 
 @pytest.mark.parametrize("share", [0.0, 0.25, 0.6, 1.0])
-def test_so_many_labelled_pictures_are_told_a_wrong_class(share):
+def test_so_many_labelled_images_are_told_a_wrong_class(share):
     right, found, split = told(share)
     assert (right != found).sum() == round(share * len(right))
     assert set(found.tolist()) <= set(range(5))

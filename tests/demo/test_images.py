@@ -14,15 +14,15 @@ from PIL import Image
 
 from ulfine_fast import demo
 from ulfine_fast.cache.sources.folder import FolderSource
-from ulfine_fast.demo import ARCHIVE, unpack_pictures
+from ulfine_fast.demo import ARCHIVE, unpack_images
 from ulfine_fast.demo.make_sample import CLASS_FOLDERS, PER_CLASS, make_sample
 
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory) -> Path:
-    return unpack_pictures(tmp_path_factory.mktemp("demo") / "deep" / "pictures")
+def images(tmp_path_factory) -> Path:
+    return unpack_images(tmp_path_factory.mktemp("demo") / "deep" / "images")
 
 
 def test_archive_is_small_and_licensed():
@@ -40,8 +40,8 @@ def test_archive_is_made_the_same_way_every_time():
     assert {entry.compress_type for entry in entries} == {zipfile.ZIP_STORED}
 
 
-def test_pictures_are_a_source_of_ten_balanced_classes(pictures: Path):
-    source = FolderSource(pictures)
+def test_images_are_a_source_of_ten_balanced_classes(images: Path):
+    source = FolderSource(images)
     assert source.class_names == sorted(CLASS_FOLDERS)
     found = [(row.split, row.label) for row in source.rows]
     for split, count in PER_CLASS.items():
@@ -50,30 +50,30 @@ def test_pictures_are_a_source_of_ten_balanced_classes(pictures: Path):
     assert source.read(source.rows[0]).size == (28, 28)
 
 
-def test_no_picture_is_in_both_splits(pictures: Path):
-    train, test = ({path.read_bytes() for path in (pictures / split).rglob("*.png")} for split in PER_CLASS)
+def test_no_image_is_in_both_splits(images: Path):
+    train, test = ({path.read_bytes() for path in (images / split).rglob("*.png")} for split in PER_CLASS)
     assert not train & test
 
 
-def test_unpacking_again_touches_nothing(pictures: Path):
-    before = {path: path.stat().st_mtime_ns for path in pictures.rglob("*")}
-    assert unpack_pictures(pictures) == pictures
-    assert {path: path.stat().st_mtime_ns for path in pictures.rglob("*")} == before
-    assert [path.name for path in pictures.parent.iterdir()] == ["pictures"]
+def test_unpacking_again_touches_nothing(images: Path):
+    before = {path: path.stat().st_mtime_ns for path in images.rglob("*")}
+    assert unpack_images(images) == images
+    assert {path: path.stat().st_mtime_ns for path in images.rglob("*")} == before
+    assert [path.name for path in images.parent.iterdir()] == ["images"]
 
 
 def test_an_empty_folder_may_be_there_already(tmp_path: Path):
     (tmp_path / "p").mkdir()
-    assert (unpack_pictures(tmp_path / "p") / "test/bag/00050.png").is_file()
+    assert (unpack_images(tmp_path / "p") / "test/bag/00050.png").is_file()
 
 
 def test_a_folder_with_something_else_is_left_alone(tmp_path: Path):
     (tmp_path / "mine.txt").write_text("mine")
     with pytest.raises(FileExistsError, match="holds something else"):
-        unpack_pictures(tmp_path)
+        unpack_images(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
     with pytest.raises(FileExistsError, match="holds something else"):
-        unpack_pictures(tmp_path / "mine.txt")
+        unpack_images(tmp_path / "mine.txt")
 
 
 @pytest.fixture
@@ -85,16 +85,16 @@ def small_archive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_another_version_of_the_sample_replaces_the_old(small_archive: Path, tmp_path: Path):
-    unpack_pictures(tmp_path / "p")
+    unpack_images(tmp_path / "p")
     with zipfile.ZipFile(small_archive, "w") as archive:
         archive.writestr("train/hat/00001.png", b"two")
-    unpack_pictures(tmp_path / "p")
+    unpack_images(tmp_path / "p")
     assert [path.name for path in (tmp_path / "p/train").iterdir()] == ["hat"]
 
 
 def test_many_at_once_agree(small_archive: Path, tmp_path: Path):
     with ThreadPoolExecutor(8) as pool:
-        folders = set(pool.map(unpack_pictures, [tmp_path / "p"] * 16))
+        folders = set(pool.map(unpack_images, [tmp_path / "p"] * 16))
     assert folders == {tmp_path / "p"}
     assert (tmp_path / "p/train/bag/00001.png").read_bytes() == b"one"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["p", "small.zip"]
@@ -106,7 +106,7 @@ def test_an_interrupted_unpacking_leaves_nothing(small_archive: Path, tmp_path: 
 
     monkeypatch.setattr(demo, "_move_into_place", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        unpack_pictures(tmp_path / "p")
+        unpack_images(tmp_path / "p")
     assert [path.name for path in tmp_path.iterdir()] == ["small.zip"]
 
 
@@ -115,7 +115,7 @@ def write_idx(path: Path, values: np.ndarray) -> None:
     path.write_bytes(gzip.compress(header + values.astype(np.uint8).tobytes()))
 
 
-def test_the_script_takes_the_first_pictures_of_every_class(tmp_path: Path):
+def test_the_script_takes_the_first_images_of_every_class(tmp_path: Path):
     rng = np.random.default_rng(0)
     images, labels = {}, {}
     for name, count in (("train", 2600), ("t10k", 520)):
@@ -134,7 +134,7 @@ def test_the_script_takes_the_first_pictures_of_every_class(tmp_path: Path):
 
 
 @pytest.mark.skipif(not FASHION_MNIST.is_dir(), reason="the package dataset-fashion-mnist is not installed")
-def test_sample_is_pixel_for_pixel_fashion_mnist(pictures: Path):
+def test_sample_is_pixel_for_pixel_fashion_mnist(images: Path):
     images, classes = (
         (FASHION_MNIST / f"t10k-{kind}-ubyte.gz").read_bytes() for kind in ("images-idx3", "labels-idx1")
     )
@@ -142,8 +142,8 @@ def test_sample_is_pixel_for_pixel_fashion_mnist(pictures: Path):
     labels = np.frombuffer(gzip.decompress(classes), np.uint8, offset=8)
     for label, name in enumerate(CLASS_FOLDERS):
         for place in (1, 25, 50):
-            picture = Image.open(pictures / f"test/{name}/{place:05d}.png")
-            assert np.array_equal(np.asarray(picture), pixels[labels == label][place - 1])
+            image = Image.open(images / f"test/{name}/{place:05d}.png")
+            assert np.array_equal(np.asarray(image), pixels[labels == label][place - 1])
 
 
 def test_importing_the_demo_is_light():

@@ -1,4 +1,4 @@
-"""The real commands, as a user's shell runs them: real pictures, real encoder, no network."""
+"""The real commands, as a user's shell runs them: real images, real encoder, no network."""
 
 from __future__ import annotations
 

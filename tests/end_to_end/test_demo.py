@@ -1,4 +1,4 @@
-"""From pictures to classifier and page, by the commands that the README shows."""
+"""From images to classifier and page, by the commands that the README shows."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_trained_methods_know_more_than_zero_shot_and_zero_shot_more_than_chance
         assert found[method] > found["zero_shot"] + 0.2, found
 
 
-def test_the_report_is_about_all_methods_and_shows_pictures(demo):
+def test_the_report_is_about_all_methods_and_shows_images(demo):
     folder, _ = demo
     page = (folder / "report.html").read_text(encoding="utf-8")
     assert page.count("data:image/") > 20
@@ -71,7 +71,7 @@ def test_each_command_can_be_repeated_by_hand(demo, ulfine, tmp_path):
 def test_inspect_counts_what_is_there(demo, ulfine):
     folder, _ = demo
     facts = json.loads(ulfine("inspect", folder / "cache", "--json").stdout)
-    assert facts["pictures"] == 3000
+    assert facts["images"] == 3000
     assert set(facts["counts"]["train"].values()) == {250}
     assert set(facts["counts"]["test"].values()) == {50}
     assert facts["problems"] == []
@@ -90,12 +90,12 @@ def test_eval_gives_the_figures_of_the_fit(demo, ulfine):
     assert other["accuracy"] == pytest.approx(found["accuracy"])
 
 
-def test_predict_on_new_pictures_is_mostly_right_and_survives_a_broken_one(demo, ulfine, tmp_path):
+def test_predict_on_new_images_is_mostly_right_and_survives_a_broken_one(demo, ulfine, tmp_path):
     folder, _ = demo
     run = folder / "runs" / "linear_probe" / "seed-0"
     new = tmp_path / "neue Bilder"
     for name in ("trouser", "bag", "ankle_boot"):
-        for number, path in enumerate(sorted((folder / "pictures" / "test" / name).iterdir())[:10]):
+        for number, path in enumerate(sorted((folder / "images" / "test" / name).iterdir())[:10]):
             (new / name).mkdir(parents=True, exist_ok=True)
             Image.open(path).convert("RGB").resize((90, 90)).save(new / name / f"ü{number}.jpg", quality=95)
     (new / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\nnothing")
@@ -111,7 +111,7 @@ def test_predict_on_new_pictures_is_mostly_right_and_survives_a_broken_one(demo,
     for row in rows:
         assert float(row["probability"]) >= float(row["probability_2"])
     one = ulfine("predict", run, new / "bag" / "ü0.jpg", "--out", tmp_path / "one.parquet", "--json")
-    assert json.loads(one.stdout)["pictures"] == 1
+    assert json.loads(one.stdout)["images"] == 1
 
 
 def test_a_split_file_of_one_run_serves_another(demo, ulfine, tmp_path):
@@ -129,9 +129,9 @@ def test_a_run_whose_cache_is_gone_still_predicts_and_says_so_in_eval(demo, ulfi
     (run / "config.json").write_text(json.dumps({**head, "cache": str(tmp_path / "gone")}))
     done = ulfine("eval", run, code=2)
     assert "is gone" in done.stderr
-    ulfine("predict", run, folder / "pictures" / "test" / "bag", "--out", tmp_path / "out.csv")
+    ulfine("predict", run, folder / "images" / "test" / "bag", "--out", tmp_path / "out.csv")
     done = ulfine("report", run, "--out", tmp_path / "page.html")
-    assert "no pictures in the page" in done.stderr
+    assert "no images in the page" in done.stderr
 
 
 def test_heads_meet_only_the_encoder_they_were_fitted_with(demo, ulfine, tmp_path):
@@ -141,7 +141,7 @@ def test_heads_meet_only_the_encoder_they_were_fitted_with(demo, ulfine, tmp_pat
     head = json.loads((run / "config.json").read_text())
     head["encoder"]["sha256"] = "0" * 64
     (run / "config.json").write_text(json.dumps(head))
-    done = ulfine("predict", run, folder / "pictures" / "test" / "bag", "--out", tmp_path / "out.csv", code=2)
+    done = ulfine("predict", run, folder / "images" / "test" / "bag", "--out", tmp_path / "out.csv", code=2)
     assert "model.sha256" in done.stderr
     done = ulfine("eval", run, "--cache", folder / "cache", code=2)
     assert "model.sha256" in done.stderr
@@ -149,7 +149,7 @@ def test_heads_meet_only_the_encoder_they_were_fitted_with(demo, ulfine, tmp_pat
 
 def test_a_cache_made_otherwise_is_refused_with_the_field(demo, ulfine):
     folder, _ = demo
-    extract = ["extract", folder / "pictures", "--out", folder / "cache", "--model", "lite0-minilm"]
+    extract = ["extract", folder / "images", "--out", folder / "cache", "--model", "lite0-minilm"]
     done = ulfine(*extract, "--strong", 3, code=2)
     assert "views.strong = 1, the request says 3" in done.stderr
     assert ulfine(*extract, "--mode", "verify").returncode == 0

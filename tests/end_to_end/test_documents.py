@@ -59,8 +59,8 @@ def test_the_program_that_reads_a_cache_without_us_runs(place):
 
 
 def test_predictions_from_and_to_tables(place):
-    run, pictures = place / "demo-output/runs/linear_probe/seed-0", place / "demo-output/pictures/test"
-    said = program(place, EXAMPLES / "tables.py", run, pictures)
+    run, images = place / "demo-output/runs/linear_probe/seed-0", place / "demo-output/images/test"
+    said = program(place, EXAMPLES / "tables.py", run, images)
     assert said.startswith("20 rows: id, class, probability")
 
 
@@ -70,16 +70,16 @@ def test_many_trials_from_python(place):
 
 
 def test_the_command_line_with_options_from_a_file(place, tmp_path, ulfine):
-    pictures, small = place / "demo-output/pictures", tmp_path / "pictures"
-    for folder in sorted(pictures.glob("*/*/")):
-        (small / folder.relative_to(pictures)).mkdir(parents=True)
-        for picture in sorted(folder.iterdir())[:12]:
-            shutil.copy(picture, small / picture.relative_to(pictures))
+    images, small = place / "demo-output/images", tmp_path / "images"
+    for folder in sorted(images.glob("*/*/")):
+        (small / folder.relative_to(images)).mkdir(parents=True)
+        for image in sorted(folder.iterdir())[:12]:
+            shutil.copy(image, small / image.relative_to(images))
     environment = {**ulfine.environment, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     script = ["sh", EXAMPLES / "command_line.sh", small]
     done = subprocess.run(script, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert json.loads((tmp_path / "facts.json").read_text())["pictures"] == 240
+    assert json.loads((tmp_path / "facts.json").read_text())["images"] == 240
     config = json.loads((tmp_path / "runs/plus/seed-1/config.json").read_text())
     assert config["config"]["method"] == "ulfine_plus"
     with (tmp_path / "predictions.csv").open() as file:

@@ -117,7 +117,7 @@ def test_the_best_heads_are_those_of_the_best_evaluation(clusters, quick):
     assert run.metrics["val"]["balanced_accuracy"] == pytest.approx(best)
 
 
-def test_without_validation_pictures_the_last_heads_are_kept(clusters, quick):
+def test_without_validation_images_the_last_heads_are_kept(clusters, quick):
     last, best = fit_many(clusters, [quick(val_fraction=0.0, select=select) for select in ("last", "best")])
     assert best.split["val"] == []
     torch.testing.assert_close(best.tensors["linear"], last.tensors["linear"])
@@ -160,7 +160,7 @@ def test_noise_in_one_trial_does_not_touch_its_neighbour(clusters, quick):
     assert not np.allclose(noisy.test_probabilities, still.test_probabilities, atol=1e-3)
 
 
-def test_no_unlabelled_pictures_is_supervised_training(clusters):
+def test_no_unlabelled_images_is_supervised_training(clusters):
     run = fit(clusters, FitConfig(method="ulfine", steps=30))
     assert run.split["unlabeled"] == []
     assert run.metrics.get("pseudo_label_rate") is None
@@ -179,7 +179,7 @@ def test_a_given_split_is_used(clusters, quick):
     assert runs[0].split == runs[1].split == split.to_dict(clusters.ids)
 
 
-def test_one_labelled_picture_a_class_and_two_classes():
+def test_one_labelled_image_a_class_and_two_classes():
     cache = make_clusters(classes=2)
     run = fit(cache, FitConfig(n1=1, gamma_l=1, m1=20, steps=10, val_fraction=0))
     assert run.metrics["class_counts"] == [1, 1]
@@ -213,7 +213,7 @@ def test_unlabelled_rows_with_unknown_labels_train_and_are_not_judged():
     assert run.metrics["pseudo_label_precision"] is None
 
 
-def test_a_trial_without_unlabelled_pictures_learns_nothing_from_its_neighbours(clusters, quick):
+def test_a_trial_without_unlabelled_images_learns_nothing_from_its_neighbours(clusters, quick):
     lonely = quick(m1=0, shape="uniform", threshold=0.0)
     together = fit_many(clusters, [quick(threshold=0.0), lonely])
     alone = fit(clusters, lonely)
@@ -222,9 +222,9 @@ def test_a_trial_without_unlabelled_pictures_learns_nothing_from_its_neighbours(
     np.testing.assert_allclose(together[1].test_probabilities, alone.test_probabilities, atol=1e-6)
 
 
-def test_a_split_that_trains_on_held_out_pictures_is_refused(clusters, quick):
+def test_a_split_that_trains_on_held_out_images_is_refused(clusters, quick):
     split = draw_split(clusters.labels, clusters.splits, clusters.class_names, quick())
-    with pytest.raises(InputError, match="a test picture of this cache"):
+    with pytest.raises(InputError, match="a test image of this cache"):
         fit(clusters, quick(), split=replace(split, unlabeled=split.test))
 
 
@@ -255,10 +255,10 @@ def test_splits_must_be_as_many_as_the_configs(clusters, quick, count):
         fit_many(clusters, [quick(), quick(seed=1)], split=[split] * count)
 
 
-def test_any_split_of_several_that_trains_on_held_out_pictures_is_refused(clusters, quick):
+def test_any_split_of_several_that_trains_on_held_out_images_is_refused(clusters, quick):
     split = draw_split(clusters.labels, clusters.splits, clusters.class_names, quick())
     bad = replace(split, labeled=split.test)
-    with pytest.raises(InputError, match="a test picture of this cache"):
+    with pytest.raises(InputError, match="a test image of this cache"):
         fit_many(clusters, [quick(), quick(seed=1)], split=[split, bad])
 
 

@@ -70,7 +70,7 @@ def test_passes_are_even(clusters, monkeypatch):
     assert passes.cut(clusters, *given, [1, 5], "auto") == [[1, 5]]
 
 
-def test_ranks_share_a_group_and_trials_without_unlabelled_pictures_have_their_own(clusters):
+def test_ranks_share_a_group_and_trials_without_unlabelled_images_have_their_own(clusters):
     configs = [FitConfig(**SMALL, rank=3), FitConfig(**SMALL, rank=9), FitConfig(**{**SMALL, "m1": 0}, shape="uniform")]
     _, configs, splits = prepared(clusters, configs)
     assert passes.group(configs, splits, range(3)) == [[0, 1], [2]]

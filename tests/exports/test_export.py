@@ -9,12 +9,12 @@ import onnxruntime
 import pytest
 import torch
 
-from tests.cache.samples import write_pictures, write_tiny_model
+from tests.cache.samples import write_images, write_tiny_model
 from tests.cli.test_bad_input import run as command
 from ulfine_fast import InputError, Run, fit, load
 from ulfine_fast.exports import FORMATS, export
 from ulfine_fast.exports.card import escaped
-from ulfine_fast.runs.predict import encoder_of_run, predict_pictures
+from ulfine_fast.runs.predict import encoder_of_run, predict_images
 
 
 @pytest.fixture(scope="module")
@@ -34,17 +34,17 @@ def fitted(clusters):
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """A run from pictures of its own, through the commands."""
+    """A run from images of its own, through the commands."""
     folder = tmp_path_factory.mktemp("world")
-    pictures = write_pictures(folder / "pictures", {"train/cat": 8, "train/dog": 6, "test/cat": 2, "test/dog": 2})
+    images = write_images(folder / "pictures", {"train/cat": 8, "train/dog": 6, "test/cat": 2, "test/dog": 2})
     model = write_tiny_model(tmp_path_factory.mktemp("model"))
     for arguments in (
-        ["extract", pictures, "--out", folder / "cache", "--model", model, "--workers", 0],
+        ["extract", images, "--out", folder / "cache", "--model", model, "--workers", 0],
         ["fit", folder / "cache", "--out", folder / "run", "--steps", 5, "--eval-every", 5],
     ):
         done = command(*arguments)
         assert done.exit_code == 0, done.output
-    return pictures / "test", folder / "run"
+    return images / "test", folder / "run"
 
 
 @pytest.mark.parametrize("method", ["zero_shot", "linear_probe", "lightweight", "ulfine", "ulfine_plus", "knn"])
@@ -79,21 +79,21 @@ def test_torchs_own_formats_agree_and_are_not_opened_here(fitted, clusters, tmp_
 
 
 @pytest.mark.parametrize("method", ["knn", "label_propagation"])
-def test_methods_that_look_through_pictures_have_no_graph(fitted, tmp_path, method):
+def test_methods_that_look_through_images_have_no_graph(fitted, tmp_path, method):
     for to in ("onnx", "torchscript", "torch.export"):
         with pytest.raises(InputError, match="export it to safetensors"):
             export(fitted(method), tmp_path / "out", to=to)
     assert not list(tmp_path.iterdir())
 
 
-def test_the_encoder_inside_takes_picture_files(world, tmp_path):
-    pictures, folder = world
+def test_the_encoder_inside_takes_image_files(world, tmp_path):
+    images, folder = world
     run = Run.load(folder)
-    wanted = predict_pictures(run, pictures, device="cpu")
+    wanted = predict_images(run, images, device="cpu")
     inside = load(export(run, tmp_path / "inside", to="onnx", encoder=encoder_of_run(run, "cpu")))
     beside = load(export(run, tmp_path / "beside"))
     for again, bound in ((inside, 1e-4), (beside, 1e-6)):
-        found = again.predict_pictures(pictures, device="cpu")
+        found = again.predict_images(images, device="cpu")
         assert found.ids == wanted.ids
         np.testing.assert_allclose(found.probabilities, wanted.probabilities, atol=bound)
     side = run.encoder["image_size"]

@@ -20,7 +20,7 @@ def two_heads(world, **values):
 
 
 def slow_guess(trials, state, batch, t, tau):
-    """Probabilities of the averaged heads for each unlabelled picture of a trial."""
+    """Probabilities of the averaged heads for each unlabelled image of a trial."""
     hidden, counted = (state.memory[name][t].tolist() for name in ("hidden", "all"))
     prior = trials.log_prior[t].exp().tolist()
     learned = [6 / 14 * p + 8 / 14 * a / sum(counted) for p, a in zip(prior, counted, strict=True)]

@@ -57,7 +57,7 @@ def test_rarer_classes_are_blended_more_often_and_classes_count_alike():
     torch.testing.assert_close(weights * log_prior.exp(), torch.tensor([[1 / 3, 1 / 3, 1 / 3, 0.0]]))
 
 
-def test_a_share_of_one_or_no_unlabelled_pictures_blends_nothing(world):
+def test_a_share_of_one_or_no_unlabelled_images_blends_nothing(world):
     trials, method, state, batch = apart(world, least_labeled=1.0)
     torch.testing.assert_close(method.enhanced(trials, state, batch), batch.labeled)
     torch.testing.assert_close(method.enhanced(trials, state, batch._replace(strong=None)), batch.labeled)

@@ -8,7 +8,7 @@ from ulfine_fast.ops.refinement import prune, refine
 
 
 def with_pool(world, step, **values):
-    """DARP's world with a pool of 20 pictures, seen at a step of 100; two are padding in the first trial."""
+    """DARP's world with a pool of 20 images, seen at a step of 100; two are padding in the first trial."""
     trials, method, state, batch = world(method="darp", steps=100, **values)
     present = [[True] * 18 + [False] * 2, [True] * 20]
     rows = normalize(torch.randn(20, 5))

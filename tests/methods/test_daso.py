@@ -58,7 +58,7 @@ def test_blend_weights_by_hand():
     torch.testing.assert_close(found, torch.tensor([[1.0, 0.5, 0.25], [0.5, 0.5, 1.0]]))
 
 
-def test_class_means_start_from_all_labelled_pictures_and_never_from_padding(world):
+def test_class_means_start_from_all_labelled_images_and_never_from_padding(world):
     trials, method, state, _ = world(method="daso")
     rows = normalize(torch.randn(6, 5))
     labels = [[0, 0, 2, -1], [1, 1, 1, 2]]
@@ -101,7 +101,7 @@ def test_memories_move_by_labels_and_guesses(world):
 def test_where_only_unguessed_classes_would_blend_it_is_fixmatch(world):
     trials, method, state, batch = with_means(world, blend_temperature=0.01, tau=0.0, semantic_weight=0.0)
     state.memory["guessed"] = torch.tensor([[0.0, 1.0, 0.5], [0.0, 1.0, 0.5]])
-    # no picture is guessed as the one class that is blended
+    # no image is guessed as the one class that is blended
     far = normalize(trials.prototypes[:, 0] - trials.prototypes[:, 1]).unsqueeze(1)
     batch = batch._replace(weak=far.expand(-1, 8, -1))
     plain, other, start, _ = world(method="fixmatch")

@@ -11,7 +11,7 @@ T, B, U, K, D = 2, 6, 8, 3, 5
 
 
 def prepared(world, given=None, **values):
-    """Two trials with heads apart from each other and some classes already given to the twenty unlabelled pictures."""
+    """Two trials with heads apart from each other and some classes already given to the twenty unlabelled images."""
     trials, method, state, batch = world(
         **{"method": "finessl", "lambda_u": 0.7, "smoothing": 0.4, "margin": 6.0, **values}
     )
@@ -93,7 +93,7 @@ def test_the_main_heads_scale_is_learned_and_predicts(world):
     torch.testing.assert_close(method.logits(trials, state.tensors, batch.weak), 2 * before)
 
 
-def test_it_remembers_the_last_sure_class_of_each_picture(world):
+def test_it_remembers_the_last_sure_class_of_each_image(world):
     trials, method, state, batch = prepared(world, given=[2, 2, 2], threshold=0.5)
     batch = batch._replace(places=torch.arange(U).repeat(T, 1))
     losses = method.losses(trials, state, batch)
@@ -107,7 +107,7 @@ def test_it_remembers_the_last_sure_class_of_each_picture(world):
     assert (state.scratch["given"][:, U:] == -1).all()
 
 
-def test_a_picture_drawn_twice_keeps_one_of_its_classes(world):
+def test_a_image_drawn_twice_keeps_one_of_its_classes(world):
     trials, method, state, batch = prepared(world, threshold=0.0)
     batch = batch._replace(places=torch.zeros_like(batch.places))
     losses = method.losses(trials, state, batch)
@@ -120,7 +120,7 @@ def test_no_margin_while_nobody_was_given_a_class(world):
     assert method.margins(trials, state).abs().max() == 0
 
 
-def test_no_unlabelled_pictures_no_unlabelled_loss(world):
+def test_no_unlabelled_images_no_unlabelled_loss(world):
     trials, method, state, batch = prepared(world)
     batch = batch._replace(weak=None, strong=None, places=None)
     losses = method.losses(trials, state, batch)

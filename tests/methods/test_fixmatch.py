@@ -43,7 +43,7 @@ def test_no_gradient_flows_through_the_guesses(world):
 
 
 @pytest.mark.parametrize("name", ["fixmatch", "freematch", "acr", "simpro", "daso"])
-def test_no_unlabelled_pictures_no_unlabelled_loss(world, name):
+def test_no_unlabelled_images_no_unlabelled_loss(world, name):
     trials, method, state, batch = world(method=name)
     losses = method.losses(trials, state, batch._replace(weak=None, strong=None, places=None))
     before = {key: tensor.clone() for key, tensor in state.memory.items()}
@@ -51,7 +51,7 @@ def test_no_unlabelled_pictures_no_unlabelled_loss(world, name):
     assert losses.regularizer.tolist() == [0, 0]
     assert losses.pseudo is None
     method.after_step(trials, state, batch, losses)
-    # what is estimated from unlabelled pictures rests
+    # what is estimated from unlabelled images rests
     for key in set(before) - {"visual", "seen"}:
         torch.testing.assert_close(state.memory[key], before[key])
 

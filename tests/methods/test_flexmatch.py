@@ -7,7 +7,7 @@ from tests.methods.slow import best, cross_entropy, logits_of, softmax
 
 
 def with_pool(world, **values):
-    """FlexMatch's world with classes noted for a pool of 20 pictures, four of them padding in the first trial."""
+    """FlexMatch's world with classes noted for a pool of 20 images, four of them padding in the first trial."""
     trials, method, state, batch = world(method="flexmatch", **values)
     given = torch.full((2, 20), -1)
     given[0, :9] = torch.tensor([0, 0, 0, 0, 0, 0, 0, 1, 1])
@@ -40,7 +40,7 @@ def test_guesses_train_over_their_classs_threshold(world):
     assert {(True, False), (False, False), (True, True)} <= kinds
 
 
-def test_only_pictures_over_the_fixed_threshold_are_noted(world):
+def test_only_images_over_the_fixed_threshold_are_noted(world):
     trials, method, state, batch = with_pool(world, threshold=0.9)
     before = state.scratch["given"].clone()
     losses = method.losses(trials, state, batch)

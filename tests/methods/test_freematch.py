@@ -25,7 +25,7 @@ def test_thresholds_move_before_they_are_used(world):
             kept.append(sure >= overall * shares[k] / max(shares))
             total += cross_entropy(hard, k) * kept[-1]
         assert losses.unlabeled[t].item() == pytest.approx(total / 8, rel=1e-4)
-    # the case must tell pictures over their threshold from those under it
+    # the case must tell images over their threshold from those under it
     assert set(kept) == {True, False}
 
 

@@ -15,7 +15,7 @@ K, D = 3, 6
 
 
 def small(trials=2, noise=0.3, **values):
-    """Two trials over thirty clustered pictures; the second one has padding in both roles."""
+    """Two trials over thirty clustered images; the second one has padding in both roles."""
     torch.manual_seed(3)
     config = FitConfig(**{"method": "gmm", "neighbors": 2, "scale": 8.0, **values})
     centres = normalize(torch.randn(K, D))
@@ -34,7 +34,7 @@ def small(trials=2, noise=0.3, **values):
 
 
 def slow_mixture(told, pool, t, anchor, gamma, rounds, inner, count):
-    """One trial by loops over pictures, classes and dimensions."""
+    """One trial by loops over images, classes and dimensions."""
     labels = [y for y in pool.labels[t].tolist() if y >= 0]
     rows = torch.cat([pool.labeled[t][: len(labels)], pool.unlabeled[t][pool.present[t]]]).double()
     text = torch.log_softmax(8.0 * rows @ told.prototypes[t].double().T, -1)
@@ -126,7 +126,7 @@ def test_a_class_without_any_weight_keeps_its_mean():
     assert not torch.equal(found[:, 0], before[:, 0])
 
 
-def test_without_unlabelled_pictures_the_means_are_the_labelled_ones():
+def test_without_unlabelled_images_the_means_are_the_labelled_ones():
     told, method, state, pool, _ = small(trials=1)
     empty = pool_of(pool.features.plain, pool.labeled_rows.tolist(), pool.labels.tolist(), [[0]], [[False]])
     method.refresh(told, state, empty, 0)

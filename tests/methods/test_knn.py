@@ -10,7 +10,7 @@ from ulfine_fast.ops.prototypes import normalize
 
 
 def filled(world, **values):
-    """Five labelled pictures for the first trial and three for the second."""
+    """Five labelled images for the first trial and three for the second."""
     trials, chosen, state, batch = world(method="knn", **values)
     features = normalize(torch.randn(12, 5))
     pool = pool_of(
@@ -22,7 +22,7 @@ def filled(world, **values):
 
 
 def slow_votes(pool, t, row, k, temperature, tau):
-    """One row: the k nearest labelled pictures vote for their class."""
+    """One row: the k nearest labelled images vote for their class."""
     labels = [label for label in pool.labels[t].tolist() if label >= 0]
     cosines = [float(row @ pool.labeled[t, i]) for i in range(len(labels))]
     votes = [0.0, 0.0, 0.0]
@@ -41,7 +41,7 @@ def test_votes_are_counted(world, k, temperature, tau):
             assert votes.tolist() == pytest.approx(slow_votes(pool, t, row, k, temperature, tau), rel=1e-3, abs=1e-9)
 
 
-def test_a_labelled_picture_is_its_own_nearest(world):
+def test_a_labelled_image_is_its_own_nearest(world):
     trials, chosen, state, _, pool = filled(world, neighbors=1)
     found = chosen.logits(trials, state.tensors, pool.labeled).argmax(-1)
     assert found[0].tolist() == [0, 1, 1, 2, 0]

@@ -12,7 +12,7 @@ K, D = 3, 6
 
 
 def small(trials=2, **values):
-    """Two trials over fourteen random pictures; the second one has padding in both roles."""
+    """Two trials over fourteen random images; the second one has padding in both roles."""
     torch.manual_seed(1)
     config = FitConfig(**{"method": "label_propagation", "neighbors": 2, "tau": 0.0, **values})
     features = normalize(torch.randn(14, D))
@@ -32,7 +32,7 @@ def small(trials=2, **values):
 
 
 def slow_scores(told, pool, t, alpha, gamma, tau, count):
-    """Scores of one trial's own pictures and texts by a dense graph and a dense solver, and a rule for new rows."""
+    """Scores of one trial's own images and texts by a dense graph and a dense solver, and a rule for new rows."""
     labels = [y for y in pool.labels[t].tolist() if y >= 0]
     hidden = pool.unlabeled[t][pool.present[t]]
     rows = torch.cat([pool.labeled[t][: len(labels)], hidden])
@@ -92,12 +92,12 @@ def test_a_trial_does_not_see_its_neighbour():
     torch.testing.assert_close(state.memory["scores"][:1], alone.memory["scores"])
 
 
-def test_labels_travel_along_a_string_of_pictures():
-    # two arcs of pictures, each nearest to the one before it, labelled at their outer ends alone
+def test_labels_travel_along_a_string_of_images():
+    # two arcs of images, each nearest to the one before it, labelled at their outer ends alone
     angles = torch.tensor([0.0, 3.1, 0.1, 0.22, 0.36, 0.52, 3.0, 2.88, 2.74, 2.58])
     features = torch.stack([angles.cos(), angles.sin()], -1)
     config = FitConfig(method="label_propagation", neighbors=1, propagation=0.9, tau=0.0, text_power=0.0)
-    texts = torch.tensor([[0.0, -1.0], [0.0, -1.0]])  # below: no picture has a positive cosine with them
+    texts = torch.tensor([[0.0, -1.0], [0.0, -1.0]])  # below: no image has a positive cosine with them
     told = trials_of(config, texts.unsqueeze(0), torch.log(torch.tensor([[0.5, 0.5]])))
     method = method_of(config)
     state = method.start(told)
@@ -105,13 +105,13 @@ def test_labels_travel_along_a_string_of_pictures():
     assert method.drawn(told, state)[0].argmax(-1).tolist() == [0, 0, 0, 0, 1, 1, 1, 1]
 
 
-def test_without_propagation_nothing_reaches_an_unlabelled_picture():
+def test_without_propagation_nothing_reaches_an_unlabelled_image():
     told, method, state, _ = small(propagation=0.0, neighbors=3)
     probabilities = method.drawn(told, state)
     torch.testing.assert_close(probabilities, torch.full_like(probabilities, 1 / K))
 
 
-def test_it_is_a_closed_form_that_keeps_pictures_as_stored():
+def test_it_is_a_closed_form_that_keeps_images_as_stored():
     _, method, state, pool = small()
     assert not method.trains
     assert state.parameters == {}

@@ -59,7 +59,7 @@ def test_it_beats_a_text_that_knows_little(quick, method):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_it_fits_without_unlabelled_pictures(clusters, quick, method):
+def test_it_fits_without_unlabelled_images(clusters, quick, method):
     run = fit(clusters, quick(method=method, m1=0, steps=20))
     assert np.isfinite(run.test_probabilities).all()
 

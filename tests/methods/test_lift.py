@@ -9,10 +9,10 @@ from ulfine_fast.methods.lift import lift_settings
 from ulfine_fast.ops.losses import adjusted_cross_entropy
 
 
-def test_the_loss_is_the_adjusted_cross_entropy_of_the_labelled_pictures_alone(world):
+def test_the_loss_is_the_adjusted_cross_entropy_of_the_labelled_images_alone(world):
     trials, method, state, batch = world(method="lift", adapter="residual")
     assert not method.uses_unlabeled
-    # the engine draws no unlabelled pictures for a method that uses none
+    # the engine draws no unlabelled images for a method that uses none
     losses = method.losses(trials, state, batch._replace(weak=None, strong=None, places=None))
     logits = 8.0 * batch.labeled @ trials.prototypes.transpose(1, 2)
     wanted = adjusted_cross_entropy(logits, batch.labels, trials.log_prior, torch.ones(2)).mean(-1)

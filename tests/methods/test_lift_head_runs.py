@@ -1,4 +1,4 @@
-"""LIFT's head over a cache equals LIFT's head over a frozen encoder that sees the same crops of the same pictures."""
+"""LIFT's head over a cache equals LIFT's head over a frozen encoder that sees the same crops of the same images."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import cross_entropy, normalize
 
-from tests.cache.samples import write_pictures, write_tiny_model
+from tests.cache.samples import write_images, write_tiny_model
 from ulfine_fast.cache.io.errors import InputError
 from ulfine_fast.cache.models.encoder import load_encoder
 from ulfine_fast.cache.pipeline.extract import extract
@@ -24,7 +24,7 @@ from ulfine_fast.engine.fit import fit, fit_many
 from ulfine_fast.engine.trial_batch import Pass
 from ulfine_fast.ops.sgd import cosine_rate
 from ulfine_fast.runs.evaluate import evaluate
-from ulfine_fast.runs.predict import predict_pictures
+from ulfine_fast.runs.predict import predict_images
 from ulfine_fast.runs.run import Run
 
 COUNTS = {"train/cat": 10, "train/dog": 8, "test/cat": 3, "test/dog": 4}
@@ -35,8 +35,8 @@ LIFT = FitConfig(
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
-    return write_pictures(tmp_path_factory.mktemp("pictures"), COUNTS)
+def images(tmp_path_factory):
+    return write_images(tmp_path_factory.mktemp("images"), COUNTS)
 
 
 @pytest.fixture(scope="module")
@@ -52,13 +52,13 @@ def model(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def caches(pictures, model, tmp_path_factory):
+def caches(images, model, tmp_path_factory):
     """Float16 caches with the tokens of the last block, and with what is projected."""
     found = {}
     for features in ("last-block", "pre-projection"):
         folder = tmp_path_factory.mktemp(features) / "cache"
         encoder = load_encoder(model, device="cpu", features=features)
-        extract(open_source(pictures), encoder, folder, views=CROPS, workers=0, progress=False)
+        extract(open_source(images), encoder, folder, views=CROPS, workers=0, progress=False)
         found[features] = FeatureCache.open(folder)
     return found
 
@@ -71,19 +71,19 @@ def tower(model):
     return encoder
 
 
-def seen(tower, picture, name, view):
+def seen(tower, image, name, view):
     """What a frozen tower gives its classifier of one view, 0 for the evaluation view, at length 1 (W,)."""
     if view == 0:
-        pixels = tower.transform(picture)
+        pixels = tower.transform(image)
     else:
-        drawn = draw(picture, name, CROPS, image_size=tower.spec.image_size)
+        drawn = draw(image, name, CROPS, image_size=tower.spec.image_size)
         pixels = tower.normalise(torch.from_numpy(drawn.pixels[view - 1][None]))[0]
     with torch.no_grad():
         return normalize(tower.model.visual(pixels[None])[0], dim=-1)
 
 
 def draws_of(cache, config):
-    """Row, view and label of every labelled picture of every step, and the log prior, as the engine draws them."""
+    """Row, view and label of every labelled image of every step, and the log prior, as the engine draws them."""
     split = draw_split(cache.labels, cache.splits, cache.class_names, config)
     features = DeviceFeatures.load(cache, torch.device("cpu"), tokens=True)
     given = Pass(cache, features, [config], [split]).given
@@ -93,7 +93,7 @@ def draws_of(cache, config):
 
 
 def trained_end_to_end(tower, source, cache, config):
-    """LIFT's head trained on pictures: each crop goes through the tower in the step that asks for it."""
+    """LIFT's head trained on images: each crop goes through the tower in the step that asks for it."""
     texts, projection = torch.from_numpy(cache.prototypes), torch.from_numpy(cache.head["projection"])
     weights = normalize(normalize(texts, dim=-1) @ projection.T, dim=-1).requires_grad_(True)
     sgd = torch.optim.SGD([weights], lr=1.0, momentum=config.momentum, weight_decay=config.weight_decay)
@@ -110,8 +110,8 @@ def trained_end_to_end(tower, source, cache, config):
 
 
 @pytest.mark.parametrize("features", ["last-block", "pre-projection"])
-def test_the_same_crops_through_the_frozen_encoder_give_the_same_logits(pictures, tower, caches, features):
-    cache, source = caches[features], open_source(pictures)
+def test_the_same_crops_through_the_frozen_encoder_give_the_same_logits(images, tower, caches, features):
+    cache, source = caches[features], open_source(images)
     run = fit(cache, LIFT, device="cpu", progress=False)
     weights = trained_end_to_end(tower, source, cache, LIFT)
     tests = [row for row in source.rows if row.split == "test"]
@@ -133,30 +133,30 @@ def test_both_caches_train_the_same_head(caches):
 
 
 @pytest.mark.parametrize("features", ["last-block", "pre-projection"])
-def test_runs_are_saved_evaluated_and_predict_pictures(pictures, caches, features, tmp_path):
+def test_runs_are_saved_evaluated_and_predict_images(images, caches, features, tmp_path):
     run = fit(caches[features], LIFT, device="cpu", progress=False)
     again = Run.load(run.save(tmp_path / "run"))
     assert evaluate(again)["balanced_accuracy"] == pytest.approx(run.metrics["balanced_accuracy"])
-    predicted = predict_pictures(again, pictures / "test", device="cpu")
+    predicted = predict_images(again, images / "test", device="cpu")
     order = [run.test_ids.index(f"test/{name}") for name in predicted.ids]
     np.testing.assert_allclose(predicted.probabilities, run.test_probabilities[order], atol=0.02)
 
 
-def test_five_crops_average_the_logits_of_corners_and_middle(pictures, tower, caches):
+def test_five_crops_average_the_logits_of_corners_and_middle(images, tower, caches):
     run = fit(caches["pre-projection"], LIFT, device="cpu", progress=False)
-    found = predict_pictures(run, pictures / "test", device="cpu", five_crops=True)
-    source = open_source(pictures)
+    found = predict_images(run, images / "test", device="cpu", five_crops=True)
+    source = open_source(images)
     (row,) = [row for row in source.rows if row.id == f"test/{found.ids[0]}"]
-    picture, heads = source.read(row), run.tensors["linear"]
+    image, heads = source.read(row), run.tensors["linear"]
     side = round(20 * 224 / 248)  # of 24 x 20 pixels
     corners = [(left, top) for top in (0, 20 - side) for left in (0, 24 - side)]
-    crops = [picture.crop((x, y, x + side, y + side)) for x, y in [*corners, ((24 - side) // 2, (20 - side) // 2)]]
+    crops = [image.crop((x, y, x + side, y + side)) for x, y in [*corners, ((24 - side) // 2, (20 - side) // 2)]]
     pixels = torch.stack([tower.transform(crop) for crop in crops])
     with torch.no_grad():
         logits = 25 * normalize(tower.model.visual(pixels), dim=-1) @ normalize(heads, dim=-1).T  # (5, K)
     wanted = torch.softmax(logits.mean(0) / run.metrics["temperature"], 0)
     np.testing.assert_allclose(found.probabilities[0], wanted, atol=1e-3)
-    assert np.abs(predict_pictures(run, pictures / "test", device="cpu").probabilities - found.probabilities).max() > 0
+    assert np.abs(predict_images(run, images / "test", device="cpu").probabilities - found.probabilities).max() > 0
 
 
 def test_the_schedule_takes_crops_that_are_large_enough(caches):
@@ -208,7 +208,7 @@ def test_what_it_cannot_do_is_said(caches, clusters):
         with pytest.raises(InputError, match=message):
             fit(clusters, config, device="cpu", progress=False)
     bare = FeatureCache.from_arrays(clusters.plain, clusters.labels, text_features=clusters.text_features)
-    with pytest.raises(InputError, match="this cache holds no weak views; extract the pictures again with --weak 4"):
+    with pytest.raises(InputError, match="this cache holds no weak views; extract the images again with --weak 4"):
         fit(bare, projected, device="cpu", progress=False)
     with pytest.raises(InputError, match="adapter adaptformer trains on the tokens of the encoder's last block"):
         fit(caches["pre-projection"], dataclasses.replace(LIFT, adapter="adaptformer"), device="cpu", progress=False)

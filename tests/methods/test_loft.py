@@ -12,7 +12,7 @@ def log_softmax(row):
 
 
 @pytest.mark.parametrize(("threshold", "wanted"), [(0.0, {True}), (0.8, {True, False}), (1.0, {False})])
-def test_sure_pictures_train_hard_and_the_others_softly(world, threshold, wanted):
+def test_sure_images_train_hard_and_the_others_softly(world, threshold, wanted):
     trials, method, state, batch = world(method="loft", threshold=threshold, lambda_u=3.0)
     losses = method.losses(trials, state, batch)
     kinds = set()
@@ -46,7 +46,7 @@ def test_no_gradient_flows_through_the_soft_labels(world):
     assert linear.grad.abs().max() < 1e-5 < once.abs().max()
 
 
-def test_no_unlabelled_pictures_no_unlabelled_loss(world):
+def test_no_unlabelled_images_no_unlabelled_loss(world):
     trials, method, state, batch = world(method="loft")
     losses = method.losses(trials, state, batch._replace(weak=None, strong=None))
     assert losses.unlabeled.tolist() == [0, 0]

@@ -99,7 +99,7 @@ def test_lightweights_unlabelled_loss_is_fixmatchs(threshold):
         assert losses.unlabeled[t].item() == pytest.approx(wanted, rel=1e-4, abs=1e-6)
 
 
-def test_no_unlabelled_pictures_no_unlabelled_loss():
+def test_no_unlabelled_images_no_unlabelled_loss():
     for name in ("lightweight", "ulfine"):
         trials, method, state, batch = world(method=name)
         losses = method.losses(trials, state, batch._replace(weak=None, strong=None))

@@ -92,7 +92,7 @@ def test_a_batch_without_sure_guesses_leaves_the_shares_of_the_unlabelled(world)
     torch.testing.assert_close(torch.softmax(even, -1), torch.softmax(own, -1))
 
 
-def test_it_finds_the_unlabelled_distribution_of_clear_pictures(world):
+def test_it_finds_the_unlabelled_distribution_of_clear_images(world):
     trials, method, state, batch = world(method="simpro", scale=60.0, rho=0.5, unlabeled=10)
     truth = torch.tensor([[0] * 7 + [1] * 2 + [2], [0] + [1] * 2 + [2] * 7])
     clear = trials.prototypes.gather(1, truth.unsqueeze(-1).expand(-1, -1, 5))

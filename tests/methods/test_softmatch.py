@@ -64,7 +64,7 @@ def test_with_a_mean_under_all_it_is_fixmatch_without_a_threshold(world):
     torch.testing.assert_close(found.labeled, wanted.labeled)
 
 
-def test_a_batch_of_one_picture_moves_the_variance_towards_none(world):
+def test_a_batch_of_one_image_moves_the_variance_towards_none(world):
     trials, method, state, batch = world(method="softmatch", unlabeled=1, rho=0.5)
     method.after_step(trials, state, batch, method.losses(trials, state, batch))
     assert state.memory["variance"].tolist() == [0.5, 0.5]

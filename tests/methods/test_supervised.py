@@ -12,7 +12,7 @@ COUNTS = [[4, 2, 1], [1, 0, 3]]
 
 
 def counted(world, method, **values):
-    """Two trials whose labelled pictures have the counts above, the head moved away from the text."""
+    """Two trials whose labelled images have the counts above, the head moved away from the text."""
     trials, chosen, state, batch = world(method=method, **values)
     labels = [[k for k, n in enumerate(counts) for _ in range(n)] for counts in COUNTS]
     labels = [[*row, *[-1] * (7 - len(row))] for row in labels]
@@ -76,7 +76,7 @@ def test_ldam_counts_steps(world):
 
 
 @pytest.mark.parametrize("method", ["cross_entropy", "balanced_softmax", "class_balanced", "ldam"])
-def test_it_starts_as_the_text_and_takes_no_unlabelled_pictures(world, method):
+def test_it_starts_as_the_text_and_takes_no_unlabelled_images(world, method):
     trials, chosen, state, _ = world(method=method, adapter="residual")
     assert set(state.parameters) == {"linear"}
     assert torch.equal(state.parameters["linear"], trials.prototypes)

@@ -10,7 +10,7 @@ from ulfine_fast.ops.prototypes import normalize
 
 
 def filled(world, method, **values):
-    """A state whose cache holds five pictures for the first trial and three for the second."""
+    """A state whose cache holds five images for the first trial and three for the second."""
     trials, chosen, state, batch = world(method=method, **values)
     features = normalize(torch.randn(12, 5))
     pool = pool_of(
@@ -50,7 +50,7 @@ def test_an_empty_weight_leaves_the_text_alone(world):
     torch.testing.assert_close(chosen.logits(trials, state.tensors, batch.weak), wanted)
 
 
-def test_a_sharp_cache_gives_its_own_pictures_their_labels(world):
+def test_a_sharp_cache_gives_its_own_images_their_labels(world):
     trials, chosen, state, _, pool = filled(world, "tip_adapter", cache_weight=100.0, cache_sharpness=200.0)
     found = chosen.logits(trials, state.tensors, pool.labeled).argmax(-1)
     there = pool.labels >= 0

@@ -37,7 +37,7 @@ def gains(cache, runs):
 
 
 def merged(cache, pairs):
-    """The same pictures, two unlike clusters to a class."""
+    """The same images, two unlike clusters to a class."""
     return FeatureCache.from_arrays(
         cache.plain,
         np.asarray(pairs)[cache.labels],
@@ -74,7 +74,7 @@ def watched(monkeypatch, brief):
     return seen
 
 
-def test_better_than_its_probe_where_unlabelled_pictures_cluster_by_class():
+def test_better_than_its_probe_where_unlabelled_images_cluster_by_class():
     gained = every_shape(make_clusters(noise=1.5, train=100, test=60, text=False))
     # little is left to learn where the unlabelled set is as lopsided as the labels
     assert gained[0].mean() > 0
@@ -102,7 +102,7 @@ def test_without_views(text):
     assert gained.mean() > 0.02
 
 
-def test_without_unlabelled_pictures():
+def test_without_unlabelled_images():
     cache = make_clusters()
     none, whole = fit(cache, plus(m1=0, shape="uniform")), fit(cache, FitConfig(method="ulfine_plus"))
     assert none.split["unlabeled"] == whole.split["unlabeled"] == []
@@ -112,7 +112,7 @@ def test_without_unlabelled_pictures():
 
 
 @pytest.mark.usefixtures("brief")
-def test_a_trial_without_unlabelled_pictures_beside_others(clusters):
+def test_a_trial_without_unlabelled_images_beside_others(clusters):
     lonely = plus(m1=0, n1=30, shape="uniform")
     together = fit_many(clusters, [plus(n1=30, m1=20), lonely])[1]
     np.testing.assert_allclose(together.test_probabilities, fit(clusters, lonely).test_probabilities, atol=1e-5)
@@ -127,7 +127,7 @@ def test_a_trial_without_unlabelled_pictures_beside_others(clusters):
         ({"dim": 96, "train": 40}, {"n1": 8, "gamma_l": 4, "m1": 12}),
         ({"classes": 2, "dim": 64, "train": 20}, {"n1": 1, "gamma_l": 1, "m1": 0, "val_fraction": 0.0}),
     ],
-    ids=["two classes", "one label a class", "two labels a class", "fewer rows than dimensions", "two pictures"],
+    ids=["two classes", "one label a class", "two labels a class", "fewer rows than dimensions", "two images"],
 )
 def test_small_worlds(world, values):
     cache = make_clusters(noise=0.6, **world)
@@ -282,7 +282,7 @@ def test_guesses_are_probabilities_and_mostly_right():
     assert (shares - 0.25).abs().max() < 0.12
 
 
-def test_before_any_picture_is_seen_the_text_predicts(world):
+def test_before_any_image_is_seen_the_text_predicts(world):
     told, method, state, batch = world(method="ulfine_plus")
     assert method.drawn(told, state) is None
     wanted = batch.weak @ told.prototypes.transpose(1, 2)

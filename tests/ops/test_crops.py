@@ -22,10 +22,10 @@ def test_the_schedule_of_each_trial():
     torch.testing.assert_close(found, torch.tensor(wanted, dtype=torch.float64), atol=1e-12, rtol=0)
 
 
-def test_it_goes_from_eight_percent_to_the_whole_picture():
+def test_it_goes_from_eight_percent_to_the_whole_image():
     found = smallest_crop(torch.tensor([0, 9]), 10, torch.tensor([5.0]))
     assert found[0, 0].item() == pytest.approx(0.08)
-    # exactly, or a whole picture would be too small
+    # exactly, or a whole image would be too small
     assert found[1, 0].item() == 1.0
 
 

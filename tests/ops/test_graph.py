@@ -49,7 +49,7 @@ def test_padding_is_nobodys_neighbour():
     assert torch.equal(found.weight[1:], nearest(keys, keys, everyone(), 4).weight[1:])
 
 
-def test_a_picture_alone_has_no_neighbour():
+def test_a_image_alone_has_no_neighbour():
     keys, present = rows(), everyone()
     present[0, 1:] = False
     assert (nearest(keys, keys, present, 3, skip_self=True).weight[0, 0] == 0).all()

@@ -74,7 +74,7 @@ def test_an_empty_class_does_not_shrink_ldams_margins():
 
 def test_effective_numbers_by_hand():
     found = effective_weights(torch.tensor([[1.0, 2.0]]), torch.tensor([0.5]))
-    # 1 / (1 + beta) for two pictures, against 1 for one; then a mean of one
+    # 1 / (1 + beta) for two images, against 1 for one; then a mean of one
     torch.testing.assert_close(found, torch.tensor([[1.0, 2 / 3]]) * 6 / 5)
 
 

@@ -140,17 +140,17 @@ def test_fewer_rows_than_dimensions_have_a_whitening():
     assert space(found).norm(dim=-1).max() < 3
 
 
-def test_view_scatter_is_a_loop_over_pictures_and_views():
+def test_view_scatter_is_a_loop_over_images_and_views():
     torch.manual_seed(2)
     views, present = torch.randn(T, 6, 3, D, dtype=torch.double), everyone(6)
     present[1, 4:] = False
     found = view_scatter(views, present)
     for t in range(T):
-        wanted, pictures = np.zeros((D, D)), [i for i in range(6) if present[t, i]]
-        for i in pictures:
+        wanted, images = np.zeros((D, D)), [i for i in range(6) if present[t, i]]
+        for i in images:
             mean = views[t, i].numpy().mean(0)
             for view in views[t, i].numpy():
-                wanted += np.outer(view - mean, view - mean) / (3 * len(pictures))
+                wanted += np.outer(view - mean, view - mean) / (3 * len(images))
         np.testing.assert_allclose(found[t].numpy(), wanted, atol=1e-12)
 
 

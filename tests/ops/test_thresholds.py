@@ -94,10 +94,10 @@ def test_classes_are_noted_at_their_places():
     assert given.tolist() == [[-1, 2, 0, -1], [1, 1, 1, 1]]
 
 
-def test_learning_effect_is_over_the_pictures_of_no_class_while_they_are_many():
+def test_learning_effect_is_over_the_images_of_no_class_while_they_are_many():
     given = torch.tensor([[0, 0, 1, -1, -1, -1, -1, -1], [0, 0, 0, 0, 1, 1, -1, -1]])
     present = torch.tensor([[True] * 7 + [False], [True] * 7 + [False]])
-    # 4 pictures without a class in the first trial; in the second the most frequent class is larger
+    # 4 images without a class in the first trial; in the second the most frequent class is larger
     assert learning_effect(given, present, 3).tolist() == [[0.5, 0.25, 0.0], [1.0, 0.5, 0.0]]
     assert learning_effect(torch.full((1, 4), -1), torch.ones(1, 4, dtype=torch.bool), 2).tolist() == [[0.0, 0.0]]
 

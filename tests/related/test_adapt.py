@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.cache.samples import write_pictures, write_tiny_model
+from tests.cache.samples import write_images, write_tiny_model
 from tests.conftest import make_clusters
 from ulfine_fast.cache.io.errors import CacheMismatch, InputError
 from ulfine_fast.cache.models.encoder import load_encoder
@@ -59,9 +59,9 @@ def test_losses_by_hand(logits):
     predicted = [row.argmax() for row in rows]
     contrast = np.array([[row[k] for k in predicted] for row in rows])
     to_text = np.mean([entropy_of(softmax(row)) for row in contrast])
-    to_picture = np.mean([entropy_of(softmax(column)) for column in contrast.T])
-    assert abs(to_text - to_picture) > 0.05  # the two directions are not the same
-    assert soft_contrast(logits).item() == pytest.approx((to_text + to_picture) / 2)
+    to_image = np.mean([entropy_of(softmax(column)) for column in contrast.T])
+    assert abs(to_text - to_image) > 0.05  # the two directions are not the same
+    assert soft_contrast(logits).item() == pytest.approx((to_text + to_image) / 2)
     assert entropy(logits).item() == pytest.approx(np.mean([entropy_of(softmax(row)) for row in rows]))
     assert marginal_entropy(logits).item() == pytest.approx(entropy_of(np.mean([softmax(row) for row in rows], axis=0)))
     scores = [np.log(softmax(row).max()) for row in rows]
@@ -168,7 +168,7 @@ def test_one_class_alone_gives_numbers(batch, open_set, zero_shot, clusters):
 
 
 def test_tent_collapses_where_the_contrast_does_not():
-    """All pictures are moved the same way, so that most look like a few of the classes."""
+    """All images are moved the same way, so that most look like a few of the classes."""
     world = make_clusters(classes=10, dim=32, noise=1.5, train=100)
     run = fit(world, FitConfig(method="zero_shot", **FEW), progress=False)
     away = np.random.default_rng(5).normal(size=32)
@@ -251,19 +251,19 @@ def model(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
+def images(tmp_path_factory):
     counts = {"train/cat": 10, "train/dog": 8, "test/cat": 3, "test/dog": 4}
-    return write_pictures(tmp_path_factory.mktemp("pictures"), counts)
+    return write_images(tmp_path_factory.mktemp("images"), counts)
 
 
 @pytest.fixture(scope="module")
-def caches(pictures, model, tmp_path_factory):
+def caches(images, model, tmp_path_factory):
     found = {}
     for features in ("projected", "last-block", "pre-projection"):
         folder = tmp_path_factory.mktemp(features) / "cache"
         encoder = load_encoder(model, device="cpu", features=features)
         views = ViewRecipe(weak=1, strong=1)
-        extract(open_source(pictures), encoder, folder, views=views, dtype="float32", workers=0, progress=False)
+        extract(open_source(images), encoder, folder, views=views, dtype="float32", workers=0, progress=False)
         found[features] = FeatureCache.open(folder)
     return found
 
@@ -277,7 +277,7 @@ RUNS = {
 
 @pytest.mark.parametrize("features", ["last-block", "pre-projection"])
 @pytest.mark.parametrize("method", ["zero_shot", "lift_head"])
-def test_the_encoders_own_norm_is_adapted(features, method, caches, pictures, model):
+def test_the_encoders_own_norm_is_adapted(features, method, caches, images, model):
     """The adapted weight and bias, put into the encoder itself, give the same predictions there."""
     config = FitConfig(method=method, **RUNS[method], **SHORT)
     cache = caches[features]
@@ -285,7 +285,7 @@ def test_the_encoders_own_norm_is_adapted(features, method, caches, pictures, mo
     found = adapt(run, cache, Adaptation(lr=0.05, steps=5, batch=32), progress=False)
     assert found.exact
     assert np.abs(found.logits - found.before).max() > 0.5
-    encoder, source = load_encoder(model, device="cpu"), open_source(pictures)
+    encoder, source = load_encoder(model, device="cpu"), open_source(images)
     norm = encoder.model.visual.ln_post
     with torch.no_grad():
         norm.weight.copy_(torch.from_numpy(found.weight))
@@ -345,7 +345,7 @@ def test_mistakes_are_said(zero_shot, clusters, caches):
     for wrong in ({"by": "eata"}, {"lr": 0.0}, {"steps": 0}, {"marginal": -1.0}, {"shots": -1}, {"scale": -2.0}):
         with pytest.raises(InputError, match=next(iter(wrong))):
             Adaptation(**wrong)
-    with pytest.raises(InputError, match="no pictures"):
+    with pytest.raises(InputError, match="no images"):
         adapt(zero_shot, clusters, rows=np.zeros(0, np.int64))
     with pytest.raises(InputError, match="not finite; lower"):
         adapt(zero_shot, clusters, dataclasses.replace(FAST, marginal=1e38), progress=False)

@@ -8,7 +8,7 @@ import json
 import numpy as np
 import pytest
 
-from tests.cache.samples import write_pictures, write_tiny_model
+from tests.cache.samples import write_images, write_tiny_model
 from tests.cli.test_bad_input import refused, run
 from ulfine_fast.cache.store import FeatureCache
 
@@ -20,8 +20,8 @@ def fitted(tmp_path_factory):
     model = write_tiny_model(folder / "model")
     known = {"train/cat": 8, "train/dog": 6, "test/cat": 2, "test/dog": 2}
     for name, counts in (("seen", known), ("stream", {"train/cat": 1, "train/dog": 5, "train/eel": 6, "test/cat": 3})):
-        pictures = write_pictures(folder / f"{name}-pictures", counts, seed=len(counts))
-        done = run("extract", pictures, "-o", folder / name, "--model", model, "--features", "last-block")
+        images = write_images(folder / f"{name}-images", counts, seed=len(counts))
+        done = run("extract", images, "-o", folder / name, "--model", model, "--features", "last-block")
         assert done.exit_code == 0, done.output
     done = run("fit", folder / "seen", "--out", folder / "run", "--method", "zero_shot")
     assert done.exit_code == 0, done.output
@@ -38,11 +38,11 @@ def test_a_table_in_the_form_of_predict(fitted, tmp_path):
     assert done.exit_code == 0, done.output
     told = json.loads(done.stdout)
     assert told == json.loads((tmp_path / "own.json").read_text())
-    assert (told["by"], told["pictures"], told["exact"]) == ("none", 15, True)
+    assert (told["by"], told["images"], told["exact"]) == ("none", 15, True)
     assert told["accuracy"] == told["accuracy_before"]
     found = rows_of(tmp_path / "own.csv")
     assert [row["id"] for row in found] == FeatureCache.open(fitted / "stream").ids
-    done = run("predict", fitted / "run", fitted / "stream-pictures" / "train" / "eel", "--out", tmp_path / "same.csv")
+    done = run("predict", fitted / "run", fitted / "stream-images" / "train" / "eel", "--out", tmp_path / "same.csv")
     assert done.exit_code == 0, done.output
     for theirs in rows_of(tmp_path / "same.csv"):
         ours = next(row for row in found if row["id"] == f"train/eel/{theirs['id']}")
@@ -55,7 +55,7 @@ def test_an_open_set_in_another_order(fitted, tmp_path):
     out = tmp_path / "new" / "open.csv"
     done = run("adapt", fitted / "run", fitted / "stream", "--open-set", "--shuffle", 3, "--lr", 0.01, "--out", out)
     assert done.exit_code == 0, done.output
-    assert "15 pictures" in done.output
+    assert "15 images" in done.output
     assert "auroc" in done.output
     told, found = json.loads(out.with_suffix(".json").read_text()), rows_of(out)
     assert 0 <= told["auroc"] <= 1

@@ -1,4 +1,4 @@
-"""Losses of bags and the transport of a bag's pictures, against numbers worked out bag by bag."""
+"""Losses of bags and the transport of a bag's images, against numbers worked out bag by bag."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_the_loss_of_a_bag_is_that_of_its_mean_prediction():
         assert found[t, g].item() == pytest.approx(wanted, rel=1e-9)
 
 
-def test_a_bag_of_one_picture_is_a_labelled_picture():
+def test_a_bag_of_one_image_is_a_labelled_image():
     logits, labels = problem()[0].flatten(1, 2), torch.arange(T * G * M).view(T, -1) % K
     shares = torch.nn.functional.one_hot(labels, K).double()
     found = proportion_loss(logits.unsqueeze(2), shares, torch.ones(T, G * M, 1, dtype=torch.bool))
@@ -62,13 +62,13 @@ def test_a_bag_of_one_picture_is_a_labelled_picture():
     torch.testing.assert_close(found, adjusted_cross_entropy(logits, labels, zeros, zeros[:, 0]))
 
 
-def test_a_share_that_no_picture_reaches_has_a_finite_gradient():
+def test_a_share_that_no_image_reaches_has_a_finite_gradient():
     logits = torch.tensor([[[[90.0, 0.0], [90.0, 0.0]]]], requires_grad=True)
     there = torch.tensor([[[True, False]]])
     loss = proportion_loss(logits, torch.tensor([[[0.0, 1.0]]]), there)
     loss.sum().backward()
     assert loss.item() == pytest.approx(90)
-    # the absent picture has none
+    # the absent image has none
     torch.testing.assert_close(logits.grad[0, 0], torch.tensor([[1.0, -1.0], [0.0, 0.0]]))
 
 
@@ -91,7 +91,7 @@ def test_each_bags_mean_reaches_its_shares(scale):
 
 
 def test_what_the_shares_leave_open_the_logits_decide():
-    # three pictures look like class 0, and one of them must be of class 1: the one that looks most like it
+    # three images look like class 0, and one of them must be of class 1: the one that looks most like it
     logits = torch.tensor([[[[4.0, 0.0], [4.0, 3.0], [4.0, 1.0]]]])
     plan = sinkhorn(logits, torch.tensor([[[2 / 3, 1 / 3]]]), torch.ones(1, 1, 3, dtype=torch.bool))
     assert plan.argmax(-1).tolist() == [[[0, 1, 0]]]

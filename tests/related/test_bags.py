@@ -13,7 +13,7 @@ ROWS, LABELS = np.arange(10, 21), np.arange(11) % 3
 IDS = [f"{row}.png" for row in range(30)]
 
 
-def test_every_picture_is_in_one_bag_whose_shares_are_its_labels():
+def test_every_image_is_in_one_bag_whose_shares_are_its_labels():
     bags = draw_bags(ROWS, LABELS, 4, 3, seed=1)
     assert [len(rows) for rows in bags.members] == [4, 4, 3]
     assert (bags.width, bags.rows.tolist()) == (4, ROWS.tolist())
@@ -34,7 +34,7 @@ def test_a_saved_split_keeps_its_bags(tmp_path):
     bags = draw_bags(ROWS, LABELS, 4, 3, seed=1)
     split = Split(ROWS, ROWS[:0], ROWS[:0], np.arange(3), np.arange(3), bags)
     (tmp_path / "split.json").write_text(json.dumps(split.to_dict(IDS)))
-    # a cache of the same pictures in another order
+    # a cache of the same images in another order
     found = read_split(tmp_path, IDS[::-1]).bags
     assert found.names == bags.names
     assert [[29 - row for row in rows] for rows in found.members] == [rows.tolist() for rows in bags.members]
@@ -43,7 +43,7 @@ def test_a_saved_split_keeps_its_bags(tmp_path):
     assert "bags" not in plain
 
 
-def test_padding_repeats_a_picture_of_the_bag():
+def test_padding_repeats_a_image_of_the_bag():
     one = Bags(("a", "b"), (np.array([4, 5, 6]), np.array([7])), np.array([[0.5, 0.5], [1.0, 0.0]]))
     other = Bags(("c",), (np.array([1, 2, 3]),), np.array([[0.25, 0.75]]))
     padded = PaddedBags.of([one, other], torch.device("cpu"))

@@ -37,12 +37,12 @@ def test_without_a_zero_shot_run_there_is_no_section(runs):
     assert 'id="transfer"' not in render_page(runs[2:])
 
 
-def test_of_other_test_pictures_nothing_is_said(tmp_path, runs):
+def test_of_other_test_images_nothing_is_said(tmp_path, runs):
     other = load_run(write_run(tmp_path / "other", RunSpec(method="ulfine", ids="elsewhere/{}".format)))
     assert transfer_section(group_runs([*runs[:2], other])[0])["rows"] == []
 
 
-def test_groups_of_pictures(tmp_path, runs):
+def test_groups_of_images(tmp_path, runs):
     ids = runs[0].predictions().ids
     lines = ["id,group", *(f"{name},{'<b>odd' if i % 2 else 'even'}" for i, name in enumerate(ids))]
     (tmp_path / "groups.csv").write_text("\n".join(lines))

@@ -137,7 +137,7 @@ def test_a_run_is_saved_read_and_exported_with_its_heads(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", TAKERS)
-def test_without_unlabelled_pictures_the_labelled_term_is_left(world, name):
+def test_without_unlabelled_images_the_labelled_term_is_left(world, name):
     trials, method, state, batch = moved(world, method=name, lambda_o=0.0, low_bias=1.0, low_variance=1.0)
     losses = method.losses(trials, state, batch._replace(weak=None, strong=None, places=None))
     assert losses.unlabeled.tolist() == [0, 0]

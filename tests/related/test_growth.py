@@ -173,7 +173,7 @@ def test_what_reads_no_views_gains_nothing_by_them(search):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"forecast": "pictures"}, "forecast must be one of labels, views, steps, got 'pictures'"),
+        ({"forecast": "images"}, "forecast must be one of labels, views, steps, got 'images'"),
         ({"forecast_times": 5.0}, "forecast-times must be above 1 and at most 4, got 5"),
         ({"forecast_times": 1.0}, "forecast-times must be above 1"),
         ({"refit_seeds": 2}, "needs runs of at least 3 seeds, got 2"),
@@ -191,5 +191,5 @@ def test_refused_before_a_folder_is_made(search, tmp_path, options, words):
 def test_crops_are_no_views_to_forecast_over():
     with pytest.raises(InputError, match="projected features alone, not crop_epochs = 3"):
         grow(with_views(hard(), 5), configs(crop_epochs=3), "views")
-    with pytest.raises(InputError, match="no validation pictures"):
+    with pytest.raises(InputError, match="no validation images"):
         grow(hard(), configs(val_fraction=0.0), "labels")

@@ -1,4 +1,4 @@
-"""`ulfine-fast multilabel`: from a folder of pictures and a table to a run."""
+"""`ulfine-fast multilabel`: from a folder of images and a table to a run."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from tests.cache.samples import write_pictures, write_tiny_model
+from tests.cache.samples import write_images, write_tiny_model
 from tests.cli.test_bad_input import refused, run
 from tests.conftest import make_clusters
 from ulfine_fast.cache.io.errors import InputError
@@ -23,10 +23,10 @@ QUICK = ("--steps", 4, "--batch", 8)
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory):
-    """Pictures in one folder, whose classes stand in a table."""
+    """Images in one folder, whose classes stand in a table."""
     folder = tmp_path_factory.mktemp("multilabel")
     model = write_tiny_model(folder / "model")
-    source = write_pictures(folder / "pictures", {"all": 24})
+    source = write_images(folder / "images", {"all": 24})
     done = run("extract", source, "--out", folder / "cache", "--model", model, "--workers", 0)
     assert done.exit_code == 0, done.output
     return folder / "cache"
@@ -98,7 +98,7 @@ def test_mistakes_are_said(cache, labels, tmp_path):
     assert "is no multi-label run" in refused("multilabel", cache, labels, "--out", tmp_path / "notes")
 
 
-def test_commands_for_one_label_a_picture_refuse_its_run(cache, labels, tmp_path):
+def test_commands_for_one_label_a_image_refuse_its_run(cache, labels, tmp_path):
     assert run("multilabel", cache, labels, "--out", tmp_path / "run", *QUICK).exit_code == 0
     out = tmp_path / "out"
     for command, others in {"eval": (), "report": ("--out", out), "export": (out,), "predict": (cache,)}.items():

@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from tests.cache.samples import write_pictures, write_tiny_model
+from tests.cache.samples import write_images, write_tiny_model
 from tests.cli.test_bad_input import refused, run
 from tests.conftest import make_clusters
 from ulfine_fast import FeatureCache, FitConfig, Run, fit
@@ -63,11 +63,11 @@ def test_rounded_shares_are_made_to_sum_to_one(read):
         ("id,bag\n0.png\n", LONG, "line 2 of .*bags.csv has 1 cells instead of 2"),
         ("id,bag\n0.png,\n", LONG, "names no bag for '0.png'"),
         ("id,bag\nno.png,x\n", LONG, "bag 'x' of .* holds 'no.png', which this cache lacks; remove its line"),
-        ("id,bag\n7.png,x\n", LONG, "holds '7.png', a test picture of this cache"),
-        ("id,bag\n6.png,x\n", LONG, "holds '6.png', a val picture of this cache"),
+        ("id,bag\n7.png,x\n", LONG, "holds '7.png', a test image of this cache"),
+        ("id,bag\n6.png,x\n", LONG, "holds '6.png', a val image of this cache"),
         (BAGS + "0.png,y\n", LONG, "puts '0.png' into bag 'x' and again into 'y'; keep one line"),
         (BAGS + "1.png,z\n", LONG, "has no shares of bag 'z'; add them, or take the bag out"),
-        (BAGS, LONG + "z,cat,1\n", "bag 'z' of .* has no picture in .*bags.csv; add its pictures or remove it"),
+        (BAGS, LONG + "z,cat,1\n", "bag 'z' of .* has no image in .*bags.csv; add its images or remove it"),
         (BAGS, LONG + "y,cow,0\n", "names class 'cow', which is none of cat, dog, a hen"),
         (BAGS, "bag,cat,dog,cow\nx,1,0,0\ny,0,1,0\n", "names class 'cow', which is none of"),
         (BAGS, LONG + "y,dog,1\n", "two shares of class 'dog' in bag 'y'; keep one"),
@@ -96,7 +96,7 @@ def test_a_missing_file_is_named(tmp_path, cache):
         read_bags(tmp_path / "none.csv", tmp_path / "none.csv", cache)
 
 
-def test_bags_train_and_other_labelled_pictures_judge(read, cache):
+def test_bags_train_and_other_labelled_images_judge(read, cache):
     split = bag_split(cache, read())
     roles = [getattr(split, role).tolist() for role in ("labeled", "unlabeled", "val", "test")]
     assert roles == [[], [0, 2, 3], [6], [7, 8]]
@@ -104,7 +104,7 @@ def test_bags_train_and_other_labelled_pictures_judge(read, cache):
     assert bag_split(bare, read()).test.tolist() == [1]
     unjudged = cache.with_labels(np.where(cache.splits == "val", -1, cache.labels))
     assert bag_split(unjudged, read()).val.tolist() == [1]
-    with pytest.raises(InputError, match="no labelled picture is left outside the bags to test on"):
+    with pytest.raises(InputError, match="no labelled image is left outside the bags to test on"):
         bag_split(bare, read("id,bag\n0.png,x\n1.png,x\n2.png,x\n3.png,y\n"))
 
 
@@ -119,7 +119,7 @@ def test_a_cache_without_any_label_but_the_tests_learns(quick):
         for method in ("zero_shot", "proportions")
     )
     assert run.metrics["balanced_accuracy"] > zero.metrics["balanced_accuracy"] + 0.05
-    with pytest.raises(InputError, match="method ulfine learns from labelled pictures and this split has none"):
+    with pytest.raises(InputError, match="method ulfine learns from labelled images and this split has none"):
         fit(cache, quick(method="ulfine"), split=split)
     with pytest.raises(InputError, match="bag_size is 5 and the split has bags of its own; set it to 0"):
         fit(cache, FitConfig(method="proportions", bag_size=5), split=split)
@@ -128,7 +128,7 @@ def test_a_cache_without_any_label_but_the_tests_learns(quick):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     root = tmp_path_factory.mktemp("llp")
-    source = write_pictures(root / "pictures", {"train/cat": 8, "train/dog": 8, "test/cat": 2, "test/dog": 2})
+    source = write_images(root / "images", {"train/cat": 8, "train/dog": 8, "test/cat": 2, "test/dog": 2})
     model = write_tiny_model(tmp_path_factory.mktemp("model"))
     done = run("extract", source, "--out", root / "cache", "--model", model, "--workers", 0)
     assert done.exit_code == 0, done.output
@@ -154,9 +154,7 @@ def test_the_command_fits_the_bags_of_two_files(folder, tmp_path):
     assert Run.load(tmp_path / "again").metrics["balanced_accuracy"] == found.metrics["balanced_accuracy"]
     judged = run("eval", tmp_path / "run")
     assert judged.exit_code == 0, judged.output
-    assert "the proportions run saw no labelled picture" in refused(
-        "realign", tmp_path / "run", "--out", tmp_path / "r"
-    )
+    assert "the proportions run saw no labelled image" in refused("realign", tmp_path / "run", "--out", tmp_path / "r")
 
 
 def test_options_that_do_not_go_together_are_refused(folder, tmp_path):
@@ -164,6 +162,6 @@ def test_options_that_do_not_go_together_are_refused(folder, tmp_path):
     given = ["--bags", folder / "bags.csv", "--proportions", folder / "shares.csv"]
     assert "--bags says nothing without --proportions; give both" in refused(*command, *given[:2])
     assert "--proportions says nothing without --bags; give both" in refused(*command, *given[2:])
-    assert "both say which pictures train" in refused(*command, *given, "--split", tmp_path)
+    assert "both say which images train" in refused(*command, *given, "--split", tmp_path)
     assert "this split has none; use proportions" in refused(*command, *given, "--method", "ulfine")
     assert "has none; give --bags and --proportions" in refused(*command, "--method", "proportions")

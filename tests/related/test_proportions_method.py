@@ -1,4 +1,4 @@
-"""Both stages row by row, and fits that see no picture's own label."""
+"""Both stages row by row, and fits that see no image's own label."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ G, M, K, D = 2, 3, 3, 5
 
 
 def bagged(world, **values):
-    """A world whose labelled rows are two bags of three, the second bag's last picture missing."""
+    """A world whose labelled rows are two bags of three, the second bag's last image missing."""
     trials, method, state, batch = world(method="proportions", labeled=G * M, **values)
     present = torch.ones(2, G, M, dtype=torch.bool)
     present[:, 1, 2] = False
@@ -54,7 +54,7 @@ def test_stage_one_is_the_shares_cross_entropy_and_stage_two_the_labels(world):
     assert found[1].item() == pytest.approx(mean(each), rel=1e-4)
 
 
-def test_mixed_pictures_lie_between_two_present_ones_and_so_do_their_targets(world):
+def test_mixed_images_lie_between_two_present_ones_and_so_do_their_targets(world):
     trials, method, state, batch = bagged(world, mixup=2)
     present = batch.bags.present.flatten(1)
     targets = torch.eye(G * M).repeat(2, 1, 1)
@@ -136,7 +136,7 @@ def test_a_trial_alone_and_among_others_gives_the_same_to_the_bit(clusters, quic
         assert torch.equal(run.tensors["linear"], alone.tensors["linear"])
 
 
-def test_a_mini_batch_is_whole_bags_of_the_trials_own_pictures(clusters, quick):
+def test_a_mini_batch_is_whole_bags_of_the_trials_own_images(clusters, quick):
     configs = [
         quick(method="proportions", bag_size=7, batch_labeled=32, n1=20, seed=seed, eval_every=10) for seed in (0, 1)
     ]

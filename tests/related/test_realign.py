@@ -22,7 +22,7 @@ QUICK = Sampling(epochs=2, per_class=64)
 
 @pytest.fixture(scope="module")
 def world():
-    """Six classes, of whose largest all 60 labelled pictures are taken, and 2 of the smallest."""
+    """Six classes, of whose largest all 60 labelled images are taken, and 2 of the smallest."""
     return make_clusters(classes=6, dim=16, train=80, noise=1.0, text_noise=2.0)
 
 
@@ -156,7 +156,7 @@ def test_wrong_values_are_refused(world, biased, options, words):
         realign(biased[:1], world, **options)
 
 
-def test_other_pictures_or_labels_are_refused(world, biased):
+def test_other_images_or_labels_are_refused(world, biased):
     once = realign(biased[:1], world, by="lda", kappas=[0])
     with pytest.raises(InputError, match="realigned already"):
         realign(once, world, by="gaussians")
@@ -168,12 +168,12 @@ def test_other_pictures_or_labels_are_refused(world, biased):
 
 @pytest.fixture(scope="module")
 def on_disk(tmp_path_factory):
-    """A small cache of pictures and two biased runs of it."""
-    from tests.cache.samples import write_pictures, write_tiny_model
+    """A small cache of images and two biased runs of it."""
+    from tests.cache.samples import write_images, write_tiny_model
 
     folder = tmp_path_factory.mktemp("realign")
-    pictures = write_pictures(folder / "pictures", {"train/cat": 20, "train/dog": 6, "test/cat": 4, "test/dog": 4})
-    assert run("extract", pictures, "-o", folder / "cache", "--model", write_tiny_model(folder)).exit_code == 0
+    images = write_images(folder / "images", {"train/cat": 20, "train/dog": 6, "test/cat": 4, "test/dog": 4})
+    assert run("extract", images, "-o", folder / "cache", "--model", write_tiny_model(folder)).exit_code == 0
     fitted = run(
         "fit", folder / "cache", "-o", folder / "run", "--method", "cross_entropy", "--seeds", 2, "--steps", 20
     )
@@ -192,7 +192,7 @@ def test_the_command_writes_runs_that_others_read(on_disk, tmp_path, by):
     assert fitted.metrics["realigned"]["by"] == by
     figures = evaluate(fitted)
     assert figures["accuracy"] == pytest.approx(fitted.metrics["accuracy"])
-    predicted = run("predict", out / "seed-1", on_disk / "pictures" / "test", "--out", tmp_path / "found.csv")
+    predicted = run("predict", out / "seed-1", on_disk / "images" / "test", "--out", tmp_path / "found.csv")
     assert predicted.exit_code == 0, predicted.output
     exported = run("export", out / "seed-0", tmp_path / "graph", "--to", "torchscript")
     assert exported.exit_code == 0, exported.output
@@ -213,5 +213,5 @@ def test_bad_input_at_the_command(on_disk, tmp_path):
     assert "by must be one of" in refused("realign", *whole, "--by", "magic")
     assert "is gone or no cache" in refused("realign", *whole, "--cache", tmp_path / "none")
     assert "is no run" in refused("realign", tmp_path / "none", "--out", tmp_path / "x")
-    assert "exists and is no run" in refused("realign", on_disk / "run" / "seed-0", "--out", on_disk / "pictures")
+    assert "exists and is no run" in refused("realign", on_disk / "run" / "seed-0", "--out", on_disk / "images")
     assert not (tmp_path / "x").exists()

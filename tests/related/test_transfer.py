@@ -10,7 +10,7 @@ from ulfine_fast.related.class_bias.transfer import class_bias, correlation, tra
 LABELS = np.array([0, 0, 0, 1, 2, 2])
 
 
-def test_bias_by_hand_whatever_the_number_of_pictures_of_a_class():
+def test_bias_by_hand_whatever_the_number_of_images_of_a_class():
     probabilities = np.array([[0.8, 0.1, 0.1]] * 3 + [[0.5, 0.4, 0.1]] + [[0.3, 0.1, 0.6]] * 2)
     means = [(0.8 + 0.5 + 0.3) / 3, (0.1 + 0.4 + 0.1) / 3, (0.1 + 0.1 + 0.6) / 3]
     np.testing.assert_allclose(class_bias(probabilities, LABELS), np.log(np.array(means) * 3), atol=1e-12)

@@ -74,7 +74,7 @@ def test_the_page_fits_its_window(tmp_path: Path, kind: str, width: int) -> None
         write_study(runs, ("zero_shot", "ulfine"), seeds=2, classes=150, rows=600)
     else:
         hostile_run(runs)
-    page = build_report([runs], tmp_path / "page.html", pictures=stripes)
+    page = build_report([runs], tmp_path / "page.html", images=stripes)
     found, console = measured(page, width, "light", tmp_path)
     assert found["client"] in range(width - 20, width + 1)
     assert found["wide"] == []
@@ -95,7 +95,7 @@ def test_the_measure_sees_what_it_looks_for(tmp_path: Path) -> None:
     assert "DIV.bad" in found["wide"]
     assert found["scroll"] > found["client"]
     assert found["blank"] == 1
-    assert console.count("Content Security Policy") >= 2, "the picture and the script were both refused"
+    assert console.count("Content Security Policy") >= 2, "the image and the script were both refused"
 
 
 def test_the_page_follows_the_color_scheme(tmp_path: Path) -> None:

@@ -23,41 +23,41 @@ def run(*arguments: object) -> tuple[int, str, str]:
     return result.exit_code, result.stdout, result.stderr
 
 
-def test_pictures_of_the_cache_are_in_the_page(tmp_path: Path) -> None:
-    cache = write_cache(tmp_path / "cache", draw_folder(tmp_path / "pictures"))
+def test_images_of_the_cache_are_in_the_page(tmp_path: Path) -> None:
+    cache = write_cache(tmp_path / "cache", draw_folder(tmp_path / "images"))
     run_of(tmp_path / "runs" / "a", cache)
     page = tmp_path / "page.html"
-    code, out, err = run(tmp_path / "runs", "--out", page, "--title", "Four pictures")
+    code, out, err = run(tmp_path / "runs", "--out", page, "--title", "Four images")
     assert (code, err) == (0, "")
     assert out == f"report: {page} (1 runs, {page.stat().st_size / 1e3:,.0f} kB)\n"
     tables = PageTables(page.read_text())
-    assert tables.headings[0] == (1, "Four pictures")
+    assert tables.headings[0] == (1, "Four images")
     assert sum(name == "img" for name, _ in tables.elements) >= 4
 
 
-def test_without_pictures_it_goes_on_and_says_so(tmp_path: Path) -> None:
+def test_without_images_it_goes_on_and_says_so(tmp_path: Path) -> None:
     folder = run_of(tmp_path / "run", tmp_path / "gone")
     code, out, err = run(folder, "--out", tmp_path / "page.html")
     assert code == 0
     assert out.startswith("report: ")
-    assert err == f"no pictures in the page: the cache {tmp_path / 'gone'} is gone; name their place with --pictures\n"
+    assert err == f"no images in the page: the cache {tmp_path / 'gone'} is gone; name their place with --images\n"
 
 
-def test_pictures_can_be_named(tmp_path: Path) -> None:
+def test_images_can_be_named(tmp_path: Path) -> None:
     folder = run_of(tmp_path / "run", tmp_path / "gone")
-    pictures = draw_folder(tmp_path / "pictures")
-    code, out, _ = run(folder, "--out", tmp_path / "page.html", "--pictures", pictures, "--json")
+    images = draw_folder(tmp_path / "images")
+    code, out, _ = run(folder, "--out", tmp_path / "page.html", "--images", images, "--json")
     assert code == 0
     page = tmp_path / "page.html"
     assert json.loads(out) == {
-        "report": str(page), "runs": 1, "bytes": page.stat().st_size, "pictures": True, "no_pictures_because": None,
+        "report": str(page), "runs": 1, "bytes": page.stat().st_size, "images": True, "no_images_because": None,
     }  # fmt: skip
 
 
-def test_json_gives_the_reason_for_no_pictures(tmp_path: Path) -> None:
+def test_json_gives_the_reason_for_no_images(tmp_path: Path) -> None:
     code, out, err = run(run_of(tmp_path / "run", None), "--out", tmp_path / "page.html", "--json")
     assert (code, err) == (0, "")
-    assert json.loads(out)["no_pictures_because"] == "the run was made from features in memory, without a cache"
+    assert json.loads(out)["no_images_because"] == "the run was made from features in memory, without a cache"
 
 
 def test_several_folders(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The map of test pictures: places by PCA of the cache's features, mistakes as crosses."""
+"""The map of test images: places by PCA of the cache's features, mistakes as crosses."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_the_page_shows_the_map_where_the_cache_is_at_hand(fitted, tmp_path):
     assert 'id="map"' not in build_report([gone], tmp_path / "page.html", projection="pca").read_text()
 
 
-def test_a_dot_a_cross_and_a_picture_without_a_label():
+def test_a_dot_a_cross_and_a_image_without_a_label():
     places = np.array([[0.0, 0.0], [1.0, 1.0], [2.0, 0.5]])
     text = map_chart("title", places, np.array([0, 1, -1]), np.array([0, 0, 1]), ["<cat>", "dog"])
     assert len(re.findall(r'<circle [^>]*class="dot"', text)) == 1

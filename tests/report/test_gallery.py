@@ -45,7 +45,7 @@ def test_a_class_is_spread_from_most_to_least_confident() -> None:
     assert len(gallery.of_class(table, 0, 3)) == 0
 
 
-def test_a_large_picture_becomes_a_small_jpeg() -> None:
+def test_a_large_image_becomes_a_small_jpeg() -> None:
     uri, tiny = gallery.thumbnail(Image.new("RGB", (1200, 600), "red"))
     assert uri.startswith("data:image/jpeg;base64,")
     assert not tiny
@@ -53,7 +53,7 @@ def test_a_large_picture_becomes_a_small_jpeg() -> None:
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "P", "CMYK", "I;16"])
-def test_a_tiny_picture_keeps_its_pixels(mode: str) -> None:
+def test_a_tiny_image_keeps_its_pixels(mode: str) -> None:
     uri, tiny = gallery.thumbnail(Image.new(mode, (28, 28)))
     assert uri.startswith("data:image/png;base64,")
     assert tiny
@@ -61,11 +61,11 @@ def test_a_tiny_picture_keeps_its_pixels(mode: str) -> None:
 
 
 def test_metadata_does_not_follow_into_the_page() -> None:
-    picture = Image.new("RGB", (300, 300))
+    image = Image.new("RGB", (300, 300))
     exif = Image.Exif()
     exif[0x010F] = "secret camera"
     buffer = io.BytesIO()
-    picture.save(buffer, "JPEG", exif=exif, comment=b"secret place")
+    image.save(buffer, "JPEG", exif=exif, comment=b"secret place")
     uri, _ = gallery.thumbnail(Image.open(buffer))
     data = base64.b64decode(uri.split(",", 1)[1])
     assert b"secret" in buffer.getvalue()
@@ -73,7 +73,7 @@ def test_metadata_does_not_follow_into_the_page() -> None:
     assert not opened(uri).getexif()
 
 
-def test_a_picture_that_is_gone_leaves_its_caption() -> None:
+def test_a_image_that_is_gone_leaves_its_caption() -> None:
     def read(row_id: str) -> Image.Image:
         raise {"r0": KeyError("r0"), "r1": OSError("gone"), "r2": ValueError("bad")}[row_id]
 
@@ -91,7 +91,7 @@ def test_an_error_of_ours_is_not_hidden() -> None:
         gallery.take(rows([0], [0], [0.5]), np.arange(1), read)
 
 
-def test_a_picture_file_closes_into_the_page(tmp_path: Path) -> None:
+def test_a_image_file_closes_into_the_page(tmp_path: Path) -> None:
     Image.new("RGB", (40, 20), "blue").save(tmp_path / "r0.png")
     shots = gallery.take(rows([0], [0], [0.5]), np.arange(1), lambda row_id: Image.open(tmp_path / f"{row_id}.png"))
     assert shots[0].image is not None

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from tests.cache.samples import write_cache, write_pictures, write_tiny_model
+from tests.cache.samples import write_cache, write_images, write_tiny_model
 from tests.report.writer import RunSpec, write_run
 from ulfine_fast import FitConfig, Run, build_report, fit
 from ulfine_fast.cache.models.encoder import load_encoder
@@ -75,7 +75,7 @@ def test_the_page_has_a_row_where_the_cache_is_at_hand(fitted, tmp_path):
 def test_a_cache_in_one_byte_has_nothing_more_to_lose(tmp_path, dtype, row):
     counts = {"train/cat": 3, "train/dog": 3, "val/dog": 1, "test/cat": 2, "test/dog": 2}
     encoder = load_encoder(write_tiny_model(tmp_path / "model"), device="cpu")
-    extract(open_source(write_pictures(tmp_path / "pictures", counts)), encoder, tmp_path / "cache", dtype=dtype)
+    extract(open_source(write_images(tmp_path / "images", counts)), encoder, tmp_path / "cache", dtype=dtype)
     config = FitConfig(method="linear_probe", steps=1, eval_every=1)
     save_runs([fit(FeatureCache.open(tmp_path / "cache"), config, progress=False)], tmp_path / "run")
     assert (rounder()(load_run(tmp_path / "run")) is not None) == row

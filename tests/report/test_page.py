@@ -109,7 +109,7 @@ def test_sections_follow_the_best_by_validation_not_by_test(study: Path) -> None
         edit_json(study / "linear_probe" / f"seed-{seed}" / "metrics.json", val={"balanced_accuracy": 0.97})
     text = page(study)
     assert "By validation balanced accuracy the best setting is <b>linear probe</b>" in text
-    assert text.count("Shown for <b>linear probe</b>") == 2, "calibration and confusion; no pictures here"
+    assert text.count("Shown for <b>linear probe</b>") == 2, "calibration and confusion; no images here"
     assert "not chosen by test figures" in text
     assert "on 20 validation rows a run" in text
 
@@ -229,7 +229,7 @@ def test_150_classes_show_confused_pairs(tmp_path: Path) -> None:
 @pytest.mark.parametrize("permute", [True, False])
 def test_two_classes(tmp_path: Path, permute: bool) -> None:
     write_study(tmp_path / "runs", ("zero_shot", "ulfine"), seeds=3, classes=2, rows=60, permute=permute)
-    text = page(tmp_path / "runs", pictures=stripes)
+    text = page(tmp_path / "runs", images=stripes)
     cells = row_of(PageTables(text), "ulfine")
     assert "few" not in cells, "two classes have no third third"
     assert cells["medium"].startswith("★best ")
@@ -238,7 +238,7 @@ def test_two_classes(tmp_path: Path, permute: bool) -> None:
 
 
 def test_twenty_runs_stay_below_a_megabyte(study: Path) -> None:
-    text = page(study, pictures=stripes)
+    text = page(study, images=stripes)
     assert len(text.encode()) < 1_000_000
     assert text.count("<img ") == 60
 
@@ -284,7 +284,7 @@ def test_untrusted_text_stays_text(tmp_path: Path) -> None:
     run = write_run(tmp_path / "<u>runs", spec)
     edit_json(run / "split.json", rule="<script>rule")
     edit_json(run / "config.json", encoder={"<name>": "<script>"}, created_by="<script>", cache="<script>")
-    text = page(run, pictures=stripes, title="<script>title")
+    text = page(run, images=stripes, title="<script>title")
     met = PageTables(text).elements
     kinds = {name for name, _ in met}
     assert not kinds & {"i", "u", "iframe", "object", "link", "form"}
@@ -304,7 +304,7 @@ def test_many_untrusted_classes(tmp_path: Path) -> None:
 
 
 def test_the_page_needs_nothing_from_elsewhere(study: Path) -> None:
-    text = page(study, pictures=stripes)
+    text = page(study, images=stripes)
     met = PageTables(text).elements
     policy = next(a["content"] for name, a in met if a.get("http-equiv") == "Content-Security-Policy")
     [script] = re.findall(r"<script>(.*?)</script>", text, re.S)
@@ -318,8 +318,8 @@ def test_the_page_needs_nothing_from_elsewhere(study: Path) -> None:
     assert all(str(a["href"]).startswith("#") for name, a in met if name == "a")
 
 
-def test_headings_links_and_pictures_are_accessible(study: Path) -> None:
-    text = page(study, pictures=stripes)
+def test_headings_links_and_images_are_accessible(study: Path) -> None:
+    text = page(study, images=stripes)
     tables = PageTables(text)
     levels = [level for level, _ in tables.headings]
     assert levels[0] == 1
@@ -338,18 +338,18 @@ def test_headings_links_and_pictures_are_accessible(study: Path) -> None:
 
 def test_every_element_is_closed(study: Path) -> None:
     """Our own markup is well formed, so a stray tag cannot hide in it."""
-    text = page(study, pictures=stripes).replace("<!DOCTYPE html>\n", "")
+    text = page(study, images=stripes).replace("<!DOCTYPE html>\n", "")
     closed = re.sub(r"<(meta|img)\b([^>]*)>", r"<\1\2/>", text)
     assert ET.fromstring(closed).tag == "html"
 
 
 def test_the_same_runs_give_the_same_bytes(study: Path, tmp_path: Path) -> None:
-    first = build_report([study], tmp_path / "a.html", pictures=stripes).read_bytes()
-    assert build_report([study], tmp_path / "deeper" / "b.html", pictures=stripes).read_bytes() == first
+    first = build_report([study], tmp_path / "a.html", images=stripes).read_bytes()
+    assert build_report([study], tmp_path / "deeper" / "b.html", images=stripes).read_bytes() == first
     assert not list(tmp_path.glob("*.tmp"))
 
 
-def test_pictures_show_names_confidence_and_id(single: Path) -> None:
+def test_images_show_names_confidence_and_id(single: Path) -> None:
     asked: list[str] = []
 
     def read(row_id: str) -> Image.Image:
@@ -358,7 +358,7 @@ def test_pictures_show_names_confidence_and_id(single: Path) -> None:
             raise OSError("gone")
         return stripes(row_id)
 
-    text = page(single, pictures=read)
+    text = page(single, images=read)
     wrong = text.split("Most confident wrong")[1].split("Least confident")[0]
     assert wrong.count("✗") == 12
     assert wrong.count("✓") == 0
@@ -366,21 +366,21 @@ def test_pictures_show_names_confidence_and_id(single: Path) -> None:
     assert sure == sorted(sure, reverse=True)
     assert set(asked) >= set(re.findall(r'class="id" title="([^"]+)"', wrong))
     gone = sum(row_id.endswith("7.png") for row_id in asked)
-    assert text.count("picture cannot be read") == gone
+    assert text.count("image cannot be read") == gone
     if gone:
-        assert f"{gone} pictures could not be read." in text
+        assert f"{gone} images could not be read." in text
 
 
 def test_tail_classes_are_those_with_the_fewest_labels(single: Path) -> None:
-    text = page(single, pictures=stripes)
+    text = page(single, images=stripes)
     counts = json.loads((single / "metrics.json").read_text())["class_counts"]
     found = [int(n) for n in re.findall(r"Tail class: .*? \((\d+) labelled\)", text)]
     assert found == sorted(counts)[:3]
 
 
-def test_without_pictures_the_page_says_how_to_get_them(single: Path) -> None:
+def test_without_images_the_page_says_how_to_get_them(single: Path) -> None:
     text = page(single)
-    assert "--pictures FOLDER" in text
+    assert "--images FOLDER" in text
     assert "<img" not in text
 
 
@@ -457,7 +457,7 @@ def test_the_methods_of_the_writer_are_those_on_the_page(study: Path) -> None:
 
 
 def test_leakage_stands_above_the_figures(single: Path) -> None:
-    text = page(single, leakage=["3 pictures of <b>test</b> were trained on"])
-    place = text.index("Leakage: <bdi>3 pictures of &lt;b&gt;test&lt;/b&gt; were trained on</bdi>.")
+    text = page(single, leakage=["3 images of <b>test</b> were trained on"])
+    place = text.index("Leakage: <bdi>3 images of &lt;b&gt;test&lt;/b&gt; were trained on</bdi>.")
     assert place < text.index('id="results"')
     assert "Leakage" not in page(single)

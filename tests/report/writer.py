@@ -225,7 +225,7 @@ def edit_json(file: Path, **changes: Any) -> None:
 
 
 def stripes(row_id: str) -> Image.Image:
-    """A picture that is a function of its id."""
+    """An image that is a function of its id."""
     rng = np.random.default_rng(list(row_id.encode()))
     return Image.fromarray(rng.integers(0, 255, (28, 28, 3), dtype=np.uint8)).resize((200, 150))
 

@@ -1,4 +1,4 @@
-"""A run over real pictures, whose names are as bad as names get."""
+"""A run over real images, whose names are as bad as names get."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 
-from tests.cache.samples import write_pictures, write_tiny_model
+from tests.cache.samples import write_images, write_tiny_model
 from tests.cli.test_bad_input import run
 from ulfine_fast.review.session import Session
 
@@ -15,11 +15,11 @@ BAD = "<img src=x onerror=alert(1)>"
 
 @pytest.fixture(scope="session")
 def reviewed(tmp_path_factory):
-    """A run folder of the classes cat, dog and BAD, with unlabelled pictures."""
+    """A run folder of the classes cat, dog and BAD, with unlabelled images."""
     folder = tmp_path_factory.mktemp("reviewed")
     counts = {f"train/{name}": count for name, count in (("cat", 8), ("dog", 6), (BAD, 3))}
     held = {f"test/{name}": 2 for name in ("cat", "dog", BAD)}
-    source = write_pictures(folder / "pictures", {**counts, **held, "unlabeled": 6})
+    source = write_images(folder / "images", {**counts, **held, "unlabeled": 6})
     shutil.copy(source / "train" / "cat" / "000.png", source / "train" / "dog" / '"&<b>.png')
     model = write_tiny_model(tmp_path_factory.mktemp("model"))
     done = run("extract", source, "--out", folder / "cache", "--model", model, "--workers", 0)

@@ -48,7 +48,7 @@ def test_nobody_else_may(client, session, how, status):
     assert not session.labels.exists()
 
 
-@pytest.mark.parametrize("path", ["state", "pictures/0", "", "review.js"])
+@pytest.mark.parametrize("path", ["state", "images/0", "", "review.js"])
 def test_nobody_reads_without_the_token_or_under_another_name(client, path):
     assert client.get(f"/{TOKEN}/{path}", base_url=HOME).status_code == 200
     assert client.get(f"/guess/{path}", base_url=HOME).status_code == 404
@@ -91,11 +91,11 @@ def test_a_damaged_file_is_told_and_not_overwritten(client, session):
     assert session.labels.read_text() == "mine\n"
 
 
-def test_pictures_come_without_their_metadata(client, session):
-    answer = client.get(f"/{TOKEN}/pictures/0", base_url=HOME)
+def test_images_come_without_their_metadata(client, session):
+    answer = client.get(f"/{TOKEN}/images/0", base_url=HOME)
     image = Image.open(io.BytesIO(answer.data))
     assert (answer.mimetype, image.size, dict(image.getexif())) == ("image/png", (24, 20), {})
-    assert client.get(f"/{TOKEN}/pictures/99999", base_url=HOME).status_code == 404
+    assert client.get(f"/{TOKEN}/images/99999", base_url=HOME).status_code == 404
 
 
 def test_tokens_differ_and_a_taken_port_is_said(session):

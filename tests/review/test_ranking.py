@@ -1,4 +1,4 @@
-"""Which pictures come first: on worlds where it is known which labels are wrong."""
+"""Which images come first: on worlds where it is known which labels are wrong."""
 
 from __future__ import annotations
 

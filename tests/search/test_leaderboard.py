@@ -124,7 +124,7 @@ def test_how_many_are_asked_together(clusters):
     assert default_batch("random", 512, 3, clusters, workers=True) == 64
     assert default_batch("tpe", 512, 3, clusters, workers=False) == 64
     assert default_batch("tpe", 10, 3, clusters, workers=False) == 10
-    # a gibibyte of runs: 16 bytes of head a class and dimension, 8 a picture, 3 seeds
+    # a gibibyte of runs: 16 bytes of head a class and dimension, 8 an image, 3 seeds
     each = 16 * 4 * 16 + 8 * len(clusters)
     assert default_batch("random", 10**6, 3, clusters, workers=False) == 2**30 // (3 * each)
     assert wanted_trials(SPACE, "grid", 512) == 25

@@ -19,7 +19,7 @@ from ulfine_fast.metrics.intervals import mean_interval
 ROOT = Path(__file__).parents[2]
 
 
-# every class has validation pictures, and trials differ
+# every class has validation images, and trials differ
 HARD = {**SPACE, "gamma_l": 4.0, "val_fraction": 0.4, "lr": {"low": 0.00001, "high": 0.3, "log": True}}
 
 
@@ -124,7 +124,7 @@ def test_a_diverged_trial_fails_and_its_neighbours_do_not_notice(search, tmp_pat
 def test_no_trial_left_is_said(search, tmp_path):
     with pytest.raises(InputError, match="all 2 trials diverged; lower lr"):
         search({**SPACE, "lr": [1e30, 1e31], "threshold": 0.9}, trials=2, sampler="grid")
-    with pytest.raises(InputError, match="no validation pictures to judge by; set val_fraction"):
+    with pytest.raises(InputError, match="no validation images to judge by; set val_fraction"):
         search({**SPACE, "val_fraction": 0.0}, trials=2, out=tmp_path / "blind")
     with pytest.raises(InputError, match="no trial has many_shot on validation; choose another --metric"):
         search(trials=2, out=tmp_path / "few", metrics=["many_shot"])

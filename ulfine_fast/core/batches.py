@@ -51,7 +51,7 @@ class PaddedRows:
 
 
 class Draws(NamedTuple):
-    """Which pictures and views one step takes.
+    """Which images and views one step takes.
 
     `labeled` (T, B), `weak` and `strong` (T, U) are slots of :meth:`DeviceFeatures.at`, `labels` (T, B) the classes of
     the labelled ones, `places` (T, U) where the unlabelled ones stand in the :class:`Pool`.
@@ -69,10 +69,10 @@ class BatchSource:
     """Draws the mini-batches of T trials.
 
     Attributes:
-        features: all features on the device. labels: class that each labelled picture is told to have (T, L).
+        features: all features on the device. labels: class that each labelled image is told to have (T, L).
         labeled, unlabeled: rows of each trial. trials: seeds and noise lengths.
-        config: batch sizes. pairs: whether to draw unlabelled pictures at all.
-        bags: what is drawn in the place of labelled pictures, if any.
+        config: batch sizes. pairs: whether to draw unlabelled images at all.
+        bags: what is drawn in the place of labelled images, if any.
     """
 
     features: DeviceFeatures
@@ -86,7 +86,7 @@ class BatchSource:
 
     @property
     def unlabeled_size(self) -> int:
-        """Unlabelled pictures in a mini-batch; 0 where none are drawn."""
+        """Unlabelled images in a mini-batch; 0 where none are drawn."""
         return self.config.batch_unlabeled if self.pairs else 0
 
     def part(self, start: int, stop: int) -> BatchSource:
@@ -129,7 +129,7 @@ class BatchSource:
             yield step, Batch(features, draws.labels, weak, strong, places)
 
     def _draw_bags(self, bags: PaddedBags, start: int, stop: int) -> Iterator[tuple[int, Batch]]:
-        """Mini-batches of whole bags: as many as make `batch_labeled` pictures, and at least one."""
+        """Mini-batches of whole bags: as many as make `batch_labeled` images, and at least one."""
         steps = torch.arange(start, stop, device=self.labels.device)
         count = max(1, self.config.batch_labeled // bags.index.shape[-1])
         places = integers(self.trials.seeds, steps, Purpose.LABELED, count, bags.count)  # (S, T, G)

@@ -30,7 +30,7 @@ class DeviceFeatures:
         tokens: whether rows are the last block's tokens, D = 2 W wide and of any length, instead of features.
         easy: how many of the views are plain or weak; the other V - easy are strong, and may be none.
         position: where each row stands among the rows with views, -1 for none, int64 (n,).
-        areas: share of the picture that the plain (1) and weak views show (m, easy), 0 where nobody knows; None for
+        areas: share of the image that the plain (1) and weak views show (m, easy), 0 where nobody knows; None for
             features that no cache gave.
     """
 

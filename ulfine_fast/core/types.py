@@ -24,7 +24,7 @@ class Trials:
         values: per-trial hyper-parameters by name, float32 (T,).
         seeds: int64 (T,).
         prototypes: unit textual prototypes each trial starts from (T, K, D).
-        log_prior: log class frequencies of the labelled training pictures (T, K).
+        log_prior: log class frequencies of the labelled training images (T, K).
         head: what the encoder does to its class token last, see :func:`ulfine_fast.core.heads.frozen_end`; of no trial
             alone, and empty where features are read.
         texts: features of the class names in each prompt (P, K, D), each as long as the encoder scales cosines, of no
@@ -78,7 +78,7 @@ class Batch(NamedTuple):
     """A mini-batch of unit features: labelled (T, B, D) with labels (T, B), and two views of unlabelled ones (T, U, D).
 
     `places` (T, U) says where the unlabelled ones stand in the :class:`Pool`. All three are None where the method uses
-    no unlabelled pictures or a trial has none. With `bags` the labelled rows are the pictures of G bags, B = G m, and
+    no unlabelled images or a trial has none. With `bags` the labelled rows are the images of G bags, B = G m, and
     every label is -1.
     """
 
@@ -92,9 +92,9 @@ class Batch(NamedTuple):
 
 @dataclass(frozen=True)
 class Pool:
-    """All training pictures of T trials at once, for methods that look at more than a mini-batch.
+    """All training images of T trials at once, for methods that look at more than a mini-batch.
 
-    Trials of different size are padded: padding has label -1, presence False, and the features of some other picture.
+    Trials of different size are padded: padding has label -1, presence False, and the features of some other image.
 
     Attributes:
         features: the cache's features on the device.
@@ -112,22 +112,22 @@ class Pool:
 
     @property
     def labeled(self) -> Tensor:
-        """Plain unit features of the labelled pictures (T, L, D)."""
+        """Plain unit features of the labelled images (T, L, D)."""
         return self.features.rows(self.labeled_rows)
 
     @property
     def labeled_views(self) -> Tensor:
-        """All cached views of the labelled pictures (T, L, V, D): plain, weak, strong."""
+        """All cached views of the labelled images (T, L, V, D): plain, weak, strong."""
         return self.features.all_views(self.labeled_rows)
 
     @property
     def unlabeled_views(self) -> Tensor:
-        """All cached views of the unlabelled pictures (T, N, V, D): plain, weak, strong."""
+        """All cached views of the unlabelled images (T, N, V, D): plain, weak, strong."""
         return self.features.all_views(self.unlabeled_rows)
 
     @property
     def unlabeled(self) -> Tensor:
-        """Plain unit features of the unlabelled pictures (T, N, D)."""
+        """Plain unit features of the unlabelled images (T, N, D)."""
         return self.features.rows(self.unlabeled_rows)
 
 
@@ -135,7 +135,7 @@ class Pool:
 class State:
     """What T trials have learned: parameters get gradients, memory is moved by the method itself.
 
-    Scratch is memory that training needs and prediction does not, such as one value per unlabelled picture; it is not
+    Scratch is memory that training needs and prediction does not, such as one value per unlabelled image; it is not
     saved with the run.
     """
 

@@ -1,4 +1,4 @@
-"""Corrected labels: a table of picture ids and classes that stands over a cache's own labels."""
+"""Corrected labels: a table of image ids and classes that stands over a cache's own labels."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ if TYPE_CHECKING:
     from ulfine_fast.cache.store import FeatureCache
 
 NOTHING = ""
-"""The label of a picture that shows none of the classes, or of which nobody knows what it shows."""
+"""The label of an image that shows none of the classes, or of which nobody knows what it shows."""
 
 _COLUMNS = ["id", "label"]
 
 
 def read_corrections(path: Path) -> dict[str, str]:
-    """Picture id -> class name, or "" for none, from a CSV file with the columns id and label.
+    """Image id -> class name, or "" for none, from a CSV file with the columns id and label.
 
     Raises:
-        InputError: no such file, other columns, or two labels for one picture.
+        InputError: no such file, other columns, or two labels for one image.
     """
     try:
         rows = list(csv.reader(io.StringIO(path.read_text(encoding="utf-8-sig"), newline="")))
@@ -61,11 +61,11 @@ def corrected(cache: FeatureCache, labels: Mapping[str, str]) -> FeatureCache:
     """The cache with these labels in the place of its own.
 
     Args:
-        cache: features of the pictures named.
-        labels: picture id -> class name, or "" for none.
+        cache: features of the images named.
+        labels: image id -> class name, or "" for none.
 
     Raises:
-        InputError: a picture or a class that the cache does not know.
+        InputError: an image or a class that the cache does not know.
     """
     known = cache.labels.copy()
     known[_rows_of(cache, labels)] = _classes_of(cache, labels)
@@ -73,18 +73,18 @@ def corrected(cache: FeatureCache, labels: Mapping[str, str]) -> FeatureCache:
 
 
 def corrected_split(split: Split, cache: FeatureCache, labels: Mapping[str, str]) -> Split:
-    """The split with every corrected picture in its place; no picture changes between training and being held out.
+    """The split with every corrected image in its place; no image changes between training and being held out.
 
-    A training picture with a corrected class is labelled, one that shows none of them unlabelled; a held-out picture
+    A training image with a corrected class is labelled, one that shows none of them unlabelled; a held-out image
     that shows none of them is left out.
 
     Args:
         split: of the cache before the corrections.
         cache: as :func:`corrected` returns it.
-        labels: picture id -> class name, or "" for none.
+        labels: image id -> class name, or "" for none.
 
     Raises:
-        InputError: a class is left without a labelled picture, or see :func:`corrected`.
+        InputError: a class is left without a labelled image, or see :func:`corrected`.
     """
     rows = _rows_of(cache, labels)
     known = cache.labels[rows] >= 0
@@ -98,7 +98,7 @@ def corrected_split(split: Split, cache: FeatureCache, labels: Mapping[str, str]
     )
     for k in np.flatnonzero(labeled_counts(cache.labels, moved, len(cache.class_names)) == 0)[:1]:
         name = cache.class_names[k]
-        raise InputError(f"the corrections leave class {name!r} without a labelled picture; give it one")
+        raise InputError(f"the corrections leave class {name!r} without a labelled image; give it one")
     return moved
 
 

@@ -1,4 +1,4 @@
-"""Long-tailed semi-supervised splits of a cache's rows: drawn from a seed, saved by picture id, loadable again."""
+"""Long-tailed semi-supervised splits of a cache's rows: drawn from a seed, saved by image id, loadable again."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Split:
         val: rows held out of the labelled ones for selection and calibration (V,).
         test: rows read once, at the end (E,).
         class_order: class indices from head to tail (K,), by drawn rank or by labelled count.
-        bags: of training pictures of which class shares are known, for methods that learn from those; else None.
+        bags: of training images of which class shares are known, for methods that learn from those; else None.
     """
 
     labeled: Rows
@@ -45,7 +45,7 @@ class Split:
     bags: Bags | None = None
 
     def to_dict(self, ids: list[str]) -> dict[str, Any]:
-        """The split as picture ids, so that it fits a cache of the same pictures made with another model."""
+        """The split as image ids, so that it fits a cache of the same images made with another model."""
         roles = {role: [ids[row] for row in getattr(self, role)] for role in ("labeled", "unlabeled", "val", "test")}
         order = [int(k) for k in self.class_order]
         bags = {} if self.bags is None else {"bags": self.bags.to_list(ids)}
@@ -57,10 +57,10 @@ def read_split(path: Path, ids: list[str]) -> Split:
 
     Args:
         path: a split.json, or a run folder that holds one.
-        ids: the cache's picture ids, in row order.
+        ids: the cache's image ids, in row order.
 
     Raises:
-        InputError: no such file, no split in it, or a picture the cache lacks.
+        InputError: no such file, no split in it, or an image the cache lacks.
     """
     file = path / "split.json" if path.is_dir() else path
     try:
@@ -131,7 +131,7 @@ def draw_split(labels: Rows, splits: NDArray[Any], class_names: list[str], confi
         config: n1, m1, gamma_l, gamma_u, shape and the split seed decide.
 
     Raises:
-        InputError: too few pictures for the counts asked for, or a class with no labelled picture.
+        InputError: too few images for the counts asked for, or a class with no labelled image.
     """
     random = np.random.default_rng([config.data_seed, 0x5B11])
     test = _rows(np.flatnonzero((splits == "test") & (labels >= 0)))
@@ -142,7 +142,7 @@ def draw_split(labels: Rows, splits: NDArray[Any], class_names: list[str], confi
         test, pools = _carve(pools, config.test_fraction, keep=2)
     for name, pool in zip(class_names, pools, strict=True):
         if not len(pool):
-            raise InputError(f"class {name!r} has no labelled training picture; add one or remove the class")
+            raise InputError(f"class {name!r} has no labelled training image; add one or remove the class")
     unknown = _rows(np.flatnonzero((splits == "unlabeled") | ((splits == "train") & (labels < 0))))
     if config.n1 is None:
         order, labeled, unlabeled = _as_they_are(pools, config.labeled_fraction)
@@ -160,19 +160,19 @@ def draw_split(labels: Rows, splits: NDArray[Any], class_names: list[str], confi
 
 
 def labeled_counts(labels: Rows, split: Split, classes: int) -> Rows:
-    """Labelled training pictures of each class (K,), validation left out."""
+    """Labelled training images of each class (K,), validation left out."""
     return np.bincount(labels[split.labeled], minlength=classes).astype(np.int64)
 
 
 def told_labels(labels: Rows, split: Split, classes: int, config: FitConfig) -> Rows:
     """The classes that training is told: some wrong, as noisy labels are studied (symmetric noise).
 
-    round(`label_noise` L) labelled pictures, drawn from the split seed, get one of the other classes, each as likely.
+    round(`label_noise` L) labelled images, drawn from the split seed, get one of the other classes, each as likely.
     Whoever is wrong at one share is wrong in the same way at every larger one.
 
     Args:
         labels: class index of each row of the cache (n,).
-        split: whose labelled pictures are meant.
+        split: whose labelled images are meant.
         classes: K.
         config: `label_noise` and the split seed decide.
 
@@ -206,7 +206,7 @@ def _carve(pools: list[Rows], share: float, keep: int) -> tuple[Rows, list[Rows]
 
 
 def _as_they_are(pools: list[Rows], share: float) -> tuple[Rows, list[Rows], Rows]:
-    """Keep the data's own counts; `share` of each class, at least one picture, stays labelled."""
+    """Keep the data's own counts; `share` of each class, at least one image, stays labelled."""
     sizes = [max(1, round(len(pool) * share)) for pool in pools]
     labeled = [pool[:size] for pool, size in zip(pools, sizes, strict=True)]
     hidden = [pool[size:] for pool, size in zip(pools, sizes, strict=True)]
@@ -225,7 +225,7 @@ def _long_tailed(
     sizes = np.array([len(pool) for pool in pools])
     for k in np.flatnonzero(counts > sizes)[:1]:
         raise InputError(
-            f"n1 = {config.n1} needs {counts[k]} labelled pictures of class {class_names[k]!r}, "
+            f"n1 = {config.n1} needs {counts[k]} labelled images of class {class_names[k]!r}, "
             f"which has {sizes[k]}; lower n1"
         )
     labeled = [pool[:count] for pool, count in zip(pools, counts, strict=True)]
@@ -238,14 +238,14 @@ def _long_tailed(
     hidden[ranked] = _hidden_counts(sizes[ranked] - counts[ranked], config)
     for k in np.flatnonzero(hidden > sizes - counts)[:1]:
         raise InputError(
-            f"m1 = {config.m1} needs {hidden[k]} unlabelled pictures of class {class_names[k]!r}, "
+            f"m1 = {config.m1} needs {hidden[k]} unlabelled images of class {class_names[k]!r}, "
             f"which has {sizes[k] - counts[k]} left; lower m1 or n1"
         )
     return labeled, _rows(np.concatenate([rows[:count] for rows, count in zip(rest, hidden, strict=True)]))
 
 
 def _hidden_counts(left: Rows, config: FitConfig) -> Rows:
-    """Unlabelled counts by rank; without m1, the largest M1 for which every class has enough pictures left."""
+    """Unlabelled counts by rank; without m1, the largest M1 for which every class has enough images left."""
 
     def counts(m1: int) -> Rows:
         return unlabeled_counts(m1, config.gamma_u, config.shape, len(left))

@@ -1,4 +1,4 @@
-"""The pictures of `ulfine-fast demo`: a sample of Fashion-MNIST, 250 training and 50 test pictures a class."""
+"""The images of `ulfine-fast demo`: a sample of Fashion-MNIST, 250 training and 50 test images a class."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ ARCHIVE = Path(__file__).with_name("fashion-mnist-sample.zip")
 _MARKER = ".unpacked"
 
 
-def unpack_pictures(folder: Path) -> Path:
+def unpack_images(folder: Path) -> Path:
     """Unpacks the sample as `train/CLASS/00001.png` and `test/CLASS/00001.png`; does nothing if that is done already.
 
-    The pictures are unpacked beside `folder` and moved into place in one step, so that a folder with that name is
+    The images are unpacked beside `folder` and moved into place in one step, so that a folder with that name is
     complete, however often and by how many processes this is called.
 
     Args:
@@ -64,5 +64,5 @@ def _move_into_place(temporary: Path, folder: Path, digest: str) -> None:
         if _is_unpacked(folder, digest):
             return
         if folder.exists():
-            raise FileExistsError(f"{folder} holds something else than the demo's pictures") from error
+            raise FileExistsError(f"{folder} holds something else than the demo's images") from error
         raise

@@ -31,20 +31,20 @@ CLASS_FOLDERS = (
 PER_CLASS = {"train": 250, "test": 50}
 _IDX_NAMES = {"train": "train", "test": "t10k"}
 _DEFAULT_FOLDER = Path("/usr/share/datasets/fashion-mnist")
-_EARLIEST_ZIP_DATE = (1980, 1, 1, 0, 0, 0)  # fixed, so that the same pictures give the same bytes
+_EARLIEST_ZIP_DATE = (1980, 1, 1, 0, 0, 0)  # fixed, so that the same images give the same bytes
 
 
 def make_sample(source: Path = _DEFAULT_FOLDER, target: Path = ARCHIVE) -> int:
-    """Writes the archive: the first pictures of every class in the data set's own order, sorted by name.
+    """Writes the archive: the first images of every class in the data set's own order, sorted by name.
 
     Args:
         source: folder with the four IDX files, gzipped.
         target: the archive to write.
 
     Returns:
-        its size in bytes; the same pictures and zlib give the same bytes.
+        its size in bytes; the same images and zlib give the same bytes.
     """
-    entries = {name: data for split in PER_CLASS for name, data in _pictures(source, split)}
+    entries = {name: data for split in PER_CLASS for name, data in _images(source, split)}
     with zipfile.ZipFile(target, "w") as archive:
         for name in sorted(entries):
             entry = zipfile.ZipInfo(name, date_time=_EARLIEST_ZIP_DATE)
@@ -54,7 +54,7 @@ def make_sample(source: Path = _DEFAULT_FOLDER, target: Path = ARCHIVE) -> int:
     return target.stat().st_size
 
 
-def _pictures(source: Path, split: str) -> list[tuple[str, bytes]]:
+def _images(source: Path, split: str) -> list[tuple[str, bytes]]:
     """Archive names and PNG bytes of one split's sample."""
     prefix = source / _IDX_NAMES[split]
     pixels = _idx(Path(f"{prefix}-images-idx3-ubyte.gz"), header=16).reshape(-1, 28, 28)  # (n, 28, 28)

@@ -80,7 +80,7 @@ def fit_many(
         Fitted runs in the order of `configs`. A trial's mini-batches and results do not depend on its neighbours.
 
     Raises:
-        InputError: an unknown engine, a split the data cannot give, a given split that trains on held-out pictures,
+        InputError: an unknown engine, a split the data cannot give, a given split that trains on held-out images,
             a cache without the views or tokens a method trains on, or a checkpoint of something else.
     """
     if engine not in ENGINES:
@@ -173,9 +173,9 @@ def _refuse_unknown_crops(cache: FeatureCache, configs: Sequence[FitConfig]) -> 
     if not asked or cache.view_areas("weak").any():
         return
     there = cache.views("weak").shape[1]
-    lacking = "does not say how much of a picture its views show" if there else "holds no weak views"
+    lacking = "does not say how much of an image its views show" if there else "holds no weak views"
     raise InputError(
-        f"crop_epochs is {asked} and this cache {lacking}; extract the pictures again with --weak 4 --smallest-crop "
+        f"crop_epochs is {asked} and this cache {lacking}; extract the images again with --weak 4 --smallest-crop "
         "0.08, or set crop_epochs to 0"
     )
 
@@ -217,7 +217,7 @@ def _splits(cache: FeatureCache, configs: Sequence[FitConfig], given: Split | Se
 
 
 def _with_bags(cache: FeatureCache, configs: Sequence[FitConfig], splits: Sequence[Split]) -> list[Split]:
-    """The splits, those of methods that learn from bags with bags: their own, or drawn from the labelled pictures."""
+    """The splits, those of methods that learn from bags with bags: their own, or drawn from the labelled images."""
     found: dict[tuple[Any, ...], Split] = {}
     keys: list[tuple[Any, ...]] = []
     for config, split in zip(configs, splits, strict=True):
@@ -230,18 +230,18 @@ def _with_bags(cache: FeatureCache, configs: Sequence[FitConfig], splits: Sequen
 
 
 def _drawn_bags(cache: FeatureCache, config: FitConfig, split: Split) -> Split:
-    """The split with its labelled pictures in bags."""
+    """The split with its labelled images in bags."""
     classes = len(cache.class_names)
     told = told_labels(cache.labels, split, classes, config)
     return replace(split, bags=draw_bags(split.labeled, told, config.bag_size, classes, config.data_seed))
 
 
 def _refuse_bags(cache: FeatureCache, config: FitConfig, split: Split) -> None:
-    """Refuse a method without what it learns from: bags and texts, or labelled pictures."""
+    """Refuse a method without what it learns from: bags and texts, or labelled images."""
     name, given = config.method, split.bags
     if not method_of(config).uses_bags:
         if not len(split.labeled) and name != "zero_shot":
-            raise InputError(f"method {name} learns from labelled pictures and this split has none; use proportions")
+            raise InputError(f"method {name} learns from labelled images and this split has none; use proportions")
         return
     if cache.prototypes is None:
         raise InputError(
@@ -251,7 +251,7 @@ def _refuse_bags(cache: FeatureCache, config: FitConfig, split: Split) -> None:
     if given is None and not config.bag_size:
         raise InputError(
             f"method {name} learns from bags and has none; give --bags and --proportions, or set bag_size to draw bags "
-            "from labelled pictures"
+            "from labelled images"
         )
     # labels are drawn at evaluations alone
     begins = -(-config.stage_one * config.steps // config.eval_every) * config.eval_every
@@ -265,12 +265,12 @@ def _refuse_bags(cache: FeatureCache, config: FitConfig, split: Split) -> None:
 
 
 def _refuse_held_out(cache: FeatureCache, split: Split) -> None:
-    """Refuse to train on pictures that this cache holds for validation or testing: they have no views."""
+    """Refuse to train on images that this cache holds for validation or testing: they have no views."""
     trained = np.concatenate([split.labeled, split.unlabeled])
     held_out = trained[np.isin(cache.splits[trained], ("val", "test"))]
     if len(held_out):
         name, where = cache.ids[held_out[0]], cache.splits[held_out[0]]
-        raise InputError(f"the split trains on {name!r}, a {where} picture of this cache; use the cache it was made on")
+        raise InputError(f"the split trains on {name!r}, a {where} image of this cache; use the cache it was made on")
     if (cache.labels[split.labeled] < 0).any():
         name = cache.ids[split.labeled[cache.labels[split.labeled] < 0][0]]
         raise InputError(f"the split takes {name!r} as labelled, and this cache knows no label for it")

@@ -29,11 +29,11 @@ class Given:
 
     Attributes:
         features: all features on the device. labels: class of each row (n,).
-        told: class that training is told of each labelled picture (T, L), 0 for padding.
+        told: class that training is told of each labelled image (T, L), 0 for padding.
         trials: settings. labeled, unlabeled, val, test: rows of each trial.
         selects: whether a trial keeps its best heads, bool (T,).
         patience: evaluations without a better one after which a trial stops, 0 for never (T,).
-        bags: of the training pictures, for methods that use them.
+        bags: of the training images, for methods that use them.
     """
 
     features: DeviceFeatures
@@ -59,7 +59,7 @@ class Given:
             role: PaddedRows.of([getattr(split, role) for split in splits], device)
             for role in ("labeled", "unlabeled", "val", "test")
         }
-        # without validation pictures there is nothing to select or stop by
+        # without validation images there is nothing to select or stop by
         judged = torch.tensor([len(split.val) > 0 for split in splits], device=device)
         selects = torch.tensor([config.select == "best" for config in configs], device=device) & judged
         patience = torch.tensor([config.patience for config in configs], device=device) * judged
@@ -89,13 +89,13 @@ class Given:
         )
 
     def batches(self, *, pairs: bool) -> BatchSource:
-        """Their mini-batches, with unlabelled pictures where `pairs`."""
+        """Their mini-batches, with unlabelled images where `pairs`."""
         trials = self.trials
         rows = self.told, self.labeled, self.unlabeled
         return BatchSource(self.features, *rows, trials, trials.config, pairs, self.bags)
 
     def pool(self) -> Pool:
-        """All their training pictures."""
+        """All their training images."""
         labeled, unlabeled = self.labeled, self.unlabeled
         labels = torch.where(labeled.present, self.told, -torch.ones_like(self.told))
         return Pool(self.features, labeled.index, labels, unlabeled.index, unlabeled.present, self.bags)
@@ -108,7 +108,7 @@ def _bags(config: FitConfig, splits: Sequence[Split], device: torch.device) -> P
 
 
 def _told(cache: FeatureCache, configs: Sequence[FitConfig], splits: Sequence[Split]) -> list[Rows]:
-    """What each trial is told of its labelled pictures (L,); one array for all trials that are told the same."""
+    """What each trial is told of its labelled images (L,); one array for all trials that are told the same."""
     told: dict[tuple[object, ...], Rows] = {}
     keys: list[tuple[object, ...]] = []
     for config, split in zip(configs, splits, strict=True):
@@ -135,7 +135,7 @@ def _trials(
     # trials often are told the same, and counting is slower than looking up
     counted = {id(own): np.bincount(own, minlength=len(cache.class_names)) for own in told}
     counts = np.stack([counted[id(own)] for own in told])  # (T, K)
-    # a trial that learns from bags may have no labelled picture
+    # a trial that learns from bags may have no labelled image
     frequency = torch.from_numpy(counts / counts.sum(1, keepdims=True).clip(min=1)).float().to(device)
     prototypes = _prototypes(cache, features, splits, told)
     # tokens as wide as the projection is high have been through the norm before it already

@@ -25,19 +25,19 @@ def group(configs: Sequence[FitConfig], splits: Sequence[Split], chosen: Sequenc
     """The `chosen` trials, those of one structure together."""
     groups: dict[tuple[Any, ...], list[int]] = {}
     for i in chosen:
-        # a trial without unlabelled pictures must not be handed a neighbour's padding to learn from
+        # a trial without unlabelled images must not be handed a neighbour's padding to learn from
         # nor take as many bags into a mini-batch as a neighbour's larger ones allow
         width = _bag_width(splits[i])
         groups.setdefault((*structural_key(configs[i]), len(splits[i].unlabeled) > 0, width), []).append(i)
     first: dict[int, int] = {}
     for i in chosen:
         first.setdefault(id(splits[i]), i)
-    # neighbours of one split read the same pictures when they are judged
+    # neighbours of one split read the same images when they are judged
     return [sorted(members, key=lambda i: first[id(splits[i])]) for members in groups.values()]
 
 
 def _bag_width(split: Split) -> int:
-    """Pictures in the largest bag, 0 without bags."""
+    """Images in the largest bag, 0 without bags."""
     return 0 if split.bags is None else split.bags.width
 
 
@@ -113,12 +113,12 @@ def estimate(features: DeviceFeatures, configs: Sequence[FitConfig], splits: Seq
         # copies of the encoder's projection, which is no wider than the two tokens together
         weights += 2 * dim * dim
     weights += 100 * min(len(configs), 64) * config.rank * dim // len(configs)
-    pictures = len(split.labeled) + len(split.unlabeled)
-    judged = 12 * (min(pictures, 4096) * (dim + classes * heads) + len(split.val))
+    images = len(split.labeled) + len(split.unlabeled)
+    judged = 12 * (min(images, 4096) * (dim + classes * heads) + len(split.val))
     pool = 0
     if method_of(config).uses_pool:
         # copies of all views and plain rows, and arrays of logits for every start and fold
         candidates = 5 * (1 + config.folds)
-        pool = 2 * pictures * ((2 * features.views.shape[1] + 6) * dim + 8 * candidates * classes)
-        pool += 64 * pictures * config.neighbors + 8 * dim * dim
+        pool = 2 * images * ((2 * features.views.shape[1] + 6) * dim + 8 * candidates * classes)
+        pool += 64 * images * config.neighbors + 8 * dim * dim
     return 4 * (step + weights + judged + pool)

@@ -137,7 +137,7 @@ class Pass:
         return make_stepper(self.method, *told, self.engine, threads=threads)
 
     def _refresh(self) -> None:
-        """Let the method look at all training pictures, where it asks for that."""
+        """Let the method look at all training images, where it asks for that."""
         if self.method.uses_pool:
             with torch.no_grad():
                 self.method.refresh(self.given.trials, self.state, self.given.pool(), self.step)

@@ -92,7 +92,7 @@ class Readers:
             given, tensors = self.trials.part(start, stop), self.state.part(start, stop).tensors
             shared = bool((rows.index[start:stop] == rows.index[start]).all())
             for first in range(0, total, width):
-                # trials of one split read the same pictures, which are widened once for all of a block
+                # trials of one split read the same images, which are widened once for all of a block
                 index = rows.index[start : start + 1 if shared else stop, first : first + width]
                 features = self.features.rows(index).expand(stop - start, -1, -1)  # (t, n, D)
                 yield start, stop, first, forward(given, tensors, features).float()

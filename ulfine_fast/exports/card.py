@@ -24,7 +24,7 @@ _FIGURES = {
 def model_card(run: Run, told: dict[str, Any]) -> str:
     """The card in Markdown, with the head that the Hugging Face Hub reads.
 
-    Class names come from whoever made the pictures: they are escaped wherever they stand.
+    Class names come from whoever made the images: they are escaped wherever they stand.
 
     Args:
         run: what was exported.
@@ -53,7 +53,7 @@ def _title(run: Run) -> str:
     return (
         f"# {len(run.class_names)} classes by {escaped(run.config.method)}\n\n"
         "A classifier over frozen CLIP features, fitted by "
-        "ulfine-fast on few labelled and many unlabelled pictures."
+        "ulfine-fast on few labelled and many unlabelled images."
     )
 
 
@@ -71,7 +71,7 @@ def _use(told: dict[str, Any]) -> str:
         tag = f", {escaped(str(encoder['pretrained']))}" if encoder["pretrained"] else ""
         lines.append(
             f"Features are those of the open_clip model {escaped(str(encoder['name']))}{tag} (weights "
-            f"{encoder['sha256'][:12]}), pictures of {encoder['image_size']} pixels prepared as it does."
+            f"{encoder['sha256'][:12]}), images of {encoder['image_size']} pixels prepared as it does."
         )
     return "\n\n".join(lines)
 
@@ -81,7 +81,7 @@ def _data(run: Run) -> str:
     counts = run.metrics.get("class_counts") or []
     spread = f", {max(counts)} of the largest class and {min(counts)} of the smallest" if counts else ""
     return (
-        f"## Data\n\n{roles['labeled']} labelled pictures{spread}; {roles['unlabeled']} unlabelled; {roles['val']} for "
+        f"## Data\n\n{roles['labeled']} labelled images{spread}; {roles['unlabeled']} unlabelled; {roles['val']} for "
         f"validation and the temperature; {roles['test']} for the figures below, read once at the end."
     )
 
@@ -93,7 +93,7 @@ def _figures(run: Run) -> str:
         if isinstance(run.metrics.get(key), (int, float))
     ]
     if not rows:
-        return "## Figures\n\nNone were measured: there were no test pictures."
+        return "## Figures\n\nNone were measured: there were no test images."
     return "\n".join(["## Figures", "", "On the test split of one run.", "", "| figure | share |", "|---|---|", *rows])
 
 
@@ -110,8 +110,8 @@ def _classes(run: Run) -> str:
 def _limits(run: Run) -> str:
     return (
         "## Limits\n\n"
-        "- It knows these classes alone: a picture of anything else gets one of them.\n"
-        "- Figures are of pictures like the test split's; elsewhere they may be lower, and probabilities less true.\n"
+        "- It knows these classes alone: an image of anything else gets one of them.\n"
+        "- Figures are of images like the test split's; elsewhere they may be lower, and probabilities less true.\n"
         "- Classes with few labels are the least certain, in their figures too.\n"
         "- Whatever the encoder learned from the web, its biases among it, is in the features."
     )

@@ -1,4 +1,4 @@
-"""A run as one graph: features in, or pictures, and probabilities out."""
+"""A run as one graph: features in, or images, and probabilities out."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Scorer(nn.Module):
         return torch.softmax(logits / self.temperature, dim=-1)
 
 
-class PictureScorer(nn.Module):
+class ImageScorer(nn.Module):
     """The encoder and what comes after it.
 
     Args:
@@ -67,8 +67,8 @@ class PictureScorer(nn.Module):
         self.register_buffer("std", torch.tensor(encoder.std).view(3, 1, 1))
 
     def forward(self, pictures: Tensor) -> Tensor:
-        """Pictures uint8 (n, H, W, 3) of the model's size to calibrated probabilities (n, K)."""
-        images = pictures.permute(0, 3, 1, 2).to(torch.float32) / 255.0
-        features = self.visual((images - self.get_buffer("mean")) / self.get_buffer("std"))
+        """Images uint8 (n, H, W, 3) of the model's size to calibrated probabilities (n, K)."""
+        pixels = pictures.permute(0, 3, 1, 2).to(torch.float32) / 255.0
+        features = self.visual((pixels - self.get_buffer("mean")) / self.get_buffer("std"))
         # some trunks give their tokens beside the feature
         return self.scorer(features[0] if isinstance(features, tuple) else features)

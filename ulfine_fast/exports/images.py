@@ -1,4 +1,4 @@
-"""Picture files for a model that has its encoder inside: resized as the encoder would, by what the folder says."""
+"""Image files for a model that has its encoder inside: resized as the encoder would, by what the folder says."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from torchvision.transforms import Compose
 from ulfine_fast.cache.io.errors import InputError
 from ulfine_fast.cache.io.progress import progress_bar
 from ulfine_fast.cache.pipeline.plan import batches_of
-from ulfine_fast.cache.pipeline.read import PictureReader
+from ulfine_fast.cache.pipeline.read import ImageReader
 from ulfine_fast.cache.pipeline.resample import Resampling
 from ulfine_fast.cache.pipeline.views import ViewRecipe
-from ulfine_fast.cache.sources import PictureFolder, TableSource
+from ulfine_fast.cache.sources import ImageFolder, TableSource
 from ulfine_fast.cache.sources.table import SUFFIXES
 from ulfine_fast.runs.predict import Predictions
 
@@ -25,26 +25,26 @@ if TYPE_CHECKING:
     from ulfine_fast.exports.load import Loaded
 
 
-def scored(model: Loaded, pictures: Path, batch_size: int) -> Predictions:
-    """Classes of picture files.
+def scored(model: Loaded, images: Path, batch_size: int) -> Predictions:
+    """Classes of image files.
 
     Args:
-        model: one that takes pictures.
-        pictures: a picture, a folder of pictures at any depth, or a table with a column `path`.
-        batch_size: pictures taken at once, at least 1.
+        model: one that takes images.
+        images: an image, a folder of images at any depth, or a table with a column `path`.
+        batch_size: images taken at once, at least 1.
 
     Raises:
-        InputError: no pictures there, none readable.
+        InputError: no images there, none readable.
     """
     if batch_size < 1:
         raise InputError(f"batch_size must be at least 1, got {batch_size}")
-    source = _source(pictures)
+    source = _source(images)
     reader = _reader(source, model.told)
     ids: list[str] = []
     skipped: list[tuple[str, str]] = []
     blocks = [np.zeros((0, len(model.class_names)), np.float32)]
     with progress_bar() as bar:
-        task = bar.add_task("predict", total=len(source.rows), unit="pictures", note="")
+        task = bar.add_task("predict", total=len(source.rows), unit="images", note="")
         for rows in batches_of(source.rows, batch_size):
             batch = reader.read(rows)
             ids += [row.id for row in batch.kept]
@@ -53,18 +53,18 @@ def scored(model: Loaded, pictures: Path, batch_size: int) -> Predictions:
                 blocks.append(model.predict_proba(reader.pixels_on(torch.device("cpu"), batch).numpy()))
             bar.advance(task, len(rows))
     if not ids:
-        raise InputError(f"none of the {len(skipped)} pictures at {pictures} can be read; the first: {skipped[0][1]}")
+        raise InputError(f"none of the {len(skipped)} images at {images} can be read; the first: {skipped[0][1]}")
     return Predictions(ids, np.concatenate(blocks), model.class_names, skipped)
 
 
-def _reader(source: ListedSource, told: dict[str, Any]) -> PictureReader:
+def _reader(source: ListedSource, told: dict[str, Any]) -> ImageReader:
     """The reader that an encoder would have, without one."""
     own, reduced = told["pictures"]["open_clip"], told["pictures"]["resampling"]
     # the last two steps make numbers and normalise them, which the graph does
     resize = Compose(image_transform_v2(PreprocessCfg(**own), is_train=False).transforms[:-2])
     resampling = None if reduced is None else Resampling(**reduced)
-    return PictureReader(source, resize, ViewRecipe(weak=0, strong=0), told["input"]["shape"][1], resampling)
+    return ImageReader(source, resize, ViewRecipe(weak=0, strong=0), told["input"]["shape"][1], resampling)
 
 
 def _source(where: Path) -> ListedSource:
-    return TableSource(where) if where.suffix.lower() in SUFFIXES else PictureFolder(where)
+    return TableSource(where) if where.suffix.lower() in SUFFIXES else ImageFolder(where)

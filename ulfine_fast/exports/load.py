@@ -34,23 +34,23 @@ class Loaded:
         self._session = _session(folder / told["file"]) if told["to"] == "onnx" else None
 
     @property
-    def takes_pictures(self) -> bool:
-        """Whether the encoder is inside, so that inputs are pictures of its size."""
+    def takes_images(self) -> bool:
+        """Whether the encoder is inside, so that inputs are images of its size."""
         return bool(self.told["input"]["name"] == "pictures")
 
     def predict_proba(self, inputs: NDArray[Any]) -> NDArray[np.float32]:
         """Calibrated probabilities (n, K).
 
         Args:
-            inputs: features (n, D); or, with the encoder inside, pictures uint8 (n, H, W, 3) of its size.
+            inputs: features (n, D); or, with the encoder inside, images uint8 (n, H, W, 3) of its size.
 
         Raises:
             InputError: another shape.
         """
         wanted = self.told["input"]
         given = np.asarray(inputs)
-        if self.takes_pictures and given.dtype != np.uint8:
-            raise InputError(f"pictures must be uint8, 0 to 255, got {given.dtype}")
+        if self.takes_images and given.dtype != np.uint8:
+            raise InputError(f"images must be uint8, 0 to 255, got {given.dtype}")
         given = given.astype(wanted["dtype"], copy=False)
         if given.ndim != len(wanted["shape"]) or list(given.shape[1:]) != wanted["shape"][1:]:
             shape = ", ".join(map(str, wanted["shape"]))
@@ -66,22 +66,20 @@ class Loaded:
         """Class indices (n,) of what `predict_proba` takes."""
         return self.predict_proba(inputs).argmax(axis=1).astype(np.int64)
 
-    def predict_pictures(self, pictures: str | Path, *, device: str = "auto", batch_size: int = 32) -> Predictions:
-        """Classes of picture files, by the open_clip model that the features came from; see `predict_pictures`.
+    def predict_images(self, images: str | Path, *, device: str = "auto", batch_size: int = 32) -> Predictions:
+        """Classes of image files, by the open_clip model that the features came from; see `predict_images`.
 
         Raises:
-            InputError: no pictures there, or the model is not to be had.
+            InputError: no images there, or the model is not to be had.
             CacheMismatch: other weights under the model's name.
         """
-        if self.takes_pictures:
+        if self.takes_images:
             from ulfine_fast.exports.images import scored
 
-            return scored(self, Path(pictures), batch_size)
-        from ulfine_fast.runs.predict import predict_pictures
+            return scored(self, Path(images), batch_size)
+        from ulfine_fast.runs.predict import predict_images
 
-        return predict_pictures(
-            self._run, Path(pictures), device=device, batch_size=batch_size, scorer=self.predict_proba
-        )
+        return predict_images(self._run, Path(images), device=device, batch_size=batch_size, scorer=self.predict_proba)
 
 
 def load(folder: str | Path) -> Loaded:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ulfine_fast._version import __version__
 from ulfine_fast.cache.io.errors import InputError
 from ulfine_fast.exports.card import model_card
-from ulfine_fast.exports.graphs import PictureScorer, Scorer
+from ulfine_fast.exports.graphs import ImageScorer, Scorer
 
 if TYPE_CHECKING:
     from ulfine_fast.cache.models.encoder import Encoder
@@ -45,7 +45,7 @@ def export(run: Run, out: str | Path, *, to: str = "safetensors", encoder: Encod
         to: "safetensors" for the heads' tensors and settings; "onnx", "torchscript" or "torch.export" for a graph of
             everything from features to probabilities.
         encoder: the run's encoder (`ulfine_fast.runs.predict.encoder_of_run`), to put it into the graph too, which then
-            takes pictures of the model's size.
+            takes images of the model's size.
 
     Returns:
         The folder.
@@ -61,7 +61,7 @@ def export(run: Run, out: str | Path, *, to: str = "safetensors", encoder: Encod
     folder = Path(out)
     _refuse_full(folder)
     scorer = Scorer(run).eval()
-    module: nn.Module = scorer if encoder is None else PictureScorer(encoder, scorer).eval()
+    module: nn.Module = scorer if encoder is None else ImageScorer(encoder, scorer).eval()
     told = _config(run, to, encoder)
     # beside it, so that the folder appears whole
     folder.absolute().parent.mkdir(parents=True, exist_ok=True)
@@ -108,7 +108,7 @@ def _config(run: Run, to: str, encoder: Encoder | None) -> dict[str, Any]:
 
 
 def _preparing(encoder: Encoder) -> dict[str, Any]:
-    """How picture files become pictures of the model's size, for a reader without the model."""
+    """How image files become images of the model's size, for a reader without the model."""
     import open_clip
 
     reduced = None if encoder.exact or encoder.resampling is None else asdict(encoder.resampling)
@@ -124,7 +124,7 @@ def _write_model(path: Path, run: Run, module: nn.Module, told: dict[str, Any]) 
     # their search goes in blocks whose number a trace would fix
     if "present" in run.tensors:
         raise InputError(
-            f"method {run.config.method} looks through stored pictures, which no graph for batches of any size holds; "
+            f"method {run.config.method} looks through stored images, which no graph for batches of any size holds; "
             "export it to safetensors"
         )
     example = _example(told["input"])

@@ -1,6 +1,6 @@
 """ABC, auxiliary balanced classifier (arXiv 2110.10368; as its code has it).
 
-Published: threshold 0.95, weight of the auxiliary loss 1. Ours: pictures weigh by the probability that the paper keeps
+Published: threshold 0.95, weight of the auxiliary loss 1. Ours: images weigh by the probability that the paper keeps
 them with, which has the same expected gradient. Lost to the cache: what FixMatch loses, and a second strong view.
 """
 

@@ -3,7 +3,7 @@
 Published: tau 2 on the balanced branch, tau_u 2, threshold 0.95, rho 0.9, lambda_u 1. Ours: the strength of the
 adjustment follows the estimated distribution at every step, where the code averages divergences over 500 steps and
 leaves it at its largest for the first 3,000. Lost to the cache: what FixMatch loses, and a second strong view of each
-picture in a step.
+image in a step.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class ACR(FixMatch):
     def targets(self, trials: Trials, state: State, weak: Tensor) -> tuple[PseudoLabels, PseudoLabels, PseudoLabels]:
         """What is taught to the plain branch, to the balanced one, and what the balanced one would guess itself.
 
-        A picture trains a branch if the fairer logits are sure of it, or the branch itself is; it always trains the
+        An image trains a branch if the fairer logits are sure of it, or the branch itself is; it always trains the
         fairer logits' class.
         """
         threshold, sharpen = trials.values["threshold"], trials.values["sharpen"]

@@ -17,9 +17,9 @@ class Method(Protocol):
 
     Attributes:
         trains: whether the loop's steps are run; a closed form needs none.
-        uses_unlabeled: whether unlabelled pictures are drawn into mini-batches.
+        uses_unlabeled: whether unlabelled images are drawn into mini-batches.
         uses_pool: whether :meth:`refresh` is called.
-        uses_bags: whether bags of pictures are drawn into mini-batches, in the place of labelled pictures.
+        uses_bags: whether bags of images are drawn into mini-batches, in the place of labelled images.
         thresholds: whether pseudo-labels count only over `threshold`; False where all of them train, by weight.
         takes_tokens: whether features are touched through the adapter alone, so that it may sit in the encoder.
         before_projection: whether the head may classify what the encoder has before its projection.
@@ -38,7 +38,7 @@ class Method(Protocol):
         ...
 
     def refresh(self, trials: Trials, state: State, pool: Pool, step: int) -> None:
-        """Look at all training pictures: before the first step and after every `eval_every` steps."""
+        """Look at all training images: before the first step and after every `eval_every` steps."""
         return
         return
 
@@ -59,7 +59,7 @@ class Method(Protocol):
         return None
 
     def drawn(self, trials: Trials, state: State) -> Tensor | None:
-        """Probabilities (T, N, K) given to the pool's unlabelled pictures; None to take :meth:`pseudo_logits`."""
+        """Probabilities (T, N, K) given to the pool's unlabelled images; None to take :meth:`pseudo_logits`."""
         return None
 
     def pseudo_logits(self, trials: Trials, tensors: Tensors, features: Tensor) -> Tensor:

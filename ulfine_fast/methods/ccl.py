@@ -60,10 +60,10 @@ class CCL(FixMatch):
                 state.memory[name].copy_(running(state.memory[name], counts, trials.values["rho"]))
 
     def pseudo_logits(self, trials: Trials, tensors: Tensors, features: Tensor) -> Tensor:
-        """Mean of the balanced logits and of the plain ones, made those of the unlabelled pictures (T, B, K).
+        """Mean of the balanced logits and of the plain ones, made those of the unlabelled images (T, B, K).
 
         The plain head has learned the mixture of labels and guesses, whose log prior is taken off; that of the
-        unlabelled pictures is added, 1 + tau / 2 times.
+        unlabelled images is added, 1 + tau / 2 times.
         """
         plain, balanced = _both(trials, tensors, features)
         config = trials.config

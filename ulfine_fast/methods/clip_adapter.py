@@ -33,7 +33,7 @@ class ClipAdapter(Method):
         return State(parameters, {"prototypes": trials.prototypes.clone()})
 
     def losses(self, trials: Trials, state: State, batch: Batch) -> Losses:
-        """Adjusted cross-entropy of the labelled pictures."""
+        """Adjusted cross-entropy of the labelled images."""
         logits = self.logits(trials, state.tensors, batch.labeled)  # (T, B, K)
         loss = adjusted_cross_entropy(logits, batch.labels, trials.log_prior, trials.values["tau"]).mean(-1)
         return Losses(loss, torch.zeros_like(loss), torch.zeros_like(loss))

@@ -2,8 +2,8 @@
 
 Published: threshold 0.95, lambda_u 1, least labelled share 0.6, weights averaged by 0.999 over 50,000 steps (here
 `weight_average`, shorter). Ours: the balanced head starts at the textual prototypes, not from a training of its own;
-labelled pictures weigh by the inverse frequency of their class, which has the gradient of class-balanced sampling on
-average; a picture is blended with the batch's strong views, which are of unlabelled pictures alone. Lost to the cache:
+labelled images weigh by the inverse frequency of their class, which has the gradient of class-balanced sampling on
+average; an image is blended with the batch's strong views, which are of unlabelled images alone. Lost to the cache:
 what FixMatch loses, and a second strong view.
 """
 

@@ -1,7 +1,7 @@
 """CReST+ (arXiv 2102.09559) in one pass: class-rebalanced guesses, aligned to an ever flatter labelled distribution.
 
 Published: sampling power 1/3, alignment power falling from 1 to 0.5, threshold 0.95, six generations of training, after
-each of which sure pictures join the labelled ones, rare classes at the higher rates. Ours: one generation; the rates
+each of which sure images join the labelled ones, rare classes at the higher rates. Ours: one generation; the rates
 are weights in the unlabelled loss, which start alike and are reached at the end, as is the alignment's power; the
 labelled loss is adjusted by tau, 0 in the paper. Lost to the cache: what FixMatch loses.
 """

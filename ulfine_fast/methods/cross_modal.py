@@ -1,6 +1,6 @@
-"""Cross-modal linear probe: texts are labelled examples beside the pictures (arXiv 2301.06267, section 3).
+"""Cross-modal linear probe: texts are labelled examples beside the images (arXiv 2301.06267, section 3).
 
-Ours: every step sees all K texts where the paper draws as many as pictures, and the pictures' loss is adjusted by tau,
+Ours: every step sees all K texts where the paper draws as many as images, and the images' loss is adjusted by tau,
 0 in the paper. Lost to the cache: fresh crops.
 """
 
@@ -17,11 +17,11 @@ class CrossModal(LinearProbe):
     """One head for both modalities, half of the loss for each."""
 
     def losses(self, trials: Trials, state: State, batch: Batch) -> Losses:
-        """Mean of the pictures' and the texts' cross-entropy; texts come once for each class and need no adjustment."""
-        pictures = super().losses(trials, state, batch).labeled
+        """Mean of the images' and the texts' cross-entropy; texts come once for each class and need no adjustment."""
+        images = super().losses(trials, state, batch).labeled
         # where the cache has no text these are class means, and examples all the same
         logits = self.logits(trials, state.tensors, trials.prototypes)  # (T, K, K)
         labels = torch.arange(logits.shape[1], device=logits.device).expand(len(logits), -1)
         texts = adjusted_cross_entropy(logits, labels, trials.log_prior, torch.zeros_like(trials.values["tau"]))
-        loss = (pictures + texts.mean(-1)) / 2
+        loss = (images + texts.mean(-1)) / 2
         return Losses(loss, torch.zeros_like(loss), torch.zeros_like(loss))

@@ -1,7 +1,7 @@
-"""DARP (arXiv 2007.08844): the guesses of all unlabelled pictures, refined to a given class distribution.
+"""DARP (arXiv 2007.08844): the guesses of all unlabelled images, refined to a given class distribution.
 
 Published: refinement after 40% of the training, every 10 steps, twice a class's total kept, threshold 0.95; the
-distribution is that of the labels, or one estimated beforehand. Ours: the distribution of the labels; all pictures are
+distribution is that of the labels, or one estimated beforehand. Ours: the distribution of the labels; all images are
 guessed from their plain view and refined after every `eval_every` steps, where the code mixes guesses of different age;
 labelled losses are adjusted by tau, 0 in the paper. Lost to the cache: what FixMatch loses.
 """
@@ -24,7 +24,7 @@ class DARP(FixMatch):
     uses_pool = True
 
     def refresh(self, trials: Trials, state: State, pool: Pool, step: int) -> None:
-        """Guess all pictures (T, N, K), and refine them in trials that have come far enough."""
+        """Guess all images (T, N, K), and refine them in trials that have come far enough."""
         logits = self.logits(trials, state.tensors, pool.unlabeled)
         raw = torch.softmax(logits / trials.values["sharpen"].view(-1, 1, 1), -1)
         totals = trials.log_prior.exp() * pool.present.sum(-1, keepdim=True)  # (T, K)

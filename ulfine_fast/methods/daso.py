@@ -2,7 +2,7 @@
 
 Published: semantic temperature 0.05, blend temperature 1.5 (0.3 where the distributions differ), semantic weight 1,
 threshold 0.95; labelled losses plain or logit-adjusted (tau 0 or 1). Ours: the class means start from all labelled
-pictures and then move by `visual_momentum`, in place of a queue of an averaged encoder's features and 5,000 steps
+images and then move by `visual_momentum`, in place of a queue of an averaged encoder's features and 5,000 steps
 without any blending; the guesses' distribution starts as the labelled one and moves by `rho` at each step, not after
 every 100. Lost to the cache: what FixMatch loses.
 """
@@ -39,7 +39,7 @@ class DASO(FixMatch):
         return state
 
     def refresh(self, trials: Trials, state: State, pool: Pool, step: int) -> None:
-        """Class means of all labelled pictures, before the first step."""
+        """Class means of all labelled images, before the first step."""
         if step > 0:
             return
         # padding counts as one class more, which is cut off

@@ -3,7 +3,7 @@
 Published: threshold 0.7, margin 8, smoothing 0.5, lambda_u 1 or 3, scale 1 / 0.07, learning rate 0.03, 15,000 steps of
 32 + 32. Ours: both heads start at the text, and the labelled losses are logit-adjusted by tau, 0 in the paper. Lost to
 the cache: prompts inside the blocks (an adapter behind the encoder stands in for them) and a second strong view of each
-picture in a step. A picture's class is kept over the whole fit, where the paper forgets it after each epoch.
+image in a step. An image's class is kept over the whole fit, where the paper forgets it after each epoch.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ulfine_fast.ops.margins import balanced_margins, class_counts, smoothed_cro
 
 
 class FineSSL(Method):
-    """A head with margins for classes that few pictures are given to; an auxiliary one says how sure to be of each."""
+    """A head with margins for classes that few images are given to; an auxiliary one says how sure to be of each."""
 
     uses_pool = True
     thresholds = False
@@ -34,7 +34,7 @@ class FineSSL(Method):
         return State({**heads, **scales, **adapter})
 
     def refresh(self, trials: Trials, state: State, pool: Pool, step: int) -> None:
-        """Room for the class each unlabelled picture was last given, -1 for none (T, N)."""
+        """Room for the class each unlabelled image was last given, -1 for none (T, N)."""
         if step == 0:
             state.scratch["given"] = torch.full_like(pool.unlabeled_rows, -1)
 
@@ -56,18 +56,18 @@ class FineSSL(Method):
 
     @torch.no_grad()
     def after_step(self, trials: Trials, state: State, batch: Batch, losses: Losses) -> None:
-        """Note the classes given to pictures of which the main head is sure."""
+        """Note the classes given to images of which the main head is sure."""
         if losses.pseudo is None or batch.places is None:
             return
         sure = torch.where(losses.pseudo.mask > 0, losses.pseudo.labels, -torch.ones_like(losses.pseudo.labels))
         given = state.scratch["given"]
-        # a picture drawn twice takes the larger class: any rule will do that does not depend on the device
+        # an image drawn twice takes the larger class: any rule will do that does not depend on the device
         news = torch.full_like(given, -1).scatter_reduce(1, batch.places, sure, "amax")
         given.copy_(torch.where(news >= 0, news, given))
 
     def margins(self, trials: Trials, state: State) -> Tensor:
-        """Balanced margins (T, K) by how many unlabelled pictures each class was given."""
-        # pictures given to no class yet are -1, which counts nowhere
+        """Balanced margins (T, K) by how many unlabelled images each class was given."""
+        # images given to no class yet are -1, which counts nowhere
         counts = class_counts(state.scratch["given"], trials.log_prior.shape[1])
         return balanced_margins(counts, trials.values["margin"])
 
@@ -85,7 +85,7 @@ class FineSSL(Method):
         auxiliary_weak: Tensor,
         margins: Tensor,
     ) -> Tensor:
-        """All pictures train the main head, by the auxiliary's confidence; sure ones the auxiliary, smoothed (T,)."""
+        """All images train the main head, by the auxiliary's confidence; sure ones the auxiliary, smoothed (T,)."""
         values = trials.values
         main, auxiliary = _both(tensors, adapt(tensors, strong, values["adapter_scale"]))
         confidence = torch.softmax(auxiliary_weak, -1).amax(-1)  # (T, U)
@@ -94,7 +94,7 @@ class FineSSL(Method):
             with_margin(main, pseudo.labels, margins), pseudo.labels, trials.log_prior, none
         )
         smoothed = smoothed_cross_entropy(auxiliary, pseudo.labels, values["smoothing"]) * pseudo.mask
-        # the mean over kept pictures, as published, where the main loss has the whole batch
+        # the mean over kept images, as published, where the main loss has the whole batch
         kept = pseudo.mask.sum(-1).clamp(min=1)
         return values["lambda_u"] * (losses * confidence).mean(-1) + smoothed.sum(-1) / kept
 

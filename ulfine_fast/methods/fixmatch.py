@@ -63,7 +63,7 @@ class FixMatch(Lightweight):
         return preferred(rows, reference(trials, weak, pseudo.labels), form, pseudo.mask)
 
     def guess(self, trials: Trials, state: State, batch: Batch) -> PseudoLabels:
-        """Classes of the batch's unlabelled pictures, and how much each trains; called without gradients."""
+        """Classes of the batch's unlabelled images, and how much each trains; called without gradients."""
         assert batch.weak is not None
         logits = self.pseudo_logits(trials, state.tensors, batch.weak)
         return pseudo_labels(logits, trials.values["threshold"], trials.values["sharpen"])

@@ -1,4 +1,4 @@
-"""FlexMatch (arXiv 2110.08263, sections 3.1 and 3.2): thresholds by how many pictures each class has been sure of.
+"""FlexMatch (arXiv 2110.08263, sections 3.1 and 3.2): thresholds by how many images each class has been sure of.
 
 Published: threshold 0.95, convex mapping b / (2 - b), lambda_u 1, plain cross-entropy (tau 0), 2^20 steps. Lost to the
 cache: what FixMatch loses.
@@ -16,14 +16,14 @@ from ulfine_fast.ops.thresholds import learning_effect, note_classes
 
 
 class FlexMatch(FixMatch):
-    """FixMatch whose threshold is lowered for classes that few pictures of the pool have been sure of."""
+    """FixMatch whose threshold is lowered for classes that few images of the pool have been sure of."""
 
     adjusted = True
     uses_pool = True
     thresholds = False
 
     def refresh(self, trials: Trials, state: State, pool: Pool, step: int) -> None:
-        """Room for the class each unlabelled picture was last sure of, -1 for none (T, N)."""
+        """Room for the class each unlabelled image was last sure of, -1 for none (T, N)."""
         if step == 0:
             state.scratch = {"given": torch.full_like(pool.unlabeled_rows, -1), "present": pool.present}
 
@@ -35,13 +35,13 @@ class FlexMatch(FixMatch):
         return pseudo._replace(mask=(confidence >= thresholds).to(confidence.dtype))
 
     def class_thresholds(self, trials: Trials, state: State) -> Tensor:
-        """Threshold of each class (T, K); 0 for classes that no picture has been sure of."""
+        """Threshold of each class (T, K); 0 for classes that no image has been sure of."""
         effect = learning_effect(state.scratch["given"], state.scratch["present"], trials.log_prior.shape[1])
         return trials.values["threshold"].view(-1, 1) * effect / (2 - effect)
 
     @torch.no_grad()
     def after_step(self, trials: Trials, state: State, batch: Batch, losses: Losses) -> None:
-        """Note the classes of pictures that were sure by the fixed threshold."""
+        """Note the classes of images that were sure by the fixed threshold."""
         if losses.pseudo is None or batch.places is None:
             return
         confidence = losses.pseudo.probabilities.amax(-1)

@@ -1,7 +1,7 @@
-"""A Gaussian mixture over all training pictures, held by the text and a graph, after TransCLIP (arXiv 2406.01837).
+"""A Gaussian mixture over all training images, held by the text and a graph, after TransCLIP (arXiv 2406.01837).
 
 Blocks of the objective are minimised in turn: assignments z, means mu, one diagonal covariance for all classes. Ours:
-neighbours are sought among labelled pictures too, and new pictures are judged by text and mixture, without the graph.
+neighbours are sought among labelled images too, and new images are judged by text and mixture, without the graph.
 Nothing is lost to the cache. Published: 3 neighbours, lambda 0.5, scale 100, gamma (`labeled_weight`) among 0.1, 0.5, 1
 and 10 by validation.
 """
@@ -25,8 +25,8 @@ _TEMPER = 50.0  # the released code divides the log-likelihood by it
 _SMALLEST = 1e-8
 
 
-class _Pictures(NamedTuple):
-    """All M training pictures of T trials, labelled ones first.
+class _Images(NamedTuple):
+    """All M training images of T trials, labelled ones first.
 
     Attributes:
         features: (T, M, D). given: one-hot labels (T, M, K), zero where not labelled.
@@ -57,19 +57,19 @@ class Mixture(Method):
 
     def refresh(self, trials: Trials, state: State, pool: Pool, step: int) -> None:
         """Ten rounds of assignments, means and variance, from the labelled class means on."""
-        pictures, memory = _pictures(trials, pool), state.memory
-        memory["means"] = _means(pictures.given, pictures.features, memory["means"])
-        assigned = _clamp(torch.softmax(_text(trials, memory, pictures.features), -1), pictures)
+        images, memory = _images(trials, pool), state.memory
+        memory["means"] = _means(images.given, images.features, memory["means"])
+        assigned = _clamp(torch.softmax(_text(trials, memory, images.features), -1), images)
         for _ in range(_ROUNDS):
-            assigned = self._assign(trials, memory, pictures, assigned)
-            weights = assigned * pictures.mass.unsqueeze(-1)  # (T, M, K)
-            memory["means"] = _means(weights, pictures.features, memory["means"])
-            memory["variance"] = _variance(weights, pictures.features, memory["means"])
-        assigned = self._assign(trials, memory, pictures, assigned)
+            assigned = self._assign(trials, memory, images, assigned)
+            weights = assigned * images.mass.unsqueeze(-1)  # (T, M, K)
+            memory["means"] = _means(weights, images.features, memory["means"])
+            memory["variance"] = _variance(weights, images.features, memory["means"])
+        assigned = self._assign(trials, memory, images, assigned)
         state.scratch["drawn"] = assigned[:, pool.labels.shape[1] :]
 
     def drawn(self, trials: Trials, state: State) -> Tensor | None:
-        """Assignments z of the unlabelled pictures (T, N, K)."""
+        """Assignments z of the unlabelled images (T, N, K)."""
         return state.scratch["drawn"]
 
     def logits(self, trials: Trials, tensors: Tensors, features: Tensor) -> Tensor:
@@ -77,43 +77,43 @@ class Mixture(Method):
         anchor = trials.values["anchor"].view(-1, 1, 1) * torch.log_softmax(_text(trials, tensors, features), -1)
         return anchor + _log_likelihood(tensors, features) / _TEMPER
 
-    def _assign(self, trials: Trials, tensors: Tensors, pictures: _Pictures, assigned: Tensor) -> Tensor:
+    def _assign(self, trials: Trials, tensors: Tensors, images: _Images, assigned: Tensor) -> Tensor:
         """Assignments (T, M, K) by a few fixed-point steps, since neighbours move together."""
-        own = self.logits(trials, tensors, pictures.features)
+        own = self.logits(trials, tensors, images.features)
         for _ in range(_INNER):
-            around = spread(pictures.graph, assigned) / (2 * trials.config.neighbors)
-            assigned = _clamp(torch.softmax(own + around, -1), pictures)
+            around = spread(images.graph, assigned) / (2 * trials.config.neighbors)
+            assigned = _clamp(torch.softmax(own + around, -1), images)
         return assigned
 
 
-def _pictures(trials: Trials, pool: Pool) -> _Pictures:
+def _images(trials: Trials, pool: Pool) -> _Images:
     rows, labeled = torch.cat([pool.labeled_rows, pool.unlabeled_rows], 1), pool.labels >= 0
     features, present = pool.features.rows(rows), torch.cat([labeled, pool.present], 1)
     own = F.one_hot(pool.labels.clamp(min=0), trials.log_prior.shape[1]) * labeled.unsqueeze(-1)
     given = F.pad(own.to(features.dtype), (0, 0, 0, pool.present.shape[1]))
-    # gamma / L for each labelled picture, 1 / N for each of the others
+    # gamma / L for each labelled image, 1 / N for each of the others
     shares = [part / part.sum(1, keepdim=True).clamp(min=1) for part in (labeled.float(), pool.present.float())]
     mass = torch.cat([trials.values["labeled_weight"].view(-1, 1) * shares[0], shares[1]], 1)
     links = nearest(features, features, present, trials.config.neighbors, skip_self=True)
     # padding is nobody's neighbour already, and must have none either
     links = links._replace(weight=links.weight * present.unsqueeze(-1))
-    return _Pictures(features, given, present, mass, symmetric(links, rows.shape[1]))
+    return _Images(features, given, present, mass, symmetric(links, rows.shape[1]))
 
 
-def _clamp(assigned: Tensor, pictures: _Pictures) -> Tensor:
-    """Labelled pictures keep their label, padding belongs to no class."""
-    known = pictures.given.sum(-1, keepdim=True) > 0
-    return torch.where(known, pictures.given, assigned) * pictures.present.unsqueeze(-1)
+def _clamp(assigned: Tensor, images: _Images) -> Tensor:
+    """Labelled images keep their label, padding belongs to no class."""
+    known = images.given.sum(-1, keepdim=True) > 0
+    return torch.where(known, images.given, assigned) * images.present.unsqueeze(-1)
 
 
 def _means(weights: Tensor, features: Tensor, before: Tensor) -> Tensor:
-    """Unit means (T, K, D) of pictures (T, M, D) by weight (T, M, K); a class without weight keeps its mean."""
+    """Unit means (T, K, D) of images (T, M, D) by weight (T, M, K); a class without weight keeps its mean."""
     sums, total = weights.transpose(1, 2) @ features, weights.sum(1).unsqueeze(-1)
     return torch.where(total > _SMALLEST, normalize(sums / total.clamp(min=_SMALLEST)), before)
 
 
 def _variance(weights: Tensor, features: Tensor, means: Tensor) -> Tensor:
-    """Weighted mean of (x - mu_k)^2 over pictures and classes, (T, D)."""
+    """Weighted mean of (x - mu_k)^2 over images and classes, (T, D)."""
     total = weights.sum(1)  # (T, K)
     squares = (weights.sum(-1, keepdim=True) * features.square()).sum(1)
     crossed = ((weights.transpose(1, 2) @ features) * means).sum(1)

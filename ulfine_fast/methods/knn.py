@@ -1,7 +1,7 @@
-"""Weighted nearest neighbours among labelled pictures, without training (InstDisc, arXiv 1805.01978, section 3.4).
+"""Weighted nearest neighbours among labelled images, without training (InstDisc, arXiv 1805.01978, section 3.4).
 
 DINO's evaluation has the same weights (arXiv 2104.14294, k = 20). Nothing is lost to the cache. Published: temperature
-0.07, k = 200 among a million labelled pictures.
+0.07, k = 200 among a million labelled images.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _NO_VOTE = 1e-12  # what a class without a vote has; its logarithm is finite
 
 
 class NearestNeighbors(Method):
-    """Logits log sum_i exp((x f_i - 1) / t) L_ik over the k labelled pictures i nearest to x.
+    """Logits log sum_i exp((x f_i - 1) / t) L_ik over the k labelled images i nearest to x.
 
     The papers count votes of balanced data. In a long tail the head would outvote the others: here, for y_i = k,
     L_ik = (L / (K n_k))^tau, which is one-hot in balanced data and for tau = 0.

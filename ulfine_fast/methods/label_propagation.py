@@ -1,7 +1,7 @@
-"""Label propagation over texts and pictures, after ZLaP (arXiv 2404.04072); nothing is trained.
+"""Label propagation over texts and images, after ZLaP (arXiv 2404.04072); nothing is trained.
 
-Nodes are the K textual prototypes and all training pictures. Ours: labelled pictures are sources beside the texts (the
-paper is zero-shot), a class's sources weighted against its frequency, and a new picture is compared with pictures and
+Nodes are the K textual prototypes and all training images. Ours: labelled images are sources beside the texts (the
+paper is zero-shot), a class's sources weighted against its frequency, and a new image is compared with images and
 texts by all their scores, not by sparsified ones. Nothing is lost to the cache. Published: 5
 neighbours, alpha 0.3, gamma 5.
 """
@@ -33,7 +33,7 @@ class LabelPropagation(Method):
         return State({}, {"prototypes": trials.prototypes.clone()})
 
     def refresh(self, trials: Trials, state: State, pool: Pool, step: int) -> None:
-        """Build the graph and solve it: scores (T, M + K, K) of M pictures, labelled ones first, and K texts."""
+        """Build the graph and solve it: scores (T, M + K, K) of M images, labelled ones first, and K texts."""
         rows = torch.cat([pool.labeled_rows, pool.unlabeled_rows], 1)  # (T, M)
         present = torch.cat([pool.labels >= 0, pool.present], 1)
         # as stored, which halves what a run keeps
@@ -50,11 +50,11 @@ class LabelPropagation(Method):
         state.scratch["drawn"] = torch.softmax(_log(scores[:, labeled : rows.shape[1]]), -1)
 
     def drawn(self, trials: Trials, state: State) -> Tensor | None:
-        """Scores of the unlabelled pictures' own nodes as probabilities (T, N, K)."""
+        """Scores of the unlabelled images' own nodes as probabilities (T, N, K)."""
         return state.scratch["drawn"]
 
     def logits(self, trials: Trials, tensors: Tensors, features: Tensor) -> Tensor:
-        """Log of the scores summed over a new picture's neighbours by weight (T, B, K), the paper's dual solution."""
+        """Log of the scores summed over a new image's neighbours by weight (T, B, K), the paper's dual solution."""
         links = self._links(trials, tensors, features)
         trial = torch.arange(len(features), device=features.device).view(-1, 1)
         # one neighbour of every row at a time: all of them would take k times the logits' memory
@@ -65,28 +65,28 @@ class LabelPropagation(Method):
         return _log(torch.as_tensor(summed))
 
     def _links(self, trials: Trials, tensors: Tensors, rows: Tensor, *, skip_self: bool = False) -> Neighbors:
-        """The k nearest pictures and the k nearest texts of unit rows (T, B, D), as nodes of the graph."""
-        pictures, texts, count = (
+        """The k nearest images and the k nearest texts of unit rows (T, B, D), as nodes of the graph."""
+        images, texts, count = (
             normalize(tensors["pictures"].to(rows.dtype)),
             tensors["prototypes"],
             trials.config.neighbors,
         )
-        near = nearest(rows, pictures, tensors["present"], count, skip_self=skip_self)
+        near = nearest(rows, images, tensors["present"], count, skip_self=skip_self)
         words = nearest(rows, texts, torch.ones_like(texts[..., 0], dtype=torch.bool), count)
-        # cosines of text and picture live on another scale than those of two pictures
+        # cosines of text and image live on another scale than those of two images
         power = words.weight ** trials.values["text_power"].view(-1, 1, 1)
         weight = torch.where(words.weight > 0, power, words.weight)  # 0^0 would be an edge
-        places = torch.cat([near.places, pictures.shape[1] + words.places], -1)
+        places = torch.cat([near.places, images.shape[1] + words.places], -1)
         return Neighbors(places, torch.cat([near.weight, weight], -1))
 
 
-def _sources(trials: Trials, labels: Tensor, pictures: int) -> Tensor:
-    """Sources y (T, M + K, K): (L / (K n_k))^tau at a labelled picture of class k, 1 at the text of class k."""
+def _sources(trials: Trials, labels: Tensor, images: int) -> Tensor:
+    """Sources y (T, M + K, K): (L / (K n_k))^tau at a labelled image of class k, 1 at the text of class k."""
     labeled = balanced_one_hot(labels, trials.log_prior, trials.values["tau"])
     texts = torch.eye(labeled.shape[-1], device=labels.device).expand(len(labels), -1, -1)
-    return torch.cat([F.pad(labeled, (0, 0, 0, pictures - labels.shape[1])), texts], 1)
+    return torch.cat([F.pad(labeled, (0, 0, 0, images - labels.shape[1])), texts], 1)
 
 
 def _log(scores: Tensor) -> Tensor:
-    # so that a softmax gives the scores' shares back; a picture without neighbours gets all classes alike
+    # so that a softmax gives the scores' shares back; an image without neighbours gets all classes alike
     return torch.log(scores + 1e-12)

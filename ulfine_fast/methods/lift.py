@@ -2,7 +2,7 @@
 
 Kept: cosine classifier of scale 25, semantic-aware initialisation, logit adjustment with tau 1, SGD with momentum 0.9
 and a half cosine. Lost to the cache: AdaptFormer inside every block (one adapter behind the encoder stands in for it),
-fresh crops for each step (a picture has the plain and the weak views that were extracted), five-crop predictions.
+fresh crops for each step (an image has the plain and the weak views that were extracted), five-crop predictions.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from ulfine_fast.methods.lightweight import Lightweight
 
 
 class Lift(Lightweight):
-    """Adapter and linear head on CE(z + tau log pi, y), from the textual prototypes; labelled pictures alone."""
+    """Adapter and linear head on CE(z + tau log pi, y), from the textual prototypes; labelled images alone."""
 
     uses_unlabeled = False
 
@@ -24,7 +24,7 @@ def lift_settings(labeled: int, classes: int, layers: int = 1) -> dict[str, Any]
     """LIFT's published settings as fields of FitConfig (arXiv 2309.10019, and its released code).
 
     Args:
-        labeled: labelled pictures trained on; 10 epochs of mini-batches of 128 are counted in them.
+        labeled: labelled images trained on; 10 epochs of mini-batches of 128 are counted in them.
         classes: K.
         layers: how many blocks share the adapters' parameters; the cache allows for one adapter.
 
@@ -32,10 +32,10 @@ def lift_settings(labeled: int, classes: int, layers: int = 1) -> dict[str, Any]
         Settings: steps, batch size, learning rate 0.01, and rank 2^floor(log2(K / (2 layers))), at least 1.
 
     Raises:
-        InputError: no labelled picture, no class or no layer.
+        InputError: no labelled image, no class or no layer.
     """
     if min(labeled, classes, layers) < 1:
-        raise InputError(f"labelled pictures, classes and layers must be at least 1, got {(labeled, classes, layers)}")
+        raise InputError(f"labelled images, classes and layers must be at least 1, got {(labeled, classes, layers)}")
     # an epoch of the paper has a smaller last batch; the engine draws with replacement and has none
     size = 128
     rank = 2 ** max(0, math.floor(math.log2(classes / (2 * layers))))

@@ -22,7 +22,7 @@ from ulfine_fast.ops.prototypes import normalize
 
 
 class LiftHead(LinearProbe):
-    """CE(z + tau log pi, y) over a cosine head, with the feature that LIFT gives its head; labelled pictures alone."""
+    """CE(z + tau log pi, y) over a cosine head, with the feature that LIFT gives its head; labelled images alone."""
 
     takes_tokens = True
     before_projection = True
@@ -73,7 +73,7 @@ def lift_head_settings(labeled: int, classes: int, layers: int = 1, epochs: int 
     """LIFT+'s published settings as fields of FitConfig (arXiv 2504.13282, and its released code).
 
     Args:
-        labeled: labelled pictures trained on; epochs of mini-batches of 128 are counted in them.
+        labeled: labelled images trained on; epochs of mini-batches of 128 are counted in them.
         classes: K.
         layers: how many blocks share the adapters' parameters; read where `adapter="adaptformer"`.
         epochs: 5, and 15 for iNaturalist.
@@ -83,7 +83,7 @@ def lift_head_settings(labeled: int, classes: int, layers: int = 1, epochs: int 
         crops, no adapter, and the adapter's factor 1 for who adds one.
 
     Raises:
-        InputError: no labelled picture, no class, no layer or no epoch.
+        InputError: no labelled image, no class, no layer or no epoch.
     """
     if epochs < 1:
         raise InputError(f"epochs must be at least 1, got {epochs}")

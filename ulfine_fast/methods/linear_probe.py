@@ -1,4 +1,4 @@
-"""Linear probe: a cosine classifier on frozen features, from the textual prototypes, on labelled pictures alone.
+"""Linear probe: a cosine classifier on frozen features, from the textual prototypes, on labelled images alone.
 
 Semantic-aware initialisation, scale and logit adjustment follow LIFT (arXiv 2309.10019, section 4).
 """
@@ -16,7 +16,7 @@ from ulfine_fast.ops.losses import adjusted_cross_entropy
 
 
 class LinearProbe(Method):
-    """CE(z + tau log pi, y) over a linear head; no adapter, no unlabelled pictures."""
+    """CE(z + tau log pi, y) over a linear head; no adapter, no unlabelled images."""
 
     trains = True
     uses_unlabeled = False
@@ -26,7 +26,7 @@ class LinearProbe(Method):
         return State({"linear": trials.prototypes.clone()})
 
     def losses(self, trials: Trials, state: State, batch: Batch) -> Losses:
-        """Logit-adjusted cross-entropy of the labelled pictures."""
+        """Logit-adjusted cross-entropy of the labelled images."""
         logits = self.logits(trials, state.tensors, batch.labeled)  # (T, B, K)
         loss = adjusted_cross_entropy(logits, batch.labels, trials.log_prior, trials.values["tau"]).mean(-1)
         return Losses(loss, torch.zeros_like(loss), torch.zeros_like(loss))

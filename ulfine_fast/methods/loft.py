@@ -15,7 +15,7 @@ from ulfine_fast.ops.losses import PseudoLabels, adjusted_cross_entropy, pseudo_
 
 
 class LoFT(Lightweight):
-    """The adapter and head of `lightweight`; every unlabelled picture trains."""
+    """The adapter and head of `lightweight`; every unlabelled image trains."""
 
     thresholds = False
 

@@ -1,8 +1,8 @@
 """SimPro (arXiv 2402.13505; as its code has it): expectation maximisation over classes and their distribution.
 
 Published: tau 1, threshold 0.95, momentum 0.9 between epochs of 500 steps, lambda_u 1. Ours: the distributions move at
-every step, by `rho`, and by counts, so that steps with few sure pictures move them little. Lost to the cache: what
-FixMatch loses, the strong view of labelled pictures, and a second strong view of unlabelled ones.
+every step, by `rho`, and by counts, so that steps with few sure images move them little. Lost to the cache: what
+FixMatch loses, the strong view of labelled images, and a second strong view of unlabelled ones.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ _EPS = 1e-8
 
 
 class SimPro(FixMatch):
-    """A head free of any prior: the prior of the pictures is added where it trains, theirs alone where it guesses."""
+    """A head free of any prior: the prior of the images is added where it trains, theirs alone where it guesses."""
 
     def start(self, trials: Trials) -> State:
-        """Adapter and head; counts a step (T, K) of unlabelled pictures, uniform, and of all, as in the labels."""
+        """Adapter and head; counts a step (T, K) of unlabelled images, uniform, and of all, as in the labels."""
         state, config = super().start(trials), trials.config
         even = torch.full_like(trials.log_prior, 1.0 / trials.log_prior.shape[1])
         state.memory |= {
@@ -34,7 +34,7 @@ class SimPro(FixMatch):
         return state
 
     def losses(self, trials: Trials, state: State, batch: Batch) -> Losses:
-        """CE(z + tau log phi, y) and, by lambda_u, CE(z(strong) + tau log phi, soft guesses), phi of all pictures."""
+        """CE(z + tau log phi, y) and, by lambda_u, CE(z(strong) + tau log phi, soft guesses), phi of all images."""
         values, prior = trials.values, _log_shares(state.memory["all"])
         plain = self.linear(trials, state, batch.labeled)
         labeled = adjusted_cross_entropy(plain, batch.labels, prior, values["tau"]).mean(-1)
@@ -59,7 +59,7 @@ class SimPro(FixMatch):
             state.memory[name].copy_(running(state.memory[name], counts, trials.values["rho"]))
 
     def pseudo_logits(self, trials: Trials, tensors: Tensors, features: Tensor) -> Tensor:
-        """Logits (T, B, K) plus tau log of the unlabelled pictures' distribution."""
+        """Logits (T, B, K) plus tau log of the unlabelled images' distribution."""
         return self.logits(trials, tensors, features) + _shift(_log_shares(tensors["hidden"]), trials.values["tau"])
 
     def logits(self, trials: Trials, tensors: Tensors, features: Tensor) -> Tensor:

@@ -49,7 +49,7 @@ def moved_gaussian(trials: Trials, state: State, probabilities: Tensor) -> tuple
     shares = running(memory["shares"], probabilities.mean(1), rho)
     confidence = aligned(probabilities, torch.ones_like(shares), shares).amax(-1)
     mean = running(memory["mean"], confidence.mean(-1), rho)
-    # a batch of one picture has no variance
+    # a batch of one image has no variance
     spread = confidence.var(-1, unbiased=confidence.shape[1] > 1)
     variance = running(memory["variance"], spread, rho)
     return {"mean": mean, "variance": variance, "shares": shares}, confidence

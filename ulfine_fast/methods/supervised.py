@@ -1,4 +1,4 @@
-"""Losses for long-tailed labels, on the head of `linear_probe`: labelled pictures alone, no adapter.
+"""Losses for long-tailed labels, on the head of `linear_probe`: labelled images alone, no adapter.
 
 `linear_probe` itself is the logit-adjusted member of the family. Nothing is lost to the cache but fresh crops.
 """
@@ -54,7 +54,7 @@ class ClassBalanced(CrossEntropy):
     uses_pool = True
 
     def refresh(self, trials: Trials, state: State, pool: Pool, step: int) -> None:
-        """Count the labelled pictures of each class (T, K)."""
+        """Count the labelled images of each class (T, K)."""
         state.scratch["counts"] = class_counts(pool.labels, trials.log_prior.shape[1])
 
     def weights(self, trials: Trials, state: State) -> Tensor:

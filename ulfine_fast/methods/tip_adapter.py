@@ -1,4 +1,4 @@
-"""Tip-Adapter: a key-value cache of labelled pictures beside the text's logits, without training (arXiv 2111.03930).
+"""Tip-Adapter: a key-value cache of labelled images beside the text's logits, without training (arXiv 2111.03930).
 
 Nothing is lost to our cache, except that the paper averages each key over ten random crops and ours is the plain view.
 Published: alpha 1, beta 5.5, scale 100; alpha and beta searched on validation.
@@ -17,9 +17,9 @@ from ulfine_fast.ops.prototypes import normalize
 
 
 class TipAdapter(Method):
-    """Logits sigma x t_k + alpha sum_i exp(-beta (1 - x f_i)) L_ik over labelled pictures i (its section 3).
+    """Logits sigma x t_k + alpha sum_i exp(-beta (1 - x f_i)) L_ik over labelled images i (its section 3).
 
-    The paper has as many pictures of each class, where L is one-hot. In a long tail the head would outvote the others:
+    The paper has as many images of each class, where L is one-hot. In a long tail the head would outvote the others:
     here L_ik = (L / (K n_k))^tau for y_i = k, which is one-hot in balanced data and for tau = 0.
     """
 

@@ -24,7 +24,7 @@ class TipAdapterF(TipAdapter):
             state.parameters["keys"] = state.memory.pop("keys")
 
     def losses(self, trials: Trials, state: State, batch: Batch) -> Losses:
-        """Adjusted cross-entropy of the labelled pictures."""
+        """Adjusted cross-entropy of the labelled images."""
         logits = self.logits(trials, state.tensors, batch.labeled)  # (T, B, K)
         loss = adjusted_cross_entropy(logits, batch.labels, trials.log_prior, trials.values["tau"]).mean(-1)
         return Losses(loss, torch.zeros_like(loss), torch.zeros_like(loss))

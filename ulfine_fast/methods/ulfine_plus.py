@@ -1,9 +1,9 @@
 """ULFine's two heads without its confirmation bias: clusters anchored by a probe, weighed by labels they have not seen.
 
-The parts are those of ULFine (arXiv 2505.05062): prototypes fitted to the pictures (PAF), logits of both heads fused
+The parts are those of ULFine (arXiv 2505.05062): prototypes fitted to the images (PAF), logits of both heads fused
 (DLF). The rest is ours, each choice with its measured effect in docs/method.md. Nothing is carried from mini-batch to
-mini-batch: the linear head is a probe on labels alone, the prototypes are clusters of all pictures at once, and how
-far they are believed is decided by labelled pictures held out of both.
+mini-batch: the linear head is a probe on labels alone, the prototypes are clusters of all images at once, and how
+far they are believed is decided by labelled images held out of both.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class ULFinePlus(Method):
         space = _space(pool, trials.values)
         starts = starting_shares(targets[:, :, 0].sum(1))  # (T, S, K)
         similar, whole = [], None
-        # a fold at a time: what all candidates hold of every picture at once is the most memory that training takes
+        # a fold at a time: what all candidates hold of every image at once is the most memory that training takes
         for evidence in _evidence(trials, pool, space, heads, targets, starts):
             clusters = fit_clusters(evidence, _schedule(trials))
             similar.append(clusters.cosines(evidence.labeled))
@@ -66,7 +66,7 @@ class ULFinePlus(Method):
         state.scratch["plan"] = _plan(pool, heads, whole, weights, temperatures)
 
     def drawn(self, trials: Trials, state: State) -> Tensor | None:
-        """The mixture of the candidates' probabilities for the unlabelled pictures (T, N, K)."""
+        """The mixture of the candidates' probabilities for the unlabelled images (T, N, K)."""
         return state.scratch.get("plan")
 
     def logits(self, trials: Trials, tensors: Tensors, features: Tensor) -> Tensor:
@@ -112,7 +112,7 @@ def _targets(labels: Tensor, folds: Tensor, classes: int, count: int) -> Tensor:
 
 
 def _space(pool: Pool, values: Tensors) -> Whitening:
-    """Whitening by all training pictures and by what the views change."""
+    """Whitening by all training images and by what the views change."""
     rows = torch.cat([pool.labeled, pool.unlabeled], dim=1)
     present = torch.cat([pool.labels >= 0, pool.present], dim=1)
     nuisance = None
@@ -184,7 +184,7 @@ def _kept(clusters: Clusters) -> Tensors:
 
 
 def _plan(pool: Pool, heads: Tensor, clusters: Clusters, weights: Tensor, temperatures: Tensor) -> Tensor:
-    """Mixed probabilities of the unlabelled pictures (T, N, K), with their estimated class shares."""
+    """Mixed probabilities of the unlabelled images (T, N, K), with their estimated class shares."""
     linear = torch.log_softmax(_linear(pool.unlabeled, heads[:, :1]), -1)
     plan = torch.log(clusters.plan.clamp(min=1e-12))
     return torch.exp(_mixed(torch.cat([linear, plan], dim=2), weights, temperatures))

@@ -13,7 +13,7 @@ Floats = NDArray[np.floating[Any]]
 Labels = NDArray[np.int64]
 
 SHOT_MANY, SHOT_FEW = 100, 20
-"""Classes with more than 100 labelled pictures are "many-shot", with fewer than 20 "few-shot" (LIFT's groups)."""
+"""Classes with more than 100 labelled images are "many-shot", with fewer than 20 "few-shot" (LIFT's groups)."""
 
 
 def softmax(logits: Floats) -> Floats:
@@ -52,7 +52,7 @@ def classification(logits: Floats, labels: Labels, counts: Labels, temperature: 
     Args:
         logits: (n, K).
         labels: (n,).
-        counts: labelled training pictures of each class (K,).
+        counts: labelled training images of each class (K,).
         temperature: fitted elsewhere, divides the logits for `ece_temperature_scaled`.
 
     Returns:
@@ -83,7 +83,7 @@ def pseudo_label_health(
     """How many pseudo-labels pass the threshold, and how right they are.
 
     Args:
-        probabilities: of unlabelled pictures (n, K).
+        probabilities: of unlabelled images (n, K).
         labels: their hidden labels, -1 unknown (n,).
         threshold: in [0, 1].
         classes: K.

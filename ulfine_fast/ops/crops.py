@@ -5,14 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_FIRST = 0.08  # share of the picture that the first epoch's crops show at least
+_FIRST = 0.08  # share of the image that the first epoch's crops show at least
 
 
 def smallest_crop(steps: Tensor, total: int, epochs: Tensor) -> Tensor:
-    """Share of the picture that a crop of each step shows at least.
+    """Share of the image that a crop of each step shows at least.
 
     a(t) = 0.08 + 0.92 (1 - sqrt(1 - t^2)), with t = epoch / (epochs - 1): the last of several epochs has whole
-    pictures (the convex schedule of arXiv 2504.13282).
+    images (the convex schedule of arXiv 2504.13282).
 
     Args:
         steps: numbers of steps, int64 (S,), below `total`.
@@ -34,7 +34,7 @@ def choose_crops(areas: Tensor, smallest: Tensor, words: Tensor) -> Tensor:
     """One of each row's views that are large enough, each as likely; where none is, the largest.
 
     Args:
-        areas: share of the picture that each view shows (..., V).
+        areas: share of the image that each view shows (..., V).
         smallest: share asked for (...).
         words: random numbers, int64 in [0, 2**32), (...).
 

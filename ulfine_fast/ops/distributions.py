@@ -27,7 +27,7 @@ def distance_from_labeled(estimated: Tensor, prior: Tensor) -> Tensor:
     ranks: near 0 where it is the labelled one, near 1/2 where it is the reverse of a steep one.
 
     Args:
-        estimated: class distribution of the unlabelled pictures (T, K).
+        estimated: class distribution of the unlabelled images (T, K).
         prior: that of the labelled ones (T, K).
     """
     anchors = (prior, torch.full_like(prior, 1.0 / prior.shape[-1]), reversed_ranks(prior))

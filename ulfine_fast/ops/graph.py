@@ -29,12 +29,12 @@ def nearest(rows: Tensor, keys: Tensor, present: Tensor, count: int, *, skip_sel
         keys: unit rows (T, M, D).
         present: bool (T, M), False for keys that are padding.
         count: k, how many are looked for; all M where there are fewer.
-        skip_self: rows and keys are the same pictures, and none is its own neighbour.
+        skip_self: rows and keys are the same images, and none is its own neighbour.
 
     Returns:
         Neighbours (T, B, min(k, M)), nearest first.
     """
-    # the whole matrix of cosines would not fit for a hundred thousand pictures
+    # the whole matrix of cosines would not fit for a hundred thousand images
     block = max(1, _CELLS // max(1, len(keys) * keys.shape[1]))
     found = []
     for start in range(0, rows.shape[1], block):

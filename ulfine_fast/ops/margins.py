@@ -83,13 +83,13 @@ def balanced_margins(counts: Tensor, strength: Tensor) -> Tensor:
     beta_k = n_k / max n; alpha_k = strength (max beta - min beta) (1 - beta_k) / (1 + beta_k).
 
     Args:
-        counts: pictures each class has been given so far (T, K).
+        counts: images each class has been given so far (T, K).
         strength: alpha in logits (T,).
 
     Returns:
         Margins in [0, strength], (T, K); all zero while no class has any, or all have the same.
     """
-    # without any picture all shares are 0, their gap is 0, and so are the margins
+    # without any image all shares are 0, their gap is 0, and so are the margins
     share = counts / counts.amax(-1, keepdim=True).clamp(min=1)  # (T, K)
     gap = share.amax(-1, keepdim=True) - share.amin(-1, keepdim=True)
     return strength.view(-1, 1) * gap * (1 - share) / (1 + share)

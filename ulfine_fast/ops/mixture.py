@@ -1,7 +1,7 @@
-"""Classes as clusters of all pictures: expectation maximisation in a metric that forgets what views change.
+"""Classes as clusters of all images: expectation maximisation in a metric that forgets what views change.
 
 Rows are compared by their cosine after whitening with the scatter inside classes, as in linear discriminant analysis,
-to which the scatter between views of one picture is added: directions in which augmentation moves a picture say
+to which the scatter between views of one image is added: directions in which augmentation moves an image say
 nothing of its class. The within-class scatter is the whole one minus K class means' worth, so every round costs N D K
 and no N D D (Woodbury's identity). S candidates, which differ in labels, anchor or prior, share the rows.
 """
@@ -18,7 +18,7 @@ _EPS = 1e-9
 
 @dataclass(frozen=True)
 class Whitening:
-    """x -> (x - mean) map: unit scatter over all pictures and views. mean (T, 1, D), map (T, D, D)."""
+    """x -> (x - mean) map: unit scatter over all images and views. mean (T, 1, D), map (T, D, D)."""
 
     mean: Tensor
     map: Tensor
@@ -110,7 +110,7 @@ def cosines(rows: Rows, centers: Tensor, metric: Metric) -> Tensor:
 
 
 def view_scatter(views: Tensor, present: Tensor) -> Tensor:
-    """Scatter (T, D, D) of views (T, N, V, D) around their picture's mean, over the rows present (T, N)."""
+    """Scatter (T, D, D) of views (T, N, V, D) around their image's mean, over the rows present (T, N)."""
     spread = (views - views.mean(2, keepdim=True)) * present[:, :, None, None]
     flat = spread.flatten(1, 2)  # (T, N V, D)
     return flat.transpose(1, 2) @ flat / (present.sum(1).clamp(min=1) * views.shape[2]).view(-1, 1, 1)

@@ -93,7 +93,7 @@ def move_prior(prior: Tensor, probabilities: Tensor, mask: Tensor, rho: Tensor, 
 
     Args:
         prior: P (T, K).
-        probabilities: of unlabelled pictures (T, B, K).
+        probabilities: of unlabelled images (T, B, K).
         mask: 1 for pseudo-labels over the threshold (T, B).
         rho: momentum in [0, 1), shape (T,).
         rule: "soft" takes p as the mean probability; "hard" as the share of each class among kept pseudo-labels,

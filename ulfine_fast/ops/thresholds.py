@@ -58,25 +58,25 @@ def _share(values: Tensor) -> Tensor:
 
 
 def note_classes(given: Tensor, places: Tensor, classes: Tensor) -> Tensor:
-    """Classes of the pool's pictures (T, N) after a batch that stands at `places` (T, U) and was given `classes`.
+    """Classes of the pool's images (T, N) after a batch that stands at `places` (T, U) and was given `classes`.
 
-    A negative class leaves a picture as it was; one drawn twice takes the larger class, on every device.
+    A negative class leaves an image as it was; one drawn twice takes the larger class, on every device.
     """
     news = torch.full_like(given, -1).scatter_reduce(1, places, classes, "amax")
     return torch.where(news >= 0, news, given)
 
 
 def learning_effect(given: Tensor, present: Tensor, classes: int) -> Tensor:
-    """Share of each class among the pictures given to it, over the largest one (FlexMatch, section 3.1), (T, K).
+    """Share of each class among the images given to it, over the largest one (FlexMatch, section 3.1), (T, K).
 
-    As long as more pictures are given to no class than to any, it is over those, so that all effects start at 0.
+    As long as more images are given to no class than to any, it is over those, so that all effects start at 0.
 
     Args:
-        given: class of each unlabelled picture, -1 for none (T, N).
+        given: class of each unlabelled image, -1 for none (T, N).
         present: False for padding (T, N).
         classes: K.
     """
-    # pictures of no class are counted first, padding nowhere
+    # images of no class are counted first, padding nowhere
     counts = torch.zeros(len(given), classes + 1, device=given.device)
     counts.scatter_add_(1, given + 1, present.to(counts.dtype))
     return counts[:, 1:] / counts.amax(-1, keepdim=True).clamp(min=1)

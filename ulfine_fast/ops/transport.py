@@ -1,4 +1,4 @@
-"""Entropic transport of pictures onto classes: all rows at once, with the class shares given."""
+"""Entropic transport of images onto classes: all rows at once, with the class shares given."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ def build_report(
     runs: Sequence[Path],
     out: Path,
     *,
-    pictures: Callable[[str], Image] | None = None,
+    images: Callable[[str], Image] | None = None,
     title: str | None = None,
     leakage: Sequence[str] = (),
     attributes: Mapping[str, str] | None = None,
@@ -27,17 +27,17 @@ def build_report(
     """Write one HTML page about the runs found at or below the given folders.
 
     The page needs no network and no other file, and stands without its script, which sorts tables. It is a function of
-    the run folders' files (and the pictures and the cache), so writing it twice gives the same bytes.
+    the run folders' files (and the images and the cache), so writing it twice gives the same bytes.
 
     Args:
         runs: run folders, or folders above them (`OUT/seed-0`, `OUT`, or deeper), those of sweeps too; all with the
             same classes.
         out: the page's path; its folder is made when missing, an existing page is replaced.
-        pictures: gives the picture of a row id for the gallery; it may raise OSError, ValueError or KeyError for a
-            picture that is gone. None leaves the gallery out and says how to get it.
+        images: gives the image of a row id for the gallery; it may raise OSError, ValueError or KeyError for an
+            image that is gone. None leaves the gallery out and says how to get it.
         leakage: warnings that stand above the figures, see `ulfine_fast.report.leakage.find_leakage`.
-        attributes: picture id -> another attribute than the class, for gaps between groups of pictures.
-        projection: "pca" or "umap" for a map of the test pictures' features, where the cache is at hand; "none".
+        attributes: image id -> another attribute than the class, for gaps between groups of images.
+        projection: "pca" or "umap" for a map of the test images' features, where the cache is at hand; "none".
         one_byte: whether to say what `extract --dtype int8` would cost, where the cache is at hand.
         title: the page's heading; None writes one from the number of methods, seeds and classes.
 
@@ -57,7 +57,7 @@ def build_report(
 
     page = render_page(
         load_runs(runs),
-        pictures=pictures,
+        images=images,
         title=title,
         leakage=leakage,
         attributes=attributes,

@@ -45,13 +45,13 @@ class Series:
 
 
 def class_chart(series: Sequence[Series], counts: np.ndarray, ticks: Sequence[str], summary: str, axis: str) -> Markup:
-    """Accuracy per class above the labelled pictures of the same class.
+    """Accuracy per class above the labelled images of the same class.
 
     Args:
         series: accuracy at x = 0..n-1, classes from most to least labelled.
-        counts: labelled pictures (n,), the mean where seeds or neighbouring classes are averaged.
+        counts: labelled images (n,), the mean where seeds or neighbouring classes are averaged.
         ticks: label of each place, n of them; "" for none.
-        summary: read out in place of the picture.
+        summary: read out in place of the image.
         axis: what the places are.
     """
     top = Frame(1080, 400, 44, 150, 26, 112, -0.5, len(counts) - 0.5)
@@ -116,7 +116,7 @@ def share_bars(title: str, shares: Sequence[tuple[str, float]]) -> Markup:
 def map_chart(
     title: str, places: np.ndarray, labels: np.ndarray, predicted: np.ndarray, names: Sequence[str]
 ) -> Markup:
-    """Pictures in the plane, mistakes marked, each class's name in its middle.
+    """Images in the plane, mistakes marked, each class's name in its middle.
 
     Args:
         title: how they got their places.
@@ -135,7 +135,7 @@ def map_chart(
     parts = [tag("text", title, x=0, y=13, class_="heading"), *dots]
     if len(names) <= 30:
         parts += _map_names(frame, places, labels, names)
-    spoken = f"{title}: {len(places):,} pictures, {int(wrong.sum()):,} of them taken for another class"
+    spoken = f"{title}: {len(places):,} images, {int(wrong.sum()):,} of them taken for another class"
     return drawing(frame, spoken, *parts)
 
 
@@ -151,7 +151,7 @@ def _map_dot(frame: Frame, place: np.ndarray, label: int, predicted: int, names:
 
 
 def _map_names(frame: Frame, places: np.ndarray, labels: np.ndarray, names: Sequence[str]) -> list[Markup]:
-    """Each class's name at the median of its pictures, moved apart where two would touch."""
+    """Each class's name at the median of its images, moved apart where two would touch."""
     classes = [k for k in range(len(names)) if (labels == k).any()]
     middles = {k: np.median(places[labels == k], axis=0) for k in classes}
     heights = spread([frame.y(float(middles[k][1])) for k in classes], 13, frame.top + 10, frame.height - 6)

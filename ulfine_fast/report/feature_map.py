@@ -1,4 +1,4 @@
-"""A map of test pictures: their cached features in two dimensions, what a run took them for beside what they are."""
+"""A map of test images: their cached features in two dimensions, what a run took them for beside what they are."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _SEED = 0
 
 @dataclass(frozen=True, slots=True)
 class FeatureMap:
-    """Places of a run's test pictures.
+    """Places of a run's test images.
 
     Attributes:
         name: of the projection, for readers.
@@ -51,7 +51,7 @@ def mapper(kind: str) -> Callable[[RunFiles], FeatureMap | None] | None:
 
 
 def map_section(shown: Group, mapped: Callable[[RunFiles], FeatureMap | None] | None) -> dict[str, Any] | None:
-    """The chart of the first seed's test pictures; None where there is no map of it."""
+    """The chart of the first seed's test images; None where there is no map of it."""
     run = shown.runs[0]
     found = None if mapped is None else mapped(run)
     if found is None:
@@ -83,7 +83,7 @@ def _mapped(run: RunFiles, kind: str) -> FeatureMap | None:
         return None
     if len(features) < 3:
         return None
-    # evenly through the test pictures, which stand class by class
+    # evenly through the test images, which stand class by class
     rows = np.unique(np.linspace(0, len(features) - 1, min(_POINTS, len(features))).astype(np.int64))
     unit = features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
     return FeatureMap(*_projected(unit, rows, kind))
@@ -97,7 +97,7 @@ def _projected(unit: np.ndarray, rows: np.ndarray, kind: str) -> tuple[str, np.n
         return "UMAP", rows, np.asarray(places, dtype=np.float64)
     from sklearn.decomposition import PCA
 
-    # of all pictures, not only of those that are drawn
+    # of all images, not only of those that are drawn
     fitted = PCA(n_components=2, svd_solver="full").fit(unit)
     share = 100 * float(fitted.explained_variance_ratio_.sum())
     return f"PCA, {share:.0f}% of the variance", rows, fitted.transform(unit[rows]).astype(np.float64)

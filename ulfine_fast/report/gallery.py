@@ -1,4 +1,4 @@
-"""Pictures worth looking at: which rows, and their thumbnails as data URIs."""
+"""Images worth looking at: which rows, and their thumbnails as data URIs."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class Shot:
         true: class index, -1 where unknown.
         predicted: class index.
         confidence: probability of the predicted class, 0..1.
-        image: data URI of the thumbnail, or None where the picture could not be read.
-        small: the picture has so few pixels that it is drawn enlarged without smoothing.
+        image: data URI of the thumbnail, or None where the image could not be read.
+        small: the image has so few pixels that it is drawn enlarged without smoothing.
     """
 
     id: str
@@ -51,7 +51,7 @@ def least_confident(rows: Predictions, limit: int) -> np.ndarray:
 def of_class(rows: Predictions, label: int, limit: int) -> np.ndarray:
     """Row numbers of one true class, spread evenly from its most to its least confident row.
 
-    Spread, and not the best or the worst, so that the pictures stand for the class.
+    Spread, and not the best or the worst, so that the images stand for the class.
     """
     members = _ordered(rows, np.flatnonzero(rows.labels == label), -rows.confidence)
     if len(members) <= limit:
@@ -59,21 +59,21 @@ def of_class(rows: Predictions, label: int, limit: int) -> np.ndarray:
     return members[np.linspace(0, len(members) - 1, limit).round().astype(np.int64)]
 
 
-def take(rows: Predictions, chosen: np.ndarray, pictures: Callable[[str], Image.Image]) -> list[Shot]:
-    """Fetch the chosen rows' pictures; one that cannot be read leaves its caption."""
-    return [_shot(rows, int(i), pictures) for i in chosen]
+def take(rows: Predictions, chosen: np.ndarray, images: Callable[[str], Image.Image]) -> list[Shot]:
+    """Fetch the chosen rows' images; one that cannot be read leaves its caption."""
+    return [_shot(rows, int(i), images) for i in chosen]
 
 
 def unread(shots: Sequence[Shot]) -> int:
-    """Count the pictures that could not be read."""
+    """Count the images that could not be read."""
     return sum(shot.image is None for shot in shots)
 
 
-def thumbnail(picture: Image.Image) -> tuple[str, bool]:
+def thumbnail(image: Image.Image) -> tuple[str, bool]:
     """Return a data URI with a longer side of at most 144 pixels, without metadata, and whether it was tiny."""
-    small = picture.convert("RGB")
+    small = image.convert("RGB")
     small.thumbnail((_SIDE, _SIDE))
-    # pasted on a blank: nothing of the file's metadata (place, camera, profile) may follow the picture into the page
+    # pasted on a blank: nothing of the file's metadata (place, camera, profile) may follow the image into the page
     clean = Image.new("RGB", small.size)
     clean.paste(small)
     tiny = max(clean.size) <= 64
@@ -91,9 +91,9 @@ def _ordered(rows: Predictions, chosen: np.ndarray, by: np.ndarray) -> np.ndarra
     return np.array(sorted(chosen.tolist(), key=lambda i: (by[i], rows.ids[i])), dtype=np.int64)
 
 
-def _shot(rows: Predictions, i: int, pictures: Callable[[str], Image.Image]) -> Shot:
+def _shot(rows: Predictions, i: int, images: Callable[[str], Image.Image]) -> Shot:
     try:
-        image, small = thumbnail(pictures(rows.ids[i]))
+        image, small = thumbnail(images(rows.ids[i]))
     except _GONE:
         image, small = None, False
     return Shot(rows.ids[i], int(rows.labels[i]), int(rows.predicted[i]), float(rows.confidence[i]), image, small)

@@ -102,12 +102,12 @@ def paired_difference(group: Group, other: Group, key: str) -> Interval | None:
 
 
 def rank_order(run: RunFiles) -> np.ndarray:
-    """Class indices (K,) from the most to the least labelled pictures; ties in class order."""
+    """Class indices (K,) from the most to the least labelled images; ties in class order."""
     return np.argsort(-np.nan_to_num(run.per_class("class_counts")), kind="stable")
 
 
 def tail_third(run: RunFiles) -> np.ndarray:
-    """Class indices of the third of the classes, rounded down, with the fewest labelled pictures."""
+    """Class indices of the third of the classes, rounded down, with the fewest labelled images."""
     order = rank_order(run)
     return order[len(order) - len(order) // 3 :]
 
@@ -121,7 +121,7 @@ def nan_mean(values: np.ndarray, axis: int) -> np.ndarray:
 
 
 def same_counts(groups: Sequence[Group]) -> bool:
-    """Tell whether all runs label the same number of pictures in each class, so that ranks are classes."""
+    """Tell whether all runs label the same number of images in each class, so that ranks are classes."""
     counts = [run.per_class("class_counts") for group in groups for run in group.runs]
     return all(np.array_equal(counts[0], other, equal_nan=True) for other in counts)
 

@@ -47,9 +47,9 @@ COLUMNS = (
     Column("val.balanced_accuracy", "validation", "balanced accuracy on the validation rows; used for every choice", 0),
     Column("accuracy", "overall", "accuracy over all test rows"),
     Column("balanced_accuracy", "balanced", "mean of the classes' accuracies"),
-    Column("many", "many", "mean accuracy of the third of the classes with most labelled pictures"),
+    Column("many", "many", "mean accuracy of the third of the classes with most labelled images"),
     Column("medium", "medium", "mean accuracy of the middle third"),
-    Column("few", "few", "mean accuracy of the third of the classes with fewest labelled pictures"),
+    Column("few", "few", "mean accuracy of the third of the classes with fewest labelled images"),
     Column("worst_class", "worst class", "accuracy of the worst class"),
     Column(
         "ece_temperature_scaled",

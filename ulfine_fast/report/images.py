@@ -1,4 +1,4 @@
-"""Find the pictures behind a run's row ids: its cache's source, or a place the user names."""
+"""Find the images behind a run's row ids: its cache's source, or a place the user names."""
 
 from __future__ import annotations
 
@@ -15,20 +15,18 @@ from ulfine_fast.runs.files import RunFiles
 if TYPE_CHECKING:
     from ulfine_fast.cache.sources import Row, Source, StreamedSource
 
-_PART_ROWS = 1024  # rows opened together to find a picture of a stream
+_PART_ROWS = 1024  # rows opened together to find an image of a stream
 
 
-def find_pictures(
-    runs: Sequence[RunFiles], where: str | None = None
-) -> tuple[Callable[[str], Image.Image] | None, str]:
-    """Open the pictures of the runs.
+def find_images(runs: Sequence[RunFiles], where: str | None = None) -> tuple[Callable[[str], Image.Image] | None, str]:
+    """Open the images of the runs.
 
     Args:
-        runs: the runs; their caches' manifests say where the pictures came from.
+        runs: the runs; their caches' manifests say where the images came from.
         where: a folder, table or data set name to use instead.
 
     Returns:
-        A function from row id to picture, which raises KeyError for an id it does not know, or None when no source
+        A function from row id to image, which raises KeyError for an id it does not know, or None when no source
         can be opened; and the reason why not, or "".
 
     Raises:
@@ -61,7 +59,7 @@ def _described(cache: str | None) -> dict[str, Any]:
 
 
 def _parts(described: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
-    """What stands before ids, and the source of these pictures: of every cache that was merged, of every append."""
+    """What stands before ids, and the source of these images: of every cache that was merged, of every append."""
     for cache in described.get("caches", []):
         yield from _parts(cache["source"], prefix + cache.get("prefix", ""))
     if described["kind"] != "merged":
@@ -72,13 +70,13 @@ def _parts(described: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, d
 
 def _reader(sources: Sequence[tuple[str, Source]]) -> Callable[[str], Image.Image]:
     from ulfine_fast.cache.pipeline.plan import is_listed
-    from ulfine_fast.cache.sources import UnreadablePicture
+    from ulfine_fast.cache.sources import UnreadableImage
 
     rows = {prefix + row.id: (source, row) for prefix, source in sources if is_listed(source) for row in source.rows}
     streamed = [_Streamed(source, prefix) for prefix, source in sources if not is_listed(source)]
 
     def read(row_id: str) -> Image.Image:
-        """The picture of one row id."""
+        """The image of one row id."""
         found: tuple[Source, Row] | None = rows.get(row_id)
         for one in streamed if found is None else ():
             found = found or one.find(row_id)
@@ -87,18 +85,18 @@ def _reader(sources: Sequence[tuple[str, Source]]) -> Callable[[str], Image.Imag
         source, row = found
         try:
             return source.read(row)
-        except UnreadablePicture as error:
+        except UnreadableImage as error:
             raise OSError(str(error)) from error
 
     return read
 
 
 class _Streamed:
-    """Rows of a stream by id: a part is opened when the first of its pictures is asked for, and stays open."""
+    """Rows of a stream by id: a part is opened when the first of its images is asked for, and stays open."""
 
     def __init__(self, source: StreamedSource, prefix: str) -> None:
         self.source, self.prefix = source, prefix
-        # of the shard size only the cut of long files depends, and pictures are found whatever that is
+        # of the shard size only the cut of long files depends, and images are found whatever that is
         self.parts = source.plan(_PART_ROWS)
         self.rows: dict[int, dict[str, Row]] = {}
 

@@ -9,7 +9,7 @@ from ulfine_fast.runs.files import RunFiles
 
 
 def find_leakage(runs: Sequence[RunFiles]) -> list[str]:
-    """A warning for each cache of the runs whose held-out pictures are nearly among its training pictures.
+    """A warning for each cache of the runs whose held-out images are nearly among its training images.
 
     A cache that is gone, or that was only in memory, cannot be looked at, and is passed over in silence: the figures
     are no worse for that.

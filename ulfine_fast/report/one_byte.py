@@ -18,7 +18,7 @@ _FIGURES = ("accuracy", "balanced_accuracy", "few", "ece", "ece_temperature_scal
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """Figures of a run on its test pictures, by name, NaN where not defined.
+    """Figures of a run on its test images, by name, NaN where not defined.
 
     Attributes:
         stored: with the features that the cache holds.

@@ -29,7 +29,7 @@ _LINES = 6  # colours and markers that stay apart for every reader
 def render_page(
     runs: Sequence[RunFiles],
     *,
-    pictures: Callable[[str], Image.Image] | None = None,
+    images: Callable[[str], Image.Image] | None = None,
     title: str | None = None,
     leakage: Sequence[str] = (),
     attributes: Mapping[str, str] | None = None,
@@ -64,7 +64,7 @@ def render_page(
             storage=cost_section(groups, rounded),
             transfer=transfer_section(groups, attributes),
             confusion=sections.confusion_section(shown, rows),
-            gallery=sections.gallery_section(shown, rows[0], pictures),
+            gallery=sections.gallery_section(shown, rows[0], images),
             map=map_section(shown, mapped),
             sweeps=sweeps_section(sweeps),
             leakage=leakage,

@@ -1,4 +1,4 @@
-"""The sections about classes, pseudo-labels, calibration, confusion, pictures and settings, as template values."""
+"""The sections about classes, pseudo-labels, calibration, confusion, images and settings, as template values."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ulfine_fast.report.headline import number_range, percent
 from ulfine_fast.runs.files import Predictions, RunFiles
 
 _MATRIX = 30  # classes up to which a confusion matrix can be read
-_SHOTS = 12  # pictures on a shelf: divides by the columns of phones and desks
+_SHOTS = 12  # images on a shelf: divides by the columns of phones and desks
 _PLACES = 40  # classes up to which each has a place of its own in a chart
 
 
@@ -26,7 +26,7 @@ def classes_section(lines: Sequence[Group], shown: Group) -> dict[str, Any]:
     fixed, classes = same_counts(lines), len(shown.runs[0].class_names)
     series = [_rank_series(i, group, "per_class_accuracy") for i, group in enumerate(lines)]
     counts = _by_rank(shown, "class_counts")
-    axis = "class, most labelled pictures first" if fixed else "rank of the class by labelled pictures, 1 = most"
+    axis = "class, most labelled images first" if fixed else "rank of the class by labelled images, 1 = most"
     if classes > _PLACES:
         axis += f"; each point is the mean of {math.ceil(classes / 30)} neighbouring ranks"
     chart = charts.class_chart(
@@ -72,11 +72,11 @@ def _ticks(shown: Group, fixed: bool) -> list[str]:
 
 def _class_summary(series: Sequence[charts.Series]) -> str:
     ends = [f"{s.label} from {percent(s.y[0])} at the most labelled to {percent(s.y[-1])} at the least" for s in series]
-    return f"Accuracy per class in percent, ordered by labelled pictures: {'; '.join(ends)}"
+    return f"Accuracy per class in percent, ordered by labelled images: {'; '.join(ends)}"
 
 
 def _class_table(lines: Sequence[Group], shown: Group, fixed: bool) -> list[dict[str, Any]]:
-    """A row per class name: labelled pictures over the shown group's seeds, mean accuracy of every charted group."""
+    """A row per class name: labelled images over the shown group's seeds, mean accuracy of every charted group."""
     counts = np.stack([run.per_class("class_counts") for run in shown.runs])  # (seeds, K)
     means = [nan_mean(np.stack([r.per_class("per_class_accuracy") for r in g.runs]), axis=0) for g in lines]
     order = rank_order(shown.runs[0]) if fixed else np.arange(counts.shape[1])
@@ -124,7 +124,7 @@ def _steps_panel(title: str, lines: Sequence[Group], column: str, tail: bool = F
 def _ranks_panel(title: str, lines: Sequence[Group], key: str) -> Markup | None:
     series = [_rank_series(slot, group, key) for slot, group in enumerate(lines)]
     series = [charts.Series(s.label, s.slot, _thin(s.x + 1), _thin(s.y)) for s in series if np.isfinite(s.y).any()]
-    return charts.line_chart(title, series, "rank by labelled pictures, 1 = most") if series else None
+    return charts.line_chart(title, series, "rank by labelled images, 1 = most") if series else None
 
 
 def _over_steps(group: Group, column: str, tail: bool) -> tuple[np.ndarray, np.ndarray]:
@@ -207,10 +207,10 @@ def confusion_section(shown: Group, rows: Sequence[Predictions]) -> dict[str, An
 
 
 def gallery_section(
-    shown: Group, rows: Predictions, pictures: Callable[[str], Image.Image] | None
+    shown: Group, rows: Predictions, images: Callable[[str], Image.Image] | None
 ) -> dict[str, Any] | None:
     """Three shelves of the first seed's test rows; the tail classes differ from seed to seed, so one seed it is."""
-    if pictures is None:
+    if images is None:
         return None
     run = shown.runs[0]
     counts = run.per_class("class_counts")
@@ -221,7 +221,7 @@ def gallery_section(
     for k in rank_order(run)[::-1][:3].tolist():
         words = f"Tail class: {run.class_names[k]} ({number_range([counts[k]])} labelled)"
         chosen.append((words, gallery.of_class(rows, k, _SHOTS)))
-    shelves = [(heading, gallery.take(rows, picked, pictures)) for heading, picked in chosen]
+    shelves = [(heading, gallery.take(rows, picked, images)) for heading, picked in chosen]
     return {"seed": run.seed, "shelves": shelves, "unread": sum(gallery.unread(shots) for _, shots in shelves)}
 
 

@@ -127,8 +127,8 @@ def _state() -> Response:
     return jsonify(_session().told())
 
 
-@_page.get("/pictures/<int:row>")
-def _picture(row: int) -> Response:
+@_page.get("/images/<int:row>")
+def _image(row: int) -> Response:
     try:
         data, kind = _clean(_session().image(row))
     except _GONE:
@@ -158,9 +158,9 @@ def _asked(found: Any) -> tuple[str | None, str | None]:
     return found["label"], found["seen"]
 
 
-def _clean(picture: Image.Image) -> tuple[bytes, str]:
-    """A picture of at most 512 pixels as PNG or JPEG, without the file's metadata, and its type."""
-    small = picture.convert("RGB")
+def _clean(image: Image.Image) -> tuple[bytes, str]:
+    """An image of at most 512 pixels as PNG or JPEG, without the file's metadata, and its type."""
+    small = image.convert("RGB")
     small.thumbnail((_SIDE, _SIDE))
     clean = Image.new("RGB", small.size)
     clean.paste(small)

@@ -1,4 +1,4 @@
-"""Which pictures a person should look at: those whose label, once right, helps most."""
+"""Which images a person should look at: those whose label, once right, helps most."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ if TYPE_CHECKING:
     from ulfine_fast.cache.store import FeatureCache
 
 FOLDS = 4  # a label is judged by heads that three quarters of the labels trained
-MOST = 200  # pictures of a kind: more than anybody looks at before fitting again
-_RARE = 0.1  # least probability of a rare class for a picture to be a candidate
+MOST = 200  # images of a kind: more than anybody looks at before fitting again
+_RARE = 0.1  # least probability of a rare class for an image to be a candidate
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A picture to look at.
+    """An image to look at.
 
     Attributes:
         row: of the cache.
@@ -49,7 +49,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Judged:
-    """A fit, and what heads say that did not see a picture's label.
+    """A fit, and what heads say that did not see an image's label.
 
     Attributes:
         run: the fit on all labels. split: what it was given.
@@ -82,7 +82,7 @@ def judge(cache: FeatureCache, config: FitConfig, split: Split, *, device: str =
 def candidates(cache: FeatureCache, judged: Judged, found: Duplicates) -> list[Candidate]:
     """What to look at, in turn one of each kind; of each kind the most telling first.
 
-    Pictures of the test split are not among them: to mend those that a classifier gets wrong would flatter it.
+    Images of the test split are not among them: to mend those that a classifier gets wrong would flatter it.
 
     Args:
         cache: with the labels that were fitted on.
@@ -95,7 +95,7 @@ def candidates(cache: FeatureCache, judged: Judged, found: Duplicates) -> list[C
     alike: dict[int, Candidate] = {}
     for one in twins(given, judged.probabilities, found):
         alike.setdefault(one.row, one)
-    # a picture that is in doubt too is shown beside its twin
+    # an image that is in doubt too is shown beside its twin
     doubts = [one for one in doubtful(given, judged.probabilities) if one.row not in alike]
     return list(_in_turn((doubts, list(alike.values()), rare(cache, judged))))
 

@@ -1,4 +1,4 @@
-// The state is the server's; what this page holds is where the reader stands. Names of classes and pictures are
+// The state is the server's; what this page holds is where the reader stands. Names of classes and images are
 // untrusted text, and only ever become text.
 "use strict";
 
@@ -79,11 +79,11 @@ function drawFits() {
 
 function drawItem() {
   const one = item();
-  picture($("picture"), one.row, one.id);
+  image($("image"), one.row, one.id);
   $("name").textContent = one.id;
   $("twin").hidden = !one.twin;
   if (one.twin) {
-    picture($("twin-picture"), one.twin.row, one.twin.id);
+    image($("twin-image"), one.twin.row, one.twin.id);
     $("twin-name").textContent = one.twin.id;
   }
   write($("why"), reason(one));
@@ -100,14 +100,14 @@ function drawItem() {
   $("after").disabled = shown.place >= shown.state.items.length - 1;
 }
 
-function picture(image, row, name) {
-  const address = `pictures/${row}`;
+function image(image, row, name) {
+  const address = `images/${row}`;
   image.alt = name;
   image.classList.remove("tiny", "gone");
   if (image.getAttribute("src") !== address) image.src = address;
 }
 
-for (const id of ["picture", "twin-picture"]) {
+for (const id of ["image", "twin-image"]) {
   $(id).addEventListener("load", (event) => event.target.classList.toggle("tiny", event.target.naturalWidth <= 64));
   $(id).addEventListener("error", (event) => event.target.classList.add("gone"));
 }
@@ -147,7 +147,7 @@ async function put(label) {
 
 function undo() {
   if (!shown.state.items.length) return;
-  // what was just answered is the picture before
+  // what was just answered is the image before
   if (item().now === null) move(-1);
   if (item().now !== null) put(null);
 }

@@ -14,7 +14,7 @@ from ulfine_fast.cache.neighbors import near_duplicates
 from ulfine_fast.cache.store import FeatureCache
 from ulfine_fast.data.corrections import corrected, corrected_split, read_corrections, write_corrections
 from ulfine_fast.data.splits import read_split
-from ulfine_fast.report.images import find_pictures
+from ulfine_fast.report.images import find_images
 from ulfine_fast.review.ranking import Candidate, Judged, candidates, judge
 from ulfine_fast.runs.files import load_run
 from ulfine_fast.runs.run import Run
@@ -23,14 +23,14 @@ _LIKELY = 10  # classes with a key of their own, 1 to 9 and 0
 
 
 class Conflict(Exception):
-    """A picture's label is no longer what the page showed.
+    """An image's label is no longer what the page showed.
 
     Attributes:
         label: what the file says now, None where it says nothing.
     """
 
     def __init__(self, label: str | None) -> None:
-        super().__init__("another page has given this picture a label meanwhile")
+        super().__init__("another page has given this image a label meanwhile")
         self.label = label
 
 
@@ -45,17 +45,15 @@ class Session:
         InputError: the run has no cache any more, or one that its split or the labels do not fit.
     """
 
-    def __init__(
-        self, run: Path, labels: Path, out: Path, *, pictures: str | None = None, device: str = "auto"
-    ) -> None:
+    def __init__(self, run: Path, labels: Path, out: Path, *, images: str | None = None, device: str = "auto") -> None:
         self.labels, self.out, self.device = labels, out, device
         self.run = Run.load(run)
         if self.run.cache_path is None:
-            raise InputError(f"{run} was fitted on arrays in memory, and there are no pictures to look at")
+            raise InputError(f"{run} was fitted on arrays in memory, and there are no images to look at")
         self.cache = FeatureCache.open(self.run.cache_path)
         self.split = read_split(run, self.cache.ids)
         self.row_of = {name: row for row, name in enumerate(self.cache.ids)}
-        self.picture, self.no_pictures = find_pictures([load_run(run)], pictures)
+        self.image, self.no_images = find_images([load_run(run)], images)
         self.figures = [_figures(self.run, len(self.split.labeled))]
         self.twins = near_duplicates(self.cache)
         self._lock = threading.Lock()
@@ -75,11 +73,11 @@ class Session:
         Args:
             row: of the cache.
             label: a class name, "" for none of the classes, None to take a correction back.
-            seen: what the page took the file to say of this picture.
+            seen: what the page took the file to say of this image.
 
         Raises:
             Conflict: the file says something else.
-            InputError: no such picture or class, or the file cannot be written.
+            InputError: no such image or class, or the file cannot be written.
         """
         if not 0 <= row < len(self.cache):
             raise InputError(f"row must be below {len(self.cache)}, got {row}")
@@ -95,14 +93,14 @@ class Session:
             write_corrections(self.labels, found if label is None else {**found, name: label})
 
     def image(self, row: int) -> Image.Image:
-        """The picture of a row.
+        """The image of a row.
 
         Raises:
-            KeyError: no such row, or its picture is not to be had.
+            KeyError: no such row, or its image is not to be had.
         """
-        if self.picture is None or not 0 <= row < len(self.cache):
+        if self.image is None or not 0 <= row < len(self.cache):
             raise KeyError(row)
-        return self.picture(self.cache.ids[row])
+        return self.image(self.cache.ids[row])
 
     # -- fits
 

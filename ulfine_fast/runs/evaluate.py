@@ -1,4 +1,4 @@
-"""A run's figures on pictures it did not train on: its own test split, or another cache of the same encoder."""
+"""A run's figures on images it did not train on: its own test split, or another cache of the same encoder."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ def evaluate(run: Run, other: Path | None = None) -> dict[str, Any]:
 
     Args:
         run: the fitted run.
-        other: a cache of other pictures through the same encoder; None takes the run's own test split.
+        other: a cache of other images through the same encoder; None takes the run's own test split.
 
     Returns:
         The figures of :func:`ulfine_fast.metrics.classification.classification` and test_rows.
 
     Raises:
-        InputError: the cache is gone, lacks the test pictures, or has a class the run does not know.
+        InputError: the cache is gone, lacks the test images, or has a class the run does not know.
         CacheMismatch: its features come from another encoder.
     """
     from ulfine_fast.cache.store import FeatureCache
@@ -75,7 +75,7 @@ def own_rows(run: Run, cache: FeatureCache) -> tuple[NDArray[np.int64], NDArray[
     """Rows and labels (n,) of the run's test split.
 
     Raises:
-        InputError: the cache lacks one of its pictures.
+        InputError: the cache lacks one of its images.
     """
     row_of = {name: row for row, name in enumerate(cache.ids)}
     missing = [name for name in run.test_ids if name not in row_of]
@@ -90,7 +90,7 @@ def _other_rows(run: Run, cache: FeatureCache) -> tuple[NDArray[np.int64], NDArr
     test = (cache.splits == "test") & (cache.labels >= 0)
     rows = np.flatnonzero(test if test.any() else cache.labels >= 0)
     if not len(rows):
-        raise InputError("the cache has no labelled picture to evaluate on")
+        raise InputError("the cache has no labelled image to evaluate on")
     names = [cache.class_names[k] for k in cache.labels[rows]]
     unknown = sorted(set(names) - set(index))
     if unknown:

@@ -67,7 +67,7 @@ class Predictions:
 
 @dataclass(frozen=True, slots=True)
 class RunFiles:
-    """What the files of one run folder say, except picture ids, predictions and heads, which are read on demand.
+    """What the files of one run folder say, except image ids, predictions and heads, which are read on demand.
 
     Attributes:
         path: the run folder.
@@ -131,7 +131,7 @@ class RunFiles:
         return _read_predictions(self.path / "predictions.parquet", len(self.class_names))
 
     def split(self) -> dict[str, Any]:
-        """Read split.json: picture ids by role, see :mod:`ulfine_fast.data.splits`.
+        """Read split.json: image ids by role, see :mod:`ulfine_fast.data.splits`.
 
         Raises:
             InputError: the file is missing, cut or of another version.

@@ -1,4 +1,4 @@
-"""Classes of new pictures: the run's own encoder, then its heads."""
+"""Classes of new images: the run's own encoder, then its heads."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from ulfine_fast.cache.models.encoder import Encoder, load_encoder
 from ulfine_fast.cache.pipeline.encode import encoded
 from ulfine_fast.cache.pipeline.five_crops import PLACES, cropped
 from ulfine_fast.cache.pipeline.plan import batches_of
-from ulfine_fast.cache.pipeline.read import PictureReader
+from ulfine_fast.cache.pipeline.read import ImageReader
 from ulfine_fast.cache.pipeline.views import ViewRecipe
-from ulfine_fast.cache.sources import PictureFolder, PictureTable
+from ulfine_fast.cache.sources import ImageFolder, ImageTable
 from ulfine_fast.cache.sources.table import SUFFIXES
 from ulfine_fast.metrics import classification as metrics
 
@@ -38,9 +38,9 @@ class Predictions:
     """Predicted classes.
 
     Attributes:
-        ids: picture ids (n,). probabilities: calibrated (n, K). class_names: (K,).
-        skipped: id and reason of each picture that could not be read.
-        scores: how much each picture looks like one of a known class (n,), written where there are any.
+        ids: image ids (n,). probabilities: calibrated (n, K). class_names: (K,).
+        skipped: id and reason of each image that could not be read.
+        scores: how much each image looks like one of a known class (n,), written where there are any.
     """
 
     ids: list[str]
@@ -56,41 +56,41 @@ class Predictions:
         return pa.table(_columns(self))
 
 
-def predict_pictures(
+def predict_images(
     run: Run,
-    pictures: Path | Any,
+    images: Path | Any,
     *,
     device: str = "auto",
     batch_size: int = 32,
     scorer: Callable[[NDArray[Any]], NDArray[np.float32]] | None = None,
     five_crops: bool = False,
 ) -> Predictions:
-    """Encode pictures with the encoder named in the run and predict their classes.
+    """Encode images with the encoder named in the run and predict their classes.
 
     Args:
         run: a fitted run.
-        pictures: a picture, a folder of pictures at any depth, or a table with a column `path`; or a data
+        images: an image, a folder of images at any depth, or a table with a column `path`; or a data
             frame of pandas or Polars with that column.
         device: where to encode.
-        batch_size: pictures encoded at once, at least 1.
+        batch_size: images encoded at once, at least 1.
         scorer: features to probabilities, in place of `run.predict_proba`.
-        five_crops: average the logits of four corners and the middle of each picture (LIFT's test-time ensembling,
+        five_crops: average the logits of four corners and the middle of each image (LIFT's test-time ensembling,
             arXiv 2309.10019), for five times the work.
 
     Raises:
-        InputError: no pictures there, none readable, or a run without an encoder.
+        InputError: no images there, none readable, or a run without an encoder.
         CacheMismatch: the model's weights are no longer those that the run was fitted with.
     """
     if batch_size < 1:
         raise InputError(f"batch_size must be at least 1, got {batch_size}")
-    source = _pictures(pictures)
+    source = _images(images)
     encoder = encoder_of_run(run, device)
     skipped: list[tuple[str, str]] = []
-    ids, features = encode_pictures(source, encoder, batch_size, skipped, 0 if five_crops else None)
+    ids, features = encode_images(source, encoder, batch_size, skipped, 0 if five_crops else None)
     if not ids:
-        raise InputError(f"none of the {len(skipped)} pictures at {pictures} can be read; the first: {skipped[0][1]}")
+        raise InputError(f"none of the {len(skipped)} images at {images} can be read; the first: {skipped[0][1]}")
     # what cannot be read was told by the first pass
-    others = (encode_pictures(source, encoder, batch_size, [], place)[1] for place in range(1, PLACES) if five_crops)
+    others = (encode_images(source, encoder, batch_size, [], place)[1] for place in range(1, PLACES) if five_crops)
     score = scorer or run.predict_proba
     return Predictions(ids, ensembled([score(rows) for rows in (features, *others)]), run.class_names, skipped)
 
@@ -112,10 +112,10 @@ def encoder_of_run(run: Run, device: str) -> Encoder:
         CacheMismatch: the weights differ.
     """
     if run.encoder is None:
-        raise InputError("this run was fitted on arrays, not on pictures; give features to Run.predict instead")
+        raise InputError("this run was fitted on arrays, not on images; give features to Run.predict instead")
     *tokens, _ = run.row_shape
     features = {(): "projected", (1,): "pre-projection", (2,): "last-block"}[tuple(tokens)]
-    # of runs of old, which do not say it, pictures were read exactly
+    # of runs of old, which do not say it, images were read exactly
     exact = run.encoder.get("exact", True)
     encoder = load_encoder(
         run.encoder["name"], run.encoder["pretrained"], device=device, features=features, exact=exact
@@ -168,31 +168,31 @@ def _columns(found: Predictions) -> dict[str, list[Any]]:
     return columns
 
 
-def encode_pictures(
+def encode_images(
     source: ListedSource,
     encoder: Encoder,
     batch_size: int,
     skipped: list[tuple[str, str]],
     place: int | None = None,
 ) -> tuple[list[str], NDArray[np.float32]]:
-    """Ids and plain features (n, D), or tokens (n, S, W), of the readable pictures; the others go to `skipped`.
+    """Ids and plain features (n, D), or tokens (n, S, W), of the readable images; the others go to `skipped`.
 
     Args:
-        source: of pictures.
+        source: of images.
         encoder: what takes them.
-        batch_size: pictures encoded at once.
+        batch_size: images encoded at once.
         skipped: id and reason are added for each that cannot be read.
-        place: take one of five crops, 0 to 4 (`ulfine_fast.cache.pipeline.five_crops`), in place of the whole picture.
+        place: take one of five crops, 0 to 4 (`ulfine_fast.cache.pipeline.five_crops`), in place of the whole image.
     """
     ids: list[str] = []
     blocks = [np.zeros((0, encoder.columns), dtype=np.float32)]
-    whole = PictureReader.of(source, encoder, ViewRecipe(weak=0, strong=0))
+    whole = ImageReader.of(source, encoder, ViewRecipe(weak=0, strong=0))
     reader = whole if place is None else cropped(whole, place)
     rows = batches_of(source.rows, batch_size)
     # starting reader processes pays only where there is enough to read
     workers = None if len(rows) > 2 else 0
     with progress_bar() as bar, closing(encoded(reader, encoder, rows, workers=workers)) as stream:
-        task = bar.add_task("predict", total=len(source.rows), unit="pictures", note="")
+        task = bar.add_task("predict", total=len(source.rows), unit="images", note="")
         for batch in stream:
             skipped += [(row.id, reason) for row, reason in batch.skipped]
             ids += [row.id for row in batch.kept]
@@ -205,7 +205,7 @@ def encode_pictures(
     return ids, found[:, encoder.spec.dim :].reshape(len(found), -1, encoder.token_width)
 
 
-def _pictures(where: Path | Any) -> ListedSource:
-    """A table's rows, a single picture, or every picture below a folder."""
+def _images(where: Path | Any) -> ListedSource:
+    """A table's rows, a single image, or every image below a folder."""
     listed = not isinstance(where, Path) or where.suffix.lower() in SUFFIXES
-    return PictureTable(where) if listed else PictureFolder(where)
+    return ImageTable(where) if listed else ImageFolder(where)

@@ -32,10 +32,10 @@ class Run:
         config: the trial's settings.
         class_names: (K,).
         tensors: the heads by name, without a trials axis, e.g. "linear" (K, D).
-        split: picture ids by role, see :mod:`ulfine_fast.data.splits`.
+        split: image ids by role, see :mod:`ulfine_fast.data.splits`.
         metrics: figures on the test split, under "val" on validation; shares in [0, 1].
         history: one row per evaluation.
-        test_ids: picture ids of the test split (E,). test_labels: (E,). test_probabilities: calibrated (E, K).
+        test_ids: image ids of the test split (E,). test_labels: (E,). test_probabilities: calibrated (E, K).
         encoder: name, weights and preprocessing of the model the features came from, None for plain arrays.
         cache_path: the cache's folder, None for a cache in memory.
         status: "done"; "stopped" early, for want of progress; "pruned", dropped by whoever watched; or "failed", its
@@ -78,7 +78,7 @@ class Run:
             wanted = ", ".join(map(str, ("n", *shape)))
             raise InputError(f"features must have shape ({wanted}), got {tuple(rows.shape)}")
         if not bool(torch.isfinite(rows).all()):
-            raise InputError("features must be finite, got NaN or infinity; extract these pictures again")
+            raise InputError("features must be finite, got NaN or infinity; extract these images again")
         dtype = torch.float64 if exact else torch.float32
         rows = torch.from_numpy(np.asarray(features)).to(dtype) if exact else rows
         tensors = {name: tensor.unsqueeze(0) for name, tensor in self.tensors.items()}
@@ -156,7 +156,7 @@ class Run:
 
     @property
     def row_shape(self) -> tuple[int, ...]:
-        """What :meth:`logits` is given of one picture: (D,), or (S, W) for tokens."""
+        """What :meth:`logits` is given of one image: (D,), or (S, W) for tokens."""
         if "backbone.projection" in self.tensors:
             return 2, self.tensors["backbone.projection"].shape[0]
         width = next(t.shape[-1] for name, t in self.tensors.items() if name in ("linear", "prototypes"))

@@ -128,7 +128,7 @@ def wanted_trials(space: Space, sampler: str, trials: int) -> int:
 
 def default_batch(sampler: str, trials: int, seeds: int, cache: FeatureCache, workers: bool) -> int:
     """Trials of a pass: all whose runs fit in memory; 64 where the search learns or several workers share them."""
-    # a run holds some four arrays the size of its head, and the ids of its pictures
+    # a run holds some four arrays the size of its head, and the ids of its images
     each = 16 * len(cache.class_names) * cache.dim + 8 * len(cache)  # bytes
     wanted = LEARNING_BATCH if workers or sampler in LEARNING else trials
     return max(1, min(trials, wanted, _RUNS_IN_MEMORY // (each * seeds)))

@@ -163,6 +163,6 @@ def _why_nothing(trials: Sequence[Any], plan: Plan) -> str:
     if any(row["status"] == "failed" for row in rows):
         return f"all {len(trials)} trials diverged; lower lr in the space"
     if rows and not rows[0]["val"]:
-        return "the split has no validation pictures to judge by; set val_fraction above 0"
+        return "the split has no validation images to judge by; set val_fraction above 0"
     lacking = [name for name in plan.metrics if rows and rows[0]["val"].get(name) is None]
     return f"no trial has {lacking[0] if lacking else 'a figure'} on validation; choose another --metric"

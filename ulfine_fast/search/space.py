@@ -158,7 +158,7 @@ def default_space(method: str, settings: Mapping[str, Value] | None = None) -> S
 
 
 def _default_file(method: str) -> Path:
-    """The method's own space, or the one of its kind: trained on labelled pictures alone, or on pseudo-labels."""
+    """The method's own space, or the one of its kind: trained on labelled images alone, or on pseudo-labels."""
     from ulfine_fast.methods.registry import method_of
 
     own = _SPACES / f"{method}.toml"

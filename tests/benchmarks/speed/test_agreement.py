@@ -7,7 +7,7 @@ import typer
 from typer.testing import CliRunner
 
 from benchmarks.speed import agreement as benchmark
-from tests.cache.samples import write_pictures, write_tiny_model
+from tests.cache.samples import write_images, write_tiny_model
 from ulfine_fast.cache.models.encoder import load_encoder
 from ulfine_fast.cli.main import guarded
 
@@ -18,26 +18,26 @@ def encoder(tmp_path_factory):
 
 
 def test_rows(tmp_path, encoder):
-    write_pictures(tmp_path / "pictures", {"train/cat": 4, "test/cat": 2})
-    source = benchmark.pictures_of(str(tmp_path / "pictures"), 5)
+    write_images(tmp_path / "images", {"train/cat": 4, "test/cat": 2})
+    source = benchmark.images_of(str(tmp_path / "images"), 5)
     rows = benchmark.measure(source, encoder)
     assert [(row["way"], row["view"]) for row in rows] == [(w, v) for w in benchmark.WAYS for v in benchmark.KINDS]
-    assert {row["pictures"] for row in rows} == {5}
+    assert {row["images"] for row in rows} == {5}
     for row in rows:
         assert -1 <= row["worst_cosine"] <= row["mean_cosine"] <= 1 + 1e-6
         assert row["times_as_fast"] > 0
-    # these pictures are small, so nothing is reduced
+    # these images are small, so nothing is reduced
     assert rows[0]["worst_cosine"] == pytest.approx(1, abs=1e-6)
 
 
 def test_command(tmp_path, monkeypatch, encoder):
-    write_pictures(tmp_path / "pictures", {"train/cat": 3})
+    write_images(tmp_path / "images", {"train/cat": 3})
     monkeypatch.setattr(benchmark, "load_encoder", lambda name, device: encoder)
     app = typer.Typer()
     app.command()(guarded(benchmark.agreement))
-    arguments = ["--data", str(tmp_path / "pictures"), "--ways", "reduced", "--json", str(tmp_path / "rows.json")]
+    arguments = ["--data", str(tmp_path / "images"), "--ways", "reduced", "--json", str(tmp_path / "rows.json")]
     done = CliRunner().invoke(app, arguments)
     assert done.exit_code == 0, done.output
     assert "worst cosine" in done.output
-    assert [row["data"] for row in json.loads((tmp_path / "rows.json").read_text())] == ["pictures"] * 3
+    assert [row["data"] for row in json.loads((tmp_path / "rows.json").read_text())] == ["images"] * 3
     assert CliRunner().invoke(app, ["--ways", "guess"]).exit_code == 2

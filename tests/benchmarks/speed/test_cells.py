@@ -43,7 +43,7 @@ def test_superclasses_of_another_seed_have_the_same_protocol():
     assert protocols("fashion_mnist_merged=7") == protocols("fashion_mnist")
 
 
-def test_stl10_keeps_its_own_unlabelled_pictures():
+def test_stl10_keeps_its_own_unlabelled_images():
     assert parse_cell("stl10:150:natural").config().n1 == 150
 
 

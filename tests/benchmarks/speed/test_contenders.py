@@ -30,7 +30,7 @@ def test_splits_are_those_the_engine_draws_itself(clusters, splits):
         assert np.array_equal(getattr(splits[1], role), getattr(drawn, role))
 
 
-def test_the_oracle_knows_the_labels_of_the_unlabelled_pictures(clusters, splits):
+def test_the_oracle_knows_the_labels_of_the_unlabelled_images(clusters, splits):
     found = with_true_labels(splits[0], clusters)
     assert set(found.labeled) == set(splits[0].labeled) | set(splits[0].unlabeled)
     assert len(found.unlabeled) == 0
@@ -38,7 +38,7 @@ def test_the_oracle_knows_the_labels_of_the_unlabelled_pictures(clusters, splits
     assert np.array_equal(found.test, splits[0].test)
 
 
-def test_a_search_is_given_no_test_picture(splits):
+def test_a_search_is_given_no_test_image(splits):
     blind = without_test(splits[0])
     assert len(blind.test) == 0
     assert np.array_equal(blind.labeled, splits[0].labeled)

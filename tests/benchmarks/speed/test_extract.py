@@ -8,7 +8,7 @@ import typer
 from PIL import Image
 from typer.testing import CliRunner
 
-from benchmarks import pictures
+from benchmarks import images
 from benchmarks.speed import extract as benchmark
 from benchmarks.speed.extracting import peak_bytes, script, ulfine_fast
 from benchmarks.speed.stages import stage_rates
@@ -24,41 +24,39 @@ def home(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def few_pictures(home, monkeypatch):
-    """48 JPEG pictures instead of the demo's, whose encoder takes a while to build."""
-    monkeypatch.setitem(pictures.SHAPES, "png28", lambda count: pictures.large_jpeg(min(count, 48)))
+def few_images(home, monkeypatch):
+    """48 JPEG images instead of the demo's, whose encoder takes a while to build."""
+    monkeypatch.setitem(images.SHAPES, "png28", lambda count: images.large_jpeg(min(count, 48)))
 
 
-def test_pictures_are_made_once_and_differ(home):
-    folder = pictures.large_jpeg(12)
+def test_images_are_made_once_and_differ(home):
+    folder = images.large_jpeg(12)
     files = sorted(folder.rglob("*.jpg"))
     assert len(files) == 12
     assert {Image.open(path).size for path in files} == {(500, 500)}
     assert len({path.read_bytes() for path in files}) == 12
     times = [path.stat().st_mtime_ns for path in files]
-    assert pictures.large_jpeg(12) == folder
+    assert images.large_jpeg(12) == folder
     assert times == [path.stat().st_mtime_ns for path in files]
 
 
 def test_the_bound_is_the_sum_of_the_stages_times(home):
-    source = FolderSource(pictures.large_jpeg(20))
-    rates = stage_rates(source, load_encoder(pictures.model_name(pictures.TINY), device="cpu"))
+    source = FolderSource(images.large_jpeg(20))
+    rates = stage_rates(source, load_encoder(images.model_name(images.TINY), device="cpu"))
     assert 1 / rates["bound"] == pytest.approx(sum(1 / rates[stage] for stage in ("read", "encode", "write")))
-    slowest = stage_rates(
-        source, load_encoder(pictures.model_name(pictures.TINY), device="cpu"), device_shares_cores=False
-    )
+    slowest = stage_rates(source, load_encoder(images.model_name(images.TINY), device="cpu"), device_shares_cores=False)
     assert slowest["bound"] == pytest.approx(min(slowest[stage] for stage in ("read", "encode", "write")))
 
 
-def test_the_command_writes_a_row_for_each_contender(few_pictures, tmp_path):
+def test_the_command_writes_a_row_for_each_contender(few_images, tmp_path):
     app = typer.Typer()
     app.command()(guarded(benchmark.extract))
-    options = ["--shapes", "png28", "--models", "tiny", "--pictures", "64", "--rounds", "1"]
+    options = ["--shapes", "png28", "--models", "tiny", "--images", "64", "--rounds", "1"]
     done = CliRunner().invoke(app, [*options, "--json", str(tmp_path / "rows.json")])
     assert done.exit_code == 0, done.output
     rows = json.loads((tmp_path / "rows.json").read_text())
     assert [row["contender"] for row in rows] == ["script", "ulfine_fast"]
-    assert all(row["pictures"] == 48 and row["pictures_per_second"] > 0 for row in rows)
+    assert all(row["images"] == 48 and row["images_per_second"] > 0 for row in rows)
     assert all(row["peak_rss_bytes"] > 1e8 for row in rows)
     assert "over script" in done.output
 
@@ -79,7 +77,7 @@ def test_readers_count_towards_the_peak():
 
 @pytest.mark.parametrize("contender", [script, ulfine_fast])
 def test_contenders_run_in_the_precision_asked_for(contender, home, monkeypatch):
-    folder = pictures.large_jpeg(8)
+    folder = images.large_jpeg(8)
     seen = []
     linear = torch.nn.functional.linear
 
@@ -90,6 +88,6 @@ def test_contenders_run_in_the_precision_asked_for(contender, home, monkeypatch)
     monkeypatch.setattr(torch.nn.functional, "linear", noting)
     for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
         seen.clear()
-        assert contender(pictures.model_name(pictures.TINY), precision, folder)["pictures"] == 8
+        assert contender(images.model_name(images.TINY), precision, folder)["images"] == 8
         assert dtype in seen
         assert (torch.bfloat16 in seen) == (precision == "bf16")

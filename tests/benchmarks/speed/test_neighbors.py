@@ -10,8 +10,8 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from benchmarks.speed import neighbors as benchmark
-from benchmarks.speed.agreement import pictures_of
-from tests.cache.samples import write_pictures, write_tiny_model
+from benchmarks.speed.agreement import images_of
+from tests.cache.samples import write_images, write_tiny_model
 from ulfine_fast.cache.models.encoder import load_encoder
 from ulfine_fast.cli.main import guarded
 
@@ -22,22 +22,20 @@ def encoder(tmp_path_factory):
 
 
 def test_variants_are_what_their_names_say():
-    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 120, 3), dtype=np.uint8))
-    made = {name: make(picture) for name, make in benchmark.VARIANTS.items()}
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 120, 3), dtype=np.uint8))
+    made = {name: make(image) for name, make in benchmark.VARIANTS.items()}
     assert [one.size for one in made.values()] == [(120, 90), (120, 90), (80, 60), (114, 86), (120, 90)]
-    assert np.array_equal(np.asarray(made["mirrored"])[:, ::-1], np.asarray(picture))
-    error = [
-        np.abs(np.asarray(made[f"JPEG of quality {q}"]).astype(int) - np.asarray(picture)).mean() for q in (90, 50)
-    ]
+    assert np.array_equal(np.asarray(made["mirrored"])[:, ::-1], np.asarray(image))
+    error = [np.abs(np.asarray(made[f"JPEG of quality {q}"]).astype(int) - np.asarray(image)).mean() for q in (90, 50)]
     assert 0 < error[0] < error[1]
 
 
 def test_copies(tmp_path, encoder):
-    write_pictures(tmp_path / "pictures", {"train/cat": 4, "test/cat": 3})
-    rows = benchmark.copies(pictures_of(str(tmp_path / "pictures"), 7), encoder)
-    assert [row["variant"] for row in rows] == [*benchmark.VARIANTS, "nearest other picture"]
+    write_images(tmp_path / "images", {"train/cat": 4, "test/cat": 3})
+    rows = benchmark.copies(images_of(str(tmp_path / "images"), 7), encoder)
+    assert [row["variant"] for row in rows] == [*benchmark.VARIANTS, "nearest other image"]
     for row in rows:
-        assert row["pictures"] == 7
+        assert row["images"] == 7
         assert -1 <= row["first_percentile"] <= row["median"] <= row["last_percentile"] <= 1 + 1e-6
 
 

@@ -61,7 +61,7 @@ def test_the_best_on_validation_is_chosen(clusters, splits):
     assert chosen == drawn[int(np.argmax(scores))]
 
 
-def test_every_method_has_as_many_draws_and_none_sees_a_test_picture(clusters, splits, monkeypatch):
+def test_every_method_has_as_many_draws_and_none_sees_a_test_image(clusters, splits, monkeypatch):
     asked = []
 
     def spy(method, cell, cache, seeds, splits, settings, device):
@@ -84,6 +84,6 @@ def test_a_given_setting_holds_in_every_draw(clusters, splits, monkeypatch):
     assert chosen == {**draw("linear_probe", 2), "lr": 0.5}
 
 
-def test_without_validation_pictures_the_defaults_stay(clusters, splits, monkeypatch):
+def test_without_validation_images_the_defaults_stay(clusters, splits, monkeypatch):
     monkeypatch.setattr(benchmarks.speed.search, "fit_cell", lambda *given: [[{"val": {}}] for _ in given[5]])
     assert search("ulfine", CELL, clusters, [0, 1], splits, {}, 3, "cpu") == {}

@@ -1,4 +1,4 @@
-"""Both searches on a small world: same draws, no look at test pictures, and the command."""
+"""Both searches on a small world: same draws, no look at test images, and the command."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_both_searches_draw_the_same_settings(cache, space, monkeypatch):
     assert [row["finished"] for row in rows] == [2, 3]
 
 
-def test_neither_search_looks_at_test_pictures(cache, space):
+def test_neither_search_looks_at_test_images(cache, space):
     blind = replace(cache._loaded, plain=cache.plain.copy())
     blind.plain[np.flatnonzero(cache.splits == "test")] = np.nan
     other = make_clusters(classes=6, train=260, text_noise=2.0, noise=0.7)

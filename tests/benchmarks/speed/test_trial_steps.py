@@ -129,10 +129,10 @@ def test_the_fused_path_follows_the_specification(field):
     torch.testing.assert_close(found[0], found[1], rtol=1e-3, atol=1e-4)
 
 
-def test_the_plain_loops_pictures_are_the_caches(field):
-    pictures, cache = field.pictures(), field.cache
+def test_the_plain_loops_images_are_the_caches(field):
+    images, cache = field.images(), field.cache
     torch.manual_seed(0)
-    drawn = pictures.draw(500, 500)
+    drawn = images.draw(500, 500)
     assert drawn.labeled.shape == (500, TINY.dim)
     rows, hidden = field.split.labeled, field.split.unlabeled
     easy = {tuple(np.round(row, 3)): label for label, row in zip(cache.labels, unit(cache.plain), strict=True)}
@@ -140,11 +140,11 @@ def test_the_plain_loops_pictures_are_the_caches(field):
     easy |= {tuple(np.round(row, 3)): label for label, row in zip(cache.labels[cache.view_rows], weak, strict=True)}
     for row, label in zip(drawn.labeled.numpy(), drawn.labels.tolist(), strict=True):
         assert easy[tuple(np.round(row, 3))] == label
-    # weak and strong rows are views of the same picture, and of unlabelled ones alone
-    assert len(pictures.easy) == 2 * len(rows)
-    assert len(pictures.weak) == len(pictures.strong) == 2 * len(hidden)
+    # weak and strong rows are views of the same image, and of unlabelled ones alone
+    assert len(images.easy) == 2 * len(rows)
+    assert len(images.weak) == len(images.strong) == 2 * len(hidden)
     assert (drawn.weak * drawn.strong).sum(1).mean() > 0.8
-    few = pictures.draw(2, 4 * len(hidden)).weak
+    few = images.draw(2, 4 * len(hidden)).weak
     assert len(torch.unique(few, dim=0)) > len(hidden)
 
 

@@ -9,7 +9,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from benchmarks.studies import adapt
-from tests.cache.samples import write_pictures
+from tests.cache.samples import write_images
 from tests.conftest import make_clusters
 from ulfine_fast.cache.sources import open_source
 from ulfine_fast.cli.main import guarded
@@ -32,14 +32,14 @@ def world(monkeypatch):
 
 
 def test_corruptions_do_what_they_say():
-    picture = Image.fromarray(np.full((40, 40, 3), 128, dtype=np.uint8))
-    picture.paste((200, 200, 200), (10, 10, 30, 30))
-    pixels = np.asarray(picture, dtype=float)
-    changed = {name: np.asarray(make(picture, 7), dtype=float) for name, make in adapt.CORRUPTIONS.items()}
+    image = Image.fromarray(np.full((40, 40, 3), 128, dtype=np.uint8))
+    image.paste((200, 200, 200), (10, 10, 30, 30))
+    pixels = np.asarray(image, dtype=float)
+    changed = {name: np.asarray(make(image, 7), dtype=float) for name, make in adapt.CORRUPTIONS.items()}
     assert np.array_equal(changed["clean"], pixels)
     assert (changed["noise"] - pixels)[15:25, 15:25].std() == pytest.approx(50, rel=0.25)  # some is cut off at 255
-    assert np.array_equal(changed["noise"], np.asarray(adapt.noisy(picture, 7)))
-    assert not np.array_equal(changed["noise"], np.asarray(adapt.noisy(picture, 8)))
+    assert np.array_equal(changed["noise"], np.asarray(adapt.noisy(image, 7)))
+    assert not np.array_equal(changed["noise"], np.asarray(adapt.noisy(image, 8)))
     assert np.ptp(changed["contrast"]) == pytest.approx(0.3 * 72, abs=2)
     edge = np.abs(np.diff(changed["blur"][20, :, 0]))
     assert edge.max() < 36
@@ -47,12 +47,12 @@ def test_corruptions_do_what_they_say():
 
 
 def test_a_corrupted_source_is_another_one(tmp_path):
-    source = open_source(write_pictures(tmp_path / "pictures", {"train/cat": 2, "test/cat": 1}))
+    source = open_source(write_images(tmp_path / "images", {"train/cat": 2, "test/cat": 1}))
     noisy = adapt.Corrupted(source, "noise")
     assert [row.id for row in noisy.rows] == [row.id for row in source.rows]
     assert noisy.describe() != source.describe() != adapt.Corrupted(source, "blur").describe()
     first, second = (np.asarray(noisy.read(row), dtype=int) - np.asarray(source.read(row)) for row in source.rows[:2])
-    assert np.abs(first - second).mean() > 20  # each picture has noise of its own
+    assert np.abs(first - second).mean() > 20  # each image has noise of its own
 
 
 def test_the_stream_holds_what_the_run_did_not_learn_from():

@@ -40,12 +40,12 @@ def test_fewer_bits_are_further_away():
 
 def test_an_encoder_of_few_bits(tmp_path):
     encoder = load_encoder(write_tiny_model(tmp_path / "model"), device="cpu")
-    pictures = torch.randint(0, 256, (4, 16, 16, 3), dtype=torch.uint8)
-    whole = encoder.encode_pixels(pictures)
+    images = torch.randint(0, 256, (4, 16, 16, 3), dtype=torch.uint8)
+    whole = encoder.encode_pixels(images)
     compression.round_weights(encoder, 8)
-    eight = (whole * encoder.encode_pixels(pictures)).sum(1).min()
+    eight = (whole * encoder.encode_pixels(images)).sum(1).min()
     compression.round_weights(encoder, 2)
-    two = (whole * encoder.encode_pixels(pictures)).sum(1).min()
+    two = (whole * encoder.encode_pixels(images)).sum(1).min()
     assert two < eight < 1
     assert eight > 0.99
 

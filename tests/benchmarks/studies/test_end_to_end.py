@@ -24,7 +24,7 @@ from benchmarks.studies.end_to_end import (
     world_of,
 )
 from tests.benchmarks.worlds import make_world
-from tests.cache.samples import write_pictures, write_tiny_model
+from tests.cache.samples import write_images, write_tiny_model
 from ulfine_fast.cache.io.errors import InputError
 from ulfine_fast.cache.models.encoder import load_encoder
 from ulfine_fast.cache.sources import open_source
@@ -265,7 +265,7 @@ def test_command_names_what_is_wrong(tmp_path):
 def test_world_of_a_folder(tmp_path):
     """An encoder's tower at a size that is not its own; a ViT takes only its own, so that is what this one gets."""
     encoder = load_encoder(write_tiny_model(tmp_path / "model"), device="cpu")
-    source = open_source(write_pictures(tmp_path / "pictures", {"train/cat": 2, "train/dog": 3, "test/dog": 1}))
+    source = open_source(write_images(tmp_path / "images", {"train/cat": 2, "train/dog": 3, "test/dog": 1}))
     world = world_of(source, encoder, 16)
     assert world.class_names == ["cat", "dog"]
     assert world.labels.tolist() == [0, 0, 1, 1, 1, 1]
@@ -273,20 +273,20 @@ def test_world_of_a_folder(tmp_path):
     pixels = world.plain_pixels(np.array([0, 5]))
     assert torch.equal(pixels[0], encoder.transform(source.read(source.rows[0])))
     features = torch.nn.functional.normalize(world.tower(pixels), dim=-1)
-    assert torch.allclose(features, encoder.encode_pictures(pixels), atol=1e-5)
+    assert torch.allclose(features, encoder.encode_images(pixels), atol=1e-5)
     assert world_of(source, encoder, 20).plain_pixels(np.array([0])).shape == (1, 3, 20, 20)
 
 
-def test_fashion_world_takes_the_first_pictures_of_each_class(tmp_path, monkeypatch):
+def test_fashion_world_takes_the_first_images_of_each_class(tmp_path, monkeypatch):
     """Only as many as the settings can need: all of them would take longer to list than a run takes."""
     model = write_tiny_model(tmp_path / "model")
-    folder = write_pictures(tmp_path / "pictures", {"train/cat": 9, "train/dog": 4, "test/cat": 3, "test/dog": 1})
+    folder = write_images(tmp_path / "images", {"train/cat": 9, "train/dog": 4, "test/cat": 3, "test/dog": 1})
     monkeypatch.setattr(end_to_end, "open_source", lambda name: open_source(folder))
     monkeypatch.setattr(end_to_end, "load_encoder", lambda name, device: load_encoder(model, device=device))
     world = end_to_end.fashion_world(Settings(size=16, n1=2, m1=3, test=2))
     counts = {split: np.bincount(world.labels[world.splits == split]).tolist() for split in ("train", "test")}
     assert counts == {"train": [5, 4], "test": [2, 1]}
-    assert world.picture(0) is world.picture(0)
+    assert world.image(0) is world.image(0)
 
 
 def test_command_has_an_option_for_every_setting():

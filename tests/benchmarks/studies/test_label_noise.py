@@ -39,7 +39,7 @@ def test_the_command(tmp_path, monkeypatch):
         (("--noise", "0,120"), "--noise must be percentages"),
         (("--noise", "some"), "--noise must be percentages"),
         (("--figure", "ece"), "--figure must be one of balanced_accuracy"),
-        (("--trusted", "30"), "takes 60 pictures of each class"),
+        (("--trusted", "30"), "takes 60 images of each class"),
     ],
 )
 def test_refusals(monkeypatch, words, message):
@@ -58,7 +58,7 @@ def test_differences_are_paired_by_seed():
     assert label_noise.table(rows, "few") == [["a", "30.0", ""], ["b", "40.0", "+10.0 ±0.0"]]
 
 
-def test_trusted_pictures_give_the_texts_and_leave_the_cache():
+def test_trusted_images_give_the_texts_and_leave_the_cache():
     cache = fine()
     other = label_noise.with_trusted(cache, 5)
     assert len(other) == len(cache) - 4 * 10
@@ -88,5 +88,5 @@ def test_the_scale_is_the_likeliest():
 
 
 def test_a_class_too_small_for_trust():
-    with pytest.raises(InputError, match="--trusted 30 takes 60 pictures of each class"):
+    with pytest.raises(InputError, match="--trusted 30 takes 60 images of each class"):
         label_noise.with_trusted(fine(), 30)

@@ -41,7 +41,7 @@ def test_guesses_know_more_with_the_shares_of_small_bags(world):
         (run.predict(cache.plain[split.labeled]) == cache.labels[split.labeled]).mean()
     )
     assert found["transported"] > found["guessed"]
-    # integer counts of four pictures, some of them 0, are the slowest to reach
+    # integer counts of four images, some of them 0, are the slowest to reach
     assert found["missed"] < 0.01
     alone = bench.guesses(cache, run, bench.in_bags(cache, split, 1, 0))
     assert alone["transported"] == 1

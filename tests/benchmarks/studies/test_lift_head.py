@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from benchmarks.speed import through_encoder
 from benchmarks.studies import lift_head
 from benchmarks.studies.lift_head import CROPS, Pace, World
-from tests.cache.samples import write_pictures, write_tiny_model
+from tests.cache.samples import write_images, write_tiny_model
 from tests.conftest import make_clusters
 from ulfine_fast.cache.io.errors import InputError
 from ulfine_fast.cache.store import FeatureCache
@@ -24,7 +24,7 @@ VALUES = {"n1": 24, "m1": 0, "gamma_l": 3.0, "gamma_u": 3.0}
 
 @pytest.fixture(scope="module")
 def world():
-    """Four classes whose texts know them well; training pictures have four crops that show less and less."""
+    """Four classes whose texts know them well; training images have four crops that show less and less."""
     made = make_clusters(classes=4, dim=16, train=30, test=10, noise=1.5, text_noise=0.3)
     random = np.random.default_rng(0)
     crops = made.plain[made.view_rows][:, None] + random.normal(0, 0.1, (len(made.view_rows), CROPS, 16))
@@ -56,7 +56,7 @@ def test_every_comparison_is_told(world, monkeypatch, tmp_path):
     done = command(*options, "--json", path)
     assert done.exit_code == 0, done.output
     rows = json.loads(path.read_text())
-    # two paces of three starts, three ways to look at test pictures, four to train; two seeds
+    # two paces of three starts, three ways to look at test images, four to train; two seeds
     assert len(rows) == 2 + 2 * (3 + 3 + 4) * 2
     for test in ("zero-shot", "starts", "test crops", "train crops"):
         assert f"demo: {test}" in done.output
@@ -81,7 +81,7 @@ def test_good_texts_pay_at_a_light_hand_and_are_forgotten_by_a_heavy_one(world):
     assert means["0.001 x 1", "text"] > means["0.001 x 1", "random"] + 0.5
     assert abs(means["2 x 40", "text"] - means["2 x 40", "random"]) < 0.2
     light, heavy = rows[0], next(row for row in rows if row["pace"] == "2 x 40")
-    # no class has more than a hundred pictures
+    # no class has more than a hundred images
     assert light["drift_many"] is None
     assert light["drift_few"] < 0.001 < 0.3 < heavy["drift_few"]
 
@@ -107,14 +107,14 @@ def test_five_crops_are_averaged_as_logits(world):
         assert row["balanced_accuracy"] == pytest.approx(np.mean(recall))
 
 
-def test_epochs_are_counted_in_labelled_pictures(world):
+def test_epochs_are_counted_in_labelled_images(world):
     config = lift_head.config_of(world.cache, Pace(0.3, 7), 0, {**VALUES, "tau": 0.0})
     assert (config.lr, config.crop_epochs, config.tau, config.method) == (0.3, 7, 0.0, "lift_head")
-    # fewer than 128 pictures: a mini-batch an epoch
+    # fewer than 128 images: a mini-batch an epoch
     assert config.steps == 7
 
 
-def test_trusted_pictures_become_texts_and_nothing_else(world):
+def test_trusted_images_become_texts_and_nothing_else(world):
     cache = lift_head.trusted_start(world.cache, 5)
     assert ((cache.labels != world.cache.labels).sum(), (cache.labels == -1).sum()) == (20, 20)
     own = np.flatnonzero((world.cache.splits == "train") & (world.cache.labels == 2))[:5]
@@ -124,7 +124,7 @@ def test_trusted_pictures_become_texts_and_nothing_else(world):
     (run,) = lift_head.fitted(cache, Pace(0.02, 1), [0], VALUES)
     told = set(run.split["labeled"]) | set(run.split["val"]) | set(run.test_ids)
     assert not told & {cache.ids[row] for row in np.flatnonzero(cache.labels == -1)}
-    with pytest.raises(InputError, match="--trusted 30 takes as many pictures of each class, one has 30"):
+    with pytest.raises(InputError, match="--trusted 30 takes as many images of each class, one has 30"):
         lift_head.trusted_start(world.cache, 30)
 
 
@@ -143,8 +143,8 @@ def test_unknown_data_are_refused():
 
 def test_both_ways_give_the_same_logits(monkeypatch, tmp_path):
     counts = {f"{split}/{name}": count for split, count in (("train", 8), ("test", 3)) for name in ("cat", "dog")}
-    pictures = write_pictures(tmp_path / "pictures", counts)
+    images = write_images(tmp_path / "images", counts)
     model = write_tiny_model(tmp_path / "model", layers=2)
     monkeypatch.setattr(through_encoder, "model_name", lambda name: model)
-    (row,) = through_encoder.both_ways("tiny", [3], pictures)
+    (row,) = through_encoder.both_ways("tiny", [3], images)
     assert row["difference"] < 0.05 < 0.5 < row["moved"]

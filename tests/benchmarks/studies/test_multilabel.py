@@ -9,15 +9,15 @@ import typer
 from typer.testing import CliRunner
 
 from benchmarks.studies import mosaics, multilabel
-from tests.cache.samples import write_pictures
-from tests.related.multilabel.worlds import make_pictures
+from tests.cache.samples import write_images
+from tests.related.multilabel.worlds import make_images
 from ulfine_fast.cache.store import FeatureCache
 from ulfine_fast.cli.main import guarded
 
 
 @pytest.fixture
 def small_tiles(monkeypatch):
-    """Ten noise pictures of each of 20 classes instead of thousands."""
+    """Ten noise images of each of 20 classes instead of thousands."""
     pixels = np.random.default_rng(0).integers(1, 256, (20, 10, 28, 28), dtype=np.uint8)
     own = mosaics.Tiles([f"class {k}" for k in range(20)], list(pixels))
     monkeypatch.setattr(mosaics, "tiles", lambda: own)
@@ -39,14 +39,14 @@ def test_a_mosaic_shows_what_its_labels_say(small_tiles):
         places = whole.reshape(2, 28, 2, 28).transpose(0, 2, 1, 3).reshape(4, 28, 28)
         seen = set()
         for place in places:
-            owners = [k for k, own in enumerate(small_tiles.pictures) if (own == place).all((1, 2)).any()]
+            owners = [k for k, own in enumerate(small_tiles.images) if (own == place).all((1, 2)).any()]
             assert bool(owners) == bool(place.any())
             seen |= set(owners)
         assert seen == set(np.flatnonzero(shown[row]))
         assert shown[row, source.rows[row].label] == 1
 
 
-def test_training_mosaics_have_a_long_tail_and_pictures_of_their_own():
+def test_training_mosaics_have_a_long_tail_and_images_of_their_own():
     counts = [100] * 20
     train, test = (mosaics.drawn(3, split, counts) for split in ("train", "test"))
     often = np.sort(np.bincount(train.classes[train.classes >= 0], minlength=20))[::-1]
@@ -92,7 +92,7 @@ def test_learning_rates_are_chosen_on_validation():
 @pytest.fixture
 def world(monkeypatch):
     def small(seed):
-        cache, shown = make_pictures(n=120, seed=seed)
+        cache, shown = make_images(n=120, seed=seed)
         splits = ["train"] * 60 + ["val"] * 20 + ["test"] * 40
         return FeatureCache.from_arrays(
             cache.plain, cache.labels, class_names=cache.class_names, splits=splits, ids=cache.ids
@@ -118,16 +118,16 @@ def test_the_command(world, tmp_path):
     assert "comic - balance" in done.output
 
 
-def test_tiles_are_real_pictures(monkeypatch, tmp_path):
-    pictures = write_pictures(tmp_path / "pictures", {"bag": 2, "coat": 1})
-    monkeypatch.setattr(mosaics, "unpack_pictures", lambda folder: pictures)
+def test_tiles_are_real_images(monkeypatch, tmp_path):
+    images = write_images(tmp_path / "images", {"bag": 2, "coat": 1})
+    monkeypatch.setattr(mosaics, "unpack_images", lambda folder: images)
     mosaics.tiles.cache_clear()
     found = mosaics.tiles()
     mosaics.tiles.cache_clear()
     assert found.names == ["bag", "coat", *mosaics._DIGITS]
-    assert [own.shape for own in found.pictures[:2]] == [(2, 28, 28), (1, 28, 28)]
-    assert sum(len(own) for own in found.pictures[2:]) == 1797
-    assert found.pictures[2].max() > 200 > 10 > found.pictures[2][:, :, :4].mean()  # bright on black
+    assert [own.shape for own in found.images[:2]] == [(2, 28, 28), (1, 28, 28)]
+    assert sum(len(own) for own in found.images[2:]) == 1797
+    assert found.images[2].max() > 200 > 10 > found.images[2][:, :, :4].mean()  # bright on black
 
 
 def test_mistakes_are_said(world):

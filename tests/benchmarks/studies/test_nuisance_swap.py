@@ -10,7 +10,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from benchmarks.studies import nuisance_swap as bench
-from tests.cache.samples import write_pictures
+from tests.cache.samples import write_images
 from ulfine_fast.cache.sources import open_source
 from ulfine_fast.cache.store import FeatureCache
 from ulfine_fast.cli.main import guarded
@@ -82,7 +82,7 @@ def test_removing_is_projecting():
     assert bench.without(left, basis) == pytest.approx(left)
 
 
-def test_pictures_are_drawn_as_told():
+def test_images_are_drawn_as_told():
     shift, _ = make_shift(share=0.9)
     labels = shift.labels
     parts = [shift.train, shift.val, shift.apart, shift.test]
@@ -165,8 +165,8 @@ def test_an_attribute_along_class_directions_costs_classes():
     assert fitted(within, basis, "swap")["accuracy"] < fitted(apart, np.eye(_DIM)[:, 4:5], "swap")["accuracy"] - 0.05
 
 
-def test_pictures_with_an_attribute(tmp_path):
-    source = open_source(write_pictures(tmp_path / "pictures", {"train/cat": 1, "test/cat": 1}))
+def test_images_with_an_attribute(tmp_path):
+    source = open_source(write_images(tmp_path / "images", {"train/cat": 1, "test/cat": 1}))
     plain = np.asarray(source.read(source.rows[0]).convert("RGB"), dtype=int)
     seen = {name: bench.Changed(source, name) for name in bench.ATTRIBUTES}
     pixels = {name: np.asarray(one.read(one.rows[0]).convert("RGB"), dtype=int) for name, one in seen.items()}
@@ -194,7 +194,7 @@ def test_texts_come_in_pairs(monkeypatch):
     assert found.tolist() == [[4, 0], [4, 0], [7, 0]] * 2
 
 
-def test_both_forms_come_of_the_same_pictures(monkeypatch):
+def test_both_forms_come_of_the_same_images(monkeypatch):
     forms, labels, splits, _ = make_world()
     caches = [FeatureCache.from_arrays(forms[:, i].astype(np.float32), labels, splits=splits.tolist()) for i in (0, 1)]
     monkeypatch.setattr(bench, "demo", lambda: caches[0])

@@ -14,12 +14,12 @@ from benchmarks.studies.pixels import (
 )
 
 
-def pictures(n=6, side=8, seed=0):
+def images(n=6, side=8, seed=0):
     return np.random.default_rng(seed).random((n, side, side)).astype(np.float32)
 
 
-def test_a_moved_picture_is_the_picture_at_another_place():
-    before = pictures(20)
+def test_a_moved_image_is_the_image_at_another_place():
+    before = images(20)
     after = moved(before, np.random.default_rng(0), 2)
     wide = np.pad(before, ((0, 0), (2, 2), (2, 2)))
     places = set()
@@ -31,7 +31,7 @@ def test_a_moved_picture_is_the_picture_at_another_place():
 
 
 def test_about_half_are_mirrored_and_the_others_untouched():
-    before = pictures(100)
+    before = images(100)
     after = mirrored(before, np.random.default_rng(0))
     flipped = np.array([np.array_equal(a, b[:, ::-1]) for a, b in zip(after, before, strict=True)])
     kept = np.array([np.array_equal(a, b) for a, b in zip(after, before, strict=True)])
@@ -40,7 +40,7 @@ def test_about_half_are_mirrored_and_the_others_untouched():
 
 
 def test_an_erased_square_has_the_size_asked_for():
-    before = pictures(10) + 1
+    before = images(10) + 1
     after = erased(before, np.random.default_rng(0), 3)
     for one, old in zip(after, before, strict=True):
         rows, columns = np.nonzero(one == 0)
@@ -49,8 +49,8 @@ def test_an_erased_square_has_the_size_asked_for():
         assert np.array_equal(one[one > 0], old[one > 0])
 
 
-def test_views_stay_pictures_and_differ_from_them():
-    before = pictures()
+def test_views_stay_images_and_differ_from_them():
+    before = images()
     for view in (weak_view, strong_view):
         after = view(before, np.random.default_rng(1), flips=True)
         assert after.shape == before.shape
@@ -60,7 +60,7 @@ def test_views_stay_pictures_and_differ_from_them():
 
 
 def test_strong_views_are_further_away_than_weak_ones():
-    # a smooth picture, so that one pixel's shift is a small change
+    # a smooth image, so that one pixel's shift is a small change
     before = np.tile(np.outer(np.hanning(28), np.hanning(28)).astype(np.float32), (50, 1, 1))
     weak, strong = (
         np.abs(view(before, np.random.default_rng(0), flips=False) - before).mean() for view in (weak_view, strong_view)
@@ -79,7 +79,7 @@ def test_a_cache_of_pixels_is_centred_and_has_views_of_its_training_rows():
 
 def pixels_cache():
     splits = ["train"] * 6 + ["test"] * 3
-    return pixel_cache(pictures(9), np.arange(9) % 3, splits, ["a", "b", "c"], raw, flips=False)
+    return pixel_cache(images(9), np.arange(9) % 3, splits, ["a", "b", "c"], raw, flips=False)
 
 
 def test_views_are_the_same_each_time():
@@ -87,8 +87,8 @@ def test_views_are_the_same_each_time():
         assert np.array_equal(pixels_cache().views(kind), pixels_cache().views(kind))
 
 
-def test_the_untrained_encoder_is_fixed_by_its_seed_and_sees_each_picture_alone():
-    encode, before = untrained(filters=3), pictures(5, side=28)
+def test_the_untrained_encoder_is_fixed_by_its_seed_and_sees_each_image_alone():
+    encode, before = untrained(filters=3), images(5, side=28)
     found = encode(before)
     assert found.shape == (5, 48)
     assert np.array_equal(found, untrained(filters=3)(before))

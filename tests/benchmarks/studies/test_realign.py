@@ -54,7 +54,7 @@ def test_joined_classes_do_not_share_labels(clusters):
     assert torch.bincount(world.train_labels).tolist() == [10] * 12
     assert torch.bincount(world.test_labels).tolist() == [8] * 12
     assert torch.equal(world.text[:6], world.text[6:])
-    with pytest.raises(InputError, match="30 training pictures, fewer than the 40"):
+    with pytest.raises(InputError, match="30 training images, fewer than the 40"):
         World.of(["one"], each=40)
 
 

@@ -30,9 +30,9 @@ def pets(tmp_path):
 def test_clip_retrievals_folders(pets, tmp_path):
     done = export(pets.path, tmp_path / "out")
     assert (done.rows, done.files, done.kept) == (12, 5, 0)
-    pictures = np.load(tmp_path / "out/img_emb/img_emb_0.npy", allow_pickle=False)
-    assert pictures.dtype == np.float16
-    assert np.array_equal(pictures, pets.plain)
+    images = np.load(tmp_path / "out/img_emb/img_emb_0.npy", allow_pickle=False)
+    assert images.dtype == np.float16
+    assert np.array_equal(images, pets.plain)
     table = parquet.read_table(tmp_path / "out/metadata/metadata_0.parquet")
     assert table.column_names[:2] == ["image_path", "caption"]
     assert table["id"].to_pylist() == pets.ids
@@ -97,8 +97,8 @@ def test_float32_stays_and_missing_views_have_no_file(tmp_path):
     assert not (tmp_path / "out/weak.npy").exists()
 
 
-def test_whole_numbers_come_out_as_float16(tiny_encoder, pictures, tmp_path):
-    extract(open_source(pictures), tiny_encoder, tmp_path / "cache", dtype="int8", **SMALL)
+def test_whole_numbers_come_out_as_float16(tiny_encoder, images, tmp_path):
+    extract(open_source(images), tiny_encoder, tmp_path / "cache", dtype="int8", **SMALL)
     cache = FeatureCache.open(tmp_path / "cache")
     for to, name in (("npy", "features"), ("clip-retrieval", "img_emb/img_emb_0")):
         export(tmp_path / "cache", tmp_path / to, to=to)

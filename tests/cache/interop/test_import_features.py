@@ -56,7 +56,7 @@ def write_clip_retrieval(folder: Path, sizes: list[int], **columns) -> Path:
             (folder / name).mkdir(parents=True, exist_ok=True)
         np.save(folder / f"img_emb/img_emb_{number}.npy", rows(n, number, "float16"))
         numbers = range(first, first + n)
-        table = {"image_path": [f"/data/{k}.jpg" for k in numbers], "caption": ["a picture"] * n}
+        table = {"image_path": [f"/data/{k}.jpg" for k in numbers], "caption": ["an image"] * n}
         table |= {name: column(numbers) for name, column in columns.items()}
         parquet.write_table(pa.table(table), folder / f"metadata/metadata_{number}.parquet")
         first += n
@@ -91,7 +91,7 @@ def test_an_exported_cache_comes_back_bit_by_bit(tmp_path, to, dtype):
     write_named_cache(tmp_path / "pets", NAMES, dtype=dtype, model={**make_manifest().model, "dim": 12})
     export(tmp_path / "pets", tmp_path / "out", to=to, rows_per_file=5)
     done = import_features(open_features(tmp_path / "out"), tmp_path / "back", shard_size=2)
-    assert (done.pictures, done.classes, done.shards, done.normalised) == (12, 3, 7, 0)
+    assert (done.images, done.classes, done.shards, done.normalised) == (12, 3, 7, 0)
     before, after = opened(tmp_path / "pets"), opened(tmp_path / "back")
     same(before, after, views=to == "npy")
     assert after.manifest is not None
@@ -137,7 +137,7 @@ def test_views_of_all_rows_or_of_those_that_are_trained_on(tmp_path, every_row):
 
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
 def test_an_npz_file(tmp_path, save):
-    folder = write_arrays(tmp_path / "in", ids=np.array([f"picture {k}" for k in range(10)]))
+    folder = write_arrays(tmp_path / "in", ids=np.array([f"image {k}" for k in range(10)]))
     save(tmp_path / "all.npz", **{path.stem: np.load(path) for path in folder.glob("*.npy")})
     found = open_features(tmp_path / "all.npz")
     assert isinstance(found.blocks[0].features, np.memmap) == (save is np.savez)
@@ -447,7 +447,7 @@ def test_folders_that_do_not_fit_together(tmp_path, what, message):
 def test_columns_that_cannot_be(tmp_path, options, message):
     folder = write_clip_retrieval(tmp_path / "in", [2], label=lambda numbers: [0.5, 1.0])
     with pytest.raises(InputError, match=message):
-        open_features(folder, class_names=[*NAMES, "a picture"], **options)
+        open_features(folder, class_names=[*NAMES, "an image"], **options)
 
 
 @pytest.mark.parametrize(

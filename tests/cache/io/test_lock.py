@@ -38,19 +38,19 @@ def holder(tmp_path):
     child.communicate()
 
 
-def test_a_second_writer_is_told_who_holds_the_cache(tmp_path, holder, pictures, tiny_encoder):
+def test_a_second_writer_is_told_who_holds_the_cache(tmp_path, holder, images, tiny_encoder):
     with pytest.raises(InputError, match=rf"another process writes to .*cache \(process {holder.pid} on .*, since 20"):
-        extract(open_source(pictures), tiny_encoder, tmp_path / "cache", **SMALL)
+        extract(open_source(images), tiny_encoder, tmp_path / "cache", **SMALL)
     assert not (tmp_path / "cache/manifest.json").exists()
     holder.communicate()
-    assert extract(open_source(pictures), tiny_encoder, tmp_path / "cache", **SMALL).pictures == 11
+    assert extract(open_source(images), tiny_encoder, tmp_path / "cache", **SMALL).images == 11
 
 
-def test_what_a_killed_writer_leaves_holds_nobody_back(tmp_path, holder, pictures, tiny_encoder):
+def test_what_a_killed_writer_leaves_holds_nobody_back(tmp_path, holder, images, tiny_encoder):
     holder.send_signal(signal.SIGKILL)
     holder.wait()
     assert json.loads((tmp_path / "cache/.writer.json").read_text())["process"] == holder.pid
-    assert extract(open_source(pictures), tiny_encoder, tmp_path / "cache", **SMALL).pictures == 11
+    assert extract(open_source(images), tiny_encoder, tmp_path / "cache", **SMALL).images == 11
     assert not (tmp_path / "cache/.writer.json").exists()
 
 
@@ -80,11 +80,11 @@ def test_an_error_lets_go(tmp_path):
         pass
 
 
-def test_readers_need_no_lock(tmp_path, pictures, tiny_encoder):
-    extract(open_source(pictures), tiny_encoder, tmp_path / "cache", **SMALL)
+def test_readers_need_no_lock(tmp_path, images, tiny_encoder):
+    extract(open_source(images), tiny_encoder, tmp_path / "cache", **SMALL)
     with writer(tmp_path / "cache"):
         assert FeatureCache.open(tmp_path / "cache").verify() == []
-        extract(open_source(pictures), tiny_encoder, tmp_path / "cache", **SMALL, mode="verify")
+        extract(open_source(images), tiny_encoder, tmp_path / "cache", **SMALL, mode="verify")
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path):

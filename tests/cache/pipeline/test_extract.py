@@ -16,7 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.cache.samples import write_pictures, write_tiny_model
+from tests.cache.samples import write_images, write_tiny_model
 from ulfine_fast.cache.io.errors import CacheMismatch, InputError
 from ulfine_fast.cache.models.encoder import load_encoder
 from ulfine_fast.cache.pipeline.extract import extract
@@ -26,13 +26,13 @@ from ulfine_fast.cache.sources import open_source
 from ulfine_fast.cache.sources.rows import Row
 from ulfine_fast.cache.store import FeatureCache
 
-# Two pictures a batch and three a shard make 5 shards of the 11 pictures: train 3 + 2, unlabeled 3, val 1, test 2.
+# Two images a batch and three a shard make 5 shards of the 11 images: train 3 + 2, unlabeled 3, val 1, test 2.
 SIZES = {"batch_size": 2, "shard_size": 3}
 SMALL = {**SIZES, "workers": 0, "prompts": ["a photo of a {}.", "{}"]}
 
 
 class Tripwire:
-    """A source that calls `action` when the picture `at` is to be read."""
+    """A source that calls `action` when the image `at` is to be read."""
 
     def __init__(self, source, at, action):
         self.source, self.at, self.action = source, at, action
@@ -77,8 +77,8 @@ def stop():
 
 
 @pytest.fixture
-def source(pictures):
-    return open_source(pictures)
+def source(images):
+    return open_source(images)
 
 
 @pytest.fixture
@@ -91,11 +91,11 @@ def undisturbed(source, tiny_encoder, tmp_path):
 # -- what comes out
 
 
-def test_a_cache_holds_the_features_of_every_picture(source, tiny_encoder, tmp_path):
+def test_a_cache_holds_the_features_of_every_image(source, tiny_encoder, tmp_path):
     summary = extract(source, tiny_encoder, tmp_path / "cache", **SMALL)
-    assert (summary.pictures, summary.encoded, summary.shards, summary.kept) == (11, 11, 5, 0)
+    assert (summary.images, summary.encoded, summary.shards, summary.kept) == (11, 11, 5, 0)
     assert (summary.skipped, sorted(summary.stages)) == ([], ["encode", "read", "write"])
-    assert summary.pictures_per_second > 0
+    assert summary.images_per_second > 0
     cache = FeatureCache.open(tmp_path / "cache")
     assert cache.ids == [row.id for row in source.rows]
     assert cache.labels.tolist() == [row.label for row in source.rows]
@@ -103,7 +103,7 @@ def test_a_cache_holds_the_features_of_every_picture(source, tiny_encoder, tmp_p
     assert cache.verify() == []
     for number in (0, 7, 10):
         pixels = tiny_encoder.transform(source.read(source.rows[number]))[None]  # (1, 3, H, W)
-        wanted = tiny_encoder.encode_pictures(pixels)[0].numpy()
+        wanted = tiny_encoder.encode_images(pixels)[0].numpy()
         assert np.allclose(cache.plain[number], wanted, atol=2e-3)
 
 
@@ -188,7 +188,7 @@ def test_a_stopped_run_continues_to_the_same_bytes(source, tiny_encoder, tmp_pat
     before = finished(tmp_path / "cache")
     assert len(before) == {0: 0, 2: 0, 4: 1, 10: 4}[place]
     summary = extract(source, tiny_encoder, tmp_path / "cache", **SMALL)
-    assert (summary.kept, summary.pictures) == (len(before), 11)
+    assert (summary.kept, summary.images) == (len(before), 11)
     assert summary.encoded == 11 - sum(FeatureCache.open(tmp_path / "cache").records[int(n)].rows for n in before)
     assert hdf5_bytes(tmp_path / "cache") == undisturbed
 
@@ -212,7 +212,7 @@ from ulfine_fast.cache.models.encoder import load_encoder
 from ulfine_fast.cache.pipeline.extract import extract
 from ulfine_fast.cache.sources import open_source
 
-pictures, model, out, name, reached, workers = sys.argv[1:]
+images, model, out, name, reached, workers = sys.argv[1:]
 replace = os.replace
 def halt(old, new):
     if Path(new).name == name:
@@ -220,7 +220,7 @@ def halt(old, new):
         threading.Event().wait()
     replace(old, new)
 os.replace = halt
-extract(open_source(pictures), load_encoder(model, device="cpu"), out, batch_size=2, shard_size=3,
+extract(open_source(images), load_encoder(model, device="cpu"), out, batch_size=2, shard_size=3,
         workers=int(workers), prompts=["a photo of a {}.", "{}"])
 """
 
@@ -242,10 +242,10 @@ def run_until(reached: Path, arguments: list[str], end: int) -> subprocess.Popen
     [("00001.h5", 0, ["00000"]), ("00002.json", 2, ["00000", "00001"]), ("manifest.json", 0, [])],
 )
 def test_kill_9_and_continue_gives_the_same_bytes(
-    source, pictures, tiny_model, tiny_encoder, tmp_path, undisturbed, name, workers, done
+    source, images, tiny_model, tiny_encoder, tmp_path, undisturbed, name, workers, done
 ):
     out, reached = tmp_path / "cache", tmp_path / "reached"
-    arguments = [sys.executable, "-c", CHILD, pictures, tiny_model, out, name, reached, str(workers)]
+    arguments = [sys.executable, "-c", CHILD, images, tiny_model, out, name, reached, str(workers)]
     child = run_until(reached, [str(one) for one in arguments], signal.SIGKILL)
     child.communicate(timeout=120)
     assert child.returncode == -signal.SIGKILL
@@ -265,8 +265,8 @@ def test_nothing_is_done_twice(source, tiny_encoder, tmp_path, undisturbed):
     times = {path: path.stat().st_mtime_ns for path in (tmp_path / "undisturbed").rglob("*") if path.is_file()}
     wire = Tripwire(source, source.rows[0].id, stop)
     summary = extract(wire, tiny_encoder, tmp_path / "undisturbed", **SMALL)
-    assert (summary.kept, summary.encoded, summary.pictures, summary.seconds) == (5, 0, 11, 0.0)
-    assert summary.pictures_per_second == 0.0
+    assert (summary.kept, summary.encoded, summary.images, summary.seconds) == (5, 0, 11, 0.0)
+    assert summary.images_per_second == 0.0
     assert times == {path: path.stat().st_mtime_ns for path in (tmp_path / "undisturbed").rglob("*") if path.is_file()}
 
 
@@ -294,7 +294,7 @@ def test_a_damaged_shard_is_redone(source, tiny_encoder, tmp_path, undisturbed, 
     out = tmp_path / "undisturbed"
     harm(out / "shards/00002.h5")
     summary = extract(source, tiny_encoder, out, **SMALL)
-    assert (summary.kept, summary.encoded, summary.pictures) == (4, 3, 11)
+    assert (summary.kept, summary.encoded, summary.images) == (4, 3, 11)
     assert hdf5_bytes(out) == undisturbed
     assert FeatureCache.open(out).verify() == []
 
@@ -334,14 +334,14 @@ def test_another_model_is_refused_by_name(source, tmp_path, undisturbed, tiny_en
         extract(source, other, tmp_path / "undisturbed", **SMALL)
 
 
-def test_a_changed_source_is_refused(pictures, tiny_encoder, tmp_path, undisturbed):
-    Image.new("RGB", (400, 400)).save(pictures / "val/dog/000.png")
+def test_a_changed_source_is_refused(images, tiny_encoder, tmp_path, undisturbed):
+    Image.new("RGB", (400, 400)).save(images / "val/dog/000.png")
     with pytest.raises(CacheMismatch, match=r"source\.fingerprint"):
-        extract(open_source(pictures), tiny_encoder, tmp_path / "undisturbed", **SMALL)
+        extract(open_source(images), tiny_encoder, tmp_path / "undisturbed", **SMALL)
 
 
-def test_a_moved_source_is_the_same(pictures, tiny_encoder, tmp_path, undisturbed):
-    moved = open_source(pictures.rename(tmp_path / "moved"))
+def test_a_moved_source_is_the_same(images, tiny_encoder, tmp_path, undisturbed):
+    moved = open_source(images.rename(tmp_path / "moved"))
     assert extract(moved, tiny_encoder, tmp_path / "undisturbed", **SMALL).kept == 5
 
 
@@ -395,7 +395,7 @@ def test_a_file_is_no_folder(source, tiny_encoder, tmp_path):
 def test_verify_is_content_with_a_sound_cache(source, tiny_encoder, tmp_path, undisturbed):
     wire = Tripwire(source, source.rows[0].id, stop)
     summary = extract(wire, tiny_encoder, tmp_path / "undisturbed", **SMALL, mode="verify")
-    assert (summary.shards, summary.pictures, summary.encoded) == (5, 11, 0)
+    assert (summary.shards, summary.images, summary.encoded) == (5, 11, 0)
 
 
 def test_verify_lists_every_problem_and_mends_none(source, tiny_encoder, tmp_path, undisturbed):
@@ -424,15 +424,15 @@ def test_verify_makes_no_cache(source, tiny_encoder, tmp_path):
     assert not (tmp_path / "cache").exists()
 
 
-# -- pictures that cannot be read
+# -- images that cannot be read
 
 
-def test_a_few_unreadable_pictures_are_skipped_and_listed(pictures, tiny_encoder, tmp_path):
-    (pictures / "train/cat/001.png").write_bytes(b"")
-    (pictures / "test/dog/000.png").write_bytes(b"no picture")
-    source = open_source(pictures)
+def test_a_few_unreadable_images_are_skipped_and_listed(images, tiny_encoder, tmp_path):
+    (images / "train/cat/001.png").write_bytes(b"")
+    (images / "test/dog/000.png").write_bytes(b"no image")
+    source = open_source(images)
     summary = extract(source, tiny_encoder, tmp_path / "cache", **SMALL, max_skipped=0.2)
-    assert (summary.pictures, [one["id"] for one in summary.skipped]) == (9, ["train/cat/001.png", "test/dog/000.png"])
+    assert (summary.images, [one["id"] for one in summary.skipped]) == (9, ["train/cat/001.png", "test/dog/000.png"])
     assert all(one["reason"] for one in summary.skipped)
     record = json.loads((tmp_path / "cache/shards/00000.json").read_text())
     assert (record["rows_read"], record["rows"], len(record["skipped"])) == (3, 2, 1)
@@ -442,37 +442,37 @@ def test_a_few_unreadable_pictures_are_skipped_and_listed(pictures, tiny_encoder
     assert cache.verify() == []
 
 
-def test_a_batch_and_a_shard_without_any_readable_picture(pictures, tiny_encoder, tmp_path):
+def test_a_batch_and_a_shard_without_any_readable_image(images, tiny_encoder, tmp_path):
     for number in range(3):
-        (pictures / f"unlabeled/00{number}.png").write_bytes(b"cut")
-    extract(open_source(pictures), tiny_encoder, tmp_path / "cache", **SMALL, max_skipped=0.5)
+        (images / f"unlabeled/00{number}.png").write_bytes(b"cut")
+    extract(open_source(images), tiny_encoder, tmp_path / "cache", **SMALL, max_skipped=0.5)
     cache = FeatureCache.open(tmp_path / "cache")
     assert (len(cache), cache.records[2].rows, cache.view_rows.tolist()) == (8, 0, [0, 1, 2, 3, 4])
     assert cache.verify() == []
 
 
-def test_too_many_unreadable_pictures_stop_at_once(pictures, tiny_encoder, tmp_path):
-    (pictures / "unlabeled/000.png").write_bytes(b"cut")
-    (pictures / "unlabeled/001.png").write_bytes(b"cut")
-    source = open_source(pictures)
+def test_too_many_unreadable_images_stop_at_once(images, tiny_encoder, tmp_path):
+    (images / "unlabeled/000.png").write_bytes(b"cut")
+    (images / "unlabeled/001.png").write_bytes(b"cut")
+    source = open_source(images)
     wire = Tripwire(source, source.rows[8].id, lambda: pytest.fail("it went on"))
-    with pytest.raises(InputError, match=r"2 of 11 .* share of 0\.1 .*led/000\.png: not a picture.*--max-skipped"):
+    with pytest.raises(InputError, match=r"2 of 11 .* share of 0\.1 .*led/000\.png: not an image.*--max-skipped"):
         extract(wire, tiny_encoder, tmp_path / "cache", **SMALL, max_skipped=0.1)
     assert finished(tmp_path / "cache") == ["00000", "00001"]
     # What is finished stays, and a larger share continues from there: the share is no part of the identity.
     assert extract(source, tiny_encoder, tmp_path / "cache", **SMALL, max_skipped=0.2).kept == 2
 
 
-def test_skipped_pictures_of_finished_shards_count_on_resume(pictures, tiny_encoder, tmp_path):
-    (pictures / "train/cat/000.png").write_bytes(b"cut")
-    source = open_source(pictures)
+def test_skipped_images_of_finished_shards_count_on_resume(images, tiny_encoder, tmp_path):
+    (images / "train/cat/000.png").write_bytes(b"cut")
+    source = open_source(images)
     extract(source, tiny_encoder, tmp_path / "cache", **SMALL, max_skipped=0.1)
-    with pytest.raises(InputError, match="1 of 11 pictures"):
+    with pytest.raises(InputError, match="1 of 11 images"):
         extract(source, tiny_encoder, tmp_path / "cache", **SMALL, max_skipped=0.05)
 
 
 def test_the_limit_itself_is_allowed(tmp_path, tiny_encoder):
-    root = write_pictures(tmp_path / "p", {"cat": 5, "dog": 5})
+    root = write_images(tmp_path / "p", {"cat": 5, "dog": 5})
     (root / "dog/000.png").write_bytes(b"")
     assert len(extract(open_source(root), tiny_encoder, tmp_path / "cache", **SMALL, max_skipped=0.1).skipped) == 1
 
@@ -480,32 +480,32 @@ def test_the_limit_itself_is_allowed(tmp_path, tiny_encoder):
 # -- sources that would make a useless cache
 
 
-def test_a_class_without_a_labelled_picture_is_named(pictures, tiny_encoder, tmp_path):
-    write_pictures(pictures, {"val/emu": 1})
-    with pytest.raises(InputError, match=r"class 'emu' cannot be learned: it has no labelled picture in train"):
-        extract(open_source(pictures), tiny_encoder, tmp_path / "cache", **SMALL)
+def test_a_class_without_a_labelled_image_is_named(images, tiny_encoder, tmp_path):
+    write_images(images, {"val/emu": 1})
+    with pytest.raises(InputError, match=r"class 'emu' cannot be learned: it has no labelled image in train"):
+        extract(open_source(images), tiny_encoder, tmp_path / "cache", **SMALL)
     assert not (tmp_path / "cache").exists()
 
 
-def test_a_class_whose_pictures_are_all_unreadable_is_named(pictures, tiny_encoder, tmp_path):
-    for path in (pictures / "train/dog").iterdir():
+def test_a_class_whose_images_are_all_unreadable_is_named(images, tiny_encoder, tmp_path):
+    for path in (images / "train/dog").iterdir():
         path.write_bytes(b"")
-    with pytest.raises(InputError, match=r"class 'dog' .* none of its labelled pictures can be read"):
-        extract(open_source(pictures), tiny_encoder, tmp_path / "cache", **SMALL, max_skipped=1.0)
+    with pytest.raises(InputError, match=r"class 'dog' .* none of its labelled images can be read"):
+        extract(open_source(images), tiny_encoder, tmp_path / "cache", **SMALL, max_skipped=1.0)
     assert len(finished(tmp_path / "cache")) == 5
 
 
 def test_a_source_without_training_rows_needs_no_labels(tmp_path, tiny_encoder):
-    root = write_pictures(tmp_path / "p", {"cat": 1})
+    root = write_images(tmp_path / "p", {"cat": 1})
     source = open_source(root)
     source.class_names = ["cat", "dog"]
     source.rows = [dataclasses.replace(row, split="test") for row in source.rows]
-    assert extract(source, tiny_encoder, tmp_path / "cache", **SMALL).pictures == 1
+    assert extract(source, tiny_encoder, tmp_path / "cache", **SMALL).images == 1
 
 
 def test_two_rows_with_one_id_are_named(source, tiny_encoder, tmp_path):
     source.rows = [*source.rows, source.rows[2]]
-    with pytest.raises(InputError, match=r"two pictures have the id 'train/cat/002\.png'"):
+    with pytest.raises(InputError, match=r"two images have the id 'train/cat/002\.png'"):
         extract(source, tiny_encoder, tmp_path / "cache", **SMALL)
 
 
@@ -518,7 +518,7 @@ def test_an_id_that_cannot_be_stored_is_named(source, tiny_encoder, tmp_path, na
 
 def test_an_empty_source_is_refused(source, tiny_encoder, tmp_path):
     source.rows = []
-    with pytest.raises(InputError, match="no pictures in the source"):
+    with pytest.raises(InputError, match="no images in the source"):
         extract(source, tiny_encoder, tmp_path / "cache", **SMALL)
 
 
@@ -526,13 +526,13 @@ def test_an_empty_source_is_refused(source, tiny_encoder, tmp_path):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_feature_that_is_not_finite_names_the_picture(source, tiny_encoder, tmp_path, value):
-    # A batch is one call, so the third one is that of the last two pictures of train.
+def test_a_feature_that_is_not_finite_names_the_image(source, tiny_encoder, tmp_path, value):
+    # A batch is one call, so the third one is that of the last two images of train.
     whole = OffEncoder(tiny_encoder, 1, lambda features: features.index_fill(0, torch.tensor([1]), value))
-    with pytest.raises(InputError, match=r"not finite for the picture 'train/cat/000\.png'"):
+    with pytest.raises(InputError, match=r"not finite for the image 'train/cat/000\.png'"):
         extract(source, whole, tmp_path / "cache", **SMALL)
     later = OffEncoder(tiny_encoder, 3, lambda features: features.index_fill(0, torch.tensor([4]), value))
-    with pytest.raises(InputError, match=r"not finite for the picture 'train/dog/001\.png'"):
+    with pytest.raises(InputError, match=r"not finite for the image 'train/dog/001\.png'"):
         extract(source, later, tmp_path / "cache", **SMALL)
     assert finished(tmp_path / "cache") == ["00000"]
 

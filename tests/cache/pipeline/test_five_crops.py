@@ -36,5 +36,5 @@ def test_crops_lie_inside_and_are_square():
 def test_a_crop_travels_to_reader_processes():
     again = pickle.loads(pickle.dumps(Cropped(np.asarray, 3)))
     assert again == Cropped(np.asarray, 3)
-    picture = Image.fromarray(np.arange(62 * 62, dtype=np.uint8).reshape(62, 62))
-    np.testing.assert_array_equal(again(picture), np.asarray(picture)[6:, 6:])
+    image = Image.fromarray(np.arange(62 * 62, dtype=np.uint8).reshape(62, 62))
+    np.testing.assert_array_equal(again(image), np.asarray(image)[6:, 6:])

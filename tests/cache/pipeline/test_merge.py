@@ -12,7 +12,7 @@ import pytest
 
 from tests.cache.caches import PARTS, write_named_cache
 from tests.cache.pipeline.test_extract import SMALL, finished, hdf5_bytes, run_until
-from tests.cache.samples import make_manifest, write_pictures
+from tests.cache.samples import make_manifest, write_images
 from ulfine_fast.cache import ids as id_digests
 from ulfine_fast.cache.ids import refuse_shared_ids
 from ulfine_fast.cache.io import lock
@@ -45,7 +45,7 @@ def opened(folder: Path) -> FeatureCache:
 def test_rows_come_split_by_split_and_keep_every_bit(two, tmp_path):
     done = merge(two, tmp_path / "all")
     pets, zoo, both = (opened(folder) for folder in (*two, tmp_path / "all"))
-    assert (done.pictures, done.classes, done.shards, done.kept) == (24, 4, 8, 0)
+    assert (done.images, done.classes, done.shards, done.kept) == (24, 4, 8, 0)
     assert both.class_names == ["cat", "dog", "emu", "yak"]
     assert [(record.split, record.rows) for record in both.records] == [
         *(2 * [("train", 4), ("train", 2)]),
@@ -85,7 +85,7 @@ def test_the_manifest_says_what_went_in(two, tmp_path):
     assert [one["source"]["kind"] for one in source["caches"]] == ["folder", "folder"]
 
 
-def test_skipped_pictures_go_along(two, tmp_path):
+def test_skipped_images_go_along(two, tmp_path):
     merge(two, tmp_path / "all", prefix=True)
     skipped = [one["id"] for record in opened(tmp_path / "all").records for one in record.skipped]
     assert skipped == [f"pets/{split}/{number}/lost0" for number, (split, _) in enumerate(PARTS)]
@@ -110,7 +110,7 @@ def test_shards_without_rows_are_left_out(tmp_path):
 def test_tokens_and_whole_numbers_go_along(tiny_model, tmp_path, dtype):
     encoder = load_encoder(tiny_model, device="cpu", features="last-block")
     for name, classes in (("a", ["cat", "dog"]), ("b", ["cow", "dog"])):
-        root = write_pictures(tmp_path / f"pictures-{name}", {f"train/{one}": 2 for one in classes}, seed=len(name))
+        root = write_images(tmp_path / f"images-{name}", {f"train/{one}": 2 for one in classes}, seed=len(name))
         extract(open_source(root), encoder, tmp_path / name, dtype=dtype, **SMALL)
     merge([tmp_path / "a", tmp_path / "b"], tmp_path / "all", prefix=True)
     one, both = opened(tmp_path / "a"), opened(tmp_path / "all")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cache.samples import write_pictures
+from tests.cache.samples import write_images
 from ulfine_fast.cache.io.errors import InputError
 from ulfine_fast.cache.io.ray_cluster import RayWorkers
 from ulfine_fast.cache.pipeline.extract import extract
@@ -48,8 +48,8 @@ def without_seconds(cache: Path) -> list[dict]:
 
 def test_shards_of_a_killed_node_are_made_by_the_other(cluster, tmp_path, tiny_model, tiny_encoder):
     nodes, second = cluster
-    root = write_pictures(tmp_path / "pictures", {"train/cat": 60, "train/dog": 60, "test/dog": 3})
-    (root / "train/cat/007.png").write_bytes(b"no picture")
+    root = write_images(tmp_path / "images", {"train/cat": 60, "train/dog": 60, "test/dog": 3})
+    (root / "train/cat/007.png").write_bytes(b"no image")
     source, ended = open_source(root), []
     extract(source, tiny_encoder, tmp_path / "here", **SMALL)
 
@@ -64,7 +64,7 @@ def test_shards_of_a_killed_node_are_made_by_the_other(cluster, tmp_path, tiny_m
     assert thread.is_alive(), "the extraction ended before it was disturbed"
     nodes.remove_node(second, allow_graceful=False)
     thread.join()
-    assert (ended[0].pictures, ended[0].shards, len(ended[0].skipped)) == (122, 41, 1)
+    assert (ended[0].images, ended[0].shards, len(ended[0].skipped)) == (122, 41, 1)
     assert bytes_of(tmp_path / "there") == bytes_of(tmp_path / "here")
     assert without_seconds(tmp_path / "there") == without_seconds(tmp_path / "here")
     assert FeatureCache.open(tmp_path / "there").verify() == []
@@ -79,8 +79,8 @@ def refuses(nodes, root, tiny_model, tiny_encoder, tmp_path):
         extract(open_source(root), tiny_encoder, tmp_path / "other", **SMALL, engine=engine)
 
 
-def test_without_ray_the_extra_is_named(monkeypatch, pictures, tiny_model, tiny_encoder, tmp_path):
+def test_without_ray_the_extra_is_named(monkeypatch, images, tiny_model, tiny_encoder, tmp_path):
     monkeypatch.setitem(__import__("sys").modules, "ray", None)
     engine = on_ray(Loading(tiny_model), RayWorkers())
     with pytest.raises(InputError, match=r'pip install "ulfine-fast\[ray\]"'):
-        extract(open_source(pictures), tiny_encoder, tmp_path / "cache", **SMALL, engine=engine)
+        extract(open_source(images), tiny_encoder, tmp_path / "cache", **SMALL, engine=engine)

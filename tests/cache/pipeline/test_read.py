@@ -1,4 +1,4 @@
-"""Pictures read exactly, reduced first, or left whole for a device: the same rows, views and nearly the same pixels."""
+"""Images read exactly, reduced first, or left whole for a device: the same rows, views and nearly the same pixels."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.cache.samples import write_pictures
+from tests.cache.samples import write_images
 from ulfine_fast.cache.io.errors import InputError
 from ulfine_fast.cache.models.encoder import load_encoder
 from ulfine_fast.cache.pipeline import encode as encoding
 from ulfine_fast.cache.pipeline.plan import batches_of
-from ulfine_fast.cache.pipeline.read import PictureReader
+from ulfine_fast.cache.pipeline.read import ImageReader
 from ulfine_fast.cache.pipeline.views import ViewRecipe
 from ulfine_fast.cache.sources import open_source
-from ulfine_fast.cache.sources.image import load_picture, no_finer_than
+from ulfine_fast.cache.sources.image import load_image, no_finer_than
 
 HERE = torch.device("cpu")
 RECIPE = ViewRecipe(weak=1, strong=2, seed=3)
 
 
 def smooth(path, size: tuple[int, int], orientation: int = 1) -> None:
-    """A picture without sharp edges, whose halves look like itself."""
+    """An image without sharp edges, whose halves look like itself."""
     across, down = np.meshgrid(np.linspace(0, 3, size[0]), np.linspace(0, 2, size[1]))
     waves = np.stack([np.sin(across), np.cos(down), np.sin(across + down)], axis=-1)
     exif = Image.Exif()
@@ -35,7 +35,7 @@ def smooth(path, size: tuple[int, int], orientation: int = 1) -> None:
 
 @pytest.fixture
 def large(tmp_path, tiny_encoder):
-    """JPEG and PNG pictures far larger than the model's 16 pixels, one of them lying on its side."""
+    """JPEG and PNG images far larger than the model's 16 pixels, one of them lying on its side."""
     root = tmp_path / "large"
     smooth(root / "train/cat/a.jpg", (301, 270))
     smooth(root / "train/cat/b.png", (555, 400))
@@ -44,21 +44,21 @@ def large(tmp_path, tiny_encoder):
     return open_source(root)
 
 
-def readers(source, encoder) -> tuple[PictureReader, PictureReader, PictureReader]:
+def readers(source, encoder) -> tuple[ImageReader, ImageReader, ImageReader]:
     """Exact, reduced and for a device."""
-    exact = PictureReader(source, encoder.resize, RECIPE, encoder.spec.image_size)
+    exact = ImageReader(source, encoder.resize, RECIPE, encoder.spec.image_size)
     reduced = replace(exact, resampling=encoder.resampling)
     return exact, reduced, replace(reduced, later=True)
 
 
 def test_an_encoder_reads_exactly_when_asked(large, tiny_model, tiny_encoder):
     assert not tiny_encoder.exact
-    assert PictureReader.of(large, tiny_encoder, RECIPE).resampling == tiny_encoder.resampling
+    assert ImageReader.of(large, tiny_encoder, RECIPE).resampling == tiny_encoder.resampling
     exact = load_encoder(tiny_model, device="cpu", exact=True)
-    assert PictureReader.of(large, exact, RECIPE).resampling is None
+    assert ImageReader.of(large, exact, RECIPE).resampling is None
 
 
-def test_large_pictures_look_the_same_however_they_are_read(large, tiny_encoder):
+def test_large_images_look_the_same_however_they_are_read(large, tiny_encoder):
     exact, reduced, later = readers(large, tiny_encoder)
     wanted = exact.read(large.rows)
     for reader in (reduced, later):
@@ -72,8 +72,8 @@ def test_large_pictures_look_the_same_however_they_are_read(large, tiny_encoder)
         assert difference.mean() < 0.7
 
 
-def test_small_pictures_are_read_exactly_on_a_processor(pictures, tiny_encoder):
-    source = open_source(pictures)
+def test_small_images_are_read_exactly_on_a_processor(images, tiny_encoder):
+    source = open_source(images)
     exact, reduced, later = readers(source, tiny_encoder)
     rows = [row for row in source.rows if row.split == "train"]
     assert np.array_equal(exact.read(rows).pixels, reduced.read(rows).pixels)
@@ -81,7 +81,7 @@ def test_small_pictures_are_read_exactly_on_a_processor(pictures, tiny_encoder):
     assert np.abs(made.astype(int) - exact.read(rows).pixels)[:, 0].mean() < 0.5
 
 
-def test_whole_pictures_have_a_largest_size(large, tiny_encoder):
+def test_whole_images_have_a_largest_size(large, tiny_encoder):
     batch = readers(large, tiny_encoder)[2].read(large.rows)
     short = batch.sampling.sizes.min(axis=1)
     assert batch.pixels.shape == (3 * batch.sampling.sizes.prod(axis=1).sum(),)
@@ -90,7 +90,7 @@ def test_whole_pictures_have_a_largest_size(large, tiny_encoder):
 
 
 def test_strong_views_on_a_device_are_the_drawn_ones(large, tiny_encoder):
-    """Operations come in the drawn order; those on whole bytes are the same on pictures and on tensors."""
+    """Operations come in the drawn order; those on whole bytes are the same on images and on tensors."""
     exact, _, later = readers(large, tiny_encoder)
     exact, later = (replace(one, recipe=ViewRecipe(weak=0, strong=12, seed=1)) for one in (exact, later))
     rows = [row for row in large.rows if row.id.endswith("d.png")]
@@ -103,8 +103,8 @@ def test_strong_views_on_a_device_are_the_drawn_ones(large, tiny_encoder):
         assert np.quantile(np.abs(found[view].astype(int) - wanted[view]), 0.95) <= 8, kinds[view]
 
 
-def test_rows_without_views_have_the_plain_one(pictures, tiny_encoder):
-    source = open_source(pictures)
+def test_rows_without_views_have_the_plain_one(images, tiny_encoder):
+    source = open_source(images)
     rows = [row for row in source.rows if row.split == "test"]
     later = readers(source, tiny_encoder)[2]
     batch = later.read(rows)
@@ -112,9 +112,9 @@ def test_rows_without_views_have_the_plain_one(pictures, tiny_encoder):
     assert batch.scale.shape == (len(rows), 0)
 
 
-def test_unreadable_pictures_are_skipped_in_every_way(tmp_path, tiny_encoder):
-    root = write_pictures(tmp_path / "pictures", {"train/cat": 2})
-    (root / "train/cat/broken.png").write_bytes(b"no picture")
+def test_unreadable_images_are_skipped_in_every_way(tmp_path, tiny_encoder):
+    root = write_images(tmp_path / "images", {"train/cat": 2})
+    (root / "train/cat/broken.png").write_bytes(b"no image")
     source = open_source(root)
     for reader in readers(source, tiny_encoder):
         batch = reader.read(source.rows)
@@ -124,7 +124,7 @@ def test_unreadable_pictures_are_skipped_in_every_way(tmp_path, tiny_encoder):
         assert reader.read(broken).kept == []
 
 
-def test_reader_processes_hand_whole_pictures_to_the_device(large, tiny_encoder):
+def test_reader_processes_hand_whole_images_to_the_device(large, tiny_encoder):
     later = readers(large, tiny_encoder)[2]
     batches = batches_of(large.rows, 3)
     alone = [encoding._on_a_core(later, tiny_encoder, rows) for rows in batches]
@@ -138,26 +138,26 @@ def test_a_jpeg_is_decoded_to_what_is_enough(tmp_path):
     smooth(tmp_path / "a.jpg", (641, 403), orientation=8)
     smooth(tmp_path / "a.png", (641, 403))
     with no_finer_than(100) as decoding:
-        assert load_picture(tmp_path / "a.jpg").size == (101, 161)
+        assert load_image(tmp_path / "a.jpg").size == (101, 161)
         assert decoding.whole == (403, 641)
-        assert load_picture(tmp_path / "a.png").size == (641, 403)
+        assert load_image(tmp_path / "a.png").size == (641, 403)
         assert decoding.whole == (641, 403)
-    assert load_picture(tmp_path / "a.jpg").size == (403, 641)
+    assert load_image(tmp_path / "a.jpg").size == (403, 641)
 
 
 @dataclass
 class CutOuts:
-    """The right lower quarter of each of another source's pictures, found by counting pixels."""
+    """The right lower quarter of each of another source's images, found by counting pixels."""
 
     whole: object
 
     def read(self, row):
-        picture = self.whole.read(row)
-        return picture.crop((picture.width - 150, picture.height - 130, picture.width, picture.height))
+        image = self.whole.read(row)
+        return image.crop((image.width - 150, image.height - 130, image.width, image.height))
 
 
 @pytest.mark.parametrize("later", [False, True])
-def test_a_source_may_make_pictures_of_others(large, tiny_encoder, tmp_path, later):
+def test_a_source_may_make_images_of_others(large, tiny_encoder, tmp_path, later):
     rows = [row for row in large.rows if "d.png" not in row.id]
     for row in rows:
         kept = tmp_path / "cut" / row.id

@@ -1,4 +1,4 @@
-"""Batched resizing on a device against PIL and torchvision, picture by picture."""
+"""Batched resizing on a device against PIL and torchvision, image by image."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ulfine_fast.cache.pipeline.resample import Resampling, Sampling, Window, by
 SIDE = 24
 
 
-def pictures(count: int, *, wide: bool) -> list[Image.Image]:
+def images(count: int, *, wide: bool) -> list[Image.Image]:
     """Noise; wide ones alone are resized by PIL in the order of the products."""
     rng = np.random.default_rng(count)
     sizes = [sorted(int(v) for v in rng.integers(5, 120, 2)) for _ in range(count)]
@@ -46,7 +46,7 @@ def open_clips(squash: bool, filter_: str) -> Compose:
 @pytest.mark.parametrize("filter_", ["bicubic", "bilinear"])
 @pytest.mark.parametrize("squash", [False, True])
 def test_the_plain_view_is_torchvisions(way, filter_, squash):
-    found, how = pictures(40, wide=True), Resampling(SIDE, squash, filter_)
+    found, how = images(40, wide=True), Resampling(SIDE, squash, filter_)
     views = way(flat(found), sampled(found, [[how.whole(one.height, one.width)] for one in found]), how)
     wanted = np.stack([np.asarray(open_clips(squash, filter_)(one)) for one in found])
     difference = np.abs(bytes_of(views)[:, 0] - wanted)
@@ -56,8 +56,8 @@ def test_the_plain_view_is_torchvisions(way, filter_, squash):
     assert difference.mean() < 0.05
 
 
-def test_tall_pictures_differ_by_a_rounding_at_most_nearly_everywhere():
-    found, how = pictures(40, wide=False), Resampling(SIDE)
+def test_tall_images_differ_by_a_rounding_at_most_nearly_everywhere():
+    found, how = images(40, wide=False), Resampling(SIDE)
     views = by_products(flat(found), sampled(found, [[how.whole(one.height, one.width)] for one in found]), how)
     wanted = np.stack([np.asarray(open_clips(False, "bicubic")(one)) for one in found])
     difference = np.abs(bytes_of(views)[:, 0] - wanted)
@@ -66,11 +66,11 @@ def test_tall_pictures_differ_by_a_rounding_at_most_nearly_everywhere():
 
 
 def test_a_slow_loop_by_the_definition_gives_the_same_bytes():
-    picture, how = pictures(1, wide=True)[0], Resampling(7)
+    image, how = images(1, wide=True)[0], Resampling(7)
     windows = (Window(3.25, 0.6), Window(1.5, 2.1))
-    views = bytes_of(by_products(flat([picture]), sampled([picture], [[windows]]), how))[0, 0]
-    pixels = np.asarray(picture).astype(float)
-    across = np.stack([slow(pixels[row], windows[1], 7) for row in range(picture.height)])  # (H, 7, 3)
+    views = bytes_of(by_products(flat([image]), sampled([image], [[windows]]), how))[0, 0]
+    pixels = np.asarray(image).astype(float)
+    across = np.stack([slow(pixels[row], windows[1], 7) for row in range(image.height)])  # (H, 7, 3)
     down = np.stack([slow(across[:, column], windows[0], 7) for column in range(7)], axis=1)  # (7, 7, 3)
     assert np.abs(views - down).max() <= 1  # a half may go either way
     assert (views != down).mean() < 0.02
@@ -93,38 +93,38 @@ def slow(line: np.ndarray, window: Window, side: int) -> np.ndarray:
 
 @pytest.mark.parametrize("way", [by_products, resampled])
 def test_crops_and_mirrors(way):
-    picture, how = pictures(1, wide=True)[0], Resampling(SIDE)
-    boxes = [(0, 0, 9, 4), (3, 1, picture.width, picture.height), (2, 2, 3, 3)]
+    image, how = images(1, wide=True)[0], Resampling(SIDE)
+    boxes = [(0, 0, 9, 4), (3, 1, image.width, image.height), (2, 2, 3, 3)]
     mirrored = np.array([[False, True, True]])
-    views = bytes_of(way(flat([picture]), sampled([picture], [[how.cropped(box) for box in boxes]], mirrored), how))[0]
+    views = bytes_of(way(flat([image]), sampled([image], [[how.cropped(box) for box in boxes]], mirrored), how))[0]
     for view, box in enumerate(boxes):
-        wanted = np.asarray(picture.resize((SIDE, SIDE), Image.Resampling.BICUBIC, box=box)).astype(int)
+        wanted = np.asarray(image.resize((SIDE, SIDE), Image.Resampling.BICUBIC, box=box)).astype(int)
         wanted = wanted[:, ::-1] if mirrored[0, view] else wanted
         assert np.quantile(np.abs(views[view] - wanted), 0.98) <= 1, box
 
 
-def test_pictures_worked_on_apart_are_the_same(monkeypatch):
-    found, how = pictures(30, wide=True), Resampling(SIDE)
+def test_images_worked_on_apart_are_the_same(monkeypatch):
+    found, how = images(30, wide=True), Resampling(SIDE)
     sampling = sampled(found, [[how.whole(one.height, one.width)] for one in found])
     together = by_products(flat(found), sampling, how)
     monkeypatch.setattr(resample, "_AT_ONCE", 20_000)
     assert torch.equal(by_products(flat(found), sampling, how), together)
 
 
-def test_a_reduced_picture_shows_the_same_place():
+def test_a_reduced_image_shows_the_same_place():
     """A ramp halved along both sides, of an odd length, so that the last pixel stands for less than two."""
     ramp = np.arange(201, dtype=np.uint8)[None, :, None]
-    picture = Image.fromarray(np.broadcast_to(ramp, (201, 201, 3)).copy())
-    half, how = picture.reduce(2), Resampling(SIDE)
+    image = Image.fromarray(np.broadcast_to(ramp, (201, 201, 3)).copy())
+    half, how = image.reduce(2), Resampling(SIDE)
     windows = np.array([[how.cropped((20, 20, 150, 150))]])
-    whole = bytes_of(by_products(flat([picture]), sampled([picture], windows), how))
+    whole = bytes_of(by_products(flat([image]), sampled([image], windows), how))
     reduced = bytes_of(by_products(flat([half]), sampled([half], windows / 2), how))
     assert np.abs(whole - reduced).max() <= 1
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 def test_a_gpu_gives_the_same_bytes():
-    found, how = pictures(40, wide=True), Resampling(SIDE)
+    found, how = images(40, wide=True), Resampling(SIDE)
     sampling = sampled(found, [[how.whole(one.height, one.width)] for one in found])
     there, here = resampled(flat(found).cuda(), sampling, how).cpu(), by_products(flat(found), sampling, how)
     assert (there.int() - here.int()).abs().max() <= 1

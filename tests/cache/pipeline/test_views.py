@@ -18,8 +18,8 @@ def noise(width: int = 40, height: int = 30, seed: int = 0) -> Image.Image:
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 
-def drawn(picture: Image.Image | None = None, id: str = "a", size: int = 16, **recipe) -> Views:
-    return draw(picture or noise(), id, ViewRecipe(**recipe), image_size=size)
+def drawn(image: Image.Image | None = None, id: str = "a", size: int = 16, **recipe) -> Views:
+    return draw(image or noise(), id, ViewRecipe(**recipe), image_size=size)
 
 
 def same(one: Views, two: Views) -> bool:
@@ -88,10 +88,10 @@ def test_scale_is_the_share_of_the_area_and_within_the_recipe():
     assert 0.25 < views.flip.mean() < 0.75
 
 
-def test_the_whole_square_picture_is_resized_like_torchvision_does():
-    picture = noise(20, 20)
-    views = drawn(picture, weak=8, strong=0, weak_scale=(1.0, 1.0), size=33)
-    wanted = np.asarray(functional.resize(picture, [33, 33], interpolation=functional.InterpolationMode.BICUBIC))
+def test_the_whole_square_image_is_resized_like_torchvision_does():
+    image = noise(20, 20)
+    views = drawn(image, weak=8, strong=0, weak_scale=(1.0, 1.0), size=33)
+    wanted = np.asarray(functional.resize(image, [33, 33], interpolation=functional.InterpolationMode.BICUBIC))
     whole = [view for view in range(8) if views.scale[view] == 1.0]
     assert whole
     for view in whole:
@@ -101,8 +101,8 @@ def test_the_whole_square_picture_is_resized_like_torchvision_does():
 def test_scale_and_flip_tell_what_was_done():
     # Dark on the left, bright on the right: a mirrored view is bright on its left.
     ramp = np.linspace(0, 255, 100).astype(np.uint8)[None, :, None]
-    picture = Image.fromarray(np.broadcast_to(ramp, (100, 100, 3)).copy())
-    views = drawn(picture, weak=12, strong=0)
+    image = Image.fromarray(np.broadcast_to(ramp, (100, 100, 3)).copy())
+    views = drawn(image, weak=12, strong=0)
     values = views.pixels.astype(int)
     for view in range(12):
         left, right = values[view, :, 0].mean(), values[view, :, -1].mean()

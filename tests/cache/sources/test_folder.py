@@ -7,12 +7,12 @@ import pytest
 from PIL import Image
 
 from ulfine_fast.cache.io.errors import InputError
-from ulfine_fast.cache.sources import PictureFolder, open_source, reopen_source
+from ulfine_fast.cache.sources import ImageFolder, open_source, reopen_source
 from ulfine_fast.cache.sources.folder import FolderSource
 
 
 def place(root: Path, *names: str) -> Path:
-    """Writes a small picture under every name."""
+    """Writes a small image under every name."""
     for number, name in enumerate(names):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (4 + number, 4), (number, 0, 0)).save(root / name, "PNG")
@@ -25,7 +25,7 @@ def table(source) -> list[tuple[str, int, str]]:
 
 def test_class_folders(tmp_path: Path):
     place(tmp_path, "dog/b.png", "dog/a.png", "cat/deep/er/c.PNG", "dog/.hidden.png", ".git/x.png")
-    (tmp_path / "dog/notes.txt").write_text("no picture")
+    (tmp_path / "dog/notes.txt").write_text("no image")
     (tmp_path / "readme").mkdir()
     source = FolderSource(tmp_path)
     assert source.class_names == ["cat", "dog"]
@@ -37,7 +37,7 @@ def test_class_folders(tmp_path: Path):
 def test_split_folders_come_in_their_fixed_order(tmp_path: Path):
     place(tmp_path, "test/a/1.png", "val/b/1.png", "unlabeled/x/y/1.png", "unlabeled/2.png", "train/b/1.png")
     source = FolderSource(tmp_path)
-    assert source.class_names == ["a", "b"]  # the union: the class a has no training picture
+    assert source.class_names == ["a", "b"]  # the union: the class a has no training image
     assert table(source) == [
         ("train/b/1.png", 1, "train"),
         ("unlabeled/2.png", -1, "unlabeled"),
@@ -100,23 +100,23 @@ def test_order_does_not_depend_on_the_file_system(tmp_path: Path):
 
 
 @pytest.mark.parametrize("inside", ["", "a/notes.txt", "notes.txt"])
-def test_no_pictures(inside: str, tmp_path: Path):
+def test_no_images(inside: str, tmp_path: Path):
     if inside:
         (tmp_path / inside).parent.mkdir(exist_ok=True)
         (tmp_path / inside).write_text("words")
-    with pytest.raises(InputError, match=r"no pictures in class folders under .*expected CLASS/picture"):
+    with pytest.raises(InputError, match=r"no images in class folders under .*expected CLASS/image"):
         FolderSource(tmp_path)
 
 
-def test_only_unlabeled_pictures(tmp_path: Path):
-    with pytest.raises(InputError, match="no pictures in class folders"):
+def test_only_unlabeled_images(tmp_path: Path):
+    with pytest.raises(InputError, match="no images in class folders"):
         FolderSource(place(tmp_path, "unlabeled/1.png"))
 
 
 @pytest.mark.parametrize("stray", ["stray.png", "train/stray.png", "val/stray.png"])
-def test_a_picture_outside_of_the_class_folders_is_named(stray: str, tmp_path: Path):
+def test_a_image_outside_of_the_class_folders_is_named(stray: str, tmp_path: Path):
     place(tmp_path, "train/a/1.png", stray)
-    with pytest.raises(InputError, match=f"the picture {stray} lies in no class folder"):
+    with pytest.raises(InputError, match=f"the image {stray} lies in no class folder"):
         FolderSource(tmp_path)
 
 
@@ -155,18 +155,18 @@ def test_reopening_gives_the_same_rows(tmp_path: Path, monkeypatch: pytest.Monke
     assert reopen_source({**source.describe(), "rows": 2, "fingerprint": "f"}).rows == source.rows
 
 
-def test_pictures_without_labels(tmp_path: Path):
+def test_images_without_labels(tmp_path: Path):
     place(tmp_path, "a/1.png", "2.png")
-    (tmp_path / "words.txt").write_text("no picture")
-    source = PictureFolder(tmp_path)
+    (tmp_path / "words.txt").write_text("no image")
+    source = ImageFolder(tmp_path)
     assert table(source) == [("2.png", -1, "test"), ("a/1.png", -1, "test")]
     assert [source.read(row).size for row in source.rows] == [(5, 4), (4, 4)]
     assert reopen_source(source.describe()).rows == source.rows
-    assert table(PictureFolder(tmp_path / "2.png")) == [("2.png", -1, "test")]
+    assert table(ImageFolder(tmp_path / "2.png")) == [("2.png", -1, "test")]
 
 
-def test_pictures_that_are_not_there(tmp_path: Path):
-    with pytest.raises(InputError, match="no such folder or picture"):
-        PictureFolder(tmp_path / "gone")
-    with pytest.raises(InputError, match="no pictures under"):
-        PictureFolder(tmp_path)
+def test_images_that_are_not_there(tmp_path: Path):
+    with pytest.raises(InputError, match="no such folder or image"):
+        ImageFolder(tmp_path / "gone")
+    with pytest.raises(InputError, match="no images under"):
+        ImageFolder(tmp_path)

@@ -16,20 +16,20 @@ from ulfine_fast.cache.store import FeatureCache
 datasets = pytest.importorskip("datasets", reason="the package datasets is not installed")
 
 
-def picture(seed: int) -> Image.Image:
+def image(seed: int) -> Image.Image:
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (20, 24, 3), dtype=np.uint8))
 
 
 def encoded(seed: int) -> dict:
     buffer = io.BytesIO()
-    picture(seed).save(buffer, "PNG")
+    image(seed).save(buffer, "PNG")
     return {"bytes": buffer.getvalue(), "path": None}
 
 
 def made(labels, first=0, label="label", names=("ant", "bee")):
     features = {"img": datasets.Image(), label: datasets.ClassLabel(names=list(names))}
-    pictures = [encoded(first + number) for number in range(len(labels))]
-    return datasets.Dataset.from_dict({"img": pictures, label: labels}, features=datasets.Features(features))
+    images = [encoded(first + number) for number in range(len(labels))]
+    return datasets.Dataset.from_dict({"img": images, label: labels}, features=datasets.Features(features))
 
 
 @pytest.fixture
@@ -43,7 +43,7 @@ def rows_of(source, shard_size=2):
     return [row for part in source.plan(shard_size) for row in source.open(part)]
 
 
-def test_splits_labels_and_pictures(saved):
+def test_splits_labels_and_images(saved):
     source = open_source(saved)
     assert isinstance(source, HuggingFaceSource)
     assert source.class_names == ["ant", "bee"]
@@ -58,7 +58,7 @@ def test_splits_labels_and_pictures(saved):
     assert [row.label for row in rows] == [0, 1, 1, 0, 1, 1, 0, 1]
     again = pickle.loads(pickle.dumps(source))
     for number, row in enumerate(rows):
-        assert np.array_equal(np.asarray(again.read(row)), np.asarray(picture(number)))
+        assert np.array_equal(np.asarray(again.read(row)), np.asarray(image(number)))
 
 
 def test_one_split_alone_and_other_names(tmp_path):
@@ -87,7 +87,7 @@ def test_bad_sets_are_named(tmp_path):
     with pytest.raises(InputError, match="cannot be opened"):
         open_source(tmp_path / "cut")
     datasets.Dataset.from_dict({"text": ["a"], "label": [0]}).save_to_disk(tmp_path / "texts")
-    with pytest.raises(InputError, match="no column of pictures; found text, label"):
+    with pytest.raises(InputError, match="no column of images; found text, label"):
         open_source(tmp_path / "texts")
     datasets.DatasetDict({"extra": made([0])}).save_to_disk(tmp_path / "strange")
     with pytest.raises(InputError, match="has no split called"):

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ulfine_fast.cache.sources.image import MAX_ASPECT, UnreadablePicture, load_picture, picture_suffixes, to_rgb
+from ulfine_fast.cache.sources.image import MAX_ASPECT, UnreadableImage, image_suffixes, load_image, to_rgb
 
 
-def png(picture: Image.Image, **options) -> bytes:
+def png(image: Image.Image, **options) -> bytes:
     data = io.BytesIO()
-    picture.save(data, "PNG", **options)
+    image.save(data, "PNG", **options)
     return data.getvalue()
 
 
@@ -28,16 +28,16 @@ def png_header(width: int, height: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
 
 
-def pixels(picture: Image.Image) -> list:
-    assert picture.mode == "RGB"
-    return np.asarray(picture).tolist()
+def pixels(image: Image.Image) -> list:
+    assert image.mode == "RGB"
+    return np.asarray(image).tolist()
 
 
 def test_rgb_comes_back_as_it_was(tmp_path: Path):
     values = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
     Image.fromarray(values).save(tmp_path / "a.png")
-    assert pixels(load_picture(tmp_path / "a.png")) == values.tolist()
-    assert pixels(load_picture((tmp_path / "a.png").read_bytes())) == values.tolist()
+    assert pixels(load_image(tmp_path / "a.png")) == values.tolist()
+    assert pixels(load_image((tmp_path / "a.png").read_bytes())) == values.tolist()
 
 
 @pytest.mark.parametrize(
@@ -52,7 +52,7 @@ def test_rgb_comes_back_as_it_was(tmp_path: Path):
     ],
 )
 def test_modes_of_png(mode: str, color, expected: list[int]):
-    assert pixels(load_picture(png(Image.new(mode, (1, 1), color)))) == [[expected]]
+    assert pixels(load_image(png(Image.new(mode, (1, 1), color)))) == [[expected]]
 
 
 @pytest.mark.parametrize("mode", ["RGBa", "La", "PA", "YCbCr", "HSV"])
@@ -64,22 +64,22 @@ def test_modes_that_only_pil_makes(mode: str):
 
 
 def test_palette_with_a_transparent_color_is_laid_on_white():
-    picture = Image.new("P", (2, 1))
-    picture.putpalette([10, 20, 30, 40, 50, 60])
-    picture.putpixel((1, 0), 1)
-    assert pixels(load_picture(png(picture, transparency=0))) == [[[255, 255, 255], [40, 50, 60]]]
-    assert pixels(load_picture(png(picture))) == [[[10, 20, 30], [40, 50, 60]]]
+    image = Image.new("P", (2, 1))
+    image.putpalette([10, 20, 30, 40, 50, 60])
+    image.putpixel((1, 0), 1)
+    assert pixels(load_image(png(image, transparency=0))) == [[[255, 255, 255], [40, 50, 60]]]
+    assert pixels(load_image(png(image))) == [[[10, 20, 30], [40, 50, 60]]]
 
 
 def test_rgb_with_a_transparent_color_is_laid_on_white():
-    picture = Image.new("RGB", (2, 1), (1, 2, 3))
-    picture.putpixel((1, 0), (9, 9, 9))
-    assert pixels(load_picture(png(picture, transparency=(1, 2, 3)))) == [[[255, 255, 255], [9, 9, 9]]]
+    image = Image.new("RGB", (2, 1), (1, 2, 3))
+    image.putpixel((1, 0), (9, 9, 9))
+    assert pixels(load_image(png(image, transparency=(1, 2, 3)))) == [[[255, 255, 255], [9, 9, 9]]]
 
 
 def test_16_bit_is_scaled_not_cut_off():
     values = np.array([[0, 257, 32896, 65535]], dtype=np.uint16)
-    assert pixels(load_picture(png(Image.fromarray(values)))) == [[[v, v, v] for v in (0, 1, 128, 255)]]
+    assert pixels(load_image(png(Image.fromarray(values)))) == [[[v, v, v] for v in (0, 1, 128, 255)]]
 
 
 @pytest.mark.parametrize(
@@ -108,49 +108,49 @@ def test_32_bit_integers(values: list[int], expected: list[int]):
 )
 def test_floats(values: list[float], expected: list[int] | None, tmp_path: Path):
     Image.fromarray(np.array([values], dtype=np.float32)).save(tmp_path / "a.tiff")
-    result = np.asarray(load_picture(tmp_path / "a.tiff"))[0, :, 0].tolist()
+    result = np.asarray(load_image(tmp_path / "a.tiff"))[0, :, 0].tolist()
     assert result == expected if expected is not None else len(set(result)) == 1
 
 
 def test_cmyk(tmp_path: Path):
     Image.new("CMYK", (8, 8), (0, 255, 255, 0)).save(tmp_path / "a.jpg", quality=95)
-    red, green, blue = np.asarray(load_picture(tmp_path / "a.jpg")).reshape(-1, 3).mean(0)
+    red, green, blue = np.asarray(load_image(tmp_path / "a.jpg")).reshape(-1, 3).mean(0)
     assert red > 240
     assert max(green, blue) < 15
 
 
-def test_exif_orientation_turns_the_picture_upright(tmp_path: Path):
-    picture = Image.new("RGB", (4, 2), "white")
-    picture.putpixel((0, 0), (255, 0, 0))
+def test_exif_orientation_turns_the_image_upright(tmp_path: Path):
+    image = Image.new("RGB", (4, 2), "white")
+    image.putpixel((0, 0), (255, 0, 0))
     exif = Image.Exif()
     exif[0x0112] = 6  # the camera was turned: rotate by 90 degrees clockwise to see it upright
-    picture.save(tmp_path / "a.png", exif=exif)
-    upright = load_picture(tmp_path / "a.png")
+    image.save(tmp_path / "a.png", exif=exif)
+    upright = load_image(tmp_path / "a.png")
     assert upright.size == (2, 4)
     assert upright.getpixel((1, 0)) == (255, 0, 0)
 
 
-def test_damaged_exif_does_not_lose_the_picture():
+def test_damaged_exif_does_not_lose_the_image():
     data = png(Image.new("RGB", (3, 3), "blue"), exif=b"Exif\0\0II*\0\xff\xff\xff\x7fnonsense")
-    assert load_picture(data).size == (3, 3)
+    assert load_image(data).size == (3, 3)
 
 
 @pytest.mark.parametrize("form", ["gif", "webp", "png", "tiff"])
 def test_animations_give_their_first_frame(form: str, tmp_path: Path):
     frames = [Image.new("RGB", (4, 4), color) for color in ("red", "blue")]
     frames[0].save(tmp_path / f"a.{form}", save_all=True, append_images=frames[1:])
-    red, _, blue = load_picture(tmp_path / f"a.{form}").getpixel((1, 1))
+    red, _, blue = load_image(tmp_path / f"a.{form}").getpixel((1, 1))
     assert red > 200
     assert blue < 50
 
 
 @pytest.mark.parametrize("form", ["png", "jpeg", "gif", "bmp", "tiff", "webp"])
-def test_truncated_pictures_are_unreadable(form: str):
+def test_truncated_images_are_unreadable(form: str):
     data = io.BytesIO()
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     Image.fromarray(noise).save(data, form)
-    with pytest.raises(UnreadablePicture) as caught:
-        load_picture(data.getvalue()[: len(data.getvalue()) // 2])
+    with pytest.raises(UnreadableImage) as caught:
+        load_image(data.getvalue()[: len(data.getvalue()) // 2])
     assert "\n" not in caught.value.reason
     assert caught.value.reason
 
@@ -165,48 +165,48 @@ def test_flipped_bytes_never_raise_anything_else(form: str):
         for place in generator.integers(0, len(broken), 4):
             broken[place] ^= 0xFF
         try:
-            outcome = load_picture(bytes(broken)).mode
-        except UnreadablePicture as error:
+            outcome = load_image(bytes(broken)).mode
+        except UnreadableImage as error:
             outcome = error.reason
         assert outcome
         assert "\n" not in outcome
 
 
 @pytest.mark.parametrize("data", [b"", b"x", b"<html>not found</html>", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff"])
-def test_what_is_no_picture(data: bytes):
-    with pytest.raises(UnreadablePicture):
-        load_picture(data)
+def test_what_is_no_image(data: bytes):
+    with pytest.raises(UnreadableImage):
+        load_image(data)
 
 
 def test_zero_byte_file_says_so_without_its_path(tmp_path: Path):
     (tmp_path / "a.jpg").touch()
-    with pytest.raises(UnreadablePicture) as caught:
-        load_picture(tmp_path / "a.jpg")
-    assert str(caught.value) == "not a picture that PIL knows"
+    with pytest.raises(UnreadableImage) as caught:
+        load_image(tmp_path / "a.jpg")
+    assert str(caught.value) == "not an image that PIL knows"
 
 
 def test_reasons_of_the_file_system(tmp_path: Path):
-    with pytest.raises(UnreadablePicture, match="no such file"):
-        load_picture(tmp_path / "gone.png")
-    with pytest.raises(UnreadablePicture, match="file name too long"):
-        load_picture(tmp_path / ("x" * 5000))
-    with pytest.raises(UnreadablePicture, match="is a directory"):
-        load_picture(tmp_path)
+    with pytest.raises(UnreadableImage, match="no such file"):
+        load_image(tmp_path / "gone.png")
+    with pytest.raises(UnreadableImage, match="file name too long"):
+        load_image(tmp_path / ("x" * 5000))
+    with pytest.raises(UnreadableImage, match="is a directory"):
+        load_image(tmp_path)
 
 
 @pytest.mark.parametrize("size", [(9460, 9460), (20000, 20000), (65000, 65000)])
 def test_decompression_bombs_are_refused_by_their_header(size: tuple[int, int]):
-    with pytest.raises(UnreadablePicture, match=r"more than 89,478,485"):
-        load_picture(png_header(*size))
+    with pytest.raises(UnreadableImage, match=r"more than 89,478,485"):
+        load_image(png_header(*size))
 
 
 def test_strips_that_would_explode_when_resized():
-    assert load_picture(png(Image.new("L", (MAX_ASPECT, 1)))).size == (MAX_ASPECT, 1)
-    with pytest.raises(UnreadablePicture, match="thinner than 1 : 200"):
-        load_picture(png(Image.new("L", (1, MAX_ASPECT + 1))))
+    assert load_image(png(Image.new("L", (MAX_ASPECT, 1)))).size == (MAX_ASPECT, 1)
+    with pytest.raises(UnreadableImage, match="thinner than 1 : 200"):
+        load_image(png(Image.new("L", (1, MAX_ASPECT + 1))))
 
 
 def test_suffixes():
-    assert {".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm"} <= picture_suffixes()
+    assert {".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm"} <= image_suffixes()
     # Text, sound, and what PIL opens only by starting another program.
-    assert not {".txt", ".ogg", ".svg", ".pdf", ".eps", ".h5", ".csv", ".mpg", ""} & picture_suffixes()
+    assert not {".txt", ".ogg", ".svg", ".pdf", ".eps", ".h5", ".csv", ".mpg", ""} & image_suffixes()

@@ -15,7 +15,7 @@ from pyarrow import parquet
 from ulfine_fast.cache.io.errors import InputError
 from ulfine_fast.cache.pipeline.extract import extract
 from ulfine_fast.cache.sources import TableSource, open_source, reopen_source
-from ulfine_fast.cache.sources.image import UnreadablePicture
+from ulfine_fast.cache.sources.image import UnreadableImage
 from ulfine_fast.cache.sources.parquet_images import ParquetSource
 from ulfine_fast.cache.store import FeatureCache
 
@@ -28,10 +28,10 @@ def png(seed: int) -> bytes:
 
 
 def write(path: Path, count: int = 5, *, pair: bool = False, group: int = 2, first: int = 0, **columns) -> Path:
-    """`count` pictures in row groups of `group`."""
+    """`count` images in row groups of `group`."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    pictures = [png(number) for number in range(first, first + count)]
-    image = [{"bytes": one, "path": None} for one in pictures] if pair else pictures
+    images = [png(number) for number in range(first, first + count)]
+    image = [{"bytes": one, "path": None} for one in images] if pair else images
     kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())]) if pair else pa.binary()
     table = pa.table({"image": pa.array(image, kind), **columns})
     parquet.write_table(table, path, row_group_size=group)
@@ -43,7 +43,7 @@ def rows_of(source, shard_size=4):
 
 
 @pytest.mark.parametrize("pair", [False, True])
-def test_pictures_and_labels_are_those_that_went_in(tmp_path, pair):
+def test_images_and_labels_are_those_that_went_in(tmp_path, pair):
     path = write(tmp_path / "test.parquet", pair=pair, label=["dog", "cat", "dog", None, "cat"])
     source = pickle.loads(pickle.dumps(open_source(path)))
     assert isinstance(source, ParquetSource)
@@ -101,7 +101,7 @@ def test_ids_from_a_column(tmp_path):
     source = ParquetSource(str(write(tmp_path / "train.parquet", 3, label=[0] * 3, id=["a", "b/c", "../d"])))
     rows = rows_of(source)
     assert [row.id for row in rows] == ["train/a", "train/b/c", "train/row-00000002"]
-    with pytest.raises(UnreadablePicture, match="its id leads elsewhere"):
+    with pytest.raises(UnreadableImage, match="its id leads elsewhere"):
         source.read(rows[2])
 
 
@@ -138,7 +138,7 @@ def test_a_table_of_paths_is_still_a_table(tmp_path):
 
 def test_a_wrong_column_is_named_with_those_that_are_there(tmp_path):
     parquet.write_table(pa.table({"jpeg": ["a.png"], "label": ["x"]}), tmp_path / "t.parquet")
-    with pytest.raises(InputError, match=r"no column of encoded pictures .* found jpeg, label"):
+    with pytest.raises(InputError, match=r"no column of encoded images .* found jpeg, label"):
         ParquetSource(str(tmp_path / "t.parquet"))
     with pytest.raises(InputError, match=r"needs a column path .* found jpeg, label"):
         open_source(tmp_path / "t.parquet")
@@ -162,14 +162,14 @@ def test_labels_that_name_no_class(tmp_path):
         ParquetSource(str(write(tmp_path / "none.parquet", 2)))
 
 
-def test_an_empty_cell_is_a_picture_that_cannot_be_read(tmp_path):
-    table = pa.table({"image": pa.array([png(0), None, b"no picture"], pa.binary()), "label": [0, 0, 0]})
+def test_an_empty_cell_is_a_image_that_cannot_be_read(tmp_path):
+    table = pa.table({"image": pa.array([png(0), None, b"no image"], pa.binary()), "label": [0, 0, 0]})
     parquet.write_table(table, tmp_path / "train.parquet")
     source = ParquetSource(str(tmp_path / "train.parquet"))
     rows = rows_of(source)
     assert source.read(rows[0]).size == (24, 20)
-    for row, reason in zip(rows[1:], ["empty", "not a picture"], strict=True):
-        with pytest.raises(UnreadablePicture, match=reason):
+    for row, reason in zip(rows[1:], ["empty", "not an image"], strict=True):
+        with pytest.raises(UnreadableImage, match=reason):
             source.read(row)
 
 

@@ -40,7 +40,7 @@ def test_fingerprint_ignores_where_the_files_are_and_heeds_the_order():
     ("where", "sentence"),
     [
         ("cifar-10", "no such folder or table: cifar-10; did you mean cifar10?"),
-        ("pictures", "data sets by name are cifar10, cifar100, fashion_mnist, food101, stl10, svhn"),
+        ("images", "data sets by name are cifar10, cifar100, fashion_mnist, food101, stl10, svhn"),
         ("x" * 5000, "no such folder or table"),
         ("table.parquet", "no such table"),
     ],
@@ -55,7 +55,7 @@ def test_nothing_there(where: str, sentence: str, tmp_path: Path, monkeypatch: p
 def test_a_folder_wins_over_a_data_set_of_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     Path("cifar10").mkdir()
-    with pytest.raises(InputError, match="no pictures in class folders"):
+    with pytest.raises(InputError, match="no images in class folders"):
         open_source("cifar10")
 
 

@@ -9,11 +9,11 @@ from pyarrow import parquet
 
 from ulfine_fast.cache.io.errors import InputError
 from ulfine_fast.cache.sources import open_source, reopen_source
-from ulfine_fast.cache.sources.table import PictureTable, TableSource
+from ulfine_fast.cache.sources.table import ImageTable, TableSource
 
 
 @pytest.fixture
-def pictures(tmp_path: Path) -> Path:
+def images(tmp_path: Path) -> Path:
     (tmp_path / "p").mkdir()
     for number, name in enumerate("abcdef"):
         Image.new("RGB", (3 + number, 3)).save(tmp_path / f"p/{name}.png")
@@ -29,9 +29,9 @@ def table(source: TableSource) -> list[tuple[str, int, str]]:
     return [(row.id, row.label, row.split) for row in source.rows]
 
 
-def test_csv_with_all_columns(pictures: Path):
+def test_csv_with_all_columns(images: Path):
     where = write(
-        pictures,
+        images,
         "split,path,other,label\n"
         "test,p/a.png,x,dog\n"
         "train,p/b.png,x,cat\n"
@@ -51,64 +51,64 @@ def test_csv_with_all_columns(pictures: Path):
         ("p/a.png", 1, "test"),
     ]
     assert source.read(source.rows[0]).size == (4, 3)
-    assert source.rows[0].bytes == (pictures / "p/b.png").stat().st_size
+    assert source.rows[0].bytes == (images / "p/b.png").stat().st_size
 
 
-def test_without_a_split_column(pictures: Path):
-    source = TableSource(write(pictures, "path,label\np/a.png,x\np/b.png,\n"))
+def test_without_a_split_column(images: Path):
+    source = TableSource(write(images, "path,label\np/a.png,x\np/b.png,\n"))
     assert table(source) == [("p/a.png", 0, "train"), ("p/b.png", -1, "unlabeled")]
 
 
-def test_absolute_paths_quotes_blanks_and_byte_order_mark(pictures: Path):
-    (pictures / "p/a, b.png").write_bytes((pictures / "p/a.png").read_bytes())
-    where = write(pictures, f'path,label\n{pictures}/p/a.png , x\n"p/a, b.png",x\n', encoding="utf-8-sig")
+def test_absolute_paths_quotes_blanks_and_byte_order_mark(images: Path):
+    (images / "p/a, b.png").write_bytes((images / "p/a.png").read_bytes())
+    where = write(images, f'path,label\n{images}/p/a.png , x\n"p/a, b.png",x\n', encoding="utf-8-sig")
     source = TableSource(where)
-    assert [row.id for row in source.rows] == [f"{pictures}/p/a.png", "p/a, b.png"]
+    assert [row.id for row in source.rows] == [f"{images}/p/a.png", "p/a, b.png"]
     assert all(source.read(row).size == (3, 3) for row in source.rows)
 
 
-def test_whole_numbers_are_in_numeric_order(pictures: Path):
-    source = TableSource(write(pictures, "path,label\np/a.png,10\np/b.png,9\np/c.png,10\n"))
+def test_whole_numbers_are_in_numeric_order(images: Path):
+    source = TableSource(write(images, "path,label\np/a.png,10\np/b.png,9\np/c.png,10\n"))
     assert source.class_names == ["9", "10"]
     assert [row.label for row in source.rows] == [1, 0, 1]
 
 
-def test_numbers_are_places_in_a_list_of_names(pictures: Path):
-    names = pictures / "names.txt"
+def test_numbers_are_places_in_a_list_of_names(images: Path):
+    names = images / "names.txt"
     names.write_text("zero\none\ntwo\n")
-    source = TableSource(write(pictures, "path,label\np/a.png,2\np/b.png,0\n"), class_names_file=names)
+    source = TableSource(write(images, "path,label\np/a.png,2\np/b.png,0\n"), class_names_file=names)
     assert source.class_names == ["zero", "one", "two"]
     assert [row.label for row in source.rows] == [2, 0]
 
 
-def test_too_short_a_list_of_names(pictures: Path):
-    names = pictures / "names.txt"
+def test_too_short_a_list_of_names(images: Path):
+    names = images / "names.txt"
     names.write_text("zero\n")
     with pytest.raises(InputError, match=r"has 1 names, the source has 2 classes: 0, 7"):
-        TableSource(write(pictures, "path,label\np/a.png,7\np/b.png,0\n"), class_names_file=names)
+        TableSource(write(images, "path,label\np/a.png,7\np/b.png,0\n"), class_names_file=names)
 
 
-def test_names_by_folder_column(pictures: Path):
-    names = pictures / "names.csv"
+def test_names_by_folder_column(images: Path):
+    names = images / "names.csv"
     names.write_text("folder,name\n7,seven things\n")
-    source = TableSource(write(pictures, "path,label\np/a.png,7\np/b.png,0\n"), class_names_file=names)
+    source = TableSource(write(images, "path,label\np/a.png,7\np/b.png,0\n"), class_names_file=names)
     assert source.class_names == ["0", "seven things"]
 
 
-def test_parquet_gives_the_same_as_csv(pictures: Path):
+def test_parquet_gives_the_same_as_csv(images: Path):
     paths, labels = ["p/a.png", "p/b.png", "p/c.png"], ["y", None, "x"]
-    parquet.write_table(pa.table({"label": labels, "path": paths, "z": [1, 2, 3]}), pictures / "t.parquet")
-    found = TableSource(pictures / "t.parquet")
-    wanted = TableSource(write(pictures, "path,label\np/a.png,y\np/b.png,\np/c.png,x\n"))
+    parquet.write_table(pa.table({"label": labels, "path": paths, "z": [1, 2, 3]}), images / "t.parquet")
+    found = TableSource(images / "t.parquet")
+    wanted = TableSource(write(images, "path,label\np/a.png,y\np/b.png,\np/c.png,x\n"))
     assert (found.rows, found.class_names) == (wanted.rows, wanted.class_names)
 
 
-def test_parquet_numbers_with_gaps(pictures: Path):
+def test_parquet_numbers_with_gaps(images: Path):
     # What a data frame makes of whole numbers with a missing one.
     labels = pa.array([3.0, float("nan"), 1.0, None])
     paths = pa.array([f"p/{name}.png" for name in "abcd"]).dictionary_encode()
-    parquet.write_table(pa.table({"path": paths, "label": labels}), pictures / "t.parquet")
-    source = TableSource(pictures / "t.parquet")
+    parquet.write_table(pa.table({"path": paths, "label": labels}), images / "t.parquet")
+    source = TableSource(images / "t.parquet")
     assert source.class_names == ["1", "3"]
     assert [(row.id, row.label) for row in source.rows] == [
         ("p/a.png", 1),
@@ -137,28 +137,28 @@ def test_parquet_numbers_with_gaps(pictures: Path):
         ("path,label\np/\0a.png,x\n", r"is not"),
     ],
 )
-def test_bad_tables_end_with_one_sentence(text: str, sentence: str, pictures: Path):
+def test_bad_tables_end_with_one_sentence(text: str, sentence: str, images: Path):
     with pytest.raises(InputError, match=sentence) as caught:
-        TableSource(write(pictures, text))
+        TableSource(write(images, text))
     assert "\n" not in str(caught.value)
 
 
-def test_files_that_are_no_tables(pictures: Path):
+def test_files_that_are_no_tables(images: Path):
     with pytest.raises(InputError, match="no such table"):
-        TableSource(pictures / "gone.csv")
+        TableSource(images / "gone.csv")
     with pytest.raises(InputError, match="is not a UTF-8 csv file"):
-        TableSource(write(pictures, "path,label\np/ä.png,x\n", encoding="latin-1"))
-    (pictures / "t.parquet").write_bytes(b"not parquet at all")
+        TableSource(write(images, "path,label\np/ä.png,x\n", encoding="latin-1"))
+    (images / "t.parquet").write_bytes(b"not parquet at all")
     with pytest.raises(InputError, match="is not a parquet file") as caught:
-        TableSource(pictures / "t.parquet")
+        TableSource(images / "t.parquet")
     assert "\n" not in str(caught.value)
-    parquet.write_table(pa.table({"file": ["a"]}), pictures / "t.parquet")
+    parquet.write_table(pa.table({"file": ["a"]}), images / "t.parquet")
     with pytest.raises(InputError, match=r"needs a column path .* found file"):
-        TableSource(pictures / "t.parquet")
+        TableSource(images / "t.parquet")
 
 
-def test_opened_by_name_and_reopened(pictures: Path):
-    where = write(pictures, "path,label\np/a.png,x\n")
+def test_opened_by_name_and_reopened(images: Path):
+    where = write(images, "path,label\np/a.png,x\n")
     source = open_source(str(where))
     assert source.describe() == {"kind": "table", "path": str(where)}
     assert reopen_source(source.describe()).rows == source.rows
@@ -170,9 +170,9 @@ def test_opened_by_name_and_reopened(pictures: Path):
 # -- without labels
 
 
-def test_pictures_to_predict_need_no_labels(pictures: Path):
-    where = write(pictures, "path,note\np/b.png,x\np/a.png,\n")
-    source = PictureTable(where)
+def test_images_to_predict_need_no_labels(images: Path):
+    where = write(images, "path,note\np/b.png,x\np/a.png,\n")
+    source = ImageTable(where)
     assert table(source) == [("p/a.png", -1, "test"), ("p/b.png", -1, "test")]
     assert source.class_names == []
     assert source.read(source.rows[1]).size == (4, 3)
@@ -180,17 +180,17 @@ def test_pictures_to_predict_need_no_labels(pictures: Path):
 
 
 @pytest.mark.parametrize("text", ["name\na", "path\n", "path\np/a.png\np/a.png", "path\np/gone.png"])
-def test_a_table_of_pictures_that_cannot_be_read_is_named(pictures: Path, text: str):
+def test_a_table_of_images_that_cannot_be_read_is_named(images: Path, text: str):
     with pytest.raises(InputError, match=r"table|list"):
-        PictureTable(write(pictures, text))
+        ImageTable(write(images, text))
 
 
-def test_a_data_frame_of_pictures(pictures: Path, monkeypatch):
+def test_a_data_frame_of_images(images: Path, monkeypatch):
     pandas = pytest.importorskip("pandas")
-    monkeypatch.chdir(pictures)
+    monkeypatch.chdir(images)
     frame = pandas.DataFrame({"path": ["p/b.png", "p/a.png"], "other": [1, 2]})
-    assert [row.id for row in PictureTable(frame).rows] == ["p/a.png", "p/b.png"]
+    assert [row.id for row in ImageTable(frame).rows] == ["p/a.png", "p/b.png"]
     with pytest.raises(InputError, match="path"):
-        PictureTable(pandas.DataFrame({"file": ["p/a.png"]}))
+        ImageTable(pandas.DataFrame({"file": ["p/a.png"]}))
     with pytest.raises(InputError, match="data frame"):
-        PictureTable(3)
+        ImageTable(3)

@@ -20,7 +20,7 @@ from PIL import Image
 from ulfine_fast.cache.io.errors import CacheMismatch, InputError
 from ulfine_fast.cache.pipeline.extract import extract
 from ulfine_fast.cache.sources import open_source, reopen_source, streams
-from ulfine_fast.cache.sources.image import UnreadablePicture
+from ulfine_fast.cache.sources.image import UnreadableImage
 from ulfine_fast.cache.sources.tar import TarSource
 from ulfine_fast.cache.store import FeatureCache
 
@@ -96,7 +96,7 @@ def test_a_tar_file_is_a_part_and_its_name_says_the_split(folder, names):
     ]
 
 
-def test_pictures_are_those_that_went_in_also_after_a_journey(folder, names):
+def test_images_are_those_that_went_in_also_after_a_journey(folder, names):
     source = pickle.loads(pickle.dumps(TarSource(str(folder), class_names_file=names)))
     for number, row in enumerate(rows_of(source)):
         wanted = np.asarray(Image.open(io.BytesIO(png(number))).convert("RGB"))
@@ -140,7 +140,7 @@ def test_labels(tmp_path, names, beside, label):
 
 
 def test_what_a_downloader_leaves_is_understood(tmp_path, names):
-    """Captions, notes, failed samples without a picture, statistics and tables beside the tar files."""
+    """Captions, notes, failed samples without an image, statistics and tables beside the tar files."""
     members = {"000/0000.jpg": png(), "000/0000.txt": b"a cat", "000/0000.json": b'{"url": "x"}'}
     members |= {"000/0001.json": b'{"status": "failed"}', "000/0002.left.png": png(2), "000/0002.seg.png": png(3)}
     root = tmp_path / "out"
@@ -172,8 +172,8 @@ def test_a_remote_file_is_copied_while_it_is_worked_on(folder, names, monkeypatc
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "copies"))
     (tmp_path / "copies").mkdir()
     memory = fsspec.filesystem("memory")
-    memory.pipe("/pictures/train-0.tar", packed(samples(2)))
-    source = open_source("memory://pictures", class_names_file=names)
+    memory.pipe("/images/train-0.tar", packed(samples(2)))
+    source = open_source("memory://images", class_names_file=names)
     (part,) = source.plan(1)
     assert (part.name, part.split) == ("train-0.tar", "train")
     rows = source.open(part)
@@ -181,7 +181,7 @@ def test_a_remote_file_is_copied_while_it_is_worked_on(folder, names, monkeypatc
     assert source.read(rows[1]).size == (24, 20)
     source.close(part)
     assert list((tmp_path / "copies").iterdir()) == []
-    memory.rm("/pictures", recursive=True)
+    memory.rm("/images", recursive=True)
 
 
 # -- bad input
@@ -263,7 +263,7 @@ def test_files_of_a_web_server(served, folder, names, tiny_encoder, tmp_path):
     assert [(file.name, file.bytes) for file in there.files] == [(file.name, file.bytes) for file in here.files]
     assert [part.split for part in there.plan(1)] == [part.split for part in here.plan(1)]
     done = extract(there, tiny_encoder, tmp_path / "cache", workers=1)
-    assert (done.pictures, done.skipped) == (5, [])
+    assert (done.images, done.skipped) == (5, [])
     assert not streams._COPIES  # copies are removed once their shard is written
 
 
@@ -304,7 +304,7 @@ def test_names_that_lead_out_are_skipped_with_a_reason(tmp_path, names, name):
     source = one(tmp_path, names, {"0.png": png(), name: png(), "2.png": png()})
     rows = rows_of(source)
     assert [row.id for row in rows] == ["a/0", f"a/member-{rows[1].id.rpartition('-')[2]}", "a/2"]
-    with pytest.raises(UnreadablePicture, match="leads out of the tar file"):
+    with pytest.raises(UnreadableImage, match="leads out of the tar file"):
         source.read(rows[1])
 
 
@@ -316,7 +316,7 @@ def test_links_and_devices_are_never_followed(tmp_path, names, kind):
         tar.addfile(told)
     source = TarSource(str(tmp_path / "a.tar"), class_names_file=names)
     (row,) = rows_of(source)
-    with pytest.raises(UnreadablePicture, match="a link or a device"):
+    with pytest.raises(UnreadableImage, match="a link or a device"):
         source.read(row)
 
 
@@ -356,13 +356,13 @@ def bytes_of(cache: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(cache.rglob("*.h5"))}
 
 
-def test_a_tar_file_and_a_folder_give_the_same_features(pictures, tiny_encoder, names, tmp_path):
+def test_a_tar_file_and_a_folder_give_the_same_features(images, tiny_encoder, names, tmp_path):
     root = tmp_path / "tars"
     root.mkdir()
     for split in ("train", "unlabeled", "val", "test"):
         members = {}
-        for path in sorted((pictures / split).rglob("*.png")):
-            key = str(path.relative_to(pictures / split).with_suffix("")).replace("/", "-")
+        for path in sorted((images / split).rglob("*.png")):
+            key = str(path.relative_to(images / split).with_suffix("")).replace("/", "-")
             members[f"{key}.png"] = path.read_bytes()
             if split != "unlabeled":
                 members[f"{key}.cls"] = path.parent.name.encode()
@@ -370,10 +370,10 @@ def test_a_tar_file_and_a_folder_give_the_same_features(pictures, tiny_encoder, 
     views = {"weak": 0, "strong": 0}  # drawn by id, which differs
     from ulfine_fast.cache.pipeline.views import ViewRecipe
 
-    extract(open_source(pictures), tiny_encoder, tmp_path / "a", views=ViewRecipe(**views), **SMALL)
+    extract(open_source(images), tiny_encoder, tmp_path / "a", views=ViewRecipe(**views), **SMALL)
     source = open_source(root, class_names_file=names)
     summary = extract(source, tiny_encoder, tmp_path / "b", views=ViewRecipe(**views), **SMALL)
-    assert (summary.pictures, summary.shards) == (11, 4)
+    assert (summary.images, summary.shards) == (11, 4)
     one, two = FeatureCache.open(tmp_path / "a"), FeatureCache.open(tmp_path / "b")
     assert np.array_equal(one.plain, two.plain)
     assert one.labels.tolist() == two.labels.tolist()
@@ -408,7 +408,7 @@ def test_a_stopped_run_continues_to_the_same_bytes(folder, names, tiny_encoder, 
     with pytest.raises(KeyboardInterrupt, match="of 4 shards are finished"):
         extract(Stopping(source, at), tiny_encoder, tmp_path / "cache", **SMALL)
     summary = extract(source, tiny_encoder, tmp_path / "cache", **SMALL)
-    assert summary.pictures == 9
+    assert summary.images == 9
     assert bytes_of(tmp_path / "cache") == bytes_of(tmp_path / "whole")
     assert extract(source, tiny_encoder, tmp_path / "cache", **SMALL).encoded == 0
 
@@ -422,26 +422,26 @@ def test_a_changed_file_is_another_source(folder, names, tiny_encoder, tmp_path)
 
 def test_two_samples_of_one_key_are_named(tmp_path, names, tiny_encoder):
     source = one(tmp_path, names, {"0.png": png(), "1.png": png(), "0.jpg": png()}, "train.tar")
-    with pytest.raises(InputError, match="two pictures have the id 'train/0'"):
+    with pytest.raises(InputError, match="two images have the id 'train/0'"):
         extract(source, tiny_encoder, tmp_path / "cache", **SMALL)
 
 
-def test_skipped_pictures_are_counted_and_listed(tmp_path, names, tiny_encoder):
-    members = {**samples(3), "../out.png": png(), "bad.png": b"no picture", "bad.cls": b"1"}
+def test_skipped_images_are_counted_and_listed(tmp_path, names, tiny_encoder):
+    members = {**samples(3), "../out.png": png(), "bad.png": b"no image", "bad.cls": b"1"}
     source = one(tmp_path, names, members, "train.tar")
     summary = extract(source, tiny_encoder, tmp_path / "cache", **SMALL)
-    assert (summary.pictures, len(summary.skipped)) == (3, 2)
+    assert (summary.images, len(summary.skipped)) == (3, 2)
     assert FeatureCache.open(tmp_path / "cache").verify() == []
 
 
-def test_too_many_skipped_pictures_stop_the_work(tmp_path, names, tiny_encoder):
-    members = {f"{number}.png": b"no picture" for number in range(6)}
+def test_too_many_skipped_images_stop_the_work(tmp_path, names, tiny_encoder):
+    members = {f"{number}.png": b"no image" for number in range(6)}
     source = one(tmp_path, names, members, "train.tar")
     with pytest.raises(InputError, match="more than the share of"):
         extract(source, tiny_encoder, tmp_path / "cache", **SMALL, shard_size=4)
 
 
-def test_a_manifest_opens_its_pictures_again(folder, names, tiny_encoder, tmp_path):
+def test_a_manifest_opens_its_images_again(folder, names, tiny_encoder, tmp_path):
     extract(open_source(folder, class_names_file=names), tiny_encoder, tmp_path / "cache", **SMALL)
     again = reopen_source(FeatureCache.open(tmp_path / "cache").manifest.source)
     assert [row.id for row in rows_of(again)] == FeatureCache.open(tmp_path / "cache").ids

@@ -13,7 +13,7 @@ from PIL import Image
 from torchvision import datasets
 
 from ulfine_fast.cache.io.errors import InputError
-from ulfine_fast.cache.sources import UnreadablePicture, open_source, reopen_source
+from ulfine_fast.cache.sources import UnreadableImage, open_source, reopen_source
 from ulfine_fast.cache.sources.rows import Row
 from ulfine_fast.cache.sources.torchvision_sets import TorchvisionSource
 
@@ -25,7 +25,7 @@ def write_idx(path: Path, values: np.ndarray) -> None:
 
 @pytest.fixture
 def idx_folder(tmp_path: Path) -> Path:
-    """Three training and two test pictures of 2 x 3 pixels."""
+    """Three training and two test images of 2 x 3 pixels."""
     write_idx(tmp_path / "train-images-idx3-ubyte.gz", np.arange(18).reshape(3, 2, 3))
     write_idx(tmp_path / "train-labels-idx1-ubyte.gz", np.array([9, 0, 1]))
     write_idx(tmp_path / "t10k-images-idx3-ubyte.gz", np.arange(12).reshape(2, 2, 3) + 100)
@@ -44,9 +44,9 @@ def test_fashion_mnist_from_idx_files(idx_folder: Path):
         ("test/00000", 3, "test", 6),
         ("test/00001", 3, "test", 6),
     ]
-    picture = source.read(source.rows[1])
-    assert picture.mode == "RGB"
-    assert np.asarray(picture)[..., 1].tolist() == [[6, 7, 8], [9, 10, 11]]
+    image = source.read(source.rows[1])
+    assert image.mode == "RGB"
+    assert np.asarray(image)[..., 1].tolist() == [[6, 7, 8], [9, 10, 11]]
     assert np.asarray(source.read(source.rows[4]))[0, 0].tolist() == [106, 106, 106]
 
 
@@ -131,7 +131,7 @@ def test_stl10_has_an_unlabelled_split(home: Path, monkeypatch: pytest.MonkeyPat
         ("test/00000", 0),
         ("test/00001", 1),
     ]
-    # (3, H, W) in the data set, (H, W, 3) in a picture
+    # (3, H, W) in the data set, (H, W, 3) in an image
     wanted = images(2, channels_first=True)[1].transpose(1, 2, 0)
     assert np.array_equal(np.asarray(source.read(source.rows[3])), wanted)
 
@@ -193,5 +193,5 @@ def test_unknown_name():
 
 def test_a_row_of_another_data_set(idx_folder: Path):
     source = TorchvisionSource("fashion_mnist", idx_folder=idx_folder)
-    with pytest.raises(UnreadablePicture, match="no picture 99 in fashion_mnist"):
+    with pytest.raises(UnreadableImage, match="no image 99 in fashion_mnist"):
         source.read(Row("train/00099", 0, "train", "99", 6))

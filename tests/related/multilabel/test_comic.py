@@ -46,7 +46,7 @@ def test_correction_against_a_slow_sum():
     targets = targets_of(LABELS, torch.tensor([False]))
     values = values_of()
     found = correction_loss(LOGITS, LABELS, targets, memory, counts, torch.tensor([40]), values)
-    restored = np.array([0.1 * 0.5, 0.1 * 0.5, 0.0])  # one of two pictures each, and the running mean keeps 0.9
+    restored = np.array([0.1 * 0.5, 0.1 * 0.5, 0.0])  # one of two images each, and the running mean keeps 0.9
     np.testing.assert_allclose(memory.restored[0], restored, rtol=1e-5)
     np.testing.assert_allclose(memory.probability[0], 0.1 * LOGITS.sigmoid().mean(1)[0], rtol=1e-5)
     now = counts[0].numpy() + 40 * restored

@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tests.related.multilabel.worlds import hidden, make_pictures
+from tests.related.multilabel.worlds import hidden, make_images
 from ulfine_fast.cache.io.errors import InputError
 from ulfine_fast.related.multilabel.labels import placed, read_label_table, split_labels
 from ulfine_fast.related.multilabel.settings import MultiLabelConfig
@@ -43,7 +43,7 @@ def test_a_wrong_table_is_refused(tmp_path, text, sentence):
 
 
 def test_rows_find_their_place():
-    cache, truth = make_pictures()
+    cache, truth = make_images()
     table = hidden(cache, truth)
     few = type(table)(table.class_names, table.ids[5:2:-1], table.values[5:2:-1])
     whole, rows = placed(few, cache)
@@ -52,12 +52,12 @@ def test_rows_find_their_place():
     assert (np.delete(whole, rows, 0) == -1).all()
     with pytest.raises(InputError, match="'nobody', which this cache lacks; its ids look like 'train/0'"):
         placed(type(table)(table.class_names, ["nobody"], table.values[:1]), cache)
-    with pytest.raises(InputError, match="no picture"):
+    with pytest.raises(InputError, match="no image"):
         placed(type(table)(table.class_names, [], table.values[:0]), cache)
 
 
 def test_splits_follow_the_cache_or_hold_some_out():
-    cache, truth = make_pictures()
+    cache, truth = make_images()
     labels, rows = placed(hidden(cache, truth), cache)
     names = cache.class_names
     found = split_labels(cache, labels, rows, names, MultiLabelConfig())
@@ -68,15 +68,15 @@ def test_splits_follow_the_cache_or_hold_some_out():
     assert set(held[0].test) | set(held[0].train) == set(range(120))
     np.testing.assert_array_equal(held[0].test, held[1].test)
     assert not np.array_equal(held[0].test, held[2].test)
-    with pytest.raises(InputError, match="no training picture; all"):
+    with pytest.raises(InputError, match="no training image; all"):
         split_labels(cache, labels, rows[120:], names, MultiLabelConfig())
 
 
 def test_a_class_nobody_shows_is_refused():
-    cache, truth = make_pictures()
+    cache, truth = make_images()
     labels, rows = placed(hidden(cache, truth), cache)
-    with pytest.raises(InputError, match="'class 0' is 0 in no training picture"):
+    with pytest.raises(InputError, match="'class 0' is 0 in no training image"):
         split_labels(cache, labels, rows, cache.class_names, MultiLabelConfig(unknown="ignore"))
     labels[:120, 3] = -1
-    with pytest.raises(InputError, match="'class 3' is 1 in none of 120 training pictures"):
+    with pytest.raises(InputError, match="'class 3' is 1 in none of 120 training images"):
         split_labels(cache, labels, rows, cache.class_names, MultiLabelConfig())

@@ -25,7 +25,7 @@ def test_groups_and_unknown_labels():
     labels = np.array([[1, 1, 1], [0, 0, 1], [-1, 1, 1]], dtype=np.int8)
     scores = np.array([[0.9, 0.2, 0.5], [0.1, 0.8, 0.5], [0.95, 0.1, 0.5]])
     found = figures(scores, labels, np.array([5, 200, 50]))
-    # the unknown label of the first class would push its picture down to one half
+    # the unknown label of the first class would push its image down to one half
     assert found["per_class_ap"] == [1.0, pytest.approx((1 / 2 + 2 / 3) / 2), None]
     assert found["map"] == pytest.approx((1 + 7 / 12) / 2)
     assert (found["many"], found["medium"], found["few"]) == (pytest.approx(7 / 12), None, 1.0)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.related.multilabel.worlds import NAMES, hidden, make_pictures
+from tests.related.multilabel.worlds import NAMES, hidden, make_images
 from ulfine_fast.cache.io.errors import InputError
 from ulfine_fast.related.multilabel.labels import LabelTable
 from ulfine_fast.related.multilabel.run import MultiLabelRun
@@ -14,7 +14,7 @@ from ulfine_fast.related.multilabel.train import fit_labels
 
 @pytest.fixture(scope="module")
 def world():
-    cache, truth = make_pictures()
+    cache, truth = make_images()
     return cache, truth, hidden(cache, truth)
 
 

@@ -1,4 +1,4 @@
-"""A cache of pictures that show several of five classes, and their labels."""
+"""A cache of images that show several of five classes, and their labels."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from ulfine_fast.related.multilabel.labels import LabelTable
 NAMES = [f"class {k}" for k in range(5)]
 
 
-def make_pictures(n=240, dim=24, seed=0, noise=0.5, text=True):
-    """Features are sums of the shown classes' directions; class k is shown by about 0.5 / (k + 1) of the pictures."""
+def make_images(n=240, dim=24, seed=0, noise=0.5, text=True):
+    """Features are sums of the shown classes' directions; class k is shown by about 0.5 / (k + 1) of the images."""
     random = np.random.default_rng(seed)
     means = random.normal(size=(len(NAMES), dim)) / dim**0.5
     truth = (random.random((n, len(NAMES))) < 0.5 / (1 + np.arange(len(NAMES)))).astype(np.int8)
@@ -30,7 +30,7 @@ def make_pictures(n=240, dim=24, seed=0, noise=0.5, text=True):
 
 
 def hidden(cache, truth, share=0.4, seed=0):
-    """The table of a user who names some of what training pictures show and nothing else; test labels are whole."""
+    """The table of a user who names some of what training images show and nothing else; test labels are whole."""
     given, train = truth.copy(), cache.splits == "train"
     hide = np.random.default_rng(seed).random(truth.shape) < share
     hide[np.arange(len(NAMES)), np.arange(len(NAMES))] = False

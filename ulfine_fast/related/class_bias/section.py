@@ -21,7 +21,7 @@ _ZERO_SHOT = "zero_shot"
 
 
 def read_groups(path: Path) -> dict[str, str]:
-    """Picture id -> group, from a CSV file with the columns id and group.
+    """Image id -> group, from a CSV file with the columns id and group.
 
     Raises:
         InputError: no such file, or other columns.
@@ -37,11 +37,11 @@ def read_groups(path: Path) -> dict[str, str]:
 
 
 def transfer_section(groups: Sequence[Group], attributes: Mapping[str, str] | None = None) -> dict[str, Any]:
-    """A row for each adapted group, means over seeds; no row where no zero-shot run saw the same test pictures.
+    """A row for each adapted group, means over seeds; no row where no zero-shot run saw the same test images.
 
     Args:
         groups: the page's runs.
-        attributes: picture id -> another attribute than the class.
+        attributes: image id -> another attribute than the class.
     """
     references = [run for group in groups if group.method == _ZERO_SHOT for run in group.runs]
     rows = []
@@ -53,7 +53,7 @@ def transfer_section(groups: Sequence[Group], attributes: Mapping[str, str] | No
 
 
 def _of_run(run: RunFiles, references: Sequence[RunFiles], attributes: Mapping[str, str] | None) -> Transfer | None:
-    """One run beside a zero-shot run of the same test pictures, of its own seed where there is one."""
+    """One run beside a zero-shot run of the same test images, of its own seed where there is one."""
     own = run.predictions()
     for reference in sorted(references, key=lambda one: one.seed != run.seed):
         before = reference.predictions()

@@ -17,14 +17,14 @@ Floats = NDArray[np.floating]
 
 @dataclass(frozen=True, slots=True)
 class Transfer:
-    """One adapted classifier beside the zero-shot one, on the same test pictures.
+    """One adapted classifier beside the zero-shot one, on the same test images.
 
     Attributes:
         bias_correlation: Pearson's r of both biases over the classes, -1..1; NaN where one of them is the same for all.
         count_correlation: r of the adapted bias with log labelled count, above 0 where frequent classes are favoured.
         drift: 1 - mean cosine of both predicted distributions, 0..1.
         spread: standard deviation of the adapted bias over classes, in nats.
-        group_gap: largest minus smallest accuracy of a group of pictures, 0..1; NaN without groups.
+        group_gap: largest minus smallest accuracy of a group of images, 0..1; NaN without groups.
     """
 
     bias_correlation: float
@@ -39,7 +39,7 @@ def class_bias(probabilities: Floats, labels: NDArray[np.int64]) -> Floats:
 
     Args:
         probabilities: (n, K).
-        labels: (n,), at least 0; every class that occurs counts the same, whatever its number of pictures.
+        labels: (n,), at least 0; every class that occurs counts the same, whatever its number of images.
 
     Returns:
         (K,) in nats.
@@ -59,10 +59,10 @@ def transfer(
 
     Args:
         zero_shot: its probabilities (n, K).
-        adapted: (n, K) of the same pictures.
+        adapted: (n, K) of the same images.
         labels: their classes (n,).
-        counts: labelled training pictures of each class (K,); NaN where unknown.
-        groups: another attribute of each picture (n,), "" where unknown.
+        counts: labelled training images of each class (K,); NaN where unknown.
+        groups: another attribute of each image (n,), "" where unknown.
     """
     before, after = class_bias(zero_shot, labels), class_bias(adapted, labels)
     lengths = np.linalg.norm(zero_shot, axis=1) * np.linalg.norm(adapted, axis=1)

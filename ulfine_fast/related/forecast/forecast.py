@@ -38,7 +38,7 @@ class Curve:
     """Runs at S budgets with R seeds each.
 
     Attributes:
-        budgets: ascending (S,), such as labelled pictures or steps.
+        budgets: ascending (S,), such as labelled images or steps.
         losses: validation loss (S, R), above zero.
         figures: validation accuracy of some kind (S, R), in [0, 1].
 

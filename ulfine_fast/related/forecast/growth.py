@@ -114,7 +114,7 @@ def grow(
     Args:
         cache: features.
         configs: the trial, one for each of R seeds.
-        over: labels (of each class the same share, at least one picture), views (the first of each kind) or steps (each
+        over: labels (of each class the same share, at least one image), views (the first of each kind) or steps (each
             number with a schedule of its own).
         metrics: figures; of a group of classes, the group that it is with all labels.
         sizes: shares of the trial's own budget, ascending.
@@ -124,16 +124,16 @@ def grow(
 
     Returns:
         For each metric a curve of as many budgets as differ. The loss is the mean negative log-likelihood over the
-        pictures that the figure is about, at the temperature fitted on validation; for other figures than accuracy of
+        images that the figure is about, at the temperature fitted on validation; for other figures than accuracy of
         each class first.
 
     Raises:
-        InputError: no validation pictures or no such figure on them, a run that diverged, or what
+        InputError: no validation images or no such figure on them, a run that diverged, or what
             :func:`ulfine_fast.fit_many` refuses.
     """
     splits = [split or draw_split(cache.labels, cache.splits, cache.class_names, config) for config in configs]
     if any(not len(one.val) for one in splits):
-        raise InputError("the split has no validation pictures to forecast from; set val_fraction above 0")
+        raise InputError("the split has no validation images to forecast from; set val_fraction above 0")
     if over == "views":
         _refuse_views(configs)
     points = []
@@ -181,11 +181,11 @@ def _at(
 
 
 def fewer_labels(cache: FeatureCache, split: Split, share: float, seed: int) -> Split:
-    """A split with that share of each class's labelled pictures, at least one; a smaller share's are among them."""
+    """A split with that share of each class's labelled images, at least one; a smaller share's are among them."""
     random = np.random.default_rng([seed, 0xF09E])
     labels = cache.labels[split.labeled]
     pools = [random.permutation(split.labeled[labels == k]) for k in range(len(cache.class_names))]
-    # the pictures left out are not put among the unlabelled ones: only the labels are to differ
+    # the images left out are not put among the unlabelled ones: only the labels are to differ
     kept = np.sort(np.concatenate([pool[: max(1, round(share * len(pool)))] for pool in pools]))
     return replace(split, labeled=kept)
 

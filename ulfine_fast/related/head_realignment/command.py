@@ -20,7 +20,7 @@ def realign(
         str, typer.Option(help="gaussians (train the head on samples), lda (closed form) or adjust (shift logits).")
     ] = "gaussians",
     kappa: Annotated[
-        str, typer.Option(help="Weight of the text in class means, in pictures; of several, the best on validation.")
+        str, typer.Option(help="Weight of the text in class means, in images; of several, the best on validation.")
     ] = "0,5,20,100",
     tau: Annotated[float, typer.Option(help="Strength of adjust, in tau log pi.")] = 1.0,
     cache: Annotated[Path | None, typer.Option(help="The run's cache, where it is no longer where it was.")] = None,

@@ -57,15 +57,15 @@ def realign(
 ) -> list[Run]:
     """Realigned copies of runs; their adapters stay, their heads are trained or replaced.
 
-    Of several kappas each run takes the one with the best balanced accuracy on its validation pictures, the first of
-    equals; the test pictures are read once, after that.
+    Of several kappas each run takes the one with the best balanced accuracy on its validation images, the first of
+    equals; the test images are read once, after that.
 
     Args:
         runs: fitted runs with one cosine head ("adjust" takes any).
         cache: the cache that all of them were fitted on.
         by: "gaussians" trains the head on samples; "lda" is linear discriminant analysis with the same means and
-            covariance; "adjust" takes tau log pi_k off the logits, pi being the shares of labelled pictures.
-        kappas: how many labelled pictures the text's guess at a class mean weighs as much as, each at least 0.
+            covariance; "adjust" takes tau log pi_k off the logits, pi being the shares of labelled images.
+        kappas: how many labelled images the text's guess at a class mean weighs as much as, each at least 0.
         tau: strength of "adjust", at least 0.
         sampling: of "gaussians".
         device: "auto", "cpu", "cuda" or "cuda:N".
@@ -73,7 +73,7 @@ def realign(
 
     Raises:
         InputError: another way, a value out of its range, a run that predicts from more than one cosine head, or a
-            cache that lacks its pictures.
+            cache that lacks its images.
     """
     _refuse_values(by, kappas, tau)
     stands = [_Stand.of(run, cache, pick_device(device), by) for run in runs]
@@ -90,12 +90,12 @@ def realign(
 
 @dataclass(frozen=True)
 class _Stand:
-    """A run, what it was given, and its labelled pictures as its head sees them.
+    """A run, what it was given, and its labelled images as its head sees them.
 
     Attributes:
-        inputs: of all pictures, as :meth:`Run.logits` takes them (n, ...). labels: their classes (n,).
-        counts: labelled pictures of each class (K,).
-        features: labelled pictures as the head sees them (L, D), and `spread`, that of the head's logits of them;
+        inputs: of all images, as :meth:`Run.logits` takes them (n, ...). labels: their classes (n,).
+        counts: labelled images of each class (K,).
+        features: labelled images as the head sees them (L, D), and `spread`, that of the head's logits of them;
             `gaussians` of them; `anchors`, where the class means would be by their texts, or the mean of all classes
             without texts (K, D). Nobody asks for these four to adjust logits.
     """
@@ -123,7 +123,7 @@ class _Stand:
 
     @property
     def log_prior(self) -> Tensor:
-        """Log shares of the labelled pictures (K,)."""
+        """Log shares of the labelled images (K,)."""
         return torch.from_numpy(np.log(np.maximum(self.counts, 1) / self.counts.sum())).float()
 
     def means(self, kappa: float) -> Tensor:
@@ -151,7 +151,7 @@ class _Stand:
         return {name: tensor for name, tensor in self.run.tensors.items() if not name.startswith("realigned.")}
 
     def _measured(self, labeled: Rows, by: str) -> _Stand:
-        """With the statistics of the labelled pictures."""
+        """With the statistics of the labelled images."""
         seen = _seen(self.run, self.inputs[labeled], by)
         spread = _spread(torch.from_numpy(self.run.logits(self.inputs[labeled])))
         features = seen.to(self.device)
@@ -159,12 +159,12 @@ class _Stand:
         try:
             gaussians = class_gaussians(features, labels, len(self.counts))
         except ValueError:
-            raise InputError("no class has two labelled pictures, of which a covariance could be made") from None
+            raise InputError("no class has two labelled images, of which a covariance could be made") from None
         anchors = _anchors(gaussians, self.cache)
         return replace(self, features=features, spread=spread, gaussians=gaussians, anchors=anchors)
 
     def _score(self, run: Run) -> float:
-        """Balanced accuracy on validation, 0 without validation pictures."""
+        """Balanced accuracy on validation, 0 without validation images."""
         rows = _rows(run, self.cache, "val")
         if not len(rows):
             return 0.0
@@ -276,9 +276,7 @@ def _refuse_cache(run: Run, cache: FeatureCache) -> None:
 
     refuse_other_encoder(run, cache)
     if not run.split["labeled"]:
-        raise InputError(
-            f"the {run.config.method} run saw no labelled picture, and realign needs some; fit with labels"
-        )
+        raise InputError(f"the {run.config.method} run saw no labelled image, and realign needs some; fit with labels")
     if run.relabeled != cache.relabeled:
         raise InputError("the run was fitted on other labels than these; name its file of corrections with --labels")
 

@@ -1,4 +1,4 @@
-"""Bags: groups of training pictures of which the class shares are known, and no picture's own class."""
+"""Bags: groups of training images of which the class shares are known, and no image's own class."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Bags:
 
     @property
     def width(self) -> int:
-        """Pictures in the largest bag."""
+        """Images in the largest bag."""
         return max(len(rows) for rows in self.members)
 
     @property
@@ -39,7 +39,7 @@ class Bags:
         return np.sort(np.concatenate(self.members))
 
     def to_list(self, ids: Sequence[str]) -> list[dict[str, Any]]:
-        """The bags as JSON values, with picture ids in the place of rows."""
+        """The bags as JSON values, with image ids in the place of rows."""
         each = zip(self.names, self.members, self.shares, strict=True)
         return [{"bag": name, "ids": [ids[row] for row in rows], "shares": own.tolist()} for name, rows, own in each]
 
@@ -48,19 +48,19 @@ class Bags:
         """The inverse of :meth:`to_list`.
 
         Raises:
-            KeyError: a picture id that `row_of` lacks.
+            KeyError: an image id that `row_of` lacks.
         """
         members = tuple(np.array([row_of[name] for name in one["ids"]], dtype=np.int64) for one in found)
         return cls(tuple(one["bag"] for one in found), members, np.array([one["shares"] for one in found]))
 
 
 def draw_bags(rows: Rows, labels: Rows, size: int, classes: int, seed: int) -> Bags:
-    """Put labelled pictures into bags at random, and keep no more of their labels than each bag's shares.
+    """Put labelled images into bags at random, and keep no more of their labels than each bag's shares.
 
     Args:
-        rows: of the pictures (L,).
+        rows: of the images (L,).
         labels: their classes (L,).
-        size: pictures in a bag, at least 1; the last bag takes what is left.
+        size: images in a bag, at least 1; the last bag takes what is left.
         classes: K.
         seed: the same seed draws the same order, whatever the size.
     """
@@ -72,10 +72,10 @@ def draw_bags(rows: Rows, labels: Rows, size: int, classes: int, seed: int) -> B
 
 @dataclass(frozen=True)
 class PaddedBags:
-    """Bags of T trials on the device: at most G of at most m pictures.
+    """Bags of T trials on the device: at most G of at most m images.
 
     Attributes:
-        index: rows of the cache (T, G, m); padding repeats a picture of the bag.
+        index: rows of the cache (T, G, m); padding repeats an image of the bag.
         present: bool (T, G, m), False for padding.
         shares: float32 (T, G, K); of bags that are padding, those of the first class.
         count: how many bags are real (T,).

@@ -25,17 +25,17 @@ _TOLERANCE = 1e-3
 
 
 def read_bags(bags: str | Path, proportions: str | Path, cache: FeatureCache) -> Bags:
-    """Bags of a cache's pictures from two CSV files.
+    """Bags of a cache's images from two CSV files.
 
     Args:
         bags: with the columns id and bag.
         proportions: with the columns bag, class and share, or a column bag and one for each class; a class left out has
             the share 0.
-        cache: features of the pictures named.
+        cache: features of the images named.
 
     Raises:
-        InputError: a file that is none of these, a picture or a class that the cache lacks, a picture in two bags or
-            held out by the cache, a bag without pictures or without shares, or shares that are none.
+        InputError: a file that is none of these, an image or a class that the cache lacks, an image in two bags or
+            held out by the cache, a bag without images or without shares, or shares that are none.
     """
     members = _members(Path(bags), cache)
     shares = _shares(Path(proportions), cache.class_names)
@@ -44,19 +44,19 @@ def read_bags(bags: str | Path, proportions: str | Path, cache: FeatureCache) ->
             raise InputError(f"{proportions} has no shares of bag {name!r}; add them, or take the bag out of {bags}")
     for name in shares:
         if name not in members:
-            raise InputError(f"bag {name!r} of {proportions} has no picture in {bags}; add its pictures or remove it")
+            raise InputError(f"bag {name!r} of {proportions} has no image in {bags}; add its images or remove it")
     rows = tuple(np.array(found, dtype=np.int64) for found in members.values())
     return Bags(tuple(members), rows, np.stack([shares[name] for name in members]))
 
 
 def bag_split(cache: FeatureCache, bags: Bags) -> Split:
-    """The split that trains on bags alone: their pictures without labels, and labelled ones to validate and test on.
+    """The split that trains on bags alone: their images without labels, and labelled ones to validate and test on.
 
-    The cache's own val and test pictures have these roles. Labelled pictures outside the bags validate where the cache
-    has none for that; where it has no test pictures, they are the test instead.
+    The cache's own val and test images have these roles. Labelled images outside the bags validate where the cache
+    has none for that; where it has no test images, they are the test instead.
 
     Raises:
-        InputError: no picture is left to test on.
+        InputError: no image is left to test on.
     """
     labeled, mine = cache.labels >= 0, np.isin(np.arange(len(cache)), bags.rows)
     val, test = (np.flatnonzero(labeled & (cache.splits == role)) for role in ("val", "test"))
@@ -66,7 +66,7 @@ def bag_split(cache: FeatureCache, bags: Bags) -> Split:
     elif not len(val):
         val = rest
     if not len(test):
-        raise InputError("no labelled picture is left outside the bags to test on; extract some in a folder named test")
+        raise InputError("no labelled image is left outside the bags to test on; extract some in a folder named test")
     none = np.zeros(0, dtype=np.int64)
     return Split(none, bags.rows, val, test, np.arange(len(cache.class_names)), bags)
 
@@ -80,7 +80,7 @@ def _members(path: Path, cache: FeatureCache) -> dict[str, list[int]]:
     bag_of: dict[str, str] = {}
     members: dict[str, list[int]] = {}
     for name, bag in rows:
-        _refuse_picture(name, bag, path, cache, row_of)
+        _refuse_image(name, bag, path, cache, row_of)
         if name in bag_of:
             raise InputError(f"{path} puts {name!r} into bag {bag_of[name]!r} and again into {bag!r}; keep one line")
         bag_of[name] = bag
@@ -88,15 +88,15 @@ def _members(path: Path, cache: FeatureCache) -> dict[str, list[int]]:
     return members
 
 
-def _refuse_picture(name: str, bag: str, path: Path, cache: FeatureCache, row_of: dict[str, int]) -> None:
-    """Refuse a picture that is in no bag, not in the cache, or held out by it."""
+def _refuse_image(name: str, bag: str, path: Path, cache: FeatureCache, row_of: dict[str, int]) -> None:
+    """Refuse an image that is in no bag, not in the cache, or held out by it."""
     if not bag:
         raise InputError(f"{path} names no bag for {name!r}; name one or remove the line")
     if name not in row_of:
         raise InputError(f"bag {bag!r} of {path} holds {name!r}, which this cache lacks; remove its line")
     where = cache.splits[row_of[name]]
     if where in ("val", "test"):
-        raise InputError(f"bag {bag!r} of {path} holds {name!r}, a {where} picture of this cache; remove its line")
+        raise InputError(f"bag {bag!r} of {path} holds {name!r}, a {where} image of this cache; remove its line")
 
 
 def _shares(path: Path, classes: list[str]) -> dict[str, NDArray[np.float64]]:

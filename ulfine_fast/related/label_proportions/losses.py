@@ -1,4 +1,4 @@
-"""Learning from class shares of bags, over axes of trials T and bags G, with at most m pictures in a bag."""
+"""Learning from class shares of bags, over axes of trials T and bags G, with at most m images in a bag."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ def proportion_loss(logits: Tensor, shares: Tensor, present: Tensor) -> Tensor:
     Args:
         logits: (T, G, m, K).
         shares: rho, sums to 1 (T, G, K).
-        present: bool (T, G, m), at least one in each bag; other pictures have no weight.
+        present: bool (T, G, m), at least one in each bag; other images have no weight.
 
     Returns:
         Losses of the bags (T, G).
     """
     log_probabilities = torch.log_softmax(logits, -1).masked_fill(~present.unsqueeze(-1), -1e30)
     sizes = present.sum(-1, keepdim=True).to(logits.dtype)  # (T, G, 1)
-    # in logarithms, as a share that no picture reaches must not become log 0
+    # in logarithms, as a share that no image reaches must not become log 0
     return -(shares * (torch.logsumexp(log_probabilities, 2) - torch.log(sizes))).sum(-1)
 
 
 def sinkhorn(logits: Tensor, shares: Tensor, present: Tensor, rounds: int = 100) -> Tensor:
-    """Class probabilities of a bag's pictures whose mean is the bag's shares, nearest to softmax of the logits.
+    """Class probabilities of a bag's images whose mean is the bag's shares, nearest to softmax of the logits.
 
     The plan of entropic transport at epsilon = 1, for which the model's own probabilities are the kernel: columns and
     rows scaled in turn (:func:`ulfine_fast.ops.transport.transport`), ending on rows.
@@ -45,7 +45,7 @@ def sinkhorn(logits: Tensor, shares: Tensor, present: Tensor, rounds: int = 100)
         rounds: alternations; the means reach the shares up to what they leave.
 
     Returns:
-        Probabilities (T, G, m, K); those of absent pictures mean nothing.
+        Probabilities (T, G, m, K); those of absent images mean nothing.
     """
     log_shares = torch.log(shares.clamp(min=_LEAST)).flatten(0, 1).unsqueeze(1)  # (T G, 1, K)
     plan = transport(logits.flatten(0, 1).unsqueeze(2), log_shares, present.flatten(0, 1), rounds)

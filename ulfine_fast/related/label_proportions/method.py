@@ -1,6 +1,6 @@
-"""Two-stage learning from label proportions, PLOT (arXiv 2105.10635): bags of pictures, and each bag's class shares.
+"""Two-stage learning from label proportions, PLOT (arXiv 2105.10635): bags of images, and each bag's class shares.
 
-Stage one fits a bag's mean prediction to its shares. Stage two gives every picture a label, by entropic transport of
+Stage one fits a bag's mean prediction to its shares. Stage two gives every image a label, by entropic transport of
 the bag's predictions onto its shares, and learns from these with symmetric cross-entropy and mixup. The paper's
 equations and values were not at hand: transport at epsilon 1, the weights and Beta(8, 8) are ours, and so is the start
 at the class texts, without which nothing says which class is which. Mixup is of features, and there is no adapter.
@@ -22,7 +22,7 @@ from ulfine_fast.related.label_proportions.losses import beta_draws, proportion_
 
 
 class Proportions(LinearProbe):
-    """The head of `linear_probe`, by class shares of bags; no picture's own label is read."""
+    """The head of `linear_probe`, by class shares of bags; no image's own label is read."""
 
     uses_pool = True
     uses_bags = True
@@ -34,7 +34,7 @@ class Proportions(LinearProbe):
         return state
 
     def refresh(self, trials: Trials, state: State, pool: Pool, step: int) -> None:
-        """Label the pictures of all bags anew (T, G, m), in trials that are in stage two."""
+        """Label the images of all bags anew (T, G, m), in trials that are in stage two."""
         assert pool.bags is not None
         late = step >= trials.values["stage_one"] * trials.config.steps  # (T,)
         state.scratch["late"] = late
@@ -70,7 +70,7 @@ class Proportions(LinearProbe):
         return proportion_loss(logits, batch.bags.shares, present).mean(-1)
 
     def _by_labels(self, trials: Trials, state: State, batch: Batch) -> Tensor:
-        """Mean symmetric cross-entropy of the batch's pictures (T,), each mixed with another."""
+        """Mean symmetric cross-entropy of the batch's images (T,), each mixed with another."""
         assert batch.bags is not None
         places = batch.bags.places.unsqueeze(-1).expand(-1, -1, batch.bags.present.shape[-1])
         labels = state.scratch["labels"].gather(1, places).flatten(1)  # (T, B)

@@ -27,7 +27,7 @@ class Memory:
 
     Attributes:
         probability: running mean probability of each class (T, K).
-        restored: running mean of restored labels a picture (T, K).
+        restored: running mean of restored labels an image (T, K).
         feature: running sum of mean features (T, D).
     """
 
@@ -59,7 +59,7 @@ def modified_focus(values: Values, counts: Tensor, *, halved: bool = False) -> F
 
     Args:
         values: settings (T,).
-        counts: pictures of each class (T, K).
+        counts: images of each class (T, K).
         halved: whether rarity has half its power, as in the loss on corrected labels.
     """
     plain = plain_focus(values, counts.shape[1])
@@ -97,7 +97,7 @@ def correction_loss(
         targets: what they are taken for.
         memory: of all trials; moved on.
         counts: present labels of each class (T, K).
-        size: training pictures (T,).
+        size: training images (T,).
         values: settings (T,).
 
     Returns:

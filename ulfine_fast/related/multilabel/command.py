@@ -1,4 +1,4 @@
-"""`ulfine-fast multilabel`: pictures of several classes, from a cache and a table of labels."""
+"""`ulfine-fast multilabel`: images of several classes, from a cache and a table of labels."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def multilabel(
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
     **settings: Any,
 ) -> None:
-    """Train a classifier for pictures that show several classes, where some labels are unknown."""
+    """Train a classifier for images that show several classes, where some labels are unknown."""
     from ulfine_fast.cache.io.errors import InputError
     from ulfine_fast.cache.store import FeatureCache
 
@@ -66,7 +66,7 @@ def _sentences(runs: list[MultiLabelRun], summary: dict[str, dict[str, Any]], ou
         f"{name} {100 * found['mean']:.1f}" + (f" ±{100 * found['half_width']:.1f}" if found["n"] > 1 else "")
         for name, found in summary.items()
     )
-    told = [f"{runs[0].config.method}, mean average precision in percent: {shown or 'no test picture to judge by'}"]
+    told = [f"{runs[0].config.method}, mean average precision in percent: {shown or 'no test image to judge by'}"]
     restored = sum(len(run.restored) for run in runs) / len(runs)
     if restored:
         told.append(f"{restored:.0f} unknown labels are taken for present: restored.csv")

@@ -1,4 +1,4 @@
-"""A table of labels beside a cache: which of several classes each picture shows, as far as anybody knows."""
+"""A table of labels beside a cache: which of several classes each image shows, as far as anybody knows."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ Rows = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class LabelTable:
-    """Labels of some pictures.
+    """Labels of some images.
 
     Attributes:
-        class_names: (K,). ids: of the n pictures. values: 1 present, 0 absent, -1 unknown, int8 (n, K).
+        class_names: (K,). ids: of the n images. values: 1 present, 0 absent, -1 unknown, int8 (n, K).
     """
 
     class_names: list[str]
@@ -58,7 +58,7 @@ def read_label_table(path: Path) -> LabelTable:
     """Read a CSV file with a column `id` and then one for each class, its cells 1, 0 or empty for unknown.
 
     Raises:
-        InputError: no such file, other columns, another value, a picture twice; names the line.
+        InputError: no such file, other columns, another value, an image twice; names the line.
     """
     try:
         lines = list(csv.reader(io.StringIO(path.read_text(encoding="utf-8-sig"), newline="")))
@@ -70,7 +70,7 @@ def read_label_table(path: Path) -> LabelTable:
     seen: set[str] = set()
     for number, line in rows:
         if line[0] in seen:
-            raise InputError(f"line {number} of {path} names {line[0]!r} again; keep one line for each picture")
+            raise InputError(f"line {number} of {path} names {line[0]!r} again; keep one line for each image")
         seen.add(line[0])
     return LabelTable(names, [line[0] for _, line in rows], values.reshape(len(rows), len(names)))
 
@@ -89,7 +89,7 @@ def _class_names(path: Path, header: Sequence[str]) -> list[str]:
 
 
 def _values(path: Path, number: int, line: Sequence[str], names: Sequence[str]) -> list[int]:
-    """One picture's labels (K,)."""
+    """One image's labels (K,)."""
     if len(line) != len(names) + 1:
         raise InputError(
             f"line {number} of {path} has {len(line)} cells instead of {len(names) + 1}; mend or remove it"
@@ -106,14 +106,14 @@ def placed(table: LabelTable, cache: FeatureCache) -> tuple[NDArray[np.int8], Ro
     """Labels of all rows of a cache (N, K), unknown where the table says nothing, and the rows that it names (n,).
 
     Raises:
-        InputError: a picture that the cache lacks, or an empty table.
+        InputError: an image that the cache lacks, or an empty table.
     """
     row_of = {name: row for row, name in enumerate(cache.ids)}
     for name in table.ids:
         if name not in row_of:
             raise InputError(f"the labels name {name!r}, which this cache lacks; its ids look like {cache.ids[0]!r}")
     if not table.ids:
-        raise InputError("the labels name no picture; add a line for each")
+        raise InputError("the labels name no image; add a line for each")
     rows = np.array([row_of[name] for name in table.ids], dtype=np.int64)
     whole = np.full((len(cache), len(table.class_names)), UNKNOWN, dtype=np.int8)
     whole[rows] = table.values
@@ -142,17 +142,17 @@ def split_labels(
         held = round(config.test_fraction * len(train))
         train, test = np.sort(mixed[held:]), np.sort(mixed[:held])
     if not len(train):
-        raise InputError("the labels name no training picture; all are in the cache's splits val and test")
+        raise InputError("the labels name no training image; all are in the cache's splits val and test")
     _refuse_missing(labels[train], class_names, config)
     return LabelSplit(train, val, test)
 
 
 def _refuse_missing(labels: NDArray[np.int8], class_names: Sequence[str], config: MultiLabelConfig) -> None:
-    """Refuse a class that training pictures (n, K) never show, or never lack where unknown labels are ignored."""
+    """Refuse a class that training images (n, K) never show, or never lack where unknown labels are ignored."""
     for k, name in enumerate(class_names):
         if not (labels[:, k] == PRESENT).any():
             raise InputError(
-                f"class {name!r} is 1 in none of {len(labels)} training pictures; label one or remove the column"
+                f"class {name!r} is 1 in none of {len(labels)} training images; label one or remove the column"
             )
         if config.unknown == "ignore" and not (labels[:, k] == ABSENT).any():
-            raise InputError(f"class {name!r} is 0 in no training picture; with --unknown ignore it needs one")
+            raise InputError(f"class {name!r} is 0 in no training image; with --unknown ignore it needs one")

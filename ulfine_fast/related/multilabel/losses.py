@@ -39,7 +39,7 @@ def targets_of(labels: Tensor, ignore: Tensor) -> Targets:
 
 
 def binary_cross_entropy(logits: Tensor, targets: Targets) -> Tensor:
-    """Sum over classes, mean over pictures: logits (T, B, K) to (T,)."""
+    """Sum over classes, mean over images: logits (T, B, K) to (T,)."""
     loss = -targets.present * F.logsigmoid(logits) - targets.absent * F.logsigmoid(-logits)
     return loss.sum(-1).mean(-1)
 
@@ -56,7 +56,7 @@ def focal(log_probability: Tensor, targets: Targets, focus: Focus) -> Tensor:
         focus: powers and weights.
 
     Returns:
-        Sum over classes, mean over pictures (T,).
+        Sum over classes, mean over images (T,).
     """
     p = log_probability.exp()
     spared = (p - focus.clip).clamp(min=0.0)  # (T, B, K)

@@ -46,7 +46,7 @@ def figures(scores: Floats, labels: NDArray[np.int8], counts: NDArray[np.int64])
     Args:
         scores: (n, K).
         labels: 1, 0 or -1 (n, K).
-        counts: training pictures labelled with each class (K,).
+        counts: training images labelled with each class (K,).
 
     Returns:
         map; many, medium and few by thirds of the classes' ranks; many_shot, medium_shot and few_shot by count;

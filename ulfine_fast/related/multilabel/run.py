@@ -44,7 +44,7 @@ class MultiLabelRun:
         encoder: name, weights and preprocessing of the features' model, None for plain arrays.
         cache_path: the cache's folder, None for a cache in memory. labels_digest: of the label table.
         metrics: see :func:`ulfine_fast.related.multilabel.metrics.figures`, under "val" on validation.
-        ids, roles: of all N pictures of the cache; a role is train, val, test or "" for what the labels do not name.
+        ids, roles: of all N images of the cache; a role is train, val, test or "" for what the labels do not name.
         predictions: probability of each class (N, K).
         restored: unknown training labels that COMIC takes for present.
     """
@@ -74,7 +74,7 @@ class MultiLabelRun:
         if rows.ndim != 2 or rows.shape[1] != dim:
             raise InputError(f"features must have shape (n, {dim}), got {tuple(rows.shape)}")
         if not bool(torch.isfinite(rows).all()):
-            raise InputError("features must be finite, got NaN or infinity; extract these pictures again")
+            raise InputError("features must be finite, got NaN or infinity; extract these images again")
         parameters = {name: tensor[None, None] for name, tensor in self.tensors.items()}
         logits = logits_of(parameters, normalize(rows)[None], torch.tensor([self.config.scale]))[0, 0]
         found: NDArray[np.float32] = logits.sigmoid().numpy()
@@ -142,7 +142,7 @@ class MultiLabelRun:
         }
 
     def _write_predictions(self, folder: Path, table: str) -> None:
-        """One line for each picture: id, split, and a column for each class."""
+        """One line for each image: id, split, and a column for each class."""
         for old in folder.glob("predictions.*"):
             old.unlink()
         if table == "parquet":

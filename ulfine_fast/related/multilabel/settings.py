@@ -37,7 +37,7 @@ class MultiLabelConfig:
     )
 
     steps: int = _option(600, "mini-batch steps", low=1, structural=True)
-    batch: int = _option(64, "pictures in a mini-batch", low=1, structural=True)
+    batch: int = _option(64, "images in a mini-batch", low=1, structural=True)
     lr: float = _option(0.1, "peak learning rate of SGD; cosine schedule to zero", low=0.0)
     momentum: float = _option(0.9, "momentum of SGD", low=0.0, high=0.999)
     weight_decay: float = _option(5e-4, "weight decay of SGD", low=0.0)

@@ -65,7 +65,7 @@ class Trials:
 
     Attributes:
         configs, splits: of each. values: real-valued settings (T,). seeds: (T,). ignore: bool (T,).
-        rows: training rows. counts: training pictures labelled with each class (T, K).
+        rows: training rows. counts: training images labelled with each class (T, K).
         heads: what is trained. memory: of COMIC.
     """
 
@@ -88,11 +88,11 @@ def fit_labels(
     device: str = "auto",
     progress: bool | None = None,
 ) -> list[MultiLabelRun]:
-    """Fit trials on pictures of several classes; those that agree in structural settings share a pass.
+    """Fit trials on images of several classes; those that agree in structural settings share a pass.
 
     Args:
         cache: features; its own labels are not read.
-        table: which classes its pictures show.
+        table: which classes its images show.
         configs: one for each trial.
         device: "auto", "cpu", "cuda" or "cuda:N".
         progress: whether to draw a bar; None draws it where stderr is a terminal.
@@ -245,7 +245,7 @@ def _judged(run: MultiLabelRun, task: Task, trials: Trials, t: int, labels: NDAr
 def _restored(
     run: MultiLabelRun, task: Task, trials: Trials, t: int, probabilities: NDArray[np.float32]
 ) -> list[Restored]:
-    """Unknown labels of training pictures that the trained heads put above the threshold; none of other methods."""
+    """Unknown labels of training images that the trained heads put above the threshold; none of other methods."""
     if run.config.method != "comic" or not run.config.correction:
         return []
     rows = trials.splits[t].train

@@ -23,7 +23,7 @@ class PoFT(LinearProbe):
     """
 
     def losses(self, trials: Trials, state: State, batch: Batch) -> Losses:
-        """Mean over the labelled pictures, by `poft_form`."""
+        """Mean over the labelled images, by `poft_form`."""
         logits = self.logits(trials, state.tensors, batch.labeled)  # (T, B, K)
         rows = adjusted_cross_entropy(logits, batch.labels, trials.log_prior, trials.values["tau"])  # (T, B)
         loss = preferred(rows, reference(trials, batch.labeled, batch.labels), trials.config.poft_form).mean(-1)

@@ -1,4 +1,4 @@
-"""Test-time adaptation: a run follows a stream of pictures without labels, after CLIPTTA (arXiv 2507.14312).
+"""Test-time adaptation: a run follows a stream of images without labels, after CLIPTTA (arXiv 2507.14312).
 
 Two vectors are learned, the weight and bias of the encoder's last norm: for that norm as exactly as in the encoder,
 where the stream's cache holds what goes through it; else a weight and a bias on the output feature. The run's head
@@ -41,13 +41,13 @@ class Adaptation:
     Attributes:
         by: "cliptta", "tent", or "none", which learns nothing.
         lr: Adam's learning rate, in (0, 1000].
-        steps: gradient steps on each batch before its pictures are predicted, at least 1.
-        batch: pictures that arrive together, at least 1.
+        steps: gradient steps on each batch before its images are predicted, at least 1.
+        batch: images that arrive together, at least 1.
         marginal: weight of the entropy of the batch's mean probabilities, at least 0. The paper takes 1, which
             supposes that all classes are equally frequent.
-        shots: most confident pictures of each class that the memory keeps; 0 for no memory.
-        sample: pictures drawn from the memory in a step, the same number of each class and at least one.
-        open_set: whether pictures of unknown classes are among them; `cliptta` then learns from the others alone.
+        shots: most confident images of each class that the memory keeps; 0 for no memory.
+        sample: images drawn from the memory in a step, the same number of each class and at least one.
+        open_set: whether images of unknown classes are among them; `cliptta` then learns from the others alone.
         exposure: weight of the outlier contrastive exposure, at least 0.
         scale: factor on the run's cosines inside the losses; None for the encoder's own with `zero_shot`, else the
             run's.
@@ -102,7 +102,7 @@ class Adapted:
         rows: of the cache (n,).
         before: the run's own logits (n, K).
         logits: those of the adapted run, after its steps on the row's batch (n, K).
-        scores: how much a picture looks like one of a known class, the largest log softmax of cosines (n,).
+        scores: how much an image looks like one of a known class, the largest log softmax of cosines (n,).
         scores_before: the same of the run's own logits (n,).
         weight, bias: where the vectors ended (W,).
         exact: as in :class:`Adaptable`.
@@ -119,14 +119,14 @@ class Adapted:
 
 
 def soft_contrast(logits: Tensor) -> Tensor:
-    """Soft contrastive loss of CLIPTTA: the entropy of who belongs to whom between pictures and predicted texts.
+    """Soft contrastive loss of CLIPTTA: the entropy of who belongs to whom between images and predicted texts.
 
-    With z_ij the logit of picture i for the class that picture j is predicted as, it is the mean entropy of softmax
-    over j (picture to texts) and over i (text to pictures), halved and added. The released code computes the first of
+    With z_ij the logit of image i for the class that image j is predicted as, it is the mean entropy of softmax
+    over j (image to texts) and over i (text to images), halved and added. The released code computes the first of
     them twice where the text tower is frozen.
 
     Args:
-        logits: of B pictures (B, K), at the loss's temperature.
+        logits: of B images (B, K), at the loss's temperature.
 
     Returns:
         A number in [0, log B].
@@ -148,7 +148,7 @@ def marginal_entropy(logits: Tensor) -> Tensor:
 
 
 def known_score(cosines: Tensor) -> Tensor:
-    """Largest log softmax of cosines at temperature one, (B, K) to (B,); high for pictures of known classes."""
+    """Largest log softmax of cosines at temperature one, (B, K) to (B,); high for images of known classes."""
     return cosines.log_softmax(-1).amax(-1)
 
 
@@ -182,11 +182,11 @@ def otsu(scores: Tensor) -> Tensor:
 
 
 class ConfidentMemory:
-    """The most confident pictures of each predicted class; it keeps where they stand in the stream, not what they are.
+    """The most confident images of each predicted class; it keeps where they stand in the stream, not what they are.
 
     Attributes:
         places: in the stream, int64 (K, S); -1 for none.
-        confidence: of the prediction as the picture arrived (K, S); -inf for none.
+        confidence: of the prediction as the image arrived (K, S); -inf for none.
     """
 
     def __init__(self, classes: int, shots: int, sample: int, seed: int) -> None:
@@ -197,7 +197,7 @@ class ConfidentMemory:
         self._draws = torch.Generator().manual_seed(seed)
 
     def add(self, places: Tensor, logits: Tensor) -> None:
-        """Pictures at places (B,) of the stream, with their logits (B, K)."""
+        """Images at places (B,) of the stream, with their logits (B, K)."""
         confidence, predicted = logits.softmax(-1).max(-1)
         theirs = predicted == torch.arange(len(self.places)).unsqueeze(1)  # (K, B)
         offered = torch.where(theirs, confidence, -torch.inf)
@@ -209,7 +209,7 @@ class ConfidentMemory:
         self.places = known.where(self.confidence > -torch.inf, -1)
 
     def draw(self) -> Tensor:
-        """Places (M,) of the sample; a class without pictures gives none."""
+        """Places (M,) of the sample; a class without images gives none."""
         chance = torch.rand(self.places.shape, generator=self._draws)
         order = chance.masked_fill(self.places < 0, -1.0).argsort(dim=1, descending=True)[:, : self._each]
         drawn = self.places.gather(1, order)
@@ -336,7 +336,7 @@ def adapt(
     rows: NDArray[np.int64] | None = None,
     progress: bool | None = None,
 ) -> Adapted:
-    """Follow a stream of pictures.
+    """Follow a stream of images.
 
     Args:
         run: what predicts them.
@@ -353,7 +353,7 @@ def adapt(
     run.refuse_failed()
     refuse_other_encoder(run, cache)
     if not len(chosen):
-        raise InputError("the stream has no pictures; name a cache that holds some")
+        raise InputError("the stream has no images; name a cache that holds some")
     on, own = adaptable(run, cache), float(run.config.scale)
     places = torch.from_numpy(chosen.astype(np.int64))
     with torch.no_grad():
@@ -376,7 +376,7 @@ def adapt(
 def _follow(follower: Follower, batches: tuple[Tensor, ...], total: int, progress: bool | None) -> Tensor:
     found = []
     with progress_bar(progress) as bar:
-        task = bar.add_task("adapt", total=total, unit="pictures", note="")
+        task = bar.add_task("adapt", total=total, unit="images", note="")
         for places in batches:
             found.append(follower.follow(places))
             bar.advance(task, len(places))
@@ -400,10 +400,10 @@ def figures(found: Adapted, labels: NDArray[np.int64], *, open_set: bool = False
     Args:
         found: of :func:`adapt`.
         labels: of the arrived rows (n,), see :func:`stream_labels`.
-        open_set: whether to tell pictures of known classes from others.
+        open_set: whether to tell images of known classes from others.
 
     Returns:
-        pictures, exact, classes_predicted and effective_classes (the exponential of the entropy of how often each class
+        images, exact, classes_predicted and effective_classes (the exponential of the entropy of how often each class
         is predicted) over the last half of the stream, the same before adaptation as classes_predicted_before; where
         there are labels of known classes accuracy, accuracy_before, balanced_accuracy, accuracy_by_quarter; with
         `open_set` and labels of both kinds auroc, fpr95, and both before.
@@ -411,7 +411,7 @@ def figures(found: Adapted, labels: NDArray[np.int64], *, open_set: bool = False
     classes, half = found.logits.shape[1], len(found.rows) // 2
     predicted, before = found.logits.argmax(1), found.before.argmax(1)
     told = {
-        "pictures": len(predicted),
+        "images": len(predicted),
         "exact": found.exact,
         **_spread("", predicted[half:], classes),
         **_spread("_before", before[half:], classes),
@@ -440,7 +440,7 @@ def _right(
     known: NDArray[np.bool_],
     classes: int,
 ) -> dict[str, Any]:
-    """Accuracies over the pictures of known classes."""
+    """Accuracies over the images of known classes."""
     right = (predicted == labels)[known]
     recall = metrics.per_class_accuracy(labels[known], predicted[known], classes)
     return {
@@ -452,7 +452,7 @@ def _right(
 
 
 def open_set_figures(known: NDArray[np.floating[Any]], strange: NDArray[np.floating[Any]]) -> dict[str, float]:
-    """How well a score, high for known classes, tells pictures (n,) of known classes from strange ones (m,).
+    """How well a score, high for known classes, tells images (n,) of known classes from strange ones (m,).
 
     Returns:
         auroc, the chance that a known one scores above a strange one; fpr95, the share of strange ones that score at

@@ -1,4 +1,4 @@
-"""`ulfine-fast adapt`: a run follows a stream of unlabelled pictures and predicts them as they arrive."""
+"""`ulfine-fast adapt`: a run follows a stream of unlabelled images and predicts them as they arrive."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ def adapt(
     by: Annotated[str, typer.Option(help="cliptta, tent, or none.")] = "cliptta",
     lr: Annotated[float, typer.Option(help="Adam's learning rate.")] = 1e-4,
     steps: Annotated[int, typer.Option(help="Steps on each batch.")] = 10,
-    batch_size: Annotated[int, typer.Option(help="Pictures that arrive together.")] = 128,
+    batch_size: Annotated[int, typer.Option(help="Images that arrive together.")] = 128,
     marginal: Annotated[
         float, typer.Option(help="Weight of the marginal regulariser, for streams of even classes; published: 1.")
     ] = 0.0,
-    shots: Annotated[int, typer.Option(help="Pictures of each class in the memory; 0 for no memory.")] = 4,
-    sample: Annotated[int, typer.Option(help="Pictures drawn from the memory in a step.")] = 40,
-    open_set: Annotated[bool, typer.Option("--open-set", help="Pictures of unknown classes are among them.")] = False,
+    shots: Annotated[int, typer.Option(help="Images of each class in the memory; 0 for no memory.")] = 4,
+    sample: Annotated[int, typer.Option(help="Images drawn from the memory in a step.")] = 40,
+    open_set: Annotated[bool, typer.Option("--open-set", help="Images of unknown classes are among them.")] = False,
     exposure: Annotated[float, typer.Option(help="Weight of the outlier contrastive exposure.")] = 1.0,
     scale: Annotated[float | None, typer.Option(help="Factor on cosines in the losses.")] = None,
     shuffle: Annotated[int | None, typer.Option(help="Seed of a random order, in place of the cache's.", min=0)] = None,
     seed: Annotated[int, typer.Option(help="Of what is drawn from the memory.", min=0)] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
 ) -> None:
-    """Adapt a run to a stream of pictures without labels (CLIPTTA, TENT) and predict them as they arrive."""
+    """Adapt a run to a stream of images without labels (CLIPTTA, TENT) and predict them as they arrive."""
     from ulfine_fast.cache.store import FeatureCache
     from ulfine_fast.related.test_time_adaptation import adapt as adapting
     from ulfine_fast.runs.run import Run
@@ -72,7 +72,7 @@ def _write(run: Run, cache: FeatureCache, found: Adapted, out: Path, open_set: b
 
 def _sentence(told: dict[str, Any], out: Path) -> str:
     """The figures that matter in a line."""
-    parts = [f"{told['pictures']} pictures: {out}", f"{told['classes_predicted']} classes predicted at the end"]
+    parts = [f"{told['images']} images: {out}", f"{told['classes_predicted']} classes predicted at the end"]
     names = ("accuracy", "accuracy_before", "auroc", "fpr95")
     parts += [f"{name.replace('_', ' ')} {100 * told[name]:.1f}" for name in names if name in told]
     return ", ".join(parts)

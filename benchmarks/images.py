@@ -1,4 +1,4 @@
-"""Pictures and models that the extraction benchmarks read: made once from what is installed, under `cache_home()`."""
+"""Images and models that the extraction benchmarks read: made once from what is installed, under `cache_home()`."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _TINY_CONFIG = {
 
 
 def small_png(count: int) -> Path:
-    """A folder of `count` pictures of 28 pixels: the demo's, over and over, as PNG files."""
+    """A folder of `count` images of 28 pixels: the demo's, over and over, as PNG files."""
     source = reopen_source(demo().manifest.source)  # type: ignore[union-attr]
     rows = source.rows[:1000]  # type: ignore[union-attr]
 
@@ -40,32 +40,32 @@ def small_png(count: int) -> Path:
 
 
 def large_jpeg(count: int) -> Path:
-    """A folder of `count` pictures of 500 pixels: crops of scikit-learn's two photographs, as JPEG of quality 90."""
+    """A folder of `count` images of 500 pixels: crops of scikit-learn's two photographs, as JPEG of quality 90."""
     photographs = [Image.fromarray(pixels) for pixels in load_sample_images().images]  # 640 x 427
 
     def make(number: int, path: Path) -> None:
         rng = np.random.default_rng((_SEED, number))
-        picture, side = photographs[number % 2], int(rng.integers(250, 427))
-        left, top = (int(rng.integers(0, edge - side + 1)) for edge in picture.size)
+        image, side = photographs[number % 2], int(rng.integers(250, 427))
+        left, top = (int(rng.integers(0, edge - side + 1)) for edge in image.size)
         corners = (left, top, left + side, top + side)
-        picture.resize((500, 500), Image.Resampling.BICUBIC, box=corners).save(path, quality=90)
+        image.resize((500, 500), Image.Resampling.BICUBIC, box=corners).save(path, quality=90)
 
     return _folder("jpeg500", count, ".jpg", make)
 
 
 def photographs(count: int) -> Path:
-    """A folder of `count` pictures of 12 megapixels, as a telephone makes them: the same two, cut and enlarged."""
+    """A folder of `count` images of 12 megapixels, as a telephone makes them: the same two, cut and enlarged."""
     originals = [Image.fromarray(pixels) for pixels in load_sample_images().images]  # 640 x 427
 
     def make(number: int, path: Path) -> None:
         rng = np.random.default_rng((_SEED, 2, number))
         width = int(rng.integers(320, 569))
         size = (width, width * 3 // 4)
-        picture = originals[number % 2]
-        left, top = (int(rng.integers(0, edge - side + 1)) for edge, side in zip(picture.size, size, strict=True))
+        image = originals[number % 2]
+        left, top = (int(rng.integers(0, edge - side + 1)) for edge, side in zip(image.size, size, strict=True))
         corners = (left, top, left + size[0], top + size[1])
-        large = picture.resize((4000, 3000), Image.Resampling.BICUBIC, box=corners)
-        # a sensor's noise, without which enlarged pictures would be decoded faster than photographs are
+        large = image.resize((4000, 3000), Image.Resampling.BICUBIC, box=corners)
+        # a sensor's noise, without which enlarged images would be decoded faster than photographs are
         noise = rng.normal(0, 4, (3000, 4000, 1)).astype(np.int16)
         Image.fromarray(np.clip(np.asarray(large) + noise, 0, 255).astype(np.uint8)).save(path, quality=90)
 
