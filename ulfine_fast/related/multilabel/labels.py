@@ -1,4 +1,4 @@
-"""A table of labels beside a cache: which of several classes each image shows, as far as anybody knows."""
+"""A table of labels beside a cache: which of several classes each image shows, as far as it is known."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from ulfine_fast.cache.store import FeatureCache
 
 PRESENT, ABSENT, UNKNOWN = 1, 0, -1
-_MEANING = {"1": PRESENT, "0": ABSENT, "": UNKNOWN}
-_TAKEN = ("id", "split")
+_CELLS = {"1": PRESENT, "0": ABSENT, "": UNKNOWN}
+_RESERVED = ("id", "split")  # columns of predictions.csv that no class may be named after
 
 Rows = NDArray[np.int64]
 
@@ -31,7 +31,9 @@ class LabelTable:
     """Labels of some images.
 
     Attributes:
-        class_names: (K,). ids: of the n images. values: 1 present, 0 absent, -1 unknown, int8 (n, K).
+        class_names: (K,).
+        ids: of the n images.
+        values: 1 present, 0 absent, -1 unknown, int8 (n, K).
     """
 
     class_names: list[str]
@@ -47,7 +49,13 @@ class LabelTable:
 
 @dataclass(frozen=True)
 class LabelSplit:
-    """Rows of a cache: what a trial learns from, what it may be chosen by, and what it is judged by."""
+    """Rows of a cache.
+
+    Attributes:
+        train: a trial learns from these.
+        val: settings may be chosen by these.
+        test: a trial is evaluated on these.
+    """
 
     train: Rows
     val: Rows
@@ -64,46 +72,43 @@ def read_label_table(path: Path) -> LabelTable:
         lines = list(csv.reader(io.StringIO(path.read_text(encoding="utf-8-sig"), newline="")))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"cannot read {path} ({error}); name a CSV file of labels") from error
-    names = _class_names(path, lines[0] if lines else [])
-    rows = [(number, line) for number, line in enumerate(lines[1:], 2) if line]
-    values = np.array([_values(path, number, line, names) for number, line in rows], dtype=np.int8)
-    seen: set[str] = set()
-    for number, line in rows:
-        if line[0] in seen:
-            raise InputError(f"line {number} of {path} names {line[0]!r} again; keep one line for each image")
-        seen.add(line[0])
-    return LabelTable(names, [line[0] for _, line in rows], values.reshape(len(rows), len(names)))
 
-
-def _class_names(path: Path, header: Sequence[str]) -> list[str]:
-    """The classes of the first line."""
-    if not header or header[0] != "id" or len(header) < 2:
-        raise InputError(
-            f"{path} must have the column id and then one for each class, got {', '.join(header) or 'none'}"
-        )
-    names = list(header[1:])
+    # the classes
+    header = lines[0] if lines else []
+    if len(header) < 2 or header[0] != "id":
+        columns = ", ".join(header) or "none"
+        raise InputError(f"{path} must have the column id and then one for each class, got {columns}")
+    names = header[1:]
     for name in names:
-        if not name.strip() or name in _TAKEN or names.count(name) > 1:
-            raise InputError(f"{path} has a class {name!r}; names are not empty, not {' or '.join(_TAKEN)}, and differ")
-    return names
-
-
-def _values(path: Path, number: int, line: Sequence[str], names: Sequence[str]) -> list[int]:
-    """One image's labels (K,)."""
-    if len(line) != len(names) + 1:
-        raise InputError(
-            f"line {number} of {path} has {len(line)} cells instead of {len(names) + 1}; mend or remove it"
-        )
-    for name, cell in zip(names, line[1:], strict=True):
-        if cell.strip() not in _MEANING:
+        if not name.strip() or name in _RESERVED or names.count(name) > 1:
             raise InputError(
-                f"line {number} of {path} has {cell!r} for class {name!r}; write 1, 0 or nothing for unknown"
+                f"{path} has a class {name!r}; names are not empty, not {' or '.join(_RESERVED)}, and differ"
             )
-    return [_MEANING[cell.strip()] for cell in line[1:]]
+
+    # a line for each image
+    labels: dict[str, list[int]] = {}
+    for number, line in enumerate(lines[1:], start=2):
+        if not line:
+            continue
+        image, *cells = line
+        if len(cells) != len(names):
+            raise InputError(
+                f"line {number} of {path} has {len(line)} cells instead of {len(header)}; correct or remove it"
+            )
+        for name, cell in zip(names, cells, strict=True):
+            if cell.strip() not in _CELLS:
+                raise InputError(
+                    f"line {number} of {path} has {cell!r} for class {name!r}; write 1, 0 or nothing for unknown"
+                )
+        if image in labels:
+            raise InputError(f"line {number} of {path} names {image!r} again; keep one line for each image")
+        labels[image] = [_CELLS[cell.strip()] for cell in cells]
+    values = np.array(list(labels.values()), dtype=np.int8).reshape(len(labels), len(names))
+    return LabelTable(names, list(labels), values)
 
 
-def placed(table: LabelTable, cache: FeatureCache) -> tuple[NDArray[np.int8], Rows]:
-    """Labels of all rows of a cache (N, K), unknown where the table says nothing, and the rows that it names (n,).
+def labels_by_row(table: LabelTable, cache: FeatureCache) -> tuple[NDArray[np.int8], Rows]:
+    """Labels of all rows of a cache (N, K), unknown for images that the table does not name, and the named rows (n,).
 
     Raises:
         InputError: an image that the cache lacks, or an empty table.
@@ -115,44 +120,42 @@ def placed(table: LabelTable, cache: FeatureCache) -> tuple[NDArray[np.int8], Ro
     if not table.ids:
         raise InputError("the labels name no image; add a line for each")
     rows = np.array([row_of[name] for name in table.ids], dtype=np.int64)
-    whole = np.full((len(cache), len(table.class_names)), UNKNOWN, dtype=np.int8)
-    whole[rows] = table.values
-    return whole, np.sort(rows)
+    labels = np.full((len(cache), len(table.class_names)), UNKNOWN, dtype=np.int8)
+    labels[rows] = table.values
+    return labels, np.sort(rows)
 
 
 def split_labels(
     cache: FeatureCache, labels: NDArray[np.int8], rows: Rows, class_names: Sequence[str], config: MultiLabelConfig
 ) -> LabelSplit:
-    """Divide the labelled rows as the cache does; without test rows a share of the training ones is held out.
+    """Split the labelled rows as the cache does; without test rows a fraction of the training rows is held out.
 
     Args:
-        cache: whose splits count; "train" and "unlabeled" are learned from.
+        cache: whose splits count; a trial learns from "train" and "unlabeled".
         labels: of all rows (N, K).
         rows: those that the table names (n,).
         class_names: (K,).
-        config: seed, share, and what unknown labels are.
+        config: seed and fraction of what is held out, and what unknown labels count as.
 
     Raises:
-        InputError: nothing to learn from, or a class without what a trial needs of it.
+        InputError: no training image, or a class that they never show, or never lack where unknown labels are ignored.
     """
     splits = cache.splits[rows]
-    train, val, test = (rows[np.isin(splits, names)] for names in (("train", "unlabeled"), ("val",), ("test",)))
+    train = rows[np.isin(splits, ("train", "unlabeled"))]
+    val = rows[splits == "val"]
+    test = rows[splits == "test"]
     if not len(test):
-        mixed = np.random.default_rng([config.data_seed, 0x71A]).permutation(train)
-        held = round(config.test_fraction * len(train))
-        train, test = np.sort(mixed[held:]), np.sort(mixed[:held])
+        shuffled = np.random.default_rng([config.data_seed, 0x71A]).permutation(train)
+        held_out = round(config.test_fraction * len(train))
+        train, test = np.sort(shuffled[held_out:]), np.sort(shuffled[:held_out])
     if not len(train):
         raise InputError("the labels name no training image; all are in the cache's splits val and test")
-    _refuse_missing(labels[train], class_names, config)
-    return LabelSplit(train, val, test)
 
-
-def _refuse_missing(labels: NDArray[np.int8], class_names: Sequence[str], config: MultiLabelConfig) -> None:
-    """Refuse a class that training images (n, K) never show, or never lack where unknown labels are ignored."""
-    for k, name in enumerate(class_names):
-        if not (labels[:, k] == PRESENT).any():
+    for name, column in zip(class_names, labels[train].T, strict=True):
+        if not (column == PRESENT).any():
             raise InputError(
-                f"class {name!r} is 1 in none of {len(labels)} training images; label one or remove the column"
+                f"class {name!r} is 1 in none of {len(train)} training images; label one or remove the column"
             )
-        if config.unknown == "ignore" and not (labels[:, k] == ABSENT).any():
+        if config.unknown == "ignore" and not (column == ABSENT).any():
             raise InputError(f"class {name!r} is 0 in no training image; with --unknown ignore it needs one")
+    return LabelSplit(train=train, val=val, test=test)
