@@ -150,7 +150,11 @@ def _run_of(folder: Path, told: dict[str, Any]) -> Run:
     tensors = load_file(folder / told["file"]) if told["to"] == "safetensors" else {}
     metrics = {"temperature": told["temperature"]}
     return Run(
-        FitConfig.from_dict(told["config"]), list(told["class_names"]), tensors, metrics, encoder=told["encoder"]
+        FitConfig.from_dict(told["config"], saved=True),
+        list(told["class_names"]),
+        tensors,
+        metrics,
+        encoder=told["encoder"],
     )
 
 

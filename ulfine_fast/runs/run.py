@@ -15,8 +15,8 @@ from torch import Tensor
 
 from ulfine_fast._version import __version__
 from ulfine_fast.cache.io.errors import InputError
-from ulfine_fast.config import FitConfig, per_trial_fields
-from ulfine_fast.core.heads import Tensors, adapt
+from ulfine_fast.config import FitConfig, per_trial_options
+from ulfine_fast.core.heads import Tensors, apply_adapter
 from ulfine_fast.core.types import Trials
 from ulfine_fast.methods.registry import method_of
 from ulfine_fast.metrics import classification as metrics
@@ -127,7 +127,7 @@ class Run:
         files = load_run(folder)
         rows = files.predictions()
         return cls(
-            config=FitConfig.from_dict(files.config),
+            config=FitConfig.from_dict(files.config, saved=True),
             class_names=files.class_names,
             tensors=files.heads(),
             metrics=files.metrics,
@@ -164,7 +164,7 @@ class Run:
 
     def trial(self, tensors: dict[str, Tensor]) -> Trials:
         """The context that a method's logits need, for T = 1, given the run's tensors with a trials axis."""
-        numbers = {name: [float(getattr(self.config, name))] for name in per_trial_fields()}
+        numbers = {name: [float(getattr(self.config, name))] for name in per_trial_options(self.config)}
         start = tensors.get("prototypes", tensors.get("linear"))
         assert start is not None
         values = {name: torch.tensor(number, dtype=start.dtype) for name, number in numbers.items()}
@@ -227,7 +227,7 @@ def run_logits(trials: Trials, tensors: Tensors, features: Tensor) -> Tensor:
     "realigned.bias" (T, K).
     """
     if "realigned.weight" in tensors:
-        adapted = adapt(tensors, features, trials.values["adapter_scale"])
+        adapted = apply_adapter(tensors, features, trials.values["adapter_scale"])
         logits = adapted @ tensors["realigned.weight"].transpose(1, 2)
     else:
         logits = method_of(trials.config).logits(trials, tensors, features)

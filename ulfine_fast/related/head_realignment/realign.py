@@ -19,7 +19,7 @@ from torch import Tensor
 from ulfine_fast.cache.io.device import pick_device
 from ulfine_fast.cache.io.errors import InputError
 from ulfine_fast.cache.io.progress import progress_bar
-from ulfine_fast.core.heads import Tensors, adapt, cosine_logits
+from ulfine_fast.core.heads import Tensors, apply_adapter, cosine_logits
 from ulfine_fast.data.splits import Rows
 from ulfine_fast.metrics import classification as metrics
 from ulfine_fast.metrics.calibration import fit_temperature
@@ -247,7 +247,7 @@ def _seen(run: Run, inputs: NDArray[Any], by: str) -> Tensor:
         raise InputError("the run is realigned already; name the run that it was made from")
     trial = run.trial(tensors)
     with torch.no_grad():
-        features = adapt(tensors, rows.unsqueeze(0), trial.values["adapter_scale"])
+        features = apply_adapter(tensors, rows.unsqueeze(0), trial.values["adapter_scale"])
         expected = cosine_logits(features, head, trial.values["scale"])[0].numpy()
     # asked of the numbers themselves: what a method predicts from may depend on its settings
     if np.abs(run.logits(inputs) - expected).max() > _TOLERANCE * run.config.scale:
