@@ -76,7 +76,7 @@ def _option(name: str, command: Any, path: Path) -> str:
 def _options(command: Any, context: Any = None) -> dict[str, str]:
     """A command's options as people write them, with underscores, and the parameters that they are."""
     params = command.params if context is None else command.get_params(context)
-    options = [one for one in params if one.param_type_name == "option" and one.name != "help" and not one.hidden]
+    options = [one for one in params if one.param_type_name == "option" and one.name != "help"]
     return {max(one.opts, key=len).lstrip("-").replace("-", "_"): str(one.name) for one in options}
 
 

@@ -24,6 +24,7 @@ from ulfine_fast.cli.extract import extract
 from ulfine_fast.cli.fit import fit
 from ulfine_fast.cli.inspect import inspect
 from ulfine_fast.cli.log import log
+from ulfine_fast.cli.methods import methods
 from ulfine_fast.cli.neighbors import neighbors
 from ulfine_fast.cli.predict import predict
 from ulfine_fast.cli.push import push
@@ -142,6 +143,7 @@ _COMMANDS: dict[str, Callable[..., Any]] = {
     "extract": extract,
     "inspect": inspect,
     "neighbors": neighbors,
+    "methods": methods,
     "fit": fit,
     "sweep": sweep,
     "eval": evaluate,

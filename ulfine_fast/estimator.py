@@ -90,7 +90,7 @@ class FeatureClassifier(ClassifierMixin, BaseEstimator):
             temperature is 1.
         device: "auto", "cpu", "cuda" or "cuda:N".
         random_state: seed of everything random; None draws one, which makes each fit another.
-        options: every other option by the name that it has in `FitConfig`, such as `steps` or `lr`. An option of another
+        options: every other option by the name that it has in `FitConfig`, such as `steps`. An option of another
             method than the chosen one is refused by `fit`.
 
     Attributes:
