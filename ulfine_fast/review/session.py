@@ -53,7 +53,7 @@ class Session:
         self.cache = FeatureCache.open(self.run.cache_path)
         self.split = read_split(run, self.cache.ids)
         self.row_of = {name: row for row, name in enumerate(self.cache.ids)}
-        self.image, self.no_images = find_images([load_run(run)], images)
+        self._read_image, self.no_images = find_images([load_run(run)], images)
         self.figures = [_figures(self.run, len(self.split.labeled))]
         self.twins = near_duplicates(self.cache)
         self._lock = threading.Lock()
@@ -98,9 +98,9 @@ class Session:
         Raises:
             KeyError: no such row, or its image is not to be had.
         """
-        if self.image is None or not 0 <= row < len(self.cache):
+        if self._read_image is None or not 0 <= row < len(self.cache):
             raise KeyError(row)
-        return self.image(self.cache.ids[row])
+        return self._read_image(self.cache.ids[row])
 
     # -- fits
 
