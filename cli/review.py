@@ -45,7 +45,7 @@ def review(
     server = make_server(session, token, port)
     address = f"http://{HOST}:{server.port}/{token}/"
     if session.no_images:
-        typer.echo(f"no images on the page: {session.no_images}; name their place with --images", err=True)
+        typer.echo(f"no images on the page: {session.no_images}; name their location with --images", err=True)
     typer.echo(json.dumps({"address": address, "labels": str(saved)}) if as_json else f"review: {address}")
     if open_page:
         webbrowser.open(address)
