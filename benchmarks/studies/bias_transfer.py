@@ -2,7 +2,7 @@
 
 python -m benchmarks.studies.bias_transfer --json bias.json
 
-The figures of the report's section "Bias carried over", of methods that learn nothing (`tip_adapter`), that learn
+The measures of the report's section "Class bias", of methods that learn nothing (`tip_adapter`), that learn
 with plain cross-entropy, and that adjust logits, over the same splits.
 """
 

@@ -60,7 +60,7 @@ def test_a_dot_a_cross_and_an_image_without_a_label():
     assert len(re.findall(r'<circle [^>]*class="dot"', text)) == 1
     assert len(re.findall(r'<circle [^>]*class="count"', text)) == 1
     assert text.count('class="miss"') == 1
-    assert "dog, taken for &lt;cat&gt;" in text
+    assert "dog, predicted as &lt;cat&gt;" in text
     assert "<cat>" not in text
 
 

@@ -192,11 +192,11 @@ def map_chart(
     for i in np.argsort(wrong, kind="stable").tolist():
         x, y = frame.x(float(positions[i, 0])), frame.y(float(positions[i, 1]))
         if wrong[i]:
-            tooltip = tag("title", f"{names[labels[i]]}, taken for {names[predicted[i]]}")
+            tooltip = tag("title", f"{names[labels[i]]}, predicted as {names[predicted[i]]}")
             # a cross, so that shape tells mistakes apart as well as colour
             parts.append(tag("path", tooltip, d=f"M{x - 3:.1f},{y - 3:.1f}l6,6m0,-6l-6,6", class_="miss"))
         elif labels[i] < 0:
-            tooltip = tag("title", f"unknown, taken for {names[predicted[i]]}")
+            tooltip = tag("title", f"unknown, predicted as {names[predicted[i]]}")
             parts.append(tag("circle", tooltip, cx=x, cy=y, r=2.5, class_="count"))
         else:
             parts.append(tag("circle", tag("title", names[labels[i]]), cx=x, cy=y, r=2.5, class_="dot"))
@@ -210,7 +210,7 @@ def map_chart(
             x = frame.x(float(median[0]))
             parts.append(tag("text", clip(names[k], 18), x=x, y=y, class_="name middle halo"))
 
-    spoken = f"{title}: {len(positions):,} images, {int(wrong.sum()):,} of them taken for another class"
+    spoken = f"{title}: {len(positions):,} images, {int(wrong.sum()):,} of them classified wrongly"
     return drawing(frame, spoken, *parts)
 
 

@@ -49,10 +49,10 @@ def classes_section(charted: Sequence[Group], shown: Group) -> dict[str, Any]:
         points = _thinned(accuracy)
         series.append(Series(group.name, slot, np.arange(len(points), dtype=np.float64), points))
     ends = [
-        f"{group.name} from {percent(accuracy[0])} at the most labelled to {percent(accuracy[-1])} at the least"
+        f"{group.name} from {percent(accuracy[0])} for the class with most to {percent(accuracy[-1])} for that with fewest"
         for group, accuracy in zip(charted, accuracies, strict=True)
     ]
-    spoken = f"Accuracy per class in percent, ordered by labelled images: {'; '.join(ends)}"
+    spoken = f"Accuracy per class in percent by labelled images: {'; '.join(ends)}"
 
     # the table: labelled images over the shown group's seeds, mean accuracy of every charted group
     labelled = np.stack([run.per_class("class_counts") for run in shown.runs])  # (seeds, K)
@@ -83,12 +83,12 @@ def pseudo_labels_section(charted: Sequence[Group]) -> dict[str, Any]:
     charts = [
         _chart_over_steps("rate, %", charted, "pseudo_label_rate"),
         _chart_over_steps("precision, %", charted, "pseudo_label_precision"),
-        _chart_over_steps("confidence on the false, %", charted, "confidence_on_false"),
+        _chart_over_steps("confidence on false, %", charted, "confidence_on_false"),
         _chart_over_steps("recall, mean of classes, %", charted, "recall", all_classes),
         _chart_over_steps("precision, few third, %", charted, "precision", tail_third),
         _chart_over_steps("recall, few third, %", charted, "recall", tail_third),
-        _chart_over_ranks("precision at the end, by rank, %", charted, "per_class_pseudo_label_precision"),
-        _chart_over_ranks("recall at the end, by rank, %", charted, "per_class_pseudo_label_recall"),
+        _chart_over_ranks("precision after training, by rank, %", charted, "per_class_pseudo_label_precision"),
+        _chart_over_ranks("recall after training, by rank, %", charted, "per_class_pseudo_label_recall"),
     ]
     without_steps = [g for g in charted if not np.isfinite(_history(g, "pseudo_label_rate")[1]).any()]
     return {

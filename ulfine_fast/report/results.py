@@ -62,18 +62,18 @@ COLUMNS = (
     Column(
         "ece_temperature_scaled",
         "ECE",
-        "expected calibration error in 15 bins after temperature scaling on the validation rows, beside it without",
+        "expected calibration error in 15 bins, after temperature scaling on the validation rows; raw: before it",
         -1,
         beside=("raw", "ece"),
     ),
-    Column("pseudo_label_precision", "pseudo-label precision", "share of right ones among the kept pseudo-labels"),
+    Column("pseudo_label_precision", "pseudo-label precision", "fraction of the kept pseudo-labels that are correct"),
     Column(
-        "confidence_on_false", "confidence on false", "mean confidence of the false pseudo-labels that were kept", -1
+        "confidence_on_false", "confidence on false", "mean confidence of the kept pseudo-labels that are wrong", -1
     ),
     Column(
         "seconds",
         "seconds",
-        "seconds of fitting per seed; seeds that are fitted in one pass share its time",
+        "seconds of fitting per seed; seeds that are fitted together share the time",
         0,
         percent=False,
     ),

@@ -81,7 +81,7 @@ def sweeps_section(sweeps: Sequence[SweepFiles]) -> list[dict[str, Any]]:
         for metric, fractions in sweep.importance.items():
             if fractions:
                 largest = sorted(fractions.items(), key=lambda item: -item[1])[:_BARS]
-                charts.append(bar_chart(f"share in what moves {metric}, %", largest))
+                charts.append(bar_chart(f"importance for {metric}, %", largest))
 
         numeric = {name: all(math.isfinite(_to_float(e[name])) for e in sweep.leaderboard) for name in sweep.settings}
         sections.append(

@@ -25,7 +25,7 @@ def class_bias_section(inputs: PageInputs) -> Section | None:
         return None
     has_groups = any(row["group_gap"] != "–" for row in rows)
     body = render_template("ulfine_fast.related.class_bias", "section.html.jinja", rows=rows, has_groups=has_groups)
-    return Section(id="class-bias", heading="Bias carried over", link="Bias", body=body)
+    return Section(id="class-bias", heading="Class bias", link="Class bias", body=body)
 
 
 def class_bias_rows(groups: Sequence[Group], attributes: Mapping[str, str] | None = None) -> list[dict[str, Any]]:
