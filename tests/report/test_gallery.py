@@ -92,6 +92,10 @@ def test_an_unexpected_error_is_not_hidden() -> None:
 
 def test_an_image_file_is_read_into_the_page(tmp_path: Path) -> None:
     Image.new("RGB", (40, 20), "blue").save(tmp_path / "r0.png")
-    shots = gallery.load_shots(rows([0], [0], [0.5]), np.arange(1), lambda row_id: Image.open(tmp_path / f"{row_id}.png"))
+
+    def read(row_id: str) -> Image.Image:
+        return Image.open(tmp_path / f"{row_id}.png")
+
+    shots = gallery.load_shots(rows([0], [0], [0.5]), np.arange(1), read)
     assert shots[0].image is not None
     assert opened(shots[0].image).getpixel((3, 3)) == (0, 0, 255)

@@ -86,7 +86,8 @@ def test_a_forecast_is_a_line_under_the_leaderboard(swept: Path, tmp_path: Path)
     text = build_report([folder], tmp_path / "page.html").read_text()
     assert "Forecast of trial 3 over labels: refused, &lt;i&gt;too few." in text
     forecast = {"target": 80.0, "figures": {"flp": {"value": 0.81, "low": 0.7, "high": 0.9}}}
-    (folder / "forecast.json").write_text(json.dumps({**content, "curve": {"budgets": [20.0, 40.0]}, "forecast": forecast}))
+    content |= {"curve": {"budgets": [20.0, 40.0]}, "forecast": forecast}
+    (folder / "forecast.json").write_text(json.dumps(content))
     [line] = sweeps_section(find_sweeps([folder]))[0]["notes"]
     assert line == (
         "Forecast of trial 3 over labels, from 40 to 80, few: 0.8100 (0.7000 to 0.9000) by way of the loss."

@@ -48,11 +48,8 @@ def classes_section(charted: Sequence[Group], shown: Group) -> dict[str, Any]:
     for slot, (group, accuracy) in enumerate(zip(charted, accuracies, strict=True)):
         points = _thinned(accuracy)
         series.append(Series(group.name, slot, np.arange(len(points), dtype=np.float64), points))
-    ends = [
-        f"{group.name} from {percent(accuracy[0])} for the class with most to {percent(accuracy[-1])} for that with fewest"
-        for group, accuracy in zip(charted, accuracies, strict=True)
-    ]
-    spoken = f"Accuracy per class in percent by labelled images: {'; '.join(ends)}"
+    ends = [f"{g.name} from {percent(a[0])} to {percent(a[-1])}" for g, a in zip(charted, accuracies, strict=True)]
+    spoken = f"Accuracy in percent, from the class with most labelled images to that with fewest: {'; '.join(ends)}"
 
     # the table: labelled images over the shown group's seeds, mean accuracy of every charted group
     labelled = np.stack([run.per_class("class_counts") for run in shown.runs])  # (seeds, K)
