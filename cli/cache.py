@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -119,10 +118,6 @@ def import_(
     )
     also = f"\n{done.normalised} rows had another length than 1 and got it" if done.normalised else ""
     typer.echo(json.dumps(done.to_dict()) if as_json else _text(done) + also)
-
-
-COMMANDS: dict[str, Callable[..., Any]] = {"merge": merge, "export": export, "import": import_}
-HELP = "Merge caches, export them as plain arrays, import features of other programs."
 
 
 def _encoder(model: str, pretrained: str | None, device: str) -> Encoder:
