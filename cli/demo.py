@@ -84,10 +84,10 @@ def _run(command: list[str]) -> None:
 
 def _print_table(out: Path) -> None:
     """All methods side by side, from the summaries that the fits wrote."""
-    from ulfine_fast.cli.tables import print_summary
+    from ulfine_fast.cli.tables import print_metrics
 
     typer.echo("\nTest figures in percent, mean ± 95% interval over seeds:")
-    print_summary(_summaries(out), as_json=False)
+    print_metrics(_summaries(out), as_json=False)
 
 
 def _summaries(out: Path) -> dict[str, Any]:

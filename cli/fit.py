@@ -45,7 +45,7 @@ def fit(
     Interrupted, the same command goes on from the last evaluation.
     """
     from ulfine_fast.cache.io.errors import InputError
-    from ulfine_fast.cli.tables import print_summary
+    from ulfine_fast.cli.tables import print_metrics
     from ulfine_fast.config import FitConfig
 
     if seeds < 1:
@@ -70,7 +70,7 @@ def fit(
     failed = [run for run in runs if run.status == "failed"]
     if len(failed) < len(runs):
         _log(out, log or [])
-        print_summary({first.method: summary}, as_json=as_json)
+        print_metrics({first.method: summary}, as_json=as_json)
         if not as_json:
             typer.echo(f"run: {out}")
     if failed:

@@ -91,7 +91,7 @@ def _print(result: SweepResult, as_json: bool) -> None:
     if as_json:
         typer.echo(json.dumps(result.to_dict()))
         return
-    from ulfine_fast.cli.tables import print_summary
+    from ulfine_fast.cli.tables import print_metrics
 
     _print_board(result)
     for metric, shares in result.importance.items():
@@ -99,7 +99,7 @@ def _print(result: SweepResult, as_json: bool) -> None:
         typer.echo(f"what moves {metric}: {words}")
     if result.best:
         typer.echo("\nrefit with fresh seeds, on the test split:")
-        print_summary({f"best {one['rank']} (trial {one['trial']})": one["test"] for one in result.best}, as_json=False)
+        print_metrics({f"best {one['rank']} (trial {one['trial']})": one["test"] for one in result.best}, as_json=False)
     if result.forecast is not None:
         _print_forecast(result.forecast)
     counts = ", ".join(f"{count} {state}" for state, count in result.counts.items())

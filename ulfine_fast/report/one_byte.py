@@ -63,7 +63,7 @@ def _difference(costs: Sequence[Cost], name: str) -> tuple[str, str]:
 
 def _cost(run: RunFiles, opened: Callable[[str], Any]) -> Cost | None:
     from ulfine_fast.cache.quantized import quantized, restored
-    from ulfine_fast.runs.evaluate import figures, own_rows, refuse_other_encoder
+    from ulfine_fast.runs.evaluate import evaluate_inputs, own_rows, refuse_other_encoder
     from ulfine_fast.runs.run import Run
 
     assert run.cache is not None
@@ -78,7 +78,7 @@ def _cost(run: RunFiles, opened: Callable[[str], Any]) -> Cost | None:
         rows, labels = own_rows(fitted, cache)
         features, known = cache.plain[rows], labels >= 0
         one_byte = restored(*quantized(features))
-        both = (figures(fitted, part[known], labels[known]) for part in (features, one_byte))
+        both = (evaluate_inputs(fitted, part[known], labels[known]) for part in (features, one_byte))
         stored, rounded = ({name: _number(one.get(name)) for name in _FIGURES} for one in both)
     except InputError:
         return None
