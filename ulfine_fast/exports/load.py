@@ -44,7 +44,7 @@ class Loaded:
             tensors = load_file(folder / config["file"])
         # as far as predictions need it; an ONNX file holds its tensors itself
         self._run = Run(
-            config=FitConfig.from_dict(config["config"]),
+            config=FitConfig.from_dict(config["config"], saved=True),
             class_names=self.class_names,
             tensors=tensors,
             metrics={"temperature": config["temperature"]},

@@ -12,8 +12,8 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from ulfine_fast.cache.io.errors import InputError
-from ulfine_fast.config import FitConfig, per_trial_fields
-from ulfine_fast.core.heads import Tensors, adapt
+from ulfine_fast.config import FitConfig, per_trial_options
+from ulfine_fast.core.heads import Tensors, apply_adapter
 from ulfine_fast.core.types import Trials
 from ulfine_fast.methods.registry import method_of
 from ulfine_fast.metrics import classification as metrics
@@ -43,8 +43,11 @@ class Head:
     def of(cls, config: FitConfig, tensors: Tensors) -> Head:
         """The head of a run with this config and these tensors (1, ...)."""
         start = tensors["prototypes"] if "prototypes" in tensors else tensors["linear"]
-        values = {name: torch.tensor([float(getattr(config, name))], dtype=start.dtype) for name in per_trial_fields()}
-        return cls(Trials(config, values, torch.tensor([config.seed]), start, torch.zeros(start.shape[:2])), tensors)
+        values = {
+            name: torch.tensor([float(getattr(config, name))], dtype=start.dtype) for name in per_trial_options(config)
+        }
+        trials = Trials(config, values, torch.tensor([config.seed]), start, torch.zeros(start.shape[:2]))
+        return cls(trials, tensors)
 
     def rows(self, inputs: Tensor) -> Tensor:
         """Inputs as :meth:`logits` takes them.
@@ -72,7 +75,7 @@ class Head:
         return logits[0]
 
     def _adapted(self, rows: Tensor) -> Tensor:
-        return adapt(self.tensors, rows.unsqueeze(0), self.trials.values["adapter_scale"])  # (1, n, D)
+        return apply_adapter(self.tensors, rows.unsqueeze(0), self.trials.values["adapter_scale"])  # (1, n, D)
 
 
 @dataclass
@@ -190,7 +193,7 @@ class Run:
         files = load_run(folder)
         predictions = files.predictions()
         return cls(
-            config=FitConfig.from_dict(files.config),
+            config=FitConfig.from_dict(files.config, saved=True),
             class_names=files.class_names,
             tensors=files.heads(),
             metrics=files.metrics,
