@@ -217,14 +217,14 @@ class _Statistics:
             f"method {run.config.method} predicts from something else than one cosine head, which {by} needs; take "
             "adjust"
         )
-        if "linear" not in run.tensors or run.config.feature == "pre-projection":
-            raise no_cosine_head
+        # a check of the numbers themselves, since what a method predicts from may depend on its options
         head = run.head()
         with torch.no_grad():
             rows = head.rows(torch.from_numpy(np.asarray(inputs, dtype=np.float32)))
             features, logits = head.features(rows), head.logits(rows)
+            if "linear" not in head.tensors or head.tensors["linear"].shape[-1] != features.shape[-1]:
+                raise no_cosine_head
             cosines = cosine_logits(features.unsqueeze(0), head.tensors["linear"], head.trials.values["scale"])[0]
-        # a check of the numbers themselves, since what a method predicts from may depend on its settings
         if (logits - cosines).abs().max() > _TOLERANCE * run.config.scale:
             raise no_cosine_head
 
