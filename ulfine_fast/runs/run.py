@@ -208,17 +208,24 @@ class Run:
             relabeled=files.relabeled,
         )
 
+    @property
+    def failure(self) -> str | None:
+        """Where a failed run diverged, in a sentence; None for others."""
+        if self.status != "failed":
+            return None
+        return (
+            f"seed {self.config.seed} of {self.config.method} diverged: its loss or weights were not finite at "
+            f"step {self.metrics['failed_at']}; lower lr (now {self.config.lr:g})"
+        )
+
     def refuse_failed(self) -> None:
-        """Refuse a run that failed, naming the step.
+        """Refuse to go on with a failed run.
 
         Raises:
             InputError: the run failed.
         """
-        if self.status == "failed":
-            raise InputError(
-                f"seed {self.config.seed} of {self.config.method} diverged: its loss or weights were not finite at "
-                f"step {self.metrics['failed_at']}; lower lr (now {self.config.lr:g})"
-            )
+        if self.failure is not None:
+            raise InputError(self.failure)
 
 
 def describe_encoder(cache: FeatureCache) -> dict[str, Any] | None:
