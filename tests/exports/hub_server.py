@@ -14,7 +14,7 @@ TOKEN = "hf_of_the_tests"
 
 
 class HubServer:
-    """Repositories as commits, each a dict of files; large files pass through Git LFS, as there."""
+    """Repositories as commits, each a dict of files; large files go through Git LFS, as on the Hub."""
 
     def __init__(self):
         self.commits: dict[str, list[dict[str, bytes]]] = {}
@@ -64,19 +64,19 @@ class HubServer:
     def _preupload(self, owner, name, revision):
         modes = [
             {
-                "path": one["path"],
-                "uploadMode": "lfs" if one["path"].startswith("model.") else "regular",
+                "path": file["path"],
+                "uploadMode": "lfs" if file["path"].startswith("model.") else "regular",
                 "shouldIgnore": False,
             }
-            for one in request.json["files"]
+            for file in request.json["files"]
         ]
         return jsonify({"files": modes})
 
     def _batch(self, owner, name):
         objects = []
-        for one in request.json["objects"]:
-            href = {"href": f"{self.address}/blob/{one['oid']}"}
-            objects.append({**one, "authenticated": True, "actions": {"upload": href}})
+        for blob in request.json["objects"]:
+            href = {"href": f"{self.address}/blob/{blob['oid']}"}
+            objects.append({**blob, "authenticated": True, "actions": {"upload": href}})
         return jsonify({"transfer": "basic", "objects": objects})
 
     def _store(self, oid):
@@ -89,13 +89,14 @@ class HubServer:
         repo = f"{owner}/{name}"
         files = dict(self.commits[repo][-1])
         for line in request.get_data().decode().splitlines():
-            one = json.loads(line)
-            if one["key"] == "header":
-                self.messages.append(one["value"]["summary"])
-            elif one["key"] == "file":
-                files[one["value"]["path"]] = base64.b64decode(one["value"]["content"])
-            elif one["key"] == "lfsFile":
-                files[one["value"]["path"]] = self.blobs[one["value"]["oid"]]
+            operation = json.loads(line)
+            key, value = operation["key"], operation["value"]
+            if key == "header":
+                self.messages.append(value["summary"])
+            elif key == "file":
+                files[value["path"]] = base64.b64decode(value["content"])
+            elif key == "lfsFile":
+                files[value["path"]] = self.blobs[value["oid"]]
         self.commits[repo].append(files)
         sha = self._sha(repo, len(self.commits[repo]) - 1)
         return jsonify({"success": True, "commitOid": sha, "commitUrl": f"{self.address}/{repo}/commit/{sha}"})

@@ -47,7 +47,7 @@ def test_what_was_pushed_loads_with_the_runs_own_numbers(hub, folder, fitted, cl
 def test_one_commit_holds_the_folders_files_and_no_others(hub, folder):
     (folder / "notes.txt").write_text("not for others")
     pushed(hub, folder)
-    assert len(hub.commits["ada/shoes"]) == 2  # the empty first one, and ours
+    assert len(hub.commits["ada/shoes"]) == 2  # the empty first commit, and the push
     sent = hub.commits["ada/shoes"][-1]
     assert set(sent) == {"README.md", "config.json", "model.safetensors"}
     assert all((folder / name).read_bytes() == body for name, body in sent.items())

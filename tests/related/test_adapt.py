@@ -91,14 +91,14 @@ def test_the_threshold_separates_most_variance():
 
 
 def test_the_memory_keeps_the_most_confident_of_each_class():
-    random, memory, seen = np.random.default_rng(2), ConfidentMemory(3, shots=2, sample=6, seed=0), []
+    random, memory, images = np.random.default_rng(2), ConfidentMemory(3, shots=2, sample=6, seed=0), []
     for batch in range(4):
         rows = random.normal(0, 2, (5, 3)).astype(np.float32)
         rows[:, 2] = -9  # no image is of the last class
         memory.add(torch.arange(5) + 5 * batch, torch.from_numpy(rows))
-        seen += [(softmax(row).max(), int(row.argmax()), 5 * batch + i) for i, row in enumerate(rows)]
+        images += [(softmax(row).max(), int(row.argmax()), 5 * batch + i) for i, row in enumerate(rows)]
         for k in range(3):
-            expected = sorted((image for image in seen if image[1] == k), reverse=True)[:2]
+            expected = sorted((image for image in images if image[1] == k), reverse=True)[:2]
             kept = memory.positions[k][memory.positions[k] >= 0].tolist()
             assert kept == [position for *_, position in expected]
     assert sorted(memory.draw().tolist()) == sorted(memory.positions[:2].flatten().tolist())
@@ -152,7 +152,7 @@ def test_a_stream_by_autograd_alone(by, probe, clusters):
 @pytest.mark.parametrize("batch", [1, 16])
 @pytest.mark.parametrize("open_set", [False, True])
 def test_one_class_alone_gives_numbers(batch, open_set, zero_shot, clusters):
-    """A memory of one class, first batches of one class, and rows of no length at all."""
+    """A memory of one class, first batches of one class, and rows of length zero."""
     settings = dataclasses.replace(FAST, batch=batch, open_set=open_set)
     rows = np.flatnonzero(clusters.labels == 0)[:20]
     assert np.isfinite(adapt(zero_shot, clusters, settings, rows=rows, progress=False).logits).all()
@@ -316,6 +316,18 @@ def test_a_realigned_run_with_an_adapter_in_the_last_block_adapts_with_its_own_h
     adapted = adapt(realigned, cache, Adaptation(by="none"), progress=False)
     np.testing.assert_allclose(adapted.logits, realigned.logits(cache.tokens("plain")), atol=1e-4)
     assert np.abs(adapted.logits - run.logits(cache.tokens("plain"))).max() > 0.1
+
+
+@pytest.mark.parametrize("features", ["last-block", "pre-projection"])
+def test_a_head_before_the_projection_can_only_be_adjusted(features, caches):
+    cache = caches[features]
+    run = fit(cache, FitConfig(method="lift_head", **RUNS["lift_head"], **SHORT), device="cpu", progress=False)
+    for by in ("gaussians", "lda"):
+        with pytest.raises(InputError, match="method lift_head predicts from something else"):
+            realign([run], cache, by=by)
+    adjusted = realign([run], cache, by="adjust")[0]
+    adapted = adapt(adjusted, cache, Adaptation(by="none"), progress=False)
+    np.testing.assert_allclose(adapted.logits, adjusted.logits(cache.tokens("plain")), atol=1e-4)
 
 
 def test_an_adapter_in_the_last_block_stays_in_front_of_the_norm(caches):

@@ -65,7 +65,7 @@ def test_fewer_rows_than_dimensions_still_have_an_inverse():
 
 
 def test_anchors_are_the_weighted_ridge_map(world):
-    """Against the normal equations over dimensions, where ours solves over classes."""
+    """Against the normal equations over dimensions, where the function solves over classes."""
     _, _, means = world
     text = np.random.default_rng(1).normal(size=(K, 3))
     w = COUNTS / (COUNTS + 10)

@@ -59,12 +59,12 @@ def test_tensorboard_shows_the_history_and_the_final_metrics(logged, runs):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     folder = logged("tensorboard") / "ulfine" / "seed-0"
-    seen = EventAccumulator(str(folder)).Reload()
-    losses = [(event.step, event.value) for event in seen.Scalars("loss")]
+    events = EventAccumulator(str(folder)).Reload()
+    losses = [(event.step, event.value) for event in events.Scalars("loss")]
     assert losses == [(step, pytest.approx(value)) for step, value in column(runs[0], "loss")]
     accuracy = json.loads((runs[0] / "metrics.json").read_text())["accuracy"]
-    assert seen.Scalars("test/accuracy")[-1].value == pytest.approx(accuracy)
-    assert not [tag for tag in seen.Tags()["scalars"] if tag.startswith("rate_")]
+    assert events.Scalars("test/accuracy")[-1].value == pytest.approx(accuracy)
+    assert not [tag for tag in events.Tags()["scalars"] if tag.startswith("rate_")]
 
 
 def test_wandb_files_hold_settings_history_and_summary(logged, runs):
@@ -102,7 +102,7 @@ def test_mlflow_store_holds_settings_history_metrics_and_files(logged, runs):
     assert set(stored) == {"ulfine/seed-0", "ulfine/seed-1"}
     first = stored["ulfine/seed-0"]
     history = client.get_metric_history(first.info.run_id, "loss")
-    assert [(one.step, one.value) for one in history] == [
+    assert [(metric.step, metric.value) for metric in history] == [
         (step, pytest.approx(value)) for step, value in column(runs[0], "loss")
     ]
     metrics = json.loads((runs[0] / "metrics.json").read_text())
@@ -112,7 +112,7 @@ def test_mlflow_store_holds_settings_history_metrics_and_files(logged, runs):
     assert sorted(path.read_bytes() for path in copies) == sorted((run / "metrics.json").read_bytes() for run in runs)
 
 
-def test_what_is_not_a_number_is_left_out(runs):
+def test_values_that_are_not_finite_are_left_out(runs):
     run = load_run(runs[0])
     assert run_name(run) == "ulfine/seed-0"
     assert all(value == value for _, values in evaluations(run) for value in values.values())
