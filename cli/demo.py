@@ -48,7 +48,7 @@ def _run_commands(context: typer.Context, out: Path, seeds: int) -> dict[str, An
         typer.Exit: a command failed.
     """
     # loaded on use: both take long to import
-    from ulfine_fast.cli.tables import print_summary
+    from ulfine_fast.cli.tables import print_metrics
     from ulfine_fast.demo import unpack_images
 
     # the commands, by the program that this command is part of
@@ -73,7 +73,7 @@ def _run_commands(context: typer.Context, out: Path, seeds: int) -> dict[str, An
         summary = (out / "runs" / method / "summary.json").read_text(encoding="utf-8")
         results[method] = json.loads(summary)["metrics"]
     typer.echo("\nTest metrics in percent, mean ± 95% interval over seeds:")
-    print_summary(results, as_json=False)
+    print_metrics(results, as_json=False)
     typer.echo("\nThe same by hand:")
     for command in commands:
         typer.echo(f"  ulfine-fast {shlex.join(command)}")

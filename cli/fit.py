@@ -29,7 +29,7 @@ def fit(
     Interrupted, the same command goes on from the last validation. `ulfine-fast fit --method NAME --help` shows the
     options of a method too.
     """
-    from ulfine_fast.cli.tables import print_summary
+    from ulfine_fast.cli.tables import print_metrics
     from ulfine_fast.config import FitConfig
 
     options = options_with_file(context, options, config)
@@ -73,7 +73,7 @@ def fit(
         for name in log or []:
             for run in load_runs([out]):
                 log_run(run, name, Path("logs") / name)
-        print_summary({first.method: summary}, as_json=as_json)
+        print_metrics({first.method: summary}, as_json=as_json)
         if not as_json:
             typer.echo(f"run: {out}")
     if failed:

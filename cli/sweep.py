@@ -116,7 +116,7 @@ def _print(result: SweepResult) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from ulfine_fast.cli.tables import print_summary
+    from ulfine_fast.cli.tables import print_metrics
 
     # the best trials: mean and 95% interval over seeds in percent, and their settings
     table = Table(box=SIMPLE_HEAD, pad_edge=False, title="on validation", title_justify="left")
@@ -137,6 +137,6 @@ def _print(result: SweepResult) -> None:
     if result.best:
         typer.echo("\nrefit with fresh seeds, on the test split:")
         tests = {f"best {refit['rank']} (trial {refit['trial']})": refit["test"] for refit in result.best}
-        print_summary(tests, as_json=False)
+        print_metrics(tests, as_json=False)
     counts = ", ".join(f"{count} {state}" for state, count in result.counts.items())
     typer.echo(f"trials: {counts}\nsweep: {result.out}")

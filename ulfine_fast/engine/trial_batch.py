@@ -25,7 +25,7 @@ from ulfine_fast.engine.validation import Metrics, Validation, finite
 from ulfine_fast.methods.registry import method_of
 from ulfine_fast.metrics import classification as metrics
 from ulfine_fast.metrics.calibration import fit_temperature
-from ulfine_fast.runs.run import Run
+from ulfine_fast.runs.run import Run, describe_encoder
 
 if TYPE_CHECKING:
     from ulfine_fast.cache.store import FeatureCache
@@ -280,7 +280,7 @@ class TrialBatch:
                 split=split_dicts[id(split)],
                 metrics={"method": config.method, "seed": config.seed},
                 history=self.history.rows_of(t),
-                encoder=encoder_of(self.cache),
+                encoder=describe_encoder(self.cache),
                 cache_path=None if self.cache.path is None else self.cache.path.resolve(),
                 status=self.status[t],
                 relabeled=self.cache.relabeled,
@@ -390,11 +390,3 @@ class TrialBatch:
         self.health = {name: tensor.numpy() for name, tensor in groups.get("health", {}).items()}
         history = {name: tensor.numpy() for name, tensor in groups.get("history", {}).items()}
         self.history.restore(notes["evaluations"], notes["rows"], history)
-
-
-def encoder_of(cache: FeatureCache) -> dict[str, Any] | None:
-    """What a run must know of the model its features came from; None for a cache in memory."""
-    if cache.manifest is None:
-        return None
-    manifest = cache.manifest.to_dict()
-    return {**manifest["model"], **{name: manifest[name] for name in ("preprocessing", "exact", "mean", "std")}}

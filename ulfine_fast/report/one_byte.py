@@ -72,7 +72,7 @@ def one_byte_section(
 
 def _rounding_cost(run: RunFiles, open_cache: Callable[[str], Any]) -> RoundingCost | None:
     from ulfine_fast.cache.quantized import quantized, restored
-    from ulfine_fast.runs.evaluate import figures, own_rows, refuse_other_encoder
+    from ulfine_fast.runs.evaluate import evaluate_inputs, own_rows, refuse_other_encoder
     from ulfine_fast.runs.run import Run
 
     assert run.cache is not None
@@ -86,8 +86,8 @@ def _rounding_cost(run: RunFiles, open_cache: Callable[[str], Any]) -> RoundingC
         refuse_other_encoder(fitted, cache)
         rows, labels = own_rows(fitted, cache)
         features, known = cache.plain[rows], labels >= 0
-        stored = figures(fitted, features[known], labels[known])
-        rounded = figures(fitted, restored(*quantized(features))[known], labels[known])
+        stored = evaluate_inputs(fitted, features[known], labels[known])
+        rounded = evaluate_inputs(fitted, restored(*quantized(features))[known], labels[known])
     except InputError:
         return None
     return RoundingCost(

@@ -15,7 +15,6 @@ from ulfine_fast.cache.io.device import pick_device
 from ulfine_fast.cache.io.errors import InputError
 from ulfine_fast.cache.io.progress import progress_bar
 from ulfine_fast.core.batches import PaddedRows
-from ulfine_fast.engine.trial_batch import encoder_of
 from ulfine_fast.ops.philox import Purpose, normals
 from ulfine_fast.ops.prototypes import normalize
 from ulfine_fast.ops.sgd import cosine_rate, sgd_step
@@ -35,6 +34,7 @@ from ulfine_fast.related.multilabel.losses import binary_cross_entropy, focal, t
 from ulfine_fast.related.multilabel.metrics import figures
 from ulfine_fast.related.multilabel.run import MultiLabelRun, Restored
 from ulfine_fast.related.multilabel.settings import MultiLabelConfig, per_trial_fields, structural_key
+from ulfine_fast.runs.run import describe_encoder
 
 if TYPE_CHECKING:
     from ulfine_fast.cache.store import FeatureCache
@@ -213,7 +213,7 @@ def _runs(task: Task, trials: Trials, labels: NDArray[np.int8]) -> list[MultiLab
             config,
             list(task.table.class_names),
             {name: tensor[BALANCED] for name, tensor in tensors.items()},
-            encoder=encoder_of(task.cache),
+            encoder=describe_encoder(task.cache),
             cache_path=task.cache.path,
             labels_digest=task.table.digest,
         )
