@@ -237,7 +237,8 @@ def _parameter(
     if unset:
         # whether an old name was given must show
         default = None
-    kind: Any = Literal[tuple(choices)] if choices else _TYPES[str(spec.type)]
+    # of a tuple that is known when the program runs
+    kind: Any = Literal.__getitem__(tuple(choices)) if choices else _TYPES[str(spec.type)]
     option = typer.Option(
         flag,
         help=f"{metadata['help'][:1].upper()}{metadata['help'][1:]}{_range(metadata)}.",

@@ -90,7 +90,7 @@ class Space:
 
     def config(self, params: Mapping[str, Value], seed: int) -> FitConfig:
         """The config of a trial with these searched values."""
-        return FitConfig(**{**self.settings(params), "seed": seed})
+        return FitConfig.from_dict({**self.settings(params), "seed": seed})
 
     def to_dict(self) -> dict[str, Any]:
         """The space in JSON's types, by field; two spaces are the same where these are."""

@@ -146,7 +146,7 @@ def _trials(task: Task, configs: Sequence[MultiLabelConfig], splits: Sequence[La
         values,
         seeds,
         torch.tensor([config.unknown == "ignore" for config in configs], device=device),
-        PaddedRows.of([split.train for split in splits], device),
+        PaddedRows.pad([split.train for split in splits], device),
         counts.float(),
         Heads.of(_start(task, configs, seeds), values["bias"], configs[0].heads),
         Memory.empty(len(configs), classes, task.features.shape[1], device),
