@@ -206,6 +206,11 @@ class FeatureCache:
         """Rows that have views, those of train and unlabeled: int64 (m,), ascending."""
         return self._arrays.view_rows
 
+    def row_of(self, ids: Sequence[str]) -> NDArray[np.int64]:
+        """Rows of image ids (n,)."""
+        rows = {name: row for row, name in enumerate(self.ids)}
+        return np.array([rows[name] for name in ids], dtype=np.int64)
+
     def views(self, kind: str) -> NDArray[Any]:
         """Features of augmented views.
 

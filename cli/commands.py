@@ -65,9 +65,13 @@ COMMANDS: dict[str, Command | Group] = {
             ),
         },
     ),
+    "methods": Command(
+        "ulfine_fast.cli.methods:methods",
+        "List the methods: what each does, what it needs and its source; or the options of one.",
+    ),
     "fit": Command(
         "ulfine_fast.cli.fit:fit",
-        "Train a classifier over a cache; figures, heads and predictions go to a run folder.",
+        "Train a classifier over a cache; metrics, heads and predictions go to a run folder.",
     ),
     "sweep": Command(
         "ulfine_fast.cli.sweep:sweep",

@@ -57,14 +57,25 @@ def guarded(command: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-class _Command(TyperCommand):
-    """A command that `--print-config` makes print its options instead of running."""
+def _command_class(command: Callable[..., Any]) -> type[TyperCommand]:
+    """The command's own class, which `--print-config` makes print its options instead of running."""
+    own: Any = getattr(command, "command_class", TyperCommand)
 
-    def invoke(self, ctx: Any) -> Any:
-        if ctx.meta.get(_PRINT):
-            print(printed(ctx))
-            return None
-        return super().invoke(ctx)
+    class Command(own):
+        def get_params(self, ctx: Any) -> list[Any]:
+            params: list[Any] = super().get_params(ctx)
+            for param in params:
+                # every option has a variable, which docs/commands.md says once
+                param.show_envvar = False
+            return params
+
+        def invoke(self, ctx: Any) -> Any:
+            if ctx.meta.get(_PRINT):
+                print(printed(ctx))
+                return None
+            return super().invoke(ctx)
+
+    return Command
 
 
 class _LazyCommands(Mapping[str, Any]):
@@ -78,7 +89,8 @@ class _LazyCommands(Mapping[str, Any]):
         if isinstance(entry, Group):
             return _LazyGroup(name=name, listed=entry.commands, help=entry.help, no_args_is_help=True)
         single = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-        single.command(name, cls=_Command)(guarded(pkgutil.resolve_name(entry.function)))
+        function = pkgutil.resolve_name(entry.function)
+        single.command(name, cls=_command_class(function))(guarded(function))
         return get_command(single)
 
     def __iter__(self) -> Iterator[str]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from ulfine_fast.cli.settings import given_settings, with_settings
+from ulfine_fast.cli.options import given_options, with_method_options
 from ulfine_fast.search.choices import Metric, Pruning, Sampler
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 _ROWS = 10  # of the leaderboard that are printed
 
 
-@with_settings
+@with_method_options
 def sweep(
     context: typer.Context,
     cache: Annotated[Path, typer.Argument(help="Cache folder that `extract` wrote.")],
@@ -60,7 +60,7 @@ def sweep(
     forecast: Annotated[str | None, typer.Option(hidden=True, metavar="WHAT")] = None,
     forecast_times: Annotated[float, typer.Option(hidden=True)] = 4.0,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
-    **settings: Any,
+    **options: Any,
 ) -> None:
     """Search for the best settings on validation; a setting given as an option holds for every trial."""
     # start-up: these import torch
@@ -71,7 +71,7 @@ def sweep(
 
     features = FeatureCache.open(cache)
     # an option left at its default is not fixed: the space may search it
-    fixed = given_settings(context, {name: value for name, value in settings.items() if name != "seed"})
+    fixed = given_options(context, {name: value for name, value in options.items() if name != "seed"})
     result = run_sweep(
         features,
         space,
@@ -80,7 +80,7 @@ def sweep(
         settings=fixed,
         metrics=[one.value for one in metric] if metric else ["balanced_accuracy"],
         seeds=seeds,
-        seed=settings["seed"],
+        seed=options["seed"],
         sampler=sampler,
         batch=batch,
         pruning=pruning,
@@ -116,7 +116,7 @@ def _print(result: SweepResult) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from ulfine_fast.cli.tables import print_summary
+    from ulfine_fast.cli.tables import print_metrics
 
     # the best trials: mean and 95% interval over seeds in percent, and their settings
     table = Table(box=SIMPLE_HEAD, pad_edge=False, title="on validation", title_justify="left")
@@ -137,6 +137,6 @@ def _print(result: SweepResult) -> None:
     if result.best:
         typer.echo("\nrefit with fresh seeds, on the test split:")
         tests = {f"best {refit['rank']} (trial {refit['trial']})": refit["test"] for refit in result.best}
-        print_summary(tests, as_json=False)
+        print_metrics(tests, as_json=False)
     counts = ", ".join(f"{count} {state}" for state, count in result.counts.items())
     typer.echo(f"trials: {counts}\nsweep: {result.out}")

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from tests.cache.samples import write_images, write_tiny_model
 from ulfine_fast.cli.main import app
-from ulfine_fast.cli.tables import print_summary
+from ulfine_fast.cli.tables import print_metrics
 
 
 def run(*arguments):
@@ -24,6 +24,13 @@ def refused(*arguments):
     assert len(lines) == 1, lines
     assert lines[0].startswith("error: ")
     return lines[0]
+
+
+def usage_error(*arguments):
+    """The words on stderr of a command with a bad option, without the frame that Typer draws around them."""
+    done = run(*arguments)
+    assert done.exit_code == 2, f"{done.exit_code}: {done.output} {done.exception!r}"
+    return " ".join(done.stderr.replace("│", " ").split())
 
 
 @pytest.fixture(scope="module")
@@ -259,7 +266,7 @@ def test_version_and_help():
 
 def test_the_table_shows_percent_and_dashes(capsys):
     figure = {"mean": 0.1234, "half_width": 0.01, "n": 3}
-    print_summary({"probe": {"accuracy": figure, "seconds": {"mean": 2.0, "half_width": 0.0, "n": 3}}}, as_json=False)
+    print_metrics({"probe": {"accuracy": figure, "seconds": {"mean": 2.0, "half_width": 0.0, "n": 3}}}, as_json=False)
     printed = capsys.readouterr().out
     assert "12.3 ±1.0" in printed
     assert "2.0" in printed

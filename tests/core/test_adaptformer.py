@@ -18,7 +18,7 @@ from ulfine_fast.cache.sources import open_source
 from ulfine_fast.cache.store import FeatureCache
 from ulfine_fast.config import METHODS, FitConfig
 from ulfine_fast.core.features import DeviceFeatures
-from ulfine_fast.core.heads import adapt, cosine_logits, frozen_end, new_adapter
+from ulfine_fast.core.heads import apply_adapter, cosine_logits, frozen_end, new_adapter
 from ulfine_fast.engine.fit import fit, fit_many
 from ulfine_fast.methods.registry import method_of
 from ulfine_fast.runs.evaluate import evaluate
@@ -100,7 +100,7 @@ def test_features_and_gradients_are_those_of_the_patched_encoder(tower):
     strength = torch.tensor([0.1, 1.5], dtype=torch.float64)
     adapters = {name: tensor.requires_grad_(True) for name, tensor in random_adapters(2, 16, 4).items()}
     tokens = tokens_of(tower, pixels).expand(2, -1, -1)  # (T, B, 2 W)
-    found = adapt({**adapters, **frozen_end(head_of(tower), 2)}, tokens, strength)
+    found = apply_adapter({**adapters, **frozen_end(head_of(tower), 2)}, tokens, strength)
     logits = cosine_logits(found, weights, torch.full((2,), 7.0, dtype=torch.float64))
     ours = torch.autograd.grad(cross_entropy(logits.flatten(0, 1), labels.repeat(2)), list(adapters.values()))
     losses = []
@@ -119,7 +119,7 @@ def test_it_starts_as_the_frozen_encoder(tower):
     pixels = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     fresh = {name: t.double() for name, t in new_adapter(torch.tensor([5]), 16, torch.tensor([4])).items()}
     strength = torch.ones(1, dtype=torch.float64)
-    found = adapt({**fresh, **frozen_end(head_of(tower), 1)}, tokens_of(tower, pixels)[None], strength)
+    found = apply_adapter({**fresh, **frozen_end(head_of(tower), 1)}, tokens_of(tower, pixels)[None], strength)
     torch.testing.assert_close(found[0], normalize(tower(pixels), dim=-1), atol=1e-9, rtol=0)
 
 

@@ -129,7 +129,7 @@ def test_the_same_crops_through_the_frozen_encoder_give_the_same_logits(images, 
 def test_both_caches_train_the_same_head(caches):
     runs = [fit(cache, LIFT, device="cpu", progress=False) for cache in caches.values()]
     torch.testing.assert_close(runs[0].tensors["linear"], runs[1].tensors["linear"], atol=0.01, rtol=0)
-    assert [run.row_shape for run in runs] == [(2, 16), (1, 16)]
+    assert [run.input_shape for run in runs] == [(2, 16), (1, 16)]
 
 
 @pytest.mark.parametrize("features", ["last-block", "pre-projection"])

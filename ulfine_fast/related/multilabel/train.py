@@ -16,7 +16,6 @@ from ulfine_fast.cache.io.device import pick_device
 from ulfine_fast.cache.io.errors import InputError
 from ulfine_fast.cache.io.progress import progress_bar
 from ulfine_fast.core.batches import PaddedRows
-from ulfine_fast.engine.trial_batch import encoder_of
 from ulfine_fast.ops.philox import Purpose, normals
 from ulfine_fast.ops.prototypes import normalize
 from ulfine_fast.ops.sgd import cosine_rate, sgd_step
@@ -36,6 +35,7 @@ from ulfine_fast.related.multilabel.losses import binary_cross_entropy, focal, m
 from ulfine_fast.related.multilabel.metrics import multilabel_metrics
 from ulfine_fast.related.multilabel.run import MultiLabelRun, Restored
 from ulfine_fast.related.multilabel.settings import MultiLabelConfig, per_trial_fields, structural_key
+from ulfine_fast.runs.run import describe_encoder
 
 if TYPE_CHECKING:
     from ulfine_fast.cache.store import FeatureCache
@@ -173,7 +173,7 @@ def _start_trials(data: TrainingData, configs: Sequence[MultiLabelConfig], split
         values=values,
         seeds=seeds,
         ignore=torch.tensor([config.unknown == "ignore" for config in configs], device=device),
-        rows=PaddedRows.of([split.train for split in splits], device),
+        rows=PaddedRows.pad([split.train for split in splits], device),
         counts=counts.float(),
         heads=Heads.from_vectors(torch.stack(vectors), values["bias"], configs[0].heads),
         memory=Memory.empty(len(configs), classes, dim, device),
@@ -229,7 +229,7 @@ def _make_run(data: TrainingData, trials: LabelTrials, t: int) -> MultiLabelRun:
         config=config,
         class_names=list(data.table.class_names),
         tensors={name: tensor[BALANCED] for name, tensor in tensors.items()},
-        encoder=encoder_of(data.cache),
+        encoder=describe_encoder(data.cache),
         cache_path=data.cache.path,
         labels_digest=data.table.digest,
         ids=list(data.cache.ids),
