@@ -105,6 +105,7 @@ def sweep(
         return
     _print(result)
     if result.forecast is not None:
+        typer.echo()
         # by name and only for this release, as `sweep --forecast` is
         pkgutil.resolve_name("ulfine_fast.related.forecast.command:print_forecast")(result.forecast)
 

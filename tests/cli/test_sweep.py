@@ -98,7 +98,7 @@ def test_a_forecast_is_printed_or_refused(swept, cache):
     assert done.exit_code == 0, done.output
     content = json.loads((out / "forecast.json").read_text())
     # 16 images are too few to forecast from
-    assert done.stdout == f"\nno forecast: {content['refused']}\n"
+    assert done.stdout == f"no forecast: {content['refused']}\n"
     # the seeds of the refit, and the cache that its runs name
     assert content["seeds"] == [2, 3, 4, 5, 6]
     assert run("forecast", out, "--cache", cache).stdout == done.stdout
