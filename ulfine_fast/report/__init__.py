@@ -54,8 +54,8 @@ def build_report(
         The path written.
 
     Raises:
-        InputError: there is no run, a file is missing, cut or of another version, the runs have different classes, or
-            `out` cannot be written.
+        InputError: there is no run, a file is missing, truncated or of another version, the runs have different
+            classes, or `out` cannot be written.
     """
     # loaded on use: the sections need numpy, pyarrow and jinja2, and importing the package must stay quick
     from ulfine_fast.report.feature_map import mapper

@@ -101,7 +101,7 @@ def _source_description(cache: str | None) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise InputError(f"the cache {cache} is gone") from error
     except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{file} is cut or not a cache's manifest") from error
+        raise InputError(f"{file} is truncated or not a cache's manifest") from error
 
 
 def _source_parts(description: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
