@@ -83,7 +83,7 @@ COMMANDS: dict[str, Command | Group] = {
     ),
     "eval": Command(
         "ulfine_fast.cli.eval:evaluate",
-        "Compute a run's figures again from its heads, on its own test split or another cache of the same encoder.",
+        "Compute a run's metrics again from its head, on its own test split or another cache of the same encoder.",
     ),
     "predict": Command(
         "ulfine_fast.cli.predict:predict",
@@ -115,7 +115,7 @@ COMMANDS: dict[str, Command | Group] = {
     ),
     "log": Command(
         "ulfine_fast.cli.log:log",
-        "Write runs where other programs look for experiments, without a network.",
+        "Write runs in the files of an experiment tracker, without a network.",
     ),
     "review": Command(
         "ulfine_fast.cli.review:review",

@@ -161,7 +161,7 @@ def test_configs_that_are_refused(cache, tmp_path):
     path = tmp_path / "c.toml"
     for text, words in {
         "steps = 0": "steps must be at least 1, got 0",
-        "step = 3": "unknown setting 'step'",
+        "step = 3": "unknown option 'step'",
         "steps": "is not TOML",
         "lr = { low = 1, high = 2 }": "lr must be a finite number",
     }.items():
@@ -219,9 +219,9 @@ def test_the_shipped_space_and_two_metrics(cache, tmp_path):
     assert result["best"] == []
 
 
-def test_a_setting_nobody_reads_is_warned_of(cache, tmp_path):
+def test_an_option_that_no_method_reads_is_refused(cache, tmp_path):
     path = tmp_path / "space.toml"
     path.write_text(SPACE + "mu = [0.1, 0.2]\n")
-    done = run("sweep", cache, "--space", path, "--trials", 1, "--refit", 0, "--out", tmp_path / "sweep")
-    assert done.exit_code == 0, done.output
-    assert done.stderr == "warning: mu is searched and linear_probe never reads it (it is for ulfine)\n"
+    sentence = refused("sweep", cache, "--space", path, "--trials", 1, "--out", tmp_path / "sweep")
+    assert "method linear_probe does not read mu, which channel_ulfine and ulfine read" in sentence
+    assert not (tmp_path / "sweep").exists()
