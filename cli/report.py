@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from ulfine_fast.report import Projection
+from ulfine_fast.report.choices import Projection
 
 
 def report(

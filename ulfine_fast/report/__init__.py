@@ -8,7 +8,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
+
+from ulfine_fast.report.choices import Projection
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -17,9 +19,6 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 __all__ = ["Projection", "build_report"]
-
-Projection = Literal["pca", "umap", "none"]
-"""How the test images' features are mapped to two dimensions; "none" leaves the map out."""
 
 
 def build_report(

@@ -10,8 +10,8 @@ from typing import Any, get_args
 import numpy as np
 
 from ulfine_fast.cache.io.errors import InputError
-from ulfine_fast.report import Projection
 from ulfine_fast.report.charts import map_chart
+from ulfine_fast.report.choices import Projection
 from ulfine_fast.report.groups import Group
 from ulfine_fast.runs.files import RunFiles
 
