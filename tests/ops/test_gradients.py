@@ -36,7 +36,9 @@ def test_adapter():
 def test_padded_ranks_have_no_gradient_beyond_their_own():
     start = new_adapter(torch.tensor([0, 1]), D, torch.tensor([1, R]))
     tensors = {name: value.double().requires_grad_() for name, value in start.items()}
-    apply_adapter(tensors, normalize(draw(T, B, D)).detach(), torch.ones(T, dtype=torch.float64)).square().sum().backward()
+    apply_adapter(
+        tensors, normalize(draw(T, B, D)).detach(), torch.ones(T, dtype=torch.float64)
+    ).square().sum().backward()
     assert tensors["adapter.up"].grad[0, 1:].abs().sum() == 0
     assert tensors["adapter.down"].grad[0, :, 1:].abs().sum() == 0
 

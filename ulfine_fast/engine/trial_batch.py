@@ -163,7 +163,7 @@ class TrialBatch:
         """Let the method look at all training images, where it asks for that."""
         if self.method.uses_pool:
             with torch.no_grad():
-                self.method.refresh(self.given.trials, self.state, self.given.pool(), self.step)
+                self.method.refresh(self.inputs.trials, self.state, self.inputs.pool(), self.step)
         for name, tensor in self.state.parameters.items():
             # some parameters start from the pool, so they are there only now
             if name not in self.velocity:
