@@ -44,14 +44,24 @@ app = typer.Typer(
 )
 
 
-class _Command(TyperCommand):
-    """A command that prints its options where that was asked for, and runs otherwise."""
+def _command_class(command: Callable[..., Any]) -> type[TyperCommand]:
+    """The command's own class, made to print its options where that was asked for."""
 
-    def invoke(self, ctx: Any) -> Any:
-        if ctx.meta.get(_PRINT):
-            print(printed(ctx))
-            return None
-        return super().invoke(ctx)
+    class Command(getattr(command, "command_class", TyperCommand)):  # type: ignore[misc]
+        def get_params(self, ctx: Any) -> list[Any]:
+            params: list[Any] = super().get_params(ctx)
+            for param in params:
+                # every option has a variable, which docs/commands.md says once
+                param.show_envvar = False
+            return params
+
+        def invoke(self, ctx: Any) -> Any:
+            if ctx.meta.get(_PRINT):
+                print(printed(ctx))
+                return None
+            return super().invoke(ctx)
+
+    return Command
 
 
 def guarded(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -147,10 +157,10 @@ _COMMANDS: dict[str, Callable[..., Any]] = {
     "demo": demo,
 }
 for name, command in _COMMANDS.items():
-    app.command(name, cls=_Command)(guarded(command))
+    app.command(name, cls=_command_class(command))(guarded(command))
 _caches = typer.Typer(no_args_is_help=True, help=cache.HELP)
 for name, command in cache.COMMANDS.items():
-    _caches.command(name, cls=_Command)(guarded(command))
+    _caches.command(name, cls=_command_class(command))(guarded(command))
 app.add_typer(_caches, name="cache")
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ulfine_fast.cli.settings import given_settings, with_settings
+from ulfine_fast.cli.options import given_options, with_method_options
 
 if TYPE_CHECKING:
     from ulfine_fast.search.result import SweepResult
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 _SHOWN = 10
 
 
-@with_settings
+@with_method_options
 def sweep(
     context: typer.Context,
     cache: Annotated[Path, typer.Argument(help="Cache folder that `extract` wrote.")],
@@ -53,7 +53,7 @@ def sweep(
     ] = None,
     forecast_times: Annotated[float, typer.Option(help="How many times as many; above 1, at most 4.")] = 4.0,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
-    **settings: Any,
+    **options: Any,
 ) -> None:
     """Search for the best settings on validation; a setting given as an option holds for every trial."""
     from ulfine_fast.cache.store import FeatureCache
@@ -63,7 +63,7 @@ def sweep(
 
     features = FeatureCache.open(cache)
     # a default on the command line is no wish: the space may search it
-    fixed = given_settings(context, {name: value for name, value in settings.items() if name != "seed"})
+    fixed = given_options(context, {name: value for name, value in options.items() if name != "seed"})
     how: Any = {"trials": trials, "seeds": seeds, "sampler": sampler, "batch": batch, "pruning": pruning}
     where: Any = {"out": out, "storage": storage, "study": study, "device": device, "engine": engine}
     result = search(
@@ -71,7 +71,7 @@ def sweep(
         space,
         settings=fixed,
         metrics=metric or ["balanced_accuracy"],
-        seed=settings["seed"],
+        seed=options["seed"],
         refit=refit,
         refit_seeds=refit_seeds,
         split=None if split is None else read_split(split, features.ids),

@@ -89,36 +89,30 @@ class FitConfig(metaclass=_ByMethod):
         InputError: a value outside its range or not among its choices, or an option that the method does not read.
     """
 
-    method: str = option("ulfine", "what to fit; `ulfine-fast methods` lists them", structural=True, panel="Fit")
+    method: str = option("ulfine", "what to fit; `ulfine-fast methods` lists all", structural=True, panel="Fit")
     seed: int = option(0, "seed of weights and mini-batches", low=0, high=2**31 - 1, panel="Fit")
 
     # -- split (docs/method.md, section "Protocol")
     split_seed: int | None = option(
-        None, "seed of the split and of the class order; default: the seed", low=0, high=2**31 - 1, panel="Split"
+        None, "seed of split and class order; default: the seed", low=0, high=2**31 - 1, panel="Split"
     )
-    n1: int | None = option(
-        None, "labelled images of the largest class; default: all labels as they are", low=1, panel="Split"
-    )
-    m1: int | None = option(
-        None, "unlabelled images of the largest class; default: as many as there are", low=0, panel="Split"
-    )
-    gamma_l: float = option(100.0, "labelled imbalance, largest class over smallest; with n1", low=1.0, panel="Split")
-    gamma_u: float = option(100.0, "unlabelled imbalance, largest over smallest; with n1", low=1.0, panel="Split")
-    shape: str = option("consistent", "class prior of the unlabelled images; with n1", choices=SHAPES, panel="Split")
-    labeled_in_unlabeled: bool = option(False, "labelled images are among the unlabelled ones too", panel="Split")
-    permute_classes: bool = option(True, "order of classes, head to tail, from the split seed; with n1", panel="Split")
+    n1: int | None = option(None, "labelled images of the largest class; default: all", low=1, panel="Split")
+    m1: int | None = option(None, "unlabelled images of the largest class; default: all", low=0, panel="Split")
+    gamma_l: float = option(100.0, "labelled imbalance, largest class over smallest, with n1", low=1.0, panel="Split")
+    gamma_u: float = option(100.0, "unlabelled imbalance, with n1", low=1.0, panel="Split")
+    shape: str = option("consistent", "class prior of unlabelled images, with n1", choices=SHAPES, panel="Split")
+    labeled_in_unlabeled: bool = option(False, "labelled images are also unlabelled ones", panel="Split switches")
+    permute_classes: bool = option(True, "order of classes from the split seed, with n1", panel="Split switches")
     labeled_fraction: float = option(
-        1.0, "fraction of each class's labels that is kept; without n1", low=0.0, high=1.0, panel="Split"
+        1.0, "fraction of each class's labels kept, without n1", low=0.0, high=1.0, panel="Split"
     )
     val_fraction: float = option(
-        0.1, "fraction of the labelled images held out for validation", low=0.0, high=0.5, panel="Split"
+        0.1, "fraction of labelled images held out for validation", low=0.0, high=0.5, panel="Split"
     )
     test_fraction: float = option(
-        0.2, "fraction held out for testing where there is no test split", low=0.01, high=0.9, panel="Split"
+        0.2, "fraction held out for testing, without a test split", low=0.01, high=0.9, panel="Split"
     )
-    label_noise: float = option(
-        0.0, "fraction of the labelled images that get a wrong label", low=0.0, high=1.0, panel="Split"
-    )
+    label_noise: float = option(0.0, "fraction of labelled images with a wrong label", low=0.0, high=1.0, panel="Split")
 
     # -- optimiser
     steps: int = option(500, "mini-batch steps", low=1, structural=True, panel="Optimiser")
@@ -126,7 +120,7 @@ class FitConfig(metaclass=_ByMethod):
     batch_unlabeled: int = option(64, "unlabelled images in a mini-batch", low=1, structural=True, panel="Optimiser")
     lr: float = option(
         0.03,
-        "peak learning rate of SGD; cosine schedule to zero",
+        "peak learning rate of SGD; cosine schedule",
         low=0.0,
         search={"low": 0.003, "high": 0.3, "log": True},
         panel="Optimiser",
@@ -141,29 +135,25 @@ class FitConfig(metaclass=_ByMethod):
     )
     warmup: float = option(
         0.5,
-        "fraction of the steps over which the unlabelled loss rises from zero",
+        "fraction of steps over which the unlabelled loss rises",
         low=0.0,
         high=1.0,
         search={"low": 0.0, "high": 1.0},
         panel="Optimiser",
     )
     precision: str = option(
-        "float32", "arithmetic of the logits", choices=("float32", "amp"), structural=True, panel="Optimiser"
+        "float32", "precision of the logits", choices=("float32", "amp"), structural=True, panel="Optimiser"
     )
     eval_every: int = option(50, "steps between two validations", low=1, structural=True, panel="Optimiser")
-    select: str = option("last", "which validation's heads are kept", choices=("last", "best"), panel="Optimiser")
-    patience: int = option(
-        0, "validations without a better one before a trial stops; 0 for never", low=0, panel="Optimiser"
-    )
-    crop_epochs: int = option(
-        0, "epochs of a schedule of crops, small to whole; 0 draws from all views alike", low=0, panel="Optimiser"
-    )
+    select: str = option("last", "heads of which validation are kept", choices=("last", "best"), panel="Optimiser")
+    patience: int = option(0, "validations without progress before a trial stops; 0: never", low=0, panel="Optimiser")
+    crop_epochs: int = option(0, "epochs of a schedule of crops, small to whole; 0: none", low=0, panel="Optimiser")
 
     # -- heads
     scale: float = option(25.0, "cosine scale sigma of all heads (LIFT uses 25)", low=0.01, panel="Heads")
     adapter: str = option(
         "residual",
-        "adapter before the heads; adaptformer needs a cache of tokens",
+        "adapter before the heads",
         choices=("residual", "none", "adaptformer"),
         structural=True,
         panel="Heads",
@@ -172,7 +162,7 @@ class FitConfig(metaclass=_ByMethod):
     adapter_scale: float = option(0.1, "factor s of the adapter's output", low=0.0, panel="Heads")
     feature_noise: float = option(
         0.0,
-        "length of Gaussian noise on training features, for caches without strong views",
+        "length of noise on training features; replaces strong views",
         low=0.0,
         search=[0.0, 0.25, 0.5, 1.0],
         panel="Heads",

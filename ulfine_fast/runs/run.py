@@ -142,17 +142,24 @@ class Run:
             relabeled=files.relabeled,
         )
 
+    @property
+    def failure(self) -> str | None:
+        """Where a failed run diverged, in a sentence; None for others."""
+        if self.status != "failed":
+            return None
+        return (
+            f"seed {self.config.seed} of {self.config.method} diverged: its loss or weights were not finite at "
+            f"step {self.metrics['failed_at']}; lower lr (now {self.config.lr:g})"
+        )
+
     def refuse_failed(self) -> None:
-        """Say where a failed run diverged.
+        """Refuse to go on with a failed run.
 
         Raises:
             InputError: the run failed.
         """
-        if self.status == "failed":
-            raise InputError(
-                f"seed {self.config.seed} of {self.config.method} diverged: its loss or weights were not finite at "
-                f"step {self.metrics['failed_at']}; lower lr (now {self.config.lr:g})"
-            )
+        if self.failure is not None:
+            raise InputError(self.failure)
 
     @property
     def row_shape(self) -> tuple[int, ...]:

@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ulfine_fast.cli.settings import with_settings_of
+from ulfine_fast.cli.options import with_options_of
 from ulfine_fast.related.multilabel.settings import MultiLabelConfig
 
 if TYPE_CHECKING:
     from ulfine_fast.related.multilabel.run import MultiLabelRun
 
 
-@with_settings_of(MultiLabelConfig)
+@with_options_of(MultiLabelConfig)
 def multilabel(
     cache: Annotated[Path, typer.Argument(help="Cache folder that `extract` wrote.")],
     labels: Annotated[Path, typer.Argument(help="CSV with a column id and one for each class: 1, 0, or empty.")],
