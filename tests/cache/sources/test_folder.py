@@ -116,7 +116,7 @@ def test_only_unlabeled_images(tmp_path: Path):
 @pytest.mark.parametrize("stray", ["stray.png", "train/stray.png", "val/stray.png"])
 def test_a_image_outside_of_the_class_folders_is_named(stray: str, tmp_path: Path):
     place(tmp_path, "train/a/1.png", stray)
-    with pytest.raises(InputError, match=f"the image {stray} lies in no class folder"):
+    with pytest.raises(InputError, match=f"the image {stray} is in no class folder"):
         FolderSource(tmp_path)
 
 

@@ -140,7 +140,7 @@ def test_a_wrong_column_is_named_with_those_that_are_there(tmp_path):
     parquet.write_table(pa.table({"jpeg": ["a.png"], "label": ["x"]}), tmp_path / "t.parquet")
     with pytest.raises(InputError, match=r"no column of encoded images .* found jpeg, label"):
         ParquetSource(str(tmp_path / "t.parquet"))
-    with pytest.raises(InputError, match=r"needs a column path .* found jpeg, label"):
+    with pytest.raises(InputError, match=r"must have the column path .* got jpeg, label"):
         open_source(tmp_path / "t.parquet")
 
 

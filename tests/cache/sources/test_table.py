@@ -121,18 +121,21 @@ def test_parquet_numbers_with_gaps(images: Path):
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
-        ("", "needs a column path .* found none"),
-        ("file,class\np/a.png,x\n", r"needs a column path \(and label, split\); found file, class"),
-        ("path;label\np/a.png;x\n", "found path;label"),
+        ("", "must have the column path .* got none"),
+        (
+            "file,class\np/a.png,x\n",
+            r"must have the column path \(and label, split where there are any\), got file, class",
+        ),
+        ("path;label\np/a.png;x\n", "got path;label"),
         ("path,label\n", "has no rows"),
-        ("path,label\n,x\n", "row 1: the path is empty"),
+        ("path,label\n,x\n", r"line 2 of .*table\.csv: the path is empty"),
         ("path,label\np/a.png,\n", "has no label in any row"),
         ("path\np/a.png\n", "has no label in any row"),
-        ("path,label,split\np/a.png,x,Train\n", "row 1: unknown split 'Train'; use train, unlabeled, val, test"),
-        ("path,label,split\np/a.png,x,\np/b.png,,train\n", "row 2: a training row without a label"),
+        ("path,label,split\np/a.png,x,Train\n", "line 2 of .*: unknown split 'Train'; use train, unlabeled, val, test"),
+        ("path,label,split\np/a.png,x,\np/b.png,,train\n", "line 3 of .*: a training row without a label"),
         ("path,label\np/a.png,x\np/b.png,x\np/a.png,y\n", r"lists p/a.png 2 times"),
-        ("path,label\np/a.png,x\np/gone.png,x\nq.png,x\n", r"row 2: p/gone.png is not there \(2 of 3 paths"),
-        ("path,label\np,x\n", r"row 1: p is not there"),
+        ("path,label\np/a.png,x\np/gone.png,x\nq.png,x\n", r"line 3 of .*: p/gone.png is not there \(2 of 3 paths"),
+        ("path,label\np,x\n", r"line 2 of .*: p is not there"),
         (f"path,label\n{'x' * 5000}.png,x\n", "is not there"),
         ("path,label\np/\0a.png,x\n", r"is not"),
     ],
@@ -146,14 +149,14 @@ def test_bad_tables_end_with_one_sentence(text: str, sentence: str, images: Path
 def test_files_that_are_no_tables(images: Path):
     with pytest.raises(InputError, match="no such table"):
         TableSource(images / "gone.csv")
-    with pytest.raises(InputError, match="is not a UTF-8 csv file"):
+    with pytest.raises(InputError, match=r"line 2 of .*table\.csv is not UTF-8 text"):
         TableSource(write(images, "path,label\np/ä.png,x\n", encoding="latin-1"))
     (images / "t.parquet").write_bytes(b"not parquet at all")
     with pytest.raises(InputError, match="is not a parquet file") as caught:
         TableSource(images / "t.parquet")
     assert "\n" not in str(caught.value)
     parquet.write_table(pa.table({"file": ["a"]}), images / "t.parquet")
-    with pytest.raises(InputError, match=r"needs a column path .* found file"):
+    with pytest.raises(InputError, match=r"must have the column path .* got file"):
         TableSource(images / "t.parquet")
 
 

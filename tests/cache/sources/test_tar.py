@@ -264,7 +264,7 @@ def test_files_of_a_web_server(served, folder, names, tiny_encoder, tmp_path):
     assert [part.split for part in there.plan(1)] == [part.split for part in here.plan(1)]
     done = extract(there, tiny_encoder, tmp_path / "cache", workers=1)
     assert (done.images, done.skipped) == (5, [])
-    assert not streams._COPIES  # copies are removed once their shard is written
+    assert not streams._copies  # copies are removed once their shard is written
 
 
 def test_a_web_server_without_the_file(served, names):
