@@ -170,6 +170,14 @@ def whole_number(text: str) -> int | None:
     return None if match is None else int(match[1])
 
 
+def label_text(text: str) -> str:
+    """A single label as text: "3.0" is "3" and "-1", which means unknown, is ""; see `Table.labels` for a column."""
+    number = whole_number(text)
+    if number is None:
+        return text.strip()
+    return "" if number == -1 else str(number)
+
+
 def delimiter(path: Path) -> str:
     """What separates the cells of a text table: a tab in .tsv, else a comma."""
     return "\t" if path.suffix.lower() == ".tsv" else ","

@@ -52,7 +52,6 @@ class Session:
             raise InputError(f"{run} was fitted on arrays in memory, and there are no images to look at")
         self.cache = FeatureCache.open(self.run.cache_path)
         self.split = read_split(run, self.cache.ids)
-        self.row_of = {name: row for row, name in enumerate(self.cache.ids)}
         self.image, self.no_images = find_images([load_run(run)], images)
         self.figures = [_figures(self.run, len(self.split.labeled))]
         self.twins = near_duplicates(self.cache)

@@ -77,11 +77,8 @@ def own_rows(run: Run, cache: FeatureCache) -> tuple[NDArray[np.int64], NDArray[
     Raises:
         InputError: the cache lacks one of its images.
     """
-    row_of = {name: row for row, name in enumerate(cache.ids)}
-    missing = [name for name in run.test_ids if name not in row_of]
-    if missing:
-        raise InputError(f"the cache lacks {missing[0]!r} of the run's test split; use the cache it was fitted on")
-    return np.array([row_of[name] for name in run.test_ids], dtype=np.int64), run.test_labels
+    rows = cache.row_of(run.test_ids, source="the run's test split", fix="use the cache it was fitted on")
+    return rows, run.test_labels
 
 
 def _other_rows(run: Run, cache: FeatureCache) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

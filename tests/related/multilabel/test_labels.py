@@ -50,7 +50,7 @@ def test_rows_find_their_place():
     assert rows.tolist() == [3, 4, 5]
     np.testing.assert_array_equal(whole[3:6], table.values[3:6])
     assert (np.delete(whole, rows, 0) == -1).all()
-    with pytest.raises(InputError, match="'nobody', which this cache lacks; its ids look like 'train/0'"):
+    with pytest.raises(InputError, match=r"'nobody', which this cache lacks \(its ids look like 'train/0'\)"):
         placed(type(table)(table.class_names, ["nobody"], table.values[:1]), cache)
     with pytest.raises(InputError, match="no image"):
         placed(type(table)(table.class_names, [], table.values[:0]), cache)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -10,7 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from ulfine_fast.cache.ids import RowIndex
 from ulfine_fast.cache.io.errors import InputError
+from ulfine_fast.cache.io.tables import read_table
 from ulfine_fast.metrics.intervals import mean_interval
 from ulfine_fast.related.class_bias.transfer import Transfer, transfer
 from ulfine_fast.report.groups import Group
@@ -21,19 +22,15 @@ _ZERO_SHOT = "zero_shot"
 
 
 def read_groups(path: Path) -> dict[str, str]:
-    """Image id -> group, from a CSV file with the columns id and group.
+    """Image id -> group, from a table with the columns id and group.
 
     Raises:
-        InputError: no such file, or other columns.
+        InputError: not such a table (see `read_table`), or one without rows.
     """
-    try:
-        with path.open(newline="", encoding="utf-8") as file:
-            rows = list(csv.DictReader(file))
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read {path} ({error}); name a CSV file with the columns id and group") from error
-    if not rows or not {"id", "group"} <= set(rows[0]):
-        raise InputError(f"{path} must have the columns id and group, got {', '.join(rows[0]) if rows else 'none'}")
-    return {row["id"]: row["group"] or "" for row in rows}
+    table = read_table(path, ["id", "group"], fill=True)
+    if not len(table):
+        raise InputError(f"{path} has no line; give each image a line with its id and group")
+    return dict(zip(table.texts("id", strip=False), table.texts("group"), strict=True))
 
 
 def transfer_section(groups: Sequence[Group], attributes: Mapping[str, str] | None = None) -> dict[str, Any]:
@@ -68,8 +65,7 @@ def _compared(
     known = own.labels >= 0
     if not known.any():
         return None
-    place = {name: row for row, name in enumerate(before.ids)}
-    order = np.array([place[name] for name in own.ids])
+    order = RowIndex(before.ids).rows(own.ids, source="the run", fix="leave one of the two runs out")
     groups = None if attributes is None else np.array([attributes.get(name, "") for name in own.ids])[known]
     return transfer(
         before.probabilities[order][known].astype(np.float64),

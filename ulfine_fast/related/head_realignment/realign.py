@@ -263,11 +263,7 @@ def _other_head(method: str, by: str) -> InputError:
 
 def _rows(run: Run, cache: FeatureCache, role: str) -> Rows:
     """Rows of the cache that the run had in a role."""
-    row_of = {name: row for row, name in enumerate(cache.ids)}
-    missing = [name for name in run.split[role] if name not in row_of]
-    if missing:
-        raise InputError(f"the cache lacks {missing[0]!r} of the run's split; use the cache it was fitted on")
-    return np.array([row_of[name] for name in run.split[role]], dtype=np.int64)
+    return cache.row_of(run.split[role], source="the run's split", fix="use the cache it was fitted on")
 
 
 def _refuse_cache(run: Run, cache: FeatureCache) -> None:

@@ -11,6 +11,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ulfine_fast.cache.ids import RowIndex
+
 Rows = NDArray[np.int64]
 
 
@@ -44,13 +46,14 @@ class Bags:
         return [{"bag": name, "ids": [ids[row] for row in rows], "shares": own.tolist()} for name, rows, own in each]
 
     @classmethod
-    def from_list(cls, found: Sequence[Mapping[str, Any]], row_of: Mapping[str, int]) -> Bags:
+    def from_list(cls, found: Sequence[Mapping[str, Any]], index: RowIndex) -> Bags:
         """The inverse of :meth:`to_list`.
 
         Raises:
-            KeyError: an image id that `row_of` lacks.
+            InputError: an image that the cache lacks.
         """
-        members = tuple(np.array([row_of[name] for name in one["ids"]], dtype=np.int64) for one in found)
+        fix = "use the cache that the bags were made on"
+        members = tuple(index.rows(one["ids"], source=f"bag {one['bag']!r}", fix=fix) for one in found)
         return cls(tuple(one["bag"] for one in found), members, np.array([one["shares"] for one in found]))
 
 
