@@ -14,12 +14,12 @@ from ulfine_fast import FeatureCache, InputError
 from ulfine_fast.cache.models.encoder import load_encoder
 from ulfine_fast.cache.neighbors import (
     build_index,
-    contradictions,
+    duplicates_summary,
     find_leaks,
-    leakage,
+    label_conflicts,
+    leakage_warning,
     leaks,
     near_duplicates,
-    summary_of,
 )
 from ulfine_fast.cache.pipeline.extract import extract
 from ulfine_fast.cache.pipeline.views import ViewRecipe
@@ -52,7 +52,7 @@ def test_planted_copies_are_found_and_nothing_else():
     assert pairs_of(found) == [(0, 1), (2, 4), (3, 9), (5, 7), (6, 11)]
     assert (found.exact, found.recall) == (True, 1.0)
     assert (found.cosine > 0.98).all()
-    assert contradictions(cache, found).tolist() == [1]
+    assert label_conflicts(cache, found).tolist() == [1]
     assert found.group.tolist() == [0, 0, 1, 2, 1, 3, 4, 3, -1, 2, -1, 4]
 
 
@@ -64,14 +64,14 @@ def test_leaks_are_held_out_images_that_training_has():
             (11, 6, False),
         ]
         assert found[0].cosine >= found[1].cosine
-    assert "2 images of the 4 in val and test are nearly the same as one in train" in leakage(cache)
+    assert "2 images of the 4 in val and test are nearly the same as one in train" in leakage_warning(cache)
 
 
 def test_no_leak_is_no_word_and_a_large_cache_is_said():
     cache = FeatureCache.from_arrays(random_rows(12), np.zeros(12, int), splits=SPLITS)
-    assert leakage(cache) is None
-    assert find_leaks(planted(), most=31) is None
-    assert len(find_leaks(planted(), most=32)) == 2
+    assert leakage_warning(cache) is None
+    assert find_leaks(planted(), max_pairs=31) is None
+    assert len(find_leaks(planted(), max_pairs=32)) == 2
     assert find_leaks(FeatureCache.from_arrays(random_rows(4), np.zeros(4, int))) == []
 
 
@@ -187,15 +187,15 @@ def test_the_nearest_of_each_image_go_to_a_table(cache, tmp_path):
     assert (done.exit_code, "must end in .parquet" in done.output) == (2, True)
 
 
-def test_inspect_warns_of_leakage(cache):
+def test_inspect_warns_of_leakage_warning(cache):
     shown = CliRunner().invoke(app, ["inspect", str(cache)])
     assert "warning:" in shown.output
     assert "in val and test are nearly the same" in shown.output
     told = json.loads(CliRunner().invoke(app, ["inspect", str(cache), "--json"]).output)
-    assert "figures on them flatter" in told["leakage"]
+    assert "metrics on them are too good" in told["leakage"]
 
 
 def test_summary_counts_by_splits():
-    told = summary_of(planted(), near_duplicates(planted()))
+    told = duplicates_summary(planted(), near_duplicates(planted()))
     assert told["by_splits"] == {"test - train": 1, "test - unlabeled": 1, "train - train": 2, "train - unlabeled": 1}
     assert told["groups"] == 5

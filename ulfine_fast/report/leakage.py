@@ -15,13 +15,13 @@ def find_leakage(runs: Sequence[RunFiles]) -> list[str]:
     are no worse for that.
     """
     # the page itself needs neither features nor an index
-    from ulfine_fast.cache.neighbors import leakage
+    from ulfine_fast.cache.neighbors import leakage_warning
     from ulfine_fast.cache.store import FeatureCache
 
     found = []
     for path in dict.fromkeys(run.cache for run in runs if run.cache is not None):
         try:
-            warning = leakage(FeatureCache.open(path))
+            warning = leakage_warning(FeatureCache.open(path))
         except InputError:
             continue
         if warning is not None:

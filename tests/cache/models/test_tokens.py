@@ -17,7 +17,7 @@ from tests.cache.samples import write_tiny_model
 from ulfine_fast.cache import shard as shards
 from ulfine_fast.cache.io.errors import CacheMismatch, InputError
 from ulfine_fast.cache.models.encoder import Encoder, load_encoder
-from ulfine_fast.cache.models.tokens import Taps
+from ulfine_fast.cache.models.tokens import TokenHooks
 from ulfine_fast.cache.pipeline.extract import extract
 from ulfine_fast.cache.pipeline.views import ViewRecipe
 from ulfine_fast.cache.sources import open_source
@@ -84,7 +84,7 @@ def test_every_thread_finds_its_own_tokens(encoder: Encoder):
 
 def test_nothing_is_held_after_a_batch(encoder: Encoder):
     encoder.encode_views(pixels(2))
-    assert vars(encoder._taps._found) == {}
+    assert vars(encoder._hooks._kept) == {}
 
 
 def test_projected_features_have_no_tokens(tiny_encoder: Encoder):
@@ -150,7 +150,7 @@ def vit(**vision):
 )
 def test_models_without_such_a_token_are_refused(make, features):
     with pytest.raises(InputError, match=f"odd has no class token .*--features {features} takes an open_clip ViT"):
-        Taps("odd", make().visual, features)
+        TokenHooks("odd", make().visual, features)
 
 
 def test_unknown_features_are_refused(deep_model):
@@ -203,11 +203,12 @@ def test_a_cache_is_not_continued_with_other_features(images, encoder, deep_mode
 
 def test_a_token_that_is_not_finite_names_its_image(images, encoder, tmp_path):
     cache = make(images, encoder, tmp_path / "cache")
-    shard = cache._shard(cache.records[0], tokens=True)
+    path = shards.shard_path(tmp_path / "cache", 0)
+    shard = shards.read_shard(path, cache.manifest.layout("train"), ids=False)
     shard = dataclasses.replace(shard, tokens=shard.tokens.copy())
     shard.tokens[2, 1, 0, 3] = np.nan
     with pytest.raises(InputError, match=f"the tokens of image '{cache.ids[2]}' are not finite"):
-        shards._refuse_not_finite(shards.shard_path(tmp_path / "cache", 0), shard)
+        shards._refuse_not_finite(path, shard)
 
 
 def test_what_a_cache_without_tokens_says(images, tiny_encoder, tmp_path):
