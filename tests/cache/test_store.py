@@ -6,6 +6,7 @@ import json
 import h5py
 import numpy as np
 import pytest
+import torch
 
 from tests.cache.samples import LAYOUT, PARTS, make_manifest, make_text, put_shard, write_cache
 from ulfine_fast.cache import store
@@ -77,6 +78,21 @@ def test_each_shard_is_read_once(folder, monkeypatch):
         assert len(cache.ids) == len(cache.plain) == len(cache.labels) == 11
         assert len(cache.views("strong")) == 6
     assert sorted(seen) == [f"{number:05d}.h5" for number in range(5)]
+
+
+def test_rows_of_ids(folder):
+    cache = FeatureCache.open(folder)
+    assert cache.row_of([cache.ids[4], cache.ids[0]]).tolist() == [4, 0]
+    assert cache.row_of([]).dtype == np.int64
+    assert cache.with_labels(cache.labels).row_of(iter(cache.ids)).tolist() == list(range(11))
+    with pytest.raises(InputError) as caught:
+        cache.row_of([cache.ids[1], "b.png", "c.png"], source="labels.csv", fix="remove its line")
+    assert str(caught.value) == (
+        f"labels.csv names 'b.png', which this cache lacks (its ids look like {cache.ids[0]!r}); remove its line"
+    )
+    empty = FeatureCache.from_arrays(np.empty((0, 2)), np.empty(0, int), class_names=["x"])
+    with pytest.raises(InputError, match="the request names 'a', which this cache lacks; use another cache"):
+        empty.row_of(["a"])
 
 
 def test_many_more_shards_than_threads(tmp_path):
@@ -288,12 +304,25 @@ def test_one_prompt_may_come_without_its_axis():
         ({"strong": np.ones((3, 1, 3))}, "D = 2"),
         ({"strong": np.full((3, 1, 2), np.inf)}, "strong must be finite, row 0"),
         ({"text_features": np.ones((3, 1, 2))}, r"\(2, P, 2\), got \(3, 1, 2\)"),
+        ({"text_features": np.ones(3)}, r"text_features must have 3 axes, got shape \(3,\)"),
+        ({"text_features": np.array([[1.0, 0.0], [np.nan, 1.0]])}, "text_features must be finite, row 1 is not"),
+        ({"text_features": np.array([[np.inf, 0.0], [0.0, 1.0]])}, "text_features must be finite, row 0 is not"),
+        ({"text_features": np.array([[1.0, 0.0], [1e300, 1.0]])}, "text_features must be finite, row 1 is not"),
     ],
 )
 def test_from_arrays_refuses_what_does_not_fit(change, message):
     given = {"plain": np.ones((3, 2)), "labels": [0, 1, 1]} | change
     with pytest.raises(InputError, match=message):
         FeatureCache.from_arrays(given.pop("plain"), given.pop("labels"), **given)
+
+
+def test_arrays_that_are_read_backwards_are_like_any_other():
+    features, labels = np.arange(6, dtype=np.float32).reshape(3, 2), np.array([0, 1, 1])
+    cache = FeatureCache.from_arrays(features[::-1, ::-1], labels[::-1], weak=features[::-1, None])
+    assert cache.plain.tolist() == features[::-1, ::-1].tolist()
+    for array in (cache.plain, cache.labels, cache.views("weak")):
+        torch.from_numpy(array)  # which takes no negative strides
+    assert np.shares_memory(FeatureCache.from_arrays(features, labels).plain, features)
 
 
 def test_layout_of_the_helper_matches():

@@ -50,6 +50,8 @@ def test_the_file_round_trips_with_any_name(tmp_path):
     [
         ("", "got none"),
         ("id,class\nx,a\n", "got id, class"),
+        ("id,label,note\nx,a,b\n", "got id, label, note"),
+        ("id,Label\nx,a\n", "'Label', which looks like label"),
         ("id,label\nx\n", "line 2"),
         ("id,label\nx,a\nx,b\n", "two labels"),
     ],
@@ -63,6 +65,23 @@ def test_another_file_is_refused(tmp_path, text, words):
 def test_a_spreadsheets_mark_is_no_part_of_a_name(tmp_path):
     (tmp_path / "labels.csv").write_bytes("id,label\r\nx,a\r\n".encode("utf-8-sig"))
     assert read_corrections(tmp_path / "labels.csv") == {"x": "a"}
+
+
+@pytest.mark.parametrize("name", ["labels.csv", "labels.tsv"])
+def test_tables_of_either_delimiter(tmp_path, name):
+    mark = "\t" if name.endswith(".tsv") else ","
+    labels = {"x, y": "a", "z\t": ""}
+    write_corrections(tmp_path / name, labels)
+    assert (tmp_path / name).read_text().startswith(f"id{mark}label\n")
+    assert read_corrections(tmp_path / name) == labels
+    (tmp_path / name).write_text(f" label{mark}id \na{mark}x\n\n")
+    assert read_corrections(tmp_path / name) == {"x": "a"}
+
+
+def test_numbers_as_pandas_writes_them_and_minus_one():
+    cache = FeatureCache.from_arrays(np.eye(4), [0, 1, 2, 3], class_names=["0", "1", "2", "3.0"], ids=list("abcd"))
+    other = corrected(cache, {"a": "1.0", "b": "-1", "c": " 0", "d": "3.0"})
+    assert other.labels.tolist() == [1, -1, 0, 3]  # the last class is called 3.0
 
 
 def test_labels_stand_over_the_caches_own(cache):

@@ -20,6 +20,8 @@ def test_a_table_is_read(tmp_path):
     assert found.class_names == ["cat", "dog"]
     assert found.ids == ["b.png", "a.png"]
     assert found.values.tolist() == [[1, -1], [0, 1]]
+    floats = read_label_table(written(tmp_path, " id,cat,dog \nb.png,1.0,-1\na.png,0.0,1.\n,,\n"))
+    assert floats.digest == found.digest
     again = read_label_table(written(tmp_path, "id,cat,dog\nb.png,1,\na.png,0,0\n"))
     assert again.digest != found.digest
 
