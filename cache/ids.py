@@ -96,11 +96,11 @@ class KnownIds:
 
     def holds(self, ids: Sequence[str]) -> NDArray[np.bool_]:
         """Whether each id is known: (m,)."""
-        wanted = np.frombuffer(_hashes(ids, 16), dtype="S16")
+        digests = np.frombuffer(_hashes(ids, 16), dtype="S16")
         if not len(self._digests):
-            return np.zeros(len(wanted), dtype=np.bool_)
-        nearest = np.searchsorted(self._digests, wanted).clip(max=len(self._digests) - 1)
-        known: NDArray[np.bool_] = self._digests[nearest] == wanted
+            return np.zeros(len(digests), dtype=np.bool_)
+        nearest = np.searchsorted(self._digests, digests).clip(max=len(self._digests) - 1)
+        known: NDArray[np.bool_] = self._digests[nearest] == digests
         return known
 
 

@@ -199,11 +199,11 @@ def find_leaks(
         return []
     index = build_index(cache.plain[trained], exact_rows=len(trained))
     cosines, nearest = index.search(_unit(cache.plain[held_out]), 1)
-    found = []
+    nearly_seen = []
     for query in np.flatnonzero(cosines[:, 0] >= threshold - _ROUNDING):
         held, seen = int(held_out[query]), int(trained[nearest[query, 0]])
-        found.append(Leak(held, seen, float(cosines[query, 0]), _same_label(cache, held, seen)))
-    return sorted(found, key=lambda leak: (-leak.cosine, leak.held_out))
+        nearly_seen.append(Leak(held, seen, float(cosines[query, 0]), _same_label(cache, held, seen)))
+    return sorted(nearly_seen, key=lambda leak: (-leak.cosine, leak.held_out))
 
 
 def label_conflicts(cache: FeatureCache, duplicates: Duplicates) -> NDArray[np.int64]:
@@ -298,18 +298,19 @@ def leakage_warning(cache: FeatureCache) -> str | None:
 
     A large cache is not searched; the sentence then names the command that does it.
     """
-    found = find_leaks(cache)
-    if found is None:
+    leaked = find_leaks(cache)
+    if leaked is None:
         return (
             "this cache is too large for a quick search for test images among the training images; "
             "`ulfine-fast neighbors CACHE` does it"
         )
-    if not found:
+    if not leaked:
         return None
-    total, first = int(np.isin(cache.splits, _HELD_OUT).sum()), found[0]
-    images = "1 image" if len(found) == 1 else f"{len(found)} images"
+    total = int(np.isin(cache.splits, _HELD_OUT).sum())
+    first = leaked[0]
+    images = "1 image" if len(leaked) == 1 else f"{len(leaked)} images"
     return (
-        f"{images} of the {total:,} in val and test {'is' if len(found) == 1 else 'are'} nearly the same as one in "
+        f"{images} of the {total:,} in val and test {'is' if len(leaked) == 1 else 'are'} nearly the same as one in "
         f"train or unlabeled (cosine {THRESHOLD:g} or more; {cache.ids[first.held_out]} and "
         f"{cache.ids[first.trained]}, {first.cosine:.4f}), so metrics on them are too good; `ulfine-fast neighbors "
         "CACHE` lists them: leave them out and extract again"

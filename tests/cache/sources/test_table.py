@@ -161,9 +161,9 @@ def test_a_tsv_of_images_to_predict(images: Path):
 def test_parquet_gives_the_same_as_csv(images: Path):
     paths, labels = ["p/a.png", "p/b.png", "p/c.png"], ["y", None, "x"]
     parquet.write_table(pa.table({"label": labels, "path": paths, "z": [1, 2, 3]}), images / "t.parquet")
-    found = TableSource(images / "t.parquet")
-    wanted = TableSource(write(images, "path,label\np/a.png,y\np/b.png,\np/c.png,x\n"))
-    assert (found.rows, found.class_names) == (wanted.rows, wanted.class_names)
+    from_parquet = TableSource(images / "t.parquet")
+    from_csv = TableSource(write(images, "path,label\np/a.png,y\np/b.png,\np/c.png,x\n"))
+    assert (from_parquet.rows, from_parquet.class_names) == (from_csv.rows, from_csv.class_names)
 
 
 def test_parquet_numbers_with_gaps(images: Path):
