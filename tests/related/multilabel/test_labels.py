@@ -20,6 +20,8 @@ def test_a_table_is_read(tmp_path):
     assert found.class_names == ["cat", "dog"]
     assert found.ids == ["b.png", "a.png"]
     assert found.values.tolist() == [[1, -1], [0, 1]]
+    floats = read_label_table(written(tmp_path, " id,cat,dog \nb.png,1.0,-1\na.png,0.0,1.\n,,\n"))
+    assert floats.digest == found.digest
     again = read_label_table(written(tmp_path, "id,cat,dog\nb.png,1,\na.png,0,0\n"))
     assert again.digest != found.digest
 
@@ -50,7 +52,7 @@ def test_rows_find_their_place():
     assert rows.tolist() == [3, 4, 5]
     np.testing.assert_array_equal(whole[3:6], table.values[3:6])
     assert (np.delete(whole, rows, 0) == -1).all()
-    with pytest.raises(InputError, match="'nobody', which this cache lacks; its ids look like 'train/0'"):
+    with pytest.raises(InputError, match=r"'nobody', which this cache lacks \(its ids look like 'train/0'\)"):
         placed(type(table)(table.class_names, ["nobody"], table.values[:1]), cache)
     with pytest.raises(InputError, match="no image"):
         placed(type(table)(table.class_names, [], table.values[:0]), cache)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ulfine_fast.cache.io.errors import InputError
+from ulfine_fast.cache.io.tables import label_text, read_table
 from ulfine_fast.related.multilabel.settings import MultiLabelConfig
 
 if TYPE_CHECKING:
@@ -21,7 +20,7 @@ if TYPE_CHECKING:
 
 PRESENT, ABSENT, UNKNOWN = 1, 0, -1
 _MEANING = {"1": PRESENT, "0": ABSENT, "": UNKNOWN}
-_TAKEN = ("id", "split")
+_RESERVED = ("id", "split")
 
 Rows = NDArray[np.int64]
 
@@ -55,51 +54,37 @@ class LabelSplit:
 
 
 def read_label_table(path: Path) -> LabelTable:
-    """Read a CSV file with a column `id` and then one for each class, its cells 1, 0 or empty for unknown.
+    """Reads a table with a column `id` and one for each class, whose cells are 1, 0, or empty or -1 for unknown.
 
     Raises:
-        InputError: no such file, other columns, another value, an image twice; names the line.
+        InputError: not such a table (see `read_table`), class names that are no names, another value, an image twice;
+            names the line.
     """
-    try:
-        lines = list(csv.reader(io.StringIO(path.read_text(encoding="utf-8-sig"), newline="")))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"cannot read {path} ({error}); name a CSV file of labels") from error
-    names = _class_names(path, lines[0] if lines else [])
-    rows = [(number, line) for number, line in enumerate(lines[1:], 2) if line]
-    values = np.array([_values(path, number, line, names) for number, line in rows], dtype=np.int8)
-    seen: set[str] = set()
-    for number, line in rows:
-        if line[0] in seen:
-            raise InputError(f"line {number} of {path} names {line[0]!r} again; keep one line for each image")
-        seen.add(line[0])
-    return LabelTable(names, [line[0] for _, line in rows], values.reshape(len(rows), len(names)))
-
-
-def _class_names(path: Path, header: Sequence[str]) -> list[str]:
-    """The classes of the first line."""
-    if not header or header[0] != "id" or len(header) < 2:
-        raise InputError(
-            f"{path} must have the column id and then one for each class, got {', '.join(header) or 'none'}"
-        )
-    names = list(header[1:])
+    table = read_table(path, ["id"], others="keep", form="the column id and then one for each class")
+    ids, names = table.texts("id", strip=False), [name for name in table.names if name != "id"]
+    if not names:
+        raise InputError(f"{path} must have the column id and then one for each class, got id")
     for name in names:
-        if not name.strip() or name in _TAKEN or names.count(name) > 1:
-            raise InputError(f"{path} has a class {name!r}; names are not empty, not {' or '.join(_TAKEN)}, and differ")
-    return names
-
-
-def _values(path: Path, number: int, line: Sequence[str], names: Sequence[str]) -> list[int]:
-    """One image's labels (K,)."""
-    if len(line) != len(names) + 1:
-        raise InputError(
-            f"line {number} of {path} has {len(line)} cells instead of {len(names) + 1}; mend or remove it"
-        )
-    for name, cell in zip(names, line[1:], strict=True):
-        if cell.strip() not in _MEANING:
+        if not name or name in _RESERVED or names.count(name) > 1:
             raise InputError(
-                f"line {number} of {path} has {cell!r} for class {name!r}; write 1, 0 or nothing for unknown"
+                f"{path} has a class {name!r}; names are not empty, not {' or '.join(_RESERVED)}, and differ"
             )
-    return [_MEANING[cell.strip()] for cell in line[1:]]
+    seen: set[str] = set()
+    for row, image in enumerate(ids):
+        if image in seen:
+            raise InputError(f"{table.where(row)} names {image!r} again; keep one line for each image")
+        seen.add(image)
+    values = np.empty((len(ids), len(names)), dtype=np.int8)
+    for column, name in enumerate(names):
+        cells = table.texts(name)
+        meanings = {cell: _MEANING.get(label_text(cell)) for cell in set(cells)}
+        for row, cell in enumerate(cells):
+            if meanings[cell] is None:
+                raise InputError(
+                    f"{table.where(row)} has {cell!r} for class {name!r}; write 1, 0 or nothing for unknown"
+                )
+        values[:, column] = [meanings[cell] for cell in cells]
+    return LabelTable(names, ids, values)
 
 
 def placed(table: LabelTable, cache: FeatureCache) -> tuple[NDArray[np.int8], Rows]:
@@ -108,13 +93,9 @@ def placed(table: LabelTable, cache: FeatureCache) -> tuple[NDArray[np.int8], Ro
     Raises:
         InputError: an image that the cache lacks, or an empty table.
     """
-    row_of = {name: row for row, name in enumerate(cache.ids)}
-    for name in table.ids:
-        if name not in row_of:
-            raise InputError(f"the labels name {name!r}, which this cache lacks; its ids look like {cache.ids[0]!r}")
     if not table.ids:
         raise InputError("the labels name no image; add a line for each")
-    rows = np.array([row_of[name] for name in table.ids], dtype=np.int64)
+    rows = cache.row_of(table.ids, source="the table of labels", fix="remove its line")
     whole = np.full((len(cache), len(table.class_names)), UNKNOWN, dtype=np.int8)
     whole[rows] = table.values
     return whole, np.sort(rows)
