@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import os
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
@@ -19,7 +19,8 @@ from numpy.typing import ArrayLike, NDArray
 
 from ulfine_fast.cache.ids import read_ids
 from ulfine_fast.cache.io.errors import InputError
-from ulfine_fast.cache.io.paths import is_remote, open_place
+from ulfine_fast.cache.io.paths import is_remote, to_path
+from ulfine_fast.cache.io.prefetch import prefetch
 from ulfine_fast.cache.manifest import Manifest
 from ulfine_fast.cache.shard import VIEWED_SPLITS, Shard, ShardRecord, read_shard, shard_path, verify_shard
 from ulfine_fast.cache.sources.rows import SPLITS
@@ -100,7 +101,7 @@ class FeatureCache:
         Raises:
             InputError: not a cache, damaged, or a shard is missing; names the shard.
         """
-        folder = open_place(path)
+        folder = to_path(path)
         manifest = Manifest.read(folder)
         text = read_text(folder, manifest)
         return cls(
@@ -445,17 +446,8 @@ def _each_record(folder: Path) -> Generator[ShardRecord, None, None]:
             raise InputError(f"shard {path.stem} is missing: no {path}; run the same extract command again to redo it")
         return record
 
-    if not is_remote(folder):
-        yield from map(read, count())
-    with ThreadPoolExecutor(_ASKED_AT_ONCE) as pool:
-        waiting = deque(pool.submit(read, number) for number in range(_ASKED_AT_ONCE))
-        for number in count(_ASKED_AT_ONCE):
-            try:
-                yield waiting.popleft().result()
-                waiting.append(pool.submit(read, number))
-            except GeneratorExit:
-                pool.shutdown(cancel_futures=True)
-                raise
+    threads = _ASKED_AT_ONCE if is_remote(folder) else 0
+    yield from prefetch(read, count(), threads=threads, in_hand=_ASKED_AT_ONCE)
 
 
 def _threads() -> int:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from ulfine_fast.cache.io.errors import InputError
-from ulfine_fast.cache.io.paths import open_place
+from ulfine_fast.cache.io.paths import to_path
 from ulfine_fast.runs.files import RunFiles
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def find_images(runs: Sequence[RunFiles], where: str | None = None) -> tuple[Cal
 def _described(cache: str | None) -> dict[str, Any]:
     if cache is None:
         raise InputError("the run was made from features in memory, without a cache")
-    file = open_place(cache) / "manifest.json"
+    file = to_path(cache) / "manifest.json"
     try:
         return dict(json.loads(file.read_text(encoding="utf-8"))["source"])
     except FileNotFoundError as error:

@@ -67,7 +67,7 @@ def refuse_other_encoder(run: Run, cache: FeatureCache) -> None:
                 f"model.{name}" if name != "preprocessing" else name,
                 theirs.get(name),
                 mine[name],
-                way_out="evaluate on a cache made with the run's own encoder",
+                fix="evaluate on a cache made with the run's own encoder",
             )
 
 

@@ -16,7 +16,7 @@ from ulfine_fast.cache.io.errors import CacheMismatch, InputError
 from ulfine_fast.cache.io.progress import progress_bar
 from ulfine_fast.cache.models.encoder import Encoder, load_encoder
 from ulfine_fast.cache.pipeline.encode import encoded
-from ulfine_fast.cache.pipeline.five_crops import PLACES, cropped
+from ulfine_fast.cache.pipeline.five_crops import NUM_CROPS, cropped
 from ulfine_fast.cache.pipeline.plan import batches_of
 from ulfine_fast.cache.pipeline.read import ImageReader
 from ulfine_fast.cache.pipeline.views import ViewRecipe
@@ -90,7 +90,7 @@ def predict_images(
     if not ids:
         raise InputError(f"none of the {len(skipped)} images at {images} can be read; the first: {skipped[0][1]}")
     # what cannot be read was told by the first pass
-    others = (encode_images(source, encoder, batch_size, [], place)[1] for place in range(1, PLACES) if five_crops)
+    others = (encode_images(source, encoder, batch_size, [], place)[1] for place in range(1, NUM_CROPS) if five_crops)
     score = scorer or run.predict_proba
     return Predictions(ids, ensembled([score(rows) for rows in (features, *others)]), run.class_names, skipped)
 
@@ -125,7 +125,7 @@ def encoder_of_run(run: Run, device: str) -> Encoder:
             "model.sha256",
             run.encoder["sha256"],
             encoder.spec.sha256,
-            way_out="use the weights the run was fitted with",
+            fix="use the weights the run was fitted with",
         )
     return encoder
 
@@ -186,7 +186,7 @@ def encode_images(
     """
     ids: list[str] = []
     blocks = [np.zeros((0, encoder.columns), dtype=np.float32)]
-    whole = ImageReader.of(source, encoder, ViewRecipe(weak=0, strong=0))
+    whole = ImageReader.for_encoder(source, encoder, ViewRecipe(weak=0, strong=0))
     reader = whole if place is None else cropped(whole, place)
     rows = batches_of(source.rows, batch_size)
     # starting reader processes pays only where there is enough to read
