@@ -104,14 +104,11 @@ def test_a_table_with_an_id_twice(tmp_path):
     ("option", "value", "words"),
     [
         ("--weak", "-1", "-1"),
-        ("--dtype", "float8", "float8"),
         ("--batch-size", "0", "0"),
         ("--shard-size", "0", "0"),
         ("--workers", "-2", "-2"),
-        ("--mode", "append", "append"),
         ("--max-skipped", "1.5", "1.5"),
         ("--device", "tpu", "tpu"),
-        ("--precision", "fp64", "fp64"),
     ],
 )
 def test_extract_options_out_of_range(images, tmp_path, model, option, value, words):
@@ -121,6 +118,9 @@ def test_extract_options_out_of_range(images, tmp_path, model, option, value, wo
 
 def test_an_option_that_is_no_number_is_clicks_own_exit_two(images, tmp_path):
     assert run("extract", images, "--out", tmp_path / "cache", "--weak", "many").exit_code == 2
+    for option, value in (("--dtype", "float8"), ("--mode", "append"), ("--precision", "fp64")):
+        done = run("extract", images, "--out", tmp_path / "cache", option, value)
+        assert (done.exit_code, value in done.stderr) == (2, True)
     assert run("extract", images).exit_code == 2
     assert run("nonsense").exit_code == 2
 

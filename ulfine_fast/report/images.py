@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from ulfine_fast.cache.io.errors import InputError
-from ulfine_fast.cache.io.paths import open_place
+from ulfine_fast.cache.io.paths import to_path
 from ulfine_fast.cache.io.tables import read_table
 from ulfine_fast.runs.files import RunFiles
 
@@ -91,7 +91,7 @@ def _source_description(cache: str | None) -> dict[str, Any]:
     """What a cache's manifest says about the source of its images."""
     if cache is None:
         raise InputError("the run was made from features in memory, without a cache")
-    file = open_place(cache) / "manifest.json"
+    file = to_path(cache) / "manifest.json"
     try:
         return dict(json.loads(file.read_text(encoding="utf-8"))["source"])
     except FileNotFoundError as error:

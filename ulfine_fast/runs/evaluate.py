@@ -83,7 +83,7 @@ def refuse_other_encoder(run: Run, cache: FeatureCache) -> None:
                 f"model.{name}" if name != "preprocessing" else name,
                 actual.get(name),
                 expected[name],
-                "evaluate on a cache made with the run's own encoder",
+                fix="evaluate on a cache made with the run's own encoder",
             )
 
 

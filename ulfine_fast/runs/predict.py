@@ -17,7 +17,7 @@ from ulfine_fast.cache.io.errors import CacheMismatch, InputError
 from ulfine_fast.cache.io.progress import progress_bar
 from ulfine_fast.cache.models.encoder import Encoder, load_encoder
 from ulfine_fast.cache.pipeline.encode import encoded
-from ulfine_fast.cache.pipeline.five_crops import PLACES, cropped
+from ulfine_fast.cache.pipeline.five_crops import NUM_CROPS, cropped
 from ulfine_fast.cache.pipeline.plan import batches_of
 from ulfine_fast.cache.pipeline.read import ImageReader
 from ulfine_fast.cache.pipeline.views import ViewRecipe
@@ -120,7 +120,7 @@ def predict_images(
     encoder = encoder or encoder_of_run(run, device)
     score = scorer or run.predict_proba
     probabilities = []
-    for crop in range(PLACES) if five_crops else (None,):
+    for crop in range(NUM_CROPS) if five_crops else (None,):
         ids, features, skipped = encode_images(source, encoder, batch_size, crop)
         if not ids:
             raise InputError(f"none of the {len(skipped)} images at {images} can be read; the first: {skipped[0][1]}")
@@ -175,7 +175,10 @@ def recorded_encoder(record: dict[str, Any] | None, input_shape: Sequence[int], 
     )
     if encoder.spec.sha256 != record["sha256"]:
         raise CacheMismatch(
-            "model.sha256", record["sha256"], encoder.spec.sha256, "use the weights the run was fitted with"
+            "model.sha256",
+            record["sha256"],
+            encoder.spec.sha256,
+            fix="use the weights the run was fitted with",
         )
     return encoder
 
