@@ -248,7 +248,9 @@ def _parameter(
         show_envvar=False,
         metavar=None if spec.type == "bool" else _metavar(spec),
     )
-    annotation = Annotated[kind | None if unset else kind, option]
+    if unset:
+        kind = kind | None
+    annotation = Annotated[kind, option]
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 

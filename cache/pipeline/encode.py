@@ -366,7 +366,7 @@ def _read_in_processes(reader: ImageReader, batches: Iterable[list[Row]], worker
     batch_size = len(first[0]) if first else 0
     loader: DataLoader[Batch] = DataLoader(
         _BatchReader(reader, _fits_shared_memory(reader, batch_size, workers)),
-        sampler=chain(first, iterator),  # type: ignore[arg-type]  # any iterable of indices will do
+        sampler=chain(first, iterator),  # any iterable of indices will do
         batch_size=None,
         collate_fn=_unchanged,
         num_workers=workers,

@@ -195,7 +195,7 @@ def encode_images(source: ListedSource, encoder: Encoder, batch_size: int, crop:
     ids: list[str] = []
     skipped: list[tuple[str, str]] = []
     blocks = [np.zeros((0, encoder.columns), dtype=np.float32)]
-    reader = ImageReader.of(source, encoder, ViewRecipe(weak=0, strong=0))
+    reader = ImageReader.for_encoder(source, encoder, ViewRecipe(weak=0, strong=0))
     if crop is not None:
         reader = cropped(reader, crop)
     rows = batches_of(source.rows, batch_size)

@@ -77,9 +77,9 @@ def read_label_table(path: Path) -> LabelTable:
     values = np.empty((len(ids), len(names)), dtype=np.int8)
     for column, name in enumerate(names):
         cells = table.texts(name)
-        meanings = {cell: _MEANING.get(label_text(cell)) for cell in set(cells)}
+        meanings = {cell: _MEANING[text] for cell in set(cells) if (text := label_text(cell)) in _MEANING}
         for row, cell in enumerate(cells):
-            if meanings[cell] is None:
+            if cell not in meanings:
                 raise InputError(
                     f"{table.where(row)} has {cell!r} for class {name!r}; write 1, 0 or nothing for unknown"
                 )
