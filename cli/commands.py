@@ -49,8 +49,12 @@ COMMANDS: dict[str, Command | Group] = {
         "Find images that are nearly the same, within and across splits.",
     ),
     "cache": Group(
-        "Merge caches, export them as plain arrays, import features of other programs.",
+        "Add to a cache, merge caches, export them as plain arrays, import features of other programs.",
         {
+            "append": Command(
+                "ulfine_fast.cli.cache:append",
+                "Add the images and classes of a source that a cache lacks; model and settings are those of the cache.",
+            ),
             "merge": Command(
                 "ulfine_fast.cli.cache:merge",
                 "Make one cache of several that were extracted alike; classes are united by name.",

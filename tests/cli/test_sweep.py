@@ -219,9 +219,9 @@ def test_the_shipped_space_and_two_metrics(cache, tmp_path):
     assert result["best"] == []
 
 
-def test_a_setting_that_no_method_reads_is_refused(cache, tmp_path):
+def test_an_option_that_no_method_reads_is_refused(cache, tmp_path):
     path = tmp_path / "space.toml"
     path.write_text(SPACE + "mu = [0.1, 0.2]\n")
-    sentence = refused("sweep", cache, "--space", path, "--trials", 1, "--refit", 0, "--out", tmp_path / "sweep")
+    sentence = refused("sweep", cache, "--space", path, "--trials", 1, "--out", tmp_path / "sweep")
     assert "method linear_probe does not read mu, which channel_ulfine and ulfine read" in sentence
     assert not (tmp_path / "sweep").exists()

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 
 import pytest
 
 from tests.conftest import make_clusters
 from ulfine_fast import InputError, sweep
-from ulfine_fast.cache.io import ray_cluster
 from ulfine_fast.search.on_ray import RayWorkers
 from ulfine_fast.search.study import open_storage
 
@@ -65,7 +65,7 @@ def test_a_batch_of_a_killed_node_is_redone_by_the_other(cluster, tmp_path):
 def test_a_cluster_that_cannot_be_reached(monkeypatch, clusters, tmp_path):
     pytest.importorskip("ray", reason="Ray is not installed (extra ray)")
     monkeypatch.setenv("RAY_ADDRESS", "")
-    monkeypatch.setattr(ray_cluster, "_ray", lambda: Unreachable())
+    monkeypatch.setitem(sys.modules, "ray", Unreachable())
     with pytest.raises(InputError, match=r"cannot reach Ray at .auto. .nobody answers.; start it with `ray start`"):
         sweep(clusters, out=tmp_path / "sweep", trials=2, ray=RayWorkers("auto"))
 

@@ -146,7 +146,7 @@ def _files() -> frozenset[str]:
 
 @functools.cache
 def _entry_points() -> dict[str, metadata.EntryPoint]:
-    """Methods of other packages, and those of `ulfine_fast.related`, by name."""
+    """Methods of other packages and of related systems, by name."""
     return {one.name: one for one in metadata.entry_points(group=GROUP)}
 
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,14 +12,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ulfine_fast.cache.io.errors import InputError
+from ulfine_fast.cache.io.tables import label_text, read_table
 from ulfine_fast.related.multilabel.settings import MultiLabelConfig
 
 if TYPE_CHECKING:
     from ulfine_fast.cache.store import FeatureCache
 
 PRESENT, ABSENT, UNKNOWN = 1, 0, -1
-_CELLS = {"1": PRESENT, "0": ABSENT, "": UNKNOWN}
-_RESERVED = ("id", "split")  # columns of predictions.csv that no class may be named after
+_MEANING = {"1": PRESENT, "0": ABSENT, "": UNKNOWN}
+_RESERVED = ("id", "split")
 
 Rows = NDArray[np.int64]
 
@@ -63,48 +62,37 @@ class LabelSplit:
 
 
 def read_label_table(path: Path) -> LabelTable:
-    """Read a CSV file with a column `id` and then one for each class, its cells 1, 0 or empty for unknown.
+    """Reads a table with a column `id` and one for each class, whose cells are 1, 0, or empty or -1 for unknown.
 
     Raises:
-        InputError: no such file, other columns, another value, an image twice; names the line.
+        InputError: not such a table (see `read_table`), class names that are no names, another value, an image twice;
+            names the line.
     """
-    try:
-        lines = list(csv.reader(io.StringIO(path.read_text(encoding="utf-8-sig"), newline="")))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"cannot read {path} ({error}); name a CSV file of labels") from error
-
-    # the classes
-    header = lines[0] if lines else []
-    if len(header) < 2 or header[0] != "id":
-        columns = ", ".join(header) or "none"
-        raise InputError(f"{path} must have the column id and then one for each class, got {columns}")
-    names = header[1:]
+    table = read_table(path, ["id"], others="keep", form="the column id and then one for each class")
+    ids, names = table.texts("id", strip=False), [name for name in table.names if name != "id"]
+    if not names:
+        raise InputError(f"{path} must have the column id and then one for each class, got id")
     for name in names:
-        if not name.strip() or name in _RESERVED or names.count(name) > 1:
+        if not name or name in _RESERVED or names.count(name) > 1:
             raise InputError(
                 f"{path} has a class {name!r}; names are not empty, not {' or '.join(_RESERVED)}, and differ"
             )
-
-    # a line for each image
-    labels: dict[str, list[int]] = {}
-    for number, line in enumerate(lines[1:], start=2):
-        if not line:
-            continue
-        image, *cells = line
-        if len(cells) != len(names):
-            raise InputError(
-                f"line {number} of {path} has {len(line)} cells instead of {len(header)}; correct or remove it"
-            )
-        for name, cell in zip(names, cells, strict=True):
-            if cell.strip() not in _CELLS:
+    seen: set[str] = set()
+    for row, image in enumerate(ids):
+        if image in seen:
+            raise InputError(f"{table.where(row)} names {image!r} again; keep one line for each image")
+        seen.add(image)
+    values = np.empty((len(ids), len(names)), dtype=np.int8)
+    for column, name in enumerate(names):
+        cells = table.texts(name)
+        meanings = {cell: _MEANING[text] for cell in set(cells) if (text := label_text(cell)) in _MEANING}
+        for row, cell in enumerate(cells):
+            if cell not in meanings:
                 raise InputError(
-                    f"line {number} of {path} has {cell!r} for class {name!r}; write 1, 0 or nothing for unknown"
+                    f"{table.where(row)} has {cell!r} for class {name!r}; write 1, 0 or nothing for unknown"
                 )
-        if image in labels:
-            raise InputError(f"line {number} of {path} names {image!r} again; keep one line for each image")
-        labels[image] = [_CELLS[cell.strip()] for cell in cells]
-    values = np.array(list(labels.values()), dtype=np.int8).reshape(len(labels), len(names))
-    return LabelTable(names, list(labels), values)
+        values[:, column] = [meanings[cell] for cell in cells]
+    return LabelTable(names, ids, values)
 
 
 def labels_by_row(table: LabelTable, cache: FeatureCache) -> tuple[NDArray[np.int8], Rows]:
@@ -113,16 +101,12 @@ def labels_by_row(table: LabelTable, cache: FeatureCache) -> tuple[NDArray[np.in
     Raises:
         InputError: an image that the cache lacks, or an empty table.
     """
-    row_of = {name: row for row, name in enumerate(cache.ids)}
-    for name in table.ids:
-        if name not in row_of:
-            raise InputError(f"the labels name {name!r}, which this cache lacks; its ids look like {cache.ids[0]!r}")
     if not table.ids:
         raise InputError("the labels name no image; add a line for each")
-    rows = np.array([row_of[name] for name in table.ids], dtype=np.int64)
-    labels = np.full((len(cache), len(table.class_names)), UNKNOWN, dtype=np.int8)
-    labels[rows] = table.values
-    return labels, np.sort(rows)
+    rows = cache.row_of(table.ids, source="the table of labels", fix="remove its line")
+    whole = np.full((len(cache), len(table.class_names)), UNKNOWN, dtype=np.int8)
+    whole[rows] = table.values
+    return whole, np.sort(rows)
 
 
 def split_labels(
