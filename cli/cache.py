@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
 
@@ -159,7 +158,3 @@ def import_(
         shard_size=shard_size,
     )
     print_copied(summary, as_json)
-
-
-COMMANDS: dict[str, Callable[..., Any]] = {"append": append, "merge": merge, "export": export, "import": import_}
-HELP = "Add to a cache, merge caches, export them as plain arrays, import features of other programs."

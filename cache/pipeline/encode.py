@@ -366,7 +366,7 @@ def _read_in_processes(reader: ImageReader, batches: Iterable[list[Row]], worker
     batch_size = len(first[0]) if first else 0
     loader: DataLoader[Batch] = DataLoader(
         _BatchReader(reader, _fits_shared_memory(reader, batch_size, workers)),
-        sampler=chain(first, iterator),
+        sampler=chain(first, iterator),  # any iterable of indices will do
         batch_size=None,
         collate_fn=_unchanged,
         num_workers=workers,
@@ -382,7 +382,7 @@ def _read_in_processes(reader: ImageReader, batches: Iterable[list[Row]], worker
 
 
 def _unchanged(batch: Any) -> Any:
-    """Replaces torch's collation, which would make tensors and lists of all that a batch holds."""
+    """In place of torch's own collation, which would make tensors and lists of all that a batch holds."""
     return batch
 
 

@@ -59,10 +59,14 @@ def test_rounded_shares_are_made_to_sum_to_one(read):
     [
         ("id,label\n0.png,x\n", LONG, "must have the columns id and bag, got id, label"),
         ("id,bag\n", LONG, "bags.csv has no line"),
-        ("", LONG, "bags.csv has no line"),
+        ("", LONG, "bags.csv must have the columns id and bag, got none"),
         ("id,bag\n0.png\n", LONG, "line 2 of .*bags.csv has 1 cells instead of 2"),
         ("id,bag\n0.png,\n", LONG, "names no bag for '0.png'"),
-        ("id,bag\nno.png,x\n", LONG, "bag 'x' of .* holds 'no.png', which this cache lacks; remove its line"),
+        (
+            "id,bag\nno.png,x\n",
+            LONG,
+            r"bags.csv names 'no.png', which this cache lacks \(its ids look like '0.png'\); remove its line",
+        ),
         ("id,bag\n7.png,x\n", LONG, "holds '7.png', a test image of this cache"),
         ("id,bag\n6.png,x\n", LONG, "holds '6.png', a val image of this cache"),
         (BAGS + "0.png,y\n", LONG, "puts '0.png' into bag 'x' and again into 'y'; keep one line"),
@@ -92,7 +96,7 @@ def test_a_mistake_is_one_sentence(read, bags, shares, words):
 
 
 def test_a_missing_file_is_named(tmp_path, cache):
-    with pytest.raises(InputError, match=r"cannot read .*none.csv .*name a CSV file with the columns id and bag"):
+    with pytest.raises(InputError, match=r"no such table: .*none.csv; name a .* file with the columns id and bag"):
         read_bags(tmp_path / "none.csv", tmp_path / "none.csv", cache)
 
 
