@@ -221,7 +221,7 @@ def duplicates_summary(cache: FeatureCache, duplicates: Duplicates) -> dict[str,
         near_duplicates: {"first", "second", "cosine", "splits", "different_labels"} of each pair, most similar first.
     """
     conflicts = set(label_conflicts(cache, duplicates).tolist())
-    pairs = []
+    pairs: list[dict[str, Any]] = []
     for pair in np.lexsort((duplicates.first, -duplicates.cosine)).tolist():
         one, other = int(duplicates.first[pair]), int(duplicates.second[pair])
         pairs.append(
