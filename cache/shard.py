@@ -125,7 +125,7 @@ class ShardRecord:
 
     def write(self, path: Path) -> None:
         """Writes it to `path`, atomically; call this after the shard itself is on the disk."""
-        write_atomically(path, (json.dumps(asdict(self), indent=2, sort_keys=True) + "\n").encode(), several=True)
+        write_atomically(path, (json.dumps(asdict(self), indent=2, sort_keys=True) + "\n").encode(), concurrent=True)
 
     @classmethod
     def read(cls, path: Path) -> ShardRecord:
@@ -221,7 +221,7 @@ def write_shard(path: Path, shard: Shard) -> tuple[str, int]:
         InputError: the file system refused; names the shard and the reason.
     """
     data = pack_shard(shard)
-    write_atomically(path, data, several=True)
+    write_atomically(path, data, concurrent=True)
     return hashlib.sha256(data).hexdigest(), len(data)
 
 

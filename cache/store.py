@@ -28,7 +28,8 @@ from ulfine_fast.cache.arrays import (
 )
 from ulfine_fast.cache.ids import RowIndex, read_ids
 from ulfine_fast.cache.io.errors import InputError
-from ulfine_fast.cache.io.paths import is_remote, open_place
+from ulfine_fast.cache.io.paths import is_remote, to_path
+from ulfine_fast.cache.io.prefetch import prefetch
 from ulfine_fast.cache.manifest import Manifest
 from ulfine_fast.cache.shard import VIEWED_SPLITS, Shard, ShardRecord, read_shard, shard_path, verify_shard
 from ulfine_fast.cache.sources.rows import SPLITS
@@ -94,7 +95,7 @@ class FeatureCache:
         Raises:
             InputError: not a cache, damaged, or a shard is missing; names the shard.
         """
-        folder = open_place(path)
+        folder = to_path(path)
         manifest = Manifest.read(folder)
         text = read_text(folder, manifest)
         return cls(
@@ -498,11 +499,8 @@ def _numbered_records(folder: Path) -> Generator[ShardRecord, None, None]:
             raise InputError(f"shard {path.stem} is missing: no {path}; run the same extract command again to redo it")
         return record
 
-    if not is_remote(folder):
-        yield from map(read, count())
-    with ThreadPoolExecutor(_PARALLEL_REQUESTS) as pool:
-        for start in count(0, _PARALLEL_REQUESTS):
-            yield from pool.map(read, range(start, start + _PARALLEL_REQUESTS))
+    threads = _PARALLEL_REQUESTS if is_remote(folder) else 0
+    yield from prefetch(read, count(), threads=threads, in_hand=_PARALLEL_REQUESTS)
 
 
 def _threads() -> int:

@@ -7,6 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from ulfine_fast.cli.options import MethodCommand, method_option_names
+
 
 def defaults_from(path: Path, commands: Any) -> dict[str, Any]:
     """Reads a file of options: a table for each command, `[fit]` with `lr = 0.1`; `[cache.merge]` for one inside.
@@ -33,7 +35,7 @@ def printed(context: Any) -> str:
     while inner is not None and inner.parent is not None:
         names.append(str(inner.info_name))
         inner = inner.parent
-    known = _options(context.command)
+    known = _options(context.command, context)
     given = {name: context.params[parameter] for name, parameter in known.items()}
     rows = [f"{name} = {_toml(value)}" for name, value in given.items() if value is not None]
     return "\n".join([f"[{'.'.join(reversed(names))}]", *rows])
@@ -61,6 +63,9 @@ def _option(name: str, command: Any, path: Path) -> str:
 
     own = _options(command)
     wanted = name.replace("-", "_")
+    if wanted not in own and isinstance(command, MethodCommand) and wanted in method_option_names():
+        # which method reads it is known when the command line is
+        return wanted
     if wanted not in own:
         close = difflib.get_close_matches(wanted, own, n=1)
         hint = f"; did you mean {close[0]}?" if close else f"; `ulfine-fast {command.name} --help` lists them"
@@ -68,9 +73,10 @@ def _option(name: str, command: Any, path: Path) -> str:
     return own[wanted]
 
 
-def _options(command: Any) -> dict[str, str]:
+def _options(command: Any, context: Any = None) -> dict[str, str]:
     """A command's options as people write them, with underscores, and the parameters that they are."""
-    options = [one for one in command.params if one.param_type_name == "option" and one.name != "help"]
+    params = command.params if context is None else command.get_params(context)
+    options = [one for one in params if one.param_type_name == "option" and one.name != "help"]
     return {max(one.opts, key=len).lstrip("-").replace("-", "_"): str(one.name) for one in options}
 
 

@@ -1,4 +1,4 @@
-"""`ulfine-fast demo`: the whole path on real images, without a network."""
+"""`ulfine-fast demo`: every step on real images, without a network."""
 
 from __future__ import annotations
 
@@ -17,81 +17,79 @@ SPLIT = "--n1 100 --gamma-l 50 --m1 150 --gamma-u 50"
 
 
 def demo(
+    context: typer.Context,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for images, cache, runs and report.")] = Path(
         "demo-output"
     ),
-    seeds: Annotated[int, typer.Option(help="Seeds to average over, fitted in one pass.")] = 5,
+    seeds: Annotated[int, typer.Option(help="Seeds to average over, fitted together.")] = 5,
     show: Annotated[bool, typer.Option("--open", help="Open the report in a browser at the end.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the figures and where the report is as JSON.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the metrics and the report's path as JSON, and nothing else.")
+    ] = False,
 ) -> None:
     """Extract, fit and report on 3,000 real images of clothes: 10 classes, long-tailed labels, a small encoder."""
     started = time.perf_counter()
     page = (out / "report.html").resolve()
     with contextlib.redirect_stdout(io.StringIO()) if as_json else contextlib.nullcontext():
-        _whole_path(out, seeds)
+        results = _run_commands(context, out, seeds)
         typer.echo(f"\nreport: {page}\n{time.perf_counter() - started:.0f} s in all")
     if as_json:
-        told = {"report": str(page), "seconds": time.perf_counter() - started, "methods": _summaries(out)}
-        typer.echo(json.dumps(told))
+        typer.echo(json.dumps({"report": str(page), "seconds": time.perf_counter() - started, "methods": results}))
     elif not show:
         typer.echo(f"open it with: ulfine-fast demo --out {shlex.quote(str(out))} --open")
     if show:
         typer.launch(page.as_uri())
 
 
-def _whole_path(out: Path, seeds: int) -> None:
-    """Images, commands, table."""
+def _run_commands(context: typer.Context, out: Path, seeds: int) -> dict[str, Any]:
+    """Unpack the images, run the commands in this process and print a table; returns each method's metrics.
+
+    Raises:
+        typer.Exit: a command failed.
+    """
+    # loaded on use: both take long to import
+    from ulfine_fast.cli.tables import print_metrics
     from ulfine_fast.demo import unpack_images
 
-    images = unpack_images(out / "images")
-    commands = demo_commands(images, out, seeds)
+    # the commands, by the program that this command is part of
+    program = context.find_root().command
+    commands = demo_commands(unpack_images(out / "images"), out, seeds)
     typer.echo("The encoder lite0-minilm is a small, weak image-text model, not CLIP; see docs/models.md.\n")
     for command in commands:
-        _run(command)
-    _print_table(out)
+        typer.echo(f"$ ulfine-fast {shlex.join(command)}")
+        # one table of all methods at the end replaces the table of each fit
+        hidden = contextlib.redirect_stdout(io.StringIO()) if command[0] == "fit" else contextlib.nullcontext()
+        try:
+            with hidden:
+                code = program.main(command, prog_name="ulfine-fast", standalone_mode=False)
+        except typer.Exit as end:
+            code = end.exit_code
+        if code:
+            raise typer.Exit(code)
+
+    # the table, from the summaries that the fits wrote
+    results = {}
+    for method in METHODS:
+        summary = (out / "runs" / method / "summary.json").read_text(encoding="utf-8")
+        results[method] = json.loads(summary)["metrics"]
+    typer.echo("\nTest metrics in percent, mean ± 95% interval over seeds:")
+    print_metrics(results, as_json=False)
     typer.echo("\nThe same by hand:")
     for command in commands:
         typer.echo(f"  ulfine-fast {shlex.join(command)}")
+    return results
 
 
 def demo_commands(images: Path, out: Path, seeds: int) -> list[list[str]]:
-    """The commands of the demo, as their arguments."""
+    """The arguments of each command of the demo: extract, a fit for each method, report."""
     cache = str(out / "cache")
-    extract = ["extract", str(images), "--out", cache, "--model", "lite0-minilm"]
-    runs = [str(out / "runs" / method) for method in METHODS]
+    runs = {method: str(out / "runs" / method) for method in METHODS}
     fits = [
         ["fit", cache, "--method", method, "--seeds", str(seeds), *SPLIT.split(), "--out", run]
-        for method, run in zip(METHODS, runs, strict=True)
+        for method, run in runs.items()
     ]
-    return [extract, *fits, ["report", *runs, "--out", str(out / "report.html")]]
-
-
-def _run(command: list[str]) -> None:
-    """Run a command as the shell would, in this process; a failure ends the demo."""
-    from ulfine_fast.cli.main import app
-
-    typer.echo(f"$ ulfine-fast {shlex.join(command)}")
-    # the table of all methods comes at the end
-    quiet = contextlib.redirect_stdout(io.StringIO()) if command[0] == "fit" else contextlib.nullcontext()
-    try:
-        with quiet:
-            code = app(command, standalone_mode=False)
-    except typer.Exit as end:
-        code = end.exit_code
-    if code:
-        raise typer.Exit(code)
-
-
-def _print_table(out: Path) -> None:
-    """All methods side by side, from the summaries that the fits wrote."""
-    from ulfine_fast.cli.tables import print_summary
-
-    typer.echo("\nTest figures in percent, mean ± 95% interval over seeds:")
-    print_summary(_summaries(out), as_json=False)
-
-
-def _summaries(out: Path) -> dict[str, Any]:
-    """Figures of each method over the seeds, as its fit wrote them."""
-    folders = {method: out / "runs" / method for method in METHODS}
-    files = {method: (folder / "summary.json").read_text(encoding="utf-8") for method, folder in folders.items()}
-    return {method: json.loads(text)["metrics"] for method, text in files.items()}
+    return [
+        ["extract", str(images), "--out", cache, "--model", "lite0-minilm"],
+        *fits,
+        ["report", *runs.values(), "--out", str(out / "report.html")],
+    ]

@@ -1,4 +1,4 @@
-"""`ulfine-fast eval`: figures of a run, on its own test split or on another cache."""
+"""`ulfine-fast eval`: metrics of a run, on its own test split or on another cache."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ def evaluate(
     cache: Annotated[
         Path | None, typer.Option(help="Evaluate on this cache's test images (all labelled ones if it has no test).")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the metrics as JSON.")] = False,
 ) -> None:
-    """Compute a run's figures again from its heads, on its own test split or another cache of the same encoder."""
-    from ulfine_fast.cli.tables import print_summary
+    """Compute a run's metrics again from its head, on its own test split or another cache of the same encoder."""
+    from ulfine_fast.cli.tables import print_metrics
     from ulfine_fast.runs.evaluate import evaluate as evaluate_run
     from ulfine_fast.runs.run import Run
-    from ulfine_fast.runs.seeds import summarize
+    from ulfine_fast.runs.seeds import mean_metrics
 
     fitted = Run.load(run)
-    figures = evaluate_run(fitted, cache)
+    metrics = evaluate_run(fitted, cache)
     if as_json:
-        typer.echo(json.dumps(figures))
+        typer.echo(json.dumps(metrics))
         return
-    print_summary({fitted.config.method: summarize([figures])}, as_json=False)
-    typer.echo(f"{figures['test_rows']} images")
+    print_metrics({fitted.config.method: mean_metrics([metrics])})
+    typer.echo(f"{metrics['test_rows']} images")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -12,7 +12,9 @@ import typer
 def export(
     run: Annotated[Path, typer.Argument(help="Run folder that `fit` wrote.")],
     out: Annotated[Path, typer.Argument(help="A new or empty folder.")],
-    to: Annotated[str, typer.Option(help="safetensors, onnx, torchscript or torch.export.")] = "safetensors",
+    to: Annotated[
+        Literal["safetensors", "onnx", "torchscript", "torch.export"], typer.Option(help="Format of the model file.")
+    ] = "safetensors",
     with_encoder: Annotated[
         bool, typer.Option("--with-encoder", help="Put the encoder into the graph: images in, probabilities out.")
     ] = False,
@@ -20,12 +22,12 @@ def export(
 ) -> None:
     """Write a run's classifier with its settings and a model card."""
     from ulfine_fast.exports import FORMATS
-    from ulfine_fast.exports import export as write
+    from ulfine_fast.exports import export as export_run
     from ulfine_fast.runs.predict import encoder_of_run
     from ulfine_fast.runs.run import Run
 
     fitted = Run.load(run)
-    folder = write(fitted, out, to=to, encoder=encoder_of_run(fitted, "cpu") if with_encoder else None)
+    folder = export_run(fitted, out, to=to, encoder=encoder_of_run(fitted, "cpu") if with_encoder else None)
     if as_json:
         typer.echo(json.dumps({"out": str(folder), "to": to, "file": FORMATS[to], "with_encoder": with_encoder}))
         return

@@ -1,101 +1,129 @@
-"""The command `ulfine-fast`: one file per command; this one turns errors into one sentence and an exit code."""
+"""The command `ulfine-fast`: its commands come from a list, and an error becomes one sentence and an exit code."""
 
 from __future__ import annotations
 
+import copy
 import functools
+import pkgutil
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperCommand
+from typer.core import TyperCommand, TyperGroup
+from typer.main import get_command
 
 from ulfine_fast._version import __version__
 from ulfine_fast.cache.io.errors import InputError
-from ulfine_fast.cli import cache
+from ulfine_fast.cli.commands import COMMANDS, Command, Group
 from ulfine_fast.cli.config_file import defaults_from, printed
-from ulfine_fast.cli.demo import demo
-from ulfine_fast.cli.eval import evaluate
-from ulfine_fast.cli.export import export
-from ulfine_fast.cli.extract import extract
-from ulfine_fast.cli.fit import fit
-from ulfine_fast.cli.inspect import inspect
-from ulfine_fast.cli.log import log
-from ulfine_fast.cli.neighbors import neighbors
-from ulfine_fast.cli.predict import predict
-from ulfine_fast.cli.push import push
-from ulfine_fast.cli.report import report
-from ulfine_fast.cli.review import review
-from ulfine_fast.cli.sweep import sweep
-from ulfine_fast.related.head_realignment.command import realign
-from ulfine_fast.related.multilabel.command import multilabel
-from ulfine_fast.related.test_time_adaptation.command import adapt
 
 _PRINT = "ulfine_fast.print_config"
 
-app = typer.Typer(
-    name="ulfine-fast",
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"], "auto_envvar_prefix": "ULFINE_FAST"},
-)
-
-
-class _Command(TyperCommand):
-    """A command that prints its options where that was asked for, and runs otherwise."""
-
-    def invoke(self, ctx: Any) -> Any:
-        if ctx.meta.get(_PRINT):
-            print(printed(ctx))
-            return None
-        return super().invoke(ctx)
-
 
 def guarded(command: Callable[..., Any]) -> Callable[..., Any]:
-    """End with one sentence and no traceback: exit code 2 on bad input, 130 on Ctrl-C, 143 when asked to terminate."""
+    """End with one sentence and no traceback: exit code 2 on bad input, 130 on Ctrl-C, 143 on SIGTERM.
+
+    SIGTERM ends the command as Ctrl-C does: what is finished stays, and child processes end first.
+    """
 
     @functools.wraps(command)
     def run(*args: Any, **options: Any) -> Any:
-        ended = _Ended()
+        received = int(signal.SIGINT)
+
+        def interrupt(number: int, _frame: object) -> None:
+            nonlocal received
+            received = number
+            raise KeyboardInterrupt
+
+        # only the main thread may set a handler; in other threads, such as a notebook's, SIGTERM ends the process
+        handles = threading.current_thread() is threading.main_thread()
+        before = signal.signal(signal.SIGTERM, interrupt) if handles else None
         try:
-            with ended:
-                return command(*args, **options)
+            return command(*args, **options)
         except (InputError, OSError) as error:
             print(f"error: {error}", file=sys.stderr)
             raise typer.Exit(2) from None
         except KeyboardInterrupt as stop:
             print(str(stop) or "interrupted", file=sys.stderr)
-            raise typer.Exit(128 + ended.signal) from None
+            raise typer.Exit(128 + received) from None
+        finally:
+            if before is not None:
+                signal.signal(signal.SIGTERM, before)
 
     return run
 
 
-class _Ended:
-    """Makes a request to terminate end a command as Ctrl-C does: what is finished stays, children go first.
+def _command_class(command: Callable[..., Any]) -> type[TyperCommand]:
+    """The command's own class, which `--print-config` makes print its options instead of running."""
+    own: Any = getattr(command, "command_class", TyperCommand)
 
-    Attributes:
-        signal: what ended the command: that of Ctrl-C unless another came.
-    """
+    class Command(own):
+        def get_params(self, ctx: Any) -> list[Any]:
+            params: list[Any] = super().get_params(ctx)
+            for param in params:
+                # every option has a variable, which docs/commands.md says once
+                param.show_envvar = False
+            return params
 
-    def __init__(self) -> None:
-        self.signal = int(signal.SIGINT)
+        def invoke(self, ctx: Any) -> Any:
+            if ctx.meta.get(_PRINT):
+                print(printed(ctx))
+                return None
+            return super().invoke(ctx)
 
-    def __enter__(self) -> None:
-        # only a main thread may set a handler; elsewhere, as in a notebook's, there is nobody to terminate it
-        self._ours = threading.current_thread() is threading.main_thread()
-        if self._ours:
-            self._before = signal.signal(signal.SIGTERM, self._end)
+    return Command
 
-    def __exit__(self, *_: object) -> None:
-        if self._ours:
-            signal.signal(signal.SIGTERM, self._before)
 
-    def _end(self, number: int, _: object) -> None:
-        self.signal = number
-        raise KeyboardInterrupt
+class _LazyCommands(Mapping[str, Any]):
+    """Commands by name, each imported when it is looked up."""
+
+    def __init__(self, listed: Mapping[str, Command | Group]) -> None:
+        self._listed = listed
+
+    def __getitem__(self, name: str) -> Any:
+        entry = self._listed[name]
+        if isinstance(entry, Group):
+            return _LazyGroup(name=name, listed=entry.commands, help=entry.help, no_args_is_help=True)
+        single = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+        function = pkgutil.resolve_name(entry.function)
+        single.command(name, cls=_command_class(function))(guarded(function))
+        return get_command(single)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._listed)
+
+    def __len__(self) -> int:
+        return len(self._listed)
+
+
+class _LazyGroup(TyperGroup):
+    """A group of listed commands; its help shows their lines of the list and imports none of them."""
+
+    def __init__(self, *, listed: Mapping[str, Command | Group] = COMMANDS, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.listed = listed
+        self.commands: Any = _LazyCommands(listed)
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return list(self.listed)
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        overview = copy.copy(self)
+        overview.commands = {name: TyperCommand(name, help=entry.help) for name, entry in self.listed.items()}
+        super(_LazyGroup, overview).format_help(ctx, formatter)
+
+
+app = typer.Typer(
+    name="ulfine-fast",
+    cls=_LazyGroup,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"], "auto_envvar_prefix": "ULFINE_FAST"},
+)
 
 
 def _print_version(wanted: bool) -> None:
@@ -126,32 +154,6 @@ def _about(
         except InputError as error:
             print(f"error: {error}", file=sys.stderr)
             raise typer.Exit(2) from None
-
-
-_COMMANDS: dict[str, Callable[..., Any]] = {
-    "extract": extract,
-    "inspect": inspect,
-    "neighbors": neighbors,
-    "fit": fit,
-    "sweep": sweep,
-    "eval": evaluate,
-    "predict": predict,
-    "realign": realign,
-    "adapt": adapt,
-    "multilabel": multilabel,
-    "export": export,
-    "push": push,
-    "report": report,
-    "log": log,
-    "review": review,
-    "demo": demo,
-}
-for name, command in _COMMANDS.items():
-    app.command(name, cls=_Command)(guarded(command))
-_caches = typer.Typer(no_args_is_help=True, help=cache.HELP)
-for name, command in cache.COMMANDS.items():
-    _caches.command(name, cls=_Command)(guarded(command))
-app.add_typer(_caches, name="cache")
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""`ulfine-fast predict`: classes of new images, by a run's heads and the encoder named in it."""
+"""`ulfine-fast predict`: classes of new images, by a run's head and the encoder named in it."""
 
 from __future__ import annotations
 
@@ -18,21 +18,23 @@ def predict(
         "predictions.csv"
     ),
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    batch_size: Annotated[int, typer.Option(help="Images encoded at once (at least 1).")] = 32,
+    batch_size: Annotated[int, typer.Option(help="Images encoded together (at least 1).")] = 32,
     five_crops: Annotated[
         bool, typer.Option("--five-crops", help="Average the logits of four corners and the middle, as LIFT does.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print counts as JSON.")] = False,
 ) -> None:
     """Predict the class of each image: id, class, probability and the five likeliest classes."""
-    from ulfine_fast.runs.predict import predict_images, write_predictions
+    from ulfine_fast.runs.predict import predict_images, refuse_output, write_predictions
     from ulfine_fast.runs.run import Run
 
-    found = predict_images(Run.load(run), images, device=device, batch_size=batch_size, five_crops=five_crops)
-    write_predictions(found, out)
+    refuse_output(out)
+    predictions = predict_images(Run.load(run), images, device=device, batch_size=batch_size, five_crops=five_crops)
+    write_predictions(predictions, out)
     if as_json:
-        typer.echo(json.dumps({"images": len(found.ids), "skipped": found.skipped, "out": str(out)}))
+        counts = {"images": len(predictions.ids), "skipped": predictions.skipped, "out": str(out)}
+        typer.echo(json.dumps(counts))
         return
-    typer.echo(f"{len(found.ids)} images: {out}")
-    for name, reason in found.skipped:
+    typer.echo(f"{len(predictions.ids)} images: {out}")
+    for name, reason in predictions.skipped:
         typer.echo(f"skipped {name}: {reason}", err=True)

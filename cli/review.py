@@ -1,4 +1,4 @@
-"""`ulfine-fast review`: a page on this machine to correct labels on."""
+"""`ulfine-fast review`: a local page to correct labels on."""
 
 from __future__ import annotations
 
@@ -10,25 +10,31 @@ from typing import Annotated
 
 import typer
 
+from ulfine_fast.cli.options import with_old_name
+
 
 def review(
     run: Annotated[Path, typer.Argument(help="Run folder that `fit` wrote.")],
     labels: Annotated[
         Path | None,
-        typer.Option(help="CSV of corrected labels to go on with; default: labels.csv beside the run's folder."),
+        typer.Option(help="CSV of corrected labels, read and written; default: labels.csv beside the run's folder."),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="Where fits from the page go; default: RUN-reviewed.")
+        Path | None, typer.Option("--out", "-o", help="Run folder of fits from the page; default: RUN-reviewed.")
     ] = None,
-    images: Annotated[str | None, typer.Option(help="Where the images are; default: where the cache had them.")] = None,
-    port: Annotated[int, typer.Option(help="Port on 127.0.0.1; 0 for any that is free.", min=0, max=65535)] = 0,
+    images: Annotated[
+        str | None,
+        typer.Option(help="Folder, table or data set with the images; default: where `extract` read them."),
+    ] = None,
+    pictures: Annotated[str | None, typer.Option(hidden=True)] = None,
+    port: Annotated[int, typer.Option(help="Port on 127.0.0.1; 0 for any free one.", min=0, max=65535)] = 0,
     open_page: Annotated[bool, typer.Option("--open", help="Open the page in the browser.")] = False,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print the page's address as JSON.")] = False,
 ) -> None:
     """Correct labels on a local page: likely wrong ones, near-duplicates, images of rare classes; Ctrl-C ends it.
 
-    Each label is saved at once; `fit --labels FILE` takes them.
+    Each label is saved immediately; `fit --labels FILE` reads them.
     """
     from ulfine_fast.cache.io.errors import InputError
 
@@ -37,16 +43,17 @@ def review(
     from ulfine_fast.review.app import HOST, make_server, new_token
     from ulfine_fast.review.session import Session
 
-    # a name of its own, not `RUN/..`: the run may be given as "."
-    whole = run.resolve()
-    saved = labels or whole.parent / "labels.csv"
-    session = Session(run, saved, out or whole.with_name(f"{whole.name}-reviewed"), images=images, device=device)
+    images = with_old_name("--images", images, "--pictures", pictures)
+    folder = run.resolve()  # the run may be "."
+    labels = labels or folder.parent / "labels.csv"
+    out = out or folder.with_name(f"{folder.name}-reviewed")
+    session = Session(run, labels, out, images=images, device=device)
     token = new_token()
     server = make_server(session, token, port)
     address = f"http://{HOST}:{server.port}/{token}/"
     if session.no_images:
-        typer.echo(f"no images on the page: {session.no_images}; name their place with --images", err=True)
-    typer.echo(json.dumps({"address": address, "labels": str(saved)}) if as_json else f"review: {address}")
+        typer.echo(f"no images on the page: {session.no_images}; name their location with --images", err=True)
+    typer.echo(json.dumps({"address": address, "labels": str(labels)}) if as_json else f"review: {address}")
     if open_page:
         webbrowser.open(address)
     try:

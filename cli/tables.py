@@ -1,8 +1,9 @@
-"""How figures are printed: one table for people, one JSON object for programs."""
+"""How metrics are printed: one table for people, one JSON object for programs."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 import typer
@@ -19,12 +20,12 @@ COLUMNS = {
 }
 
 
-def print_summary(rows: dict[str, dict[str, Any]], *, as_json: bool) -> None:
-    """Print mean and 95% interval over seeds, shares as percent.
+def print_metrics(rows: Mapping[str, Mapping[str, Any]], *, as_json: bool = False) -> None:
+    """Print mean and 95% interval over seeds, fractions as percent.
 
     Args:
-        rows: a summary (see `ulfine_fast.runs.seeds.summarize`) for each method.
-        as_json: print the summaries as they are instead.
+        rows: mean metrics (see `ulfine_fast.runs.seeds.mean_metrics`) by the title of their row, such as the method.
+        as_json: print them as they are instead.
     """
     if as_json:
         typer.echo(json.dumps(rows))
@@ -36,17 +37,17 @@ def print_summary(rows: dict[str, dict[str, Any]], *, as_json: bool) -> None:
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     for title in ("method", "seeds", *COLUMNS.values()):
         table.add_column(title, justify="left" if title == "method" else "right", no_wrap=True)
-    for method, summary in rows.items():
-        seeds = max((figure["n"] for figure in summary.values()), default=0)
-        table.add_row(method, str(seeds), *(_cell(summary.get(name), name) for name in COLUMNS))
-    # wide enough for every column, so that a log file holds whole figures
+    for method, metrics in rows.items():
+        seeds = max((metric["n"] for metric in metrics.values()), default=0)
+        table.add_row(method, str(seeds), *(_cell(metrics.get(name), name) for name in COLUMNS))
+    # wide enough for every column, so that a log file holds whole numbers
     Console(width=max(130, Console().width)).print(table)
 
 
-def _cell(figure: dict[str, Any] | None, name: str) -> str:
-    if figure is None:
+def _cell(metric: dict[str, Any] | None, name: str) -> str:
+    if metric is None:
         return "-"
     if name == "seconds":
-        return f"{figure['mean']:.1f}"
-    interval = f" ±{100 * figure['half_width']:.1f}" if figure["n"] > 1 else ""
-    return f"{100 * figure['mean']:.1f}{interval}"
+        return f"{metric['mean']:.1f}"
+    interval = f" ±{100 * metric['half_width']:.1f}" if metric["n"] > 1 else ""
+    return f"{100 * metric['mean']:.1f}{interval}"

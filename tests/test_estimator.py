@@ -19,7 +19,6 @@ from sklearn.utils.estimator_checks import parametrize_with_checks
 import ulfine_fast
 from ulfine_fast import FeatureCache, FitConfig, fit
 from ulfine_fast.cache.io.errors import InputError
-from ulfine_fast.config import METHODS
 from ulfine_fast.data.splits import Split
 from ulfine_fast.estimator import (
     FeatureClassifier,
@@ -28,6 +27,7 @@ from ulfine_fast.estimator import (
     ULFineClassifier,
     ULFinePlusClassifier,
 )
+from ulfine_fast.methods import registry
 
 EXAMPLES = Path(__file__).parents[1] / "docs/examples"
 
@@ -218,7 +218,7 @@ def test_random_state(digits):
     assert drawn.run_.config.seed == np.random.RandomState(0).randint(2**31 - 1)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", registry.names())
 def test_every_method_fits_and_predicts(digits, method):
     features, _labels, y = digits
     if method == "proportions":

@@ -1,55 +1,27 @@
-"""Every hyper-parameter of stage 2, once: type, default, range, unit and source. The command line is made from it."""
+"""Every option of stage 2, once: type, default, range, help. Options of a single method lie beside the method.
+
+The command line, the spaces of sweeps, the parameters of the estimators and the tables of the documentation are made
+from these declarations.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import math
+import warnings
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ulfine_fast.cache.io.errors import InputError
+from ulfine_fast.methods import registry
 
-METHODS = (
-    "zero_shot",
-    "linear_probe",
-    "lightweight",
-    "ulfine",
-    "ulfine_plus",
-    "lift",
-    "lift_head",
-    "finessl",
-    "tip_adapter",
-    "tip_adapter_f",
-    "knn",
-    "label_propagation",
-    "gmm",
-    "clip_adapter",
-    "cross_modal",
-    "loft",
-    "cross_entropy",
-    "balanced_softmax",
-    "class_balanced",
-    "ldam",
-    "fixmatch",
-    "freematch",
-    "acr",
-    "simpro",
-    "daso",
-    "flexmatch",
-    "softmatch",
-    "abc",
-    "cpe",
-    "crest_plus",
-    "ccl",
-    "darp",
-    "cossl",
-    "poft",
-    "proportions",
-)
 SHAPES = ("consistent", "uniform", "reversed", "middle", "head-tail", "shuffled", "natural")
+"""How the unlabelled images are distributed over the classes, see docs/method.md."""
 
 
-def _option(
+def option(
     default: Any,
     text: str,
     *,
@@ -57,8 +29,25 @@ def _option(
     high: float = math.inf,
     choices: tuple[str, ...] = (),
     structural: bool = False,
+    search: Mapping[str, Any] | list[Any] | None = None,
+    was: tuple[str, ...] = (),
+    off: Any = None,
+    panel: str = "Method",
 ) -> Any:
-    """A dataclass field with its help text and legal range; `structural` fields must agree inside one pass."""
+    """A dataclass field that is an option.
+
+    Args:
+        default: its value where none is given.
+        text: help, one phrase.
+        low: smallest legal number.
+        high: largest legal number.
+        choices: all legal texts.
+        structural: all trials of one trial batch must agree in it.
+        search: what a sweep tries unless it is told otherwise, as in a space file; None leaves the option at its value.
+        was: names that it had in earlier versions.
+        off: value that switched the method off where it was an option of another one, see `Registration.replaces`.
+        panel: heading under which help shows it.
+    """
     return field(
         default=default,
         metadata={
@@ -67,11 +56,251 @@ def _option(
             "high": high,
             "choices": choices,
             "structural": structural,
+            "search": search,
+            "was": was,
+            "off": off,
+            "panel": panel,
         },
     )
 
 
-_SPLIT_FIELDS = (
+class _ByMethod(type):
+    """Makes `FitConfig(method=..., ...)` an instance of the config class of that method."""
+
+    def __call__(cls, **values: Any) -> Any:
+        values = renamed(values)
+        target = config_class(values.get("method", getattr(cls, "method", "ulfine")))
+        legal = {spec.name for spec in dataclasses.fields(target)}
+        if any(name not in legal for name in values):
+            values = _moved(values, legal)
+            target = config_class(values["method"])
+        return type.__call__(target, **values)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitConfig(metaclass=_ByMethod):
+    """One trial: its data split, method, optimiser and heads, and the options of its method.
+
+    The attributes below are shared by all methods; the instance has those of its method too:
+    `FitConfig(method="ulfine", mu=0.1).mu`. Structural options (see :func:`structural_key`) are the same for all trials
+    of one trial batch; everything else may differ from trial to trial. docs/method.md names the source of each formula.
+
+    Raises:
+        InputError: a value outside its range or not among its choices, or an option that the method does not read.
+    """
+
+    method: str = option("ulfine", "what to fit; `ulfine-fast methods` lists all", structural=True, panel="Fit")
+    seed: int = option(0, "seed of weights and mini-batches", low=0, high=2**31 - 1, panel="Fit")
+
+    # -- split (docs/method.md, section "Protocol")
+    split_seed: int | None = option(
+        None, "seed of split and class order; default: the seed", low=0, high=2**31 - 1, panel="Split"
+    )
+    n1: int | None = option(None, "labelled images of the largest class; default: all", low=1, panel="Split")
+    m1: int | None = option(None, "unlabelled images of the largest class; default: all", low=0, panel="Split")
+    gamma_l: float = option(100.0, "labelled imbalance, largest class over smallest, with n1", low=1.0, panel="Split")
+    gamma_u: float = option(100.0, "unlabelled imbalance, with n1", low=1.0, panel="Split")
+    shape: str = option("consistent", "class prior of unlabelled images, with n1", choices=SHAPES, panel="Split")
+    labeled_in_unlabeled: bool = option(False, "labelled images are also unlabelled ones", panel="Split switches")
+    permute_classes: bool = option(True, "order of classes from the split seed, with n1", panel="Split switches")
+    labeled_fraction: float = option(
+        1.0, "fraction of each class's labels kept, without n1", low=0.0, high=1.0, panel="Split"
+    )
+    val_fraction: float = option(
+        0.1, "fraction of labelled images held out for validation", low=0.0, high=0.5, panel="Split"
+    )
+    test_fraction: float = option(
+        0.2, "fraction held out for testing, without a test split", low=0.01, high=0.9, panel="Split"
+    )
+    label_noise: float = option(0.0, "fraction of labelled images with a wrong label", low=0.0, high=1.0, panel="Split")
+
+    # -- optimiser
+    steps: int = option(500, "mini-batch steps", low=1, structural=True, panel="Optimiser")
+    batch_labeled: int = option(32, "labelled images in a mini-batch", low=1, structural=True, panel="Optimiser")
+    batch_unlabeled: int = option(64, "unlabelled images in a mini-batch", low=1, structural=True, panel="Optimiser")
+    lr: float = option(
+        0.03,
+        "peak learning rate of SGD; cosine schedule",
+        low=0.0,
+        search={"low": 0.003, "high": 0.3, "log": True},
+        panel="Optimiser",
+    )
+    momentum: float = option(0.9, "momentum of SGD", low=0.0, high=0.999, panel="Optimiser")
+    weight_decay: float = option(
+        5e-4,
+        "weight decay of SGD",
+        low=0.0,
+        search={"low": 1e-5, "high": 1e-2, "log": True},
+        panel="Optimiser",
+    )
+    warmup: float = option(
+        0.5,
+        "fraction of steps over which the unlabelled loss rises",
+        low=0.0,
+        high=1.0,
+        search={"low": 0.0, "high": 1.0},
+        panel="Optimiser",
+    )
+    precision: str = option(
+        "float32", "precision of the logits", choices=("float32", "amp"), structural=True, panel="Optimiser"
+    )
+    eval_every: int = option(50, "steps between two validations", low=1, structural=True, panel="Optimiser")
+    select: str = option("last", "heads of which validation are kept", choices=("last", "best"), panel="Optimiser")
+    patience: int = option(0, "validations without progress before a trial stops; 0: never", low=0, panel="Optimiser")
+    crop_epochs: int = option(0, "epochs of a schedule of crops, small to whole; 0: none", low=0, panel="Optimiser")
+
+    # -- heads
+    scale: float = option(25.0, "cosine scale sigma of all heads (LIFT uses 25)", low=0.01, panel="Heads")
+    adapter: str = option(
+        "residual",
+        "adapter before the heads",
+        choices=("residual", "none", "adaptformer"),
+        structural=True,
+        panel="Heads",
+    )
+    rank: int = option(16, "width of the adapter's bottleneck", low=1, panel="Heads")
+    adapter_scale: float = option(0.1, "factor s of the adapter's output", low=0.0, panel="Heads")
+    feature_noise: float = option(
+        0.0,
+        "length of noise on training features; replaces strong views",
+        low=0.0,
+        search=[0.0, 0.25, 0.5, 1.0],
+        panel="Heads",
+    )
+
+    def __post_init__(self) -> None:
+        for spec in dataclasses.fields(self):
+            check(spec, getattr(self, spec.name))
+
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            """An option of the method."""
+
+    @property
+    def data_seed(self) -> int:
+        """The seed of the split: `split_seed`, or `seed` where none is given."""
+        return self.seed if self.split_seed is None else self.split_seed
+
+    @property
+    def reads_tokens(self) -> bool:
+        """Whether the trial trains on the last block's tokens instead of features."""
+        return self.adapter == "adaptformer" or getattr(self, "feature", "projected") == "pre-projection"
+
+    @property
+    def reads_tokens_for(self) -> str:
+        """The option that asks for tokens, for messages."""
+        return "adapter adaptformer" if self.adapter == "adaptformer" else f"feature {self.feature}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """All options as JSON values."""
+        return dataclasses.asdict(self)
+
+    def with_method(self, method: str, **changes: Any) -> FitConfig:
+        """A config of another method with the same options, as far as that method reads them, but for `changes`."""
+        return FitConfig(**{**readable(method, self.to_dict()), **changes, "method": method})
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], *, saved: bool = False) -> FitConfig:
+        """The inverse of :meth:`to_dict`.
+
+        Args:
+            values: options by name.
+            saved: whether they come from a run or sweep, which in version 0.1 recorded the options of all methods:
+                options that other methods read are left out.
+
+        Raises:
+            InputError: a name that is no option, or an option that the method does not read.
+        """
+        if not saved:
+            return FitConfig(**values)
+        with warnings.catch_warnings():
+            # a file keeps the names of the version that wrote it, and the reader cannot change them
+            warnings.simplefilter("ignore", FutureWarning)
+            values = renamed(values)
+            method = values.get("method", FitConfig.method)
+            method = _successor(method, values) or method
+            own = readable(method, values)
+            for name in values.keys() - own.keys():
+                if not registry.readers(name):
+                    raise _unknown(name, method)
+            return FitConfig(**{**own, "method": method})
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # the class of a method's configs is made when it is asked for, so it cannot be found by name
+        return _restored, (self.to_dict(),)
+
+
+def _restored(values: dict[str, Any]) -> FitConfig:
+    return FitConfig(**values)
+
+
+_CLASSES: dict[type[Any], type[FitConfig]] = {}
+
+
+def config_class(method: str) -> type[FitConfig]:
+    """The class of a method's configs: the shared options and the method's own.
+
+    Raises:
+        InputError: an unknown method, or one whose option has the name of a shared one.
+    """
+    options = registry.find(method).options
+    if options not in _CLASSES:
+        shared = {spec.name for spec in dataclasses.fields(FitConfig)}
+        own = []
+        for spec in dataclasses.fields(options):
+            if spec.name in shared:
+                raise InputError(f"option {spec.name} of method {method} is a shared option; give it another name")
+            own.append((spec.name, spec.type, field(default=spec.default, metadata=spec.metadata)))
+        _CLASSES[options] = dataclasses.make_dataclass("FitConfig", own, bases=(FitConfig,), frozen=True, kw_only=True)
+    return _CLASSES[options]
+
+
+def options_of(method: str) -> dict[str, dataclasses.Field[Any]]:
+    """All options that a method reads by name, the shared ones first."""
+    return {spec.name: spec for spec in dataclasses.fields(config_class(method))}
+
+
+def shared_options() -> dict[str, dataclasses.Field[Any]]:
+    """The options that every method reads, by name."""
+    return {spec.name: spec for spec in dataclasses.fields(FitConfig)}
+
+
+def own_options(method: str) -> dict[str, dataclasses.Field[Any]]:
+    """The options that lie beside a method, by name."""
+    return {spec.name: spec for spec in dataclasses.fields(registry.find(method).options)}
+
+
+def all_options() -> dict[str, dataclasses.Field[Any]]:
+    """The options of all methods by name; of several with one name, the first method's. Imports all methods."""
+    own = [own_options(method) for method in registry.names()]
+    return {name: spec for options in [*reversed(own), shared_options()] for name, spec in options.items()}
+
+
+def readable(method: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the values that a method reads."""
+    options = options_of(method)
+    return {name: value for name, value in values.items() if name in options}
+
+
+def renamed(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values with old names of options replaced by the new ones, with a warning for each."""
+    known = options_of(str(values["method"])) if "method" in values else shared_options()
+    if all(name in known for name in values):
+        return dict(values)
+    old = {was: name for name, spec in known.items() for was in spec.metadata["was"]}
+    for name in [name for name in values if name in old and name not in known]:
+        message = f"the option {name} is now called {old[name]}; the old name will be refused in the next release"
+        warnings.warn(message, FutureWarning, stacklevel=4)
+    return {name if name in known else old.get(name, name): value for name, value in values.items()}
+
+
+def structural_key(config: FitConfig) -> tuple[Any, ...]:
+    """The values that trials must share to be trained in one trial batch."""
+    return tuple(getattr(config, spec.name) for spec in dataclasses.fields(config) if spec.metadata["structural"])
+
+
+_SPLIT_OPTIONS = (
     "n1",
     "m1",
     "gamma_l",
@@ -85,342 +314,106 @@ _SPLIT_FIELDS = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class FitConfig:
-    """One trial: its data split, method, optimiser and switches.
+def split_key(config: FitConfig) -> tuple[Any, ...]:
+    """The values that decide which images a trial trains on: configs that agree in them have one split."""
+    return (config.data_seed, *(getattr(config, name) for name in _SPLIT_OPTIONS))
 
-    Fields marked structural (see :func:`structural_key`) are the same for all trials of one batched pass; everything
-    else may differ from trial to trial. Sources of the formulas stand in docs/method.md.
+
+def per_trial_options(config: FitConfig) -> list[str]:
+    """Names of the numeric options that may differ from trial to trial inside one trial batch."""
+    types = ("float", "bool", "int")
+    return [spec.name for spec in dataclasses.fields(config) if not spec.metadata["structural"] and spec.type in types]
+
+
+def _moved(values: dict[str, Any], legal: Iterable[str]) -> dict[str, Any]:
+    """The values for the method that an option of version 0.1 has become, with a warning.
 
     Raises:
-        InputError: a value outside its range or not among its choices, naming the field, the range and the value.
+        InputError: an option that the method does not read.
     """
-
-    method: str = _option("ulfine", "what to fit", choices=METHODS, structural=True)
-    seed: int = _option(0, "seed of initial weights and mini-batches", low=0, high=2**31 - 1)
-
-    # -- split (docs/method.md, section "Protocol")
-    split_seed: int | None = _option(
-        None, "seed of the split and of the class order; default: the seed", low=0, high=2**31 - 1
-    )
-    n1: int | None = _option(
-        None, "labelled images of the largest class; default: all labelled images as they are", low=1
-    )
-    m1: int | None = _option(None, "unlabelled images of the largest class; default: as many as the data allow", low=0)
-    gamma_l: float = _option(100.0, "labelled imbalance, largest class over smallest; with n1", low=1.0)
-    gamma_u: float = _option(100.0, "unlabelled imbalance, largest class over smallest; with n1", low=1.0)
-    shape: str = _option("consistent", "class distribution of the unlabelled set; with n1", choices=SHAPES)
-    labeled_in_unlabeled: bool = _option(False, "put the labelled images into the unlabelled set too")
-    permute_classes: bool = _option(True, "draw the order of classes, head to tail, from the split seed; with n1")
-    labeled_fraction: float = _option(
-        1.0, "share of each class's labelled images kept labelled; without n1", low=0.0, high=1.0
-    )
-    val_fraction: float = _option(0.1, "share of the labelled images set aside for validation", low=0.0, high=0.5)
-    test_fraction: float = _option(
-        0.2, "share held out for testing where the data has no test split", low=0.01, high=0.9
-    )
-
-    # -- optimiser
-    steps: int = _option(500, "mini-batch steps", low=1, structural=True)
-    batch_labeled: int = _option(32, "labelled images in a mini-batch", low=1, structural=True)
-    batch_unlabeled: int = _option(64, "unlabelled images in a mini-batch", low=1, structural=True)
-    lr: float = _option(0.03, "peak learning rate of SGD; cosine schedule to zero", low=0.0)
-    momentum: float = _option(0.9, "momentum of SGD", low=0.0, high=0.999)
-    weight_decay: float = _option(5e-4, "weight decay of SGD", low=0.0)
-    warmup: float = _option(
-        0.5, "share of the steps over which the unlabelled loss is raised from zero", low=0.0, high=1.0
-    )
-    precision: str = _option("float32", "arithmetic of the logits", choices=("float32", "amp"), structural=True)
-    eval_every: int = _option(50, "steps between two evaluations", low=1, structural=True)
-    select: str = _option("last", "which evaluation's heads are kept", choices=("last", "best"))
-    patience: int = _option(
-        0, "evaluations without a better balanced accuracy on validation before a trial stops; 0 for never", low=0
-    )
-
-    # -- heads
-    scale: float = _option(25.0, "cosine scale sigma of both heads (LIFT uses 25)", low=0.01)
-    adapter: str = _option(
-        "residual",
-        "trainable adapter before the heads; adaptformer sits in the encoder's last block and needs its tokens",
-        choices=("residual", "none", "adaptformer"),
-        structural=True,
-    )
-    rank: int = _option(16, "width of the adapter's bottleneck", low=1)
-    adapter_scale: float = _option(0.1, "factor s of the adapter's output", low=0.0)
-    feature_noise: float = _option(
-        0.0, "length of Gaussian noise added to training features; stands in for missing strong views", low=0.0
-    )
-
-    # -- losses
-    tau: float = _option(1.0, "strength of the logit adjustment on labelled data; 0 is plain cross-entropy", low=0.0)
-    tau_u: float = _option(
-        2.0, "strength of the adjustment by the running pseudo-label distribution P on unlabelled data", low=0.0
-    )
-    threshold: float = _option(0.9, "smallest probability of a pseudo-label that trains", low=0.0, high=1.0)
-    sharpen: float = _option(1.0, "temperature dividing fused logits before pseudo-labels are drawn", low=0.01)
-    lambda_u: float = _option(0.5, "weight of the unlabelled loss", low=0.0)
-
-    # -- ULFine: prototype adaptive fitting (PAF) and dual logit fusion (DLF)
-    paf: bool = _option(True, "ulfine: fit the textual prototypes to the visual ones")
-    mu: float = _option(0.01, "ulfine: largest step of a prototype, in alpha_k = mu P_k / max P", low=0.0, high=1.0)
-    alpha: str = _option(
-        "pseudo-label",
-        "ulfine: alpha_k from P, or the constant mu",
-        choices=("pseudo-label", "constant"),
-        structural=True,
-    )
-    prior: str = _option(
-        "soft",
-        "ulfine: P from all probabilities, or from counts above the threshold",
-        choices=("soft", "hard"),
-        structural=True,
-    )
-    rho: float = _option(0.9, "momentum of the running pseudo-label distribution P", low=0.0, high=0.9999)
-    visual_momentum: float = _option(0.95, "ulfine: momentum m of the visual prototypes", low=0.0, high=0.9999)
-    lambda_o: float = _option(0.1, "ulfine: weight of the prototypes' orthogonality", low=0.0)
-    orthogonality: str = _option(
-        "prototypes",
-        "ulfine: what the orthogonality moves; learnable prototypes, or features through the visual prototypes",
-        choices=("prototypes", "features"),
-        structural=True,
-    )
-    adjust_similarity: bool = _option(True, "ulfine: logit adjustment on the similarity head too")
-    dlf: bool = _option(True, "ulfine: pseudo-labels from fused logits; otherwise from the linear head")
-    eta: float = _option(0.5, "ulfine: weight of the linear head in the fused logits", low=0.0, high=1.0)
-    align: str = _option(
-        "standardize",
-        "ulfine: how the scales of both logits are aligned before fusion",
-        choices=("standardize", "max-ratio", "none"),
-        structural=True,
-    )
-    predict_from: str = _option(
-        "fused", "ulfine: logits of the final prediction", choices=("fused", "linear", "similarity"), structural=True
-    )
-
-    # -- caches of labelled images, graphs, mixtures
-    cache_weight: float = _option(1.0, "tip_adapter, tip_adapter_f: weight alpha of the cache beside the text", low=0.0)
-    cache_sharpness: float = _option(
-        5.5, "tip_adapter, tip_adapter_f: sharpness beta of a key's affinity, exp(-beta (1 - cos))", low=0.0
-    )
-    neighbors: int = _option(
-        5, "knn, label_propagation, gmm: nearest neighbours that vote or are linked to", low=1, structural=True
-    )
-    vote_temperature: float = _option(0.07, "knn: temperature t of a neighbour's vote, exp((cos - 1) / t)", low=1e-3)
-    propagation: float = _option(
-        0.3, "label_propagation: how far labels travel, alpha in (I - alpha S) z = y", low=0.0, high=0.99
-    )
-    text_power: float = _option(5.0, "label_propagation: power gamma of cosines between images and texts", low=0.0)
-    anchor: float = _option(0.5, "gmm: weight lambda of the text's log probabilities", low=0.0)
-    labeled_weight: float = _option(
-        1.0, "gmm: weight of all labelled images in means and covariance, the unlabelled ones having 1", low=0.0
-    )
-
-    # -- margins
-    margin: float = _option(8.0, "finessl: largest balanced margin, in logits", low=0.0)
-    smoothing: float = _option(0.5, "finessl: label smoothing of the auxiliary head", low=0.0, high=1.0)
-    largest_margin: float = _option(0.5, "ldam: margin of the rarest class, in cosines", low=0.0, high=2.0)
-    defer: float = _option(0.8, "ldam: share of the steps before classes are weighted", low=0.0, high=1.0)
-    effective_beta: float = _option(
-        0.9999, "ldam, class_balanced: beta of the effective numbers of images", low=0.0, high=0.9999999
-    )
-
-    # -- semi-supervised baselines
-    fairness: float = _option(0.01, "freematch: weight of the fairness loss", low=0.0)
-    semantic_temperature: float = _option(0.05, "daso: temperature of the cosines with the class means", low=0.001)
-    semantic_weight: float = _option(1.0, "daso: weight of the semantic alignment of strong and weak views", low=0.0)
-    blend_temperature: float = _option(
-        1.5, "daso: temperature of the guesses' distribution, by which class means are blended in", low=0.01
-    )
-    sampling_power: float = _option(
-        1 / 3, "crest_plus: power of a class's rate, the relative count of the class of the opposite rank", low=0.0
-    )
-    align_power: float = _option(
-        0.5, "crest_plus: last power of the labelled distribution that guesses are aligned to", low=0.0, high=1.0
-    )
-    darp_start: float = _option(0.4, "darp: share of the steps after which guesses are refined", low=0.0, high=1.0)
-    darp_keep: float = _option(2.0, "darp: most guesses kept for a class, as a multiple of its wanted total", low=0.01)
-
-    least_labeled: float = _option(
-        0.6, "cossl: smallest share of a labelled image in a blended feature", low=0.0, high=1.0
-    )
-    weight_average: float = _option(
-        0.98, "cossl: momentum of the averaged adapter and balanced head", low=0.0, high=0.9999
-    )
-
-    # -- ULFine plus: anchored clusters, weighed by held-out labels
-    folds: int = _option(4, "ulfine_plus: parts of the labels held out in turn", low=2, structural=True)
-    lean: float = _option(1.0, "ulfine_plus: weight of the labelled-only probe in the clusters' logits", low=0.0)
-    label_weight: float = _option(10.0, "ulfine_plus: weight of a labelled image in its class's center", low=0.0)
-    view_weight: float = _option(1.0, "ulfine_plus: weight of the scatter between views in the whitening", low=0.0)
-    shrink: float = _option(0.05, "ulfine_plus: share of the scatter spread evenly over all directions", low=0.0)
-    blunt: float = _option(10.0, "ulfine_plus: sharpness of the cluster probabilities in the first round", low=0.1)
-    sharp: float = _option(30.0, "ulfine_plus: sharpness in the last round", low=0.1)
-    pull: float = _option(0.3, "ulfine_plus: pseudo-count of the starting class shares, in unlabelled sets", low=0.0)
-    trust: float = _option(20.0, "ulfine_plus: how sharply held-out log-likelihood decides between candidates", low=0.0)
-
-    # -- LIFT's head over the encoder's own last feature
-    feature: str = _option(
-        "projected",
-        "lift_head: what the head classifies; pre-projection is the output of the encoder's last norm, and needs a "
-        "cache made by extract --features last-block or pre-projection",
-        choices=("projected", "pre-projection"),
-        structural=True,
-    )
-    crop_epochs: int = _option(
-        0,
-        "lift_head: epochs of the crop schedule, from crops of 8% of the image on to the whole of it; "
-        "0 draws from all views alike",
-        low=0,
-    )
-
-    # -- wrong labels, and references that know better
-    label_noise: float = _option(
-        0.0, "share of the labelled training images that are told a wrong class, drawn evenly", low=0.0, high=1.0
-    )
-    reference_scale: float = _option(
-        1.0, "poft: factor on the logits of the references; 0 for references that know nothing", low=0.0
-    )
-    poft_form: str = _option(
-        "preference",
-        "poft: its loss, the same with rows that weigh 1 on average, or cross-entropy weighted by the references",
-        choices=("preference", "equal", "weighted"),
-        structural=True,
-    )
-    pseudo_loss: str = _option(
-        "cross-entropy",
-        "fixmatch: loss of its pseudo-labels, cross-entropy or one of poft's",
-        choices=("cross-entropy", "preference", "equal", "weighted"),
-        structural=True,
-    )
-
-    # -- channel-ensemble: heads over random channels
-    ensemble_heads: int = _option(
-        0,
-        "fixmatch, freematch, ulfine: heads over random channels whose mean draws the pseudo-labels; 0 for one head "
-        "over all of them",
-        low=0,
-        high=64,
-        structural=True,
-    )
-    ensemble_share: float = _option(
-        0.5, "fixmatch, freematch, ulfine: share of the channels that a head of the ensemble sees", low=0.01, high=1.0
-    )
-    low_bias: float = _option(
-        0.0, "fixmatch, freematch, ulfine: weight of the correlation between errors of the ensemble's heads", low=0.0
-    )
-    low_variance: float = _option(
-        0.0, "fixmatch, freematch, ulfine: weight of the ensemble's squared error on labelled images", low=0.0
-    )
-
-    # -- bags of images of which the class shares alone are known
-    bag_size: int = _option(
-        0, "proportions: images in a bag, to draw bags from labelled images; 0 where bags are given", low=0
-    )
-    stage_one: float = _option(
-        0.6, "proportions: share of the steps that learn from bags, before images get labels", low=0.0, high=1.0
-    )
-    bag_labels: str = _option(
-        "sinkhorn",
-        "proportions: labels of stage two, predictions transported onto their bag's shares or as they are",
-        choices=("sinkhorn", "argmax"),
-        structural=True,
-    )
-    reverse_weight: float = _option(0.1, "proportions: weight of the reverse cross-entropy in stage two", low=0.0)
-    mixup: int = _option(
-        8,
-        "proportions: a of the Beta(a, a) that mixes features in stage two; 0 mixes none",
-        low=0,
-        high=64,
-        structural=True,
-    )
-    pseudo_labels: str = _option(
-        "argmax",
-        "ulfine: pseudo-labels of a mini-batch, taken as they are or transported onto the running distribution P",
-        choices=("argmax", "sinkhorn"),
-        structural=True,
-    )
-
-    def __post_init__(self) -> None:
-        for spec in dataclasses.fields(self):
-            _check(spec, getattr(self, spec.name))
-
-    @property
-    def data_seed(self) -> int:
-        """The seed of the split: `split_seed`, or `seed` where none is given."""
-        return self.seed if self.split_seed is None else self.split_seed
-
-    @property
-    def reads_tokens(self) -> bool:
-        """Whether the trial is given the last block's tokens instead of features."""
-        return self.adapter == "adaptformer" or self.feature == "pre-projection"
-
-    @property
-    def reads_tokens_for(self) -> str:
-        """The setting that asks for tokens, for messages."""
-        return "adapter adaptformer" if self.adapter == "adaptformer" else f"feature {self.feature}"
-
-    def to_dict(self) -> dict[str, Any]:
-        """All fields as JSON values."""
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> FitConfig:
-        """The inverse of :meth:`to_dict`.
-
-        Raises:
-            InputError: a name that is no field.
-        """
-        names = [spec.name for spec in dataclasses.fields(cls)]
-        unknown = sorted(set(values) - set(names))
-        if unknown:
-            raise InputError(f"unknown setting {unknown[0]!r}; the settings are {', '.join(names)}")
-        return cls(**values)
+    method = values.get("method", FitConfig.method)
+    successor = _successor(method, values)
+    unread = [name for name in values if name not in legal]
+    if successor is None:
+        wrong = [name for name in unread if not _was_off(method, name, values[name])]
+        if wrong:
+            raise _unknown(wrong[0], method)
+        message = f"method {method} does not read {_listed(unread)} any more; leave it out"
+    else:
+        message = f"method {method} with {_listed(unread)} is now the method {successor}"
+    warnings.warn(message, FutureWarning, stacklevel=4)
+    target = successor or method
+    return {**readable(target, values), "method": target}
 
 
-def structural_key(config: FitConfig) -> tuple[Any, ...]:
-    """The values that trials must share to be trained in one pass."""
-    return tuple(getattr(config, spec.name) for spec in dataclasses.fields(config) if spec.metadata["structural"])
+def _successor(method: str, values: Mapping[str, Any]) -> str | None:
+    """The method that an option among the values turned `method` into in version 0.1, if any."""
+    for name in values.keys() - options_of(method).keys():
+        for other in registry.readers(name):
+            spec = own_options(other).get(name)
+            off = None if spec is None else spec.metadata["off"]
+            if registry.find(other).replaces == method and off is not None and values[name] != off:
+                return other
+    return None
 
 
-def split_key(config: FitConfig) -> tuple[Any, ...]:
-    """The values that decide which images a trial is given: configs that agree in them have one split."""
-    return (config.data_seed, *(getattr(config, name) for name in _SPLIT_FIELDS))
+def _was_off(method: str, name: str, value: Any) -> bool:
+    """Whether an option of version 0.1 has the value by which it did nothing to `method`."""
+    others = [other for other in registry.readers(name) if registry.find(other).replaces == method]
+    return bool(others) and value == own_options(others[0])[name].metadata["off"]
 
 
-def per_trial_fields() -> list[str]:
-    """Names of the numeric fields that may differ from trial to trial inside one pass."""
-    types = ("float", "bool", "int")
-    return [
-        spec.name for spec in dataclasses.fields(FitConfig) if not spec.metadata["structural"] and spec.type in types
-    ]
+def _unknown(name: str, method: str) -> InputError:
+    """Why a method does not take an option."""
+    readers = registry.readers(name)
+    if readers:
+        verb = "reads" if len(readers) == 1 else "read"
+        return InputError(f"method {method} does not read {name}, which {_listed(readers)} {verb}; leave it out")
+    close = difflib.get_close_matches(name, all_options(), n=1)
+    hint = f"did you mean {close[0]!r}?" if close else f"`ulfine-fast fit --method {method} --help` lists the options"
+    return InputError(f"unknown option {name!r}; {hint}")
 
 
-def _check(spec: dataclasses.Field[Any], value: Any) -> None:
-    """Refuse a value of the wrong type, outside its range, or not among its choices."""
-    option = spec.name
+def _listed(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+def check(spec: dataclasses.Field[Any], value: Any) -> None:
+    """Refuse a value of the wrong type, outside its range, or not among its choices.
+
+    Raises:
+        InputError: names the option, the value and what is legal.
+    """
+    name = spec.name
     if value is None:
         if str(spec.type).endswith("| None"):
             return
-        raise InputError(f"{option} must be given, got None")
+        raise InputError(f"{name} must be given, got None")
     choices = spec.metadata["choices"]
     if choices:
         if value not in choices:
-            raise InputError(f"{option} must be one of {', '.join(choices)}, got {value!r}")
+            raise InputError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
         return
     kind = str(spec.type).split(" ")[0]
+    if kind == "str":
+        if not isinstance(value, str):
+            raise InputError(f"{name} must be a text, got {value!r}")
+        return
     if kind == "bool":
         if not isinstance(value, bool):
-            raise InputError(f"{option} must be true or false, got {value!r}")
+            raise InputError(f"{name} must be true or false, got {value!r}")
         return
-    _check_number(option, kind, value, spec.metadata["low"], spec.metadata["high"])
-
-
-def _check_number(option: str, kind: str, value: Any, low: float, high: float) -> None:
-    """Refuse what is no number of the kind, not finite, or outside [low, high]."""
-    wanted = (int,) if kind == "int" else (int, float)
-    if isinstance(value, bool) or not isinstance(value, wanted) or not math.isfinite(value):
-        raise InputError(f"{option} must be {'a whole' if kind == 'int' else 'a finite'} number, got {value!r}")
+    numbers = (int,) if kind == "int" else (int, float)
+    # whole numbers are first compared: those of hundreds of digits have no float
+    whole = isinstance(value, int) and abs(value) < 2**63
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, numbers)
+        or not (whole or (isinstance(value, float) and math.isfinite(value)))
+    ):
+        raise InputError(f"{name} must be {'a whole' if kind == 'int' else 'a finite'} number, got {value!r}")
+    low, high = spec.metadata["low"], spec.metadata["high"]
     if value < low:
-        raise InputError(f"{option} must be at least {low:g}, got {value}")
+        raise InputError(f"{name} must be at least {low:g}, got {value}")
     if value > high:
-        raise InputError(f"{option} must be at most {high:g}, got {value}")
+        raise InputError(f"{name} must be at most {high:g}, got {value}")

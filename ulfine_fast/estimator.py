@@ -20,44 +20,58 @@ from sklearn.utils.validation import (
 
 from ulfine_fast.cache.io.errors import InputError
 from ulfine_fast.cache.store import FeatureCache
-from ulfine_fast.config import FitConfig
+from ulfine_fast.config import FitConfig, own_options, shared_options
 from ulfine_fast.data.splits import Split
 from ulfine_fast.engine.fit import fit
+from ulfine_fast.methods import registry
 
 UNLABELED = -1
-# Fields that say which images are labelled, or how a run is watched: the arrays say the first, and nobody watches.
+# Options that say which images are labelled, or how a run is watched: the arrays say the first, and no one watches.
 _NOT_HERE = {
     *("method", "seed", "split_seed", "n1", "m1", "gamma_l", "gamma_u", "shape", "labeled_in_unlabeled"),
     *("permute_classes", "labeled_fraction", "val_fraction", "test_fraction", "eval_every", "select", "patience"),
     "label_noise",
 }
-_OWN: dict[str, Any] = {"text_features": None, "val_fraction": 0.0, "device": "auto", "random_state": 0}
+_ESTIMATOR_OPTIONS: dict[str, Any] = {"text_features": None, "val_fraction": 0.0, "device": "auto", "random_state": 0}
 # Rows that stand for fractional weights, as a multiple of the rows there are.
 _FINENESS = 16
 
 
-def _settings() -> dict[str, Any]:
-    """Hyper-parameters and their defaults, from FitConfig, so that none is written down twice."""
-    return {spec.name: spec.default for spec in dataclasses.fields(FitConfig) if spec.name not in _NOT_HERE}
+def _defaults(method: str | None) -> dict[str, Any]:
+    """Parameters and their defaults, made from the options, so that none is written down twice.
+
+    Args:
+        method: of a class for one method alone, which then is no parameter; None for all methods, whose own options
+            then are None unless they are set.
+    """
+    shared = {name: spec.default for name, spec in shared_options().items() if name not in _NOT_HERE}
+    if method is not None:
+        own = {name: spec.default for name, spec in own_options(method).items() if _is_value(spec)}
+        return {**_ESTIMATOR_OPTIONS, **shared, **own}
+    names = {name for each in registry.names() for name, spec in own_options(each).items() if _is_value(spec)}
+    return {"method": FitConfig.method, **_ESTIMATOR_OPTIONS, **shared, **dict.fromkeys(sorted(names))}
+
+
+def _is_value(spec: dataclasses.Field[Any]) -> bool:
+    """Whether an option is more than the path of a file, which says nothing about arrays."""
+    return spec.type != "str | None"
 
 
 def _initializer(method: str | None) -> Any:
-    """An `__init__` with a parameter for each hyper-parameter, by which scikit-learn knows them.
+    """An `__init__` with a parameter for each option, by which scikit-learn knows them."""
 
-    Args:
-        method: of a class for one method alone, which then is no parameter.
-    """
-    values = {**({} if method else {"method": "ulfine"}), **_OWN, **_settings()}
-
-    def __init__(self: FeatureClassifier, **settings: Any) -> None:
-        unknown = sorted(set(settings) - set(values))
+    def __init__(self: FeatureClassifier, **options: Any) -> None:
+        # asked now: methods may have been registered since this module was imported
+        defaults = _defaults(method)
+        unknown = sorted(set(options) - set(defaults))
         if unknown:
             raise TypeError(f"{type(self).__name__} has no parameter {unknown[0]!r}")
-        for name, default in values.items():
-            setattr(self, name, settings.get(name, default))
+        for name, default in defaults.items():
+            setattr(self, name, options.get(name, default))
 
     parameters = [inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)]
-    parameters += [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=v) for name, v in values.items()]
+    for name, default in _defaults(method).items():
+        parameters.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default))
     __init__.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     return __init__
 
@@ -76,14 +90,22 @@ class FeatureClassifier(ClassifierMixin, BaseEstimator):
             temperature is 1.
         device: "auto", "cpu", "cuda" or "cuda:N".
         random_state: seed of everything random; None draws one, which makes each fit another.
-        settings: every other hyper-parameter by the name that it has in `FitConfig`, such as `steps` or `lr`.
+        options: every other option by the name that it has in `FitConfig`, such as `steps`. An option of another
+            method than the chosen one is refused by `fit`.
 
     Attributes:
-        classes_: (K,), sorted. n_features_in_: D. run_: the fitted `Run`.
+        classes_: (K,), sorted.
+        n_features_in_: D.
+        run_: the fitted `Run`.
     """
 
     _method: str | None = None
     __init__ = _initializer(None)
+
+    @classmethod
+    def _get_param_names(cls) -> list[str]:
+        # scikit-learn reads the signature, which does not know of methods registered later
+        return sorted(_defaults(cls._method))
 
     def fit(
         self,
@@ -159,13 +181,19 @@ class FeatureClassifier(ClassifierMixin, BaseEstimator):
         return given[known], known
 
     def _config(self) -> FitConfig:
-        """The settings as the engine takes them."""
-        given = {name: _plain(getattr(self, name)) for name in _settings()}
+        """The options as the engine takes them."""
+        method = self._method or self.method
+        values = {name: _plain(getattr(self, name)) for name in _defaults(self._method)}
+        # None is what options of other methods are unless they are set
+        options = {
+            name: value
+            for name, value in values.items()
+            if name not in {"method", *_ESTIMATOR_OPTIONS} and value is not None
+        }
         seed = self.random_state
         if not isinstance(seed, (int, np.integer)):
             seed = check_random_state(seed).randint(2**31 - 1)
-        method = self._method or self.method
-        return FitConfig(method=method, seed=int(seed), eval_every=given["steps"], **given)
+        return FitConfig(method=method, seed=int(seed), eval_every=options["steps"], **options)
 
     def _cache(self, features: NDArray[np.float64], classes: NDArray[np.int64], weak: Any, strong: Any) -> FeatureCache:
         # rows without views of their own are their own views
@@ -178,6 +206,17 @@ class FeatureClassifier(ClassifierMixin, BaseEstimator):
             weak=views[0].astype(np.float32),
             strong=views[1].astype(np.float32),
         )
+
+
+def classifier_of(method: str) -> type[FeatureClassifier]:
+    """A classifier class for one method, with its options as parameters.
+
+    Raises:
+        InputError: an unknown method.
+    """
+    name = f"{registry.find(method).method.__name__}Classifier"
+    doc = f"{registry.find(method).summary} See `FeatureClassifier`."
+    return type(name, (FeatureClassifier,), {"_method": method, "__init__": _initializer(method), "__doc__": doc})
 
 
 class ULFineClassifier(FeatureClassifier):

@@ -69,7 +69,7 @@ def measure(source: ListedSource, encoder: Encoder, ways: Sequence[str] = WAYS) 
     assert encoder.resampling is not None
     exact = ImageReader(source, encoder.resize, ViewRecipe(), encoder.spec.image_size)
     reduced = replace(exact, resampling=encoder.resampling)
-    device = replace(reduced, later=True)
+    device = replace(reduced, on_device=True)
     makers: dict[str, tuple[ImageReader, Callable[[Batch], torch.Tensor]]] = {
         "exact": (exact, lambda batch: exact.pixels_on(encoder.device, batch)),
         "reduced": (reduced, lambda batch: reduced.pixels_on(encoder.device, batch)),

@@ -38,7 +38,8 @@ from ulfine_fast.config import FitConfig
 from ulfine_fast.demo import unpack_images
 from ulfine_fast.engine.fit import fit_many
 from ulfine_fast.metrics.intervals import mean_interval
-from ulfine_fast.related.test_time_adaptation.adapt import Adaptation, adapt, figures, stream_labels
+from ulfine_fast.related.test_time_adaptation.adapt import Adaptation, adapt
+from ulfine_fast.related.test_time_adaptation.metrics import stream_labels, stream_metrics
 from ulfine_fast.runs.run import Run
 
 if TYPE_CHECKING:
@@ -135,7 +136,7 @@ def measure(
     labels = stream_labels(run, cache)[rows]
     found = []
     for way in ways:
-        told = figures(adapt(run, cache, way, rows=rows, progress=False), labels, open_set=way.open_set)
+        told = stream_metrics(adapt(run, cache, way, rows=rows, progress=False), labels, open_set=way.open_set)
         told |= {"by": way.by, "marginal": way.marginal, "exposure": way.exposure}
         found.append({**told, "lr": None if way.by == "none" else way.lr})
     return found

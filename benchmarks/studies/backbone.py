@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from benchmarks.data import VIEWS
 from ulfine_fast.cache.pipeline.views import ViewRecipe, draw
 from ulfine_fast.cache.store import FeatureCache
-from ulfine_fast.config import FitConfig, per_trial_fields
+from ulfine_fast.config import FitConfig, per_trial_options
 from ulfine_fast.core.batches import PaddedRows
 from ulfine_fast.core.types import Batch, State, Trials
 from ulfine_fast.data.splits import Split, labeled_counts
@@ -147,7 +147,7 @@ def norm_weights(tower: nn.Module) -> list[nn.Parameter]:
 
 def one_trial(config: FitConfig, prototypes: Tensor, counts: Rows) -> Trials:
     """What a method's losses read, for one trial with prototypes (1, K, D) and labelled counts (K,)."""
-    values = {name: torch.tensor([float(getattr(config, name))]) for name in per_trial_fields()}
+    values = {name: torch.tensor([float(getattr(config, name))]) for name in per_trial_options(config)}
     frequency = torch.from_numpy(counts / counts.sum()).float().unsqueeze(0)  # (1, K)
     return Trials(config, values, torch.tensor([config.seed]), prototypes, torch.log(frequency.clamp(min=1e-8)))
 

@@ -2,7 +2,7 @@
 
 python -m benchmarks.studies.bias_transfer --json bias.json
 
-The figures of the report's section "Bias carried over", of methods that learn nothing (`tip_adapter`), that learn
+The measures of the report's section "Class bias", of methods that learn nothing (`tip_adapter`), that learn
 with plain cross-entropy, and that adjust logits, over the same splits.
 """
 
@@ -25,7 +25,7 @@ from ulfine_fast.cli.main import guarded
 from ulfine_fast.config import FitConfig
 from ulfine_fast.engine.fit import fit_many
 from ulfine_fast.metrics.intervals import mean_interval
-from ulfine_fast.related.class_bias.transfer import transfer
+from ulfine_fast.related.class_bias.bias import compare_bias
 
 Row = dict[str, Any]
 _FIGURES = ("bias_correlation", "count_correlation", "drift", "spread")
@@ -41,7 +41,7 @@ def measure(cache: FeatureCache, methods: Sequence[str], seeds: Sequence[int], v
     for run in runs[len(seeds) :]:
         before = references[run.config.seed]
         counts = np.asarray(run.metrics["class_counts"], dtype=np.float64)
-        found = transfer(before.test_probabilities, run.test_probabilities, run.test_labels, counts)
+        found = compare_bias(before.test_probabilities, run.test_probabilities, run.test_labels, counts)
         told = {
             "method": run.config.method,
             "seed": run.config.seed,

@@ -84,10 +84,10 @@ def error_correlation(run: Run, features: Floats, labels: NDArray[np.int64]) -> 
     """Mean correlation of two heads' errors on these images; None for a single head."""
     if not run.config.ensemble_heads:
         return None
-    tensors = {name: tensor.unsqueeze(0) for name, tensor in run.tensors.items()}
+    head = run.head()
     rows = normalize(torch.from_numpy(features.astype(np.float32))).unsqueeze(0)
     with torch.no_grad():
-        logits = all_heads(run.trial(tensors), tensors, rows)[0]  # (n, M, K)
+        logits = all_heads(head.trials, head.tensors, rows)[0]  # (n, M, K)
     wrong = torch.softmax(logits, -1) - torch.eye(logits.shape[-1])[torch.from_numpy(labels)].unsqueeze(1)
     between = np.corrcoef(wrong.transpose(0, 1).flatten(1).numpy())
     return float(between[~np.eye(len(between), dtype=bool)].mean())

@@ -28,7 +28,7 @@ from benchmarks.tables import print_table
 from ulfine_fast.cache.io.errors import InputError
 from ulfine_fast.cache.store import FeatureCache
 from ulfine_fast.cli.main import guarded
-from ulfine_fast.core.heads import adapt, cosine_logits, new_adapter
+from ulfine_fast.core.heads import apply_adapter, cosine_logits, new_adapter
 from ulfine_fast.data.splits import Rows
 from ulfine_fast.metrics.intervals import mean_interval
 from ulfine_fast.ops.philox import Purpose, integers
@@ -163,7 +163,7 @@ class Learner:
         return torch.nn.functional.cross_entropy(logits.transpose(1, 2), places, reduction="none").mean(1)
 
     def _adapted(self, features: Tensor) -> Tensor:
-        return adapt(self.adapter, features, torch.full((len(features),), _ADAPTER_SCALE))
+        return apply_adapter(self.adapter, features, torch.full((len(features),), _ADAPTER_SCALE))
 
     def _rows(self, first: int, last: int) -> Tensor:
         """Training rows (T, n) of the classes at these places."""

@@ -2,15 +2,15 @@
 
     python -m benchmarks.studies.forecast --json forecast.json
 
-The full run is held out and forecast by each forecaster of `sweep --forecast` from runs of the same seeds at smaller
-budgets. What it refuses is told beside what it would have said.
+The full run is held out and forecast by each forecaster of `ulfine-fast forecast` from runs of the same seeds at
+smaller budgets. What it refuses is told beside what it would have said.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import numpy as np
 import typer
@@ -25,8 +25,9 @@ from ulfine_fast.cache.store import FeatureCache
 from ulfine_fast.cli.main import guarded
 from ulfine_fast.config import FitConfig
 from ulfine_fast.metrics.intervals import mean_interval
+from ulfine_fast.related.forecast import Budget
 from ulfine_fast.related.forecast.forecast import FURTHEST, LEAST_SIZES, Curve, above_chance, forecast, predictions
-from ulfine_fast.related.forecast.growth import OVER, SIZES, grow
+from ulfine_fast.related.forecast.growth import BUDGETS, SIZES, grow
 
 Row = dict[str, Any]
 FORECASTERS = {"flp": "FLP", "last": "last value", "power_law": "power law", "log_line": "log line"}
@@ -58,7 +59,7 @@ def with_validation(cache: FeatureCache) -> FeatureCache:
     )
 
 
-def measure(cache: FeatureCache, method: str, over: str, seeds: Sequence[int], values: Row) -> list[Row]:
+def measure(cache: FeatureCache, method: str, over: Budget, seeds: Sequence[int], values: Row) -> list[Row]:
     """A row for each share of the budget and each figure."""
     configs = [FitConfig.from_dict({**values, "method": method, "seed": seed}) for seed in seeds]
     rows = []
@@ -74,17 +75,17 @@ def judged(curve: Curve, over: str, classes: int) -> Row:
 
     Returns:
         budgets, target, truth (R,), by_seed: forecaster -> (R,), of_mean: forecaster -> value, inside: whether the
-        forecast's interval holds the mean truth, by forecaster; refused: why `sweep --forecast` would say nothing.
+        forecast's interval holds the mean truth, by forecaster; refused: why `forecast` would say nothing.
     """
-    seen = Curve(curve.budgets[:-1], curve.losses[:-1], curve.figures[:-1])
+    seen = Curve(curve.budgets[:-1], curve.losses[:-1], curve.values[:-1])
     # a quarter of each class, rounded, may be a little less than a quarter of all
-    target, truth = float(min(curve.budgets[-1], FURTHEST * curve.budgets[-2])), curve.figures[-1]
-    means = Curve(seen.budgets, seen.losses.mean(1, keepdims=True), seen.figures.mean(1, keepdims=True))
+    target, truth = float(min(curve.budgets[-1], FURTHEST * curve.budgets[-2])), curve.values[-1]
+    means = Curve(seen.budgets, seen.losses.mean(1, keepdims=True), seen.values.mean(1, keepdims=True))
     of_mean = {name: values[0] for name, values in _all(means, target, classes).items()}
     told = {"budgets": seen.budgets.tolist(), "target": target, "truth": truth.tolist(), "of_mean": of_mean}
     told["by_seed"] = _all(seen, target, classes)
     try:
-        found = forecast(seen, target, chance=1 / classes, over=over).figures
+        found = forecast(seen, target, chance=1 / classes, over=over).values
     except InputError as error:
         return {**told, "refused": str(error), "inside": None}
     inside = {name: one.low <= truth.mean() <= one.high for name, one in found.items()}
@@ -143,7 +144,7 @@ def _cell(values: Sequence[float]) -> str:
 
 def summary(rows: Sequence[Row]) -> list[list[str]]:
     """A line for each forecaster: of all rows of a budget, and of those of all budgets that are not refused."""
-    groups = {what: [row for row in rows if row["over"] == what] for what in OVER}
+    groups = {what: [row for row in rows if row["over"] == what] for what in BUDGETS}
     groups["not refused"] = [row for row in rows if row["refused"] is None]
     lines = []
     for title, own in groups.items():
@@ -194,7 +195,7 @@ def forecasts(
     values = {"n1": n1, "gamma_l": gamma, "gamma_u": gamma}
     rows: list[Row] = []
     for name in data or ["demo", "fashion_mnist", "digits"]:
-        for what in parse_names(over, OVER, "budgets"):
+        for what in parse_names(over, BUDGETS, "budgets"):
             # the other caches have too few views to hold half of them out
             wide = (name, what) == ("digits", "views")
             cache = with_validation(digits((MANY_VIEWS, MANY_VIEWS)) if wide else opened(name))
@@ -202,7 +203,7 @@ def forecasts(
                 typer.echo(f"{name}: {there} strong views are too few to forecast from four sizes of half of them")
                 continue
             for method in parse_methods(methods):
-                found = measure(cache, method, what, parse_seeds(seeds), values)
+                found = measure(cache, method, cast(Budget, what), parse_seeds(seeds), values)
                 rows += [{"data": Path(name).name, **row} for row in found]
     if as_json is not None:
         write_json(as_json, rows)

@@ -27,7 +27,7 @@ from benchmarks.speed.through_encoder import both_ways
 from benchmarks.tables import print_table
 from ulfine_fast.cache.io.errors import InputError
 from ulfine_fast.cache.io.home import cache_home
-from ulfine_fast.cache.pipeline.five_crops import PLACES
+from ulfine_fast.cache.pipeline.five_crops import NUM_CROPS
 from ulfine_fast.cache.store import FeatureCache
 from ulfine_fast.cli.main import guarded
 from ulfine_fast.config import FitConfig
@@ -117,9 +117,9 @@ def _five_crops(name: str, cache: FeatureCache) -> Floats:
 
         source = FirstOfEachClass(SOURCES[name](), {"train": 0, "test": _TEST_IMAGES})
         encoder = load_encoder(cache.manifest.model["name"])
-        found = [encode_images(source, encoder, 32, [], place) for place in range(PLACES)]
-        assert all(ids == [cache.ids[row] for row in np.flatnonzero(cache.splits == "test")] for ids, _ in found)
-        np.save(path, np.stack([rows for _, rows in found]))
+        found = [encode_images(source, encoder, 32, place) for place in range(NUM_CROPS)]
+        assert all(ids == [cache.ids[row] for row in np.flatnonzero(cache.splits == "test")] for ids, *_ in found)
+        np.save(path, np.stack([crop.features for crop in found]))
     kept: Floats = np.load(path, allow_pickle=False)
     return kept
 

@@ -11,13 +11,17 @@ from ulfine_fast.cli.main import app
 
 def test_json_alone_is_printed_and_the_page_opened_when_asked(tmp_path, monkeypatch):
     opened = []
-    monkeypatch.setattr(command, "_whole_path", lambda out, seeds: typer.echo("a table"))
-    monkeypatch.setattr(command, "_summaries", lambda out: {"ulfine": {"accuracy": {"mean": 0.5}}})
+
+    def run_commands(context, out, seeds):
+        typer.echo("a table")
+        return {"ulfine": {"accuracy": {"mean": 0.5}}}
+
+    monkeypatch.setattr(command, "_run_commands", run_commands)
     monkeypatch.setattr(typer, "launch", opened.append)
     done = CliRunner().invoke(app, ["demo", "--out", str(tmp_path), "--json"])
-    told = json.loads(done.stdout)
-    assert told["report"] == str((tmp_path / "report.html").resolve())
-    assert told["methods"]["ulfine"]["accuracy"]["mean"] == 0.5
+    printed = json.loads(done.stdout)
+    assert printed["report"] == str((tmp_path / "report.html").resolve())
+    assert printed["methods"]["ulfine"]["accuracy"]["mean"] == 0.5
     assert opened == []
     done = CliRunner().invoke(app, ["demo", "--out", str(tmp_path), "--open"])
     assert "a table" in done.stdout

@@ -92,26 +92,59 @@ def test_the_best_is_a_config_that_fit_takes(swept, cache, tmp_path):
     assert config["steps"] == 4
 
 
-def test_a_forecast_is_printed_or_refused(swept):
-    arguments, out, before = swept
-    done = run(*arguments, "--forecast", "labels")
+def test_a_forecast_is_printed_or_refused(swept, cache):
+    _, out, _ = swept
+    done = run("forecast", out)
     assert done.exit_code == 0, done.output
-    told = json.loads((out / "forecast.json").read_text())
-    # 16 images are too few to tell anything from
-    assert f"no forecast: {told['refused']}" in done.stdout
-    assert done.stdout.replace(f"\nno forecast: {told['refused']}\n", "") == before.stdout
-    losses, figures = ([[value] * 5 for value in values] for values in ((1.0, 0.8, 0.7, 0.6), (0.6, 0.7, 0.75, 0.8)))
-    told["curve"] = {"budgets": [10, 20, 30, 40], "losses": losses, "figures": figures}
-    (out / "forecast.json").write_text(json.dumps(told))
-    done = run(*arguments, "--forecast", "labels", "--forecast-times", 2)
+    content = json.loads((out / "forecast.json").read_text())
+    # 16 images are too few to forecast from
+    assert done.stdout == f"\nno forecast: {content['refused']}\n"
+    # the seeds of the refit, and the cache that its runs name
+    assert content["seeds"] == [2, 3, 4, 5, 6]
+    assert run("forecast", out, "--cache", cache).stdout == done.stdout
+
+    losses, values = ([[value] * 5 for value in row] for row in ((1.0, 0.8, 0.7, 0.6), (0.6, 0.7, 0.75, 0.8)))
+    content["curve"] = {"budgets": [10, 20, 30, 40], "losses": losses, "figures": values}
+    (out / "forecast.json").write_text(json.dumps(content))
+    done = run("forecast", out, "--over", "labels", "--times", 2)
     assert "balanced_accuracy on validation, forecast from 40 to 80 labels:" in done.stdout
     for name in ("by way of the loss", "the last value carried on: 80.0 (80.0 to 80.0)", "a power law", "a line over"):
         assert name in done.stdout
     assert "over steps the last value" not in done.stdout
-    (out / "forecast.json").write_text(json.dumps({**told, "over": "steps"}))
-    assert "over steps the last value has been the best forecast" in run(*arguments, "--forecast", "steps").stdout
-    assert "forecast" in json.loads(run(*arguments, "--forecast", "labels", "--json").stdout)
+    (out / "forecast.json").write_text(json.dumps({**content, "over": "steps"}))
+    assert "over steps the last value has been the best forecast" in run("forecast", out, "--over", "steps").stdout
+    printed = json.loads(run("forecast", out, "--over", "steps", "--json").stdout)
+    assert printed == json.loads((out / "forecast.json").read_text())
+
+
+def test_forecasts_that_are_refused(swept, cache, space, tmp_path):
+    _, out, _ = swept
+    assert "a forecast over views needs 4 of each kind, this cache has 1" in refused("forecast", out, "--over", "views")
+    assert "times must be above 1 and at most 4, got 9" in refused("forecast", out, "--times", 9)
+    assert "at least 3 seeds, got 2" in refused("forecast", out, "--seeds", 2)
+    assert "is not a finished sweep" in refused("forecast", tmp_path)
+    assert "leave out --split" in refused("forecast", out, "--split", out / "best-1" / "seed-2")
+    done = run("forecast", out, "--over", "luck")
+    assert (done.exit_code, "Invalid value for '--over'" in done.stderr) == (2, True)
+    quick = ("--trials", 1, "--sampler", "random", "--refit", 0, "--out", tmp_path / "sweep")
+    assert run("sweep", cache, "--space", space, *quick).exit_code == 0
+    assert "refit no trial whose run would say which to use; give --cache" in refused("forecast", tmp_path / "sweep")
+    assert run("forecast", tmp_path / "sweep", "--cache", cache, "--seeds", 3).exit_code == 0
+
+
+def test_sweep_still_takes_a_forecast_and_warns(swept):
+    arguments, out, before = swept
+    done = run(*arguments, "--forecast", "labels")
+    assert done.exit_code == 0, done.output
+    content = json.loads((out / "forecast.json").read_text())
+    assert done.stdout == f"{before.stdout}\nno forecast: {content['refused']}\n"
+    assert done.stderr == (
+        f"warning: sweep --forecast is deprecated; use `ulfine-fast forecast {out} --over labels --times 4` after the "
+        "sweep\n"
+    )
+    assert json.loads(run(*arguments, "--forecast", "labels", "--json").stdout)["forecast"] == content
     assert "forecast" not in json.loads(run(*arguments, "--json").stdout)
+    assert "--forecast" not in run("sweep", "--help").stdout
 
 
 def test_an_option_wins_over_the_file(cache, tmp_path):
@@ -128,7 +161,7 @@ def test_configs_that_are_refused(cache, tmp_path):
     path = tmp_path / "c.toml"
     for text, words in {
         "steps = 0": "steps must be at least 1, got 0",
-        "step = 3": "unknown setting 'step'",
+        "step = 3": "unknown option 'step'",
         "steps": "is not TOML",
         "lr = { low = 1, high = 2 }": "lr must be a finite number",
     }.items():
@@ -145,14 +178,10 @@ def test_configs_that_are_refused(cache, tmp_path):
         (["--trials", 0], "trials must be at least 1, got 0"),
         (["--lr", 0.1], "lr is in the space and given as 0.1 beside it"),
         (["--method", "ulfine"], "method is in the space and given as 'ulfine' beside it"),
-        (["--metric", "speed"], "metric must be one of"),
-        (["--forecast", "luck"], "forecast must be one of labels, views, steps"),
+        (["--forecast", "luck"], "a forecast must be over labels, views, steps, got 'luck'"),
         (["--forecast", "views"], "a forecast over views needs 4 of each kind, this cache has 1"),
-        (["--forecast", "steps", "--forecast-times", 9], "forecast-times must be above 1 and at most 4, got 9"),
-        (["--sampler", "luck"], "sampler must be one of"),
-        (["--pruning", "early"], "pruning must be one of"),
+        (["--forecast", "steps", "--forecast-times", 9], "times must be above 1 and at most 4, got 9"),
         (["--split", "nowhere.json"], "is not a saved split"),
-        (["--engine", "steam"], "engine must be one of"),
         (["--storage", "nonsense"], "is no database URL"),
         (["--space", "nowhere.toml"], "nowhere.toml: No such file"),
         (["--n1", 500], "n1 = 500 needs 500 labelled images"),
@@ -160,6 +189,14 @@ def test_configs_that_are_refused(cache, tmp_path):
 )
 def test_options_out_of_range(cache, space, tmp_path, arguments, words):
     assert words in refused("sweep", cache, "--space", space, "--out", tmp_path / "sweep", *arguments)
+
+
+@pytest.mark.parametrize("option", ["metric", "sampler", "pruning", "engine"])
+def test_choices_are_refused_with_what_there_is(cache, option):
+    done = run("sweep", cache, f"--{option}", "luck")
+    assert done.exit_code == 2
+    assert f"Invalid value for '--{option}'" in done.stderr
+    assert "is not one of" in done.stderr
 
 
 def test_another_cache_and_another_objective_are_refused(swept, cache, tmp_path):
@@ -182,9 +219,9 @@ def test_the_shipped_space_and_two_metrics(cache, tmp_path):
     assert result["best"] == []
 
 
-def test_a_setting_nobody_reads_is_warned_of(cache, tmp_path):
+def test_an_option_that_no_method_reads_is_refused(cache, tmp_path):
     path = tmp_path / "space.toml"
     path.write_text(SPACE + "mu = [0.1, 0.2]\n")
-    done = run("sweep", cache, "--space", path, "--trials", 1, "--refit", 0, "--out", tmp_path / "sweep")
-    assert done.exit_code == 0, done.output
-    assert done.stderr == "warning: mu is searched and linear_probe never reads it (it is for ulfine)\n"
+    sentence = refused("sweep", cache, "--space", path, "--trials", 1, "--out", tmp_path / "sweep")
+    assert "method linear_probe does not read mu, which channel_ulfine and ulfine read" in sentence
+    assert not (tmp_path / "sweep").exists()

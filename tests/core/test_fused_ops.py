@@ -10,7 +10,7 @@ from ulfine_fast.core.fused.buffers import Buffers
 from ulfine_fast.core.fused.heads import FusedHeads, add_orthogonality_gradient, inverse_lengths
 from ulfine_fast.core.fused.loss import cross_entropy_gradient_
 from ulfine_fast.core.fused.prototypes import fit_prototypes_, move_visual_
-from ulfine_fast.core.heads import adapt, cosine_logits
+from ulfine_fast.core.heads import apply_adapter, cosine_logits
 from ulfine_fast.ops.losses import adjusted_cross_entropy
 from ulfine_fast.ops.prototypes import class_means, fit_prototypes, move_visual, normalize, orthogonality
 
@@ -38,7 +38,7 @@ def test_adapter_forward_and_backward(size):
     features[0, 0] = 0.0  # an image without a feature must not spoil its batch
     strength = torch.rand(trials, dtype=torch.float64)
     wanted = {name: tensor.clone().requires_grad_() for name, tensor in tensors.items()}
-    out, upstream = adapt(wanted, features, strength), random(trials, rows, dim)
+    out, upstream = apply_adapter(wanted, features, strength), random(trials, rows, dim)
     (out * upstream).sum().backward()
 
     velocity = {name: torch.ones_like(tensor) for name, tensor in tensors.items()}

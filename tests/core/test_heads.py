@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ulfine_fast.core.heads import adapt, cosine_logits, new_adapter
+from ulfine_fast.core.heads import apply_adapter, cosine_logits, new_adapter
 from ulfine_fast.ops.prototypes import normalize
 
 
@@ -15,7 +15,7 @@ def unit(*shape):
 def test_a_new_adapter_is_the_identity():
     tensors = new_adapter(torch.tensor([3, 4]), dim=8, ranks=torch.tensor([2, 2]))
     features = unit(2, 5, 8)
-    torch.testing.assert_close(adapt(tensors, features, torch.tensor([0.1, 1.0])), features)
+    torch.testing.assert_close(apply_adapter(tensors, features, torch.tensor([0.1, 1.0])), features)
 
 
 def test_weights_come_from_the_seed_alone():
@@ -33,12 +33,12 @@ def test_the_adapter_is_the_formula_written_with_torchs_own_layers():
     norm = torch.nn.functional.layer_norm(features[0], (6,), tensors["adapter.scale"][0], tensors["adapter.shift"][0])
     hidden = torch.relu(norm @ tensors["adapter.down"][0]) @ tensors["adapter.up"][0]
     wanted = torch.nn.functional.normalize(features[0] + 0.5 * hidden, dim=-1)
-    torch.testing.assert_close(adapt(tensors, features, torch.tensor([0.5]))[0], wanted)
+    torch.testing.assert_close(apply_adapter(tensors, features, torch.tensor([0.5]))[0], wanted)
 
 
 def test_without_adapter_tensors_features_pass():
     features = unit(1, 2, 4)
-    assert adapt({}, features, torch.ones(1)) is features
+    assert apply_adapter({}, features, torch.ones(1)) is features
 
 
 @pytest.mark.parametrize("length", [0.1, 1.0, 30.0])
@@ -66,5 +66,5 @@ def test_without_a_graph_the_adapter_is_the_same():
     tensors = {name: tensor + 0.3 * torch.randn_like(tensor) for name, tensor in tensors.items()}
     features, strength = unit(2, 7, 24), torch.tensor([0.5, 2.0])
     with torch.no_grad():
-        folded = adapt(tensors, features, strength)
-    torch.testing.assert_close(folded, adapt(tensors, features, strength), rtol=0, atol=1e-6)
+        folded = apply_adapter(tensors, features, strength)
+    torch.testing.assert_close(folded, apply_adapter(tensors, features, strength), rtol=0, atol=1e-6)

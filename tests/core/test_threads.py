@@ -5,12 +5,12 @@ import threading
 import pytest
 import torch
 
-from ulfine_fast.core.threads import side_by_side
+from ulfine_fast.core.threads import interleaved
 
 
 def test_everything_that_is_yielded_comes_out():
     works = [iter(range(start, 30, 3)) for start in range(3)]
-    assert sorted(side_by_side(works)) == list(range(30))
+    assert sorted(interleaved(works)) == list(range(30))
 
 
 def test_each_work_has_a_thread_and_a_core_of_its_own():
@@ -21,7 +21,7 @@ def test_each_work_has_a_thread_and_a_core_of_its_own():
         meeting.wait()  # both are running at once
         yield threading.get_ident(), torch.get_num_threads()
 
-    found = list(side_by_side([work(), work()]))
+    found = list(interleaved([work(), work()]))
     assert len({ident for ident, _ in found}) == 2
     assert {cores for _, cores in found} == {1}
     assert torch.get_num_threads() == before
@@ -39,7 +39,7 @@ def test_an_error_comes_out_once_all_have_ended():
         ended.append(True)
 
     with pytest.raises(ValueError, match="no"):
-        list(side_by_side([fails(), works()]))
+        list(interleaved([fails(), works()]))
     assert ended == [True]
 
 
@@ -50,7 +50,7 @@ def test_who_stops_listening_stops_the_works():
         while True:
             yield 0
 
-    listening = side_by_side([endless(), endless()])
+    listening = interleaved([endless(), endless()])
     assert next(listening) == 0
     listening.close()
     assert threading.active_count() == alive

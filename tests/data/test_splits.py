@@ -13,7 +13,7 @@ from ulfine_fast.data.splits import (
     labeled_counts,
     long_tail_counts,
     read_split,
-    told_labels,
+    training_labels,
     unlabeled_counts,
 )
 
@@ -233,7 +233,7 @@ def told(share, seed=0, split=None, classes=5):
     labels, splits = rows()
     config = FitConfig(n1=60, gamma_l=20, label_noise=share, seed=seed, split_seed=seed, val_fraction=0.1)
     split = draw_split(labels, splits, NAMES, config) if split is None else split
-    return labels[split.labeled], told_labels(labels, split, classes, config), split
+    return labels[split.labeled], training_labels(labels, split, classes, config), split
 
 
 @pytest.mark.parametrize("share", [0.0, 0.25, 0.6, 1.0])
@@ -256,7 +256,7 @@ def test_wrong_labels_follow_the_split_seed_and_nest():
 def test_wrong_classes_are_all_as_likely():
     labels = np.zeros(4000, dtype=np.int64)
     split = Split(np.arange(4000), *[np.empty(0, np.int64)] * 3, np.arange(5))
-    counts = np.bincount(told_labels(labels, split, 5, FitConfig(label_noise=1.0)), minlength=5)
+    counts = np.bincount(training_labels(labels, split, 5, FitConfig(label_noise=1.0)), minlength=5)
     assert counts[0] == 0
     assert abs(counts[1:] - 1000).max() < 120
 
@@ -264,4 +264,4 @@ def test_wrong_classes_are_all_as_likely():
 def test_a_wrong_class_needs_a_second_one():
     split = Split(np.arange(3), *[np.empty(0, np.int64)] * 3, np.arange(1))
     with pytest.raises(InputError, match=r"label_noise = 0\.5 needs a second class"):
-        told_labels(np.zeros(3, dtype=np.int64), split, 1, FitConfig(label_noise=0.5))
+        training_labels(np.zeros(3, dtype=np.int64), split, 1, FitConfig(label_noise=0.5))

@@ -43,9 +43,9 @@ def test_archive_is_made_the_same_way_every_time():
 def test_images_are_a_source_of_ten_balanced_classes(images: Path):
     source = FolderSource(images)
     assert source.class_names == sorted(CLASS_FOLDERS)
-    found = [(row.split, row.label) for row in source.rows]
+    rows = [(row.split, row.label) for row in source.rows]
     for split, count in PER_CLASS.items():
-        assert [found.count((split, label)) for label in range(10)] == [count] * 10
+        assert [rows.count((split, label)) for label in range(10)] == [count] * 10
     assert source.rows[0].id == "train/ankle_boot/00001.png"
     assert source.read(source.rows[0]).size == (28, 28)
 
@@ -92,7 +92,7 @@ def test_another_version_of_the_sample_replaces_the_old(small_archive: Path, tmp
     assert [path.name for path in (tmp_path / "p/train").iterdir()] == ["hat"]
 
 
-def test_many_at_once_agree(small_archive: Path, tmp_path: Path):
+def test_concurrent_calls_agree(small_archive: Path, tmp_path: Path):
     with ThreadPoolExecutor(8) as pool:
         folders = set(pool.map(unpack_images, [tmp_path / "p"] * 16))
     assert folders == {tmp_path / "p"}
@@ -104,7 +104,7 @@ def test_an_interrupted_unpacking_leaves_nothing(small_archive: Path, tmp_path: 
     def interrupt(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(demo, "_move_into_place", interrupt)
+    monkeypatch.setattr(demo, "_move_to", interrupt)
     with pytest.raises(KeyboardInterrupt):
         unpack_images(tmp_path / "p")
     assert [path.name for path in tmp_path.iterdir()] == ["small.zip"]
@@ -141,9 +141,9 @@ def test_sample_is_pixel_for_pixel_fashion_mnist(images: Path):
     pixels = np.frombuffer(gzip.decompress(images), np.uint8, offset=16).reshape(-1, 28, 28)
     labels = np.frombuffer(gzip.decompress(classes), np.uint8, offset=8)
     for label, name in enumerate(CLASS_FOLDERS):
-        for place in (1, 25, 50):
-            image = Image.open(images / f"test/{name}/{place:05d}.png")
-            assert np.array_equal(np.asarray(image), pixels[labels == label][place - 1])
+        for number in (1, 25, 50):
+            image = Image.open(images / f"test/{name}/{number:05d}.png")
+            assert np.array_equal(np.asarray(image), pixels[labels == label][number - 1])
 
 
 def test_importing_the_demo_is_light():

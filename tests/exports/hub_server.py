@@ -1,4 +1,4 @@
-"""A server that keeps model repositories in memory and speaks the part of the Hub's language that the client uses."""
+"""A server that keeps model repositories in memory, with the part of the Hub's interface that the client uses."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ TOKEN = "hf_of_the_tests"
 
 
 class HubServer:
-    """Repositories as commits, each a dict of files; large files pass through Git LFS, as there."""
+    """Repositories as commits, each a dict of files; large files go through Git LFS, as on the Hub."""
 
     def __init__(self):
         self.commits: dict[str, list[dict[str, bytes]]] = {}
@@ -22,7 +22,7 @@ class HubServer:
         self.messages: list[str] = []
         self.blobs: dict[str, bytes] = {}
         app = Flask(__name__)
-        app.before_request(self._refuse_strangers)
+        app.before_request(self._refuse_without_token)
         for rule, method, view in (
             ("/api/repos/create", "POST", self._create),
             ("/api/validate-yaml", "POST", lambda: jsonify({"warnings": [], "errors": []})),
@@ -46,37 +46,37 @@ class HubServer:
     def __exit__(self, *_):
         self._server.shutdown()
 
-    def _refuse_strangers(self):
+    def _refuse_without_token(self):
         open_to_all = request.method == "GET" or request.path.startswith("/blob/")
         if open_to_all or request.headers.get("Authorization") == f"Bearer {TOKEN}":
             return None
         return jsonify({"error": "Invalid username or password."}), 401
 
     def _create(self):
-        told = request.json
-        repo = f"{told['organization']}/{told['name']}" if told.get("organization") else told["name"]
+        options = request.json
+        repo = f"{options['organization']}/{options['name']}" if options.get("organization") else options["name"]
         if repo in self.commits:
             return jsonify({"url": f"{self.address}/{repo}", "id": repo}), 409
         self.commits[repo] = [{}]
-        self.private[repo] = bool(told.get("private")) or told.get("visibility") == "private"
+        self.private[repo] = bool(options.get("private")) or options.get("visibility") == "private"
         return jsonify({"url": f"{self.address}/{repo}", "name": repo, "id": repo})
 
     def _preupload(self, owner, name, revision):
         modes = [
             {
-                "path": one["path"],
-                "uploadMode": "lfs" if one["path"].startswith("model.") else "regular",
+                "path": file["path"],
+                "uploadMode": "lfs" if file["path"].startswith("model.") else "regular",
                 "shouldIgnore": False,
             }
-            for one in request.json["files"]
+            for file in request.json["files"]
         ]
         return jsonify({"files": modes})
 
     def _batch(self, owner, name):
         objects = []
-        for one in request.json["objects"]:
-            href = {"href": f"{self.address}/blob/{one['oid']}"}
-            objects.append({**one, "authenticated": True, "actions": {"upload": href}})
+        for blob in request.json["objects"]:
+            href = {"href": f"{self.address}/blob/{blob['oid']}"}
+            objects.append({**blob, "authenticated": True, "actions": {"upload": href}})
         return jsonify({"transfer": "basic", "objects": objects})
 
     def _store(self, oid):
@@ -89,37 +89,38 @@ class HubServer:
         repo = f"{owner}/{name}"
         files = dict(self.commits[repo][-1])
         for line in request.get_data().decode().splitlines():
-            one = json.loads(line)
-            if one["key"] == "header":
-                self.messages.append(one["value"]["summary"])
-            elif one["key"] == "file":
-                files[one["value"]["path"]] = base64.b64decode(one["value"]["content"])
-            elif one["key"] == "lfsFile":
-                files[one["value"]["path"]] = self.blobs[one["value"]["oid"]]
+            operation = json.loads(line)
+            key, value = operation["key"], operation["value"]
+            if key == "header":
+                self.messages.append(value["summary"])
+            elif key == "file":
+                files[value["path"]] = base64.b64decode(value["content"])
+            elif key == "lfsFile":
+                files[value["path"]] = self.blobs[value["oid"]]
         self.commits[repo].append(files)
         sha = self._sha(repo, len(self.commits[repo]) - 1)
         return jsonify({"success": True, "commitOid": sha, "commitUrl": f"{self.address}/{repo}/commit/{sha}"})
 
     @staticmethod
-    def _sha(repo, place):
-        return hashlib.sha1(f"{repo} {place}".encode()).hexdigest()
+    def _sha(repo, number):
+        return hashlib.sha1(f"{repo} {number}".encode()).hexdigest()
 
     def _files(self, repo, revision):
         """The commit's number and files; None where there is none."""
         commits = self.commits.get(repo, [])
-        named = {self._sha(repo, place): place for place in range(len(commits))}
-        place = named.get(revision, len(commits) - 1 if revision == "main" and commits else None)
-        return None if place is None else (place, commits[place])
+        numbers = {self._sha(repo, number): number for number in range(len(commits))}
+        number = numbers.get(revision, len(commits) - 1 if revision == "main" and commits else None)
+        return None if number is None else (number, commits[number])
 
     def _info(self, owner, name, revision="main"):
         repo = f"{owner}/{name}"
-        found = self._files(repo, revision)
-        if found is None:
+        commit = self._files(repo, revision)
+        if commit is None:
             code = "RevisionNotFound" if repo in self.commits else "RepoNotFound"
             return Response("{}", 404, {"X-Error-Code": code})
-        place, files = found
+        number, files = commit
         siblings = [{"rfilename": path} for path in files]
-        return jsonify({"id": repo, "modelId": repo, "sha": self._sha(repo, place), "siblings": siblings})
+        return jsonify({"id": repo, "modelId": repo, "sha": self._sha(repo, number), "siblings": siblings})
 
     def _tree(self, owner, name, revision):
         _, files = self._files(f"{owner}/{name}", revision)
@@ -127,9 +128,9 @@ class HubServer:
 
     def _resolve(self, owner, name, revision, path):
         repo = f"{owner}/{name}"
-        place, files = self._files(repo, revision)
+        number, files = self._files(repo, revision)
         body = files[path]
-        return Response(body, 200, {"ETag": f'"{_etag(body)}"', "X-Repo-Commit": self._sha(repo, place)})
+        return Response(body, 200, {"ETag": f'"{_etag(body)}"', "X-Repo-Commit": self._sha(repo, number)})
 
 
 def _etag(body):

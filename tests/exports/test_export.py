@@ -21,22 +21,22 @@ from ulfine_fast.runs.predict import encoder_of_run, predict_images
 def fitted(clusters):
     from ulfine_fast import FitConfig
 
-    made = {}
+    runs = {}
 
-    def of(method):
-        if method not in made:
+    def run_of(method):
+        if method not in runs:
             config = FitConfig(method=method, n1=40, gamma_l=4, gamma_u=4, steps=10, eval_every=10, val_fraction=0.3)
-            made[method] = fit(clusters, config, progress=False)
-        return made[method]
+            runs[method] = fit(clusters, config, progress=False)
+        return runs[method]
 
-    return of
+    return run_of
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     """A run from images of its own, through the commands."""
     folder = tmp_path_factory.mktemp("world")
-    images = write_images(folder / "pictures", {"train/cat": 8, "train/dog": 6, "test/cat": 2, "test/dog": 2})
+    images = write_images(folder / "images", {"train/cat": 8, "train/dog": 6, "test/cat": 2, "test/dog": 2})
     model = write_tiny_model(tmp_path_factory.mktemp("model"))
     for arguments in (
         ["extract", images, "--out", folder / "cache", "--model", model, "--workers", 0],
@@ -61,8 +61,8 @@ def test_onnx_agrees_for_batches_of_any_size(fitted, clusters, tmp_path, method)
     again = load(export(run, tmp_path / "out", to="onnx"))
     for rows in (clusters.plain[:0], clusters.plain[:1], clusters.plain):
         np.testing.assert_allclose(again.predict_proba(rows), run.predict_proba(rows), atol=1e-4)
-    told = onnxruntime.InferenceSession(tmp_path / "out/model.onnx").get_modelmeta().custom_metadata_map
-    assert json.loads(told["class_names"]) == run.class_names
+    properties = onnxruntime.InferenceSession(tmp_path / "out/model.onnx").get_modelmeta().custom_metadata_map
+    assert json.loads(properties["class_names"]) == run.class_names
     assert json.loads((tmp_path / "out/config.json").read_text())["opset"] == 18
 
 
@@ -89,13 +89,21 @@ def test_methods_that_look_through_images_have_no_graph(fitted, tmp_path, method
 def test_the_encoder_inside_takes_image_files(world, tmp_path):
     images, folder = world
     run = Run.load(folder)
-    wanted = predict_images(run, images, device="cpu")
+    expected = predict_images(run, images, device="cpu")
     inside = load(export(run, tmp_path / "inside", to="onnx", encoder=encoder_of_run(run, "cpu")))
     beside = load(export(run, tmp_path / "beside"))
-    for again, bound in ((inside, 1e-4), (beside, 1e-6)):
-        found = again.predict_images(images, device="cpu")
-        assert found.ids == wanted.ids
-        np.testing.assert_allclose(found.probabilities, wanted.probabilities, atol=bound)
+    features_alone = load(export(run, tmp_path / "features", to="onnx"))
+    for model, tolerance in ((inside, 1e-4), (beside, 1e-6), (features_alone, 1e-4)):
+        predictions = model.predict_images(images, device="cpu")
+        assert predictions.ids == expected.ids
+        np.testing.assert_allclose(predictions.probabilities, expected.probabilities, atol=tolerance)
+    # new images in a table have no labels
+    table = tmp_path / "images.csv"
+    table.write_text("path\n" + "".join(f"{images / name}\n" for name in expected.ids))
+    for model in (inside, beside):
+        predictions = model.predict_images(table, device="cpu")
+        assert [Path(name).relative_to(images).as_posix() for name in predictions.ids] == expected.ids
+        np.testing.assert_allclose(predictions.probabilities, expected.probabilities, atol=1e-4)
     side = run.encoder["image_size"]
     with pytest.raises(InputError, match="must be uint8"):
         inside.predict_proba(np.zeros((1, side, side, 3), np.float32))
@@ -108,6 +116,15 @@ def test_the_command(world, tmp_path):
     again = command("export", world[1], tmp_path / "out")
     assert again.exit_code == 2
     assert "name a new" in again.output or "choose a new" in again.output
+
+
+@pytest.mark.parametrize("to", ["safetensors", "onnx"])
+def test_any_array_of_the_same_numbers_has_the_same_probabilities(fitted, clusters, tmp_path, to):
+    model = load(export(fitted("linear_probe"), tmp_path / "out", to=to))
+    features = np.array(clusters.plain[:5], dtype=np.float32)
+    expected = model.predict_proba(features)
+    for same in (features[::-1].copy()[::-1], np.asfortranarray(features), features.astype(">f8"), features.tolist()):
+        np.testing.assert_array_equal(model.predict_proba(same), expected)
 
 
 def test_a_changed_file_and_another_shape_are_refused(fitted, tmp_path):
@@ -143,7 +160,7 @@ def test_files_of_other_programs_end_in_a_sentence(tmp_path, file):
     import json
 
     (tmp_path / file).write_bytes(b"something else")
-    told = {
+    config = {
         "format": "ulfine-fast-model",
         "version": 1,
         "to": file.partition(".")[2],
@@ -155,9 +172,9 @@ def test_files_of_other_programs_end_in_a_sentence(tmp_path, file):
         "encoder": None,
         "config": {},
     }
-    (tmp_path / "config.json").write_text(json.dumps(told))
+    (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(InputError, match="damaged or of another program"):
         load(tmp_path)
-    (tmp_path / "config.json").write_text(json.dumps({**told, "config": ["no", "settings"]}))
+    (tmp_path / "config.json").write_text(json.dumps({**config, "config": ["no", "settings"]}))
     with pytest.raises(InputError, match=r"damaged or of another program|unknown setting"):
         load(tmp_path)

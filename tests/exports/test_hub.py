@@ -33,12 +33,12 @@ def folder(fitted, tmp_path):
     return export(fitted, tmp_path / "model")
 
 
-def there(hub, folder, repo="ada/shoes"):
+def pushed(hub, folder, repo="ada/shoes"):
     return push(folder, repo, token=TOKEN, endpoint=hub.address)
 
 
 def test_what_was_pushed_loads_with_the_runs_own_numbers(hub, folder, fitted, clusters):
-    address = there(hub, folder)
+    address = pushed(hub, folder)
     assert address.startswith(f"{hub.address}/ada/shoes/commit/")
     again = load(pull("hf://ada/shoes", endpoint=hub.address))
     np.testing.assert_allclose(again.predict_proba(clusters.plain), fitted.predict_proba(clusters.plain), atol=1e-6)
@@ -46,8 +46,8 @@ def test_what_was_pushed_loads_with_the_runs_own_numbers(hub, folder, fitted, cl
 
 def test_one_commit_holds_the_folders_files_and_no_others(hub, folder):
     (folder / "notes.txt").write_text("not for others")
-    there(hub, folder)
-    assert len(hub.commits["ada/shoes"]) == 2  # the empty first one, and ours
+    pushed(hub, folder)
+    assert len(hub.commits["ada/shoes"]) == 2  # the empty first commit, and the push
     sent = hub.commits["ada/shoes"][-1]
     assert set(sent) == {"README.md", "config.json", "model.safetensors"}
     assert all((folder / name).read_bytes() == body for name, body in sent.items())
@@ -55,10 +55,10 @@ def test_one_commit_holds_the_folders_files_and_no_others(hub, folder):
 
 
 def test_a_second_push_is_a_second_commit_and_the_first_still_loads(hub, folder, fitted, tmp_path):
-    first = there(hub, folder).rpartition("/")[2]
+    first = pushed(hub, folder).rpartition("/")[2]
     later = export(fitted, tmp_path / "later", to="safetensors")
     (later / "README.md").write_text("another card")
-    there(hub, later)
+    pushed(hub, later)
     assert (pull("hf://ada/shoes", endpoint=hub.address) / "README.md").read_text() == "another card"
     older = pull(f"hf://ada/shoes@{first}", endpoint=hub.address)
     assert (older / "README.md").read_bytes() == (folder / "README.md").read_bytes()
@@ -73,14 +73,14 @@ def test_the_command_and_load_by_address(hub, folder, clusters):
 
 
 @pytest.mark.parametrize(
-    ("address", "said"),
+    ("address", "sentence"),
     [
         ("hf://ada/nothing", r"the server refused ada/nothing \(404\)"),
         ("hf://ada/one/too/many", "a repository is named owner/name"),
     ],
 )
-def test_what_is_not_there_is_one_sentence(hub, address, said):
-    with pytest.raises(InputError, match=said):
+def test_a_missing_repository_is_one_sentence(hub, address, sentence):
+    with pytest.raises(InputError, match=sentence):
         pull(address, endpoint=hub.address)
 
 
@@ -91,7 +91,7 @@ def test_a_wrong_token_is_one_sentence(hub, folder):
 
 def test_a_run_folder_is_not_pushed(hub, tmp_path):
     with pytest.raises(InputError, match="name a folder that `ulfine-fast export` wrote"):
-        there(hub, tmp_path)
+        pushed(hub, tmp_path)
     assert not hub.commits
 
 

@@ -23,8 +23,8 @@ def slow_ece(probabilities, labels, bins):
 def test_ece_equals_the_slow_one(bins):
     logits, labels = draws(seed=1)
     probabilities = softmax(logits)
-    found = expected_calibration_error(probabilities, labels, bins)
-    assert found == pytest.approx(slow_ece(probabilities, labels, bins))
+    error = expected_calibration_error(probabilities, labels, bins)
+    assert error == pytest.approx(slow_ece(probabilities, labels, bins))
 
 
 def test_certain_and_right_is_calibrated_certain_and_wrong_is_not():

@@ -11,33 +11,33 @@ def draws(rows=400, classes=6, seed=0):
     random = np.random.default_rng(seed)
     logits = random.normal(size=(rows, classes)) * 2
     labels = random.integers(0, classes, rows)
-    # half of the rows are made right, so that no figure is trivial
+    # half of the rows are made right, so that no metric is trivial
     logits[np.arange(rows // 2), labels[: rows // 2]] += 4
     return logits, labels
 
 
 def test_accuracies_equal_scikit_learns():
     logits, labels = draws()
-    found = metrics.classification(logits, labels, np.array([500, 90, 60, 20, 19, 3]))
+    result = metrics.classification(logits, labels, np.array([500, 90, 60, 20, 19, 3]))
     predicted = logits.argmax(1)
-    assert found["accuracy"] == pytest.approx((predicted == labels).mean())
-    assert found["balanced_accuracy"] == pytest.approx(balanced_accuracy_score(labels, predicted))
-    assert found["macro_f1"] == pytest.approx(f1_score(labels, predicted, average="macro"))
+    assert result["accuracy"] == pytest.approx((predicted == labels).mean())
+    assert result["balanced_accuracy"] == pytest.approx(balanced_accuracy_score(labels, predicted))
+    assert result["macro_f1"] == pytest.approx(f1_score(labels, predicted, average="macro"))
     recall = recall_score(labels, predicted, average=None)
-    np.testing.assert_allclose(found["per_class_accuracy"], recall)
-    assert found["worst_class"] == pytest.approx(recall.min())
-    assert found["many"] == pytest.approx(recall[:2].mean())
-    assert found["few"] == pytest.approx(recall[4:].mean())
-    assert found["many_shot"] == pytest.approx(recall[0])
-    assert found["medium_shot"] == pytest.approx(recall[1:4].mean())
-    assert found["few_shot"] == pytest.approx(recall[4:].mean())
+    np.testing.assert_allclose(result["per_class_accuracy"], recall)
+    assert result["worst_class"] == pytest.approx(recall.min())
+    assert result["many"] == pytest.approx(recall[:2].mean())
+    assert result["few"] == pytest.approx(recall[4:].mean())
+    assert result["many_shot"] == pytest.approx(recall[0])
+    assert result["medium_shot"] == pytest.approx(recall[1:4].mean())
+    assert result["few_shot"] == pytest.approx(recall[4:].mean())
 
 
-def test_figures_without_rows_are_none_not_zero():
-    found = metrics.classification(np.eye(3), np.array([0, 0, 1]), np.array([5, 5, 5]))
-    assert found["per_class_accuracy"] == [0.5, 0.0, None]
-    assert found["many_shot"] is None
-    assert found["balanced_accuracy"] == pytest.approx(0.25)
+def test_metrics_without_rows_are_none_not_zero():
+    result = metrics.classification(np.eye(3), np.array([0, 0, 1]), np.array([5, 5, 5]))
+    assert result["per_class_accuracy"] == [0.5, 0.0, None]
+    assert result["many_shot"] is None
+    assert result["balanced_accuracy"] == pytest.approx(0.25)
     assert metrics.classification(np.zeros((0, 3)), np.zeros(0, dtype=int), np.ones(3, dtype=int)) == {}
 
 
@@ -56,13 +56,13 @@ def test_softmax_survives_large_logits():
 def test_pseudo_label_health_by_hand():
     probabilities = np.array([[0.9, 0.1], [0.8, 0.2], [0.3, 0.7], [0.6, 0.4], [0.05, 0.95]])
     labels = np.array([0, 1, 1, 0, -1])
-    found = metrics.pseudo_label_health(probabilities, labels, 0.7, 2)
-    assert found["pseudo_label_rate"] == pytest.approx(4 / 5)
-    assert found["pseudo_label_precision"] == pytest.approx(2 / 3)
-    assert found["confidence_on_false"] == pytest.approx(0.8)
-    assert found["per_class_pseudo_label_rate"] == pytest.approx([2 / 5, 2 / 5])
-    assert found["per_class_pseudo_label_precision"] == pytest.approx([1 / 2, 1])
-    assert found["per_class_pseudo_label_recall"] == pytest.approx([1 / 2, 1 / 2])
+    result = metrics.pseudo_label_health(probabilities, labels, 0.7, 2)
+    assert result["pseudo_label_rate"] == pytest.approx(4 / 5)
+    assert result["pseudo_label_precision"] == pytest.approx(2 / 3)
+    assert result["confidence_on_false"] == pytest.approx(0.8)
+    assert result["per_class_pseudo_label_rate"] == pytest.approx([2 / 5, 2 / 5])
+    assert result["per_class_pseudo_label_precision"] == pytest.approx([1 / 2, 1])
+    assert result["per_class_pseudo_label_recall"] == pytest.approx([1 / 2, 1 / 2])
 
 
 def test_health_when_none_passes_or_no_label_is_known():

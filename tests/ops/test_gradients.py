@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.autograd import gradcheck
 
-from ulfine_fast.core.heads import adapt, cosine_logits, new_adapter
+from ulfine_fast.core.heads import apply_adapter, cosine_logits, new_adapter
 from ulfine_fast.ops.fusion import fuse
 from ulfine_fast.ops.losses import masked_mean
 from ulfine_fast.ops.margins import smoothed_cross_entropy, with_margin
@@ -28,7 +28,7 @@ def test_adapter():
     features, strength = normalize(draw(T, B, D)).detach(), torch.tensor([0.5, 1.0], dtype=torch.float64)
 
     def run(*values):
-        return adapt(dict(zip(names, values, strict=True)), features, strength)
+        return apply_adapter(dict(zip(names, values, strict=True)), features, strength)
 
     assert gradcheck(run, tensors)
 
@@ -36,7 +36,9 @@ def test_adapter():
 def test_padded_ranks_have_no_gradient_beyond_their_own():
     start = new_adapter(torch.tensor([0, 1]), D, torch.tensor([1, R]))
     tensors = {name: value.double().requires_grad_() for name, value in start.items()}
-    adapt(tensors, normalize(draw(T, B, D)).detach(), torch.ones(T, dtype=torch.float64)).square().sum().backward()
+    apply_adapter(
+        tensors, normalize(draw(T, B, D)).detach(), torch.ones(T, dtype=torch.float64)
+    ).square().sum().backward()
     assert tensors["adapter.up"].grad[0, 1:].abs().sum() == 0
     assert tensors["adapter.down"].grad[0, :, 1:].abs().sum() == 0
 

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -139,7 +141,7 @@ def test_a_run_is_saved_read_and_exported_with_its_heads(name, tmp_path):
 @pytest.mark.parametrize("name", TAKERS)
 def test_without_unlabelled_images_the_labelled_term_is_left(world, name):
     trials, method, state, batch = moved(world, method=name, lambda_o=0.0, low_bias=1.0, low_variance=1.0)
-    losses = method.losses(trials, state, batch._replace(weak=None, strong=None, places=None))
+    losses = method.losses(trials, state, replace(batch, weak=None, strong=None, positions=None))
     assert losses.unlabeled.tolist() == [0, 0]
     heads = channel_logits(batch.labeled, state.parameters["linear"], state.memory["channels"], trials.values["scale"])
     torch.testing.assert_close(losses.regularizer, low_variance(heads, batch.labels))

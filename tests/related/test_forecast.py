@@ -1,9 +1,8 @@
-"""Forecasts against curves whose future is known, against numpy's own fits, and where none may be given."""
+"""Forecasts of curves whose future is known, against numpy's own fits, and where they are refused."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -15,28 +14,28 @@ BUDGETS = np.array([50.0, 70.0, 100.0, 140.0, 200.0])
 
 
 def made(seeds=5, noise=0.0, budgets=BUDGETS, exponent=-0.4):
-    """A world in which FLP is right: loss 8 C^b, figure 0.9 - 0.2 loss; noise of each seed on the loss."""
+    """A curve for which FLP is right: loss 8 C^b, value 0.9 - 0.2 loss; noise of each seed on the loss."""
     random = np.random.default_rng(3)
     losses = 8 * budgets[:, None] ** exponent * np.exp(noise * random.normal(size=(len(budgets), seeds)))
     return Curve(budgets, losses, 0.9 - 0.2 * losses)
 
 
 def with_loss(**values):
-    """A figure that rises whatever becomes of the loss."""
+    """A metric that rises whatever the loss does."""
     return Curve(BUDGETS, made(**values).losses, np.linspace(0.5, 0.6, 5)[:, None].repeat(5, 1))
 
 
-def test_the_law_is_found_again():
-    found = forecast(made(), 800, chance=0.1)
-    assert found.target == 800
-    assert found.exponent.value == pytest.approx(-0.4)
-    assert found.loss.value == pytest.approx(8 * 800**-0.4)
-    assert found.figures["flp"].value == pytest.approx(0.9 - 0.2 * 8 * 800**-0.4)
-    # without noise all resampled seeds say the same
-    assert found.figures["flp"].low == pytest.approx(found.figures["flp"].high)
+def test_the_law_is_recovered():
+    result = forecast(made(), 800, chance=0.1)
+    assert result.target == 800
+    assert result.exponent.value == pytest.approx(-0.4)
+    assert result.loss.value == pytest.approx(8 * 800**-0.4)
+    assert result.values["flp"].value == pytest.approx(0.9 - 0.2 * 8 * 800**-0.4)
+    # without noise all resampled seeds agree
+    assert result.values["flp"].low == pytest.approx(result.values["flp"].high)
 
 
-def test_every_forecaster_is_exact_in_its_own_world():
+def test_every_forecaster_is_exact_for_its_own_law():
     errors = 0.9 * BUDGETS[:, None] ** -0.2
     lines = 0.1 + 0.1 * np.log(BUDGETS)[:, None]
     used = np.ones(5, dtype=bool)
@@ -51,57 +50,59 @@ def test_every_forecaster_is_exact_in_its_own_world():
 
 def test_the_fits_are_numpys():
     random = np.random.default_rng(0)
-    losses, figures = np.sort(random.uniform(0.5, 2, (5, 1)), axis=0)[::-1], random.uniform(0.3, 0.7, (5, 1))
+    losses = np.sort(random.uniform(0.5, 2, (5, 1)), axis=0)[::-1]
+    values = random.uniform(0.3, 0.7, (5, 1))
     used = np.array([False, True, True, True, True])
-    found = predictions(Curve(BUDGETS, losses, figures), 300, used)
+    predicted = predictions(Curve(BUDGETS, losses, values), 300, used)
     size, far = np.log(BUDGETS), np.log(300)
     slope, start = np.polyfit(size, np.log(losses[:, 0]), 1)
     loss = np.exp(start + slope * far)
-    assert found["exponent"] == pytest.approx(slope)
-    assert found["loss"] == pytest.approx(loss)
-    # only the line from loss to figure leaves points out
-    wanted = np.polyval(np.polyfit(losses[used, 0], figures[used, 0], 1), loss)
-    assert found["flp"] == pytest.approx(np.clip(wanted, 0, 1))
-    error = np.polyval(np.polyfit(size, np.log(1 - figures[:, 0]), 1), far)
-    assert found["power_law"] == pytest.approx(1 - np.exp(error))
-    assert found["log_line"] == pytest.approx(np.polyval(np.polyfit(size, figures[:, 0], 1), far))
+    assert predicted["exponent"] == pytest.approx(slope)
+    assert predicted["loss"] == pytest.approx(loss)
+    # only the line from loss to metric leaves points out
+    wanted = np.polyval(np.polyfit(losses[used, 0], values[used, 0], 1), loss)
+    assert predicted["flp"] == pytest.approx(np.clip(wanted, 0, 1))
+    error = np.polyval(np.polyfit(size, np.log(1 - values[:, 0]), 1), far)
+    assert predicted["power_law"] == pytest.approx(1 - np.exp(error))
+    assert predicted["log_line"] == pytest.approx(np.polyval(np.polyfit(size, values[:, 0], 1), far))
 
 
-def test_a_share_stays_a_share():
+def test_a_fraction_stays_between_0_and_1():
     steep = Curve(BUDGETS, made(3).losses, np.linspace(0.3, 0.99, 5)[:, None].repeat(3, 1))
-    assert forecast(steep, 800, chance=0.1).figures["log_line"].value == 1.0
+    assert forecast(steep, 800, chance=0.1).values["log_line"].value == 1.0
 
 
 def test_the_interval_is_that_of_resampled_seeds():
     curve, target = made(4, noise=0.1), 400.0
-    found = forecast(curve, target, chance=0.1, seed=7)
+    result = forecast(curve, target, chance=0.1, seed=7)
     drawn = np.random.default_rng(7).integers(4, size=(2000, 4))
     slow = []
     for seeds in drawn:
-        losses, figures = curve.losses[:, seeds].mean(1), curve.figures[:, seeds].mean(1)
+        losses = curve.losses[:, seeds].mean(1)
+        values = curve.values[:, seeds].mean(1)
         loss = np.exp(np.polyval(np.polyfit(np.log(BUDGETS), np.log(losses), 1), np.log(target)))
-        slow.append(np.polyval(np.polyfit(losses, figures, 1), loss))
-    one = found.figures["flp"]
+        slow.append(np.polyval(np.polyfit(losses, values, 1), loss))
+    one = result.values["flp"]
     assert (one.low, one.high) == pytest.approx(tuple(np.quantile(slow, [0.025, 0.975])))
     assert one.low < one.value < one.high
-    assert found == forecast(curve, target, chance=0.1, seed=7)
+    assert result == forecast(curve, target, chance=0.1, seed=7)
 
 
 def test_points_at_chance_are_left_out_of_the_line():
     budgets = np.array([20.0, 30.0, *BUDGETS])
     curve = made(budgets=budgets)
-    figures = curve.figures.copy()
-    figures[:2] = 0.1  # before anything is learnt the figure does not follow the loss
-    late = Curve(budgets, curve.losses, figures)
+    values = curve.values.copy()
+    values[:2] = 0.1  # before anything is learnt the metric does not follow the loss
+    late = Curve(budgets, curve.losses, values)
     assert above_chance(late, 0.1).tolist() == [False, False, *[True] * 5]
-    found = forecast(late, 800, chance=0.1)
-    assert found.figures["flp"].value == pytest.approx(0.9 - 0.2 * 8 * 800**-0.4)
+    result = forecast(late, 800, chance=0.1)
+    assert result.values["flp"].value == pytest.approx(0.9 - 0.2 * 8 * 800**-0.4)
 
 
 @pytest.mark.parametrize(
     ("curve", "target", "words"),
     [
-        (made(2), 400, "at least 3 seeds, got 2; raise --refit-seeds"),
+        (made(2), 400, "at least 3 seeds, got 2; use more seeds"),
         (made(budgets=BUDGETS[:3]), 200, "at least 4 sizes, got 3; start from more labels"),
         (made(), 820, "820 labels is 4.1 times the largest size run (200)"),
         (made(), 200, "ask for more than 1 and at most 4 times"),
@@ -110,24 +111,25 @@ def test_points_at_chance_are_left_out_of_the_line():
         (with_loss(noise=0.8, exponent=-0.02), 400, "does not fall for sure"),
         (Curve(BUDGETS, made().losses, 0.7 + 0.2 * made().losses), 400, "does not rise as validation loss falls"),
         (Curve(BUDGETS, made().losses, np.full((5, 5), 0.12)), 400, "0 of 5 sizes are 5 points above chance (10.0%)"),
-        (Curve(BUDGETS, made().losses, made().figures - 0.48), 400, "3 of 5 sizes are 5 points above chance"),
+        (Curve(BUDGETS, made().losses, made().values - 0.48), 400, "3 of 5 sizes are 5 points above chance"),
     ],
 )
 def test_what_a_curve_does_not_allow_is_refused(curve, target, words):
-    with pytest.raises(InputError) as told:
+    with pytest.raises(InputError) as refusal:
         forecast(curve, target, chance=0.1, over="labels")
-    assert words in str(told.value)
+    assert words in str(refusal.value)
 
 
-def test_a_curve_without_a_figure_is_refused():
-    figures = made().figures.copy()
-    figures[0, 0] = np.nan
-    with pytest.raises(InputError, match="no such figure on validation"):
-        Curve(BUDGETS, made().losses, figures)
+def test_a_curve_without_the_metric_is_refused():
+    values = made().values.copy()
+    values[0, 0] = np.nan
+    with pytest.raises(InputError, match="lacks this metric on validation"):
+        Curve(BUDGETS, made().losses, values)
 
 
 def test_curve_and_forecast_are_json():
     curve = made(noise=0.05)
     again = Curve.from_dict(json.loads(json.dumps(curve.to_dict())))
     np.testing.assert_array_equal(again.losses, curve.losses)
-    assert asdict(forecast(again, 300, chance=0.1)) == json.loads(json.dumps(asdict(forecast(curve, 300, chance=0.1))))
+    content = json.loads(json.dumps(forecast(curve, 300, chance=0.1).to_dict()))
+    assert forecast(again, 300, chance=0.1).to_dict() == content

@@ -34,22 +34,24 @@ def world():
 
 def test_shrinkage_is_ledoit_and_wolfs(world):
     rows = world[0] - world[0].mean(0)
-    wanted, share = ledoit_wolf(rows.numpy(), assume_centered=True)
-    assert 0.01 < share < 0.99
-    np.testing.assert_allclose(shrunk(rows), wanted, atol=1e-10)
+    expected, fraction = ledoit_wolf(rows.numpy(), assume_centered=True)
+    assert 0.01 < fraction < 0.99
+    np.testing.assert_allclose(shrunk(rows), expected, atol=1e-10)
 
 
 def test_statistics_row_by_row(world):
     rows, labels, _ = world
-    found = class_gaussians(rows, labels, K)
-    spread = []
+    gaussians = class_gaussians(rows, labels, K)
+    centred = []
     for k in range(K):
-        own = rows[labels == k].numpy()
-        np.testing.assert_allclose(found.means[k], own.mean(0), atol=1e-12)
-        # a class of one row says nothing of a spread
-        spread += [] if len(own) < 2 else [(x - own.mean(0)) * np.sqrt(len(own) / (len(own) - 1)) for x in own]
-    assert found.counts.tolist() == COUNTS.tolist()
-    np.testing.assert_allclose(found.covariance, ledoit_wolf(np.array(spread), assume_centered=True)[0], atol=1e-10)
+        of_class = rows[labels == k].numpy()
+        mean, n = of_class.mean(0), len(of_class)
+        np.testing.assert_allclose(gaussians.means[k], mean, atol=1e-12)
+        # a class of one row has no spread
+        centred += [] if n < 2 else [(x - mean) * np.sqrt(n / (n - 1)) for x in of_class]
+    assert gaussians.counts.tolist() == COUNTS.tolist()
+    expected = ledoit_wolf(np.array(centred), assume_centered=True)[0]
+    np.testing.assert_allclose(gaussians.covariance, expected, atol=1e-10)
 
 
 def test_fewer_rows_than_dimensions_still_have_an_inverse():
@@ -63,49 +65,49 @@ def test_fewer_rows_than_dimensions_still_have_an_inverse():
 
 
 def test_anchors_are_the_weighted_ridge_map(world):
-    """Against the normal equations over dimensions, where ours solves over classes."""
+    """Against the normal equations over dimensions, where the function solves over classes."""
     _, _, means = world
     text = np.random.default_rng(1).normal(size=(K, 3))
     w = COUNTS / (COUNTS + 10)
-    share = w / w.sum()
-    x, center = text - share @ text, share @ means
-    ridge = sum(s * (row @ row) for s, row in zip(share, x, strict=True))
+    normalized = w / w.sum()
+    x, center = text - normalized @ text, normalized @ means
+    ridge = sum(s * (row @ row) for s, row in zip(normalized, x, strict=True))
     left, right = ridge * np.eye(3), np.zeros((3, D))
     for k in range(K):
         left, right = left + w[k] * np.outer(x[k], x[k]), right + w[k] * np.outer(x[k], means[k] - center)
-    found = text_anchors(torch.from_numpy(means), torch.from_numpy(COUNTS), torch.from_numpy(text))
-    np.testing.assert_allclose(found, center + x @ np.linalg.solve(left, right), atol=1e-10)
+    anchors = text_anchors(torch.from_numpy(means), torch.from_numpy(COUNTS), torch.from_numpy(text))
+    np.testing.assert_allclose(anchors, center + x @ np.linalg.solve(left, right), atol=1e-10)
 
 
-def test_a_class_without_rows_is_placed_by_its_text_alone(world):
+def test_the_mean_of_a_class_without_rows_comes_from_its_text_alone(world):
     _, _, means = world
     text = torch.randn(K, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     counts = torch.tensor([40, 12, 3, 0])
     wild = torch.from_numpy(means).clone()
     wild[3] = 1e6
-    found, other = (text_anchors(one, counts, text) for one in (torch.from_numpy(means), wild))
-    assert torch.allclose(found, other)
-    assert torch.allclose(anchored(wild, counts, found, 5.0)[3], found[3], rtol=1e-12)
+    anchors, others = (text_anchors(each, counts, text) for each in (torch.from_numpy(means), wild))
+    assert torch.allclose(anchors, others)
+    assert torch.allclose(anchored(wild, counts, anchors, 5.0)[3], anchors[3], rtol=1e-12)
 
 
 def test_anchored_means_by_hand():
     means, anchors = torch.tensor([[1.0], [1.0]]), torch.tensor([[3.0], [3.0]])
-    found = anchored(means, torch.tensor([20, 5]), anchors, 5.0)
-    assert found.squeeze(1).tolist() == pytest.approx([(20 + 15) / 25, 2.0])
+    moved = anchored(means, torch.tensor([20, 5]), anchors, 5.0)
+    assert moved.squeeze(1).tolist() == pytest.approx([(20 + 15) / 25, 2.0])
     assert torch.equal(anchored(means, torch.tensor([20, 5]), anchors, 0.0), means)
 
 
 def test_the_discriminant_is_scikit_learns(world):
-    several = world[1] < 3  # scikit-learn warns of a class of one row
-    rows, labels = world[0][several], world[1][several]
-    found = class_gaussians(rows, labels, 3)
-    theirs = LinearDiscriminantAnalysis(solver="lsqr", priors=np.full(3, 1 / 3))
-    theirs.fit(rows.numpy(), labels.numpy())
-    within = np.asarray(theirs.covariance_)
-    weights, bias = discriminant(found.means, torch.from_numpy(within))
-    wanted = theirs.decision_function(rows.numpy())
-    ours = (rows @ weights.T + bias).numpy()
-    np.testing.assert_allclose(ours - ours.mean(1, keepdims=True), wanted - wanted.mean(1, keepdims=True), atol=1e-8)
+    used = world[1] < 3  # scikit-learn warns of a class of one row
+    rows, labels = world[0][used], world[1][used]
+    means = class_gaussians(rows, labels, 3).means
+    reference = LinearDiscriminantAnalysis(solver="lsqr", priors=np.full(3, 1 / 3))
+    reference.fit(rows.numpy(), labels.numpy())
+    weights, bias = discriminant(means, torch.from_numpy(np.asarray(reference.covariance_)))
+    expected = reference.decision_function(rows.numpy())
+    scores = (rows @ weights.T + bias).numpy()
+    scores, expected = (each - each.mean(1, keepdims=True) for each in (scores, expected))
+    np.testing.assert_allclose(scores, expected, atol=1e-8)
 
 
 def trained(heads, means, covariance, seeds, sampling):
@@ -118,7 +120,7 @@ def test_one_step_against_numpy():
     root = torch.randn(1, D, D, generator=random)
     covariance = root @ root.transpose(1, 2) + torch.eye(D)
     sampling = Sampling(epochs=1, per_class=5, lr=0.5, temperature=0.2)
-    found = next(align(heads, means, covariance, torch.tensor([7]), sampling))[1]
+    trained_heads = next(align(heads, means, covariance, torch.tensor([7]), sampling))[1]
     noise = normals(torch.tensor([7]), 0, Purpose.SAMPLES, 5 * D).view(5, D).double().numpy()
     labels = np.arange(5) % K
     rows = noise @ np.linalg.cholesky(covariance[0].double().numpy()).T + means[0, 0].double().numpy()[labels]
@@ -130,7 +132,7 @@ def test_one_step_against_numpy():
             slow_loss(start + step * np.eye(K * D)[k * D + d].reshape(K, D), rows, labels) for step in (1e-5, -1e-5)
         ]
         gradient[k, d] = (moved[0] - moved[1]) / 2e-5
-    np.testing.assert_allclose(found[0, 0], start - 0.5 * gradient, atol=1e-4)
+    np.testing.assert_allclose(trained_heads[0, 0], start - 0.5 * gradient, atol=1e-4)
 
 
 def slow_loss(weights, rows, labels, temperature=0.2):
@@ -149,8 +151,8 @@ def test_a_head_that_ignores_a_class_learns_it_back():
     heads[..., 3, 0] = 0.5
     covariance = 0.02 * torch.eye(D).unsqueeze(0)
     assert (means[0, 0] @ heads[0, 0].T).argmax(1).tolist() != [0, 1, 2, 3]
-    found = trained(heads, means, covariance, torch.tensor([0]), Sampling(per_class=32, lr=0.1))
-    assert (means[0, 0] @ found[0, 0].T).argmax(1).tolist() == [0, 1, 2, 3]
+    aligned = trained(heads, means, covariance, torch.tensor([0]), Sampling(per_class=32, lr=0.1))
+    assert (means[0, 0] @ aligned[0, 0].T).argmax(1).tolist() == [0, 1, 2, 3]
 
 
 def test_trials_do_not_see_their_neighbours():
@@ -165,7 +167,7 @@ def test_trials_do_not_see_their_neighbours():
 
 
 def test_every_class_is_sampled_as_often():
-    from ulfine_fast.related.head_realignment.gaussians import _labels
+    from ulfine_fast.related.head_realignment.gaussians import _balanced_labels
 
-    seen = torch.cat([_labels(step, 5, K, torch.device("cpu")) for step in range(K)])
-    assert torch.bincount(seen).tolist() == [5] * K
+    labels = torch.cat([_balanced_labels(step, 5, K, torch.device("cpu")) for step in range(K)])
+    assert torch.bincount(labels).tolist() == [5] * K

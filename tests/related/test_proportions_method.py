@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -32,7 +33,7 @@ def bagged(world, **values):
     places = torch.tensor([[1, 0], [2, 2]])
     state.scratch["late"] = torch.tensor([False, True])
     state.scratch["labels"] = torch.randint(K, (2, 3, M))
-    told = batch._replace(labels=torch.full((2, G * M), -1), bags=BagBatch(places, present, shares))
+    told = replace(batch, labels=torch.full((2, G * M), -1), bags=BagBatch(places, present, shares))
     return trials, method, state, told
 
 

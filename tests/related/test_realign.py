@@ -1,4 +1,4 @@
-"""Realigned runs: heads, figures and files, against numpy; and the command."""
+"""Realigned runs: heads, metrics and files, against numpy; and the command."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ import numpy as np
 import pytest
 import torch
 
-from tests.cli.test_bad_input import refused, run
+from tests.cli.test_bad_input import refused, run, usage_error
 from tests.conftest import make_clusters
-from ulfine_fast import FitConfig, Run, fit, fit_many, metrics
+from ulfine_fast import FitConfig, Run, export, fit, fit_many, load
 from ulfine_fast.cache.io.errors import InputError
+from ulfine_fast.metrics.classification import per_class_accuracy
 from ulfine_fast.related.head_realignment.gaussians import Sampling, class_gaussians
 from ulfine_fast.related.head_realignment.realign import realign
+from ulfine_fast.related.test_time_adaptation.adapt import Adaptation, adapt
 from ulfine_fast.runs.evaluate import evaluate
 
 QUICK = Sampling(epochs=2, per_class=64)
@@ -28,8 +30,8 @@ def world():
 
 @pytest.fixture(scope="module")
 def biased(world):
-    told = {"method": "cross_entropy", "n1": 60, "m1": 10, "gamma_l": 30, "gamma_u": 1, "steps": 150, "scale": 10.0}
-    return fit_many(world, [FitConfig(**told, seed=seed) for seed in range(3)], progress=False)
+    options = {"method": "cross_entropy", "n1": 60, "m1": 10, "gamma_l": 30, "gamma_u": 1, "steps": 150, "scale": 10.0}
+    return fit_many(world, [FitConfig(**options, seed=seed) for seed in range(3)], progress=False)
 
 
 def rows_of(cache, ids):
@@ -41,35 +43,36 @@ def unit(rows):
 
 
 def test_adjusted_logits_by_hand(world, biased):
-    found = realign(biased[:1], world, by="adjust", tau=0.5)[0]
+    adjusted = realign(biased[:1], world, by="adjust", tau=0.5)[0]
     counts = np.array(biased[0].metrics["class_counts"])
-    wanted = biased[0].logits(world.plain) - 0.5 * np.log(counts / counts.sum())
-    np.testing.assert_allclose(found.logits(world.plain), wanted, atol=1e-5)
-    assert found.metrics["realigned"] == {"by": "adjust", "tau": 0.5}
+    expected = biased[0].logits(world.plain) - 0.5 * np.log(counts / counts.sum())
+    np.testing.assert_allclose(adjusted.logits(world.plain), expected, atol=1e-5)
+    assert adjusted.metrics["realigned"] == {"by": "adjust", "tau": 0.5}
 
 
 def test_lda_classifies_as_mahalanobis_distances_do(world, biased):
-    found = realign(biased[:1], world, by="lda", kappas=[0])[0]
+    lda = realign(biased[:1], world, by="lda", kappas=[0])[0]
     labeled = rows_of(world, biased[0].split["labeled"])
     features, labels = unit(world.plain.astype(np.float64)), world.labels[labeled]
     covariance = class_gaussians(torch.from_numpy(features[labeled]), torch.from_numpy(labels), 6).covariance.numpy()
     distance = []
     for k in range(6):
-        away = features - features[labeled][labels == k].mean(0)
-        distance.append([row @ np.linalg.solve(covariance, row) for row in away])
-    assert np.array_equal(found.predict(world.plain), np.argmin(distance, axis=0))
-    # a common factor stands between the two, and spreads the logits as they were
-    centred = [one - one.mean(1, keepdims=True) for one in (found.logits(world.plain), -0.5 * np.array(distance).T)]
+        offset = features - features[labeled][labels == k].mean(0)
+        distance.append([row @ np.linalg.solve(covariance, row) for row in offset])
+    assert np.array_equal(lda.predict(world.plain), np.argmin(distance, axis=0))
+    # the two differ by a common factor, which spreads the logits as they were
+    both = lda.logits(world.plain), -0.5 * np.array(distance).T
+    centred = [logits - logits.mean(1, keepdims=True) for logits in both]
     factor = (centred[0] * centred[1]).sum() / (centred[1] ** 2).sum()
     np.testing.assert_allclose(centred[0], factor * centred[1], atol=1e-3)
-    before, after = (one.logits(world.plain[labeled]) for one in (biased[0], found))
+    before, after = (each.logits(world.plain[labeled]) for each in (biased[0], lda))
     assert (before - before.mean(1, keepdims=True)).std() == pytest.approx(
         (after - after.mean(1, keepdims=True)).std(), rel=1e-4
     )
 
 
 def spoiled(before):
-    """The run with its rarest classes' rows turned round."""
+    """The run with its rarest classes' weights negated."""
     head, order = before.tensors["linear"].clone(), np.argsort(before.metrics["class_counts"])
     head[order[:2]] *= -1
     return replace(before, tensors={"linear": head})
@@ -77,27 +80,27 @@ def spoiled(before):
 
 @pytest.mark.parametrize("by", ["gaussians", "lda"])
 def test_a_spoiled_head_gets_its_rare_classes_back(world, biased, by):
-    broken = [spoiled(one) for one in biased]
-    found = realign(broken, world, by=by, sampling=Sampling(per_class=64, lr=0.1), progress=False)
-    for bad, old, new in zip(broken, biased, found, strict=True):
+    broken = [spoiled(before) for before in biased]
+    after = realign(broken, world, by=by, sampling=Sampling(per_class=64, lr=0.1), progress=False)
+    for bad, old, new in zip(broken, biased, after, strict=True):
         predicted = bad.predict(world.plain[rows_of(world, old.test_ids)])
         rarest = np.argsort(old.metrics["class_counts"])[:2]
-        right = metrics.per_class_accuracy(old.test_labels, predicted, 6)[rarest].mean()
-        assert new.metrics["few"] > right + 0.3
+        accuracy = per_class_accuracy(old.test_labels, predicted, 6)[rarest].mean()
+        assert new.metrics["few"] > accuracy + 0.3
         assert new.test_ids == old.test_ids
         assert new.config == old.config
         assert new.metrics["class_counts"] == old.metrics["class_counts"]
-        right = (new.test_probabilities.argmax(1) == new.test_labels).mean()
-        assert right == pytest.approx(new.metrics["accuracy"])
+        accuracy = (new.test_probabilities.argmax(1) == new.test_labels).mean()
+        assert accuracy == pytest.approx(new.metrics["accuracy"])
 
 
 def test_kappa_is_chosen_on_validation(world, biased):
-    found = realign(biased[:1], world, by="lda", kappas=[0, 1e4])[0]
-    note = found.metrics["realigned"]
+    lda = realign(biased[:1], world, by="lda", kappas=[0, 1e4])[0]
+    note = lda.metrics["realigned"]
     assert note["val_balanced_accuracy"][f"{note['kappa']:g}"] == max(note["val_balanced_accuracy"].values())
     alone = realign(biased[:1], world, by="lda", kappas=[note["kappa"]])[0]
-    assert torch.equal(alone.tensors["realigned.weight"], found.tensors["realigned.weight"])
-    assert found.metrics["val"]["balanced_accuracy"] == pytest.approx(max(note["val_balanced_accuracy"].values()))
+    assert torch.equal(alone.tensors["realigned.weight"], lda.tensors["realigned.weight"])
+    assert lda.metrics["val"]["balanced_accuracy"] == pytest.approx(max(note["val_balanced_accuracy"].values()))
 
 
 def test_runs_together_are_runs_alone(world, biased):
@@ -107,27 +110,27 @@ def test_runs_together_are_runs_alone(world, biased):
     assert together[1].metrics == alone.metrics
 
 
-def test_without_texts_means_lean_on_each_other(biased):
+def test_without_texts_means_are_drawn_towards_their_mean(biased):
     bare = make_clusters(classes=6, dim=16, train=80, noise=2.0, text=False)
     before = fit(bare, biased[0].config, progress=False)
-    found = realign([before], bare, by="lda", kappas=[50])[0]
+    lda = realign([before], bare, by="lda", kappas=[50])[0]
     labeled = rows_of(bare, before.split["labeled"])
     features, labels = torch.from_numpy(unit(bare.plain.astype(np.float64))), torch.from_numpy(bare.labels[labeled])
-    own = class_gaussians(features[labeled], labels, 6)
-    counts = own.counts.unsqueeze(1)
-    means = (counts * own.means + 50 * own.means.mean(0)) / (counts + 50)
-    away = features.unsqueeze(1) - means  # (n, K, D)
-    distance = (away @ torch.linalg.inv(own.covariance) * away).sum(-1)
-    assert np.array_equal(found.predict(bare.plain), distance.argmin(1).numpy())
+    gaussians = class_gaussians(features[labeled], labels, 6)
+    counts = gaussians.counts.unsqueeze(1)
+    means = (counts * gaussians.means + 50 * gaussians.means.mean(0)) / (counts + 50)
+    offset = features.unsqueeze(1) - means  # (n, K, D)
+    distance = (offset @ torch.linalg.inv(gaussians.covariance) * offset).sum(-1)
+    assert np.array_equal(lda.predict(bare.plain), distance.argmin(1).numpy())
 
 
-def test_an_adapter_stays_and_is_looked_through(world):
+def test_the_head_is_realigned_behind_its_adapter(world):
     config = FitConfig(method="lightweight", n1=60, m1=20, gamma_l=30, gamma_u=1, steps=100, lr=0.1)
     before = fit(world, config, progress=False)
-    found = realign([before], world, sampling=QUICK, progress=False)[0]
-    assert torch.equal(found.tensors["adapter.up"], before.tensors["adapter.up"])
-    assert found.tensors["adapter.up"].abs().max() > 0
-    assert not torch.equal(found.tensors["linear"], before.tensors["linear"])
+    after = realign([before], world, sampling=QUICK, progress=False)[0]
+    assert torch.equal(after.tensors["adapter.up"], before.tensors["adapter.up"])
+    assert after.tensors["adapter.up"].abs().max() > 0
+    assert not torch.equal(after.tensors["linear"], before.tensors["linear"])
     lda = realign([before], world, by="lda", kappas=[0])[0]
     plain = {name: tensor for name, tensor in lda.tensors.items() if not name.startswith("adapter")}
     assert np.abs(replace(lda, tensors=plain).logits(world.plain) - lda.logits(world.plain)).max() > 1e-3
@@ -157,13 +160,55 @@ def test_wrong_values_are_refused(world, biased, options, words):
 
 
 def test_other_images_or_labels_are_refused(world, biased):
-    once = realign(biased[:1], world, by="lda", kappas=[0])
-    with pytest.raises(InputError, match="realigned already"):
-        realign(once, world, by="gaussians")
     with pytest.raises(InputError, match="use the cache it was fitted on"):
         realign(biased[:1], make_clusters(classes=6, train=5, test=1))
     with pytest.raises(InputError, match="--labels"):
         realign(biased[:1], world.with_labels(world.labels.copy()))
+
+
+@pytest.mark.parametrize("first", ["lda", "adjust"])
+@pytest.mark.parametrize("second", ["gaussians", "lda", "adjust"])
+def test_a_replaced_head_is_not_realigned_again(world, biased, first, second):
+    once = realign(biased[:1], world, by=first, kappas=[0])
+    with pytest.raises(InputError, match="realigned already; name the run that it was made from"):
+        realign(once, world, by=second)
+
+
+@pytest.mark.parametrize("second", ["lda", "adjust"])
+def test_a_trained_head_is_a_cosine_head_like_any_other(world, biased, second):
+    once = realign(biased[:1], world, kappas=[5], sampling=QUICK, progress=False)
+    twice = realign(once, world, by=second, kappas=[5])[0]
+    counts = np.array(once[0].metrics["class_counts"])
+    if second == "adjust":
+        expected = once[0].logits(world.plain) - np.log(counts / counts.sum())
+        np.testing.assert_allclose(twice.logits(world.plain), expected, atol=1e-5)
+    else:
+        # its features are those of the first run, and so is its discriminant
+        lda = realign(biased[:1], world, by="lda", kappas=[5])[0]
+        assert np.array_equal(twice.predict(world.plain), lda.predict(world.plain))
+
+
+@pytest.mark.parametrize("by", ["gaussians", "lda", "adjust"])
+@pytest.mark.parametrize("method", ["cross_entropy", "lightweight"])
+def test_a_realigned_run_has_one_head(world, tmp_path, method, by):
+    """Prediction, evaluation, adaptation that learns nothing, export and the saved run agree."""
+    config = FitConfig(method=method, n1=60, m1=20, gamma_l=30, gamma_u=1, steps=60, lr=0.1)
+    before = fit(world, config, progress=False)
+    after = realign([before], world, by=by, sampling=QUICK, progress=False)[0]
+    logits = after.logits(world.plain)
+    assert np.abs(logits - before.logits(world.plain)).max() > 0.1
+
+    stream = adapt(after, world, Adaptation(by="none"), progress=False)
+    np.testing.assert_allclose(stream.logits, logits, atol=2e-4)
+    np.testing.assert_allclose(stream.before, logits, atol=2e-4)
+    loaded = Run.load(after.save(tmp_path / "run"))
+    np.testing.assert_array_equal(loaded.logits(world.plain), logits)
+    probabilities = after.predict_proba(world.plain)
+    for to in ("safetensors", "onnx"):
+        exported = load(export(after, tmp_path / to, to=to))
+        np.testing.assert_allclose(exported.predict_proba(world.plain), probabilities, atol=1e-4)
+    test = rows_of(world, after.test_ids)
+    assert (logits[test].argmax(1) == after.test_labels).mean() == pytest.approx(after.metrics["accuracy"])
 
 
 @pytest.fixture(scope="module")
@@ -186,18 +231,17 @@ def test_the_command_writes_runs_that_others_read(on_disk, tmp_path, by):
     out = tmp_path / "aligned"
     done = run("realign", on_disk / "run", "--out", out, "--by", by, "--json")
     assert done.exit_code == 0, done.output
-    told = json.loads(done.stdout)
-    assert told[by]["accuracy"]["n"] == told["before"]["accuracy"]["n"] == 2
+    means = json.loads(done.stdout)
+    assert means[by]["accuracy"]["n"] == means["before"]["accuracy"]["n"] == 2
     fitted = Run.load(out / "seed-1")
     assert fitted.metrics["realigned"]["by"] == by
-    figures = evaluate(fitted)
-    assert figures["accuracy"] == pytest.approx(fitted.metrics["accuracy"])
-    predicted = run("predict", out / "seed-1", on_disk / "images" / "test", "--out", tmp_path / "found.csv")
+    assert evaluate(fitted)["accuracy"] == pytest.approx(fitted.metrics["accuracy"])
+    predicted = run("predict", out / "seed-1", on_disk / "images" / "test", "--out", tmp_path / "predictions.csv")
     assert predicted.exit_code == 0, predicted.output
     exported = run("export", out / "seed-0", tmp_path / "graph", "--to", "torchscript")
     assert exported.exit_code == 0, exported.output
-    scored = torch.jit.load(str(tmp_path / "graph" / "model.ts"))(torch.eye(8))
-    np.testing.assert_allclose(scored, Run.load(out / "seed-0").predict_proba(np.eye(8)), atol=1e-6)
+    probabilities = torch.jit.load(str(tmp_path / "graph" / "model.ts"))(torch.eye(8))
+    np.testing.assert_allclose(probabilities, Run.load(out / "seed-0").predict_proba(np.eye(8)), atol=1e-6)
 
 
 def test_a_report_tells_the_runs_apart(on_disk, tmp_path):
@@ -208,10 +252,10 @@ def test_a_report_tells_the_runs_apart(on_disk, tmp_path):
 
 
 def test_bad_input_at_the_command(on_disk, tmp_path):
-    whole = (on_disk / "run" / "seed-0", "--out", tmp_path / "x")
-    assert "kappa is numbers separated by commas" in refused("realign", *whole, "--kappa", "five")
-    assert "by must be one of" in refused("realign", *whole, "--by", "magic")
-    assert "is gone or no cache" in refused("realign", *whole, "--cache", tmp_path / "none")
+    arguments = (on_disk / "run" / "seed-0", "--out", tmp_path / "x")
+    assert "kappa is numbers separated by commas" in refused("realign", *arguments, "--kappa", "five")
+    assert "'magic' is not one of 'gaussians', 'lda', 'adjust'" in usage_error("realign", *arguments, "--by", "magic")
+    assert "is gone or no cache" in refused("realign", *arguments, "--cache", tmp_path / "none")
     assert "is no run" in refused("realign", tmp_path / "none", "--out", tmp_path / "x")
     assert "exists and is no run" in refused("realign", on_disk / "run" / "seed-0", "--out", on_disk / "images")
     assert not (tmp_path / "x").exists()

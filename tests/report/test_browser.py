@@ -18,10 +18,10 @@ from ulfine_fast.report import build_report
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")
 
-# A headless window is at least 500 wide, so the page stands in a frame of the width asked for. The frame is of the same
+# A headless window is at least 500 wide, so the page is put into a frame of the required width. The frame has the same
 # origin (srcdoc), its own policy stays in force, and the script around it only measures.
 MEASURE = """<!DOCTYPE html><meta charset="utf-8">
-<iframe id="page" style="width:{width}px;height:900px;border:0" srcdoc="{page}"></iframe><pre id="found"></pre>
+<iframe id="page" style="width:{width}px;height:900px;border:0" srcdoc="{page}"></iframe><pre id="measured"></pre>
 <script>
 addEventListener("load", () => {{
   const inner = document.getElementById("page").contentDocument, root = inner.documentElement;
@@ -31,7 +31,7 @@ addEventListener("load", () => {{
   const blank = [...inner.images].filter(image => !image.complete || !image.naturalWidth).length;
   const focusable = [...inner.querySelectorAll("a[href], summary, [tabindex='0']")];
   const unfocused = focusable.filter(e => (e.focus(), inner.activeElement !== e && e.checkVisibility())).length;
-  document.getElementById("found").textContent = JSON.stringify({{
+  document.getElementById("measured").textContent = JSON.stringify({{
     scroll: root.scrollWidth, client: root.clientWidth, wide, blank, focusable: focusable.length, unfocused,
     asked: asked.map(one => one.name).filter(name => !name.startsWith("data:")),
     paper: getComputedStyle(root).backgroundColor, ink: getComputedStyle(inner.body).color}});
@@ -50,15 +50,15 @@ def measured(page: Path, width: int, scheme: str, scratch: Path) -> tuple[dict[s
         f"--blink-settings=preferredColorScheme={0 if scheme == 'dark' else 1}", "--dump-dom", frame.as_uri(),
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
-    found = re.search(r'<pre id="found">(.*?)</pre>', done.stdout, re.S)
-    assert found, done.stderr
-    assert found.group(1), done.stderr
+    match = re.search(r'<pre id="measured">(.*?)</pre>', done.stdout, re.S)
+    assert match, done.stderr
+    assert match.group(1), done.stderr
     console = "\n".join(line for line in done.stderr.splitlines() if "CONSOLE" in line)
-    return json.loads(html.unescape(found.group(1))), console
+    return json.loads(html.unescape(match.group(1))), console
 
 
 def hostile_run(folder: Path) -> Path:
-    """Names without a place to break, the widest thing a page can get."""
+    """Names without a space to break at, the widest content a page can get."""
     names = ("<script>alert(1)</script>", "W" * 120, "ein sehr langer Name mit vielen Wörtern darin", *"abcdefg")
     config = {"shape": "x" * 200, "y" * 90: "z" * 90}
     return write_run(folder, RunSpec(names=names, rows=120, ids="<script>/{:0>150}".format, config=config))
@@ -75,15 +75,15 @@ def test_the_page_fits_its_window(tmp_path: Path, kind: str, width: int) -> None
     else:
         hostile_run(runs)
     page = build_report([runs], tmp_path / "page.html", images=stripes)
-    found, console = measured(page, width, "light", tmp_path)
-    assert found["client"] in range(width - 20, width + 1)
-    assert found["wide"] == []
-    assert found["scroll"] <= found["client"]
-    assert found["blank"] == 0
-    assert found["asked"] == []
+    numbers, console = measured(page, width, "light", tmp_path)
+    assert numbers["client"] in range(width - 20, width + 1)
+    assert numbers["wide"] == []
+    assert numbers["scroll"] <= numbers["client"]
+    assert numbers["blank"] == 0
+    assert numbers["asked"] == []
     assert console == ""
-    assert found["focusable"] > 10
-    assert found["unfocused"] == 0
+    assert numbers["focusable"] > 10
+    assert numbers["unfocused"] == 0
 
 
 def test_the_measure_sees_what_it_looks_for(tmp_path: Path) -> None:
@@ -91,10 +91,10 @@ def test_the_measure_sees_what_it_looks_for(tmp_path: Path) -> None:
     page = build_report([write_run(tmp_path / "run", RunSpec(rows=60))], tmp_path / "page.html")
     bad = '<main><div class="bad" style="width:900px">x</div><img src="http://127.0.0.1:9/x.png"><script>1</script>'
     page.write_text(page.read_text(encoding="utf-8").replace("<main", f"{bad}<main", 1), encoding="utf-8")
-    found, console = measured(page, 360, "light", tmp_path)
-    assert "DIV.bad" in found["wide"]
-    assert found["scroll"] > found["client"]
-    assert found["blank"] == 1
+    numbers, console = measured(page, 360, "light", tmp_path)
+    assert "DIV.bad" in numbers["wide"]
+    assert numbers["scroll"] > numbers["client"]
+    assert numbers["blank"] == 1
     assert console.count("Content Security Policy") >= 2, "the image and the script were both refused"
 
 

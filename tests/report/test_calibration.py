@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from tests.report.writer import slow_ece, softmax
-from ulfine_fast.report.calibration import pooled
+from ulfine_fast.report.calibration import pooled_reliability
 from ulfine_fast.runs.files import Predictions, load_run
 
 
@@ -20,8 +20,8 @@ def rows_of(logits: np.ndarray, labels: np.ndarray) -> Predictions:
 def test_both_errors_are_those_the_run_wrote(single: Path) -> None:
     written = json.loads((single / "metrics.json").read_text())
     rows = load_run(single).predictions()
-    assert pooled([rows]).ece == pytest.approx(written["ece_temperature_scaled"], abs=1e-6)
-    assert pooled([rows], [written["temperature"]]).ece == pytest.approx(written["ece"], abs=1e-5)
+    assert pooled_reliability([rows]).ece == pytest.approx(written["ece_temperature_scaled"], abs=1e-6)
+    assert pooled_reliability([rows], [written["temperature"]]).ece == pytest.approx(written["ece"], abs=1e-5)
 
 
 def test_several_runs_are_taken_together_without_unknown_labels() -> None:
@@ -29,7 +29,7 @@ def test_several_runs_are_taken_together_without_unknown_labels() -> None:
     labels = np.arange(30) % 4
     labels[:10] = -1
     rows = rows_of(logits, labels)
-    bins = pooled([rows, rows])
+    bins = pooled_reliability([rows, rows])
     assert bins.count.sum() == 40
     known = labels >= 0
     wanted = slow_ece(rows.confidence[known].tolist(), (rows.predicted == labels)[known].tolist())

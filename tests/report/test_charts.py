@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from markupsafe import Markup
 
-from ulfine_fast.report.calibration import reliability
+from ulfine_fast.metrics.calibration import reliability
 from ulfine_fast.report.charts import Series, binned, class_chart, legend_mark, line_chart, reliability_chart
 from ulfine_fast.report.svg import Frame, clip, line, marker, number_ticks, spread, tag
 

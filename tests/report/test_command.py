@@ -40,7 +40,7 @@ def test_without_images_it_goes_on_and_says_so(tmp_path: Path) -> None:
     code, out, err = run(folder, "--out", tmp_path / "page.html")
     assert code == 0
     assert out.startswith("report: ")
-    assert err == f"no images in the page: the cache {tmp_path / 'gone'} is gone; name their place with --images\n"
+    assert err == f"no images in the page: the cache {tmp_path / 'gone'} is gone; name their location with --images\n"
 
 
 def test_images_can_be_named(tmp_path: Path) -> None:

@@ -40,9 +40,9 @@ def test_ties_are_broken_by_id() -> None:
 def test_a_class_is_spread_from_most_to_least_confident() -> None:
     confidence = [i / 10 for i in range(9)]
     table = rows([1] * 9, [1] * 9, confidence)
-    assert [table.confidence[i] for i in gallery.of_class(table, 1, 3)] == [0.8, 0.4, 0.0]
-    assert len(gallery.of_class(table, 1, 20)) == 9
-    assert len(gallery.of_class(table, 0, 3)) == 0
+    assert [table.confidence[i] for i in gallery.rows_of_class(table, 1, 3)] == [0.8, 0.4, 0.0]
+    assert len(gallery.rows_of_class(table, 1, 20)) == 9
+    assert len(gallery.rows_of_class(table, 0, 3)) == 0
 
 
 def test_a_large_image_becomes_a_small_jpeg() -> None:
@@ -65,7 +65,7 @@ def test_metadata_does_not_follow_into_the_page() -> None:
     exif = Image.Exif()
     exif[0x010F] = "secret camera"
     buffer = io.BytesIO()
-    image.save(buffer, "JPEG", exif=exif, comment=b"secret place")
+    image.save(buffer, "JPEG", exif=exif, comment=b"secret location")
     uri, _ = gallery.thumbnail(Image.open(buffer))
     data = base64.b64decode(uri.split(",", 1)[1])
     assert b"secret" in buffer.getvalue()
@@ -73,26 +73,29 @@ def test_metadata_does_not_follow_into_the_page() -> None:
     assert not opened(uri).getexif()
 
 
-def test_a_image_that_is_gone_leaves_its_caption() -> None:
+def test_an_image_that_is_missing_leaves_its_caption() -> None:
     def read(row_id: str) -> Image.Image:
         raise {"r0": KeyError("r0"), "r1": OSError("gone"), "r2": ValueError("bad")}[row_id]
 
-    shots = gallery.take(rows([0, 1, 0], [0, 1, 1], [0.5, 0.6, 0.7]), np.arange(3), read)
+    shots = gallery.load_shots(rows([0, 1, 0], [0, 1, 1], [0.5, 0.6, 0.7]), np.arange(3), read)
     assert [shot.image for shot in shots] == [None, None, None]
-    assert gallery.unread(shots) == 3
     assert (shots[2].id, shots[2].true, shots[2].predicted, shots[2].confidence) == ("r2", 0, 1, 0.7)
 
 
-def test_an_error_of_ours_is_not_hidden() -> None:
+def test_an_unexpected_error_is_not_hidden() -> None:
     def read(row_id: str) -> Image.Image:
         raise TypeError(row_id)
 
     with pytest.raises(TypeError):
-        gallery.take(rows([0], [0], [0.5]), np.arange(1), read)
+        gallery.load_shots(rows([0], [0], [0.5]), np.arange(1), read)
 
 
-def test_a_image_file_closes_into_the_page(tmp_path: Path) -> None:
+def test_an_image_file_is_read_into_the_page(tmp_path: Path) -> None:
     Image.new("RGB", (40, 20), "blue").save(tmp_path / "r0.png")
-    shots = gallery.take(rows([0], [0], [0.5]), np.arange(1), lambda row_id: Image.open(tmp_path / f"{row_id}.png"))
+
+    def read(row_id: str) -> Image.Image:
+        return Image.open(tmp_path / f"{row_id}.png")
+
+    shots = gallery.load_shots(rows([0], [0], [0.5]), np.arange(1), read)
     assert shots[0].image is not None
     assert opened(shots[0].image).getpixel((3, 3)) == (0, 0, 255)

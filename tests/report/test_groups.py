@@ -11,8 +11,8 @@ import pytest
 from tests.report.writer import RunSpec, edit_json, write_run, write_study
 from ulfine_fast.report.groups import (
     best_by_validation,
-    charted,
     group_runs,
+    groups_to_chart,
     nan_mean,
     paired_difference,
     rank_order,
@@ -78,7 +78,7 @@ def test_charts_take_the_best_of_every_method_first(tmp_path: Path) -> None:
     run = write_run(tmp_path / "zero", RunSpec(method="zero_shot", rows=40))
     edit_json(run / "metrics.json", val={"balanced_accuracy": 0.1})
     groups, _ = group_runs(load_runs([tmp_path]))
-    chosen = charted(groups, 4)
+    chosen = groups_to_chart(groups, 4)
     assert [group.label for group in chosen] == [
         "ulfine #1 (mu=0.0)", "ulfine #2 (mu=0.01)", "ulfine #3 (mu=0.02)", "zero shot",
     ]  # fmt: skip
@@ -86,21 +86,21 @@ def test_charts_take_the_best_of_every_method_first(tmp_path: Path) -> None:
 
 def test_pairs_need_the_same_seed_and_split(study: Path) -> None:
     groups, _ = group_runs(load_runs([study]))
-    by = {group.method: group for group in groups}
-    found = paired_difference(by["ulfine"], by["zero_shot"], "accuracy")
+    by_method = {group.method: group for group in groups}
+    difference = paired_difference(by_method["ulfine"], by_method["zero_shot"], "accuracy")
     values = [
         json.loads((study / "ulfine" / f"seed-{s}" / "metrics.json").read_text())["accuracy"]
         - json.loads((study / "zero_shot" / f"seed-{s}" / "metrics.json").read_text())["accuracy"]
         for s in range(5)
     ]
-    assert found is not None
-    assert found.mean == pytest.approx(np.mean(values))
+    assert difference is not None
+    assert difference.mean == pytest.approx(np.mean(values))
     # t with 4 degrees of freedom at 0.975 is 2.776445
-    assert found.half == pytest.approx(2.776445 * np.std(values, ddof=1) / math.sqrt(5), rel=1e-6)
+    assert difference.half == pytest.approx(2.776445 * np.std(values, ddof=1) / math.sqrt(5), rel=1e-6)
     edit_json(study / "zero_shot" / "seed-3" / "split.json", labeled=["another"])
     groups, _ = group_runs(load_runs([study]))
-    by = {group.method: group for group in groups}
-    fewer = paired_difference(by["ulfine"], by["zero_shot"], "accuracy")
+    by_method = {group.method: group for group in groups}
+    fewer = paired_difference(by_method["ulfine"], by_method["zero_shot"], "accuracy")
     assert fewer is not None
     assert fewer.n == 4
 

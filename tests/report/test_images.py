@@ -83,20 +83,20 @@ def test_a_run_without_a_cache(tmp_path: Path) -> None:
     assert find_images([run]) == (None, "the run was made from features in memory, without a cache")
 
 
-def test_a_cut_manifest_gives_the_reason(tmp_path: Path) -> None:
+def test_a_truncated_manifest_gives_the_reason(tmp_path: Path) -> None:
     cache = write_cache(tmp_path / "cache", draw_folder(tmp_path / "images"))
     (cache / "manifest.json").write_text('{"source": ')
     _, reason = find_images([load_run(run_of(tmp_path / "run", cache))])
-    assert reason.endswith("manifest.json is cut or not a cache's manifest")
+    assert reason.endswith("manifest.json is truncated or not a cache's manifest")
 
 
-def test_a_place_that_is_named_wins(tmp_path: Path) -> None:
+def test_a_named_location_wins(tmp_path: Path) -> None:
     read, _ = find_images([load_run(run_of(tmp_path / "run", None))], str(draw_folder(tmp_path / "images")))
     assert read is not None
     assert read("class1/1.png").size == (12, 8)
 
 
-def test_a_place_that_is_not_there_is_an_error(tmp_path: Path) -> None:
+def test_a_missing_location_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="nowhere"):
         find_images([load_run(run_of(tmp_path / "run", None))], str(tmp_path / "nowhere"))
 
@@ -122,8 +122,8 @@ def test_images_of_tar_files_are_found_by_opening_their_own_alone(tmp_path: Path
     monkeypatch.setattr(TarSource, "open", lambda self, part: (opened.append(part.name), real(self, part))[1])
     cache = tmp_path / "cache"
     cache.mkdir()
-    told = {"format": "ulfine-fast-cache", "version": 2, "source": source.describe()}
-    (cache / "manifest.json").write_text(json.dumps(told))
+    manifest = {"format": "ulfine-fast-cache", "version": 2, "source": source.describe()}
+    (cache / "manifest.json").write_text(json.dumps(manifest))
     read, _ = find_images([load_run(run_of(tmp_path / "run", cache))])
     assert read is not None
     assert read("class1/1").getpixel((0, 0)) == (0, 128, 0)

@@ -1,4 +1,4 @@
-"""What one byte a number costs: the very heads of a run, on features that went through an int8 cache's rounding."""
+"""What int8 features cost: the heads of a run on features rounded as an int8 cache rounds them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ulfine_fast.cache.sources import open_source
 from ulfine_fast.cache.store import FeatureCache
 from ulfine_fast.metrics.classification import softmax
 from ulfine_fast.report.groups import group_runs
-from ulfine_fast.report.one_byte import Cost, cost_section, rounder
+from ulfine_fast.report.one_byte import RoundingCost, one_byte_section, rounder
 from ulfine_fast.report.page import render_page
 from ulfine_fast.runs.files import load_run
 from ulfine_fast.runs.seeds import save_runs
@@ -47,22 +47,22 @@ def test_the_same_heads_see_rounded_features(fitted):
     cache, run = fitted
     cost = rounder()(run)
     loaded = Run.load(run.path)
-    number = {name: row for row, name in enumerate(cache.ids)}
-    rows = cache.plain[[number[name] for name in loaded.test_ids]]
-    for found, features in ((cost.stored, rows), (cost.rounded, by_hand(rows))):
+    row_of = {name: row for row, name in enumerate(cache.ids)}
+    rows = cache.plain[[row_of[name] for name in loaded.test_ids]]
+    for metrics, features in ((cost.stored, rows), (cost.rounded, by_hand(rows))):
         logits = loaded.logits(features)
-        assert found["accuracy"] == (logits.argmax(1) == loaded.test_labels).mean()
-        confidence, right = softmax(logits).max(1), logits.argmax(1) == loaded.test_labels
-        place = np.ceil(confidence * 15)
-        gaps = [abs(right[place == b].mean() - confidence[place == b].mean()) * (place == b).mean() for b in set(place)]
-        assert found["ece"] == pytest.approx(sum(gaps), abs=1e-6)
+        assert metrics["accuracy"] == (logits.argmax(1) == loaded.test_labels).mean()
+        confidence, correct = softmax(logits).max(1), logits.argmax(1) == loaded.test_labels
+        bins = np.ceil(confidence * 15)
+        gaps = [abs(correct[bins == b].mean() - confidence[bins == b].mean()) * (bins == b).mean() for b in set(bins)]
+        assert metrics["ece"] == pytest.approx(sum(gaps), abs=1e-6)
     assert cost.stored["accuracy"] == pytest.approx(run.number("accuracy"))
     assert cost.stored["ece"] != cost.rounded["ece"]
 
 
-def test_the_page_has_a_row_where_the_cache_is_at_hand(fitted, tmp_path):
+def test_the_page_has_a_row_where_the_cache_is_available(fitted, tmp_path):
     _, run = fitted
-    text = render_page([run], rounded=rounder())
+    text = render_page([run], rounding_cost=rounder())
     assert 'id="storage"' in text
     assert 'href="#storage"' in text
     assert 'id="storage"' not in render_page([run])
@@ -85,9 +85,9 @@ def test_differences_are_points_with_an_interval_over_seeds(tmp_path):
     runs = [load_run(write_run(tmp_path / str(seed), RunSpec(seed=seed))) for seed in (0, 1)]
     names = ("accuracy", "balanced_accuracy", "few", "ece", "ece_temperature_scaled")
     stored = dict.fromkeys(names, 0.5) | {"few": math.nan}
-    costs = {0: Cost(stored, dict.fromkeys(names, 0.49)), 1: Cost(stored, dict.fromkeys(names, 0.50))}
-    (row,) = cost_section(group_runs(runs)[0], lambda run: costs[run.seed])
+    costs = {0: RoundingCost(stored, dict.fromkeys(names, 0.49)), 1: RoundingCost(stored, dict.fromkeys(names, 0.50))}
+    (row,) = one_byte_section(group_runs(runs)[0], lambda run: costs[run.seed])
     # two seeds: t(1) = 12.706, standard error 0.5 points
-    assert row["figures"][0] == ("-0.50", "6.35")
-    assert row["figures"][2] == ("–", "")
-    assert cost_section(group_runs(runs)[0], lambda run: None) == []
+    assert row["metrics"][0] == ("-0.50", "6.35")
+    assert row["metrics"][2] == ("–", "")
+    assert one_byte_section(group_runs(runs)[0], lambda run: None) == []

@@ -56,7 +56,7 @@ def test_the_table_holds_mean_and_interval(study: Path, method: str, title: str,
     assert cells["seeds"] == "5"
 
 
-def test_seconds_are_not_percent_and_raw_ece_stands_beside(study: Path) -> None:
+def test_seconds_are_not_percent_and_raw_ece_is_beside(study: Path) -> None:
     cells = row_of(PageTables(page(study)), "ulfine")
     runs = [study / "ulfine" / f"seed-{seed}" for seed in range(5)]
     assert cells["seconds"] == by_hand([metric(run, "seconds") for run in runs], scale=1.0)
@@ -66,8 +66,8 @@ def test_seconds_are_not_percent_and_raw_ece_stands_beside(study: Path) -> None:
 
 
 def test_the_best_of_a_column_is_marked_in_words(tmp_path: Path) -> None:
-    figures = {"zero_shot": (0.50, 0.02), "linear_probe": (0.70, 0.09), "ulfine": (0.70, 0.05)}
-    for method, (accuracy, ece) in figures.items():
+    values = {"zero_shot": (0.50, 0.02), "linear_probe": (0.70, 0.09), "ulfine": (0.70, 0.05)}
+    for method, (accuracy, ece) in values.items():
         run = write_run(tmp_path / "runs" / method, RunSpec(method=method, rows=40))
         edit_json(run / "metrics.json", accuracy=accuracy, ece_temperature_scaled=ece, worst_class=0.3)
     tables = PageTables(page(tmp_path / "runs"))
@@ -86,12 +86,12 @@ def test_zero_shot_has_dashes_for_pseudo_labels(study: Path) -> None:
     assert "Without pseudo-labels: zero shot." in text
 
 
-def test_a_method_without_steps_is_judged_at_the_end(study: Path) -> None:
+def test_a_method_without_steps_is_measured_at_the_end(study: Path) -> None:
     for seed in range(5):
         file = study / "zero_shot" / f"seed-{seed}" / "metrics.json"
         edit_json(file, pseudo_label_rate=0.9, pseudo_label_precision=0.5 + seed / 100)
     text = page(study)
-    assert "Judged at the end only, since it takes no steps: zero shot." in text
+    assert "Measured at the end only, without optimisation steps: zero shot." in text
     assert "Without pseudo-labels" not in text
     assert row_of(PageTables(text), "zero shot")["pseudo-label precision"] == by_hand([0.5 + s / 100 for s in range(5)])
 
@@ -100,7 +100,7 @@ def test_only_zero_shot(tmp_path: Path) -> None:
     run = write_run(tmp_path / "zero", RunSpec(method="zero_shot"))
     (run / "history.csv").unlink()
     text = page(run)
-    assert "None of these methods draws pseudo-labels: zero shot." in text
+    assert "None of these methods assigns pseudo-labels: zero shot." in text
     assert "pseudo-label precision" not in PageTables(text).tables[0][0]
 
 
@@ -110,24 +110,24 @@ def test_sections_follow_the_best_by_validation_not_by_test(study: Path) -> None
     text = page(study)
     assert "By validation balanced accuracy the best setting is <b>linear probe</b>" in text
     assert text.count("Shown for <b>linear probe</b>") == 2, "calibration and confusion; no images here"
-    assert "not chosen by test figures" in text
-    assert "on 20 validation rows a run" in text
+    assert "not chosen by test metrics" in text
+    assert "on 20 validation rows per run" in text
 
 
-def test_the_page_says_whom_validation_does_not_tell_from_the_best(study: Path) -> None:
+def test_the_page_names_settings_that_validation_cannot_distinguish_from_the_best(study: Path) -> None:
     for seed in range(5):
         for method, score in {"linear_probe": 0.90, "ulfine": 0.88 + 0.02 * (seed % 2), "lightweight": 0.5}.items():
             edit_json(study / method / f"seed-{seed}" / "metrics.json", val={"balanced_accuracy": score})
         edit_json(study / "zero_shot" / f"seed-{seed}" / "metrics.json", val={"balanced_accuracy": 0.2})
     text = page(study)
     # 0.02, 0, 0.02, 0, 0.02: mean 0.012, half width 2.776 * 0.01095 / sqrt(5) = 0.0136
-    assert "validation does not tell it from ulfine." in text
+    assert "validation cannot distinguish it from ulfine." in text
 
 
 def test_clear_winners_have_no_rivals(study: Path) -> None:
     for seed in range(5):
         edit_json(study / "ulfine" / f"seed-{seed}" / "metrics.json", val={"balanced_accuracy": 0.99})
-    assert "does not tell it from" not in page(study)
+    assert "cannot distinguish it from" not in page(study)
 
 
 def test_the_note_on_the_test_split(study: Path) -> None:
@@ -168,7 +168,7 @@ def test_classes_of_a_single_run_are_named_and_ordered_by_count(single: Path) ->
     assert class_rows(text) == [
         [names[k], str(metrics["class_counts"][k]), f"{100 * metrics['per_class_accuracy'][k]:.1f}"] for k in order
     ]
-    assert "each place is one class" in text
+    assert "each position is one class" in text
 
 
 def test_permuted_classes_are_averaged_by_rank(tmp_path: Path) -> None:
@@ -179,7 +179,7 @@ def test_permuted_classes_are_averaged_by_rank(tmp_path: Path) -> None:
         run = write_run(root / f"seed-{seed}", RunSpec(seed=seed, classes=3, rows=30))
         edit_json(run / "metrics.json", class_counts=counts[seed], per_class_accuracy=accuracy[seed])
     text = page(root)
-    assert "a rank is another class in every seed" in text
+    assert "a rank is a different class in every seed" in text
     chart = ET.fromstring(re.search(r'<div class="wide">(<svg.*?</svg>)</div>', text, re.S).group(1))
     tips = [node.find("title").text for node in chart.iter("circle")]
     # rank 1: 0.9 and 0.7; rank 2: 0.6 and 0.5; rank 3: 0.2 and 0.4
@@ -219,8 +219,8 @@ def test_150_classes_show_confused_pairs(tmp_path: Path) -> None:
     text = page(tmp_path / "runs")
     pairs = next(table for table in PageTables(text).tables if table[0][0] == "true class")
     assert len(pairs) == 31
-    shares = [float(row[2]) for row in pairs[1:]]
-    assert shares == sorted(shares, reverse=True)
+    percents = [float(row[2]) for row in pairs[1:]]
+    assert percents == sorted(percents, reverse=True)
     assert "the mean of 5 neighbouring ranks" in text
     assert len(class_rows(text)) == 150
     assert 'class="matrix"' not in text
@@ -253,7 +253,7 @@ def test_a_sweep_says_which_settings_are_charted(tmp_path: Path) -> None:
     assert differing[1] == ["mu", *(str(i / 10) for i in range(8))]
 
 
-def test_runs_that_stand_twice_are_named(tmp_path: Path) -> None:
+def test_repeated_runs_are_named(tmp_path: Path) -> None:
     for name in ("a", "b"):
         write_run(tmp_path / "runs" / name, RunSpec(rows=60))
     text = page(tmp_path / "runs")
@@ -374,8 +374,8 @@ def test_images_show_names_confidence_and_id(single: Path) -> None:
 def test_tail_classes_are_those_with_the_fewest_labels(single: Path) -> None:
     text = page(single, images=stripes)
     counts = json.loads((single / "metrics.json").read_text())["class_counts"]
-    found = [int(n) for n in re.findall(r"Tail class: .*? \((\d+) labelled\)", text)]
-    assert found == sorted(counts)[:3]
+    labelled = [int(n) for n in re.findall(r"Tail class: .*? \((\d+) labelled\)", text)]
+    assert labelled == sorted(counts)[:3]
 
 
 def test_without_images_the_page_says_how_to_get_them(single: Path) -> None:
@@ -412,7 +412,7 @@ def test_settings_say_what_was_run(study: Path) -> None:
     assert str(study / "ulfine" / "seed-3") in text
 
 
-def test_a_title_of_ones_own(single: Path) -> None:
+def test_a_title_can_be_given(single: Path) -> None:
     assert PageTables(page(single, title="My run")).headings[0] == (1, "My run")
     assert PageTables(page(single)).headings[0] == (1, "ulfine, 1 seed, 10 classes")
 
@@ -430,7 +430,7 @@ def test_a_folder_that_cannot_be_written(single: Path, tmp_path: Path) -> None:
         build_report([single], locked / "page.html")
 
 
-def test_a_file_in_the_place_of_a_folder(single: Path, tmp_path: Path) -> None:
+def test_a_file_instead_of_a_folder(single: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="cannot write"):
         build_report([single], tmp_path / "file" / "page.html")
@@ -456,8 +456,8 @@ def test_the_methods_of_the_writer_are_those_on_the_page(study: Path) -> None:
     assert names == {method.replace("_", " ") for method in METHODS}
 
 
-def test_leakage_stands_above_the_figures(single: Path) -> None:
+def test_leakage_is_above_the_results(single: Path) -> None:
     text = page(single, leakage=["3 images of <b>test</b> were trained on"])
-    place = text.index("Leakage: <bdi>3 images of &lt;b&gt;test&lt;/b&gt; were trained on</bdi>.")
-    assert place < text.index('id="results"')
+    position = text.index("Leakage: <bdi>3 images of &lt;b&gt;test&lt;/b&gt; were trained on</bdi>.")
+    assert position < text.index('id="results"')
     assert "Leakage" not in page(single)

@@ -1,4 +1,4 @@
-"""Tables that sort by their heads, in a browser: by mouse and by keyboard, and as they were without a script."""
+"""Tables that sort by their headings, in a browser: by mouse and by keyboard, and unchanged without a script."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ def page(browser, study: Path, tmp_path: Path):
 
 
 def column(page, number):
-    """Figures of a column of the first table, from top to bottom."""
+    """Numbers of a column of the first table, from top to bottom."""
     cells = page.locator(f"table.headline tbody tr td:nth-child({number}) .value").all_inner_texts()
     return [float(cell) for cell in cells]
 
 
-def test_figures_sort_both_ways_and_back(page):
+def test_numbers_sort_both_ways_and_back(page):
     written, head = column(page, 3), page.locator("table.headline thead th").nth(2)
     button = head.locator("button")
     button.click()
@@ -61,7 +61,7 @@ def test_names_sort_by_the_keyboard(page):
     assert head.get_attribute("aria-sort") == "ascending"
 
 
-def test_without_a_script_the_page_stands(browser, study: Path, tmp_path: Path):
+def test_without_a_script_the_tables_keep_their_order(browser, study: Path, tmp_path: Path):
     address = build_report([study], tmp_path / "page.html").resolve().as_uri()
     context = browser.new_context(java_script_enabled=False)
     page = context.new_page()

@@ -14,7 +14,7 @@ from tests.cli.test_bad_input import run as command
 from tests.report.writer import write_run
 from ulfine_fast import build_report, sweep
 from ulfine_fast.cache.io.errors import InputError
-from ulfine_fast.report.charts import share_bars
+from ulfine_fast.report.charts import bar_chart
 from ulfine_fast.report.sweeps import find_sweeps, sweeps_section
 
 SPACE = {
@@ -37,19 +37,19 @@ def swept(clusters, tmp_path_factory):
 
 def test_the_section_says_what_the_sweep_wrote(swept: Path):
     [section] = sweeps_section(find_sweeps([swept]))
-    board = (swept / "leaderboard.csv").read_text().splitlines()
-    assert [row["rank"] for row in section["rows"]] == [str(i + 1) for i in range(len(board) - 1)]
-    first = dict(zip(board[0].split(","), board[1].split(","), strict=True))
+    leaderboard = (swept / "leaderboard.csv").read_text().splitlines()
+    assert [row["rank"] for row in section["rows"]] == [str(i + 1) for i in range(len(leaderboard) - 1)]
+    first = dict(zip(leaderboard[0].split(","), leaderboard[1].split(","), strict=True))
     metric = section["metrics"][0]
-    assert section["rows"][0]["figures"][0][0] == f"{float(first[metric]):.4f}"
+    assert section["rows"][0]["metrics"][0][0] == f"{float(first[metric]):.4f}"
     assert section["settings"] == [("method", False), ("lr", True)]
     assert section["rows"][0]["settings"] == [first["method"], f"{float(first['lr']):.4g}"]
     assert section["counts"] == "12 complete"
     importance = json.loads((swept / "importance.json").read_text())
-    assert len(section["charts"]) == len([shares for shares in importance.values() if shares])
+    assert len(section["charts"]) == len([fractions for fractions in importance.values() if fractions])
 
 
-def test_a_page_about_a_sweep_has_its_runs_and_its_board(swept: Path, tmp_path: Path):
+def test_a_page_about_a_sweep_has_its_runs_and_its_leaderboard(swept: Path, tmp_path: Path):
     done = command("report", swept, "--out", tmp_path / "page.html")
     assert done.exit_code == 0, done.output
     text = (tmp_path / "page.html").read_text()
@@ -77,17 +77,18 @@ def test_half_a_sweep_is_refused(swept: Path, tmp_path: Path, broken: str):
         find_sweeps([folder])
 
 
-def test_a_forecast_is_a_line_under_the_board(swept: Path, tmp_path: Path):
+def test_a_forecast_is_a_line_under_the_leaderboard(swept: Path, tmp_path: Path):
     folder = tmp_path / "sweep"
     shutil.copytree(swept, folder)
-    assert sweeps_section(find_sweeps([folder]))[0]["forecast"] is None
-    told: dict[str, Any] = {"trial": 3, "over": "labels", "metric": "few", "curve": None, "forecast": None}
-    (folder / "forecast.json").write_text(json.dumps({**told, "refused": "<i>too few"}))
+    assert sweeps_section(find_sweeps([folder]))[0]["notes"] == []
+    content: dict[str, Any] = {"trial": 3, "over": "labels", "metric": "few", "curve": None, "forecast": None}
+    (folder / "forecast.json").write_text(json.dumps({**content, "refused": "<i>too few"}))
     text = build_report([folder], tmp_path / "page.html").read_text()
     assert "Forecast of trial 3 over labels: refused, &lt;i&gt;too few." in text
-    found = {"target": 80.0, "figures": {"flp": {"value": 0.81, "low": 0.7, "high": 0.9}}}
-    (folder / "forecast.json").write_text(json.dumps({**told, "curve": {"budgets": [20.0, 40.0]}, "forecast": found}))
-    line = sweeps_section(find_sweeps([folder]))[0]["forecast"]
+    forecast = {"target": 80.0, "figures": {"flp": {"value": 0.81, "low": 0.7, "high": 0.9}}}
+    content |= {"curve": {"budgets": [20.0, 40.0]}, "forecast": forecast}
+    (folder / "forecast.json").write_text(json.dumps(content))
+    [line] = sweeps_section(find_sweeps([folder]))[0]["notes"]
     assert line == (
         "Forecast of trial 3 over labels, from 40 to 80, few: 0.8100 (0.7000 to 0.9000) by way of the loss."
     )
@@ -96,9 +97,9 @@ def test_a_forecast_is_a_line_under_the_board(swept: Path, tmp_path: Path):
         find_sweeps([folder])
 
 
-def test_bars_are_as_long_as_their_shares():
-    text = share_bars("title", [("lr", 0.6), ("<mu>", 0.3), ("rank", 0.0)])
-    wide = [float(found) for found in re.findall(r'width="([\d.]+)" height="15"', text)]
+def test_bars_are_as_long_as_their_fractions():
+    text = bar_chart("title", [("lr", 0.6), ("<mu>", 0.3), ("rank", 0.0)])
+    wide = [float(width) for width in re.findall(r'width="([\d.]+)" height="15"', text)]
     assert wide[0] == pytest.approx(2 * wide[1], rel=0.01)
     assert wide[2] == 1.0
     assert "&lt;mu&gt;" in text

@@ -84,7 +84,7 @@ def draw_logits(spec: RunSpec, order: np.ndarray, rng: np.random.Generator) -> t
 
 
 def write_history(file: Path, spec: RunSpec, order: np.ndarray, rng: np.random.Generator) -> dict[str, Any]:
-    """History over ten evaluations; returns the last pseudo-label figures for metrics.json."""
+    """History over ten evaluations; returns the last pseudo-label metrics for metrics.json."""
     final = METHODS[spec.method][3]
     k = spec.classes
     head = ["step", "loss", "loss_labeled", "loss_unlabeled", "val_accuracy", "val_balanced_accuracy"]

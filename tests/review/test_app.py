@@ -23,7 +23,7 @@ def client(session):
 def put(client, row=0, *, origin=HOME, host=HOME, token=TOKEN, **body):
     headers = {} if origin is None else {"Origin": origin}
     return client.put(
-        f"/{token}/labels/{row}", json={"label": "cat", "seen": None, **body}, headers=headers, base_url=host
+        f"/{token}/labels/{row}", json={"label": "cat", "expected": None, **body}, headers=headers, base_url=host
     )
 
 
@@ -43,20 +43,20 @@ def test_the_page_itself_may_write(client, session):
         ({"token": "guess"}, 404),
     ],
 )
-def test_nobody_else_may(client, session, how, status):
+def test_no_other_page_may_write(client, session, how, status):
     assert put(client, **how).status_code == status
     assert not session.labels.exists()
 
 
 @pytest.mark.parametrize("path", ["state", "images/0", "", "review.js"])
-def test_nobody_reads_without_the_token_or_under_another_name(client, path):
+def test_nothing_is_read_without_the_token_or_under_another_name(client, path):
     assert client.get(f"/{TOKEN}/{path}", base_url=HOME).status_code == 200
     assert client.get(f"/guess/{path}", base_url=HOME).status_code == 404
     assert client.get(f"/{TOKEN}/{path}", base_url="http://evil.example:5000").status_code == 403
 
 
 def test_a_form_of_another_page_cannot_write(client, session):
-    """A form sends no JSON, and needs no leave to be sent."""
+    """A form sends no JSON, and a browser sends it without asking."""
     done = client.post(f"/{TOKEN}/fit", data="{}", content_type="text/plain", headers={"Origin": HOME}, base_url=HOME)
     assert done.status_code == 403
     assert not session.fitting
@@ -71,21 +71,21 @@ def test_every_answer_forbids_scripts_from_elsewhere(client):
         assert "Access-Control-Allow-Origin" not in headers
 
 
-def test_a_conflict_tells_the_label(client):
+def test_a_conflict_returns_the_label(client):
     assert put(client).status_code == 200
     again = put(client, label="dog")
-    assert (again.status_code, again.get_json()["now"]) == (409, "cat")
+    assert (again.status_code, again.get_json()["correction"]) == (409, "cat")
 
 
-@pytest.mark.parametrize("body", [{"label": 3}, {"seen": []}, {"more": 1}, {"label": "bird"}])
-def test_a_wrong_body_gets_a_sentence(client, session, body):
+@pytest.mark.parametrize("body", [{"label": 3}, {"expected": []}, {"more": 1}, {"label": "bird"}])
+def test_a_wrong_body_is_answered_by_a_sentence(client, session, body):
     answer = put(client, **body)
     assert answer.status_code == 422
     assert answer.get_json()["error"]
     assert not session.labels.exists()
 
 
-def test_a_damaged_file_is_told_and_not_overwritten(client, session):
+def test_a_damaged_file_is_reported_and_not_overwritten(client, session):
     session.labels.write_text("mine\n")
     assert put(client).status_code == 422
     assert session.labels.read_text() == "mine\n"
@@ -98,7 +98,7 @@ def test_images_come_without_their_metadata(client, session):
     assert client.get(f"/{TOKEN}/images/99999", base_url=HOME).status_code == 404
 
 
-def test_tokens_differ_and_a_taken_port_is_said(session):
+def test_tokens_differ_and_a_port_in_use_is_reported(session):
     assert len({new_token() for _ in range(9)}) == 9
     server = make_server(session, TOKEN)
     try:

@@ -37,44 +37,44 @@ def address(session):
 
 
 def opened(browser, address, width=1100, scheme="light"):
-    """The page, and what it said on the console or asked of others."""
+    """The page, and its console messages, dialogs and requests to other servers."""
     page = browser.new_context(color_scheme=scheme, viewport={"width": width, "height": 800}).new_page()
-    told = []
-    page.on("console", lambda message: told.append(message.text))
-    page.on("dialog", lambda dialog: told.append(dialog.message))
-    page.on("request", lambda request: None if request.url.startswith((address, "data:")) else told.append(request.url))
+    events = []
+    page.on("console", lambda message: events.append(message.text))
+    page.on("dialog", lambda dialog: events.append(dialog.message))
+    page.on("request", lambda request: request.url.startswith((address, "data:")) or events.append(request.url))
     page.goto(address)
     page.locator("#accept").wait_for()
-    return page, told
+    return page, events
 
 
 def press(page, key, saved):
-    """Press a key, and wait until the server has answered: so many labels are saved."""
+    """Press a key, and wait until the server has answered: `saved` labels are saved."""
     page.keyboard.press(key)
     page.get_by_text(f", {saved} labels saved").wait_for()
 
 
 def test_keys_save_labels(browser, address, session):
-    page, told = opened(browser, address)
-    items = session.told()["items"]
+    page, events = opened(browser, address)
+    items = session.state()["items"]
     press(page, "Enter", 1)
     press(page, "2", 2)
     press(page, "x", 3)
-    found = read_corrections(session.labels)
-    kept = session.cache.class_names[items[0]["given"] if items[0]["given"] >= 0 else items[0]["suggested"]]
-    assert [found[one["id"]] for one in items[:3]] == [kept, session.cache.class_names[1], ""]
+    corrections = read_corrections(session.labels)
+    kept = session.cache.class_names[items[0]["label"] if items[0]["label"] >= 0 else items[0]["suggested"]]
+    assert [corrections[item["id"]] for item in items[:3]] == [kept, session.cache.class_names[1], ""]
     press(page, "u", 2)
     assert items[2]["id"] not in read_corrections(session.labels)
     page.keyboard.press("/")
     page.keyboard.type(BAD)
     press(page, "Enter", 3)
     assert read_corrections(session.labels)[items[2]["id"]] == BAD
-    assert told == []
+    assert events == []
 
 
 def test_two_tabs_lose_nothing(browser, address, session):
-    (one, _), (other, told) = opened(browser, address), opened(browser, address)
-    first, second = (item["id"] for item in session.told()["items"][:2])
+    (one, _), (other, events) = opened(browser, address), opened(browser, address)
+    first, second = (item["id"] for item in session.state()["items"][:2])
     press(one, "1", 1)
     other.keyboard.press("2")
     other.get_by_text("Another page has changed this label").wait_for()
@@ -84,7 +84,7 @@ def test_two_tabs_lose_nothing(browser, address, session):
     other.keyboard.press("ArrowLeft")
     other.get_by_text(f"Saved: {session.cache.class_names[1]}").wait_for()
     assert read_corrections(session.labels)[first] == session.cache.class_names[1]
-    assert [text for text in told if "409" not in text] == []
+    assert [text for text in events if "409" not in text] == []
 
 
 def test_a_fit_from_the_page(browser, address, session):
@@ -98,13 +98,13 @@ def test_a_fit_from_the_page(browser, address, session):
 
 @pytest.mark.parametrize(("width", "scheme"), [(360, "light"), (360, "dark"), (1280, "light"), (1280, "dark")])
 def test_the_page_fits_its_window_and_shows_names_as_text(browser, address, session, width, scheme):
-    page, told = opened(browser, address, width, scheme)
+    page, events = opened(browser, address, width, scheme)
     page.keyboard.press("ArrowRight")
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     assert page.get_by_role("button", name=BAD).count() >= 1
     dark = page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(21, 23, 26)"
     assert dark == (scheme == "dark")
-    assert told == []
+    assert events == []
 
 
 def test_every_button_is_reached_by_the_tab_key(browser, address):
@@ -113,8 +113,8 @@ def test_every_button_is_reached_by_the_tab_key(browser, address):
     seen = set()
     for _ in range(wanted + 2):
         page.keyboard.press("Tab")
-        place = page.evaluate(
+        index = page.evaluate(
             "[...document.querySelectorAll('button:not(:disabled), input')].indexOf(document.activeElement)"
         )
-        seen.add(place)
+        seen.add(index)
     assert set(range(wanted)) <= seen

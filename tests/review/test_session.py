@@ -1,4 +1,4 @@
-"""Labels are saved at once and none is lost; fits from the page take them."""
+"""Labels are saved immediately and none is lost; fits from the page read them."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from ulfine_fast.review.session import Conflict, Session
 
 
 def test_a_label_is_in_the_file_when_put_returns(session):
-    one = session.told()["items"][0]
-    session.put(one["row"], BAD, None)
-    assert read_corrections(session.labels) == {one["id"]: BAD}
-    assert session.told()["items"][0]["now"] == BAD
-    session.put(one["row"], None, BAD)
+    item = session.state()["items"][0]
+    session.put(item["row"], BAD, None)
+    assert read_corrections(session.labels) == {item["id"]: BAD}
+    assert session.state()["items"][0]["correction"] == BAD
+    session.put(item["row"], None, BAD)
     assert read_corrections(session.labels) == {}
 
 
-def test_the_copy_under_another_label_is_asked_about(session):
-    first = next(one for one in session.told()["items"] if one["kind"] == "twins")
-    assert {first["id"], first["twin"]["id"]} == {"train/cat/000.png", 'train/dog/"&<b>.png'}
+def test_a_copy_with_another_label_is_shown(session):
+    first = next(item for item in session.state()["items"] if item["kind"] == "duplicate")
+    assert {first["id"], first["duplicate"]["id"]} == {"train/cat/000.png", 'train/dog/"&<b>.png'}
 
 
 def test_a_stale_page_overwrites_nothing(session):
@@ -36,16 +36,16 @@ def test_a_stale_page_overwrites_nothing(session):
     assert list(read_corrections(session.labels).values()) == ["cat"]
 
 
-def test_many_writers_at_once_lose_nothing(session, reviewed, tmp_path):
+def test_concurrent_writers_lose_nothing(session, reviewed, tmp_path):
     """Two servers, as two programs are, and four pages each."""
     other = Session(reviewed, session.labels, tmp_path / "other", device="cpu")
     rows = range(16)
 
-    def write(place):
-        for row in rows[place::8]:
-            (session, other)[place % 2].put(row, "dog", None)
+    def write(writer):
+        for row in rows[writer::8]:
+            (session, other)[writer % 2].put(row, "dog", None)
 
-    threads = [threading.Thread(target=write, args=(place,)) for place in range(8)]
+    threads = [threading.Thread(target=write, args=(writer,)) for writer in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -54,26 +54,26 @@ def test_many_writers_at_once_lose_nothing(session, reviewed, tmp_path):
 
 
 @pytest.mark.parametrize(("row", "label", "words"), [(-1, "cat", "row"), (10**6, "cat", "row"), (0, "bird", "bird")])
-def test_what_is_no_label_is_refused(session, row, label, words):
+def test_an_unknown_row_or_class_is_refused(session, row, label, words):
     with pytest.raises(InputError, match=words):
         session.put(row, label, None)
     assert not session.labels.exists()
 
 
-def test_a_file_that_cannot_be_written_is_said(session):
+def test_a_file_that_cannot_be_written_is_reported(session):
     session.labels.mkdir()
     with pytest.raises(InputError, match=r"labels\.csv"):
         session.put(0, "cat", None)
 
 
-def test_a_fit_takes_the_labels_and_so_does_the_command(session, reviewed, tmp_path):
+def test_a_fit_reads_the_labels_and_so_does_the_command(session, reviewed, tmp_path):
     hidden = next(row for row in session.split.unlabeled if session.cache.ids[row].startswith("unlabeled"))
     session.put(int(hidden), "dog", None)
     assert session.fit()
     session.wait()
-    told = session.told()
-    assert told["failure"] == ""
-    assert [one["labeled"] for one in told["figures"]] == [len(session.split.labeled), len(session.split.labeled) + 1]
+    state = session.state()
+    assert state["failure"] == ""
+    assert [fit["labeled"] for fit in state["fits"]] == [len(session.split.labeled), len(session.split.labeled) + 1]
     saved = Run.load(session.out)
     assert session.cache.ids[hidden] in saved.split["labeled"]
     options = ["--method", "linear_probe", "--steps", 20, "--eval-every", 10]
@@ -86,12 +86,12 @@ def test_a_fit_takes_the_labels_and_so_does_the_command(session, reviewed, tmp_p
     assert (again.tensors["linear"] == saved.tensors["linear"]).all()
 
 
-def test_a_fit_that_cannot_be_saved_leaves_what_was(session):
+def test_a_fit_that_cannot_be_saved_changes_nothing(session):
     session.out.write_text("a file")
-    before = session.told()
+    before = session.state()
     assert session.fit()
     session.wait()
-    after = session.told()
+    after = session.state()
     assert "fitted" in after["failure"]
     assert after["items"] == before["items"]
 

@@ -9,11 +9,11 @@ import struct
 import pytest
 
 from tests.cache.samples import write_cache
-from tests.cli.test_bad_input import refused
+from tests.cli.test_bad_input import refused, usage_error
 from tests.cli.test_bad_input import run as command
 from tests.report.writer import write_run
 from ulfine_fast.runs.files import load_run
-from ulfine_fast.runs.loggers import figures, named, points
+from ulfine_fast.runs.loggers import evaluations, final_metrics, run_name
 
 
 @pytest.fixture
@@ -26,8 +26,8 @@ def logged(runs, tmp_path):
     def to(name):
         done = command("log", tmp_path / "runs", "--to", name, "--out", tmp_path / "logs", "--json")
         assert done.exit_code == 0, done.output
-        told = json.loads(done.stdout)
-        assert told == {"to": name, "out": str(tmp_path / "logs"), "runs": ["ulfine/seed-0", "ulfine/seed-1"]}
+        printed = json.loads(done.stdout)
+        assert printed == {"to": name, "out": str(tmp_path / "logs"), "runs": ["ulfine/seed-0", "ulfine/seed-1"]}
         return tmp_path / "logs"
 
     return to
@@ -55,16 +55,16 @@ def leveldb_records(data, block=2**15):
             whole = b""
 
 
-def test_tensorboard_shows_the_history_and_the_last_figures(logged, runs):
+def test_tensorboard_shows_the_history_and_the_final_metrics(logged, runs):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     folder = logged("tensorboard") / "ulfine" / "seed-0"
-    seen = EventAccumulator(str(folder)).Reload()
-    losses = [(event.step, event.value) for event in seen.Scalars("loss")]
+    events = EventAccumulator(str(folder)).Reload()
+    losses = [(event.step, event.value) for event in events.Scalars("loss")]
     assert losses == [(step, pytest.approx(value)) for step, value in column(runs[0], "loss")]
     accuracy = json.loads((runs[0] / "metrics.json").read_text())["accuracy"]
-    assert seen.Scalars("test/accuracy")[-1].value == pytest.approx(accuracy)
-    assert not [tag for tag in seen.Tags()["scalars"] if tag.startswith("rate_")]
+    assert events.Scalars("test/accuracy")[-1].value == pytest.approx(accuracy)
+    assert not [tag for tag in events.Tags()["scalars"] if tag.startswith("rate_")]
 
 
 def test_wandb_files_hold_settings_history_and_summary(logged, runs):
@@ -92,17 +92,17 @@ def test_wandb_files_hold_settings_history_and_summary(logged, runs):
     assert config["method"] == json.loads((first / "config.json").read_text())["config"]["method"]
 
 
-def test_mlflow_store_holds_settings_history_figures_and_files(logged, runs):
+def test_mlflow_store_holds_settings_history_metrics_and_files(logged, runs):
     from mlflow.tracking import MlflowClient
 
     folder = logged("mlflow")
     client = MlflowClient(f"sqlite:///{folder / 'mlflow.db'}")
     experiment = client.get_experiment_by_name("ulfine-fast")
-    found = {run.info.run_name: run for run in client.search_runs([experiment.experiment_id])}
-    assert set(found) == {"ulfine/seed-0", "ulfine/seed-1"}
-    first = found["ulfine/seed-0"]
+    stored = {run.info.run_name: run for run in client.search_runs([experiment.experiment_id])}
+    assert set(stored) == {"ulfine/seed-0", "ulfine/seed-1"}
+    first = stored["ulfine/seed-0"]
     history = client.get_metric_history(first.info.run_id, "loss")
-    assert [(one.step, one.value) for one in history] == [
+    assert [(metric.step, metric.value) for metric in history] == [
         (step, pytest.approx(value)) for step, value in column(runs[0], "loss")
     ]
     metrics = json.loads((runs[0] / "metrics.json").read_text())
@@ -112,18 +112,17 @@ def test_mlflow_store_holds_settings_history_figures_and_files(logged, runs):
     assert sorted(path.read_bytes() for path in copies) == sorted((run / "metrics.json").read_bytes() for run in runs)
 
 
-def test_what_is_not_a_number_is_left_out(runs):
+def test_values_that_are_not_finite_are_left_out(runs):
     run = load_run(runs[0])
-    assert named(run) == "ulfine/seed-0"
-    assert all(value == value for _, values in points(run) for value in values.values())
-    assert "test/method" not in figures(run)
-    assert "test/per_class_accuracy" not in figures(run)
+    assert run_name(run) == "ulfine/seed-0"
+    assert all(value == value for _, values in evaluations(run) for value in values.values())
+    assert "test/method" not in final_metrics(run)
+    assert "test/per_class_accuracy" not in final_metrics(run)
 
 
 def test_another_program_is_refused_before_anything_is_read(tmp_path):
-    assert refused("log", tmp_path / "nothing", "--to", "excel") == (
-        "error: runs are logged to tensorboard, wandb, mlflow, got 'excel'"
-    )
+    sentence = usage_error("log", tmp_path / "nothing", "--to", "excel")
+    assert "'excel' is not one of 'tensorboard', 'wandb', 'mlflow'" in sentence
     assert "got 'excel'" in refused("fit", tmp_path / "nothing", "--log", "excel")
 
 

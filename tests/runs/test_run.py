@@ -6,11 +6,12 @@ import json
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 from safetensors.numpy import load_file
 
 from ulfine_fast import FitConfig, InputError, Run, fit, fit_many
 from ulfine_fast.metrics.classification import softmax
-from ulfine_fast.runs.seeds import save_runs, summarize
+from ulfine_fast.runs.seeds import mean_metrics, save_runs
 
 
 @pytest.fixture(scope="module")
@@ -51,8 +52,8 @@ def test_predictions_of_the_test_rows_are_those_of_the_fit(run, clusters):
 
 def test_probabilities_are_at_the_fitted_temperature(run, clusters):
     assert run.metrics["temperature"] != 1
-    wanted = softmax(run.logits(clusters.plain) / run.metrics["temperature"])
-    np.testing.assert_allclose(run.predict_proba(clusters.plain), wanted, atol=1e-6)
+    expected = softmax(run.logits(clusters.plain) / run.metrics["temperature"])
+    np.testing.assert_allclose(run.predict_proba(clusters.plain), expected, atol=1e-6)
 
 
 def test_the_length_of_a_feature_does_not_matter(run, clusters):
@@ -61,10 +62,10 @@ def test_the_length_of_a_feature_does_not_matter(run, clusters):
 
 
 def test_each_file_is_readable_by_other_programs(run, folder):
-    head = json.loads((folder / "config.json").read_text())
-    assert (head["format"], head["version"]) == ("ulfine-fast-run", 1)
-    assert head["config"]["n1"] == 40
-    assert head["cache"] is None
+    config = json.loads((folder / "config.json").read_text())
+    assert (config["format"], config["version"]) == ("ulfine-fast-run", 1)
+    assert config["config"]["n1"] == 40
+    assert config["cache"] is None
     assert json.loads((folder / "split.json").read_text())["labeled"] == run.split["labeled"]
     assert load_file(folder / "heads.safetensors")["linear"].shape == (4, 16)
     table = pq.read_table(folder / "predictions.parquet")
@@ -97,6 +98,25 @@ def test_a_folder_that_cannot_be_written(run, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="cannot write the run to"):
         run.save(tmp_path / "file" / "run")
+
+
+@pytest.mark.parametrize(
+    "same",
+    [
+        lambda x: x[::-1].copy()[::-1],  # negative strides
+        lambda x: np.asfortranarray(x),
+        lambda x: np.repeat(x, 2, axis=1)[:, ::2],
+        lambda x: x.astype(">f8"),  # the other byte order
+        lambda x: x.astype(np.float64),
+        lambda x: x.tolist(),
+        lambda x: torch.from_numpy(x.copy()).requires_grad_(),
+        lambda x: torch.from_numpy(x.copy()).double(),
+    ],
+)
+@pytest.mark.parametrize("exact", [False, True])
+def test_any_array_of_the_same_numbers_has_the_same_logits(run, clusters, same, exact):
+    features = np.array(clusters.plain[:5], dtype=np.float32)
+    np.testing.assert_array_equal(run.logits(same(features), exact=exact), run.logits(features, exact=exact))
 
 
 @pytest.mark.parametrize("features", [np.zeros(16), np.zeros((2, 15)), np.zeros((2, 3, 16))])
@@ -134,8 +154,8 @@ def test_a_damaged_or_missing_file_is_one_sentence(folder, name):
 
 
 def test_a_run_of_a_later_version_is_refused(folder):
-    head = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**head, "version": 2}))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "version": 2}))
     with pytest.raises(
         InputError, match="is 'ulfine-fast-run' version 2, this program reads 'ulfine-fast-run' version 1"
     ):
@@ -144,13 +164,13 @@ def test_a_run_of_a_later_version_is_refused(folder):
 
 def test_several_seeds_are_folders_and_a_summary(clusters, tmp_path):
     runs = fit_many(clusters, [FitConfig(method="zero_shot", n1=20, seed=s) for s in (3, 4)])
-    summary = save_runs(runs, tmp_path / "out")
+    means = save_runs(runs, tmp_path / "out")
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["seed-3", "seed-4", "summary.json"]
     written = json.loads((tmp_path / "out" / "summary.json").read_text())
-    assert written["metrics"] == summary
+    assert written["metrics"] == means
     assert written["seeds"] == [3, 4]
     values = [run.metrics["many"] for run in runs]
-    assert summary["many"]["mean"] == pytest.approx(np.mean(values))
+    assert means["many"]["mean"] == pytest.approx(np.mean(values))
     # a second time over the same folder
     save_runs(runs, tmp_path / "out")
 
@@ -170,9 +190,9 @@ def test_runs_that_a_fit_does_not_replace_are_not_mixed_with_its_own(clusters, t
     save(first)
 
 
-def test_figures_that_no_run_has_are_left_out():
-    summary = summarize([{"accuracy": 0.5, "few": None}, {"accuracy": 0.7, "few": 0.1}])
+def test_metrics_that_no_run_has_are_left_out():
+    means = mean_metrics([{"accuracy": 0.5, "few": None}, {"accuracy": 0.7, "few": 0.1}])
     # t(0.975, 1 degree) = 12.7062; the deviation of 0.5 and 0.7 over the root of 2 is 0.1
-    assert summary["accuracy"] == {"mean": pytest.approx(0.6), "half_width": pytest.approx(1.27062, rel=1e-4), "n": 2}
-    assert summary["few"] == {"mean": 0.1, "half_width": 0.0, "n": 1}
-    assert "many" not in summary
+    assert means["accuracy"] == {"mean": pytest.approx(0.6), "half_width": pytest.approx(1.27062, rel=1e-4), "n": 2}
+    assert means["few"] == {"mean": 0.1, "half_width": 0.0, "n": 1}
+    assert "many" not in means

@@ -66,11 +66,11 @@ def test_a_run_named_twice_is_read_once(single: Path) -> None:
 
 @pytest.mark.parametrize("make", [True, False])
 def test_no_run_there(tmp_path: Path, make: bool) -> None:
-    place = tmp_path / "empty"
+    folder = tmp_path / "empty"
     if make:
-        place.mkdir()
+        folder.mkdir()
     with pytest.raises(InputError, match="no run in .*empty" if make else "no folder at .*empty"):
-        load_runs([place])
+        load_runs([folder])
 
 
 def test_no_folder_at_all() -> None:
@@ -86,10 +86,10 @@ def test_a_missing_file_is_named(single: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["config.json", "split.json", "metrics.json", "predictions.parquet", "history.csv"])
-@pytest.mark.parametrize("share", [0.0, 0.7])
-def test_a_cut_file_is_named(single: Path, name: str, share: float) -> None:
+@pytest.mark.parametrize("fraction", [0.0, 0.7])
+def test_a_cut_file_is_named(single: Path, name: str, fraction: float) -> None:
     content = (single / name).read_bytes()
-    (single / name).write_bytes(content[: int(share * len(content)) or (0 if name != "history.csv" else 3)])
+    (single / name).write_bytes(content[: int(fraction * len(content)) or (0 if name != "history.csv" else 3)])
     with pytest.raises(InputError, match=name):
         load_runs([single])
 
@@ -113,7 +113,7 @@ def test_a_config_without_classes(single: Path) -> None:
         load_runs([single])
 
 
-def test_per_class_figures_of_another_length(single: Path) -> None:
+def test_per_class_metrics_of_another_length(single: Path) -> None:
     edit_json(single / "metrics.json", per_class_accuracy=[0.5] * 9)
     with pytest.raises(InputError, match="per_class_accuracy should have 10 values, got 9"):
         load_runs([single])

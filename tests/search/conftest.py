@@ -17,17 +17,17 @@ SPACE = {
 }
 
 
-def told(result):
-    """What stands in the study: parameters, state and values of every trial."""
+def recorded(result):
+    """What the study records: parameters, state and values of every trial."""
     return [(trial.params, trial.state.name, trial.values) for trial in result.study.trials]
 
 
 @pytest.fixture
 def search(clusters, tmp_path):
-    """Run a small sweep into a folder of the test's own; settings of the space and options as a test needs them."""
+    """Run a small sweep into the test's own folder; the test gives the space and options that it needs."""
 
     def run(space=None, cache=None, **options):
-        given = {"out": tmp_path / "sweep", "trials": 6, "sampler": "random", "refit": 0, **options}
-        return sweep(cache or clusters, SPACE if space is None else space, **given)
+        arguments = {"out": tmp_path / "sweep", "trials": 6, "sampler": "random", "refit": 0, **options}
+        return sweep(cache or clusters, SPACE if space is None else space, **arguments)
 
     return run

@@ -14,8 +14,8 @@ def ask(app, path):
     """GET a path of a WSGI application; its status and JSON."""
     from wsgiref.util import setup_testing_defaults
 
-    place, _, query = path.partition("?")
-    environment = {"PATH_INFO": place, "QUERY_STRING": query}
+    route, _, query = path.partition("?")
+    environment = {"PATH_INFO": route, "QUERY_STRING": query}
     setup_testing_defaults(environment)
     seen = []
     body = b"".join(app(environment, lambda status, _headers, _error=None: seen.append(status)))
@@ -26,9 +26,9 @@ def test_the_dashboard_serves_the_trials(search):
     dashboard = pytest.importorskip("optuna_dashboard", reason="optuna-dashboard is not installed (extra dashboard)")
     result = search(trials=3, pruning="halving")
     app = dashboard.wsgi(result.storage)
-    status, found = ask(app, "/api/studies")
+    status, studies = ask(app, "/api/studies")
     assert status.startswith("200")
-    (study,) = [one for one in found["study_summaries"] if one["study_name"] == result.study_name]
+    (study,) = [one for one in studies["study_summaries"] if one["study_name"] == result.study_name]
     status, detail = ask(app, f"/api/studies/{study['study_id']}?after=0")
     assert status.startswith("200")
     assert [trial["number"] for trial in detail["trials"]] == [0, 1, 2]
@@ -38,7 +38,7 @@ def test_the_dashboard_serves_the_trials(search):
     assert detail["objective_names"] == ["balanced_accuracy"]
 
 
-def test_the_study_says_what_was_searched_and_what_came_out(search):
+def test_the_study_says_what_was_searched_and_the_results(search):
     study = search(trials=2, seeds=2).study
     assert study.metric_names == ["balanced_accuracy"]
     assert study.user_attrs["sweep"]["space"]["steps"] == SPACE["steps"]
@@ -50,4 +50,4 @@ def test_the_study_says_what_was_searched_and_what_came_out(search):
 def test_optunas_tables_of_a_study(search):
     result = search(trials=3)
     best = optuna.load_study(study_name=result.study_name, storage=result.storage).best_trial
-    assert best.value == result.leaderboard[0].figures["balanced_accuracy"].mean
+    assert best.value == result.leaderboard[0].metrics["balanced_accuracy"].mean

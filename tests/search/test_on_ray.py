@@ -1,14 +1,14 @@
-"""Passes on Ray: two nodes started here, one of them killed with work under way."""
+"""Trial batches on Ray: two nodes started here, one of them killed while it works."""
 
 from __future__ import annotations
 
+import sys
 import threading
 
 import pytest
 
 from tests.conftest import make_clusters
 from ulfine_fast import InputError, sweep
-from ulfine_fast.cache.io import ray_cluster
 from ulfine_fast.search.on_ray import RayWorkers
 from ulfine_fast.search.study import open_storage
 
@@ -32,38 +32,40 @@ def cluster():
     made.shutdown()
 
 
-def under_way(folder):
-    """Passes that have been saved in the middle."""
-    return len(list(folder.glob(".checkpoint/*/pass-*.safetensors")))
+def count_checkpoints(folder):
+    """Batches that have saved a checkpoint and are not finished."""
+    return len(list(folder.glob(".checkpoint/*/batch-*.safetensors")))
 
 
-def test_a_pass_of_a_killed_node_is_redone_by_the_other(cluster, tmp_path):
+def test_a_batch_of_a_killed_node_is_redone_by_the_other(cluster, tmp_path):
     nodes, second = cluster
-    found = {}
+    outcome = {}
     settings = {"method": "linear_probe", "n1": 30, "gamma_l": 10.0, "steps": 1500, "eval_every": 75}
     options = {"out": tmp_path / "sweep", "trials": 5, "batch": 1, "sampler": "random", "refit": 0}
 
     def work():
         workers = RayWorkers(nodes.address, cpus=1)
-        found["result"] = sweep(make_clusters(), {**settings, "lr": {"low": 0.01, "high": 0.1}}, ray=workers, **options)
+        outcome["result"] = sweep(
+            make_clusters(), {**settings, "lr": {"low": 0.01, "high": 0.1}}, ray=workers, **options
+        )
 
     thread = threading.Thread(target=work)
     thread.start()
-    while thread.is_alive() and under_way(tmp_path / "sweep") < 2:
+    while thread.is_alive() and count_checkpoints(tmp_path / "sweep") < 2:
         thread.join(0.05)
-    assert thread.is_alive(), "the sweep ended before both nodes were at work"
+    assert thread.is_alive(), "the sweep ended before both nodes worked"
     nodes.remove_node(second, allow_graceful=False)
     thread.join()
-    result = found["result"]
+    result = outcome["result"]
     assert result.counts == {"complete": 5}
-    shares = [trial.user_attrs["share"]["number"] for trial in result.study.trials]
-    assert sorted(shares) == list(range(5))
+    numbers = [trial.user_attrs["share"]["number"] for trial in result.study.trials]
+    assert sorted(numbers) == list(range(5))
 
 
-def test_a_cluster_that_is_not_there(monkeypatch, clusters, tmp_path):
+def test_a_cluster_that_cannot_be_reached(monkeypatch, clusters, tmp_path):
     pytest.importorskip("ray", reason="Ray is not installed (extra ray)")
     monkeypatch.setenv("RAY_ADDRESS", "")
-    monkeypatch.setattr(ray_cluster, "_ray", lambda: Unreachable())
+    monkeypatch.setitem(sys.modules, "ray", Unreachable())
     with pytest.raises(InputError, match=r"cannot reach Ray at .auto. .nobody answers.; start it with `ray start`"):
         sweep(clusters, out=tmp_path / "sweep", trials=2, ray=RayWorkers("auto"))
 
@@ -84,11 +86,11 @@ def test_without_ray_the_extra_is_named(monkeypatch, clusters, tmp_path):
         sweep(clusters, out=tmp_path / "sweep", trials=2, ray=RayWorkers())
 
 
-def test_a_trial_told_twice_keeps_its_first_figures(clusters, tmp_path):
-    from ulfine_fast.search.study import Ledger
+def test_a_trial_finished_twice_keeps_its_first_values(clusters, tmp_path):
+    from ulfine_fast.search.study import SweepStudy
 
     options = {"out": tmp_path / "sweep", "trials": 2, "sampler": "random", "refit": 0}
     result = sweep(clusters, {"method": "linear_probe", "steps": 5, "lr": {"low": 0.01, "high": 0.1}}, **options)
     before = result.study.trials[0].values
-    Ledger(result.study, open_storage(result.storage)).tell(0, [0.0], "complete", [])
+    SweepStudy(result.study, open_storage(result.storage), ["lr"]).finish(0, [0.0], "complete", [])
     assert result.study.trials[0].values == before

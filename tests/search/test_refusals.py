@@ -1,4 +1,4 @@
-"""What a sweep refuses: other people's studies, folders in use, numbers that mean nothing."""
+"""What a sweep refuses: studies of something else, folders in use, options out of range."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def finished(clusters, tmp_path_factory):
     return module.sweep(clusters, SPACE, out=out, trials=1, sampler="random", refit=0).out
 
 
-def test_a_space_may_be_mended_before_any_trial_is_finished(search):
+def test_a_space_may_be_corrected_before_any_trial_is_finished(search):
     with pytest.raises(InputError, match="n1 = 5000 needs"):
         search({**SPACE, "n1": 5000}, trials=2)
     assert search(trials=2).counts == {"complete": 2}

@@ -1,9 +1,11 @@
-"""Sweeps that died, at any place, go on there."""
+"""Sweeps that died, at any point, continue there."""
 
 from __future__ import annotations
 
+import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,24 +13,28 @@ from pathlib import Path
 
 import pytest
 
-from tests.search.conftest import SPACE, told
+from tests.search.conftest import SPACE, recorded
+from ulfine_fast import FeatureCache, InputError, sweep
+from ulfine_fast.cache.io.toml import read_toml
+from ulfine_fast.related.forecast.from_sweep import forecast_sweep
 from ulfine_fast.search import sweep as module
-from ulfine_fast.search.study import Ledger
+from ulfine_fast.search.study import SweepStudy
+from ulfine_fast.search.trial_batches import EvaluationWatch
 
 ROOT = Path(__file__).parents[2]
 EVERY_STEP = {**SPACE, "eval_every": 1}
 
 
 def test_finished_trials_are_never_run_again(search, monkeypatch):
-    before = told(search(trials=4, refit=1, refit_seeds=1))
+    before = recorded(search(trials=4, refit=1, refit_seeds=1))
     later = search(trials=6, refit=1, refit_seeds=1)
-    assert told(later)[:4] == before
+    assert recorded(later)[:4] == before
     assert len(later.study.trials) == 6
     assert json.loads((later.out / "sweep.json").read_text())["trials"] == 6
-    monkeypatch.setattr(module, "run_share", None)
-    monkeypatch.setattr("ulfine_fast.engine.fit.fit_many", None)
-    assert told(search(trials=6, refit=1, refit_seeds=1)) == told(later)
-    assert told(search(trials=2, refit=1, refit_seeds=1)) == told(later)
+    monkeypatch.setattr(module, "run_batch", None)
+    monkeypatch.setattr(module, "fit_many", None)
+    assert recorded(search(trials=6, refit=1, refit_seeds=1)) == recorded(later)
+    assert recorded(search(trials=2, refit=1, refit_seeds=1)) == recorded(later)
 
 
 KILLED = """
@@ -36,9 +42,9 @@ import os, signal
 from tests.conftest import make_clusters
 from tests.search.conftest import SPACE
 from ulfine_fast import sweep
-from ulfine_fast.search import trial_batches as passes
+from ulfine_fast.search.trial_batches import EvaluationWatch
 
-look = passes.Watch.__call__
+look = EvaluationWatch.__call__
 
 def fatal(watch, step, rows):
     dropped = look(watch, step, rows)
@@ -46,12 +52,12 @@ def fatal(watch, step, rows):
         os.kill(os.getpid(), signal.SIGKILL)
     return dropped
 
-passes.Watch.__call__ = fatal
+EvaluationWatch.__call__ = fatal
 sweep(make_clusters(), {{**SPACE, "eval_every": 1}}, out={out!r}, trials=6, batch=3, sampler="random", refit=0)
 """
 
 
-def test_a_sweep_killed_in_its_second_pass_goes_on_there(search, tmp_path, monkeypatch):
+def test_a_sweep_killed_in_its_second_batch_continues_there(search, tmp_path, monkeypatch):
     out = tmp_path / "killed"
     done = subprocess.run(
         [sys.executable, "-c", KILLED.format(out=str(out))],
@@ -62,54 +68,103 @@ def test_a_sweep_killed_in_its_second_pass_goes_on_there(search, tmp_path, monke
         check=False,
     )
     assert done.returncode == -signal.SIGKILL, done.stderr
-    assert len(list(out.glob(".checkpoint/*/pass-*.safetensors"))) == 1
+    assert len(list(out.glob(".checkpoint/*/batch-*.safetensors"))) == 1
     steps = []
-    look = module.run_share.__globals__["Watch"].__call__
+    look = EvaluationWatch.__call__
 
     def spy(watch, step, rows):
         steps.append(step)
         return look(watch, step, rows)
 
-    monkeypatch.setattr("ulfine_fast.search.trial_batches.Watch.__call__", spy)
+    monkeypatch.setattr(EvaluationWatch, "__call__", spy)
     continued = search(EVERY_STEP, out=out, batch=3)
-    # the evaluation it died in may be looked at again, the ones before may not
+    # the evaluation it died in may be seen again, earlier ones may not
     assert 14 <= steps[0] <= 15
     assert steps[-1] == 27
-    assert told(continued) == told(search(EVERY_STEP, out=tmp_path / "whole"))
+    assert recorded(continued) == recorded(search(EVERY_STEP, out=tmp_path / "whole"))
 
 
-def test_a_sweep_that_died_while_telling_keeps_what_was_told(search, tmp_path, monkeypatch):
-    real = Ledger.tell
+def test_a_sweep_that_died_while_recording_keeps_what_was_recorded(search, tmp_path, monkeypatch):
+    real = SweepStudy.finish
 
-    def fatal(ledger, number, *rest):
+    def fatal(study, number, *results):
         if number == 2:
             raise KeyboardInterrupt
-        real(ledger, number, *rest)
+        real(study, number, *results)
 
-    monkeypatch.setattr(Ledger, "tell", fatal)
+    monkeypatch.setattr(SweepStudy, "finish", fatal)
     with pytest.raises(KeyboardInterrupt, match="the same command goes on from here"):
         search()
     again = []
     monkeypatch.setattr(
-        Ledger, "tell", lambda ledger, number, *rest: (again.append(number), real(ledger, number, *rest))
+        SweepStudy, "finish", lambda study, number, *results: (again.append(number), real(study, number, *results))
     )
     continued = search()
     assert again == [2, 3, 4, 5]
-    assert told(continued) == told(search(out=tmp_path / "whole"))
+    assert recorded(continued) == recorded(search(out=tmp_path / "whole"))
 
 
-def test_a_sweep_that_died_while_asking_asks_for_the_rest(search, tmp_path, monkeypatch):
-    real = Ledger._write
-    written = []
+def test_a_sweep_that_died_while_proposing_proposes_the_rest(search, tmp_path, monkeypatch):
+    real = SweepStudy._add
+    added = []
 
-    def fatal(ledger, trial, share):
-        if len(written) == 2:
+    def fatal(study, trial, batch):
+        if len(added) == 2:
             raise KeyboardInterrupt
-        written.append(trial)
-        real(ledger, trial, share)
+        added.append(trial)
+        real(study, trial, batch)
 
-    monkeypatch.setattr(Ledger, "_write", fatal)
+    monkeypatch.setattr(SweepStudy, "_add", fatal)
     with pytest.raises(KeyboardInterrupt):
         search()
-    monkeypatch.setattr(Ledger, "_write", real)
-    assert told(search()) == told(search(out=tmp_path / "whole"))
+    monkeypatch.setattr(SweepStudy, "_add", real)
+    assert recorded(search()) == recorded(search(out=tmp_path / "whole"))
+
+
+@pytest.fixture
+def old_sweep(tmp_path):
+    """The fixture's sweep, which version 0.1 made, and what its command was: cache, space and options."""
+    fixture = ROOT / "tests/fixtures/v0_1"
+    shutil.copytree(fixture / "sweep", tmp_path / "sweep")
+    # settings that neither method reads, which version 0.1 searched all the same
+    unread = ("shrink", "lean", "trust")
+    space = {name: entry for name, entry in read_toml(fixture / "sweep/space.toml").items() if name not in unread}
+    options = {"out": tmp_path / "sweep", "seeds": 2, "refit": 1, "refit_seeds": 2}
+    return FeatureCache.open(fixture / "cache"), space, options
+
+
+def test_a_sweep_of_version_0_1_continues(old_sweep, monkeypatch):
+    cache, space, options = old_sweep
+    with (options["out"] / "leaderboard.csv").open() as file:
+        before = {row["trial"]: row for row in csv.DictReader(file)}
+    refits = json.loads((options["out"] / "sweep.json").read_text())["best"]
+    monkeypatch.setattr("ulfine_fast.search.trial_batches.fit_many", None)
+    monkeypatch.setattr(module, "fit_many", None)
+    same = sweep(cache, space, trials=6, **options)
+    monkeypatch.undo()
+    assert [str(trial.trial) for trial in same.leaderboard] == list(before)
+    assert same.best == refits
+    for trial in same.leaderboard:
+        row = before[str(trial.trial)]
+        assert trial.metrics["balanced_accuracy"].mean == float(row["balanced_accuracy"])
+        # `defer` is now called `reweight_after`
+        assert list(trial.params) == ["method", "lr", "reweight_after"]
+        assert (trial.params["method"], trial.params["lr"]) == (row["method"], float(row["lr"]))
+        assert trial.params["reweight_after"] == float(row["defer"])
+
+    further = sweep(cache, space, trials=9, **options)
+    assert further.counts == {"complete": 9}
+    values = {trial.trial: trial.metrics["balanced_accuracy"].mean for trial in further.leaderboard}
+    assert {str(number): values[number] for number in range(6)} == {
+        number: float(row["balanced_accuracy"]) for number, row in before.items()
+    }
+    assert set(further.importance["balanced_accuracy"]) == {"method", "lr", "reweight_after"}
+    with pytest.raises(InputError, match=r"was made with space\.lr = "):
+        sweep(cache, {**space, "lr": [0.1, 0.2]}, trials=6, **options)
+
+
+def test_a_sweep_of_version_0_1_is_forecast(old_sweep):
+    cache, _, options = old_sweep
+    content = forecast_sweep(options["out"], cache, "steps", 2.0, seeds=3)
+    assert (content["trial"], content["seeds"]) == (1, [2, 3, 4])
+    assert content["curve"]["budgets"] == [8, 10, 15, 21, 30]

@@ -7,7 +7,8 @@ import math
 import pytest
 
 from ulfine_fast import InputError
-from ulfine_fast.config import METHODS, FitConfig
+from ulfine_fast.config import FitConfig
+from ulfine_fast.methods import registry
 from ulfine_fast.search.space import Range, Space, default_space, parse_space, read_space
 
 LR = {"lr": {"low": 0.001, "high": 0.1, "log": True}}
@@ -44,8 +45,8 @@ def test_a_config_has_fixed_and_searched_values_and_its_seed():
 @pytest.mark.parametrize(
     ("entries", "words"),
     [
-        ({"lrr": 0.1}, "unknown setting 'lrr'; did you mean 'lr'?"),
-        ({"zzzzz": 0.1}, "unknown setting 'zzzzz'; `ulfine-fast fit --help` lists"),
+        ({"lrr": 0.1}, "unknown option 'lrr'; did you mean 'lr'?"),
+        ({"zzzzz": 0.1}, "unknown option 'zzzzz'; `ulfine-fast fit --method NAME --help` lists"),
         ({"lr": {"low": 0.1, "high": 0.1}}, "lr needs low below high, got low = 0.1 and high = 0.1"),
         ({"lr": {"low": 0.0, "high": 0.1, "log": True}}, "lr has log = true and needs low above 0, got 0.0"),
         ({"lr": {"low": -0.1, "high": 0.1}}, "lr must be at least 0, got -0.1"),
@@ -94,10 +95,27 @@ def test_a_structural_field_and_a_per_trial_field_given_twice():
         parse_space({"tau": [0.5, 1.0]}, {"lr": -1.0})
 
 
-def test_an_entry_nobody_reads_is_warned_of():
-    (sentence,) = parse_space({"method": "lightweight", "mu": {"low": 0.1, "high": 0.2}}).warnings
-    assert sentence == "mu is searched and lightweight never reads it (it is for ulfine)"
-    assert parse_space({"method": ["lightweight", "ulfine"], "mu": [0.1, 0.2]}).warnings == []
+def test_an_entry_that_no_method_of_the_space_reads_is_refused():
+    with pytest.raises(InputError, match="method lightweight does not read mu, which channel_ulfine and ulfine read"):
+        parse_space({"method": "lightweight", "mu": {"low": 0.1, "high": 0.2}})
+    with pytest.raises(InputError, match="method lightweight does not read mu"):
+        parse_space({"lr": [0.1, 0.2]}, {"method": "lightweight", "mu": 0.1})
+
+
+def test_an_entry_reaches_the_methods_that_read_it():
+    space = parse_space({"method": ["lightweight", "ulfine"], "mu": [0.1, 0.2]})
+    assert space.config({"method": "ulfine", "mu": 0.2}, 3) == FitConfig(method="ulfine", mu=0.2, seed=3)
+    assert space.config({"method": "lightweight", "mu": 0.2}, 3) == FitConfig(method="lightweight", seed=3)
+
+
+def test_old_names_are_accepted_with_a_warning():
+    space = parse_space({"method": "ulfine_plus", "lean": [0.5, 1.0]}, {"trust": 10.0})
+    assert space.searched == {"probe_weight": (0.5, 1.0)}
+    assert space.fixed == {"method": "ulfine_plus", "evidence_temperature": 10.0}
+    assert [sentence.partition(";")[0] for sentence in sorted(space.warnings)] == [
+        "the option lean is now called probe_weight",
+        "the option trust is now called evidence_temperature",
+    ]
 
 
 def test_a_file_and_its_faults(tmp_path):
@@ -108,7 +126,7 @@ def test_a_file_and_its_faults(tmp_path):
     with pytest.raises(InputError, match=r"space.toml is not TOML"):
         read_space(path)
     path.write_text("lrr = 1")
-    with pytest.raises(InputError, match=r"space.toml: unknown setting 'lrr'"):
+    with pytest.raises(InputError, match=r"space.toml: unknown option 'lrr'"):
         read_space(path)
     path.write_bytes(b"\xff")
     with pytest.raises(InputError, match=r"space.toml is not TOML"):
@@ -126,7 +144,7 @@ def test_grids():
     assert Range(0.0, 1.0).count == math.inf
 
 
-@pytest.mark.parametrize("method", [name for name in METHODS if name != "zero_shot"])
+@pytest.mark.parametrize("method", [name for name in registry.names() if name not in ("zero_shot", "proportions")])
 def test_every_method_has_a_space_of_its_own_or_of_its_kind(method):
     space = default_space(method)
     assert space.fixed == {"method": method}
@@ -138,7 +156,7 @@ def test_a_setting_given_takes_the_place_of_a_shipped_entry():
     space = default_space("ulfine", {"lr": 0.1, "n1": 30})
     assert space.fixed == {"method": "ulfine", "lr": 0.1, "n1": 30}
     assert "mu" in space.searched
-    with pytest.raises(InputError, match="zero_shot has no setting to search"):
+    with pytest.raises(InputError, match="zero_shot has no option to search"):
         default_space("zero_shot")
     with pytest.raises(InputError, match="method must be one of"):
         default_space("magic")

@@ -1,4 +1,4 @@
-"""Sweeps from the first question to the refit: the same twice, continued where they died, refused where they differ."""
+"""Sweeps from the first proposal to the refit: the same twice, whatever the trial batches."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.conftest import make_clusters
-from tests.search.conftest import SPACE, told
+from tests.search.conftest import SPACE, recorded
 from ulfine_fast import FitConfig, InputError, Run, fit_many
 from ulfine_fast.cache.io.toml import read_toml
 from ulfine_fast.metrics.intervals import mean_interval
@@ -23,11 +23,11 @@ ROOT = Path(__file__).parents[2]
 HARD = {**SPACE, "gamma_l": 4.0, "val_fraction": 0.4, "lr": {"low": 0.00001, "high": 0.3, "log": True}}
 
 
-def test_a_random_search_is_the_same_in_any_passes(search, tmp_path):
+def test_a_random_search_is_the_same_in_any_batches(search, tmp_path):
     whole = search(out=tmp_path / "whole", seeds=2)
-    cut = search(out=tmp_path / "cut", seeds=2, batch=4)
-    assert told(whole) == told(cut)
-    assert told(whole) != told(search(out=tmp_path / "other", seeds=2, seed=1))
+    split = search(out=tmp_path / "split", seeds=2, batch=4)
+    assert recorded(whole) == recorded(split)
+    assert recorded(whole) != recorded(search(out=tmp_path / "other", seeds=2, seed=1))
 
 
 def test_values_are_those_of_fit_many(search, clusters):
@@ -38,7 +38,7 @@ def test_values_are_those_of_fit_many(search, clusters):
         assert trial.value == pytest.approx(np.mean([run.metrics["val"]["balanced_accuracy"] for run in runs]))
 
 
-def test_the_test_split_is_not_looked_at_before_the_refit(search, monkeypatch):
+def test_the_test_split_is_not_read_before_the_refit(search, monkeypatch):
     seen = []
     real = fit_many
 
@@ -47,7 +47,8 @@ def test_the_test_split_is_not_looked_at_before_the_refit(search, monkeypatch):
         seen.append([("accuracy" in run.metrics, len(run.test_ids)) for run in runs])
         return runs
 
-    monkeypatch.setattr("ulfine_fast.engine.fit.fit_many", spy)
+    monkeypatch.setattr("ulfine_fast.search.trial_batches.fit_many", spy)
+    monkeypatch.setattr("ulfine_fast.search.sweep.fit_many", spy)
     search(trials=3, refit=1, refit_seeds=2)
     assert seen == [[(False, 0)] * 3, [(True, 60)] * 2]
 
@@ -55,22 +56,22 @@ def test_the_test_split_is_not_looked_at_before_the_refit(search, monkeypatch):
 def test_what_is_written(search):
     result = search(HARD, make_clusters(noise=3.0), trials=8, seeds=2, refit=2, refit_seeds=3)
     out, best = result.out, result.leaderboard[0]
-    assert [place.rank for place in result.leaderboard] == list(range(1, 9))
-    means = [place.figures["balanced_accuracy"].mean for place in result.leaderboard]
+    assert [trial.rank for trial in result.leaderboard] == list(range(1, 9))
+    means = [trial.metrics["balanced_accuracy"].mean for trial in result.leaderboard]
     assert means == sorted(means, reverse=True)
     with (out / "leaderboard.csv").open() as file:
         first = next(csv.DictReader(file))
-    assert float(first["balanced_accuracy"]) == best.figures["balanced_accuracy"].mean
-    assert float(first["balanced_accuracy_half_width"]) == best.figures["balanced_accuracy"].half
+    assert float(first["balanced_accuracy"]) == best.metrics["balanced_accuracy"].mean
+    assert float(first["balanced_accuracy_half_width"]) == best.metrics["balanced_accuracy"].half
     rows = pq.read_table(out / "results.parquet").to_pylist()
     assert len(rows) == 16
-    mine = [row["val_balanced_accuracy"] for row in rows if row["trial"] == best.trial]
-    assert best.figures["balanced_accuracy"] == mean_interval(mine)
+    best_rows = [row["val_balanced_accuracy"] for row in rows if row["trial"] == best.trial]
+    assert best.metrics["balanced_accuracy"] == mean_interval(best_rows)
     assert {row["seed"] for row in rows} == {0, 1}
     assert rows[0]["lr"] == result.study.trials[0].params["lr"]
-    shares = json.loads((out / "importance.json").read_text())["balanced_accuracy"]
-    assert sum(shares.values()) == pytest.approx(1)
-    assert shares == result.importance["balanced_accuracy"]
+    fractions = json.loads((out / "importance.json").read_text())["balanced_accuracy"]
+    assert sum(fractions.values()) == pytest.approx(1)
+    assert fractions == result.importance["balanced_accuracy"]
     about = json.loads((out / "sweep.json").read_text())
     assert about["counts"] == {"complete": 8}
     assert about["test_reads"] == 1
@@ -88,7 +89,7 @@ def test_the_refit_has_fresh_seeds_and_its_runs(search):
     assert {run.config.lr for run in runs} == {result.leaderboard[0].settings["lr"]}
 
 
-def test_hopeless_trials_are_dropped_from_the_pass(search):
+def test_bad_trials_are_dropped_from_the_batch(search):
     # with lr = 0 the zero-initialised adapter and head never leave the text, which is far worse than training
     space = {**SPACE, "eval_every": 1, "lr": [0.0, 0.05], "tau": [0.5, 0.75, 1.0]}
     cache = make_clusters(text_noise=3.0)
@@ -121,7 +122,7 @@ def test_a_diverged_trial_fails_and_its_neighbours_do_not_notice(search, tmp_pat
     assert failed.user_attrs["seeds"][0]["failed_at"] >= 1
 
 
-def test_no_trial_left_is_said(search, tmp_path):
+def test_a_sweep_without_a_complete_trial_says_why(search, tmp_path):
     with pytest.raises(InputError, match="all 2 trials diverged; lower lr"):
         search({**SPACE, "lr": [1e30, 1e31], "threshold": 0.9}, trials=2, sampler="grid")
     with pytest.raises(InputError, match="no validation images to judge by; set val_fraction"):
@@ -134,7 +135,7 @@ def test_several_metrics_rank_by_fronts(search):
     result = search(HARD, make_clusters(noise=3.0), trials=8, metrics=["few", "ece"])
     assert [direction.name for direction in result.study.directions] == ["MAXIMIZE", "MINIMIZE"]
     front = {trial.number for trial in result.study.best_trials}
-    assert {place.trial for place in result.leaderboard[: len(front)]} == front
+    assert {trial.trial for trial in result.leaderboard[: len(front)]} == front
     assert set(result.importance) <= {"few", "ece"}
 
 
@@ -148,12 +149,12 @@ def test_a_bar_says_how_fast_it_goes(search, capsys):
 
 
 def test_a_folder_may_be_moved(search, tmp_path):
-    before = told(search(trials=2))
+    before = recorded(search(trials=2))
     (tmp_path / "sweep").rename(tmp_path / "moved")
-    assert told(search(trials=3, out=tmp_path / "moved"))[:2] == before
+    assert recorded(search(trials=3, out=tmp_path / "moved"))[:2] == before
 
 
-def test_learning_samplers_go_pass_by_pass(search):
+def test_learning_samplers_go_batch_by_batch(search):
     result = search(trials=6, batch=3, sampler="tpe")
     assert [trial.user_attrs["share"]["number"] for trial in result.study.trials] == [0, 0, 0, 1, 1, 1]
     assert result.counts == {"complete": 6}

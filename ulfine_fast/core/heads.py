@@ -39,8 +39,8 @@ def padded_normals(seeds: Tensor, draw: int, ranks: Tensor, shape: Callable[[int
     return weights
 
 
-def cropped(tensors: Tensors, rank: int) -> Tensors:
-    """One trial's tensors, those of low rank cut from what they were padded to: (D, R) and (R, D) at most to `rank`."""
+def unpadded(tensors: Tensors, rank: int) -> Tensors:
+    """One trial's tensors without padding: those of low rank, (D, R) and (R, D), cut to its own `rank`."""
     found = dict(tensors)
     for name, tensor in tensors.items():
         kind = name.rpartition(".")[2]
@@ -86,11 +86,11 @@ def frozen_end(head: Mapping[str, Tensor], trials: int) -> Tensors:
     return {f"backbone.{name}": tensor.expand(trials, *tensor.shape) for name, tensor in own.items()}
 
 
-def adapt(tensors: Tensors, features: Tensor, strength: Tensor) -> Tensor:
+def apply_adapter(tensors: Tensors, features: Tensor, strength: Tensor) -> Tensor:
     """f(x) = normalize(x + s W_up relu(W_down LN(x))) (after CLIP-Adapter, arXiv 2110.04544).
 
     With the encoder's frozen end among the tensors it is an adapter in the encoder's last block instead, see
-    :func:`adapt_last_block`.
+    :func:`apply_last_block`.
 
     Args:
         tensors: the heads; without adapter tensors f is the identity.
@@ -103,13 +103,13 @@ def adapt(tensors: Tensors, features: Tensor, strength: Tensor) -> Tensor:
     if "adapter.up" not in tensors:
         return features
     if "backbone.projection" in tensors:
-        return adapt_last_block(tensors, features, strength)
+        return apply_last_block(tensors, features, strength)
     if not torch.is_grad_enabled():
-        return _adapt_folded(tensors, features, strength.view(-1, 1, 1))
+        return _apply_folded(tensors, features, strength.view(-1, 1, 1))
     return normalize(features + strength.view(-1, 1, 1) * _bottleneck(tensors, features))
 
 
-def adapt_last_block(tensors: Tensors, tokens: Tensor, strength: Tensor) -> Tensor:
+def apply_last_block(tensors: Tensors, tokens: Tensor, strength: Tensor) -> Tensor:
     """AdaptFormer (arXiv 2205.13535) beside the MLP of a ViT's last block, exactly as in the encoder.
 
     The class token leaves the block as x + MLP(LN_2(x)) + s W_up relu(W_down LN(x)), where the first two terms are
@@ -131,7 +131,7 @@ def last_norm(tensors: Tensors, tokens: Tensor, strength: Tensor) -> Tensor:
 
     Args:
         tensors: those of :func:`frozen_end`, and of an adapter in the last block where there is one.
-        tokens: as for :func:`adapt_last_block` (T, B, 2 W).
+        tokens: as for :func:`apply_last_block` (T, B, 2 W).
         strength: s (T,), of the adapter.
 
     Returns:
@@ -154,7 +154,7 @@ def _bottleneck(tensors: Tensors, rows: Tensor) -> Tensor:
     return hidden @ tensors["adapter.up"]
 
 
-def _adapt_folded(tensors: Tensors, features: Tensor, strength: Tensor) -> Tensor:
+def _apply_folded(tensors: Tensors, features: Tensor, strength: Tensor) -> Tensor:
     """The same with the norm folded into the product, which spares evaluations half of their reading and writing.
 
     With m and r a row's mean and inverse deviation, a and b the norm's scale and shift:

@@ -19,7 +19,7 @@ class _End:
         self.error = error
 
 
-def side_by_side(works: Sequence[Iterator[_Item]]) -> Iterator[_Item]:
+def interleaved(works: Sequence[Iterator[_Item]]) -> Iterator[_Item]:
     """Run iterators in threads of their own, each on one core, and yield what they yield as it comes.
 
     PyTorch lets go of the interpreter while it computes, so threads keep the cores busy; a product too small to be cut

@@ -3,55 +3,61 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from ulfine_fast.config import FitConfig
 from ulfine_fast.core.features import DeviceFeatures
 from ulfine_fast.core.heads import Tensors, frozen_end, new_adapter
+from ulfine_fast.core.selection import SHARED, select_trials
 from ulfine_fast.ops.losses import PseudoLabels
-from ulfine_fast.related.label_proportions.bags import PaddedBags
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a method reads beside features and labels, see `Method.inputs`.
+
+    Attributes:
+        of_trials: values with a leading trials axis, by name.
+        of_all: tensors that all trials share, by name.
+    """
+
+    of_trials: Mapping[str, Any] = field(default_factory=dict)
+    of_all: Mapping[str, Tensor] = field(default_factory=dict, metadata=SHARED)
 
 
 @dataclass(frozen=True)
 class Trials:
-    """T trials of one pass.
+    """T trials of one trial batch.
 
     Attributes:
-        config: any one of their configs; only its structural fields may be read.
-        values: per-trial hyper-parameters by name, float32 (T,).
+        config: the config of any of them; only structural options may be read from it.
+        values: numeric options of each trial by name, float32 (T,).
         seeds: int64 (T,).
-        prototypes: unit textual prototypes each trial starts from (T, K, D).
+        prototypes: unit textual prototypes that each trial starts from (T, K, D).
         log_prior: log class frequencies of the labelled training images (T, K).
-        head: what the encoder does to its class token last, see :func:`ulfine_fast.core.heads.frozen_end`; of no trial
-            alone, and empty where features are read.
-        texts: features of the class names in each prompt (P, K, D), each as long as the encoder scales cosines, of no
-            trial alone; None without texts.
+        head: the end of the encoder, see :func:`ulfine_fast.core.heads.frozen_end`; all trials share it, and it is
+            empty where features are read.
+        inputs: what the method asked for.
     """
 
-    config: FitConfig
+    config: FitConfig = field(metadata=SHARED)
     values: dict[str, Tensor]
     seeds: Tensor
     prototypes: Tensor
     log_prior: Tensor
-    head: Mapping[str, Tensor] = field(default_factory=dict)
-    texts: Tensor | None = None
-
-    def at(self, index: Tensor | slice) -> Trials:
-        """The trials at these places alone."""
-        return replace(
-            self,
-            values={name: value[index] for name, value in self.values.items()},
-            seeds=self.seeds[index],
-            prototypes=self.prototypes[index],
-            log_prior=self.log_prior[index],
-        )
+    head: Mapping[str, Tensor] = field(default_factory=dict, metadata=SHARED)
+    inputs: Inputs = field(default_factory=Inputs)
 
     def part(self, start: int, stop: int) -> Trials:
         """Trials [start, stop) alone, sharing memory with these."""
-        return self.at(slice(start, stop))
+        return select_trials(self, slice(start, stop))
+
+    def zeros(self) -> Tensor:
+        """A zero for each trial (T,)."""
+        return self.log_prior.new_zeros(len(self.log_prior))
 
     def adapter(self) -> tuple[Tensors, Tensors]:
         """A new adapter of the configured kind: what it learns, and what of the encoder it needs; both may be empty."""
@@ -63,31 +69,25 @@ class Trials:
         return new_adapter(seeds, len(self.head["projection"]), ranks), frozen_end(self.head, len(seeds))
 
 
-class BagBatch(NamedTuple):
-    """Bags of a mini-batch: where they stand in the :class:`Pool` (T, G), class shares (T, G, K).
+@dataclass(frozen=True)
+class Batch:
+    """A mini-batch of unit features.
 
-    `present` (T, G, m) is False for padding.
-    """
+    Methods with mini-batches of another kind extend it.
 
-    places: Tensor
-    present: Tensor
-    shares: Tensor
-
-
-class Batch(NamedTuple):
-    """A mini-batch of unit features: labelled (T, B, D) with labels (T, B), and two views of unlabelled ones (T, U, D).
-
-    `places` (T, U) says where the unlabelled ones stand in the :class:`Pool`. All three are None where the method uses
-    no unlabelled images or a trial has none. With `bags` the labelled rows are the images of G bags, B = G m, and
-    every label is -1.
+    Attributes:
+        labeled: labelled rows (T, B, D).
+        labels: their classes (T, B).
+        weak: weak views of unlabelled rows (T, U, D); None where the method uses none or a trial has none.
+        strong: strong views of the same rows (T, U, D), likewise.
+        positions: where the unlabelled rows are in the :class:`Pool` (T, U), likewise.
     """
 
     labeled: Tensor
     labels: Tensor
     weak: Tensor | None = None
     strong: Tensor | None = None
-    places: Tensor | None = None
-    bags: BagBatch | None = None
+    positions: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -98,9 +98,10 @@ class Pool:
 
     Attributes:
         features: the cache's features on the device.
-        labeled_rows: rows of the cache (T, L). labels: int64 (T, L), -1 for padding.
-        unlabeled_rows: (T, N). present: bool (T, N), False for padding.
-        bags: for methods that use them, else None.
+        labeled_rows: rows of the cache (T, L).
+        labels: int64 (T, L), -1 for padding.
+        unlabeled_rows: rows of the cache (T, N).
+        present: bool (T, N), False for padding.
     """
 
     features: DeviceFeatures
@@ -108,7 +109,6 @@ class Pool:
     labels: Tensor
     unlabeled_rows: Tensor
     present: Tensor
-    bags: PaddedBags | None = None
 
     @property
     def labeled(self) -> Tensor:
@@ -150,8 +150,7 @@ class State:
 
     def part(self, start: int, stop: int) -> State:
         """The tensors of trials [start, stop) alone, sharing memory with these."""
-        groups = (self.parameters, self.memory, self.scratch)
-        return State(*({name: tensor[start:stop] for name, tensor in group.items()} for group in groups))
+        return select_trials(self, slice(start, stop))
 
 
 class Losses(NamedTuple):

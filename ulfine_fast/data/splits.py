@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import bisect
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,6 @@ from numpy.typing import NDArray
 from ulfine_fast.cache.ids import RowIndex
 from ulfine_fast.cache.io.errors import InputError
 from ulfine_fast.config import FitConfig
-from ulfine_fast.related.label_proportions.bags import Bags
 
 Rows = NDArray[np.int64]
 
@@ -23,6 +23,9 @@ RULE = (
     "unlabelled the same with M1, gamma_u and no lower bound; per class: labelled rows first, unlabelled next, of one "
     "seeded permutation"
 )
+
+
+_SPLIT_KEYS = ("format", "version", "rule", "class_order", "labeled", "unlabeled", "val", "test")
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,7 @@ class Split:
         val: rows held out of the labelled ones for selection and calibration (V,).
         test: rows read once, at the end (E,).
         class_order: class indices from head to tail (K,), by drawn rank or by labelled count.
-        bags: of training images of which class shares are known, for methods that learn from those; else None.
+        extra: further parts that single methods read, by name, as JSON values with image ids.
     """
 
     labeled: Rows
@@ -43,14 +46,13 @@ class Split:
     val: Rows
     test: Rows
     class_order: Rows
-    bags: Bags | None = None
+    extra: Mapping[str, Any] = field(default_factory=dict)
 
     def to_dict(self, ids: list[str]) -> dict[str, Any]:
         """The split as image ids, so that it fits a cache of the same images made with another model."""
         roles = {role: [ids[row] for row in getattr(self, role)] for role in ("labeled", "unlabeled", "val", "test")}
         order = [int(k) for k in self.class_order]
-        bags = {} if self.bags is None else {"bags": self.bags.to_list(ids)}
-        return {"format": "ulfine-fast-split", "version": 1, "rule": RULE, "class_order": order, **roles, **bags}
+        return {"format": "ulfine-fast-split", "version": 1, "rule": RULE, "class_order": order, **roles, **self.extra}
 
 
 def read_split(path: Path, ids: list[str]) -> Split:
@@ -73,12 +75,12 @@ def read_split(path: Path, ids: list[str]) -> Split:
         ) from error
     index = RowIndex(ids)
     order = np.asarray(roles.pop("class_order"), dtype=np.int64)
+    extra = {name: value for name, value in found.items() if name not in _SPLIT_KEYS}
     rows = {
         role: index.rows(names, source=f"the {role} part of {file}", fix="use the cache it was made on")
         for role, names in roles.items()
     }
-    bags = Bags.from_list(found["bags"], index) if "bags" in found else None
-    return Split(**rows, class_order=order, bags=bags)
+    return Split(**rows, class_order=order, extra=extra)
 
 
 def long_tail_counts(largest: int, gamma: float, classes: int, smallest: int = 0) -> Rows:
@@ -162,7 +164,7 @@ def labeled_counts(labels: Rows, split: Split, classes: int) -> Rows:
     return np.bincount(labels[split.labeled], minlength=classes).astype(np.int64)
 
 
-def told_labels(labels: Rows, split: Split, classes: int, config: FitConfig) -> Rows:
+def training_labels(labels: Rows, split: Split, classes: int, config: FitConfig) -> Rows:
     """The classes that training is told: some wrong, as noisy labels are studied (symmetric noise).
 
     round(`label_noise` L) labelled images, drawn from the split seed, get one of the other classes, each as likely.

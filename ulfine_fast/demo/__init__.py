@@ -14,19 +14,19 @@ _MARKER = ".unpacked"
 
 
 def unpack_images(folder: Path) -> Path:
-    """Unpacks the sample as `train/CLASS/00001.png` and `test/CLASS/00001.png`; does nothing if that is done already.
+    """Unpack the sample as `train/CLASS/00001.png` and `test/CLASS/00001.png`; do nothing if it is there already.
 
-    The images are unpacked beside `folder` and moved into place in one step, so that a folder with that name is
-    complete, however often and by how many processes this is called.
+    The images are unpacked beside `folder` and renamed in one step, so that a folder of that name is always complete,
+    however often and by how many processes this is called.
 
     Args:
-        folder: where the `train` and `test` folders shall lie; made with its parents.
+        folder: gets the `train` and `test` folders; created with its parents.
 
     Returns:
         `folder`.
 
     Raises:
-        FileExistsError: `folder` holds something else.
+        FileExistsError: `folder` has other content.
         OSError: it cannot be written.
     """
     digest = hashlib.sha256(ARCHIVE.read_bytes()).hexdigest()
@@ -37,10 +37,10 @@ def unpack_images(folder: Path) -> Path:
     try:
         with zipfile.ZipFile(ARCHIVE) as archive:
             archive.extractall(temporary)
-        # Last, and holding the archive's digest: a newer sample is told from this one.
+        # written last, with the archive's digest, so that a later version of the sample is recognised
         (temporary / _MARKER).write_text(digest + "\n", encoding="utf-8")
         temporary.chmod(0o755)  # mkdtemp makes it private
-        _move_into_place(temporary, folder, digest)
+        _move_to(temporary, folder, digest)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return folder
@@ -53,14 +53,14 @@ def _is_unpacked(folder: Path, digest: str) -> bool:
         return False
 
 
-def _move_into_place(temporary: Path, folder: Path, digest: str) -> None:
-    """Renames over nothing or an empty folder; loses gracefully against another process that was quicker."""
+def _move_to(temporary: Path, folder: Path, digest: str) -> None:
+    """Rename to `folder`, which may be missing or empty; another process that was faster wins."""
     if (folder / _MARKER).is_file() and not _is_unpacked(folder, digest):
-        shutil.rmtree(folder)  # ours, from another version of the sample
+        shutil.rmtree(folder)  # another version of the sample
     try:
         os.replace(temporary, folder)
     except OSError as error:
-        # Another process was quicker.
+        # another process was faster
         if _is_unpacked(folder, digest):
             return
         if folder.exists():

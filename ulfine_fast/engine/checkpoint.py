@@ -1,7 +1,7 @@
-"""Interrupted training goes on: every pass is one file, replaced as a whole after each evaluation.
+"""Interrupted training goes on: every trial batch is one file, replaced as a whole after each validation.
 
-The folder holds head.json, which says what is being trained on what, and pass-N.safetensors for the pass whose first
-trial is N, with its tensors and, as JSON in the file's own header, where it stands.
+The folder holds head.json, which says what is being trained on what, and batch-N.safetensors for the trial batch
+whose first trial is N, with its tensors and, as JSON in the file's own header, its progress.
 """
 
 from __future__ import annotations
@@ -26,12 +26,18 @@ if TYPE_CHECKING:
     from ulfine_fast.cache.store import FeatureCache
 
 _FORMAT = "ulfine-fast-checkpoint"
-_PASSES = "pass-*.safetensors"
+_BATCHES = "batch-*.safetensors"
 _ROLES = ("labeled", "unlabeled", "val", "test")
 
 
 class Begun(NamedTuple):
-    """A pass as far as it is saved: its trials' places among all, its tensors, and where it stands."""
+    """A trial batch as far as it is saved.
+
+    Attributes:
+        trials: positions of its trials among all.
+        tensors: as `TrialBatch.saved` returned them.
+        notes: JSON values, likewise.
+    """
 
     trials: list[int]
     tensors: Tensors
@@ -39,7 +45,7 @@ class Begun(NamedTuple):
 
 
 class Checkpoint:
-    """A folder that the passes of one call of :func:`ulfine_fast.fit_many` are saved in.
+    """A folder that the trial batches of one call of :func:`ulfine_fast.fit_many` are saved in.
 
     Raises:
         InputError: the folder holds a checkpoint of other configs, splits, another cache or version, or something
@@ -59,14 +65,14 @@ class Checkpoint:
             "configs": [config.to_dict() for config in configs],
         }
         path = folder / "head.json"
-        # a head alone was left by a fit that came to nothing, and binds nobody
-        if path.exists() and any(folder.glob(_PASSES)):
+        # a head alone was left by a fit that made no progress, and another fit may replace it
+        if path.exists() and any(folder.glob(_BATCHES)):
             _refuse_other(folder, _read_head(path), self.head)
-        elif folder.exists() and (not folder.is_dir() or _strangers(folder)):
+        elif folder.exists() and (not folder.is_dir() or _other_files(folder)):
             raise InputError(f"{folder} exists and is no checkpoint; name a new folder")
 
     def load(self) -> list[Begun]:
-        """The passes that were begun, as :meth:`save` was given them.
+        """The trial batches that were begun, as passed to :meth:`save`.
 
         Raises:
             InputError: a damaged file.
@@ -74,33 +80,33 @@ class Checkpoint:
         from safetensors.torch import load_file
 
         found = []
-        for path in sorted(self.folder.glob(_PASSES)):
+        for path in sorted(self.folder.glob(_BATCHES)):
             notes = _read_notes(path)
             found.append(Begun(notes.pop("trials"), load_file(path), notes))
         return found
 
     def save(self, trials: Sequence[int], tensors: Tensors, notes: dict[str, Any]) -> None:
-        """Replace what is known of the pass of these trials.
+        """Replace what is saved of the trial batch of these trials.
 
         Raises:
             InputError: the file system refused.
         """
         from safetensors.torch import save
 
-        if not any(self.folder.glob(_PASSES)):
+        if not any(self.folder.glob(_BATCHES)):
             make_folder(self.folder)
             write_atomically(self.folder / "head.json", json.dumps(self.head).encode())
         content = save(tensors, {"notes": json.dumps({"trials": list(trials), **notes})})
-        write_atomically(self.folder / f"pass-{trials[0]}.safetensors", content)
+        write_atomically(self.folder / f"batch-{trials[0]}.safetensors", content)
 
     def remove(self) -> None:
-        """Everything is done: take the folder away."""
+        """Remove the folder: everything is done."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
 def saved_step(folder: Path) -> int | None:
-    """The step that training would go on from, None without a checkpoint; of several passes the latest begun."""
-    steps = [_read_notes(path)["step"] for path in folder.glob(_PASSES)]
+    """The step that training would go on from, None without a checkpoint; of several trial batches the latest begun."""
+    steps = [_read_notes(path)["step"] for path in folder.glob(_BATCHES)]
     return max(steps, default=None)
 
 
@@ -134,9 +140,10 @@ def _splits_digest(splits: Sequence[Split]) -> str:
 
 def _bytes(split: Split) -> bytes:
     rows = [np.ascontiguousarray(getattr(split, role), dtype=np.int64) for role in _ROLES]
-    if split.bags is not None:
-        rows += [split.bags.shares.view(np.int64).ravel(), *split.bags.members]
-    return b"".join(len(each).to_bytes(8, "little") + each.tobytes() for each in rows)
+    parts = [array.tobytes() for array in rows]
+    if split.extra:
+        parts.append(json.dumps(split.extra, sort_keys=True).encode())
+    return b"".join(len(part).to_bytes(8, "little") + part for part in parts)
 
 
 def _refuse_other(folder: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
@@ -194,7 +201,7 @@ def _damaged(path: Path, error: Exception) -> InputError:
     return InputError(f"{path} is damaged ({type(error).__name__}); remove {path.parent} to start anew")
 
 
-def _strangers(folder: Path) -> list[Path]:
+def _other_files(folder: Path) -> list[Path]:
     """Files that a checkpoint interrupted at its very start would not have left."""
     own = ("head.json", "head.json.tmp")
-    return [path for path in folder.iterdir() if path.name not in own and not path.match(_PASSES + ".tmp")]
+    return [path for path in folder.iterdir() if path.name not in own and not path.match(_BATCHES + ".tmp")]

@@ -14,22 +14,22 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-# a pass of more trials than this holds is not faster, and a machine has other work to do
+# a trial batch larger than this is not faster, and a machine has other work to do
 _MOST_ON_PROCESSOR = 8 << 30
-_SHARE = 0.5
+_FRACTION = 0.5
 
 
 def budget(device: torch.device) -> int:
-    """Bytes that one pass may take on the device: half of what is free now, on a processor at most 8 GiB."""
+    """Bytes that one trial batch may take on the device: half of what is free now, on a processor at most 8 GiB."""
     if device.type == "cuda":
         # what earlier work has let go of is kept by the allocator for the next
         kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return int((torch.cuda.mem_get_info(device)[0] + kept) * _SHARE)
-    return min(int(free_memory() * _SHARE), _MOST_ON_PROCESSOR)
+        return int((torch.cuda.mem_get_info(device)[0] + kept) * _FRACTION)
+    return min(int(free_memory() * _FRACTION), _MOST_ON_PROCESSOR)
 
 
 def free_memory(root: Path = Path("/")) -> int:
-    """Bytes of main memory that can be had without swapping, also inside a container that is given less than all.
+    """Bytes of main memory that can be had without swapping, also inside a container that has less than all.
 
     Args:
         root: where the system's files /proc/meminfo and /sys/fs/cgroup/memory.* are looked for.

@@ -1,4 +1,4 @@
-"""How one optimiser step of a pass is made: through autograd, which is the specification of every faster way."""
+"""One optimiser step of a trial batch: through autograd, which is the specification of every faster path."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ulfine_fast.cache.io.errors import InputError
 from ulfine_fast.core.batches import BatchSource
-from ulfine_fast.core.fused.step import FusedSteps
+from ulfine_fast.core.fused.blocks import FusedSteps
 from ulfine_fast.core.types import Batch, State, Trials
 from ulfine_fast.methods.base import Method
 from ulfine_fast.ops.sgd import cosine_rate, sgd_step
@@ -20,7 +20,7 @@ ENGINES = ("auto", "fused", "specification")
 
 
 class Steps(Protocol):
-    """The steps of a pass.
+    """The steps of a trial batch.
 
     Attributes:
         parts: how many yields of :meth:`run` make one step of all trials.
@@ -40,8 +40,10 @@ class AutogradSteps:
     """Steps by a method's losses, their gradients through autograd, and SGD.
 
     Args:
-        method, trials, state: of the pass; the state is moved in place.
-        velocity: momentum buffers by the names of `state.parameters`, moved in place.
+        method: of the trial batch.
+        trials: of the trial batch.
+        state: of the trial batch, updated in place.
+        velocity: momentum buffers by the names of `state.parameters`, updated in place.
         batches: the mini-batches.
         steps: length of the schedule.
     """
@@ -57,8 +59,12 @@ class AutogradSteps:
         batches: BatchSource,
         steps: int,
     ) -> None:
-        self.method, self.trials, self.state, self.velocity = method, trials, state, velocity
-        self.batches, self.steps = batches, steps
+        self.method = method
+        self.trials = trials
+        self.state = state
+        self.velocity = velocity
+        self.batches = batches
+        self.steps = steps
         for tensor in state.parameters.values():
             tensor.requires_grad_(True)
 
@@ -95,12 +101,12 @@ def make_stepper(
     *,
     threads: bool = True,
 ) -> Steps:
-    """The steps of a pass by the asked engine, see :func:`ulfine_fast.fit_many`.
+    """The steps of a trial batch by the engine that was asked for, see :func:`ulfine_fast.fit_many`.
 
     `threads` lets cores work on different trials; without it all is computed in the calling thread.
 
-    Parameters and velocities may be replaced by other tensors of the same names and shapes; whoever changes the trials
-    of a pass makes its steps anew.
+    Parameters and velocities may be replaced by other tensors of the same names and shapes. When trials leave a trial
+    batch, its steps are made anew.
 
     Raises:
         InputError: the engine is "fused" and the method has no such step, or half precision is asked of it.

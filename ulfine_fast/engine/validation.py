@@ -1,4 +1,4 @@
-"""Figures of T trials at once: validation accuracy and pseudo-label health, a few trials' rows at a time."""
+"""Metrics of T trials together: validation accuracy and pseudo-label health, a few trials' rows at a time."""
 
 from __future__ import annotations
 
@@ -16,17 +16,26 @@ from ulfine_fast.core.features import DeviceFeatures
 from ulfine_fast.core.types import State, Trials
 from ulfine_fast.methods.base import Method
 
-Figures = dict[str, NDArray[np.float64]]
-"""Figures by name, (T,) or (T, K); NaN where one has no rows to stand on."""
+Metrics = dict[str, NDArray[np.float64]]
+"""Metrics by name, (T,) or (T, K); NaN where there are no rows to compute one from."""
 
 _ROWS = 4096
 # float32 values of a block's features: what a processor's cache holds, and what keeps a GPU busy
-_VALUES, _VALUES_GPU = 1 << 19, 1 << 26
+_VALUES = 1 << 19
+_VALUES_GPU = 1 << 26
 
 
 @dataclass(frozen=True)
-class Readers:
-    """T trials as fitted so far, and the features and labels (n,) that they are judged on."""
+class Validation:
+    """Computes metrics of T trials as fitted so far.
+
+    Attributes:
+        method: of all trials.
+        trials: their options.
+        state: what they have learned.
+        features: on the device.
+        labels: class of each row of the cache (n,), -1 unknown.
+    """
 
     method: Method
     trials: Trials
@@ -34,43 +43,45 @@ class Readers:
     features: DeviceFeatures
     labels: Tensor
 
-    def accuracy(self, rows: PaddedRows) -> Figures:
+    def accuracy(self, rows: PaddedRows) -> Metrics:
         """`accuracy` and `balanced_accuracy` (mean recall over classes present) on each trial's rows, each (T,)."""
         classes = self.trials.log_prior.shape[1]
         right, there = (torch.zeros_like(self.trials.log_prior, dtype=torch.int64) for _ in range(2))
         for start, stop, first, logits in self._blocks(rows, pseudo=False):
-            index, present = _cut(rows, start, stop, first, logits.shape[1])
+            index, present = _block(rows, start, stop, first, logits.shape[1])
             labels = self.labels[index]
             there[start:stop] += _tally(labels, present, classes)
             right[start:stop] += _tally(labels, present & (logits.argmax(-1) == labels), classes)
-        recall = _shares(right, there)
+        recall = _fractions(right, there)
         seen = ~np.isnan(recall)
-        balanced = _divided(np.where(seen, recall, 0.0).sum(1), seen.sum(1))
-        return {"accuracy": _shares(right.sum(1), there.sum(1)), "balanced_accuracy": balanced}
+        balanced = _quotients(np.where(seen, recall, 0.0).sum(1), seen.sum(1))
+        return {"accuracy": _fractions(right.sum(1), there.sum(1)), "balanced_accuracy": balanced}
 
-    def health(self, rows: PaddedRows) -> Figures:
-        """Pseudo-label figures over each trial's unlabelled rows, as :func:`metrics.pseudo_label_health` has them."""
-        values, judged = self.trials.values, self.method.uses_unlabeled and self.method.thresholds
-        # methods that draw no pseudo-labels, or draw soft ones, are judged on all their guesses
-        threshold = values["threshold"] if judged else torch.zeros_like(values["threshold"])
+    def health(self, rows: PaddedRows) -> Metrics:
+        """Pseudo-label metrics over each trial's unlabelled rows, as :func:`metrics.pseudo_label_health` has them."""
+        # methods that draw no pseudo-labels, or draw soft ones, are judged on all their predictions
+        judged = self.method.uses_unlabeled and self.method.thresholds
+        threshold = self.trials.values["threshold"] if judged else self.trials.zeros()
         counts = torch.zeros(4, *self.trials.log_prior.shape, dtype=torch.int64, device=self.labels.device)
         false = torch.zeros(2, len(threshold), dtype=torch.float64, device=self.labels.device)
         for start, stop, first, probabilities in self._probabilities(rows):
-            index, present = _cut(rows, start, stop, first, probabilities.shape[1])
+            index, present = _block(rows, start, stop, first, probabilities.shape[1])
             found = _health(probabilities, self.labels[index], present, threshold[start:stop])
             counts[:, start:stop] += found[0]
             false[:, start:stop] += found[1]
-        return _health_figures(counts, false, rows.count)
+        return _health_metrics(counts, false, rows.count)
 
     def _probabilities(self, rows: PaddedRows) -> Iterator[tuple[int, int, int, Tensor]]:
-        """Pseudo-label probabilities as :meth:`_blocks` hands out logits."""
+        """Pseudo-label probabilities, in the blocks of :meth:`_blocks`."""
         drawn = self.method.drawn(self.trials, self.state)
         if drawn is not None:
             yield 0, len(drawn), 0, drawn.float()
             return
         for start, stop, first, logits in self._blocks(rows, pseudo=True):
-            sharpen = self.trials.values["sharpen"][start:stop].view(-1, 1, 1)
-            yield start, stop, first, torch.softmax(logits / sharpen, dim=-1)
+            temperature = self.trials.values.get("sharpen")
+            if temperature is not None:
+                logits = logits / temperature[start:stop].view(-1, 1, 1)
+            yield start, stop, first, torch.softmax(logits, dim=-1)
 
     def logits(self, rows: PaddedRows) -> Tensor:
         """Logits of each trial's rows, padding included (T, N, K), in main memory."""
@@ -89,13 +100,14 @@ class Readers:
         together = max(1, values // (width * self.features.plain.shape[1]))
         for start in range(0, trials, together):
             stop = min(start + together, trials)
-            given, tensors = self.trials.part(start, stop), self.state.part(start, stop).tensors
+            trials_part = self.trials.part(start, stop)
+            tensors = self.state.part(start, stop).tensors
             shared = bool((rows.index[start:stop] == rows.index[start]).all())
             for first in range(0, total, width):
                 # trials of one split read the same images, which are widened once for all of a block
                 index = rows.index[start : start + 1 if shared else stop, first : first + width]
                 features = self.features.rows(index).expand(stop - start, -1, -1)  # (t, n, D)
-                yield start, stop, first, forward(given, tensors, features).float()
+                yield start, stop, first, forward(trials_part, tensors, features).float()
 
 
 def finite(*tensors: Tensor) -> Tensor:
@@ -103,10 +115,10 @@ def finite(*tensors: Tensor) -> Tensor:
     return torch.stack([torch.isfinite(tensor.detach()).reshape(len(tensor), -1).all(1) for tensor in tensors]).all(0)
 
 
-def _cut(rows: PaddedRows, start: int, stop: int, first: int, count: int) -> tuple[Tensor, Tensor]:
+def _block(rows: PaddedRows, start: int, stop: int, first: int, count: int) -> tuple[Tensor, Tensor]:
     """Row numbers and presence of a block, each (t, n)."""
-    places = torch.arange(first, first + count, device=rows.index.device)
-    return rows.index[start:stop, first : first + count], places < rows.count[start:stop, None]
+    positions = torch.arange(first, first + count, device=rows.index.device)
+    return rows.index[start:stop, first : first + count], positions < rows.count[start:stop, None]
 
 
 def _health(probabilities: Tensor, labels: Tensor, present: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor]:
@@ -121,16 +133,16 @@ def _health(probabilities: Tensor, labels: Tensor, present: Tensor, threshold: T
     return counts, torch.stack([(confidence * false).double().sum(1), false.double().sum(1)])
 
 
-def _health_figures(counts: Tensor, false: Tensor, rows: Tensor) -> Figures:
+def _health_metrics(counts: Tensor, false: Tensor, rows: Tensor) -> Metrics:
     drawn, judged, right, there = counts
     every = rows.unsqueeze(1).expand_as(drawn)
     return {
-        "pseudo_label_rate": _shares(drawn.sum(1), rows),
-        "pseudo_label_precision": _shares(right.sum(1), judged.sum(1)),
-        "confidence_on_false": _shares(*false),
-        "per_class_pseudo_label_rate": _shares(drawn, every),
-        "per_class_pseudo_label_precision": _shares(right, judged),
-        "per_class_pseudo_label_recall": _shares(right, there),
+        "pseudo_label_rate": _fractions(drawn.sum(1), rows),
+        "pseudo_label_precision": _fractions(right.sum(1), judged.sum(1)),
+        "confidence_on_false": _fractions(*false),
+        "per_class_pseudo_label_rate": _fractions(drawn, every),
+        "per_class_pseudo_label_precision": _fractions(right, judged),
+        "per_class_pseudo_label_recall": _fractions(right, there),
     }
 
 
@@ -141,10 +153,10 @@ def _tally(classes_of: Tensor, mask: Tensor, classes: int) -> Tensor:
     return counts.scatter_add_(1, classes_of.clamp(min=0), mask.long())
 
 
-def _shares(part: Tensor, whole: Tensor) -> NDArray[np.float64]:
-    return _divided(part.cpu().numpy(), whole.cpu().numpy())
+def _fractions(part: Tensor, whole: Tensor) -> NDArray[np.float64]:
+    return _quotients(part.cpu().numpy(), whole.cpu().numpy())
 
 
-def _divided(part: NDArray[Any], whole: NDArray[Any]) -> NDArray[np.float64]:
+def _quotients(part: NDArray[Any], whole: NDArray[Any]) -> NDArray[np.float64]:
     """Part / whole, NaN where there is nothing."""
     return np.divide(part, whole, out=np.full(part.shape, np.nan), where=whole > 0)

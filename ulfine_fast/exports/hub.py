@@ -1,17 +1,16 @@
-"""Export folders on the Hugging Face Hub, or on a server that speaks as it does."""
+"""Export folders on the Hugging Face Hub, or on a server with the same interface."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
 
 from ulfine_fast.cache.io.errors import InputError
+from ulfine_fast.exports.config import CARD, CONFIG, FORMATS, read_config
 
 SCHEME = "hf://"
-CARD = "README.md"
-_Found = TypeVar("_Found")
 
 
 def push(
@@ -23,14 +22,14 @@ def push(
     token: str | None = None,
     endpoint: str | None = None,
 ) -> str:
-    """Sends an export folder to a model repository, in one commit; the repository is made where there is none.
+    """Sends an export folder to a model repository, in one commit; a repository that does not exist is created.
 
     Args:
-        folder: what `export` wrote; its model, config.json and card go, and nothing else that lies there.
+        folder: what `export` wrote; its model, config.json and card are sent, and no other file in it.
         repo: "owner/name", with or without "hf://".
-        private: whether a repository that is made now is hidden from others.
+        private: whether a repository that is created is hidden from others.
         message: of the commit.
-        token: that may write there; by default that of `hf auth login` or HF_TOKEN.
+        token: one that may write there; by default that of `hf auth login` or HF_TOKEN.
         endpoint: another server's address; by default HF_ENDPOINT or the Hub's.
 
     Returns:
@@ -39,27 +38,22 @@ def push(
     Raises:
         InputError: no export folder, no such name, no right to write, no network.
     """
+    # slow to import, and most exports never reach a server
     from huggingface_hub import CommitOperationAdd, HfApi
 
-    from ulfine_fast.exports.load import read_config
-    from ulfine_fast.exports.write import CONFIG
-
-    told = read_config(Path(folder))
-    files = [Path(folder) / name for name in (CARD, CONFIG, told["file"]) if (Path(folder) / name).is_file()]
+    config = read_config(Path(folder))
+    files = [Path(folder) / name for name in (CARD, CONFIG, config["file"]) if (Path(folder) / name).is_file()]
+    operations = [CommitOperationAdd(path_in_repo=path.name, path_or_fileobj=path) for path in files]
+    message = message or f"{config['method']} over {len(config['class_names'])} classes, as {config['to']}"
     api = HfApi(endpoint=endpoint or os.environ.get("HF_ENDPOINT"), token=token)
     name = repo.removeprefix(SCHEME)
-
-    def send() -> str:
-        made = api.create_repo(name, private=private, exist_ok=True)
-        operations = [CommitOperationAdd(path_in_repo=path.name, path_or_fileobj=path) for path in files]
-        said = message or f"{told['method']} over {len(told['class_names'])} classes, as {told['to']}"
-        return api.create_commit(made.repo_id, operations, commit_message=said).commit_url
-
-    return _or_one_sentence(send, name)
+    with _server_errors(name):
+        repo_id = api.create_repo(name, private=private, exist_ok=True).repo_id
+        return api.create_commit(repo_id, operations, commit_message=message).commit_url
 
 
 def pull(address: str, *, token: str | None = None, endpoint: str | None = None) -> Path:
-    """Downloads a model repository's export folder, or finds it where an earlier call left it.
+    """Downloads a model repository's export folder; what an earlier call downloaded is used again.
 
     Args:
         address: "hf://owner/name", or "hf://owner/name@revision" for a branch, tag or commit.
@@ -72,29 +66,26 @@ def pull(address: str, *, token: str | None = None, endpoint: str | None = None)
     Raises:
         InputError: no such repository or revision, no right to read, no network.
     """
+    # slow to import, and most exports never reach a server
     from huggingface_hub import snapshot_download
 
-    from ulfine_fast.exports.write import CONFIG, FORMATS
-
     name, _, revision = address.removeprefix(SCHEME).partition("@")
-    wanted = [CARD, CONFIG, FORMATS["safetensors"], FORMATS["onnx"]]
-
+    files = [CARD, CONFIG, FORMATS["safetensors"], FORMATS["onnx"]]
     # the client reads HF_ENDPOINT once, when it is imported
     server = endpoint or os.environ.get("HF_ENDPOINT")
-
-    def get() -> Path:
-        found = snapshot_download(name, revision=revision or None, allow_patterns=wanted, token=token, endpoint=server)
-        return Path(found)
-
-    return _or_one_sentence(get, name)
+    with _server_errors(name):
+        return Path(
+            snapshot_download(name, revision=revision or None, allow_patterns=files, token=token, endpoint=server)
+        )
 
 
-def _or_one_sentence(call: Callable[[], _Found], name: str) -> _Found:
-    """What the call gives, or why the server did not, in one sentence."""
+@contextmanager
+def _server_errors(name: str) -> Iterator[None]:
+    """Turns what the client raises into one sentence."""
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     try:
-        return call()
+        yield
     except HFValidationError as error:
         raise InputError(f"a repository is named owner/name, got {name!r}") from error
     except HfHubHTTPError as error:

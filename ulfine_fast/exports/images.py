@@ -1,4 +1,4 @@
-"""Image files for a model that has its encoder inside: resized as the encoder would, by what the folder says."""
+"""Image files for a model that has its encoder inside: resized as the encoder would, by what config.json says."""
 
 from __future__ import annotations
 
@@ -16,30 +16,38 @@ from ulfine_fast.cache.pipeline.plan import batches_of
 from ulfine_fast.cache.pipeline.read import ImageReader
 from ulfine_fast.cache.pipeline.resample import Resampling
 from ulfine_fast.cache.pipeline.views import ViewRecipe
-from ulfine_fast.cache.sources import ImageFolder, TableSource
-from ulfine_fast.cache.sources.table import SUFFIXES
-from ulfine_fast.runs.predict import Predictions
+from ulfine_fast.exports.config import IMAGES
+from ulfine_fast.runs.predict import Predictions, images_at
 
 if TYPE_CHECKING:
-    from ulfine_fast.cache.sources import ListedSource
     from ulfine_fast.exports.load import Loaded
 
 
-def scored(model: Loaded, images: Path, batch_size: int) -> Predictions:
+def predict_without_encoder(model: Loaded, images: Path | Any, batch_size: int) -> Predictions:
     """Classes of image files.
 
     Args:
         model: one that takes images.
-        images: an image, a folder of images at any depth, or a table with a column `path`.
-        batch_size: images taken at once, at least 1.
+        images: an image, a folder of images at any depth, a table with a column `path`, or a data frame with one.
+        batch_size: images read together, at least 1.
 
     Raises:
         InputError: no images there, none readable.
     """
     if batch_size < 1:
         raise InputError(f"batch_size must be at least 1, got {batch_size}")
-    source = _source(images)
-    reader = _reader(source, model.told)
+    source = images_at(images)
+
+    # the reader of the encoder; the last two transforms scale and normalise numbers, which the graph does
+    preprocessing, resampling = model.config[IMAGES]["open_clip"], model.config[IMAGES]["resampling"]
+    reader = ImageReader(
+        source,
+        Compose(image_transform_v2(PreprocessCfg(**preprocessing), is_train=False).transforms[:-2]),
+        ViewRecipe(weak=0, strong=0),
+        model.config["input"]["shape"][1],
+        None if resampling is None else Resampling(**resampling),
+    )
+
     ids: list[str] = []
     skipped: list[tuple[str, str]] = []
     blocks = [np.zeros((0, len(model.class_names)), np.float32)]
@@ -55,16 +63,3 @@ def scored(model: Loaded, images: Path, batch_size: int) -> Predictions:
     if not ids:
         raise InputError(f"none of the {len(skipped)} images at {images} can be read; the first: {skipped[0][1]}")
     return Predictions(ids, np.concatenate(blocks), model.class_names, skipped)
-
-
-def _reader(source: ListedSource, told: dict[str, Any]) -> ImageReader:
-    """The reader that an encoder would have, without one."""
-    own, reduced = told["pictures"]["open_clip"], told["pictures"]["resampling"]
-    # the last two steps make numbers and normalise them, which the graph does
-    resize = Compose(image_transform_v2(PreprocessCfg(**own), is_train=False).transforms[:-2])
-    resampling = None if reduced is None else Resampling(**reduced)
-    return ImageReader(source, resize, ViewRecipe(weak=0, strong=0), told["input"]["shape"][1], resampling)
-
-
-def _source(where: Path) -> ListedSource:
-    return TableSource(where) if where.suffix.lower() in SUFFIXES else ImageFolder(where)

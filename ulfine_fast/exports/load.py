@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from ulfine_fast.cache.io.errors import InputError
+from ulfine_fast.config import FitConfig
+from ulfine_fast.exports.config import CONFIG, IMAGES, read_config
 from ulfine_fast.exports.hub import SCHEME, pull
-from ulfine_fast.exports.write import CONFIG, FORMAT, FORMATS
+from ulfine_fast.runs.run import Run
 
 if TYPE_CHECKING:
     from ulfine_fast.runs.predict import Predictions
-    from ulfine_fast.runs.run import Run
 
 _READ_HERE = ("safetensors", "onnx")
 
@@ -25,20 +25,38 @@ class Loaded:
     """A classifier from an export folder.
 
     Attributes:
-        class_names: (K,). told: the content of its config.json.
+        folder: the export folder.
+        config: the content of its config.json.
+        class_names: (K,).
     """
 
-    def __init__(self, folder: Path, told: dict[str, Any]) -> None:
-        self.folder, self.told, self.class_names = folder, told, list(told["class_names"])
-        self._run = _run_of(folder, told)
-        self._session = _session(folder / told["file"]) if told["to"] == "onnx" else None
+    def __init__(self, folder: Path, config: dict[str, Any]) -> None:
+        self.folder = folder
+        self.config = config
+        self.class_names: list[str] = list(config["class_names"])
+        self._session: Any = None
+        tensors = {}
+        if config["to"] == "onnx":
+            self._session = _onnx_session(folder / config["file"])
+        else:
+            from safetensors.torch import load_file
+
+            tensors = load_file(folder / config["file"])
+        # as far as predictions need it; an ONNX file holds its tensors itself
+        self._run = Run(
+            config=FitConfig.from_dict(config["config"], saved=True),
+            class_names=self.class_names,
+            tensors=tensors,
+            metrics={"temperature": config["temperature"]},
+            encoder=config["encoder"],
+        )
 
     @property
     def takes_images(self) -> bool:
         """Whether the encoder is inside, so that inputs are images of its size."""
-        return bool(self.told["input"]["name"] == "pictures")
+        return bool(self.config["input"]["name"] == IMAGES)
 
-    def predict_proba(self, inputs: NDArray[Any]) -> NDArray[np.float32]:
+    def predict_proba(self, inputs: ArrayLike) -> NDArray[np.float32]:
         """Calibrated probabilities (n, K).
 
         Args:
@@ -47,114 +65,80 @@ class Loaded:
         Raises:
             InputError: another shape.
         """
-        wanted = self.told["input"]
-        given = np.asarray(inputs)
-        if self.takes_images and given.dtype != np.uint8:
-            raise InputError(f"images must be uint8, 0 to 255, got {given.dtype}")
-        given = given.astype(wanted["dtype"], copy=False)
-        if given.ndim != len(wanted["shape"]) or list(given.shape[1:]) != wanted["shape"][1:]:
-            shape = ", ".join(map(str, wanted["shape"]))
-            raise InputError(f"{wanted['name']} must have shape ({shape}), got {given.shape}")
+        name, shape, dtype = (self.config["input"][key] for key in ("name", "shape", "dtype"))
+        array = np.asarray(inputs)
+        if self.takes_images and array.dtype != np.uint8:
+            raise InputError(f"images must be uint8, 0 to 255, got {array.dtype}")
+        if array.ndim != len(shape) or list(array.shape[1:]) != shape[1:]:
+            raise InputError(f"{name} must have shape ({', '.join(map(str, shape))}), got {array.shape}")
+        array = np.ascontiguousarray(array, dtype=dtype)
         if self._session is None:
-            return self._run.predict_proba(given)
-        if not len(given):
+            return self._run.predict_proba(array)
+        if not len(array):
             return np.zeros((0, len(self.class_names)), np.float32)
-        found: NDArray[np.float32] = self._session.run(["probabilities"], {wanted["name"]: given})[0]
-        return found
+        probabilities: NDArray[np.float32] = self._session.run(["probabilities"], {name: array})[0]
+        return probabilities
 
-    def predict(self, inputs: NDArray[Any]) -> NDArray[np.int64]:
+    def predict(self, inputs: ArrayLike) -> NDArray[np.int64]:
         """Class indices (n,) of what `predict_proba` takes."""
         return self.predict_proba(inputs).argmax(axis=1).astype(np.int64)
 
-    def predict_images(self, images: str | Path, *, device: str = "auto", batch_size: int = 32) -> Predictions:
-        """Classes of image files, by the open_clip model that the features came from; see `predict_images`.
+    def predict_images(self, images: str | Path | Any, *, device: str = "auto", batch_size: int = 32) -> Predictions:
+        """Classes of image files, by the open_clip model that the features came from.
+
+        Args:
+            images: as for :func:`ulfine_fast.runs.predict.predict_images`.
+            device: where to encode; a graph with the encoder inside runs on the CPU.
+            batch_size: images taken together, at least 1.
 
         Raises:
-            InputError: no images there, or the model is not to be had.
+            InputError: no images there, or the model cannot be loaded.
             CacheMismatch: other weights under the model's name.
         """
+        # both import open_clip, which features do without
         if self.takes_images:
-            from ulfine_fast.exports.images import scored
+            from ulfine_fast.exports.images import predict_without_encoder
 
-            return scored(self, Path(images), batch_size)
-        from ulfine_fast.runs.predict import predict_images
+            return predict_without_encoder(self, images, batch_size)
+        from ulfine_fast.runs.predict import predict_images, recorded_encoder
 
-        return predict_images(self._run, Path(images), device=device, batch_size=batch_size, scorer=self.predict_proba)
+        encoder = recorded_encoder(self.config["encoder"], self.config["input"]["shape"][1:], device)
+        return predict_images(self._run, images, batch_size=batch_size, encoder=encoder, scorer=self.predict_proba)
 
 
 def load(folder: str | Path) -> Loaded:
     """Opens a folder that `export` wrote, as ONNX or safetensors.
 
     Args:
-        folder: where it is; "hf://owner/name", or "hf://owner/name@revision", for a repository of the Hugging Face Hub.
+        folder: its path; "hf://owner/name", or "hf://owner/name@revision", for a repository of the Hugging Face Hub.
 
     Raises:
         InputError: no such folder or repository, of another version, of a format that torch itself loads, or changed
             since.
     """
     folder = pull(str(folder)) if str(folder).startswith(SCHEME) else Path(folder)
-    told = read_config(folder)
-    if told["to"] not in _READ_HERE:
-        way = "torch.jit.load" if told["to"] == "torchscript" else "torch.export.load"
-        raise InputError(f"{folder} is for {way}, which runs what is in the file: use that if you trust it")
-    _refuse_changed(folder / told["file"], told.get("sha256"))
+    config = read_config(folder)
+    if config["to"] not in _READ_HERE:
+        loader = "torch.jit.load" if config["to"] == "torchscript" else "torch.export.load"
+        raise InputError(f"{folder} is for {loader}, which runs what is in the file: use that if you trust it")
+    file = folder / config["file"]
     try:
-        return Loaded(folder, told)
+        digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    except OSError as error:
+        raise InputError(f"{file} cannot be read ({error.strerror}); export the run again") from error
+    if digest != config.get("sha256"):
+        raise InputError(f"{file} is not the file that {CONFIG} names; export the run again")
+    try:
+        return Loaded(folder, config)
     except InputError:
         raise
-    # what others wrote may hold anything: settings of other types, tensors of other names, a graph of other operations
+    # other programs may write anything: settings of other types, tensors of other names, a graph of other operations
     except Exception as error:
         reason = " ".join(str(error).split())[:160] or type(error).__name__
         raise InputError(f"{folder} is damaged or of another program ({reason}); export the run again") from error
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """What an export folder's config.json says.
-
-    Raises:
-        InputError: there is none, or another program wrote it.
-    """
-    path = folder / CONFIG
-    try:
-        told = json.loads(path.read_text(encoding="utf-8"))
-        known = told["format"] == FORMAT and told["version"] == 1 and told["to"] in FORMATS
-        told["class_names"], told["input"]["shape"], told["encoder"], told["config"]
-    except FileNotFoundError as error:
-        raise InputError(f"{folder} has no {CONFIG}; name a folder that `ulfine-fast export` wrote") from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path} cannot be read ({type(error).__name__}); export the run again") from error
-    if not known or told.get("file") != FORMATS[told["to"]]:
-        raise InputError(
-            f"{path} says {told['format']!r} version {told['version']!r}, which this program does not read"
-        )
-    found: dict[str, Any] = told
-    return found
-
-
-def _refuse_changed(path: Path, digest: str | None) -> None:
-    try:
-        found = hashlib.sha256(path.read_bytes()).hexdigest()
-    except OSError as error:
-        raise InputError(f"{path} cannot be read ({error.strerror}); export the run again") from error
-    if found != digest:
-        raise InputError(f"{path} is not the file that {CONFIG} names; export the run again")
-
-
-def _run_of(folder: Path, told: dict[str, Any]) -> Run:
-    """The run, as far as predicting goes; an ONNX file holds its heads itself."""
-    from safetensors.torch import load_file
-
-    from ulfine_fast.config import FitConfig
-    from ulfine_fast.runs.run import Run
-
-    tensors = load_file(folder / told["file"]) if told["to"] == "safetensors" else {}
-    metrics = {"temperature": told["temperature"]}
-    return Run(
-        FitConfig.from_dict(told["config"]), list(told["class_names"]), tensors, metrics, encoder=told["encoder"]
-    )
-
-
-def _session(path: Path) -> Any:
+def _onnx_session(path: Path) -> Any:
     try:
         import onnxruntime
     except ImportError as error:

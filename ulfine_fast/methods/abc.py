@@ -9,13 +9,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ulfine_fast.core.heads import Tensors, adapt, cosine_logits
+from ulfine_fast.core.heads import Tensors, apply_adapter, cosine_logits
 from ulfine_fast.core.types import Batch, Losses, State, Trials
+from ulfine_fast.methods.base import PseudoLabelOptions
 from ulfine_fast.methods.fixmatch import FixMatch, plain_cross_entropy, soft_cross_entropy
+from ulfine_fast.methods.registry import register
 from ulfine_fast.ops.distributions import rarity
 from ulfine_fast.ops.losses import masked_mean, pseudo_labels
 
 
+@register("abc", options=PseudoLabelOptions, source="ABC, arXiv 2110.10368")
 class ABC(FixMatch):
     """FixMatch, and a second head in which frequent classes weigh as little as the rarest; that one predicts."""
 
@@ -23,7 +26,7 @@ class ABC(FixMatch):
         """Two heads (T, K, D) at the textual prototypes, the adapter, and the share of the steps done (T,)."""
         state = super().start(trials)
         state.parameters["auxiliary"] = trials.prototypes.clone()
-        state.scratch["done"] = torch.zeros_like(trials.values["tau"])
+        state.scratch["done"] = trials.zeros()
         return state
 
     def losses(self, trials: Trials, state: State, batch: Batch) -> Losses:
@@ -52,5 +55,5 @@ class ABC(FixMatch):
 
     def logits(self, trials: Trials, tensors: Tensors, features: Tensor) -> Tensor:
         """The auxiliary head's logits (T, B, K)."""
-        adapted = adapt(tensors, features, trials.values["adapter_scale"])
+        adapted = apply_adapter(tensors, features, trials.values["adapter_scale"])
         return cosine_logits(adapted, tensors["auxiliary"], trials.values["scale"])

@@ -8,17 +8,35 @@ image in a step.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-from ulfine_fast.core.heads import Tensors, adapt, cosine_logits
+from ulfine_fast.config import option
+from ulfine_fast.core.heads import Tensors, apply_adapter, cosine_logits
 from ulfine_fast.core.types import Batch, Losses, State, Trials
+from ulfine_fast.methods.base import LabeledOptions, PseudoLabelOptions, RunningOptions
 from ulfine_fast.methods.fixmatch import FixMatch, plain_cross_entropy
+from ulfine_fast.methods.registry import register
 from ulfine_fast.ops.distributions import distance_from_labeled
 from ulfine_fast.ops.losses import PseudoLabels, adjusted_cross_entropy, masked_mean, pseudo_labels
 from ulfine_fast.ops.thresholds import histogram, running
 
 
+@dataclass(frozen=True)
+class ACROptions(PseudoLabelOptions, RunningOptions, LabeledOptions):
+    """Options of :class:`ACR`."""
+
+    tau_u: float = option(
+        2.0,
+        "strength of the adjustment by the running pseudo-label distribution P",
+        low=0.0,
+        search={"low": 0.0, "high": 2.5},
+    )
+
+
+@register("acr", options=ACROptions, source="ACR, doi 10.1109/CVPR52729.2023.00338")
 class ACR(FixMatch):
     """A plain and a balanced branch over one adapter; the plain one, made fairer, teaches both."""
 
@@ -84,7 +102,7 @@ class ACR(FixMatch):
 
 def _both(trials: Trials, tensors: Tensors, features: Tensor) -> tuple[Tensor, Tensor]:
     """Logits (T, B, K) of the plain and the balanced branch."""
-    adapted = adapt(tensors, features, trials.values["adapter_scale"])
+    adapted = apply_adapter(tensors, features, trials.values["adapter_scale"])
     scale = trials.values["scale"]
     return cosine_logits(adapted, tensors["linear"], scale), cosine_logits(adapted, tensors["balanced"], scale)
 

@@ -2,14 +2,60 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 
+from ulfine_fast.config import FitConfig, option
+from ulfine_fast.core.batches import BatchSource
 from ulfine_fast.core.fused.step import FusedStep
 from ulfine_fast.core.heads import Tensors
-from ulfine_fast.core.types import Batch, Losses, Pool, State, Trials
+from ulfine_fast.core.types import Batch, Inputs, Losses, Pool, State, Trials
+from ulfine_fast.data.splits import Split
+
+if TYPE_CHECKING:
+    from ulfine_fast.cache.store import FeatureCache
+
+
+@dataclass(frozen=True)
+class LabeledOptions:
+    """What methods with a logit-adjusted labelled loss read."""
+
+    tau: float = option(
+        1.0,
+        "strength of the logit adjustment on labelled images; 0 is plain cross-entropy",
+        low=0.0,
+        search={"low": 0.0, "high": 2.0},
+    )
+
+
+@dataclass(frozen=True)
+class SharpeningOptions:
+    """What methods read that weigh a loss on unlabelled images."""
+
+    sharpen: float = option(1.0, "temperature dividing the logits that pseudo-labels are drawn from", low=0.01)
+    lambda_u: float = option(
+        0.5, "weight of the unlabelled loss", low=0.0, search={"low": 0.1, "high": 2.0, "log": True}
+    )
+
+
+@dataclass(frozen=True)
+class PseudoLabelOptions(SharpeningOptions):
+    """What methods read whose pseudo-labels count over a threshold."""
+
+    threshold: float = option(
+        0.9, "smallest probability of a pseudo-label that trains", low=0.0, high=1.0, search={"low": 0.5, "high": 0.98}
+    )
+
+
+@dataclass(frozen=True)
+class RunningOptions:
+    """What methods read that follow the distribution of their pseudo-labels."""
+
+    rho: float = option(0.9, "momentum of the running pseudo-label distribution P", low=0.0, high=0.9999)
 
 
 class Method(Protocol):
@@ -17,21 +63,63 @@ class Method(Protocol):
 
     Attributes:
         trains: whether the loop's steps are run; a closed form needs none.
+        uses_labels: whether it learns from labelled images.
+        uses_texts: whether texts of the classes are of use to it; most heads start from them.
         uses_unlabeled: whether unlabelled images are drawn into mini-batches.
         uses_pool: whether :meth:`refresh` is called.
-        uses_bags: whether bags of images are drawn into mini-batches, in the place of labelled images.
+        uses_unlabeled_pool: whether :meth:`refresh` reads unlabelled images.
         thresholds: whether pseudo-labels count only over `threshold`; False where all of them train, by weight.
         takes_tokens: whether features are touched through the adapter alone, so that it may sit in the encoder.
-        before_projection: whether the head may classify what the encoder has before its projection.
     """
 
     trains: bool = True
+    uses_labels: bool = True
+    uses_texts: bool = True
     uses_unlabeled: bool = True
     uses_pool: bool = False
-    uses_bags: bool = False
+    uses_unlabeled_pool: bool = False
     thresholds: bool = True
     takes_tokens: bool = False
-    before_projection: bool = False
+
+    # -- before training
+
+    def split(self, cache: FeatureCache, config: FitConfig) -> Split | None:
+        """A split that the config names by an option of the method; None to draw the protocol's."""
+        return None
+
+    def check(self, cache: FeatureCache, config: FitConfig, split: Split) -> None:
+        """Refuse a trial that lacks what the method needs.
+
+        Raises:
+            InputError: says what is missing and what to do.
+        """
+        return
+
+    def prepare(self, cache: FeatureCache, config: FitConfig, split: Split) -> Split:
+        """The split that the method trains on, with what it adds to `extra`."""
+        return split
+
+    def inputs(self, cache: FeatureCache, splits: Sequence[Split], device: torch.device) -> Inputs:
+        """What the method reads beside features and labels; see :class:`Inputs`."""
+        return Inputs()
+
+    def batches(self, source: BatchSource) -> BatchSource:
+        """What draws the mini-batches."""
+        return source
+
+    def rows_together(self, split: Split) -> int:
+        """How many labelled rows are always drawn together; trials of one trial batch agree in it."""
+        return 1
+
+    def heads(self, config: FitConfig) -> int:
+        """How many linear heads it trains, to count memory."""
+        return 1
+
+    def pool_values(self, config: FitConfig, images: int, views: int, dim: int, classes: int) -> int:
+        """Numbers of float32 that :meth:`refresh` holds at most for so many training images, to count memory."""
+        return 2 * images * ((2 * views + 6) * dim + 8 * classes) + 8 * dim * dim
+
+    # -- training
 
     def start(self, trials: Trials) -> State:
         """Tensors before the first step; "linear" or "prototypes" (T, K, D) is always among them."""
@@ -40,11 +128,10 @@ class Method(Protocol):
     def refresh(self, trials: Trials, state: State, pool: Pool, step: int) -> None:
         """Look at all training images: before the first step and after every `eval_every` steps."""
         return
-        return
 
     def losses(self, trials: Trials, state: State, batch: Batch) -> Losses:
         """Losses of a mini-batch, with gradients to the parameters."""
-        zero = torch.zeros_like(trials.values["tau"])
+        zero = trials.zeros()
         return Losses(zero, zero, zero)
 
     def after_step(self, trials: Trials, state: State, batch: Batch, losses: Losses) -> None:

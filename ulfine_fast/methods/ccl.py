@@ -8,18 +8,28 @@ which train the encoder through a projection head and a second strong view.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-from ulfine_fast.core.heads import Tensors, adapt, cosine_logits
+from ulfine_fast.core.heads import Tensors, apply_adapter, cosine_logits
 from ulfine_fast.core.types import Batch, Losses, State, Trials
+from ulfine_fast.methods.base import LabeledOptions, PseudoLabelOptions, RunningOptions
 from ulfine_fast.methods.fixmatch import FixMatch, plain_cross_entropy
+from ulfine_fast.methods.registry import register
 from ulfine_fast.ops.losses import adjusted_cross_entropy, masked_mean, pseudo_labels
 from ulfine_fast.ops.thresholds import running
 
 _EPS = 1e-8
 
 
+@dataclass(frozen=True)
+class CCLOptions(PseudoLabelOptions, RunningOptions, LabeledOptions):
+    """Options of :class:`CCL`."""
+
+
+@register("ccl", options=CCLOptions, source="NeurIPS 2024")
 class CCL(FixMatch):
     """A plain and a balanced head whose adjusted logits are averaged to teach both; the balanced one predicts."""
 
@@ -80,7 +90,7 @@ class CCL(FixMatch):
 
 def _both(trials: Trials, tensors: Tensors, features: Tensor) -> tuple[Tensor, Tensor]:
     """Logits (T, B, K) of the plain and the balanced head."""
-    adapted = adapt(tensors, features, trials.values["adapter_scale"])
+    adapted = apply_adapter(tensors, features, trials.values["adapter_scale"])
     scale = trials.values["scale"]
     return cosine_logits(adapted, tensors["linear"], scale), cosine_logits(adapted, tensors["balanced"], scale)
 

@@ -13,11 +13,13 @@ from torch import Tensor
 
 from ulfine_fast.core.heads import Tensors, cosine_logits, padded_normals
 from ulfine_fast.core.types import Batch, Losses, State, Trials
-from ulfine_fast.methods.base import Method
+from ulfine_fast.methods.base import LabeledOptions, Method
+from ulfine_fast.methods.registry import register
 from ulfine_fast.ops.losses import adjusted_cross_entropy
 from ulfine_fast.ops.prototypes import normalize
 
 
+@register("clip_adapter", options=LabeledOptions, source="CLIP-Adapter, arXiv 2110.04544")
 class ClipAdapter(Method):
     """Logits sigma cos(alpha A(x) + (1 - alpha) x, t_k), A(x) = relu(relu(x W_1) W_2), as released."""
 

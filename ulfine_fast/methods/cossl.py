@@ -9,12 +9,17 @@ what FixMatch loses, and a second strong view.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-from ulfine_fast.core.heads import Tensors, adapt, cosine_logits
+from ulfine_fast.config import option
+from ulfine_fast.core.heads import Tensors, apply_adapter, cosine_logits
 from ulfine_fast.core.types import Batch, Losses, State, Trials
+from ulfine_fast.methods.base import PseudoLabelOptions
 from ulfine_fast.methods.fixmatch import FixMatch, plain_cross_entropy
+from ulfine_fast.methods.registry import register
 from ulfine_fast.ops.philox import Purpose, words
 from ulfine_fast.ops.prototypes import normalize
 from ulfine_fast.ops.thresholds import running
@@ -22,6 +27,15 @@ from ulfine_fast.ops.thresholds import running
 _AVERAGED = "averaged."
 
 
+@dataclass(frozen=True)
+class CoSSLOptions(PseudoLabelOptions):
+    """Options of :class:`CoSSL`."""
+
+    least_labeled: float = option(0.6, "smallest fraction of a labelled image in a blended feature", low=0.0, high=1.0)
+    weight_average: float = option(0.98, "momentum of the averaged adapter and balanced head", low=0.0, high=0.9999)
+
+
+@register("cossl", options=CoSSLOptions, source="arXiv 2112.04564")
 class CoSSL(FixMatch):
     """FixMatch whose teacher is a balanced head on averaged features; that head's own average predicts."""
 
@@ -68,7 +82,7 @@ class CoSSL(FixMatch):
     def averaged(self, trials: Trials, tensors: Tensors, features: Tensor) -> Tensor:
         """Unit features (T, B, D) by the averaged adapter."""
         own = {name.removeprefix(_AVERAGED): tensor for name, tensor in tensors.items() if name.startswith(_AVERAGED)}
-        return adapt(own, features, trials.values["adapter_scale"])
+        return apply_adapter(own, features, trials.values["adapter_scale"])
 
     @torch.no_grad()
     def after_step(self, trials: Trials, state: State, batch: Batch, losses: Losses) -> None:

@@ -7,18 +7,28 @@ by groups of classes inside the encoder; of that the weights stay, by which a ra
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-from ulfine_fast.core.heads import Tensors, adapt, cosine_logits
+from ulfine_fast.core.heads import Tensors, apply_adapter, cosine_logits
 from ulfine_fast.core.types import Batch, Losses, State, Trials
+from ulfine_fast.methods.base import LabeledOptions, PseudoLabelOptions
 from ulfine_fast.methods.fixmatch import FixMatch, plain_cross_entropy
+from ulfine_fast.methods.registry import register
 from ulfine_fast.ops.distributions import rank_thirds
 from ulfine_fast.ops.losses import adjusted_cross_entropy, pseudo_labels
 
 _EXPERTS = {"linear": 0.0, "balanced": 1.0, "inverse": 2.0}
 
 
+@dataclass(frozen=True)
+class CPEOptions(PseudoLabelOptions, LabeledOptions):
+    """Options of :class:`CPE`."""
+
+
+@register("cpe", options=CPEOptions, source="arXiv 2312.15702")
 class CPE(FixMatch):
     """Three heads over one adapter, one for each kind of unlabelled distribution, each its own teacher."""
 
@@ -61,5 +71,5 @@ class CPE(FixMatch):
 
 def _logits(trials: Trials, tensors: Tensors, features: Tensor, name: str) -> Tensor:
     """One expert's logits (T, B, K)."""
-    adapted = adapt(tensors, features, trials.values["adapter_scale"])
+    adapted = apply_adapter(tensors, features, trials.values["adapter_scale"])
     return cosine_logits(adapted, tensors[name], trials.values["scale"])

@@ -8,12 +8,17 @@ labelled loss is adjusted by tau, 0 in the paper. Lost to the cache: what FixMat
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
+from ulfine_fast.config import option
 from ulfine_fast.core.heads import Tensors
 from ulfine_fast.core.types import Batch, Losses, State, Trials
+from ulfine_fast.methods.base import LabeledOptions, PseudoLabelOptions, RunningOptions
 from ulfine_fast.methods.fixmatch import FixMatch
+from ulfine_fast.methods.registry import register
 from ulfine_fast.ops.distributions import aligned, reversed_ranks
 from ulfine_fast.ops.losses import PseudoLabels
 from ulfine_fast.ops.thresholds import running
@@ -21,6 +26,19 @@ from ulfine_fast.ops.thresholds import running
 _EPS = 1e-12
 
 
+@dataclass(frozen=True)
+class CReSTPlusOptions(PseudoLabelOptions, RunningOptions, LabeledOptions):
+    """Options of :class:`CReSTPlus`."""
+
+    sampling_power: float = option(
+        0.3333333333333333, "power of a class's rate, the relative count of the class of the opposite rank", low=0.0
+    )
+    align_power: float = option(
+        0.5, "last power of the labelled distribution that pseudo-labels are aligned to", low=0.0, high=1.0
+    )
+
+
+@register("crest_plus", options=CReSTPlusOptions, source="CReST+, arXiv 2102.09559")
 class CReSTPlus(FixMatch):
     """FixMatch with aligned guesses whose weight is larger the rarer their class is among the labels."""
 
@@ -30,7 +48,7 @@ class CReSTPlus(FixMatch):
         """Adapter and head; mean guess (T, K), uniform, and the share of the steps done (T,)."""
         state = super().start(trials)
         even = torch.full_like(trials.log_prior, 1.0 / trials.log_prior.shape[1])
-        state.memory |= {"shares": even, "done": torch.zeros_like(trials.values["tau"])}
+        state.memory |= {"shares": even, "done": trials.zeros()}
         return state
 
     def guess(self, trials: Trials, state: State, batch: Batch) -> PseudoLabels:

@@ -9,10 +9,13 @@ from __future__ import annotations
 import torch
 
 from ulfine_fast.core.types import Batch, Losses, State, Trials
+from ulfine_fast.methods.base import LabeledOptions
 from ulfine_fast.methods.linear_probe import LinearProbe
+from ulfine_fast.methods.registry import register
 from ulfine_fast.ops.losses import adjusted_cross_entropy
 
 
+@register("cross_modal", options=LabeledOptions, source="arXiv 2301.06267")
 class CrossModal(LinearProbe):
     """One head for both modalities, half of the loss for each."""
 
@@ -22,6 +25,6 @@ class CrossModal(LinearProbe):
         # where the cache has no text these are class means, and examples all the same
         logits = self.logits(trials, state.tensors, trials.prototypes)  # (T, K, K)
         labels = torch.arange(logits.shape[1], device=logits.device).expand(len(logits), -1)
-        texts = adjusted_cross_entropy(logits, labels, trials.log_prior, torch.zeros_like(trials.values["tau"]))
+        texts = adjusted_cross_entropy(logits, labels, trials.log_prior, trials.zeros())
         loss = (images + texts.mean(-1)) / 2
         return Losses(loss, torch.zeros_like(loss), torch.zeros_like(loss))

@@ -8,15 +8,29 @@ labelled losses are adjusted by tau, 0 in the paper. Lost to the cache: what Fix
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
+from ulfine_fast.config import option
 from ulfine_fast.core.types import Batch, Pool, State, Trials
+from ulfine_fast.methods.base import LabeledOptions, PseudoLabelOptions
 from ulfine_fast.methods.fixmatch import FixMatch
+from ulfine_fast.methods.registry import register
 from ulfine_fast.ops.losses import PseudoLabels
 from ulfine_fast.ops.refinement import prune, refine
 
 
+@dataclass(frozen=True)
+class DARPOptions(PseudoLabelOptions, LabeledOptions):
+    """Options of :class:`DARP`."""
+
+    darp_start: float = option(0.4, "fraction of the steps after which pseudo-labels are refined", low=0.0, high=1.0)
+    darp_keep: float = option(2.0, "most pseudo-labels kept for a class, as a multiple of its wanted total", low=0.01)
+
+
+@register("darp", options=DARPOptions, source="DARP, arXiv 2007.08844")
 class DARP(FixMatch):
     """FixMatch whose guesses come, after a while, from a table of refined ones."""
 
@@ -34,10 +48,10 @@ class DARP(FixMatch):
 
     def guess(self, trials: Trials, state: State, batch: Batch) -> PseudoLabels:
         """FixMatch's guesses at first, later those of the table."""
-        assert batch.places is not None
+        assert batch.positions is not None
         pseudo = super().guess(trials, state, batch)
         late, table = state.scratch["late"].view(-1, 1), state.scratch["table"]
-        places = batch.places.unsqueeze(-1).expand(-1, -1, table.shape[-1])
+        places = batch.positions.unsqueeze(-1).expand(-1, -1, table.shape[-1])
         chosen = torch.where(late.unsqueeze(-1), table.gather(1, places), pseudo.probabilities)  # (T, U, K)
         confidence, labels = chosen.max(-1)
         sure = confidence >= trials.values["threshold"].view(-1, 1)

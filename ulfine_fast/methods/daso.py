@@ -9,12 +9,17 @@ every 100. Lost to the cache: what FixMatch loses.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-from ulfine_fast.core.heads import Tensors, adapt
+from ulfine_fast.config import option
+from ulfine_fast.core.heads import Tensors, apply_adapter
 from ulfine_fast.core.types import Batch, Losses, Pool, State, Trials
+from ulfine_fast.methods.base import LabeledOptions, PseudoLabelOptions, RunningOptions
 from ulfine_fast.methods.fixmatch import FixMatch, soft_cross_entropy
+from ulfine_fast.methods.registry import register
 from ulfine_fast.ops.losses import PseudoLabels
 from ulfine_fast.ops.prototypes import class_means, move_visual, normalize
 from ulfine_fast.ops.thresholds import histogram, running
@@ -22,6 +27,19 @@ from ulfine_fast.ops.thresholds import histogram, running
 _EPS = 1e-12
 
 
+@dataclass(frozen=True)
+class DASOOptions(PseudoLabelOptions, RunningOptions, LabeledOptions):
+    """Options of :class:`DASO`."""
+
+    visual_momentum: float = option(0.95, "momentum m of the visual prototypes", low=0.0, high=0.9999)
+    semantic_temperature: float = option(0.05, "temperature of the cosines with the class means", low=0.001)
+    semantic_weight: float = option(1.0, "weight of the semantic alignment of strong and weak views", low=0.0)
+    blend_temperature: float = option(
+        1.5, "temperature of the pseudo-labels' distribution, by which class means are blended in", low=0.01
+    )
+
+
+@register("daso", options=DASOOptions, source="DASO, arXiv 2106.05682")
 class DASO(FixMatch):
     """FixMatch with blended guesses, and strong views that are as near to the class means as their weak ones."""
 
@@ -45,7 +63,7 @@ class DASO(FixMatch):
         # padding counts as one class more, which is cut off
         classes = trials.prototypes.shape[1]
         labels = torch.where(pool.labels < 0, classes, pool.labels)
-        adapted = adapt(state.tensors, pool.labeled, trials.values["adapter_scale"])
+        adapted = apply_adapter(state.tensors, pool.labeled, trials.values["adapter_scale"])
         means, counts = class_means(adapted, labels, classes + 1)
         state.memory["visual"].copy_(normalize(means[:, :classes]))
         state.memory["seen"].copy_(counts[:, :classes] > 0)
@@ -71,7 +89,7 @@ class DASO(FixMatch):
 
     def semantic(self, trials: Trials, tensors: Tensors, features: Tensor) -> Tensor:
         """Cosines with the class means over the semantic temperature (T, B, K); very low for classes without one."""
-        adapted = adapt(tensors, features, trials.values["adapter_scale"])
+        adapted = apply_adapter(tensors, features, trials.values["adapter_scale"])
         cosines = adapted @ normalize(tensors["visual"]).transpose(1, 2)
         logits = cosines / trials.values["semantic_temperature"].view(-1, 1, 1)
         # finite, as 0 * -inf in a cross-entropy is no number
@@ -81,7 +99,7 @@ class DASO(FixMatch):
     def after_step(self, trials: Trials, state: State, batch: Batch, losses: Losses) -> None:
         """Move the class means by the batch's labels, the guesses' distribution by all of its guesses."""
         memory, values = state.memory, trials.values
-        adapted = adapt(state.tensors, batch.labeled, values["adapter_scale"])
+        adapted = apply_adapter(state.tensors, batch.labeled, values["adapter_scale"])
         means, counts = class_means(adapted, batch.labels, memory["seen"].shape[1])
         memory["visual"].copy_(move_visual(memory["visual"], means, counts, memory["seen"], values["visual_momentum"]))
         memory["seen"].logical_or_(counts > 0)

@@ -8,16 +8,29 @@ image in a step. An image's class is kept over the whole fit, where the paper fo
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-from ulfine_fast.core.heads import Tensors, adapt, cosine_logits, new_adapter
+from ulfine_fast.config import option
+from ulfine_fast.core.heads import Tensors, apply_adapter, cosine_logits, new_adapter
 from ulfine_fast.core.types import Batch, Losses, Pool, State, Trials
-from ulfine_fast.methods.base import Method
+from ulfine_fast.methods.base import LabeledOptions, Method, PseudoLabelOptions
+from ulfine_fast.methods.registry import register
 from ulfine_fast.ops.losses import PseudoLabels, adjusted_cross_entropy, pseudo_labels
 from ulfine_fast.ops.margins import balanced_margins, class_counts, smoothed_cross_entropy, with_margin
 
 
+@dataclass(frozen=True)
+class FineSSLOptions(PseudoLabelOptions, LabeledOptions):
+    """Options of :class:`FineSSL`."""
+
+    margin: float = option(8.0, "largest balanced margin, in logits", low=0.0)
+    smoothing: float = option(0.5, "label smoothing of the auxiliary head", low=0.0, high=1.0)
+
+
+@register("finessl", options=FineSSLOptions, source="FineSSL, arXiv 2405.11756")
 class FineSSL(Method):
     """A head with margins for classes that few images are given to; an auxiliary one says how sure to be of each."""
 
@@ -41,7 +54,7 @@ class FineSSL(Method):
     def losses(self, trials: Trials, state: State, batch: Batch) -> Losses:
         """Both heads' labelled losses; lambda_u times the main head's pseudo-labelled one, plus the auxiliary's."""
         margins = self.margins(trials, state)
-        adapted = adapt(state.tensors, batch.labeled, trials.values["adapter_scale"])  # (T, B, D)
+        adapted = apply_adapter(state.tensors, batch.labeled, trials.values["adapter_scale"])  # (T, B, D)
         main, auxiliary = _both(state.tensors, adapted)
         prior, tau = trials.log_prior, trials.values["tau"]
         labeled = adjusted_cross_entropy(with_margin(main, batch.labels, margins), batch.labels, prior, tau)
@@ -49,7 +62,7 @@ class FineSSL(Method):
         if batch.weak is None or batch.strong is None:
             return Losses(labeled, torch.zeros_like(labeled), torch.zeros_like(labeled))
         with torch.no_grad():
-            weak = _both(state.tensors, adapt(state.tensors, batch.weak, trials.values["adapter_scale"]))
+            weak = _both(state.tensors, apply_adapter(state.tensors, batch.weak, trials.values["adapter_scale"]))
         pseudo = pseudo_labels(weak[0], trials.values["threshold"], trials.values["sharpen"])
         unlabeled = self._unlabeled(trials, state.tensors, batch.strong, pseudo, weak[1], margins)
         return Losses(labeled, unlabeled, torch.zeros_like(labeled), pseudo)
@@ -57,12 +70,12 @@ class FineSSL(Method):
     @torch.no_grad()
     def after_step(self, trials: Trials, state: State, batch: Batch, losses: Losses) -> None:
         """Note the classes given to images of which the main head is sure."""
-        if losses.pseudo is None or batch.places is None:
+        if losses.pseudo is None or batch.positions is None:
             return
         sure = torch.where(losses.pseudo.mask > 0, losses.pseudo.labels, -torch.ones_like(losses.pseudo.labels))
         given = state.scratch["given"]
         # an image drawn twice takes the larger class: any rule will do that does not depend on the device
-        news = torch.full_like(given, -1).scatter_reduce(1, batch.places, sure, "amax")
+        news = torch.full_like(given, -1).scatter_reduce(1, batch.positions, sure, "amax")
         given.copy_(torch.where(news >= 0, news, given))
 
     def margins(self, trials: Trials, state: State) -> Tensor:
@@ -73,7 +86,7 @@ class FineSSL(Method):
 
     def logits(self, trials: Trials, tensors: Tensors, features: Tensor) -> Tensor:
         """The main head's logits (T, B, K), without margins."""
-        adapted = adapt(tensors, features, trials.values["adapter_scale"])
+        adapted = apply_adapter(tensors, features, trials.values["adapter_scale"])
         return cosine_logits(adapted, tensors["linear"], tensors["linear.scale"])
 
     def _unlabeled(
@@ -87,9 +100,9 @@ class FineSSL(Method):
     ) -> Tensor:
         """All images train the main head, by the auxiliary's confidence; sure ones the auxiliary, smoothed (T,)."""
         values = trials.values
-        main, auxiliary = _both(tensors, adapt(tensors, strong, values["adapter_scale"]))
+        main, auxiliary = _both(tensors, apply_adapter(tensors, strong, values["adapter_scale"]))
         confidence = torch.softmax(auxiliary_weak, -1).amax(-1)  # (T, U)
-        none = torch.zeros_like(values["tau"])
+        none = trials.zeros()
         losses = adjusted_cross_entropy(
             with_margin(main, pseudo.labels, margins), pseudo.labels, trials.log_prior, none
         )

@@ -12,12 +12,13 @@ from torch import Tensor
 
 from ulfine_fast.core.fused.step import FusedStep, UnadjustedStep
 from ulfine_fast.core.types import Batch, Losses, State, Trials
+from ulfine_fast.methods.base import PseudoLabelOptions
 from ulfine_fast.methods.lightweight import Lightweight
+from ulfine_fast.methods.registry import register
 from ulfine_fast.ops.losses import PseudoLabels, adjusted_cross_entropy, masked_mean, pseudo_labels
-from ulfine_fast.related.preference.losses import preferred
-from ulfine_fast.related.preference.poft import reference
 
 
+@register("fixmatch", options=PseudoLabelOptions, source="FixMatch, arXiv 2001.07685")
 class FixMatch(Lightweight):
     """The adapter and head of `lightweight`, by the published losses; other methods change single parts of it.
 
@@ -42,8 +43,7 @@ class FixMatch(Lightweight):
 
     def fused(self, trials: Trials, state: State) -> type[FusedStep] | None:
         """The published losses alone, by hand."""
-        published = type(self) is FixMatch and trials.config.pseudo_loss == "cross-entropy"
-        return UnadjustedStep if published else None
+        return UnadjustedStep if type(self) is FixMatch else None
 
     def linear(self, trials: Trials, state: State, features: Tensor) -> Tensor:
         """The linear head's logits (T, B, K), whatever a method predicts from."""
@@ -51,26 +51,24 @@ class FixMatch(Lightweight):
 
     def supervised(self, trials: Trials, logits: Tensor, labels: Tensor) -> Tensor:
         """Labelled loss (T,) of logits (T, B, K)."""
-        tau = trials.values["tau"] if self.adjusted else torch.zeros_like(trials.values["tau"])
+        tau = trials.values["tau"] if self.adjusted else trials.zeros()
         return adjusted_cross_entropy(logits, labels, trials.log_prior, tau).mean(-1)
 
     def pseudo_rows(self, trials: Trials, strong: Tensor, weak: Tensor, pseudo: PseudoLabels) -> Tensor:
-        """Losses (T, U) of the guesses by `pseudo_loss`; strong views' logits (T, U, K), weak views (T, U, D)."""
-        rows, form = plain_cross_entropy(strong, pseudo.labels), trials.config.pseudo_loss
-        if form == "cross-entropy":
-            return rows
-        # the zero-shot classifiers are asked about the easier view, as the guess was
-        return preferred(rows, reference(trials, weak, pseudo.labels), form, pseudo.mask)
+        """Losses (T, U) of the pseudo-labels, from strong views' logits (T, U, K) and weak views (T, U, D)."""
+        return plain_cross_entropy(strong, pseudo.labels)
 
     def guess(self, trials: Trials, state: State, batch: Batch) -> PseudoLabels:
         """Classes of the batch's unlabelled images, and how much each trains; called without gradients."""
         assert batch.weak is not None
         logits = self.pseudo_logits(trials, state.tensors, batch.weak)
-        return pseudo_labels(logits, trials.values["threshold"], trials.values["sharpen"])
+        # methods that weigh pseudo-labels in another way have no threshold
+        threshold = trials.values.get("threshold", trials.zeros())
+        return pseudo_labels(logits, threshold, trials.values["sharpen"])
 
     def beside(self, trials: Trials, state: State, batch: Batch, strong: Tensor, pseudo: PseudoLabels) -> Tensor:
         """What a method adds to the losses (T,), given the strong views' logits (T, U, K); nothing here."""
-        return torch.zeros_like(trials.values["tau"])
+        return trials.zeros()
 
 
 def plain_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:

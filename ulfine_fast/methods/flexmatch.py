@@ -6,15 +6,25 @@ cache: what FixMatch loses.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from ulfine_fast.core.types import Batch, Losses, Pool, State, Trials
+from ulfine_fast.methods.base import LabeledOptions, PseudoLabelOptions
 from ulfine_fast.methods.fixmatch import FixMatch
+from ulfine_fast.methods.registry import register
 from ulfine_fast.ops.losses import PseudoLabels
 from ulfine_fast.ops.thresholds import learning_effect, note_classes
 
 
+@dataclass(frozen=True)
+class FlexMatchOptions(PseudoLabelOptions, LabeledOptions):
+    """Options of :class:`FlexMatch`."""
+
+
+@register("flexmatch", options=FlexMatchOptions, source="FlexMatch, arXiv 2110.08263")
 class FlexMatch(FixMatch):
     """FixMatch whose threshold is lowered for classes that few images of the pool have been sure of."""
 
@@ -42,9 +52,9 @@ class FlexMatch(FixMatch):
     @torch.no_grad()
     def after_step(self, trials: Trials, state: State, batch: Batch, losses: Losses) -> None:
         """Note the classes of images that were sure by the fixed threshold."""
-        if losses.pseudo is None or batch.places is None:
+        if losses.pseudo is None or batch.positions is None:
             return
         confidence = losses.pseudo.probabilities.amax(-1)
         sure = confidence >= trials.values["threshold"].view(-1, 1)
         classes = torch.where(sure, losses.pseudo.labels, -torch.ones_like(losses.pseudo.labels))
-        state.scratch["given"].copy_(note_classes(state.scratch["given"], batch.places, classes))
+        state.scratch["given"].copy_(note_classes(state.scratch["given"], batch.positions, classes))

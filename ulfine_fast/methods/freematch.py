@@ -6,15 +6,28 @@ Published: momentum 0.999 over 2^20 steps, fairness 0.001 to 0.05, plain cross-e
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
+from ulfine_fast.config import option
 from ulfine_fast.core.types import Batch, Losses, State, Trials
+from ulfine_fast.methods.base import LabeledOptions, RunningOptions, SharpeningOptions
 from ulfine_fast.methods.fixmatch import FixMatch
+from ulfine_fast.methods.registry import register
 from ulfine_fast.ops.losses import PseudoLabels
 from ulfine_fast.ops.thresholds import adaptive_thresholds, fairness_loss, histogram, running
 
 
+@dataclass(frozen=True)
+class FreeMatchOptions(SharpeningOptions, RunningOptions, LabeledOptions):
+    """Options of :class:`FreeMatch`."""
+
+    fairness: float = option(0.01, "weight of the fairness loss", low=0.0)
+
+
+@register("freematch", options=FreeMatchOptions, source="FreeMatch, arXiv 2205.07246")
 class FreeMatch(FixMatch):
     """FixMatch with one threshold for each class, none of them a setting."""
 

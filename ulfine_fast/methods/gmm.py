@@ -8,15 +8,18 @@ and 10 by validation.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ulfine_fast.config import FitConfig, option
 from ulfine_fast.core.heads import Tensors, cosine_logits
 from ulfine_fast.core.types import Pool, State, Trials
 from ulfine_fast.methods.base import Method
+from ulfine_fast.methods.registry import register
 from ulfine_fast.ops.graph import nearest, spread, symmetric
 from ulfine_fast.ops.prototypes import normalize
 
@@ -41,13 +44,37 @@ class _Images(NamedTuple):
     graph: Tensor
 
 
+@dataclass(frozen=True)
+class MixtureOptions:
+    """Options of :class:`Mixture`."""
+
+    neighbors: int = option(
+        5, "nearest neighbours that an image is linked to", low=1, structural=True, search=[3, 5, 7, 10, 15, 25]
+    )
+    anchor: float = option(
+        0.5, "weight lambda of the text's log probabilities", low=0.0, search={"low": 0.05, "high": 5.0, "log": True}
+    )
+    labeled_weight: float = option(
+        1.0,
+        "weight of all labelled images in means and covariance, the unlabelled ones having 1",
+        low=0.0,
+        search={"low": 0.1, "high": 10.0, "log": True},
+    )
+
+
+@register("gmm", options=MixtureOptions, source="after TransCLIP, arXiv 2406.01837")
 class Mixture(Method):
     """z_i ~ text(x_i)^lambda exp(log p(x_i | mu_k, Sigma) / 50 + mean of its neighbours' z); labelled z_i are given."""
 
+    uses_unlabeled_pool = True
     trains = False
     uses_unlabeled = False
     uses_pool = True
     thresholds = False
+
+    def pool_values(self, config: FitConfig, images: int, views: int, dim: int, classes: int) -> int:
+        """Rows and logits, and the neighbours of each row."""
+        return super().pool_values(config, images, views, dim, classes) + 64 * images * config.neighbors
 
     def start(self, trials: Trials) -> State:
         """Means (T, K, D) at the text, the shared variance (T, D) at 1 / D."""

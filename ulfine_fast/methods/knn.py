@@ -6,12 +6,16 @@ DINO's evaluation has the same weights (arXiv 2104.14294, k = 20). Nothing is lo
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
+from ulfine_fast.config import FitConfig, option
 from ulfine_fast.core.heads import Tensors
 from ulfine_fast.core.types import Pool, State, Trials
 from ulfine_fast.methods.base import Method
+from ulfine_fast.methods.registry import register
 from ulfine_fast.ops.graph import nearest
 from ulfine_fast.ops.margins import balanced_one_hot
 from ulfine_fast.ops.prototypes import normalize
@@ -19,6 +23,26 @@ from ulfine_fast.ops.prototypes import normalize
 _NO_VOTE = 1e-12  # what a class without a vote has; its logarithm is finite
 
 
+@dataclass(frozen=True)
+class NearestNeighborsOptions:
+    """Options of :class:`NearestNeighbors`."""
+
+    tau: float = option(
+        1.0,
+        "power of the weights that count rare classes' labelled images more; 0 is one-hot",
+        low=0.0,
+        search={"low": 0.5, "high": 2.0},
+    )
+    neighbors: int = option(5, "nearest labelled images that vote", low=1, structural=True, search=[1, 5, 20, 50])
+    vote_temperature: float = option(
+        0.07,
+        "temperature t of a neighbour's vote, exp((cos - 1) / t)",
+        low=0.001,
+        search={"low": 0.01, "high": 1.0, "log": True},
+    )
+
+
+@register("knn", options=NearestNeighborsOptions, source="InstDisc, arXiv 1805.01978")
 class NearestNeighbors(Method):
     """Logits log sum_i exp((x f_i - 1) / t) L_ik over the k labelled images i nearest to x.
 
@@ -26,9 +50,14 @@ class NearestNeighbors(Method):
     L_ik = (L / (K n_k))^tau, which is one-hot in balanced data and for tau = 0.
     """
 
+    uses_texts = False
     trains = False
     uses_unlabeled = False
     uses_pool = True
+
+    def pool_values(self, config: FitConfig, images: int, views: int, dim: int, classes: int) -> int:
+        """Rows and logits, and the neighbours of each row."""
+        return super().pool_values(config, images, views, dim, classes) + 64 * images * config.neighbors
 
     def start(self, trials: Trials) -> State:
         """The textual prototypes (T, K, D), by which a saved run knows D; the votes come with the pool."""

@@ -8,25 +8,57 @@ neighbours, alpha 0.3, gamma 5.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ulfine_fast.config import FitConfig, option
 from ulfine_fast.core.heads import Tensors
 from ulfine_fast.core.types import Pool, State, Trials
 from ulfine_fast.methods.base import Method
+from ulfine_fast.methods.registry import register
 from ulfine_fast.ops.graph import Neighbors, nearest, normalized, propagate, symmetric
 from ulfine_fast.ops.margins import balanced_one_hot
 from ulfine_fast.ops.prototypes import normalize
 
 
+@dataclass(frozen=True)
+class LabelPropagationOptions:
+    """Options of :class:`LabelPropagation`."""
+
+    tau: float = option(
+        1.0, "power of the weights that count rare classes' labelled images more; 0 is one-hot", low=0.0
+    )
+    neighbors: int = option(
+        5, "nearest neighbours that an image is linked to", low=1, structural=True, search=[3, 5, 7, 10, 15, 25]
+    )
+    propagation: float = option(
+        0.3,
+        "how far labels travel, alpha in (I - alpha S) z = y",
+        low=0.0,
+        high=0.99,
+        search={"low": 0.05, "high": 0.95},
+    )
+    text_power: float = option(
+        5.0, "power gamma of cosines between images and texts", low=0.0, search={"low": 1.0, "high": 10.0}
+    )
+
+
+@register("label_propagation", options=LabelPropagationOptions, source="after ZLaP, arXiv 2404.04072")
 class LabelPropagation(Method):
     """(I - alpha S) z = y over a graph of nearest neighbours; edges to texts weigh cos^gamma (`text_power`)."""
 
+    uses_unlabeled_pool = True
     trains = False
     uses_unlabeled = False
     uses_pool = True
     thresholds = False
+
+    def pool_values(self, config: FitConfig, images: int, views: int, dim: int, classes: int) -> int:
+        """Rows and logits, and the neighbours of each row."""
+        return super().pool_values(config, images, views, dim, classes) + 64 * images * config.neighbors
 
     def start(self, trials: Trials) -> State:
         """The textual prototypes (T, K, D); the graph comes with the pool."""

@@ -11,9 +11,12 @@ import math
 from typing import Any
 
 from ulfine_fast.cache.io.errors import InputError
+from ulfine_fast.methods.base import LabeledOptions
 from ulfine_fast.methods.lightweight import Lightweight
+from ulfine_fast.methods.registry import register
 
 
+@register("lift", options=LabeledOptions, source="LIFT, arXiv 2309.10019")
 class Lift(Lightweight):
     """Adapter and linear head on CE(z + tau log pi, y), from the textual prototypes; labelled images alone."""
 

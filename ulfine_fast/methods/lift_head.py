@@ -8,24 +8,41 @@ LIFT+'s settings and crops. A residual adapter behind the encoder is not LIFT's:
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
 from ulfine_fast.cache.io.errors import InputError
+from ulfine_fast.config import option
 from ulfine_fast.core.fused.step import FusedStep
 from ulfine_fast.core.heads import Tensors, cosine_logits, frozen_end, last_norm
 from ulfine_fast.core.types import State, Trials
+from ulfine_fast.methods.base import LabeledOptions
 from ulfine_fast.methods.lift import lift_settings
 from ulfine_fast.methods.linear_probe import LinearProbe
+from ulfine_fast.methods.registry import register
 from ulfine_fast.ops.prototypes import normalize
 
 
+@dataclass(frozen=True)
+class LiftHeadOptions(LabeledOptions):
+    """Options of :class:`LiftHead`."""
+
+    feature: str = option(
+        "projected",
+        "what the head classifies; pre-projection is what the encoder has before its projection, and needs a cache "
+        "made by extract --features last-block or pre-projection",
+        choices=("projected", "pre-projection"),
+        structural=True,
+    )
+
+
+@register("lift_head", options=LiftHeadOptions, source="LIFT+, arXiv 2504.13282")
 class LiftHead(LinearProbe):
     """CE(z + tau log pi, y) over a cosine head, with the feature that LIFT gives its head; labelled images alone."""
 
     takes_tokens = True
-    before_projection = True
 
     def start(self, trials: Trials) -> State:
         """A linear head at the texts, (T, K, D), or (T, K, W) before the projection; an adapter where one is asked."""

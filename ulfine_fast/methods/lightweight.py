@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from ulfine_fast.core.fused.step import FusedStep
-from ulfine_fast.core.heads import Tensors, adapt, cosine_logits
+from ulfine_fast.core.heads import Tensors, apply_adapter, cosine_logits
 from ulfine_fast.core.types import Batch, Losses, State, Trials
-from ulfine_fast.methods.base import Method
+from ulfine_fast.methods.base import LabeledOptions, Method, PseudoLabelOptions
+from ulfine_fast.methods.registry import register
 from ulfine_fast.ops.losses import adjusted_cross_entropy, masked_mean, pseudo_labels
 
 
+@dataclass(frozen=True)
+class LightweightOptions(PseudoLabelOptions, LabeledOptions):
+    """Options of :class:`Lightweight`."""
+
+
+@register("lightweight", options=LightweightOptions, source="FixMatch with logit adjustment, arXiv 2001.07685")
 class Lightweight(Method):
     """The baseline that ULFine starts from: labelled loss adjusted, pseudo-labels by a fixed threshold."""
 
@@ -35,7 +44,7 @@ class Lightweight(Method):
             weak = self.logits(trials, state.tensors, batch.weak)
         pseudo = pseudo_labels(weak, values["threshold"], values["sharpen"])
         strong = self.logits(trials, state.tensors, batch.strong)  # (T, U, K)
-        none = torch.zeros_like(values["tau"])
+        none = trials.zeros()
         unlabeled = masked_mean(adjusted_cross_entropy(strong, pseudo.labels, trials.log_prior, none), pseudo.mask)
         return Losses(labeled, values["lambda_u"] * unlabeled, torch.zeros_like(labeled), pseudo)
 
@@ -49,5 +58,5 @@ class Lightweight(Method):
 
     def logits(self, trials: Trials, tensors: Tensors, features: Tensor) -> Tensor:
         """Sigma * cos(f(x), w_k), shape (T, B, K)."""
-        adapted = adapt(tensors, features, trials.values["adapter_scale"])
+        adapted = apply_adapter(tensors, features, trials.values["adapter_scale"])
         return cosine_logits(adapted, tensors["linear"], trials.values["scale"])

@@ -11,10 +11,12 @@ from torch import Tensor
 from ulfine_fast.core.fused.step import FusedStep
 from ulfine_fast.core.heads import Tensors, cosine_logits
 from ulfine_fast.core.types import Batch, Losses, State, Trials
-from ulfine_fast.methods.base import Method
+from ulfine_fast.methods.base import LabeledOptions, Method
+from ulfine_fast.methods.registry import register
 from ulfine_fast.ops.losses import adjusted_cross_entropy
 
 
+@register("linear_probe", options=LabeledOptions, source="after LIFT, arXiv 2309.10019")
 class LinearProbe(Method):
     """CE(z + tau log pi, y) over a linear head; no adapter, no unlabelled images."""
 

@@ -6,14 +6,24 @@ adapter behind the encoder stands in for it). The filter of open-world data (LoF
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
+
 import torch
 from torch import Tensor
 
 from ulfine_fast.core.types import Batch, Losses, State, Trials
+from ulfine_fast.methods.base import LabeledOptions, PseudoLabelOptions
 from ulfine_fast.methods.lightweight import Lightweight
+from ulfine_fast.methods.registry import register
 from ulfine_fast.ops.losses import PseudoLabels, adjusted_cross_entropy, pseudo_labels
 
 
+@dataclass(frozen=True)
+class LoFTOptions(PseudoLabelOptions, LabeledOptions):
+    """Options of :class:`LoFT`."""
+
+
+@register("loft", options=LoFTOptions, source="LoFT, arXiv 2509.09926")
 class LoFT(Lightweight):
     """The adapter and head of `lightweight`; every unlabelled image trains."""
 
@@ -22,7 +32,7 @@ class LoFT(Lightweight):
     def losses(self, trials: Trials, state: State, batch: Batch) -> Losses:
         """CE(z + tau log pi, y) + lambda_u CE(z(strong), hard or soft label of z(weak))."""
         # without unlabelled views the parent's loss is the labelled one alone
-        labeled = super().losses(trials, state, batch._replace(weak=None, strong=None)).labeled
+        labeled = super().losses(trials, state, replace(batch, weak=None, strong=None)).labeled
         if batch.weak is None or batch.strong is None:
             return Losses(labeled, torch.zeros_like(labeled), torch.zeros_like(labeled))
         with torch.no_grad():
@@ -35,6 +45,6 @@ class LoFT(Lightweight):
 
 def _mixed(trials: Trials, strong: Tensor, pseudo: PseudoLabels) -> Tensor:
     """Cross-entropy (T, U) to the most probable class over the threshold, to all probabilities under it."""
-    hard = adjusted_cross_entropy(strong, pseudo.labels, trials.log_prior, torch.zeros_like(trials.values["tau"]))
+    hard = adjusted_cross_entropy(strong, pseudo.labels, trials.log_prior, trials.zeros())
     soft = -(pseudo.probabilities * torch.log_softmax(strong, -1)).sum(-1)
     return torch.where(pseudo.mask > 0, hard, soft)

@@ -1,28 +1,155 @@
-"""Methods by name."""
+"""Methods by name, imported when they are asked for.
+
+A method of this package is a file of `ulfine_fast/methods/` with the method's name. One from outside is named by an
+entry point of the group `ulfine_fast.methods`, or calls :func:`register` itself. This module imports no method and
+nothing that does, so that configs can look up a method's options.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import difflib
+import functools
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
 from ulfine_fast.cache.io.errors import InputError
-from ulfine_fast.config import FitConfig
-from ulfine_fast.methods.base import Method
+
+if TYPE_CHECKING:
+    from ulfine_fast.config import FitConfig
+    from ulfine_fast.methods.base import Method
+
+GROUP = "ulfine_fast.methods"
+"""Entry points of this group name modules that register methods; the entry point has the method's name."""
+
+_NO_METHODS = ("__init__", "base", "registry")
+_MethodClass = TypeVar("_MethodClass", bound="type[Method]")
+
+
+@dataclass(frozen=True)
+class NoOptions:
+    """The options of a method that has none of its own."""
+
+
+@dataclass(frozen=True)
+class Registration:
+    """What is known of a method.
+
+    Attributes:
+        name: as `FitConfig.method` has it.
+        method: its class.
+        options: dataclass of the options that it reads beside the shared ones, see :func:`ulfine_fast.config.option`.
+        source: the paper that it comes from.
+        replaces: the method that it was an option of in version 0.1, if any.
+    """
+
+    name: str
+    method: type[Method]
+    options: type[Any]
+    source: str
+    replaces: str | None = None
+
+    @property
+    def summary(self) -> str:
+        """The first sentence of the class's docstring."""
+        return (self.method.__doc__ or "").strip().splitlines()[0]
+
+    @property
+    def needs(self) -> list[str]:
+        """What it learns from: "labels", "texts", "unlabelled images", "strong views"."""
+        method = self.method
+        needs = {
+            "labels": method.uses_labels,
+            "texts": method.uses_texts,
+            "unlabelled images": method.uses_unlabeled or method.uses_unlabeled_pool,
+            "strong views": method.uses_unlabeled,
+        }
+        return [name for name, needed in needs.items() if needed]
+
+
+_REGISTERED: dict[str, Registration] = {}
+
+
+def register(
+    name: str, *, options: type[Any] = NoOptions, source: str = "", replaces: str | None = None
+) -> Callable[[_MethodClass], _MethodClass]:
+    """A class decorator that makes a method known to fit, sweep, report, the estimators and the command line.
+
+    Args:
+        name: by which it is chosen; letters, digits and underscores.
+        options: frozen dataclass of its own options, each made by :func:`ulfine_fast.config.option`.
+        source: the paper that it comes from, such as "arXiv 2505.05062".
+        replaces: the method that it was an option of in version 0.1.
+
+    Raises:
+        InputError: the name is taken by another class, or is no identifier; an option without help.
+    """
+    if not name.isidentifier():
+        raise InputError(f"a method's name must consist of letters, digits and underscores, got {name!r}")
+    for option in dataclasses.fields(options):
+        if "help" not in option.metadata:
+            raise InputError(f"option {option.name} of method {name} must be made by ulfine_fast.config.option")
+
+    def add(method: _MethodClass) -> _MethodClass:
+        known = _REGISTERED.get(name)
+        if known is not None and known.method.__qualname__ != method.__qualname__:
+            raise InputError(f"method {name} is registered already, by {known.method.__module__}; choose another name")
+        _REGISTERED[name] = Registration(name, method, options, source, replaces)
+        return method
+
+    return add
+
+
+def find(name: str) -> Registration:
+    """The method of this name.
+
+    Raises:
+        InputError: there is none; names the closest one.
+    """
+    if name not in _REGISTERED:
+        if name in _files():
+            importlib.import_module(f"ulfine_fast.methods.{name}")
+        elif name in _entry_points():
+            _entry_points()[name].load()
+    if name not in _REGISTERED:
+        close = difflib.get_close_matches(str(name), names(), n=1)
+        hint = f"did you mean {close[0]!r}?" if close else "`ulfine-fast methods` lists them"
+        raise InputError(f"method must be one of {', '.join(names())}, got {name!r}; {hint}")
+    return _REGISTERED[name]
+
+
+def names() -> list[str]:
+    """Names of all methods, sorted; imports none of them."""
+    return sorted({*_files(), *_entry_points(), *_REGISTERED})
+
+
+def readers(option: str) -> list[str]:
+    """Names of the methods with an option of their own of this name, old names included; imports all methods."""
+    matches = []
+    for name in names():
+        specs = dataclasses.fields(find(name).options)
+        if any(option == spec.name or option in spec.metadata["was"] for spec in specs):
+            matches.append(name)
+    return matches
+
+
+@functools.cache
+def _files() -> frozenset[str]:
+    """Methods of this package."""
+    paths = Path(__file__).parent.glob("*.py")
+    return frozenset(path.stem for path in paths if path.stem not in _NO_METHODS)
+
+
+@functools.cache
+def _entry_points() -> dict[str, metadata.EntryPoint]:
+    """Methods of other packages and of related systems, by name."""
+    return {one.name: one for one in metadata.entry_points(group=GROUP)}
 
 
 def method_of(config: FitConfig) -> Method:
-    """The method a config names.
-
-    Raises:
-        InputError: a method that takes no ensemble of heads is given one.
-    """
-    # every method imports this module
-    from ulfine_fast.methods.catalog import CLASSES
-    from ulfine_fast.related.channel_ensemble import method as channel_ensemble
-
-    if not config.ensemble_heads:
-        return CLASSES[config.method]()
-    if config.method not in channel_ensemble.CLASSES:
-        takers = ", ".join(channel_ensemble.CLASSES)
-        raise InputError(
-            f"method {config.method} takes no ensemble and ensemble_heads is {config.ensemble_heads}; set it to 0, or "
-            f"take one of {takers}"
-        )
-    return channel_ensemble.CLASSES[config.method]()
+    """The method that a config names."""
+    return find(config.method).method()

@@ -7,19 +7,29 @@ FixMatch loses, the strong view of labelled images, and a second strong view of 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from ulfine_fast.core.heads import Tensors
 from ulfine_fast.core.types import Batch, Losses, State, Trials
+from ulfine_fast.methods.base import LabeledOptions, PseudoLabelOptions, RunningOptions
 from ulfine_fast.methods.fixmatch import FixMatch, soft_cross_entropy
 from ulfine_fast.methods.lightweight import Lightweight
+from ulfine_fast.methods.registry import register
 from ulfine_fast.ops.losses import adjusted_cross_entropy, masked_mean, pseudo_labels
 from ulfine_fast.ops.thresholds import histogram, running
 
 _EPS = 1e-8
 
 
+@dataclass(frozen=True)
+class SimProOptions(PseudoLabelOptions, RunningOptions, LabeledOptions):
+    """Options of :class:`SimPro`."""
+
+
+@register("simpro", options=SimProOptions, source="SimPro, arXiv 2402.13505")
 class SimPro(FixMatch):
     """A head free of any prior: the prior of the images is added where it trains, theirs alone where it guesses."""
 

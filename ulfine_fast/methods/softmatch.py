@@ -6,16 +6,26 @@ the momentum is `rho`, as runs here are short. Lost to the cache: what FixMatch 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from ulfine_fast.core.types import Batch, Losses, State, Trials
+from ulfine_fast.methods.base import LabeledOptions, RunningOptions, SharpeningOptions
 from ulfine_fast.methods.fixmatch import FixMatch
+from ulfine_fast.methods.registry import register
 from ulfine_fast.ops.distributions import aligned
 from ulfine_fast.ops.losses import PseudoLabels
 from ulfine_fast.ops.thresholds import running, truncated_weights
 
 
+@dataclass(frozen=True)
+class SoftMatchOptions(SharpeningOptions, RunningOptions, LabeledOptions):
+    """Options of :class:`SoftMatch`."""
+
+
+@register("softmatch", options=SoftMatchOptions, source="SoftMatch, arXiv 2301.10921")
 class SoftMatch(FixMatch):
     """FixMatch with a truncated Gaussian of the aligned confidence in place of the threshold."""
 

@@ -6,16 +6,42 @@ Published: alpha 1, beta 5.5, scale 100; alpha and beta searched on validation.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
+from ulfine_fast.config import option
 from ulfine_fast.core.heads import Tensors, cosine_logits
 from ulfine_fast.core.types import Pool, State, Trials
 from ulfine_fast.methods.base import Method
+from ulfine_fast.methods.registry import register
 from ulfine_fast.ops.margins import balanced_one_hot
 from ulfine_fast.ops.prototypes import normalize
 
 
+@dataclass(frozen=True)
+class TipAdapterOptions:
+    """Options of :class:`TipAdapter`."""
+
+    tau: float = option(
+        1.0,
+        "power of the weights that count rare classes' labelled images more; 0 is one-hot",
+        low=0.0,
+        search={"low": 0.5, "high": 2.0},
+    )
+    cache_weight: float = option(
+        1.0, "weight alpha of the cache beside the text", low=0.0, search={"low": 0.1, "high": 30.0, "log": True}
+    )
+    cache_sharpness: float = option(
+        5.5,
+        "sharpness beta of a key's affinity, exp(-beta (1 - cos))",
+        low=0.0,
+        search={"low": 1.0, "high": 50.0, "log": True},
+    )
+
+
+@register("tip_adapter", options=TipAdapterOptions, source="Tip-Adapter, arXiv 2111.03930")
 class TipAdapter(Method):
     """Logits sigma x t_k + alpha sum_i exp(-beta (1 - x f_i)) L_ik over labelled images i (its section 3).
 

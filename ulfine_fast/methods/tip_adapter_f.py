@@ -8,10 +8,12 @@ from __future__ import annotations
 import torch
 
 from ulfine_fast.core.types import Batch, Losses, Pool, State, Trials
-from ulfine_fast.methods.tip_adapter import TipAdapter
+from ulfine_fast.methods.registry import register
+from ulfine_fast.methods.tip_adapter import TipAdapter, TipAdapterOptions
 from ulfine_fast.ops.losses import adjusted_cross_entropy
 
 
+@register("tip_adapter_f", options=TipAdapterOptions, source="Tip-Adapter-F, arXiv 2111.03930")
 class TipAdapterF(TipAdapter):
     """Tip-Adapter whose keys learn from CE(z + tau log pi, y); values and text stay. With tau = 0 it is the paper's."""
 

@@ -5,14 +5,20 @@ What the paper's public parts say and what is our completion stands choice by ch
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
+from ulfine_fast.config import option
+from ulfine_fast.core.fused.heads import HeadRows, add_orthogonality_gradient
+from ulfine_fast.core.fused.prototypes import fit_prototypes_, move_visual_
 from ulfine_fast.core.fused.step import FusedStep
-from ulfine_fast.core.heads import Tensors, adapt, cosine_logits
+from ulfine_fast.core.heads import Tensors, apply_adapter, cosine_logits
 from ulfine_fast.core.types import Batch, Losses, State, Trials
-from ulfine_fast.methods._ulfine_fused import FusedULFine
-from ulfine_fast.methods.base import Method
+from ulfine_fast.methods.base import LabeledOptions, Method, PseudoLabelOptions, RunningOptions
+from ulfine_fast.methods.registry import register
+from ulfine_fast.ops import kernels
 from ulfine_fast.ops.fusion import fuse
 from ulfine_fast.ops.losses import PseudoLabels, adjusted_cross_entropy, masked_mean, pseudo_labels
 from ulfine_fast.ops.prototypes import (
@@ -23,9 +29,69 @@ from ulfine_fast.ops.prototypes import (
     move_visual,
     orthogonality,
 )
-from ulfine_fast.related.label_proportions.losses import sinkhorn
+from ulfine_fast.ops.transport import sinkhorn
 
 
+@dataclass(frozen=True)
+class ULFineOptions(PseudoLabelOptions, RunningOptions, LabeledOptions):
+    """Options of :class:`ULFine`."""
+
+    tau_u: float = option(
+        2.0,
+        "strength of the adjustment by the running pseudo-label distribution P",
+        low=0.0,
+        search={"low": 0.0, "high": 2.5},
+    )
+    paf: bool = option(True, "fit the textual prototypes to the visual ones")
+    mu: float = option(
+        0.01,
+        "largest step of a prototype, in alpha_k = mu P_k / max P",
+        low=0.0,
+        high=1.0,
+        search={"low": 0.001, "high": 0.1, "log": True},
+    )
+    alpha: str = option(
+        "pseudo-label", "alpha_k from P, or the constant mu", choices=("pseudo-label", "constant"), structural=True
+    )
+    prior: str = option(
+        "soft",
+        "P from all probabilities, or from counts above the threshold",
+        choices=("soft", "hard"),
+        structural=True,
+    )
+    visual_momentum: float = option(0.95, "momentum m of the visual prototypes", low=0.0, high=0.9999)
+    lambda_o: float = option(
+        0.1, "weight of the prototypes' orthogonality", low=0.0, search={"low": 0.01, "high": 1.0, "log": True}
+    )
+    orthogonality: str = option(
+        "prototypes",
+        "what the orthogonality moves: learnable prototypes, or features through the visual prototypes",
+        choices=("prototypes", "features"),
+        structural=True,
+    )
+    adjust_similarity: bool = option(True, "logit adjustment on the similarity head too")
+    dlf: bool = option(True, "pseudo-labels from fused logits; otherwise from the linear head")
+    eta: float = option(
+        0.5, "weight of the linear head in the fused logits", low=0.0, high=1.0, search={"low": 0.2, "high": 0.8}
+    )
+    align: str = option(
+        "standardize",
+        "how the scales of both logits are aligned before fusion",
+        choices=("standardize", "max-ratio", "none"),
+        structural=True,
+    )
+    predict_from: str = option(
+        "fused", "logits of the final prediction", choices=("fused", "linear", "similarity"), structural=True
+    )
+    pseudo_labels: str = option(
+        "argmax",
+        "pseudo-labels of a mini-batch, as they are or transported onto the running distribution P",
+        choices=("argmax", "sinkhorn"),
+        structural=True,
+    )
+
+
+@register("ulfine", options=ULFineOptions, source="ULFine, arXiv 2505.05062")
 class ULFine(Method):
     """Adapter, linear head, fitted textual prototypes; pseudo-labels and predictions from both heads' fused logits."""
 
@@ -51,7 +117,7 @@ class ULFine(Method):
     def losses(self, trials: Trials, state: State, batch: Batch) -> Losses:
         """Adjusted cross-entropies of both heads, labelled and pseudo-labelled; lambda_o times the orthogonality."""
         values = trials.values
-        adapted = adapt(state.tensors, batch.labeled, values["adapter_scale"])  # (T, B, D)
+        adapted = apply_adapter(state.tensors, batch.labeled, values["adapter_scale"])  # (T, B, D)
         linear, similarity = self._both(trials, state.tensors, adapted)
         labeled = _mean_loss(linear, batch.labels, trials.log_prior, values["tau"])
         tau_similarity = values["tau"] * values["adjust_similarity"]
@@ -91,12 +157,14 @@ class ULFine(Method):
 
     def pseudo_logits(self, trials: Trials, tensors: Tensors, features: Tensor) -> Tensor:
         """Fused logits (T, B, K); the linear head's alone (at the similarity head's scale) where DLF is off."""
-        linear, similarity = self._both(trials, tensors, adapt(tensors, features, trials.values["adapter_scale"]))
+        adapted = apply_adapter(tensors, features, trials.values["adapter_scale"])  # (T, B, D)
+        linear, similarity = self._both(trials, tensors, adapted)
         return fuse(linear, similarity, self._eta(trials), trials.config.align)
 
     def logits(self, trials: Trials, tensors: Tensors, features: Tensor) -> Tensor:
         """Logits (T, B, K) of the fused, the linear or the similarity head, as `predict_from` says."""
-        linear, similarity = self._both(trials, tensors, adapt(tensors, features, trials.values["adapter_scale"]))
+        adapted = apply_adapter(tensors, features, trials.values["adapter_scale"])  # (T, B, D)
+        linear, similarity = self._both(trials, tensors, adapted)
         if trials.config.predict_from == "linear":
             return linear
         if trials.config.predict_from == "similarity":
@@ -120,7 +188,7 @@ class ULFine(Method):
     def _unlabeled(self, trials: Trials, state: State, strong: Tensor, pseudo: PseudoLabels) -> Tensor:
         """Both heads' cross-entropy on the strong view (T,), adjusted by the running distribution P."""
         values = trials.values
-        adapted = adapt(state.tensors, strong, values["adapter_scale"])
+        adapted = apply_adapter(state.tensors, strong, values["adapter_scale"])
         log_prior = torch.log(state.memory["prior"] + 1e-8)
         losses = [
             masked_mean(adjusted_cross_entropy(logits, pseudo.labels, log_prior, values["tau_u"]), pseudo.mask)
@@ -152,3 +220,67 @@ def _transported(pseudo: PseudoLabels, logits: Tensor, prior: Tensor, values: Te
 
 def _mean_loss(logits: Tensor, labels: Tensor, log_prior: Tensor, tau: Tensor) -> Tensor:
     return adjusted_cross_entropy(logits, labels, log_prior, tau).mean(-1)
+
+
+class FusedULFine(FusedStep):
+    """Both heads in one product; pseudo-labels from fused logits; prototypes pulled apart and fitted in place."""
+
+    heads = ("linear", "prototypes")
+
+    def labeled_adjustment(self) -> Tensor:
+        """Times tau, log pi for the linear head, and for the similarity head where it is adjusted too (T, 2, K)."""
+        values = self.trials.values
+        tau = torch.stack([values["tau"], values["tau"] * values["adjust_similarity"]], dim=1)  # (T, 2)
+        return tau.unsqueeze(2) * self.trials.log_prior.unsqueeze(1)
+
+    def unlabeled_adjustment(self) -> Tensor:
+        """tau_u log P for both heads (T, 2, K)."""
+        log_prior = torch.log(self.state.memory["prior"] + 1e-8)
+        return (self.trials.values["tau_u"].view(-1, 1) * log_prior).unsqueeze(1).expand(-1, 2, -1)
+
+    def pseudo_labels(self, logits: Tensor) -> PseudoLabels:
+        """From both heads' fused logits, or the linear head's alone where DLF is off."""
+        values = self.trials.values
+        eta = torch.where(values["dlf"] > 0, values["eta"], torch.ones_like(values["eta"]))
+        config = self.trials.config
+        if kernels.usable(logits) and (config.align, config.prior) == ("standardize", "soft"):
+            labels, mask, mean = kernels.pseudo_labels(
+                logits[:, :, 0], logits[:, :, 1], eta, values["threshold"], values["sharpen"]
+            )
+            # the running distribution asks for no more than the mean, here of one row
+            return PseudoLabels(labels, mask, mean.unsqueeze(1))
+        fused = fuse(logits[:, :, 0], logits[:, :, 1], eta, config.align)
+        return pseudo_labels(fused, values["threshold"], values["sharpen"])
+
+    def learning(self) -> Tensor | None:
+        """Without PAF the similarity head stays where the text put it."""
+        paf = self.trials.values["paf"]
+        if bool((paf > 0).all()):
+            return None
+        learns = torch.ones(len(paf), 2 * self.classes, dtype=paf.dtype, device=paf.device)
+        learns[:, self.classes :] = paf.unsqueeze(1)
+        return learns
+
+    def regularize(self) -> Tensor | None:
+        """Add the gradient of lambda_o times the orthogonality; without PAF there is none."""
+        values = self.trials.values
+        weight = values["lambda_o"] * values["paf"]
+        vectors, inverse = self.state.parameters["prototypes"], self.class_heads.inverse[:, self.classes :]
+        penalty = add_orthogonality_gradient(vectors, inverse, weight, self.velocity["prototypes"], self.buffers)
+        return weight * penalty
+
+    def after_step(self, labeled: HeadRows, labels: Tensor, pseudo: PseudoLabels | None) -> None:
+        """Move P, the visual prototypes and, by alpha_k = mu P_k / max P, the textual prototypes."""
+        values, memory, config = self.trials.values, self.state.memory, self.trials.config
+        prior, visual, seen = memory["prior"], memory["visual"], memory["seen"]
+        if pseudo is not None:
+            prior.copy_(move_prior(prior, pseudo.probabilities, pseudo.mask, values["rho"], config.prior))
+        textual = self.state.parameters["prototypes"]
+        alpha = fitting_pace(prior, values["mu"] * values["paf"], config.alpha)
+        if kernels.usable(visual):
+            rows = labeled.adapted, labeled.inverse.squeeze(2), labels
+            kernels.move_prototypes_(visual, seen, textual, *rows, values["visual_momentum"], alpha)
+            return
+        rows = labeled.adapted, labeled.inverse, labels
+        move_visual_(visual, seen, *rows, values["visual_momentum"], self.buffers)
+        fit_prototypes_(textual, visual, alpha, seen)

@@ -9,14 +9,17 @@ far they are believed is decided by labelled images held out of both.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ulfine_fast.config import FitConfig, option
 from ulfine_fast.core.heads import Tensors
 from ulfine_fast.core.types import Pool, State, Trials
 from ulfine_fast.methods.base import Method
+from ulfine_fast.methods.registry import register
 from ulfine_fast.ops.clustering import Clusters, Evidence, Schedule, fit_clusters
 from ulfine_fast.ops.evidence import fold_numbers, held_out_scores, starting_shares
 from ulfine_fast.ops.mixture import Metric, Rows, Whitening, cosines, products, view_scatter, whitening
@@ -29,16 +32,80 @@ _ROUNDS, _INNER, _HELD = 10, 3, 2
 _TOGETHER = 4096
 
 
+@dataclass(frozen=True)
+class ULFinePlusOptions:
+    """Options of :class:`ULFinePlus`."""
+
+    folds: int = option(4, "folds of the labels that are held out one by one", low=2, structural=True)
+    probe_weight: float = option(
+        1.0,
+        "weight of the labelled-only probe in the clusters' logits",
+        low=0.0,
+        search={"low": 0.3, "high": 2.0, "log": True},
+        was=("lean",),
+    )
+    label_weight: float = option(
+        10.0,
+        "weight of a labelled image in its class's center",
+        low=0.0,
+        search={"low": 3.0, "high": 30.0, "log": True},
+    )
+    view_weight: float = option(
+        1.0,
+        "weight of the scatter between views in the whitening",
+        low=0.0,
+        search={"low": 0.3, "high": 3.0, "log": True},
+    )
+    shrinkage: float = option(
+        0.05,
+        "fraction of the scatter that is spread evenly over all directions",
+        low=0.0,
+        search={"low": 0.02, "high": 0.3, "log": True},
+        was=("shrink",),
+    )
+    sharpness_start: float = option(
+        10.0, "sharpness of the cluster probabilities in the first round", low=0.1, was=("blunt",)
+    )
+    sharpness_end: float = option(
+        30.0,
+        "sharpness of the cluster probabilities in the last round",
+        low=0.1,
+        search={"low": 15.0, "high": 50.0, "log": True},
+        was=("sharp",),
+    )
+    prior_pseudo_count: float = option(
+        0.3,
+        "pseudo-count of the starting class prior, in sizes of the unlabelled set",
+        low=0.0,
+        search={"low": 0.1, "high": 1.0, "log": True},
+        was=("pull",),
+    )
+    evidence_temperature: float = option(
+        20.0,
+        "factor on held-out log-likelihoods by which candidates are weighed",
+        low=0.0,
+        search={"low": 5.0, "high": 50.0, "log": True},
+        was=("trust",),
+    )
+
+
+@register("ulfine_plus", options=ULFinePlusOptions, source="this package, after ULFine, arXiv 2505.05062")
 class ULFinePlus(Method):
     """A labelled-only probe, and candidate clusterings that start from different class shares, mixed by evidence.
 
     Candidate s of fold j is fitted without the labels of that fold (all labels for j = 0) from the class shares s.
     """
 
+    uses_unlabeled_pool = True
     trains = False
     uses_unlabeled = False
     uses_pool = True
     thresholds = False
+
+    def pool_values(self, config: FitConfig, images: int, views: int, dim: int, classes: int) -> int:
+        """All views and plain rows, and logits for every start and fold."""
+        candidates = 5 * (1 + config.folds)
+        return 2 * images * ((2 * views + 6) * dim + 8 * candidates * classes) + 8 * dim * dim
 
     def start(self, trials: Trials) -> State:
         """The textual prototypes (T, K, D), until the pool has been seen."""
@@ -60,7 +127,7 @@ class ULFinePlus(Method):
             whole = clusters if whole is None else whole
         assert whole is not None
         scores, temperatures = _judge(trials, pool, torch.stack(similar, dim=2), heads, folds)
-        weights = torch.softmax(trials.values["trust"].view(-1, 1) * scores, dim=1)  # (T, 1 + S)
+        weights = torch.softmax(trials.values["evidence_temperature"].view(-1, 1) * scores, dim=1)  # (T, 1 + S)
         state.memory |= {"linear": heads[:, 0], "mean": space.mean, "map": space.map, **_kept(whole)}
         state.memory |= {"weights": weights, "temperature": temperatures}
         state.scratch["plan"] = _plan(pool, heads, whole, weights, temperatures)
@@ -86,7 +153,7 @@ def _probes(pool: Pool, trials: Trials, targets: Tensor, folds: Tensor) -> Tenso
     easy = pool.features.easy
     found, scores = [], []
     for scale, strong in _PROBES:
-        sigma = torch.full_like(trials.values["tau"], scale)
+        sigma = trials.zeros() + scale
         seen = views if strong else views[:, :, :easy]
         unit = fit_probe(seen, targets, trials.prototypes, sigma, _PROBE_RATE, _PROBE_STEPS)
         found.append(scale * unit)
@@ -122,7 +189,7 @@ def _space(pool: Pool, values: Tensors) -> Whitening:
         parts = zip(index.split(_TOGETHER, dim=1), present.split(_TOGETHER, dim=1), strict=True)
         found = [view_scatter(pool.features.all_views(part), there) * _share(there, present) for part, there in parts]
         nuisance = torch.stack(found).sum(0)
-    return whitening(rows, present, nuisance, values["shrink"], values["view_weight"])
+    return whitening(rows, present, nuisance, values["shrinkage"], values["view_weight"])
 
 
 def _share(part: Tensor, whole: Tensor) -> Tensor:
@@ -134,12 +201,13 @@ def _evidence(
     trials: Trials, pool: Pool, space: Whitening, heads: Tensor, targets: Tensor, starts: Tensor
 ) -> Iterator[Evidence]:
     """What the candidates of each fold are fitted to."""
-    candidates, lean = starts.shape[1], trials.values["lean"].view(-1, 1, 1, 1)
+    candidates = starts.shape[1]
+    probe_weight = trials.values["probe_weight"].view(-1, 1, 1, 1)
     weight = trials.values["label_weight"].view(-1, 1, 1, 1)
     labeled, hidden = space(pool.labeled), space(pool.unlabeled) * pool.present.unsqueeze(-1)
     for fold in range(heads.shape[1]):
         given, head = targets[:, :, fold : fold + 1], heads[:, fold : fold + 1]
-        anchor = lean * _linear(pool.unlabeled, head)
+        anchor = probe_weight * _linear(pool.unlabeled, head)
         yield Evidence(
             labeled=labeled,
             given=(weight * given).expand(-1, -1, candidates, -1),
@@ -152,7 +220,8 @@ def _evidence(
 
 def _schedule(trials: Trials) -> Schedule:
     values = trials.values
-    return Schedule(_ROUNDS, _INNER, _HELD, values["blunt"], values["sharp"], values["pull"])
+    sharpness = values["sharpness_start"], values["sharpness_end"]
+    return Schedule(_ROUNDS, _INNER, _HELD, *sharpness, values["prior_pseudo_count"])
 
 
 def _linear(features: Tensor, heads: Tensor) -> Tensor:
@@ -162,8 +231,8 @@ def _linear(features: Tensor, heads: Tensor) -> Tensor:
 
 def _fused(trials: Trials, similarity: Tensor, linear: Tensor) -> Tensor:
     """Both heads' logits of equal class shares (T, n, S, K), from cosines (T, n, S, K) and the probe's logits."""
-    sharp, lean = (trials.values[name].view(-1, 1, 1, 1) for name in ("sharp", "lean"))
-    return sharp * similarity + lean * linear
+    sharpness = trials.values["sharpness_end"].view(-1, 1, 1, 1)
+    return sharpness * similarity + trials.values["probe_weight"].view(-1, 1, 1, 1) * linear
 
 
 def _judge(trials: Trials, pool: Pool, similarity: Tensor, heads: Tensor, folds: Tensor) -> tuple[Tensor, Tensor]:

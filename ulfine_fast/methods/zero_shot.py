@@ -7,11 +7,14 @@ from torch import Tensor
 from ulfine_fast.core.heads import Tensors, cosine_logits
 from ulfine_fast.core.types import Batch, Losses, State, Trials
 from ulfine_fast.methods.base import Method
+from ulfine_fast.methods.registry import register
 
 
+@register("zero_shot", source="CLIP, arXiv 2103.00020")
 class ZeroShot(Method):
     """Logits are scaled cosines to the textual prototypes."""
 
+    uses_labels = False
     trains = False
     uses_unlabeled = False
 

@@ -1,5 +1,5 @@
-"""Numbers about predictions, in NumPy.
+"""Metrics of predictions, in NumPy.
 
-`classification` (accuracy by class and by group), `calibration` (temperature and its error), `intervals` (means with
-confidence intervals). May import `cache`.
+`classification` (accuracy by class and by class group, quality of pseudo-labels), `calibration` (expected calibration
+error, temperature), `intervals` (means with confidence intervals). May import `cache`.
 """

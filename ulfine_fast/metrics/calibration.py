@@ -1,4 +1,4 @@
-"""How far confidence can be believed: reliability bins, the expected calibration error, one temperature to mend it."""
+"""Calibration: reliability bins, the expected calibration error, and the temperature that reduces it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Reliability:
 
     Attributes:
         count: rows per bin (B,) int64.
-        accuracy: share of right predictions per bin (B,), NaN where the bin is empty.
+        accuracy: fraction of correct predictions per bin (B,), NaN where the bin is empty.
         confidence: mean confidence per bin (B,), NaN where the bin is empty.
     """
 
@@ -30,33 +30,36 @@ class Reliability:
 
     @property
     def ece(self) -> float:
-        """Expected calibration error, 0..1: the gap of accuracy and confidence, weighted by the bins' rows."""
+        """Expected calibration error, 0..1: mean gap between accuracy and confidence, weighted by rows per bin."""
         gap = np.abs(np.nan_to_num(self.accuracy) - np.nan_to_num(self.confidence))
         return float((gap * self.count).sum() / max(1, self.count.sum()))
 
 
-def reliability(confidence: np.ndarray, right: np.ndarray, bins: int = BINS) -> Reliability:
+def reliability(confidence: np.ndarray, correct: np.ndarray, bins: int = BINS) -> Reliability:
     """Sort rows into confidence bins.
 
     Args:
         confidence: (n,) in 0..1.
-        right: (n,) bool.
+        correct: (n,) bool.
         bins: number of bins.
     """
-    place = np.clip(np.ceil(confidence * bins).astype(np.int64) - 1, 0, bins - 1)  # (n,)
-    count = np.bincount(place, minlength=bins)
-    filled = np.where(count > 0, count, np.nan)
-    accuracy = np.bincount(place, weights=right.astype(np.float64), minlength=bins) / filled
-    return Reliability(count, accuracy, np.bincount(place, weights=confidence, minlength=bins) / filled)
+    bin_of_row = np.clip(np.ceil(confidence * bins).astype(np.int64) - 1, 0, bins - 1)  # (n,)
+    count = np.bincount(bin_of_row, minlength=bins)
+    rows = np.where(count > 0, count, np.nan)
+    return Reliability(
+        count=count,
+        accuracy=np.bincount(bin_of_row, weights=correct.astype(np.float64), minlength=bins) / rows,
+        confidence=np.bincount(bin_of_row, weights=confidence, minlength=bins) / rows,
+    )
 
 
 def raw_confidence(probabilities: np.ndarray, temperature: float) -> np.ndarray:
     """Confidence (n,) before temperature scaling, from the scaled probabilities (n, K) that a run saves.
 
-    softmax(z) is proportional to softmax(z / T) ** T, so that logits are not needed.
+    No logits are needed, since softmax(z) is proportional to softmax(z / T) ** T.
     """
     largest = probabilities.max(axis=1, keepdims=True).astype(np.float64)  # (n, 1)
-    # relative to the largest class, so that no row underflows to nothing
+    # relative to the largest class, so that no row underflows to zero
     return 1.0 / ((probabilities / largest) ** temperature).sum(axis=1)  # (n,)
 
 
@@ -69,7 +72,7 @@ def expected_calibration_error(probabilities: Floats, labels: Labels, bins: int 
         bins: number of bins.
 
     Returns:
-        A share in [0, 1]; NaN without rows.
+        The error in 0..1; NaN without rows.
     """
     if not len(labels):
         return float("nan")
@@ -77,14 +80,21 @@ def expected_calibration_error(probabilities: Floats, labels: Labels, bins: int 
 
 
 def fit_temperature(logits: Floats, labels: Labels, *, low: float = 0.2, high: float = 5.0, least: int = 20) -> float:
-    """The temperature of least negative log-likelihood on validation logits (n, K).
+    """The temperature with the lowest negative log-likelihood on validation logits.
+
+    Args:
+        logits: (n, K).
+        labels: (n,).
+        low: smallest temperature.
+        high: largest temperature.
+        least: rows needed for a fit.
 
     Returns:
-        A value in [low, high], or 1 where fewer than `least` rows would decide it.
+        A value in low..high, or 1 with fewer than `least` rows.
     """
     if len(labels) < least:
         return 1.0
-    from scipy.optimize import minimize_scalar
+    from scipy.optimize import minimize_scalar  # imported on use: it takes long to load
 
     def loss(log_temperature: float) -> float:
         scaled = logits.astype(np.float64) / np.exp(log_temperature)
@@ -92,5 +102,5 @@ def fit_temperature(logits: Floats, labels: Labels, *, low: float = 0.2, high: f
         normalizer = np.log(np.exp(scaled - top).sum(axis=1)) + top[:, 0]
         return float(np.mean(normalizer - scaled[np.arange(len(labels)), labels]))
 
-    found = minimize_scalar(loss, bounds=(np.log(low), np.log(high)), method="bounded")
-    return float(np.exp(found.x))
+    optimum = minimize_scalar(loss, bounds=(np.log(low), np.log(high)), method="bounded")
+    return float(np.exp(optimum.x))

@@ -1,4 +1,4 @@
-"""Figures of a trial: accuracy by class group, calibration, pseudo-label health. All shares are in [0, 1]."""
+"""Metrics of a trial: accuracy by class group, calibration, quality of pseudo-labels. All fractions are in 0..1."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Floats = NDArray[np.floating[Any]]
 Labels = NDArray[np.int64]
 
 SHOT_MANY, SHOT_FEW = 100, 20
-"""Classes with more than 100 labelled images are "many-shot", with fewer than 20 "few-shot" (LIFT's groups)."""
+"""Classes with more than 100 labelled images are "many-shot", those with fewer than 20 "few-shot" (as in LIFT)."""
 
 
 def softmax(logits: Floats) -> Floats:
@@ -24,20 +24,20 @@ def softmax(logits: Floats) -> Floats:
 
 def per_class_accuracy(labels: Labels, predicted: Labels, classes: int) -> Floats:
     """Recall of each class (K,), NaN for a class without rows."""
-    right = np.bincount(labels[labels == predicted], minlength=classes)
-    there = np.bincount(labels, minlength=classes)
-    return np.divide(right, there, out=np.full(classes, np.nan), where=there > 0)
+    correct = np.bincount(labels[labels == predicted], minlength=classes)
+    rows = np.bincount(labels, minlength=classes)
+    return np.divide(correct, rows, out=np.full(classes, np.nan), where=rows > 0)
 
 
 def rank_thirds(counts: Labels) -> tuple[Labels, Labels, Labels]:
-    """Classes of the many, medium and few thirds by labelled count; the first thirds take what does not divide."""
+    """Classes of the many, medium and few thirds by labelled count (K,); a remainder goes to the first thirds."""
     order = np.argsort(-counts, kind="stable")
     many, medium, few = np.array_split(order, 3)
     return many, medium, few
 
 
 def class_groups(counts: Labels) -> dict[str, Labels]:
-    """Classes by name of their group, of labelled counts (K,): many / medium / few thirds, and *_shot by count."""
+    """Classes by group name, from labelled counts (K,): many / medium / few (rank thirds) and *_shot (by count)."""
     return {
         **dict(zip(("many", "medium", "few"), rank_thirds(counts), strict=True)),
         "many_shot": np.flatnonzero(counts > SHOT_MANY),
@@ -53,12 +53,12 @@ def classification(logits: Floats, labels: Labels, counts: Labels, temperature: 
         logits: (n, K).
         labels: (n,).
         counts: labelled training images of each class (K,).
-        temperature: fitted elsewhere, divides the logits for `ece_temperature_scaled`.
+        temperature: divides the logits for `ece_temperature_scaled`; fitted on validation.
 
     Returns:
-        accuracy, balanced_accuracy (mean recall over classes present), many / medium / few (rank thirds), many_shot /
-        medium_shot / few_shot (by count), worst_class, macro_f1, ece, ece_temperature_scaled, per_class_accuracy. None
-        where a figure has no rows to stand on.
+        accuracy, balanced_accuracy (mean recall over the classes that have rows), many / medium / few (rank thirds),
+        many_shot / medium_shot / few_shot (by count), worst_class, macro_f1, ece, ece_temperature_scaled,
+        per_class_accuracy. A metric without rows is None; without any row the dictionary is empty.
     """
     classes = len(counts)
     if not len(labels):
@@ -67,65 +67,65 @@ def classification(logits: Floats, labels: Labels, counts: Labels, temperature: 
     recall = per_class_accuracy(labels, predicted, classes)
     return {
         "accuracy": float((predicted == labels).mean()),
-        "balanced_accuracy": _mean(recall),
-        **{name: _mean(recall[group]) for name, group in class_groups(counts).items()},
+        "balanced_accuracy": _mean_or_none(recall),
+        **{name: _mean_or_none(recall[group]) for name, group in class_groups(counts).items()},
         "worst_class": float(np.nanmin(recall)),
         "macro_f1": _macro_f1(labels, predicted, classes),
         "ece": expected_calibration_error(softmax(logits), labels),
         "ece_temperature_scaled": expected_calibration_error(softmax(logits / temperature), labels),
-        "per_class_accuracy": [_number(value) for value in recall],
+        "per_class_accuracy": [None if np.isnan(value) else float(value) for value in recall],
     }
 
 
 def pseudo_label_health(
     probabilities: Floats, labels: Labels, threshold: float, classes: int
 ) -> dict[str, float | list[float | None] | None]:
-    """How many pseudo-labels pass the threshold, and how right they are.
+    """How many pseudo-labels reach the threshold, and how many of them are correct.
 
     Args:
         probabilities: of unlabelled images (n, K).
         labels: their hidden labels, -1 unknown (n,).
-        threshold: in [0, 1].
+        threshold: least confidence of a pseudo-label that is kept, 0..1.
         classes: K.
 
     Returns:
-        pseudo_label_rate (kept over all), pseudo_label_precision (right over kept with known label) and
-        confidence_on_false (mean probability of kept false ones); per class (K,): per_class_pseudo_label_rate (kept
-        labels of the class over all rows), per_class_pseudo_label_precision, per_class_pseudo_label_recall (kept and
-        right over the class's rows).
+        pseudo_label_rate (kept over all rows), pseudo_label_precision (correct over kept, known labels only),
+        confidence_on_false (mean confidence of kept wrong ones) and, per class (K,): per_class_pseudo_label_rate (kept
+        pseudo-labels of the class over all rows), per_class_pseudo_label_precision, per_class_pseudo_label_recall (kept
+        and correct over the rows of the class).
     """
-    confidence, guess = probabilities.max(axis=1), probabilities.argmax(axis=1)
+    confidence = probabilities.max(axis=1)
+    pseudo_labels = probabilities.argmax(axis=1)
     kept = confidence >= threshold
-    known, right = labels >= 0, guess == labels
-    drawn = np.bincount(guess[kept], minlength=classes)
-    judged = np.bincount(guess[kept & known], minlength=classes)
-    correct = np.bincount(guess[kept & right], minlength=classes)
-    there = np.bincount(labels[known], minlength=classes)
+    known = labels >= 0
+    correct = pseudo_labels == labels
+
+    # counts per class (K,)
+    kept_count = np.bincount(pseudo_labels[kept], minlength=classes)
+    known_count = np.bincount(pseudo_labels[kept & known], minlength=classes)
+    correct_count = np.bincount(pseudo_labels[kept & correct], minlength=classes)
+    class_rows = np.bincount(labels[known], minlength=classes)
     return {
-        "pseudo_label_rate": _mean(kept.astype(float)),
-        "pseudo_label_precision": _mean(right[kept & known].astype(float)),
-        "confidence_on_false": _mean(confidence[kept & known & ~right]),
-        "per_class_pseudo_label_rate": [float(v) for v in drawn / max(len(labels), 1)],
-        "per_class_pseudo_label_precision": _shares(correct, judged),
-        "per_class_pseudo_label_recall": _shares(correct, there),
+        "pseudo_label_rate": _mean_or_none(kept.astype(float)),
+        "pseudo_label_precision": _mean_or_none(correct[kept & known].astype(float)),
+        "confidence_on_false": _mean_or_none(confidence[kept & known & ~correct]),
+        "per_class_pseudo_label_rate": [float(value) for value in kept_count / max(len(labels), 1)],
+        "per_class_pseudo_label_precision": _fractions(correct_count, known_count),
+        "per_class_pseudo_label_recall": _fractions(correct_count, class_rows),
     }
 
 
 def _macro_f1(labels: Labels, predicted: Labels, classes: int) -> float:
     """Mean F1 over classes that have rows or predictions."""
-    right = np.bincount(labels[labels == predicted], minlength=classes)
-    both = np.bincount(labels, minlength=classes) + np.bincount(predicted, minlength=classes)
-    return float(np.mean(2 * right[both > 0] / both[both > 0]))
+    correct = np.bincount(labels[labels == predicted], minlength=classes)
+    total = np.bincount(labels, minlength=classes) + np.bincount(predicted, minlength=classes)
+    return float(np.mean(2 * correct[total > 0] / total[total > 0]))
 
 
-def _shares(part: Labels, whole: Labels) -> list[float | None]:
+def _fractions(part: Labels, whole: Labels) -> list[float | None]:
     return [float(p / w) if w else None for p, w in zip(part, whole, strict=True)]
 
 
-def _mean(values: Floats) -> float | None:
-    finite = values[~np.isnan(values)]
-    return float(finite.mean()) if len(finite) else None
-
-
-def _number(value: float) -> float | None:
-    return None if np.isnan(value) else float(value)
+def _mean_or_none(values: Floats) -> float | None:
+    defined = values[~np.isnan(values)]
+    return float(defined.mean()) if len(defined) else None

@@ -1,4 +1,4 @@
-"""What several seeds say together: a mean and how far it can be believed."""
+"""A mean over seeds and its confidence interval."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from scipy.special import stdtrit
 
 @dataclass(frozen=True, slots=True)
 class Interval:
-    """A mean over seeds with the half width of its 95% interval.
+    """A mean over seeds and the half width of its 95% interval.
 
     Attributes:
         mean: mean of the defined values.
         half: half width of the two-sided 95% t-interval; NaN for a single value.
-        n: how many values were defined.
+        n: number of defined values.
     """
 
     mean: float
@@ -26,8 +26,8 @@ class Interval:
 
 
 def mean_interval(values: Iterable[float]) -> Interval | None:
-    """Return mean and 95% t-interval (Student, n - 1 degrees of freedom) of the finite values, None without any."""
-    # an undefined figure of one seed must not blank the row; n says how many stood behind the mean
+    """Mean and 95% t-interval (Student, n - 1 degrees of freedom) of the finite values; None without any."""
+    # a metric that one seed lacks still has a mean over the others; n says over how many
     finite = np.array([value for value in values if math.isfinite(value)], dtype=np.float64)
     n = len(finite)
     if n == 0:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+# the least proportion of a class in logarithms: exp of minus infinity minus itself would be no number
+_LEAST = 1e-8
+
 
 def transport(scores: Tensor, log_prior: Tensor, present: Tensor, rounds: int = 10) -> Tensor:
     """Class probabilities whose mean over rows is the given prior (Sinkhorn-Knopp; Cuturi, arXiv 1306.0895).
@@ -29,3 +32,23 @@ def transport(scores: Tensor, log_prior: Tensor, present: Tensor, rounds: int = 
         column = torch.logsumexp(log_plan.masked_fill(absent, -1e30), dim=1)  # (T, S, K)
         potential = log_prior + rows - column
     return torch.softmax(scores + potential.unsqueeze(1), dim=-1)
+
+
+def sinkhorn(logits: Tensor, proportions: Tensor, present: Tensor, rounds: int = 100) -> Tensor:
+    """Class probabilities of a bag's images with its class proportions as mean, nearest to softmax of the logits.
+
+    The plan of entropic transport at epsilon = 1, for which the model's own probabilities are the kernel: columns and
+    rows scaled one after the other (:func:`transport`), ending on rows.
+
+    Args:
+        logits: (T, G, m, K).
+        proportions: of the classes, sum to 1, zeros allowed (T, G, K).
+        present: bool (T, G, m).
+        rounds: alternations; the means reach the proportions up to the remaining error.
+
+    Returns:
+        Probabilities (T, G, m, K); those of absent images mean nothing.
+    """
+    log_proportions = torch.log(proportions.clamp(min=_LEAST)).flatten(0, 1).unsqueeze(1)  # (T G, 1, K)
+    plan = transport(logits.flatten(0, 1).unsqueeze(2), log_proportions, present.flatten(0, 1), rounds)
+    return plan.squeeze(2).view_as(logits)

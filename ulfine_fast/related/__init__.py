@@ -1,5 +1,5 @@
 """Counterparts of related systems over cached features.
 
-Each is a small package that plugs in: methods through the registry, commands through the list in `cli/main.py`. Nothing
-outside this package imports from it.
+Each is a small package that plugs in: methods through the registry, commands through the list in `cli/commands.py`.
+Nothing outside this package imports from it.
 """

@@ -1,8 +1,16 @@
-"""Run folders in, one self-contained HTML page out."""
+"""Run folders in, one self-contained HTML page out.
+
+`page` (the sections put together, the file written), `groups` (runs by method and setting), one module a section:
+`results`, `classes`, `calibration`, `one_byte`, `confusion`, `feature_map`, `gallery` (with `images`), `sweeps`,
+`settings`; `plugins` (sections of other packages), `leakage` (warnings), `charts` on `svg`, `formats`. May import
+`runs` and what `runs` may import; `cache`.
+"""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
+
+from ulfine_fast.report.choices import Projection
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -10,7 +18,7 @@ if TYPE_CHECKING:
 
     from PIL.Image import Image
 
-__all__ = ["build_report"]
+__all__ = ["Projection", "build_report"]
 
 
 def build_report(
@@ -21,34 +29,34 @@ def build_report(
     title: str | None = None,
     leakage: Sequence[str] = (),
     attributes: Mapping[str, str] | None = None,
-    projection: str = "none",
+    projection: Projection = "none",
     one_byte: bool = False,
 ) -> Path:
-    """Write one HTML page about the runs found at or below the given folders.
+    """Write one HTML page about the runs at or below the given folders.
 
-    The page needs no network and no other file, and stands without its script, which sorts tables. It is a function of
-    the run folders' files (and the images and the cache), so writing it twice gives the same bytes.
+    The page needs no network, no other file and no script (its script only sorts tables). It depends on nothing but
+    the run folders, the images and the cache: writing it twice gives the same bytes.
 
     Args:
-        runs: run folders, or folders above them (`OUT/seed-0`, `OUT`, or deeper), those of sweeps too; all with the
-            same classes.
-        out: the page's path; its folder is made when missing, an existing page is replaced.
-        images: gives the image of a row id for the gallery; it may raise OSError, ValueError or KeyError for an
-            image that is gone. None leaves the gallery out and says how to get it.
-        leakage: warnings that stand above the figures, see `ulfine_fast.report.leakage.find_leakage`.
-        attributes: image id -> another attribute than the class, for gaps between groups of images.
-        projection: "pca" or "umap" for a map of the test images' features, where the cache is at hand; "none".
-        one_byte: whether to say what `extract --dtype int8` would cost, where the cache is at hand.
-        title: the page's heading; None writes one from the number of methods, seeds and classes.
+        runs: run folders, or folders above them (`OUT/seed-0`, `OUT`, or deeper), of sweeps too; all with the same
+            classes.
+        out: path of the page; its folder is created if missing, an existing page is replaced.
+        images: returns the image of a row id for the gallery; may raise OSError, ValueError or KeyError for an image
+            that is missing. None leaves the gallery out.
+        title: heading of the page; None writes one from the number of methods, seeds and classes.
+        leakage: warnings above the results, see `ulfine_fast.report.leakage.find_leakage`.
+        attributes: image id -> an attribute other than the class, for accuracy gaps between groups of images.
+        projection: "pca" or "umap" for a map of the test images' features, if the cache is available; "none".
+        one_byte: whether to show what `extract --dtype int8` would cost, if the cache is available.
 
     Returns:
         The path written.
 
     Raises:
-        InputError: no run there, a file missing or cut or of another version, runs of other classes, or `out`
-            cannot be written.
+        InputError: there is no run, a file is missing, truncated or of another version, the runs have different
+            classes, or `out` cannot be written.
     """
-    # The page's parts need numpy, pyarrow, jinja2: loaded on use, so that importing the package stays quick.
+    # loaded on use: the sections need numpy, pyarrow and jinja2, and importing the package must stay quick
     from ulfine_fast.report.feature_map import mapper
     from ulfine_fast.report.one_byte import rounder
     from ulfine_fast.report.page import render_page, write_page
@@ -62,7 +70,7 @@ def build_report(
         leakage=leakage,
         attributes=attributes,
         sweeps=find_sweeps(runs),
-        mapped=mapper(projection),
-        rounded=rounder() if one_byte else None,
+        map_run=mapper(projection),
+        rounding_cost=rounder() if one_byte else None,
     )
     return write_page(page, out)

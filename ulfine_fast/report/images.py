@@ -1,88 +1,130 @@
-"""Find the images behind a run's row ids: its cache's source, or a place the user names."""
+"""Images behind a run's row ids: from the source of its cache, or from a location that the user names."""
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
 from ulfine_fast.cache.io.errors import InputError
-from ulfine_fast.cache.io.paths import open_place
+from ulfine_fast.cache.io.paths import to_path
+from ulfine_fast.cache.io.tables import read_table
 from ulfine_fast.runs.files import RunFiles
 
 if TYPE_CHECKING:
     from ulfine_fast.cache.sources import Row, Source, StreamedSource
 
+UNREADABLE = (OSError, ValueError, KeyError, Image.DecompressionBombError)
+"""What a reader of images may raise for one that is missing or damaged."""
+
 _PART_ROWS = 1024  # rows opened together to find an image of a stream
+_FEW_PIXELS = 64  # longer side up to which an image is kept lossless
 
 
-def find_images(runs: Sequence[RunFiles], where: str | None = None) -> tuple[Callable[[str], Image.Image] | None, str]:
+def find_images(
+    runs: Sequence[RunFiles], location: str | None = None
+) -> tuple[Callable[[str], Image.Image] | None, str]:
     """Open the images of the runs.
 
     Args:
-        runs: the runs; their caches' manifests say where the images came from.
-        where: a folder, table or data set name to use instead.
+        runs: the runs; the manifests of their caches say where the images came from.
+        location: a folder, table or data set name to use instead.
 
     Returns:
-        A function from row id to image, which raises KeyError for an id it does not know, or None when no source
-        can be opened; and the reason why not, or "".
+        A function from row id to image, which raises KeyError for an unknown id and OSError for a damaged image, or
+        None when no source can be opened; and the reason why not, or "".
 
     Raises:
-        InputError: `where` is given and cannot be opened.
+        InputError: `location` is given and cannot be opened.
     """
+    # loaded on use: a page without images needs no source
     from ulfine_fast.cache.sources import open_source, reopen_source
 
-    if where is not None:
-        return _reader([("", open_source(where))]), ""
+    if location is not None:
+        return _image_reader([("", open_source(location))]), ""
     sources, reasons = [], []
     for cache in dict.fromkeys(run.cache for run in runs):
         try:
-            for prefix, described in _parts(_described(cache)):
-                sources.append((prefix, reopen_source(described)))
+            for prefix, description in _source_parts(_source_description(cache)):
+                sources.append((prefix, reopen_source(description)))
         except (InputError, OSError) as error:
             reasons.append(str(error))
-    return (_reader(sources), "") if sources else (None, reasons[0])
+    return (_image_reader(sources), "") if sources else (None, reasons[0])
 
 
-def _described(cache: str | None) -> dict[str, Any]:
+def read_attributes(path: Path) -> dict[str, str]:
+    """Image id -> group, from a table with the columns id and group.
+
+    Raises:
+        InputError: not such a table (see `read_table`), or one without rows.
+    """
+    table = read_table(path, ["id", "group"], fill=True)
+    if not len(table):
+        raise InputError(f"{path} has no line; give each image a line with its id and group")
+    return dict(zip(table.texts("id", strip=False), table.texts("group"), strict=True))
+
+
+def encode_preview(image: Image.Image, side: int, quality: int) -> tuple[bytes, str]:
+    """A small copy of an image as a file, and its type, "png" where it has few pixels, else "jpeg".
+
+    Args:
+        image: of any size and mode.
+        side: most pixels of the longer side.
+        quality: of the JPEG, 1..95.
+    """
+    small = image.convert("RGB")
+    small.thumbnail((side, side))
+    # pasted on a blank image: the file's metadata (location, camera, profile) must not follow it into a page
+    clean = Image.new("RGB", small.size)
+    clean.paste(small)
+    buffer = io.BytesIO()
+    kind = "png" if max(clean.size) <= _FEW_PIXELS else "jpeg"
+    clean.save(buffer, kind, optimize=True, quality=quality)  # PNG ignores the quality
+    return buffer.getvalue(), kind
+
+
+def _source_description(cache: str | None) -> dict[str, Any]:
+    """What a cache's manifest says about the source of its images."""
     if cache is None:
         raise InputError("the run was made from features in memory, without a cache")
-    file = open_place(cache) / "manifest.json"
+    file = to_path(cache) / "manifest.json"
     try:
         return dict(json.loads(file.read_text(encoding="utf-8"))["source"])
     except FileNotFoundError as error:
         raise InputError(f"the cache {cache} is gone") from error
     except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{file} is cut or not a cache's manifest") from error
+        raise InputError(f"{file} is truncated or not a cache's manifest") from error
 
 
-def _parts(described: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
-    """What stands before ids, and the source of these images: of every cache that was merged, of every append."""
-    for cache in described.get("caches", []):
-        yield from _parts(cache["source"], prefix + cache.get("prefix", ""))
-    if described["kind"] != "merged":
-        yield prefix, described
-    for part in described.get("appended", []):
-        yield prefix, part
+def _source_parts(description: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
+    """The prefix of the row ids and the description of each source: of every merged cache, of every append."""
+    for cache in description.get("caches", []):
+        yield from _source_parts(cache["source"], prefix + cache.get("prefix", ""))
+    if description["kind"] != "merged":
+        yield prefix, description
+    for appended in description.get("appended", []):
+        yield prefix, appended
 
 
-def _reader(sources: Sequence[tuple[str, Source]]) -> Callable[[str], Image.Image]:
+def _image_reader(sources: Sequence[tuple[str, Source]]) -> Callable[[str], Image.Image]:
     from ulfine_fast.cache.pipeline.plan import is_listed
     from ulfine_fast.cache.sources import UnreadableImage
 
-    rows = {prefix + row.id: (source, row) for prefix, source in sources if is_listed(source) for row in source.rows}
-    streamed = [_Streamed(source, prefix) for prefix, source in sources if not is_listed(source)]
+    listed = {prefix + row.id: (source, row) for prefix, source in sources if is_listed(source) for row in source.rows}
+    streams = [_StreamIndex(source, prefix) for prefix, source in sources if not is_listed(source)]
 
     def read(row_id: str) -> Image.Image:
         """The image of one row id."""
-        found: tuple[Source, Row] | None = rows.get(row_id)
-        for one in streamed if found is None else ():
-            found = found or one.find(row_id)
-        if found is None:
+        match: tuple[Source, Row] | None = listed.get(row_id)
+        for stream in streams:
+            match = match or stream.find(row_id)
+        if match is None:
             raise KeyError(row_id)
-        source, row = found
+        source, row = match
         try:
             return source.read(row)
         except UnreadableImage as error:
@@ -91,26 +133,27 @@ def _reader(sources: Sequence[tuple[str, Source]]) -> Callable[[str], Image.Imag
     return read
 
 
-class _Streamed:
-    """Rows of a stream by id: a part is opened when the first of its images is asked for, and stays open."""
+class _StreamIndex:
+    """Rows of a stream by id; a part is opened when the first of its images is needed, and stays open."""
 
     def __init__(self, source: StreamedSource, prefix: str) -> None:
         self.source, self.prefix = source, prefix
-        # of the shard size only the cut of long files depends, and images are found whatever that is
+        # the size of a part only decides how long files are split, not which images are in them
         self.parts = source.plan(_PART_ROWS)
         self.rows: dict[int, dict[str, Row]] = {}
 
     def find(self, row_id: str) -> tuple[Source, Row] | None:
-        """The row, None where no part has it."""
+        """The source and the row; None where no part has it."""
         if not row_id.startswith(self.prefix):
             return None
         row_id = row_id.removeprefix(self.prefix)
         for part in self.parts:
+            # the ids of a part start with the name of its file
             if not row_id.startswith(part.name.partition("#")[0].rpartition(".")[0] or part.split):
                 continue
             if part.number not in self.rows:
                 self.rows[part.number] = {row.id: row for row in self.source.open(part)}
-            found = self.rows[part.number].get(row_id)
-            if found is not None:
-                return self.source, found
+            row = self.rows[part.number].get(row_id)
+            if row is not None:
+                return self.source, row
         return None

@@ -1,4 +1,4 @@
-"""Whether what a report's figures stand on was partly seen in training."""
+"""Warnings about test images that are nearly among the training images."""
 
 from __future__ import annotations
 
@@ -9,21 +9,20 @@ from ulfine_fast.runs.files import RunFiles
 
 
 def find_leakage(runs: Sequence[RunFiles]) -> list[str]:
-    """A warning for each cache of the runs whose held-out images are nearly among its training images.
+    """A warning for each cache of the runs whose held-out images are near-duplicates of training images.
 
-    A cache that is gone, or that was only in memory, cannot be looked at, and is passed over in silence: the figures
-    are no worse for that.
+    A cache that is gone, or that was only in memory, cannot be checked and gives no warning.
     """
-    # the page itself needs neither features nor an index
+    # loaded on use: the page itself needs neither features nor an index
     from ulfine_fast.cache.neighbors import leakage_warning
     from ulfine_fast.cache.store import FeatureCache
 
-    found = []
+    warnings = []
     for path in dict.fromkeys(run.cache for run in runs if run.cache is not None):
         try:
             warning = leakage_warning(FeatureCache.open(path))
         except InputError:
             continue
         if warning is not None:
-            found.append(warning.replace("CACHE", str(path)))
-    return found
+            warnings.append(warning.replace("CACHE", str(path)))
+    return warnings

@@ -1,4 +1,4 @@
-"""The section about storage: what features in one byte a number would cost the runs of a page."""
+"""The section about storage: what int8 features would cost the runs of a page."""
 
 from __future__ import annotations
 
@@ -13,62 +13,71 @@ from ulfine_fast.metrics.intervals import mean_interval
 from ulfine_fast.report.groups import Group
 from ulfine_fast.runs.files import RunFiles
 
-_FIGURES = ("accuracy", "balanced_accuracy", "few", "ece", "ece_temperature_scaled")
+_METRICS = ("accuracy", "balanced_accuracy", "few", "ece", "ece_temperature_scaled")
 
 
 @dataclass(frozen=True, slots=True)
-class Cost:
-    """Figures of a run on its test images, by name, NaN where not defined.
+class RoundingCost:
+    """Metrics of a run on its test images, by name, NaN where not defined.
 
     Attributes:
-        stored: with the features that the cache holds.
-        rounded: with the same features in one byte a number.
+        stored: with the features as the cache holds them.
+        rounded: with the same features rounded to int8.
     """
 
     stored: dict[str, float]
     rounded: dict[str, float]
 
 
-def rounder() -> Callable[[RunFiles], Cost | None]:
-    """A function that judges a run by its cache: the same heads on test features as stored, and as int8 has them.
+def rounder() -> Callable[[RunFiles], RoundingCost | None]:
+    """A function that evaluates a run's heads on its test features, as stored and rounded as an int8 cache does.
 
-    It gives None where the cache is gone, was only in memory, holds one byte a number already, or where the run reads
-    tokens, which no cache rounds.
+    It returns None where the cache is gone, was only in memory or is int8 already, and where the run reads tokens,
+    which no cache rounds.
     """
-    # the page itself needs neither features nor heads
+    # loaded on use: the page itself needs neither features nor heads
     from ulfine_fast.cache.store import FeatureCache
 
-    opened = lru_cache(maxsize=1)(FeatureCache.open)  # runs of one cache stand together
-    return lambda run: None if run.cache is None else _cost(run, opened)
+    open_cache = lru_cache(maxsize=1)(FeatureCache.open)  # runs of one cache follow each other
+    return lambda run: None if run.cache is None else _rounding_cost(run, open_cache)
 
 
-def cost_section(groups: Sequence[Group], rounded: Callable[[RunFiles], Cost | None] | None) -> list[dict[str, Any]]:
-    """A row for each group whose runs can be judged: differences in points, means and intervals over seeds."""
+def one_byte_section(
+    groups: Sequence[Group], rounding_cost: Callable[[RunFiles], RoundingCost | None] | None
+) -> list[dict[str, Any]]:
+    """Template values: for each group with a cost the differences in points, "mean" and "half width" over seeds.
+
+    Args:
+        groups: the page's runs.
+        rounding_cost: as :func:`rounder` returns it; None for no row at all.
+    """
+    if rounding_cost is None:
+        return []
     rows = []
-    for group in groups if rounded is not None else ():
-        costs = [cost for run in group.runs if rounded is not None and (cost := rounded(run)) is not None]
-        if costs:
-            rows.append({"label": group.label, "figures": [_difference(costs, name) for name in _FIGURES]})
+    for group in groups:
+        costs = [cost for run in group.runs if (cost := rounding_cost(run)) is not None]
+        if not costs:
+            continue
+        cells = []
+        for name in _METRICS:
+            interval = mean_interval(cost.rounded[name] - cost.stored[name] for cost in costs)
+            if interval is None:
+                cells.append(("–", ""))
+                continue
+            half = "" if math.isnan(interval.half) else f"{100 * interval.half:.2f}"
+            cells.append((f"{round(100 * interval.mean, 2) + 0.0:+.2f}", half))  # + 0.0: no -0.00
+        rows.append({"label": group.label, "metrics": cells})
     return rows
 
 
-def _difference(costs: Sequence[Cost], name: str) -> tuple[str, str]:
-    """Mean and half interval in points, the latter empty where there is none."""
-    found = mean_interval(cost.rounded[name] - cost.stored[name] for cost in costs)
-    if found is None:
-        return "–", ""
-    half = "" if math.isnan(found.half) else f"{100 * found.half:.2f}"
-    return f"{round(100 * found.mean, 2) + 0.0:+.2f}", half  # no -0.00
-
-
-def _cost(run: RunFiles, opened: Callable[[str], Any]) -> Cost | None:
+def _rounding_cost(run: RunFiles, open_cache: Callable[[str], Any]) -> RoundingCost | None:
     from ulfine_fast.cache.quantized import quantized, restored
-    from ulfine_fast.runs.evaluate import figures, own_rows, refuse_other_encoder
+    from ulfine_fast.runs.evaluate import evaluate_inputs, own_rows, refuse_other_encoder
     from ulfine_fast.runs.run import Run
 
     assert run.cache is not None
     try:
-        cache = opened(run.cache)
+        cache = open_cache(run.cache)
         if cache.manifest is None or cache.manifest.dtype == "int8":
             return None
         fitted = Run.load(run.path)
@@ -77,13 +86,15 @@ def _cost(run: RunFiles, opened: Callable[[str], Any]) -> Cost | None:
         refuse_other_encoder(fitted, cache)
         rows, labels = own_rows(fitted, cache)
         features, known = cache.plain[rows], labels >= 0
-        one_byte = restored(*quantized(features))
-        both = (figures(fitted, part[known], labels[known]) for part in (features, one_byte))
-        stored, rounded = ({name: _number(one.get(name)) for name in _FIGURES} for one in both)
+        stored = evaluate_inputs(fitted, features[known], labels[known])
+        rounded = evaluate_inputs(fitted, restored(*quantized(features))[known], labels[known])
     except InputError:
         return None
-    return Cost(stored, rounded)
+    return RoundingCost(
+        stored={name: _or_nan(stored.get(name)) for name in _METRICS},
+        rounded={name: _or_nan(rounded.get(name)) for name in _METRICS},
+    )
 
 
-def _number(value: float | None) -> float:
+def _or_nan(value: float | None) -> float:
     return math.nan if value is None else value

@@ -1,4 +1,4 @@
-"""Put the sections together in the template, and write the page."""
+"""The page: its sections put together, and the file written."""
 
 from __future__ import annotations
 
@@ -9,21 +9,27 @@ from collections.abc import Callable, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 
-import jinja2
 from markupsafe import Markup
 from PIL import Image
 
 from ulfine_fast._version import __version__
 from ulfine_fast.cache.io.errors import InputError
-from ulfine_fast.related.class_bias.section import transfer_section
-from ulfine_fast.report import charts, headline, sections
+from ulfine_fast.report.calibration import calibration_section
+from ulfine_fast.report.charts import SLOTS, legend_mark
+from ulfine_fast.report.classes import classes_section, pseudo_labels_section
+from ulfine_fast.report.confusion import confusion_section
 from ulfine_fast.report.feature_map import FeatureMap, map_section
-from ulfine_fast.report.groups import Group, best_by_validation, charted, group_runs
-from ulfine_fast.report.one_byte import Cost, cost_section
+from ulfine_fast.report.formats import percent
+from ulfine_fast.report.gallery import gallery_section
+from ulfine_fast.report.groups import Group, best_by_validation, group_runs, groups_to_chart
+from ulfine_fast.report.one_byte import RoundingCost, one_byte_section
+from ulfine_fast.report.plugins import PageInputs, added_sections, render_template
+from ulfine_fast.report.results import paired_table, results_table, summary
+from ulfine_fast.report.settings import settings_section
 from ulfine_fast.report.sweeps import SweepFiles, sweeps_section
 from ulfine_fast.runs.files import RunFiles
 
-_LINES = 6  # colours and markers that stay apart for every reader
+_PACKAGE = "ulfine_fast.report"
 
 
 def render_page(
@@ -34,50 +40,65 @@ def render_page(
     leakage: Sequence[str] = (),
     attributes: Mapping[str, str] | None = None,
     sweeps: Sequence[SweepFiles] = (),
-    mapped: Callable[[RunFiles], FeatureMap | None] | None = None,
-    rounded: Callable[[RunFiles], Cost | None] | None = None,
+    map_run: Callable[[RunFiles], FeatureMap | None] | None = None,
+    rounding_cost: Callable[[RunFiles], RoundingCost | None] | None = None,
 ) -> str:
-    """Render the page of the given runs; arguments as in :func:`ulfine_fast.report.build_report`."""
+    """Render the page of the given runs.
+
+    Args:
+        runs: at least one, all with the same classes.
+        images: returns the image of a row id; None leaves the gallery out.
+        title: heading of the page; None writes one from the number of methods, seeds and classes.
+        leakage: warnings above the results.
+        attributes: image id -> an attribute other than the class.
+        sweeps: the sweeps to show.
+        map_run: returns the map of a run's test images, None where it cannot; see :func:`feature_map.mapper`.
+        rounding_cost: returns what int8 features cost a run, None where it cannot; see :func:`one_byte.rounder`.
+    """
     groups, repeated = group_runs(runs)
-    shown, lines = best_by_validation(groups), charted(groups, _LINES)
-    rows = [run.predictions() for run in shown.runs]
-    script = _text("sort.js")
-    return (
-        _environment()
-        .get_template("page.html.jinja")
-        .render(
-            title=title or _title(groups),
-            style=Markup(_text("style.css")),  # ours, and a style element holds no entities
-            script=Markup(script),
-            script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
-            version=__version__,
-            names=runs[0].class_names,
-            shown=shown,
-            lead=headline.lead(groups, shown),
-            headline=headline.headline(groups, shown, lines),
-            paired=headline.paired(groups, shown),
-            lines=[(charts.legend_mark(i), group.label) for i, group in enumerate(lines)],
-            left_out=len(groups) - len(lines),
-            classes=sections.classes_section(lines, shown),
-            pseudo=sections.pseudo_section(lines),
-            calibration=sections.calibration_section(shown, rows),
-            storage=cost_section(groups, rounded),
-            transfer=transfer_section(groups, attributes),
-            confusion=sections.confusion_section(shown, rows),
-            gallery=sections.gallery_section(shown, rows[0], images),
-            map=map_section(shown, mapped),
-            sweeps=sweeps_section(sweeps),
-            leakage=leakage,
-            settings=sections.settings_section(groups, repeated),
-        )
+    shown = best_by_validation(groups)
+    charted = groups_to_chart(groups, limit=SLOTS)
+    predictions = [run.predictions() for run in shown.runs]
+    script = _read_text("sort.js")
+    page = render_template(
+        _PACKAGE,
+        "page.html.jinja",
+        percent=percent,
+        # the head; a style element holds no entities, so the text is not escaped
+        title=title or _default_title(groups),
+        style=Markup(_read_text("style.css")),
+        script=Markup(script),
+        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        version=__version__,
+        leakage=leakage,
+        # values that several sections use
+        names=runs[0].class_names,
+        shown=shown,
+        summary=summary(groups, shown),
+        legend=[(legend_mark(slot), group.label) for slot, group in enumerate(charted)],
+        left_out=len(groups) - len(charted),
+        # the sections, in the order of the page
+        results=results_table(groups, shown, charted),
+        paired=paired_table(groups, shown),
+        classes=classes_section(charted, shown),
+        pseudo=pseudo_labels_section(charted),
+        calibration=calibration_section(shown, predictions),
+        one_byte=one_byte_section(groups, rounding_cost),
+        added=added_sections(PageInputs(groups, attributes)),
+        confusion=confusion_section(shown, predictions),
+        map=map_section(shown, map_run),
+        gallery=gallery_section(shown, predictions[0], images),
+        sweeps=sweeps_section(sweeps),
+        settings=settings_section(groups, repeated),
     )
+    return str(page)
 
 
 def write_page(text: str, out: Path) -> Path:
-    """Write the page beside its name, then move it there, so that a reader never sees half of it.
+    """Write the page to a temporary file and rename it, so that a reader never sees a part of it.
 
     Raises:
-        InputError: the place cannot be written.
+        InputError: `out` is a folder or cannot be written.
     """
     out = Path(out)
     if out.is_dir():
@@ -85,7 +106,7 @@ def write_page(text: str, out: Path) -> Path:
     draft = out.with_name(out.name + ".tmp")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        # class names may hold halves of surrogate pairs, which utf-8 cannot write
+        # class names may hold unpaired surrogates, which utf-8 cannot write
         draft.write_bytes(text.encode("utf-8", errors="replace"))
         os.replace(draft, out)
     except OSError as error:
@@ -93,30 +114,16 @@ def write_page(text: str, out: Path) -> Path:
     return out
 
 
-def _environment() -> jinja2.Environment:
-    environment = jinja2.Environment(
-        loader=jinja2.DictLoader({"page.html.jinja": _text("page.html.jinja")}),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["percent"] = headline.percent
-    return environment
+def _read_text(name: str) -> str:
+    return files(_PACKAGE).joinpath(name).read_text(encoding="utf-8")
 
 
-def _text(name: str) -> str:
-    return files("ulfine_fast.report").joinpath(name).read_text(encoding="utf-8")
-
-
-def _title(groups: Sequence[Group]) -> str:
+def _default_title(groups: Sequence[Group]) -> str:
+    """Such as "4 methods in 6 settings, 5 seeds, 10 classes"."""
+    methods = {group.method for group in groups}
     seeds = max(len(group.runs) for group in groups)
-    methods, settings = len({group.method for group in groups}), len(groups)
-    what = groups[0].method.replace("_", " ") if methods == 1 else f"{methods} methods"
-    more = f" in {settings} settings" if settings > methods else ""
     classes = len(groups[0].runs[0].class_names)
-    return f"{what}{more}, {_plural(seeds, 'seed', 'seeds')}, {_plural(classes, 'class', 'classes')}"
-
-
-def _plural(n: int, one: str, many: str) -> str:
-    return f"{n} {one if n == 1 else many}"
+    title = groups[0].method.replace("_", " ") if len(methods) == 1 else f"{len(methods)} methods"
+    if len(groups) > len(methods):
+        title += f" in {len(groups)} settings"
+    return f"{title}, {seeds} {'seed' if seeds == 1 else 'seeds'}, {classes} {'class' if classes == 1 else 'classes'}"

@@ -1,5 +1,5 @@
 "use strict";
-// Heads of tables with the class "sortable" become buttons; without a script the tables stand as they were written.
+// The headings of tables with the class "sortable" become buttons; without a script the tables keep their order.
 for (const table of document.querySelectorAll("table.sortable")) {
   const body = table.tBodies[0], heads = [...table.tHead.rows[0].cells];
   const written = [...body.rows];
@@ -10,8 +10,8 @@ for (const table of document.querySelectorAll("table.sortable")) {
     head.append(button);
     button.addEventListener("click", () => {
       const before = head.getAttribute("aria-sort");
-      heads.forEach((one) => one.removeAttribute("aria-sort"));
-      // figures: largest first, then smallest; names the other way round; the third click restores the page's order
+      heads.forEach((other) => other.removeAttribute("aria-sort"));
+      // numbers: largest first, then smallest first; names the other way round; the third click restores the page's order
       const first = head.classList.contains("num") ? "descending" : "ascending";
       const second = first === "descending" ? "ascending" : "descending";
       const now = before === null ? first : before === first ? second : null;
@@ -35,7 +35,7 @@ function key(cell) {
 
 function compare(a, b, sign) {
   if (typeof a === "string") return sign * a.localeCompare(b, undefined, { numeric: true });
-  // what has no figure stands last, whichever way
+  // cells without a number come last in both directions
   if (Number.isNaN(a) || Number.isNaN(b)) return Number.isNaN(a) - Number.isNaN(b);
   return sign * (a - b);
 }

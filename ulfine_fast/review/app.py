@@ -1,46 +1,42 @@
-"""The page's server: on this machine alone, behind a token, taking writes from its own page only."""
+"""The page's server: on this machine only, behind a token, accepting writes from its own page only."""
 
 from __future__ import annotations
 
-import io
 import secrets
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from flask import Blueprint, Flask, Response, abort, current_app, jsonify, request
-from PIL import Image
 from werkzeug.serving import WSGIRequestHandler
 from werkzeug.serving import make_server as _make_server
 
 from ulfine_fast.cache.io.errors import InputError
+from ulfine_fast.report.images import UNREADABLE, encode_preview
 from ulfine_fast.review.session import Conflict, Session
 
 if TYPE_CHECKING:
     from werkzeug.serving import BaseWSGIServer
 
 HOST = "127.0.0.1"
-_SIDE = 512  # pixels of the longer side
-_TINY = 64  # so few pixels are sent as they are, and drawn enlarged
-_POLICY = (
-    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
-    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-)
+_SIDE = 512  # pixels of the longer side of an image
 _HEADERS = {
-    "Content-Security-Policy": _POLICY,
+    "Content-Security-Policy": (
+        "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
+        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    ),
     "X-Content-Type-Options": "nosniff",
-    # the address holds the token
+    # the address contains the token
     "Referrer-Policy": "no-referrer",
     "Cross-Origin-Resource-Policy": "same-origin",
     "Cache-Control": "no-store",
 }
-_GONE = (KeyError, OSError, ValueError, Image.DecompressionBombError)
 
 _page = Blueprint("page", __name__)
 
 
 def new_token() -> str:
-    """A token that nobody guesses."""
+    """A token that cannot be guessed."""
     return secrets.token_urlsafe(24)
 
 
@@ -51,33 +47,33 @@ def create_app(session: Session, token: str) -> Flask:
     pointed here, and one that writes must come from the page itself, as JSON.
 
     Args:
-        session: what is reviewed.
-        token: as :func:`new_token` makes it.
+        session: the review.
+        token: as :func:`new_token` returns it.
     """
     app = Flask("ulfine_fast.review", static_folder=None)
     app.extensions["session"] = session
-    app.before_request(_refuse_strangers)
-    app.after_request(_close)
-    app.register_error_handler(InputError, _refused)
-    app.register_error_handler(Conflict, _overtaken)
+    app.before_request(_refuse_other_origins)
+    app.after_request(_add_headers)
+    app.register_error_handler(InputError, _bad_input)
+    app.register_error_handler(Conflict, _conflict)
     app.register_blueprint(_page, url_prefix=f"/{token}")
     return app
 
 
 def make_server(session: Session, token: str, port: int = 0) -> BaseWSGIServer:
-    """A server that `serve_forever` runs; its `port` is the one asked for, or a free one for 0.
+    """A server for `serve_forever`; its `port` is the given one, or a free one for 0.
 
     Raises:
-        InputError: the port is taken.
+        InputError: the port is in use.
     """
     try:
-        return _make_server(HOST, port, create_app(session, token), threaded=True, request_handler=_Quiet)
-    # of a taken port this library says so itself and ends the process
+        return _make_server(HOST, port, create_app(session, token), threaded=True, request_handler=_QuietHandler)
+    # for a port in use the library prints a message and exits the process
     except (OSError, SystemExit) as error:
-        raise InputError(f"port {port} of {HOST} cannot be had; name another with --port, or 0 for any") from error
+        raise InputError(f"port {port} of {HOST} cannot be opened; name another with --port, or 0 for any") from error
 
 
-class _Quiet(WSGIRequestHandler):
+class _QuietHandler(WSGIRequestHandler):
     """A handler that keeps addresses, and so the token, out of the terminal."""
 
     def log_request(self, *_: Any) -> None:
@@ -89,7 +85,10 @@ def _session() -> Session:
     return session
 
 
-def _refuse_strangers() -> None:
+# -- before and after each request
+
+
+def _refuse_other_origins() -> None:
     if urlsplit(f"//{request.host}").hostname not in (HOST, "localhost"):
         abort(403)
     if request.method in ("GET", "HEAD"):
@@ -98,76 +97,55 @@ def _refuse_strangers() -> None:
         abort(403)
 
 
-def _close(response: Response) -> Response:
+def _add_headers(response: Response) -> Response:
     response.headers.update(_HEADERS)
     return response
 
 
-def _refused(error: InputError) -> tuple[Response, int]:
+def _bad_input(error: InputError) -> tuple[Response, int]:
     return jsonify(error=str(error)), 422
 
 
-def _overtaken(error: Conflict) -> tuple[Response, int]:
-    return jsonify(error=str(error), now=error.label), 409
+def _conflict(error: Conflict) -> tuple[Response, int]:
+    return jsonify(error=str(error), correction=error.label), 409
 
 
-@_page.get("/")
-def _shown() -> Response:
-    return Response(_text("page.html"), mimetype="text/html")
+# -- addresses
 
 
+@_page.get("/", defaults={"name": "page.html"})
 @_page.get("/<any('review.js', 'review.css'):name>")
-def _asset(name: str) -> Response:
-    kind = "text/javascript" if name.endswith("js") else "text/css"
-    return Response(_text(name), mimetype=kind)
+def _file(name: str) -> Response:
+    kind = {"html": "text/html", "js": "text/javascript", "css": "text/css"}[name.rpartition(".")[2]]
+    return Response(files("ulfine_fast.review").joinpath(name).read_text(encoding="utf-8"), mimetype=kind)
 
 
 @_page.get("/state")
 def _state() -> Response:
-    return jsonify(_session().told())
+    return jsonify(_session().state())
 
 
 @_page.get("/images/<int:row>")
 def _image(row: int) -> Response:
     try:
-        data, kind = _clean(_session().image(row))
-    except _GONE:
+        data, kind = encode_preview(_session().image(row), side=_SIDE, quality=90)
+    except UNREADABLE:
         abort(404)
-    return Response(data, mimetype=kind)
+    return Response(data, mimetype=f"image/{kind}")
 
 
 @_page.put("/labels/<int:row>")
-def _put(row: int) -> Response:
-    label, seen = _asked(request.get_json(silent=True))
-    _session().put(row, label, seen)
-    return jsonify(now=label)
+def _put_label(row: int) -> Response:
+    body = request.get_json(silent=True)
+    if not isinstance(body, dict) or set(body) != {"label", "expected"}:
+        raise InputError("the request for a label must hold label and expected, each a text or null")
+    for value in body.values():
+        if not (value is None or isinstance(value, str)):
+            raise InputError(f"label and expected must be texts or null, got {value!r}")
+    _session().put(row, body["label"], body["expected"])
+    return jsonify(correction=body["label"])
 
 
 @_page.post("/fit")
 def _fit() -> tuple[Response, int]:
     return jsonify(started=_session().fit()), 202
-
-
-def _asked(found: Any) -> tuple[str | None, str | None]:
-    """The label and what the page saw, out of a request's body."""
-    if not isinstance(found, dict) or set(found) != {"label", "seen"}:
-        raise InputError("a label's request holds label and seen, each a text or null")
-    for value in found.values():
-        if not (value is None or isinstance(value, str)):
-            raise InputError(f"label and seen must be texts or null, got {value!r}")
-    return found["label"], found["seen"]
-
-
-def _clean(image: Image.Image) -> tuple[bytes, str]:
-    """An image of at most 512 pixels as PNG or JPEG, without the file's metadata, and its type."""
-    small = image.convert("RGB")
-    small.thumbnail((_SIDE, _SIDE))
-    clean = Image.new("RGB", small.size)
-    clean.paste(small)
-    kind, buffer = ("PNG" if max(clean.size) <= _TINY else "JPEG"), io.BytesIO()
-    clean.save(buffer, kind, quality=90)
-    return buffer.getvalue(), f"image/{kind.lower()}"
-
-
-def _text(name: str) -> str:
-    return files("ulfine_fast.review").joinpath(name).read_text(encoding="utf-8")

@@ -1,76 +1,70 @@
-// The state is the server's; what this page holds is where the reader stands. Names of classes and images are
+// The server holds the state; this page holds only the position in the list of images. Names of classes and images are
 // untrusted text, and only ever become text.
 "use strict";
 
 const $ = (id) => document.getElementById(id);
-const shown = { state: null, place: 0, busy: false };
-const percent = (share) => (share === null || share === undefined ? "–" : `${(100 * share).toFixed(1)}%`);
+const view = { state: null, index: 0, busy: false };
+const percent = (value) => (value === null || value === undefined ? "–" : `${(100 * value).toFixed(1)}%`);
 
-const item = () => shown.state.items[shown.place];
-const nameOf = (k) => shown.state.classes[k];
+const currentItem = () => view.state.items[view.index];
+const className = (k) => view.state.classes[k];
 
-async function ask(path, options) {
+async function send(path, options) {
   const response = await fetch(path, options);
   const body = await response.json().catch(() => ({ error: `the server answered ${response.status}` }));
   return { ok: response.ok, status: response.status, body };
 }
 
-function say(text) {
+function showMessage(text) {
   $("message").textContent = text;
   $("message").hidden = !text;
 }
 
-function reason(one) {
-  const sure = `${percent(one.probability)}`;
-  const likely = `${nameOf(one.suggested)} (${sure})`;
-  if (one.kind === "doubt") return ["Labelled ", nameOf(one.given), ", but heads that did not see this label say ", likely, "."];
-  if (one.kind === "twins") return ["Labelled ", nameOf(one.given), ", and a near-duplicate is labelled ", nameOf(one.suggested), "."];
-  return ["Unlabelled, and perhaps of a class with few labels: ", likely, "."];
+// Texts; every second one is bold.
+function reason(item) {
+  const suggestion = `${className(item.suggested)} (${percent(item.probability)})`;
+  if (item.kind === "likely_wrong") return ["Labelled ", className(item.label), ", but heads trained without this label predict ", suggestion, "."];
+  if (item.kind === "duplicate") return ["Labelled ", className(item.label), ", but a near-duplicate is labelled ", className(item.suggested), "."];
+  return ["Unlabelled, and perhaps of a class with few labels: ", suggestion, "."];
 }
 
-function write(element, parts) {
-  element.replaceChildren(...parts.map((part, i) => (i % 2 ? strong(part) : document.createTextNode(part))));
+function writeTexts(element, texts) {
+  element.replaceChildren(...texts.map((text, i) => (i % 2 ? bold(text) : document.createTextNode(text))));
 }
 
-function strong(text) {
-  const made = document.createElement("b");
-  made.textContent = text;
-  return made;
+function bold(text) {
+  return Object.assign(document.createElement("b"), { textContent: text });
 }
 
-function answer(text, key, chosen, act) {
-  const made = document.createElement("button");
-  made.type = "button";
-  made.append(text);
-  if (key) {
-    const hint = document.createElement("kbd");
-    hint.textContent = key;
-    made.append(" ", hint);
-  }
-  made.setAttribute("aria-pressed", String(chosen));
-  made.addEventListener("click", act);
-  return made;
+function answerButton(text, key, pressed, onClick) {
+  const button = document.createElement("button");
+  button.type = "button";
+  button.append(text);
+  if (key) button.append(" ", Object.assign(document.createElement("kbd"), { textContent: key }));
+  button.setAttribute("aria-pressed", String(pressed));
+  button.addEventListener("click", onClick);
+  return button;
 }
 
 function draw() {
-  const { state } = shown;
-  const done = state.items.filter((one) => one.now !== null).length;
-  $("progress").textContent = `${done} of ${state.items.length} looked at, ${state.corrected} labels saved`;
+  const { state } = view;
+  const answered = state.items.filter((item) => item.correction !== null).length;
+  $("progress").textContent = `${answered} of ${state.items.length} answered, ${state.corrected} labels saved`;
   $("fit").disabled = state.fitting;
   $("fit").firstChild.textContent = state.fitting ? "Fitting … " : "Fit again ";
   $("labels").textContent = state.labels;
   $("out").textContent = state.out;
   $("card").hidden = !state.items.length;
   $("empty").hidden = Boolean(state.items.length);
-  if (state.failure) say(`The fit failed: ${state.failure}`);
+  if (state.failure) showMessage(`The fit failed: ${state.failure}`);
   drawFits();
   if (state.items.length) drawItem();
 }
 
 function drawFits() {
-  const rows = shown.state.figures.map((one, i) => {
+  const rows = view.state.fits.map((fit, i) => {
     const row = document.createElement("tr");
-    const cells = [i ? `${i}` : "the run", `${one.labeled}`, percent(one.balanced_accuracy), percent(one.accuracy)];
+    const cells = [i ? `${i}` : "the run", `${fit.labeled}`, percent(fit.balanced_accuracy), percent(fit.accuracy)];
     row.append(...cells.map((text) => Object.assign(document.createElement("td"), { textContent: text })));
     return row;
   });
@@ -78,96 +72,98 @@ function drawFits() {
 }
 
 function drawItem() {
-  const one = item();
-  image($("image"), one.row, one.id);
-  $("name").textContent = one.id;
-  $("twin").hidden = !one.twin;
-  if (one.twin) {
-    image($("twin-image"), one.twin.row, one.twin.id);
-    $("twin-name").textContent = one.twin.id;
+  const item = currentItem();
+  drawImage($("image"), item.row, item.id);
+  $("name").textContent = item.id;
+  $("duplicate").hidden = !item.duplicate;
+  if (item.duplicate) {
+    drawImage($("duplicate-image"), item.duplicate.row, item.duplicate.id);
+    $("duplicate-name").textContent = item.duplicate.id;
   }
-  write($("why"), reason(one));
-  $("now").hidden = one.now === null;
-  write($("now"), one.now === "" ? ["Saved: ", "none of the classes"] : ["Saved: ", one.now ?? ""]);
-  const accept = one.given >= 0 ? one.given : one.suggested;
-  const keep = answer(one.given >= 0 ? `Keep ${nameOf(accept)}` : `It is ${nameOf(accept)}`, "Enter", one.now === nameOf(accept), () => put(nameOf(accept)));
-  keep.id = "accept";
-  keep.classList.add("accept");
-  const rest = one.likely.map((k, i) => answer(nameOf(k), `${(i + 1) % 10}`, one.now === nameOf(k), () => put(nameOf(k))));
-  $("answers").replaceChildren(keep, ...rest);
-  $("undo").disabled = one.now === null && shown.place === 0;
-  $("before").disabled = shown.place === 0;
-  $("after").disabled = shown.place >= shown.state.items.length - 1;
+  writeTexts($("why"), reason(item));
+  $("saved").hidden = item.correction === null;
+  writeTexts($("saved"), ["Saved: ", item.correction === "" ? "none of the classes" : item.correction ?? ""]);
+  const accepted = className(item.label >= 0 ? item.label : item.suggested);
+  const button = (text, key, name) => answerButton(text, key, item.correction === name, () => put(name));
+  const accept = button(item.label >= 0 ? `Keep ${accepted}` : `It is ${accepted}`, "Enter", accepted);
+  accept.id = "accept";
+  accept.classList.add("accept");
+  const others = item.likely.map((k, i) => button(className(k), `${(i + 1) % 10}`, className(k)));
+  $("answers").replaceChildren(accept, ...others);
+  $("undo").disabled = item.correction === null && view.index === 0;
+  $("before").disabled = view.index === 0;
+  $("after").disabled = view.index >= view.state.items.length - 1;
 }
 
-function image(image, row, name) {
+function drawImage(image, row, name) {
   const address = `images/${row}`;
   image.alt = name;
   image.classList.remove("tiny", "gone");
   if (image.getAttribute("src") !== address) image.src = address;
 }
 
-for (const id of ["image", "twin-image"]) {
+for (const id of ["image", "duplicate-image"]) {
   $(id).addEventListener("load", (event) => event.target.classList.toggle("tiny", event.target.naturalWidth <= 64));
   $(id).addEventListener("error", (event) => event.target.classList.add("gone"));
 }
 
-function move(by) {
-  shown.place = Math.min(Math.max(shown.place + by, 0), Math.max(shown.state.items.length - 1, 0));
-  say("");
+function move(step) {
+  view.index = Math.min(Math.max(view.index + step, 0), Math.max(view.state.items.length - 1, 0));
+  showMessage("");
   draw();
 }
 
 async function put(label) {
-  if (shown.busy || !shown.state.items.length) return;
-  shown.busy = true;
-  const one = item();
+  if (view.busy || !view.state.items.length) return;
+  view.busy = true;
+  const item = currentItem();
   try {
-    const { ok, status, body } = await ask(`labels/${one.row}`, {
+    const { ok, status, body } = await send(`labels/${item.row}`, {
       method: "PUT",
       headers: { "Content-Type": "application/json" },
-      body: JSON.stringify({ label, seen: one.now }),
+      body: JSON.stringify({ label, expected: item.correction }),
     });
     if (status === 409) {
       await load();
-      say("Another page has changed this label meanwhile; what it says is shown, and yours was not saved.");
-    } else if (!ok) say(body.error);
+      showMessage("Another page has changed this label in the meantime. Its label is shown, and yours was not saved.");
+    } else if (!ok) showMessage(body.error);
     else {
-      shown.state.corrected += (label !== null) - (one.now !== null);
-      one.now = label;
-      say("");
-      if (label !== null) shown.place = Math.min(shown.place + 1, shown.state.items.length - 1);
+      view.state.corrected += (label !== null) - (item.correction !== null);
+      item.correction = label;
+      showMessage("");
+      if (label !== null) view.index = Math.min(view.index + 1, view.state.items.length - 1);
     }
   } catch {
-    say("The server is gone, and this label was not saved; start the review again.");
+    showMessage("The server does not answer, and this label was not saved; start the review again.");
   }
-  shown.busy = false;
+  view.busy = false;
   draw();
 }
 
 function undo() {
-  if (!shown.state.items.length) return;
-  // what was just answered is the image before
-  if (item().now === null) move(-1);
-  if (item().now !== null) put(null);
+  if (!view.state.items.length) return;
+  // the last answer is that of the image before
+  if (currentItem().correction === null) move(-1);
+  if (currentItem().correction !== null) put(null);
 }
 
 async function fit() {
-  const { ok, body } = await ask("fit", { method: "POST", headers: { "Content-Type": "application/json" }, body: "{}" });
-  if (!ok) return say(body.error);
-  say("");
+  const { ok, body } = await send("fit", { method: "POST", headers: { "Content-Type": "application/json" }, body: "{}" });
+  if (!ok) return showMessage(body.error);
+  showMessage("");
   await load();
 }
 
 async function load() {
-  const { ok, body } = await ask("state");
-  if (!ok) return say(body.error);
-  const news = shown.state && body.figures.length !== shown.state.figures.length;
-  const row = shown.state && !news && item() ? item().row : null;
-  shown.state = body;
-  const same = body.items.findIndex((one) => one.row === row);
-  const open = body.items.findIndex((one) => one.now === null);
-  shown.place = Math.max(same >= 0 ? same : open, 0);
+  const { ok, body } = await send("state");
+  if (!ok) return showMessage(body.error);
+  // after a fit the list is a new one: start at its first image without an answer, otherwise stay at this image
+  const refitted = view.state && body.fits.length !== view.state.fits.length;
+  const row = view.state && !refitted && currentItem() ? currentItem().row : null;
+  view.state = body;
+  const same = body.items.findIndex((item) => item.row === row);
+  const open = body.items.findIndex((item) => item.correction === null);
+  view.index = Math.max(same >= 0 ? same : open, 0);
   $("classes").replaceChildren(...body.classes.map((name) => Object.assign(document.createElement("option"), { value: name })));
   draw();
   if (body.fitting) setTimeout(load, 500);
@@ -187,18 +183,18 @@ $("other").addEventListener("submit", (event) => {
 });
 
 addEventListener("keydown", (event) => {
-  if (event.ctrlKey || event.metaKey || event.altKey || event.target === $("any") || !shown.state) return;
-  const act = keys(event.key);
-  // a button that has the focus keeps its own Enter
-  if (!act || (event.key === "Enter" && event.target.tagName === "BUTTON")) return;
+  if (event.ctrlKey || event.metaKey || event.altKey || event.target === $("any") || !view.state) return;
+  const action = keyAction(event.key);
+  // a focused button keeps its own Enter
+  if (!action || (event.key === "Enter" && event.target.tagName === "BUTTON")) return;
   event.preventDefault();
-  act();
+  action();
 });
 
-function keys(key) {
-  const one = item();
-  const digit = /^[0-9]$/.test(key) && one ? one.likely[(Number(key) + 9) % 10] : undefined;
-  if (digit !== undefined) return () => put(nameOf(digit));
+function keyAction(key) {
+  const item = currentItem();
+  const likely = /^[0-9]$/.test(key) && item ? item.likely[(Number(key) + 9) % 10] : undefined;
+  if (likely !== undefined) return () => put(className(likely));
   return {
     Enter: () => $("accept")?.click(), x: () => put(""), u: undo, f: () => fit(),
     ArrowLeft: () => move(-1), ArrowRight: () => move(1), "/": () => $("any").focus(),

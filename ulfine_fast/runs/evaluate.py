@@ -1,73 +1,89 @@
-"""A run's figures on images it did not train on: its own test split, or another cache of the same encoder."""
+"""A run's metrics on images it did not train on: its own test split, or another cache of the same encoder."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ulfine_fast.cache.io.errors import CacheMismatch, InputError
-from ulfine_fast.engine.trial_batch import encoder_of
+from ulfine_fast.cache.store import FeatureCache
 from ulfine_fast.metrics import classification as metrics
-from ulfine_fast.runs.run import Run
+from ulfine_fast.runs.run import Run, describe_encoder
 
-if TYPE_CHECKING:
-    from ulfine_fast.cache.store import FeatureCache
-
-_SAME = ("sha256", "dim", "image_size", "preprocessing")
+_ENCODER_FIELDS = ("sha256", "dim", "image_size", "preprocessing")
 
 
 def evaluate(run: Run, other: Path | None = None) -> dict[str, Any]:
-    """Classification figures of a run, from its heads and a cache.
+    """Classification metrics of a run, from its head and a cache.
 
     Args:
         run: the fitted run.
-        other: a cache of other images through the same encoder; None takes the run's own test split.
+        other: a cache of other images through the same encoder; its labelled test images are taken, or all labelled
+            images where it has no test split. None takes the run's own test split.
 
     Returns:
-        The figures of :func:`ulfine_fast.metrics.classification.classification` and test_rows.
+        The metrics of :func:`ulfine_fast.metrics.classification.classification`, and test_rows.
 
     Raises:
         InputError: the cache is gone, lacks the test images, or has a class the run does not know.
         CacheMismatch: its features come from another encoder.
     """
-    from ulfine_fast.cache.store import FeatureCache
-
-    if other is None and run.cache_path is None:
-        raise InputError("this run was fitted on arrays in memory; name a cache with --cache")
-    where = other or run.cache_path
-    assert where is not None
-    if not (where / "manifest.json").exists():
-        raise InputError(f"the cache {where} is gone or no cache; extract it again, or name another with --cache")
-    cache = FeatureCache.open(where)
+    cache = open_cache(run, other)
     refuse_other_encoder(run, cache)
-    rows, labels = _other_rows(run, cache) if other else own_rows(run, cache)
-    inputs = cache.tokens("plain") if run.config.reads_tokens else cache.plain
-    return {**figures(run, inputs[rows], labels), "test_rows": len(rows)}
+    if other is None:
+        rows, labels = own_rows(run, cache)
+    else:
+        is_test = (cache.splits == "test") & (cache.labels >= 0)
+        rows = np.flatnonzero(is_test if is_test.any() else cache.labels >= 0)
+        if not len(rows):
+            raise InputError("the cache has no labelled image to evaluate on")
+        labels = _labels_by_name(run, [cache.class_names[k] for k in cache.labels[rows]])
+    return {**evaluate_inputs(run, inputs_of(run, cache)[rows], labels), "test_rows": len(rows)}
 
 
-def figures(run: Run, features: NDArray[Any], labels: NDArray[np.int64]) -> dict[str, Any]:
+def evaluate_inputs(run: Run, inputs: NDArray[Any], labels: NDArray[np.int64]) -> dict[str, Any]:
     """Metrics (see `metrics.classification`) on what `Run.logits` takes (n, ...), labels (n,)."""
     counts = np.asarray(run.metrics["class_counts"], dtype=np.int64)
-    return metrics.classification(run.logits(features), labels, counts, run.metrics.get("temperature", 1.0))
+    return metrics.classification(run.logits(inputs), labels, counts, run.metrics.get("temperature", 1.0))
+
+
+def open_cache(run: Run, path: Path | None = None) -> FeatureCache:
+    """The cache at `path`, or the one that the run was fitted on.
+
+    Raises:
+        InputError: the run has no cache of its own, or there is none.
+    """
+    path = path or run.cache_path
+    if path is None:
+        raise InputError("this run was fitted on arrays in memory; name a cache with --cache")
+    if not (path / "manifest.json").exists():
+        raise InputError(f"the cache {path} is gone or no cache; extract it again, or name another with --cache")
+    return FeatureCache.open(path)
+
+
+def inputs_of(run: Run, cache: FeatureCache) -> NDArray[Any]:
+    """What `Run.logits` takes of every image of a cache: plain features (N, D), or tokens (N, S, W)."""
+    return cache.tokens("plain") if run.config.reads_tokens else cache.plain
 
 
 def refuse_other_encoder(run: Run, cache: FeatureCache) -> None:
-    """Refuse features that the run's heads were not trained on.
+    """Refuse features that the run's head was not trained on.
 
     Raises:
         CacheMismatch: naming the first field that differs.
     """
-    mine, theirs = run.encoder or {}, encoder_of(cache) or {}
-    for name in _SAME:
-        if name in mine and mine[name] != theirs.get(name):
+    expected, actual = run.encoder or {}, describe_encoder(cache) or {}
+    for name in _ENCODER_FIELDS:
+        if name in expected and expected[name] != actual.get(name):
             raise CacheMismatch(
                 f"model.{name}" if name != "preprocessing" else name,
-                theirs.get(name),
-                mine[name],
-                way_out="evaluate on a cache made with the run's own encoder",
+                actual.get(name),
+                expected[name],
+                fix="evaluate on a cache made with the run's own encoder",
             )
 
 
@@ -77,19 +93,22 @@ def own_rows(run: Run, cache: FeatureCache) -> tuple[NDArray[np.int64], NDArray[
     Raises:
         InputError: the cache lacks one of its images.
     """
-    rows = cache.row_of(run.test_ids, source="the run's test split", fix="use the cache it was fitted on")
-    return rows, run.test_labels
+    return rows_of(run.test_ids, cache), run.test_labels
 
 
-def _other_rows(run: Run, cache: FeatureCache) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Labelled test rows of another cache (all labelled rows where it has no test split), labels by class name."""
+def rows_of(ids: Sequence[str], cache: FeatureCache) -> NDArray[np.int64]:
+    """Rows (n,) of a run's images in the cache.
+
+    Raises:
+        InputError: the cache lacks one of them.
+    """
+    return cache.row_of(ids, source="the run's split", fix="use the cache it was fitted on")
+
+
+def _labels_by_name(run: Run, names: Sequence[str]) -> NDArray[np.int64]:
+    """The run's class indices (n,) of class names."""
     index = {name: k for k, name in enumerate(run.class_names)}
-    test = (cache.splits == "test") & (cache.labels >= 0)
-    rows = np.flatnonzero(test if test.any() else cache.labels >= 0)
-    if not len(rows):
-        raise InputError("the cache has no labelled image to evaluate on")
-    names = [cache.class_names[k] for k in cache.labels[rows]]
     unknown = sorted(set(names) - set(index))
     if unknown:
         raise InputError(f"the cache has class {unknown[0]!r}, which the run does not know: {', '.join(index)}")
-    return rows.astype(np.int64), np.array([index[name] for name in names], dtype=np.int64)
+    return np.array([index[name] for name in names], dtype=np.int64)

@@ -1,4 +1,4 @@
-"""The run folder's files and how they are read; nothing here knows how a run was made."""
+"""The run folder's format: its files, written and read in this module alone (docs/run-folder.md)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,14 +16,20 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from ulfine_fast._version import __version__
 from ulfine_fast.cache.io.errors import InputError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ulfine_fast.runs.run import Run
+
 RUN_FORMAT, VERSION = "ulfine-fast-run", 1
-# columns of history.csv; those of a class K are called "rate_K" and so on
-HISTORY = (
+_SPLIT_FORMAT = "ulfine-fast-split"
+_FILES = ("config.json", "split.json", "metrics.json", "predictions.parquet")
+_ROLES = ("labeled", "unlabeled", "val", "test")
+# columns of history.csv; those of class K are "rate_K" and so on
+_HISTORY = (
     "step",
     "loss",
     "loss_labeled",
@@ -34,11 +40,8 @@ HISTORY = (
     "pseudo_label_precision",
     "confidence_on_false",
 )
-HISTORY_OF_A_CLASS = ("rate", "precision", "recall")
-_SPLIT_FORMAT = "ulfine-fast-split"
-_FILES = ("config.json", "split.json", "metrics.json", "predictions.parquet")
-_PARTS = ("labeled", "unlabeled", "val", "test")
-_PER_CLASS = (
+_HISTORY_PER_CLASS = ("rate", "precision", "recall")
+_METRICS_PER_CLASS = (
     "per_class_accuracy",
     "class_counts",
     "per_class_pseudo_label_precision",
@@ -48,10 +51,10 @@ _PER_CLASS = (
 
 @dataclass(frozen=True, slots=True)
 class Predictions:
-    """The test rows of one run.
+    """Predictions of a run's test images.
 
     Attributes:
-        ids: row ids, length n.
+        ids: image ids, length n.
         labels: true class (n,) int64, -1 where unknown.
         predicted: predicted class (n,) int64.
         confidence: probability of the predicted class (n,) float64, 0..1, after temperature scaling.
@@ -67,19 +70,19 @@ class Predictions:
 
 @dataclass(frozen=True, slots=True)
 class RunFiles:
-    """What the files of one run folder say, except image ids, predictions and heads, which are read on demand.
+    """The content of a run folder; image ids, predictions and heads are read on demand.
 
     Attributes:
         path: the run folder.
-        config: the fields of the fit, `method` and `seed` among them.
+        config: the settings of the fit, `method` and `seed` among them.
         encoder: the manifest's description of the encoder.
         cache: path of the feature cache, or None.
         class_names: K names; untrusted text.
         created_by: name and version of the program that wrote the run.
         status: "done" or "stopped", as :class:`ulfine_fast.Run` has it.
-        relabeled: digest of the labels that stood in the place of the cache's own, None where none did.
+        relabeled: digest of the labels that replaced the cache's own, None where none did.
         split_rule: how the split was drawn, in words.
-        split_rows: rows in "labeled", "unlabeled", "val" and "test".
+        split_rows: number of rows in "labeled", "unlabeled", "val" and "test".
         split_digest: equal for two runs exactly when their labelled, unlabelled and test ids are equal.
         metrics: metrics.json as it is.
         history: column name -> (evaluations,) float64, NaN where not defined; empty without training.
@@ -118,9 +121,20 @@ class RunFiles:
 
     def per_class(self, key: str) -> np.ndarray:
         """One metric per class (K,) float64; NaN where it is null, all NaN when the metric is absent."""
-        values = self.metrics.get(key)
-        where = self.path / "metrics.json"
-        return np.array([_number(v, key, where) for v in values or [None] * len(self.class_names)], dtype=np.float64)
+        values = self.metrics.get(key) or [None] * len(self.class_names)
+        return np.array([_number(value, key, self.path / "metrics.json") for value in values], dtype=np.float64)
+
+    def history_rows(self) -> list[dict[str, Any]]:
+        """History as :class:`ulfine_fast.Run` has it: one dictionary per evaluation, None where not defined."""
+        rows = []
+        for i, step in enumerate(self.history.get("step", [])):
+            cells = {name: None if math.isnan(column[i]) else float(column[i]) for name, column in self.history.items()}
+            row: dict[str, Any] = {name: cells.get(name) for name in _HISTORY}
+            row["step"] = int(step)
+            for name in _HISTORY_PER_CLASS:
+                row[f"per_class_pseudo_label_{name}"] = [cells.get(f"{name}_{k}") for k in range(len(self.class_names))]
+            rows.append(row)
+        return rows
 
     def predictions(self) -> Predictions:
         """Read the test rows of predictions.parquet.
@@ -128,7 +142,20 @@ class RunFiles:
         Raises:
             InputError: the file is cut, lacks a column, or names a class that does not exist.
         """
-        return _read_predictions(self.path / "predictions.parquet", len(self.class_names))
+        file, classes = self.path / "predictions.parquet", len(self.class_names)
+        _check_parquet(file)
+        try:
+            table = pq.read_table(file, columns=["id", "split", "label", "predicted", "confidence", "probabilities"])
+            table = table.filter(pa.compute.equal(table["split"], "test"))
+            labels, predicted = (table[name].to_numpy().astype(np.int64) for name in ("label", "predicted"))
+            flat = table["probabilities"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
+            probabilities = flat.astype(np.float32).reshape(len(labels), classes)  # (n, K)
+        except (pa.ArrowException, KeyError, OSError, ValueError, TypeError) as error:
+            raise InputError(f"{file} cannot be read ({error}); it is damaged, fit the run again") from error
+        if ((labels < -1) | (labels >= classes) | (predicted < 0) | (predicted >= classes)).any():
+            raise InputError(f"{file} names a class outside 0..{classes - 1}; fit the run again")
+        confidence = table["confidence"].to_numpy().astype(np.float64)
+        return Predictions(table["id"].to_pylist(), labels, predicted, confidence, probabilities)
 
     def split(self) -> dict[str, Any]:
         """Read split.json: image ids by role, see :mod:`ulfine_fast.data.splits`.
@@ -146,7 +173,8 @@ class RunFiles:
         """
         file = self.path / "heads.safetensors"
         if not file.is_file():
-            raise InputError(_missing(file))
+            raise _missing(file)
+        # imports torch, which a report does without
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
@@ -156,34 +184,39 @@ class RunFiles:
             raise InputError(f"{file} cannot be read ({error}); it is cut or damaged, fit the run again") from error
 
 
-def load_runs(paths: Sequence[Path]) -> list[RunFiles]:
-    """Read every run at or below the given folders, each once, in natural order below each folder.
+def write_run(run: Run, folder: Path) -> None:
+    """Write the run folder, over an earlier run there.
 
     Raises:
-        InputError: no run there, a file missing, cut or of another version, or runs with other classes.
+        InputError: the folder holds something else, or cannot be written.
     """
-    folders: dict[Path, None] = {}
-    for path in paths:
-        folders.update(dict.fromkeys(find_runs(Path(path))))
-    runs = [load_run(folder) for folder in folders]
-    if not runs:
-        raise InputError("a report needs at least one run folder, got none")
-    _refuse_other_classes(runs)
-    return runs
+    if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not (folder / "config.json").exists())):
+        raise InputError(f"{folder} exists and is no run; name a new folder")
+    # imports torch, which a report does without
+    from safetensors.torch import save_file
 
-
-def find_runs(path: Path) -> list[Path]:
-    """Return the run folders at or below `path`, in natural order (seed-2 before seed-10).
-
-    Raises:
-        InputError: the folder does not exist or holds no run.
-    """
-    if not path.is_dir():
-        raise InputError(f"no folder at {path}; give a run folder written by `ulfine-fast fit`")
-    found = sorted(set(_candidates(path)), key=_natural)
-    if not found:
-        raise InputError(f"no run in {path}; give a folder written by `ulfine-fast fit`, or one above such folders")
-    return found
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file({name: tensor.contiguous() for name, tensor in run.tensors.items()}, folder / "heads.safetensors")
+        _write_json(folder / "split.json", run.split)
+        _write_json(folder / "metrics.json", run.metrics)
+        _write_history(folder / "history.csv", run.history, len(run.class_names))
+        _write_predictions(folder / "predictions.parquet", run)
+        config = {
+            "format": RUN_FORMAT,
+            "version": VERSION,
+            "config": run.config.to_dict(),
+            "cache": None if run.cache_path is None else str(run.cache_path),
+            "encoder": run.encoder,
+            "class_names": run.class_names,
+            "status": run.status,
+            "relabeled": run.relabeled,
+            "created_by": f"ulfine-fast {__version__}",
+        }
+        # last: a folder with config.json is a whole run
+        _write_json(folder / "config.json", config)
+    except OSError as error:
+        raise InputError(f"cannot write the run to {folder}: {error.strerror or error}") from error
 
 
 def load_run(folder: Path) -> RunFiles:
@@ -192,40 +225,81 @@ def load_run(folder: Path) -> RunFiles:
     Raises:
         InputError: a file is missing, cut or of another format version.
     """
-    head = _read_json(folder / "config.json", RUN_FORMAT)
-    names, config = _field(head, "class_names", list, folder), _field(head, "config", dict, folder)
+    # config.json
+    content = _read_json(folder / "config.json", RUN_FORMAT)
+    class_names = _field(content, "class_names", list, folder)
+    config = _field(content, "config", dict, folder)
     _field(config, "method", str, folder)
+
+    # split.json; in the digest the order of the ids does not count
     split = _read_json(folder / "split.json", _SPLIT_FORMAT)
-    metrics = _read_json(folder / "metrics.json", None)
-    _check_per_class(metrics, len(names), folder)
+    members = [sorted(map(str, split.get(role) or [])) for role in ("labeled", "unlabeled", "test")]
+
+    # metrics.json
+    metrics = _read_json(folder / "metrics.json")
+    for key in _METRICS_PER_CLASS:
+        values = metrics.get(key)
+        if values is not None and (not isinstance(values, list) or len(values) != len(class_names)):
+            got = len(values) if isinstance(values, list) else repr(values)
+            raise InputError(f"metrics.json in {folder}: {key} should have {len(class_names)} values, got {got}")
+
     _check_parquet(folder / "predictions.parquet")
     return RunFiles(
         path=folder,
         config=config,
-        encoder=head.get("encoder") or {},
-        cache=head.get("cache"),
-        class_names=[str(name) for name in names],
-        created_by=str(head.get("created_by", "unknown")),
-        status=str(head.get("status", "done")),
-        relabeled=head.get("relabeled"),
+        encoder=content.get("encoder") or {},
+        cache=content.get("cache"),
+        class_names=[str(name) for name in class_names],
+        created_by=str(content.get("created_by", "unknown")),
+        status=str(content.get("status", "done")),
+        relabeled=content.get("relabeled"),
         split_rule=str(split.get("rule", "not recorded")),
-        split_rows={part: len(split.get(part) or []) for part in _PARTS},
-        split_digest=_digest(split),
+        split_rows={role: len(split.get(role) or []) for role in _ROLES},
+        split_digest=hashlib.sha256(json.dumps(members).encode()).hexdigest(),
         metrics=metrics,
         history=_read_history(folder / "history.csv", needed=bool(metrics.get("steps"))),
     )
 
 
-def _candidates(path: Path) -> Iterator[Path]:
-    """Yield folders that are runs; one that lost a file still counts, so that the missing file gets named."""
-    for marker in ("config.json", "metrics.json"):
-        for file in path.rglob(marker):
-            if _looks_like_run(file.parent):
-                yield file.parent
+def load_runs(paths: Sequence[Path]) -> list[RunFiles]:
+    """Read every run at or below the given folders, each once, in natural order below each folder.
+
+    Raises:
+        InputError: no run there, a file missing, cut or of another version, or runs with other classes.
+    """
+    folders = dict.fromkeys(folder for path in paths for folder in find_runs(Path(path)))
+    runs = [load_run(folder) for folder in folders]
+    if not runs:
+        raise InputError("a report needs at least one run folder, got none")
+    first = runs[0]
+    for run in runs[1:]:
+        if run.class_names != first.class_names:
+            raise InputError(
+                f"{run.path} has other classes ({len(run.class_names)}) than {first.path} ({len(first.class_names)}); "
+                "write one report for each set of classes"
+            )
+    return runs
+
+
+def find_runs(path: Path) -> list[Path]:
+    """The run folders at or below `path`, in natural order (seed-2 before seed-10).
+
+    A run that lost a file is among them, so that reading it names the missing file.
+
+    Raises:
+        InputError: the folder does not exist or holds no run.
+    """
+    if not path.is_dir():
+        raise InputError(f"no folder at {path}; give a run folder written by `ulfine-fast fit`")
+    folders = {file.parent for name in ("config.json", "metrics.json") for file in path.rglob(name)}
+    runs = sorted((folder for folder in folders if _looks_like_run(folder)), key=_natural)
+    if not runs:
+        raise InputError(f"no run in {path}; give a folder written by `ulfine-fast fit`, or one above such folders")
+    return runs
 
 
 def _looks_like_run(folder: Path) -> bool:
-    # other programs write a config.json too: ours has a second file of a run beside it, or says what it is
+    # other programs write a config.json too: that of a run has a second file beside it, or names the format
     if sum((folder / name).is_file() for name in _FILES) > 1:
         return True
     config = folder / "config.json"
@@ -237,31 +311,31 @@ def _natural(path: Path) -> list[tuple[int, int, str]]:
     return [(0, int(piece), "") if piece.isdecimal() else (1, 0, piece) for piece in pieces]
 
 
-def _read_json(file: Path, wanted: str | None) -> dict[str, Any]:
+def _write_json(file: Path, value: Any) -> None:
+    file.write_text(json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def _read_json(file: Path, kind: str | None = None) -> dict[str, Any]:
+    """The object in a file, of the format `kind` where that is given."""
     if not file.is_file():
-        raise InputError(_missing(file))
+        raise _missing(file)
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
         raise InputError(f"{file} cannot be read ({error}); it is cut or damaged, fit the run again") from error
     if not isinstance(content, dict):
         raise InputError(f"{file} should hold a JSON object, got {type(content).__name__}; fit the run again")
-    if wanted is not None:
-        _check_version(content, wanted, file)
+    written_as, version = content.get("format"), content.get("version")
+    if kind is not None and (written_as, version) != (kind, VERSION):
+        raise InputError(
+            f"{file} is {written_as!r} version {version!r}, this program reads {kind!r} version {VERSION}; "
+            "use the version that wrote it, or fit the run again"
+        )
     return content
 
 
-def _missing(file: Path) -> str:
-    return f"{file.name} is missing in {file.parent}; the run was not finished, fit it again"
-
-
-def _check_version(content: dict[str, Any], wanted: str, file: Path) -> None:
-    found = (content.get("format"), content.get("version"))
-    if found != (wanted, VERSION):
-        raise InputError(
-            f"{file} is {found[0]!r} version {found[1]!r}, this program reads {wanted!r} version {VERSION}; "
-            "use the version that wrote it, or fit the run again"
-        )
+def _missing(file: Path) -> InputError:
+    return InputError(f"{file.name} is missing in {file.parent}; the run was not finished, fit it again")
 
 
 def _field(content: dict[str, Any], key: str, kind: type, folder: Path) -> Any:
@@ -279,42 +353,28 @@ def _number(value: object, key: str, file: Path) -> float:
     return float(value)
 
 
-def _check_per_class(metrics: dict[str, Any], classes: int, folder: Path) -> None:
-    for key in _PER_CLASS:
-        values = metrics.get(key)
-        if values is not None and (not isinstance(values, list) or len(values) != classes):
-            got = len(values) if isinstance(values, list) else repr(values)
-            raise InputError(f"metrics.json in {folder}: {key} should have {classes} values, got {got}")
-
-
-def _digest(split: dict[str, Any]) -> str:
-    """Fingerprint of who is labelled, unlabelled and tested; two runs with the same one can be paired."""
-    # sorted: the order of the ids in the file says nothing about who is in a part
-    parts = [sorted(map(str, split.get(part) or [])) for part in ("labeled", "unlabeled", "test")]
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-
-
-def _refuse_other_classes(runs: list[RunFiles]) -> None:
-    first = runs[0]
-    for run in runs[1:]:
-        if run.class_names != first.class_names:
-            raise InputError(
-                f"{run.path} has other classes ({len(run.class_names)}) than {first.path} ({len(first.class_names)}); "
-                "write one report for each set of classes"
-            )
+def _write_history(file: Path, history: Sequence[dict[str, Any]], classes: int) -> None:
+    with file.open("w", newline="", encoding="utf-8") as stream:
+        writer = csv.writer(stream)
+        writer.writerow([*_HISTORY, *(f"{name}_{k}" for name in _HISTORY_PER_CLASS for k in range(classes))])
+        for row in history:
+            cells = [row.get(name) for name in _HISTORY]
+            for name in _HISTORY_PER_CLASS:
+                cells += row.get(f"per_class_pseudo_label_{name}") or [None] * classes
+            writer.writerow(["" if cell is None else cell for cell in cells])
 
 
 def _read_history(file: Path, *, needed: bool) -> dict[str, np.ndarray]:
-    """Read the columns of history.csv; a method that takes no step (zero shot) may have none."""
+    """The columns of history.csv; a method that takes no step (zero shot) may have none."""
     if not file.is_file():
         if needed:
-            raise InputError(_missing(file))
+            raise _missing(file)
         return {}
     text = file.read_text(encoding="utf-8")
     rows = list(csv.reader(text.splitlines()))
     if not rows:
         return {}
-    # a cut in the middle of the last number leaves a whole row, but not the end of its line
+    # a file cut in the middle of its last number has a whole row, but no end of line
     if rows[0][0] != "step" or any(len(row) != len(rows[0]) for row in rows) or not text.endswith("\n"):
         raise InputError(f"{file} is cut or has other columns; fit the run again")
     try:
@@ -325,27 +385,24 @@ def _read_history(file: Path, *, needed: bool) -> dict[str, np.ndarray]:
     return dict(zip(rows[0], table.T, strict=True))
 
 
+def _write_predictions(file: Path, run: Run) -> None:
+    probabilities = run.test_probabilities
+    columns = {
+        "id": pa.array(run.test_ids, pa.string()),
+        "split": pa.array(["test"] * len(run.test_ids), pa.string()),
+        "label": pa.array(run.test_labels, pa.int32()),
+        "predicted": pa.array(probabilities.argmax(1) if len(probabilities) else [], pa.int32()),
+        "confidence": pa.array(probabilities.max(1) if len(probabilities) else [], pa.float32()),
+        "probabilities": pa.array(list(probabilities), pa.list_(pa.float32())),
+    }
+    pq.write_table(pa.table(columns), file)
+
+
 def _check_parquet(file: Path) -> None:
     """Refuse a missing or cut file by its footer, which is cheap even for many runs."""
     if not file.is_file():
-        raise InputError(_missing(file))
+        raise _missing(file)
     try:
         pq.read_metadata(file)
     except (pa.ArrowException, OSError) as error:
         raise InputError(f"{file} is cut or not a parquet file; fit the run again") from error
-
-
-def _read_predictions(file: Path, classes: int) -> Predictions:
-    _check_parquet(file)
-    try:
-        table = pq.read_table(file, columns=["id", "split", "label", "predicted", "confidence", "probabilities"])
-        table = table.filter(pa.compute.equal(table["split"], "test"))
-        labels, predicted = (table[name].to_numpy().astype(np.int64) for name in ("label", "predicted"))
-        flat = table["probabilities"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
-        probabilities = flat.astype(np.float32).reshape(len(labels), classes)  # (n, K)
-    except (pa.ArrowException, KeyError, OSError, ValueError, TypeError) as error:
-        raise InputError(f"{file} cannot be read ({error}); it is damaged, fit the run again") from error
-    if ((labels < -1) | (labels >= classes) | (predicted < 0) | (predicted >= classes)).any():
-        raise InputError(f"{file} names a class outside 0..{classes - 1}; fit the run again")
-    confidence = table["confidence"].to_numpy().astype(np.float64)
-    return Predictions(table["id"].to_pylist(), labels, predicted, confidence, probabilities)

@@ -1,13 +1,14 @@
-"""Classes of new images: the run's own encoder, then its heads."""
+"""Classes of new images: the run's own encoder, then its head."""
 
 from __future__ import annotations
 
 import csv
+import os
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +17,7 @@ from ulfine_fast.cache.io.errors import CacheMismatch, InputError
 from ulfine_fast.cache.io.progress import progress_bar
 from ulfine_fast.cache.models.encoder import Encoder, load_encoder
 from ulfine_fast.cache.pipeline.encode import encoded
-from ulfine_fast.cache.pipeline.five_crops import PLACES, cropped
+from ulfine_fast.cache.pipeline.five_crops import NUM_CROPS, cropped
 from ulfine_fast.cache.pipeline.plan import batches_of
 from ulfine_fast.cache.pipeline.read import ImageReader
 from ulfine_fast.cache.pipeline.views import ViewRecipe
@@ -35,12 +36,14 @@ TOP = 5
 
 @dataclass(frozen=True)
 class Predictions:
-    """Predicted classes.
+    """Predicted classes of new images.
 
     Attributes:
-        ids: image ids (n,). probabilities: calibrated (n, K). class_names: (K,).
+        ids: image ids (n,).
+        probabilities: calibrated (n, K).
+        class_names: (K,).
         skipped: id and reason of each image that could not be read.
-        scores: how much each image looks like one of a known class (n,), written where there are any.
+        scores: how much each image looks like one of a known class (n,); None where that is not asked.
     """
 
     ids: list[str]
@@ -50,20 +53,49 @@ class Predictions:
     scores: NDArray[np.float32] | None = None
 
     def to_arrow(self) -> pa.Table:
-        """What `write_predictions` writes: `.to_pandas()` and `polars.from_arrow` make data frames of it."""
+        """The table that `write_predictions` writes; `.to_pandas()` and `polars.from_arrow` make data frames of it."""
         import pyarrow as pa
 
-        return pa.table(_columns(self))
+        return pa.table(self.columns())
+
+    def columns(self) -> dict[str, list[Any]]:
+        """The table's columns by name: id, class and probability, the next likeliest classes, and the score."""
+        order = np.argsort(-self.probabilities, axis=1, kind="stable")  # (n, K)
+        columns: dict[str, list[Any]] = {"id": self.ids}
+        for rank in range(min(TOP, order.shape[1])):
+            ending = "" if rank == 0 else f"_{rank + 1}"
+            classes = order[:, rank]
+            probabilities = self.probabilities[np.arange(len(classes)), classes]
+            columns[f"class{ending}"] = [self.class_names[k] for k in classes]
+            columns[f"probability{ending}"] = [round(float(p), 6) for p in probabilities]
+        if self.scores is not None:
+            columns["score"] = [round(float(score), 6) for score in self.scores]
+        return columns
+
+
+class EncodedImages(NamedTuple):
+    """Features of image files.
+
+    Attributes:
+        ids: ids of the readable images (n,).
+        features: their plain features (n, D), or tokens (n, S, W).
+        skipped: id and reason of each image that could not be read.
+    """
+
+    ids: list[str]
+    features: NDArray[np.float32]
+    skipped: list[tuple[str, str]]
 
 
 def predict_images(
     run: Run,
-    images: Path | Any,
+    images: str | Path | Any,
     *,
     device: str = "auto",
     batch_size: int = 32,
-    scorer: Callable[[NDArray[Any]], NDArray[np.float32]] | None = None,
     five_crops: bool = False,
+    encoder: Encoder | None = None,
+    scorer: Callable[[NDArray[Any]], NDArray[np.float32]] | None = None,
 ) -> Predictions:
     """Encode images with the encoder named in the run and predict their classes.
 
@@ -72,10 +104,11 @@ def predict_images(
         images: an image, a folder of images at any depth, or a table with a column `path`; or a data
             frame of pandas or Polars with that column.
         device: where to encode.
-        batch_size: images encoded at once, at least 1.
-        scorer: features to probabilities, in place of `run.predict_proba`.
+        batch_size: images encoded together, at least 1.
         five_crops: average the logits of four corners and the middle of each image (LIFT's test-time ensembling,
             arXiv 2309.10019), for five times the work.
+        encoder: the run's encoder where it is loaded already; None loads it.
+        scorer: features to probabilities, instead of `run.predict_proba`.
 
     Raises:
         InputError: no images there, none readable, or a run without an encoder.
@@ -83,111 +116,88 @@ def predict_images(
     """
     if batch_size < 1:
         raise InputError(f"batch_size must be at least 1, got {batch_size}")
-    source = _images(images)
-    encoder = encoder_of_run(run, device)
-    skipped: list[tuple[str, str]] = []
-    ids, features = encode_images(source, encoder, batch_size, skipped, 0 if five_crops else None)
-    if not ids:
-        raise InputError(f"none of the {len(skipped)} images at {images} can be read; the first: {skipped[0][1]}")
-    # what cannot be read was told by the first pass
-    others = (encode_images(source, encoder, batch_size, [], place)[1] for place in range(1, PLACES) if five_crops)
+    source = images_at(images)
+    encoder = encoder or encoder_of_run(run, device)
     score = scorer or run.predict_proba
-    return Predictions(ids, ensembled([score(rows) for rows in (features, *others)]), run.class_names, skipped)
+    probabilities = []
+    for crop in range(NUM_CROPS) if five_crops else (None,):
+        ids, features, skipped = encode_images(source, encoder, batch_size, crop)
+        if not ids:
+            raise InputError(f"none of the {len(skipped)} images at {images} can be read; the first: {skipped[0][1]}")
+        probabilities.append(score(features))
+    return Predictions(ids, mean_of_logits(probabilities), run.class_names, skipped)
 
 
-def ensembled(probabilities: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:
-    """Probabilities (n, K) of the mean logits of several predictions (n, K); of one, itself."""
+def images_at(where: str | Path | Any) -> ListedSource:
+    """The rows of a table or data frame, a single image, or every image below a folder."""
+    if not isinstance(where, (str, Path)):
+        return ImageTable(where)
+    path = Path(where)
+    return ImageTable(path) if path.suffix.lower() in SUFFIXES else ImageFolder(path)
+
+
+def mean_of_logits(probabilities: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:
+    """Probabilities (n, K) of the mean logits of several predictions (n, K); a single one stays as it is."""
     if len(probabilities) == 1:
         return probabilities[0]
-    # logits are known up to a shift of each row, which the softmax takes out again
-    logs = [np.log(np.maximum(one, np.finfo(np.float32).tiny)) for one in probabilities]
-    return metrics.softmax(np.mean(logs, axis=0)).astype(np.float32)
+    # log probabilities are logits but for a shift of each row, which the softmax removes
+    logits = [np.log(np.maximum(values, np.finfo(np.float32).tiny)) for values in probabilities]
+    return metrics.softmax(np.mean(logits, axis=0)).astype(np.float32)
 
 
 def encoder_of_run(run: Run, device: str) -> Encoder:
-    """Load the encoder a run was fitted with, and refuse other weights under the same name.
+    """Load the encoder a run was fitted with, see :func:`recorded_encoder`."""
+    return recorded_encoder(run.encoder, run.input_shape, device)
+
+
+def recorded_encoder(record: dict[str, Any] | None, input_shape: Sequence[int], device: str) -> Encoder:
+    """Load the encoder that a run's record names, and refuse other weights under the same name.
+
+    Args:
+        record: :attr:`ulfine_fast.Run.encoder`.
+        input_shape: what the run reads of one image: (D,), or (S, W) for tokens.
+        device: "auto", "cpu", "cuda" or "cuda:N".
 
     Raises:
         InputError: the run was fitted on plain arrays.
         CacheMismatch: the weights differ.
     """
-    if run.encoder is None:
+    if record is None:
         raise InputError("this run was fitted on arrays, not on images; give features to Run.predict instead")
-    *tokens, _ = run.row_shape
-    features = {(): "projected", (1,): "pre-projection", (2,): "last-block"}[tuple(tokens)]
-    # of runs of old, which do not say it, images were read exactly
-    exact = run.encoder.get("exact", True)
+    *tokens, _ = input_shape
     encoder = load_encoder(
-        run.encoder["name"], run.encoder["pretrained"], device=device, features=features, exact=exact
+        record["name"],
+        record["pretrained"],
+        device=device,
+        features={(): "projected", (1,): "pre-projection", (2,): "last-block"}[tuple(tokens)],
+        # where the record does not say, images were read exactly
+        exact=record.get("exact", True),
     )
-    if encoder.spec.sha256 != run.encoder["sha256"]:
+    if encoder.spec.sha256 != record["sha256"]:
         raise CacheMismatch(
             "model.sha256",
-            run.encoder["sha256"],
+            record["sha256"],
             encoder.spec.sha256,
-            way_out="use the weights the run was fitted with",
+            fix="use the weights the run was fitted with",
         )
     return encoder
 
 
-def write_predictions(found: Predictions, out: Path) -> None:
-    """Write id, class, probability, then the next likeliest classes, as .csv or .parquet.
-
-    Raises:
-        InputError: another suffix, or a path that cannot be written.
-    """
-    columns = _columns(found)
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        if out.suffix == ".parquet":
-            import pyarrow.parquet as pq
-
-            pq.write_table(found.to_arrow(), out)
-            return
-        if out.suffix != ".csv":
-            raise InputError(f"out must end in .csv or .parquet, got {out.name!r}")
-        with out.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            writer.writerow(columns)
-            writer.writerows(zip(*columns.values(), strict=True))
-    except OSError as error:
-        raise InputError(f"cannot write {out}: {error.strerror or error}") from error
-
-
-def _columns(found: Predictions) -> dict[str, list[Any]]:
-    """The table's columns by name."""
-    order = np.argsort(-found.probabilities, axis=1, kind="stable")  # (n, K)
-    columns: dict[str, list[Any]] = {"id": found.ids}
-    for place in range(min(TOP, order.shape[1])):
-        ending = "" if place == 0 else f"_{place + 1}"
-        best = order[:, place]
-        columns[f"class{ending}"] = [found.class_names[k] for k in best]
-        columns[f"probability{ending}"] = [round(float(p), 6) for p in found.probabilities[np.arange(len(best)), best]]
-    if found.scores is not None:
-        columns["score"] = [round(float(score), 6) for score in found.scores]
-    return columns
-
-
-def encode_images(
-    source: ListedSource,
-    encoder: Encoder,
-    batch_size: int,
-    skipped: list[tuple[str, str]],
-    place: int | None = None,
-) -> tuple[list[str], NDArray[np.float32]]:
-    """Ids and plain features (n, D), or tokens (n, S, W), of the readable images; the others go to `skipped`.
+def encode_images(source: ListedSource, encoder: Encoder, batch_size: int, crop: int | None = None) -> EncodedImages:
+    """Encode the images of a source.
 
     Args:
         source: of images.
-        encoder: what takes them.
-        batch_size: images encoded at once.
-        skipped: id and reason are added for each that cannot be read.
-        place: take one of five crops, 0 to 4 (`ulfine_fast.cache.pipeline.five_crops`), in place of the whole image.
+        encoder: the model.
+        batch_size: images encoded together.
+        crop: one of five crops, 0 to 4 (`ulfine_fast.cache.pipeline.five_crops`); None for the whole image.
     """
     ids: list[str] = []
+    skipped: list[tuple[str, str]] = []
     blocks = [np.zeros((0, encoder.columns), dtype=np.float32)]
-    whole = ImageReader.of(source, encoder, ViewRecipe(weak=0, strong=0))
-    reader = whole if place is None else cropped(whole, place)
+    reader = ImageReader.for_encoder(source, encoder, ViewRecipe(weak=0, strong=0))
+    if crop is not None:
+        reader = cropped(reader, crop)
     rows = batches_of(source.rows, batch_size)
     # starting reader processes pays only where there is enough to read
     workers = None if len(rows) > 2 else 0
@@ -199,13 +209,45 @@ def encode_images(
             if batch.kept:
                 blocks.append(batch.features[:, 0])  # (B, D + S W)
             bar.advance(task, len(batch.kept) + len(batch.skipped))
-    found = np.concatenate(blocks)
-    if not encoder.token_kinds:
-        return ids, found
-    return ids, found[:, encoder.spec.dim :].reshape(len(found), -1, encoder.token_width)
+    features = np.concatenate(blocks)
+    if encoder.token_kinds:
+        features = features[:, encoder.spec.dim :].reshape(len(features), -1, encoder.token_width)
+    return EncodedImages(ids, features, skipped)
 
 
-def _images(where: Path | Any) -> ListedSource:
-    """A table's rows, a single image, or every image below a folder."""
-    listed = not isinstance(where, Path) or where.suffix.lower() in SUFFIXES
-    return ImageTable(where) if listed else ImageFolder(where)
+def refuse_output(out: Path) -> None:
+    """Refuse a file that :func:`write_predictions` cannot write, before any image is encoded.
+
+    Raises:
+        InputError: another suffix, a folder of that name, or a folder that cannot be written.
+    """
+    if out.suffix not in (".csv", ".parquet"):
+        raise InputError(f"out must end in .csv or .parquet, got {out.name!r}")
+    if out.is_dir():
+        raise InputError(f"{out} is a folder; name a file")
+    above = next(folder for folder in out.absolute().parents if folder.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise InputError(f"cannot write {out}: {above} is no folder that can be written; name another file")
+
+
+def write_predictions(predictions: Predictions, out: Path) -> None:
+    """Write id, class, probability, then the next likeliest classes, as .csv or .parquet.
+
+    Raises:
+        InputError: another suffix, or a path that cannot be written.
+    """
+    refuse_output(out)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        if out.suffix == ".parquet":
+            import pyarrow.parquet as pq
+
+            pq.write_table(predictions.to_arrow(), out)
+            return
+        columns = predictions.columns()
+        with out.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            writer.writerow(columns)
+            writer.writerows(zip(*columns.values(), strict=True))
+    except OSError as error:
+        raise InputError(f"cannot write {out}: {error.strerror or error}") from error

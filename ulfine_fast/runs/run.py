@@ -1,27 +1,81 @@
-"""A fitted trial: its heads, figures and predictions; saved as a folder of JSON, CSV, safetensors and parquet."""
+"""A fitted run: its head, its metrics and its predictions."""
 
 from __future__ import annotations
 
-import csv
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from ulfine_fast._version import __version__
 from ulfine_fast.cache.io.errors import InputError
-from ulfine_fast.config import FitConfig, per_trial_fields
-from ulfine_fast.core.heads import Tensors, adapt
+from ulfine_fast.config import FitConfig, per_trial_options
+from ulfine_fast.core.heads import Tensors, apply_adapter
 from ulfine_fast.core.types import Trials
 from ulfine_fast.methods.registry import method_of
 from ulfine_fast.metrics import classification as metrics
 from ulfine_fast.ops.prototypes import normalize
-from ulfine_fast.runs.files import HISTORY, HISTORY_OF_A_CLASS, RUN_FORMAT, VERSION, load_run
+from ulfine_fast.runs.files import load_run, write_run
+
+if TYPE_CHECKING:
+    from ulfine_fast.cache.store import FeatureCache
+
+
+@dataclass(frozen=True)
+class Head:
+    """From inputs to logits: the one definition that predict, eval, adapt, export and realign use.
+
+    It is batched as the methods are, with a trials axis of 1.
+
+    Attributes:
+        trials: the run's settings, as its method reads them.
+        tensors: the run's tensors by name (1, ...). Those of a realigned run may hold "realigned.weight" (1, K, D),
+            which replaces the method's head, and "realigned.bias" (1, K), which is added to the logits.
+    """
+
+    trials: Trials
+    tensors: Tensors
+
+    @classmethod
+    def of(cls, config: FitConfig, tensors: Tensors) -> Head:
+        """The head of a run with this config and these tensors (1, ...)."""
+        start = tensors["prototypes"] if "prototypes" in tensors else tensors["linear"]
+        values = {
+            name: torch.tensor([float(getattr(config, name))], dtype=start.dtype) for name in per_trial_options(config)
+        }
+        trials = Trials(config, values, torch.tensor([config.seed]), start, torch.zeros(start.shape[:2]))
+        return cls(trials, tensors)
+
+    def rows(self, inputs: Tensor) -> Tensor:
+        """Inputs as :meth:`logits` takes them.
+
+        Args:
+            inputs: features (n, D) of any length, or tokens (n, S, W) where the run reads tokens.
+
+        Returns:
+            Unit features (n, D), or tokens side by side (n, S W).
+        """
+        return inputs.flatten(1) if self.trials.config.reads_tokens else normalize(inputs)
+
+    def features(self, rows: Tensor) -> Tensor:
+        """Rows after the run's adapter: unit features (n, D); those of :meth:`rows` where there is no adapter."""
+        return self._adapted(rows)[0]
+
+    def logits(self, rows: Tensor) -> Tensor:
+        """Uncalibrated logits (n, K) of what :meth:`rows` returns."""
+        if "realigned.weight" in self.tensors:
+            logits = self._adapted(rows) @ self.tensors["realigned.weight"].transpose(1, 2)  # (1, n, K)
+        else:
+            logits = method_of(self.trials.config).logits(self.trials, self.tensors, rows.unsqueeze(0))
+        if "realigned.bias" in self.tensors:
+            logits = logits + self.tensors["realigned.bias"].unsqueeze(1)
+        return logits[0]
+
+    def _adapted(self, rows: Tensor) -> Tensor:
+        return apply_adapter(self.tensors, rows.unsqueeze(0), self.trials.values["adapter_scale"])  # (1, n, D)
 
 
 @dataclass
@@ -31,16 +85,18 @@ class Run:
     Attributes:
         config: the trial's settings.
         class_names: (K,).
-        tensors: the heads by name, without a trials axis, e.g. "linear" (K, D).
+        tensors: the trained tensors by name, without a trials axis, e.g. "linear" (K, D).
+        metrics: metrics on the test split, and under "val" on validation; fractions in [0, 1].
         split: image ids by role, see :mod:`ulfine_fast.data.splits`.
-        metrics: figures on the test split, under "val" on validation; shares in [0, 1].
-        history: one row per evaluation.
-        test_ids: image ids of the test split (E,). test_labels: (E,). test_probabilities: calibrated (E, K).
+        history: one dictionary per evaluation.
+        test_ids: image ids of the test split (E,).
+        test_labels: their class indices (E,).
+        test_probabilities: their calibrated probabilities (E, K).
         encoder: name, weights and preprocessing of the model the features came from, None for plain arrays.
         cache_path: the cache's folder, None for a cache in memory.
-        status: "done"; "stopped" early, for want of progress; "pruned", dropped by whoever watched; or "failed", its
-            numbers no longer finite, without tensors. `metrics` then has the step as "stopped_at" and so on.
-        relabeled: digest of the labels that stood in the place of the cache's own, None where none did.
+        status: "done"; "stopped" early, without progress; "pruned" by a sweep; or "failed", its numbers no longer
+            finite, without tensors. For all but "done", `metrics` has the step: "stopped_at" and so on.
+        relabeled: digest of the labels that replaced the cache's own, None where none did.
     """
 
     config: FitConfig
@@ -57,42 +113,57 @@ class Run:
     status: str = "done"
     relabeled: str | None = None
 
-    def logits(self, features: NDArray[Any], *, exact: bool = False) -> NDArray[np.floating[Any]]:
+    def head(self, dtype: torch.dtype = torch.float32) -> Head:
+        """The run's head, computing in `dtype`.
+
+        Raises:
+            InputError: the run failed.
+        """
+        self.refuse_failed()
+        batched = {name: tensor.unsqueeze(0) for name, tensor in self.tensors.items()}
+        typed = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in batched.items()}
+        return Head.of(self.config, typed)
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """Shape of one image's input to :meth:`logits`: (D,), or (S, W) for tokens."""
+        if "backbone.projection" in self.tensors:
+            return 2, self.tensors["backbone.projection"].shape[0]
+        width = next(t.shape[-1] for name, t in self.tensors.items() if name in ("linear", "prototypes"))
+        return (1, width) if self.config.reads_tokens else (width,)
+
+    def logits(self, features: ArrayLike | Tensor, *, exact: bool = False) -> NDArray[np.floating[Any]]:
         """Uncalibrated logits.
 
         Args:
-            features: image features of the run's encoder (n, D), of any length; with the adapter adaptformer or the
-                feature pre-projection the tokens of its cache (n, S, W), as they are.
+            features: image features of the run's encoder (n, D), of any length; for a run with the adapter adaptformer
+                or the feature pre-projection, tokens from its cache (n, S, W).
             exact: whether to compute in float64, so that a row's logits do not depend on the rows beside it.
 
         Returns:
             Logits (n, K), float32 or float64.
 
         Raises:
-            InputError: features of another width, or not finite; the run failed.
+            InputError: features of another shape, or not finite; or the run failed.
         """
-        self.refuse_failed()
-        # rounded to float32 here already: larger numbers are not finite
-        rows, shape = torch.from_numpy(np.asarray(features, dtype=np.float32)), self.row_shape
-        if tuple(rows.shape[1:]) != shape:
-            wanted = ", ".join(map(str, ("n", *shape)))
-            raise InputError(f"features must have shape ({wanted}), got {tuple(rows.shape)}")
-        if not bool(torch.isfinite(rows).all()):
+        head = self.head(torch.float64 if exact else torch.float32)
+        # checked in float32 in both cases: a number too large for it counts as not finite
+        inputs = _tensor(features, torch.float32)
+        if tuple(inputs.shape[1:]) != self.input_shape:
+            expected = ", ".join(map(str, ("n", *self.input_shape)))
+            raise InputError(f"features must have shape ({expected}), got {tuple(inputs.shape)}")
+        if not bool(torch.isfinite(inputs).all()):
             raise InputError("features must be finite, got NaN or infinity; extract these images again")
-        dtype = torch.float64 if exact else torch.float32
-        rows = torch.from_numpy(np.asarray(features)).to(dtype) if exact else rows
-        tensors = {name: tensor.unsqueeze(0) for name, tensor in self.tensors.items()}
-        tensors = {name: one.to(dtype) if one.is_floating_point() else one for name, one in tensors.items()}
-        rows = rows.flatten(1) if self.config.reads_tokens else normalize(rows)
+        if exact:
+            inputs = _tensor(features, torch.float64)
         with torch.no_grad():
-            logits = run_logits(self.trial(tensors), tensors, rows.unsqueeze(0))
-        return np.asarray(logits[0].to(dtype).numpy())
+            return np.asarray(head.logits(head.rows(inputs)).to(inputs.dtype).numpy())
 
-    def predict_proba(self, features: NDArray[Any]) -> NDArray[np.float32]:
+    def predict_proba(self, features: ArrayLike | Tensor) -> NDArray[np.float32]:
         """Class probabilities (n, K) of features (n, D), at the temperature fitted on validation."""
         return metrics.softmax(self.logits(features) / self.metrics.get("temperature", 1.0)).astype(np.float32)
 
-    def predict(self, features: NDArray[Any]) -> NDArray[np.int64]:
+    def predict(self, features: ArrayLike | Tensor) -> NDArray[np.int64]:
         """Class indices (n,) of features (n, D)."""
         return self.logits(features).argmax(axis=1).astype(np.int64)
 
@@ -100,20 +171,11 @@ class Run:
         """Write the run folder, over an earlier run there.
 
         Raises:
-            InputError: the folder holds something else, or cannot be written; the run failed.
+            InputError: the folder holds something else, or cannot be written; or the run failed.
         """
         self.refuse_failed()
-        folder = Path(folder)
-        if folder.exists() and (
-            not folder.is_dir() or (any(folder.iterdir()) and not (folder / "config.json").exists())
-        ):
-            raise InputError(f"{folder} exists and is no run; name a new folder")
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            self._write(folder)
-        except OSError as error:
-            raise InputError(f"cannot write the run to {folder}: {error.strerror or error}") from error
-        return folder
+        write_run(self, Path(folder))
+        return Path(folder)
 
     @classmethod
     def load(cls, folder: str | Path) -> Run:
@@ -123,143 +185,59 @@ class Run:
             InputError: no run there, of another version, or damaged.
         """
         folder = Path(folder)
-        _refuse_no_run(folder)
+        if not (folder / "config.json").exists():
+            inner = sorted(folder.glob("*/config.json"))
+            if inner:
+                raise InputError(f"{folder} holds {len(inner)} runs; name one, such as {inner[0].parent}")
+            raise InputError(f"{folder} is no run: it has no config.json; name a folder that `ulfine-fast fit` wrote")
         files = load_run(folder)
-        rows = files.predictions()
+        predictions = files.predictions()
         return cls(
-            config=FitConfig.from_dict(files.config),
+            config=FitConfig.from_dict(files.config, saved=True),
             class_names=files.class_names,
             tensors=files.heads(),
             metrics=files.metrics,
             split=files.split(),
-            history=_rows_of(files.history, len(files.class_names)),
-            test_ids=rows.ids,
-            test_labels=rows.labels,
-            test_probabilities=rows.probabilities,
+            history=files.history_rows(),
+            test_ids=predictions.ids,
+            test_labels=predictions.labels,
+            test_probabilities=predictions.probabilities,
             encoder=files.encoder or None,
             cache_path=None if files.cache is None else Path(files.cache),
             status=files.status,
             relabeled=files.relabeled,
         )
 
+    @property
+    def failure(self) -> str | None:
+        """Where a failed run diverged, in a sentence; None for others."""
+        if self.status != "failed":
+            return None
+        return (
+            f"seed {self.config.seed} of {self.config.method} diverged: its loss or weights were not finite at "
+            f"step {self.metrics['failed_at']}; lower lr (now {self.config.lr:g})"
+        )
+
     def refuse_failed(self) -> None:
-        """Say where a failed run diverged.
+        """Refuse to go on with a failed run.
 
         Raises:
             InputError: the run failed.
         """
-        if self.status == "failed":
-            raise InputError(
-                f"seed {self.config.seed} of {self.config.method} diverged: its loss or weights were not finite at "
-                f"step {self.metrics['failed_at']}; lower lr (now {self.config.lr:g})"
-            )
-
-    @property
-    def row_shape(self) -> tuple[int, ...]:
-        """What :meth:`logits` is given of one image: (D,), or (S, W) for tokens."""
-        if "backbone.projection" in self.tensors:
-            return 2, self.tensors["backbone.projection"].shape[0]
-        width = next(t.shape[-1] for name, t in self.tensors.items() if name in ("linear", "prototypes"))
-        return (1, width) if self.config.reads_tokens else (width,)
-
-    def trial(self, tensors: dict[str, Tensor]) -> Trials:
-        """The context that a method's logits need, for T = 1, given the run's tensors with a trials axis."""
-        numbers = {name: [float(getattr(self.config, name))] for name in per_trial_fields()}
-        start = tensors.get("prototypes", tensors.get("linear"))
-        assert start is not None
-        values = {name: torch.tensor(number, dtype=start.dtype) for name, number in numbers.items()}
-        return Trials(self.config, values, torch.tensor([self.config.seed]), start, torch.zeros(start.shape[:2]))
-
-    def _write(self, folder: Path) -> None:
-        from safetensors.torch import save_file
-
-        save_file({name: tensor.contiguous() for name, tensor in self.tensors.items()}, folder / "heads.safetensors")
-        _write_json(folder / "split.json", self.split)
-        _write_json(folder / "metrics.json", self.metrics)
-        self._write_history(folder / "history.csv")
-        self._write_predictions(folder / "predictions.parquet")
-        # last: a folder with config.json is a whole run
-        _write_json(
-            folder / "config.json",
-            {
-                "format": RUN_FORMAT,
-                "version": VERSION,
-                "config": self.config.to_dict(),
-                "cache": None if self.cache_path is None else str(self.cache_path),
-                "encoder": self.encoder,
-                "class_names": self.class_names,
-                "status": self.status,
-                "relabeled": self.relabeled,
-                "created_by": f"ulfine-fast {__version__}",
-            },
-        )
-
-    def _write_history(self, path: Path) -> None:
-        with path.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            writer.writerow(_history_columns(len(self.class_names)))
-            for row in self.history:
-                figures = [row.get(name) for name in HISTORY]
-                for name in HISTORY_OF_A_CLASS:
-                    figures += row.get(f"per_class_pseudo_label_{name}") or [None] * len(self.class_names)
-                writer.writerow(["" if value is None else value for value in figures])
-
-    def _write_predictions(self, path: Path) -> None:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        probabilities = self.test_probabilities
-        columns = {
-            "id": pa.array(self.test_ids, pa.string()),
-            "split": pa.array(["test"] * len(self.test_ids), pa.string()),
-            "label": pa.array(self.test_labels, pa.int32()),
-            "predicted": pa.array(probabilities.argmax(1) if len(probabilities) else [], pa.int32()),
-            "confidence": pa.array(probabilities.max(1) if len(probabilities) else [], pa.float32()),
-            "probabilities": pa.array(list(probabilities), pa.list_(pa.float32())),
-        }
-        pq.write_table(pa.table(columns), path)
+        if self.failure is not None:
+            raise InputError(self.failure)
 
 
-def run_logits(trials: Trials, tensors: Tensors, features: Tensor) -> Tensor:
-    """Logits (T, B, K) of fitted runs: their method's, or those of a realigned run.
-
-    A realigned run may hold "realigned.weight" (T, K, D), an affine head in the place of the cosine head, and
-    "realigned.bias" (T, K).
-    """
-    if "realigned.weight" in tensors:
-        adapted = adapt(tensors, features, trials.values["adapter_scale"])
-        logits = adapted @ tensors["realigned.weight"].transpose(1, 2)
-    else:
-        logits = method_of(trials.config).logits(trials, tensors, features)
-    return logits + tensors["realigned.bias"].unsqueeze(1) if "realigned.bias" in tensors else logits
+def describe_encoder(cache: FeatureCache) -> dict[str, Any] | None:
+    """A run's record of the model its features came from; None for a cache in memory."""
+    if cache.manifest is None:
+        return None
+    manifest = cache.manifest.to_dict()
+    return {**manifest["model"], **{name: manifest[name] for name in ("preprocessing", "exact", "mean", "std")}}
 
 
-def _refuse_no_run(folder: Path) -> None:
-    """Say what stands in the place of a run."""
-    if (folder / "config.json").exists():
-        return
-    inner = sorted(folder.glob("*/config.json"))
-    if inner:
-        raise InputError(f"{folder} holds {len(inner)} runs; name one, such as {inner[0].parent}")
-    raise InputError(f"{folder} is no run: it has no config.json; name a folder that `ulfine-fast fit` wrote")
-
-
-def _history_columns(classes: int) -> list[str]:
-    return [*HISTORY, *(f"{name}_{k}" for name in HISTORY_OF_A_CLASS for k in range(classes))]
-
-
-def _rows_of(columns: dict[str, NDArray[np.float64]], classes: int) -> list[dict[str, Any]]:
-    """One dictionary per evaluation, None where a figure is not defined, as a fit keeps them."""
-    rows = []
-    for i, step in enumerate(columns.get("step", [])):
-        row = {name: None if np.isnan(values[i]) else float(values[i]) for name, values in columns.items()}
-        found: dict[str, Any] = {name: row.get(name) for name in HISTORY}
-        found["step"] = int(step)
-        for name in HISTORY_OF_A_CLASS:
-            found[f"per_class_pseudo_label_{name}"] = [row.get(f"{name}_{k}") for k in range(classes)]
-        rows.append(found)
-    return rows
-
-
-def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n", encoding="utf-8")
+def _tensor(values: ArrayLike | Tensor, dtype: torch.dtype) -> Tensor:
+    """Any array as a tensor on the CPU; torch takes no NumPy array of negative strides or of another byte order."""
+    if isinstance(values, Tensor):
+        return values.detach().to("cpu", dtype)
+    return torch.from_numpy(np.ascontiguousarray(values, dtype=np.float64 if dtype is torch.float64 else np.float32))

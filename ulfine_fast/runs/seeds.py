@@ -1,4 +1,4 @@
-"""Runs of several seeds: one folder each, and their mean with a confidence interval."""
+"""Runs of several seeds: one folder each, and the mean of their metrics with a confidence interval."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ulfine_fast.metrics.intervals import mean_interval
 from ulfine_fast.runs.run import Run
 
 CHECKPOINT = ".checkpoint"
-"""Folder inside a run's that training which was interrupted goes on from."""
+"""Folder inside a run's that an interrupted fit continues from."""
 
 HEADLINE = (
     "accuracy",
@@ -30,54 +30,62 @@ HEADLINE = (
     "seconds",
 )
 
+MeanMetrics = dict[str, dict[str, float | int]]
+"""By metric: mean, half_width of the 95% t-interval (0 for a single run), and n, the runs that have it."""
 
-def summarize(figures: Sequence[dict[str, Any]]) -> dict[str, dict[str, float | int]]:
-    """Headline figures over the metrics of several runs.
+
+def mean_metrics(metrics: Sequence[dict[str, Any]]) -> MeanMetrics:
+    """Headline metrics over several runs; a metric that no run has is left out.
+
+    Args:
+        metrics: those of each run.
+    """
+    means: MeanMetrics = {}
+    for name in HEADLINE:
+        interval = mean_interval(values[name] for values in metrics if values.get(name) is not None)
+        if interval is not None:
+            half_width = 0.0 if interval.n == 1 else interval.half
+            means[name] = {"mean": interval.mean, "half_width": half_width, "n": interval.n}
+    return means
+
+
+def save_runs(runs: Sequence[Run], out: Path) -> MeanMetrics:
+    """Save one run as `out`, several as `out/seed-N`, with `out/summary.json`; failed runs are left out.
 
     Returns:
-        For each figure that some run has: mean, half_width of the 95% t-interval (0 for a single run) and n.
-    """
-    summary: dict[str, dict[str, float | int]] = {}
-    for name in HEADLINE:
-        found = mean_interval(row[name] for row in figures if row.get(name) is not None)
-        if found is not None:
-            half_width = 0.0 if found.n == 1 else found.half
-            summary[name] = {"mean": found.mean, "half_width": half_width, "n": found.n}
-    return summary
-
-
-def save_runs(runs: Sequence[Run], out: Path) -> dict[str, dict[str, float | int]]:
-    """Save one run as `out`, several as `out/seed-N`, with `out/summary.json` beside them; returns the summary.
-
-    Runs that failed take part in neither.
+        The mean metrics in summary.json; empty, and nothing written, where all runs failed.
 
     Raises:
         InputError: `out` cannot be written, or see :func:`refuse_other_content`.
     """
     seeds = [run.config.seed for run in runs]
     refuse_other_content(out, seeds)
-    folders = run_folders(out, seeds)
-    good = [(run, folder) for run, folder in zip(runs, folders, strict=True) if run.status != "failed"]
-    if not good:
+    saved = [(run, folder) for run, folder in zip(runs, run_folders(out, seeds), strict=True) if run.status != "failed"]
+    if not saved:
         return {}
-    summary = summarize([run.metrics for run, _ in good])
-    for run, folder in good:
+    for run, folder in saved:
         run.save(folder)
-    seeds = [run.config.seed for run, _ in good]
-    content = {"format": "ulfine-fast-summary", "version": 1, "method": runs[0].config.method, "seeds": seeds}
-    (out / "summary.json").write_text(json.dumps({**content, "metrics": summary}, indent=2) + "\n", encoding="utf-8")
-    return summary
+    means = mean_metrics([run.metrics for run, _ in saved])
+    content = {
+        "format": "ulfine-fast-summary",
+        "version": 1,
+        "method": runs[0].config.method,
+        "seeds": [run.config.seed for run, _ in saved],
+        "metrics": means,
+    }
+    (out / "summary.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    return means
 
 
 def run_folders(out: Path, seeds: Sequence[int]) -> list[Path]:
-    """Where the runs of these seeds go: one run is `out` itself, several are `out/seed-N`."""
+    """Folders of the runs of these seeds: `out` itself for one, `out/seed-N` for several."""
     return [out] if len(seeds) == 1 else [out / f"seed-{seed}" for seed in seeds]
 
 
 def refuse_other_content(out: Path, seeds: Sequence[int]) -> None:
-    """Refuse a folder that holds anything but runs which a fit of these seeds replaces.
+    """Refuse a folder with anything but runs which a fit of these seeds replaces.
 
-    Runs of an earlier fit left beside new ones would stand in every report as if they belonged together.
+    Runs of an earlier fit that stay beside new ones would be in every report as if they belonged together.
 
     Raises:
         InputError: `out` is a file, or a folder of other things or of runs that would stay.
@@ -86,10 +94,10 @@ def refuse_other_content(out: Path, seeds: Sequence[int]) -> None:
         return
     if not out.is_dir():
         raise InputError(f"{out} is a file; name a folder for the run")
-    found = [path.parent for path in (out / "config.json", *sorted(out.glob("*/config.json"))) if path.exists()]
-    others = [path for path in out.iterdir() if path.name != CHECKPOINT]
-    if others and not (found or (out / "summary.json").exists()):
+    runs = {file.parent for file in (out / "config.json", *out.glob("*/config.json")) if file.exists()}
+    content = [path for path in out.iterdir() if path.name != CHECKPOINT]
+    if content and not (runs or (out / "summary.json").exists()):
         raise InputError(f"{out} exists and is no run; name a new folder")
-    staying = sorted(set(found) - set(run_folders(out, seeds)))
+    staying = sorted(runs - set(run_folders(out, seeds)))
     if staying:
         raise InputError(f"{staying[0]} holds a run that this fit does not replace; name a new folder or remove it")

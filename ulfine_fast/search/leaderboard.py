@@ -1,8 +1,9 @@
-"""What a sweep found: the trials in order, the rows behind them, what mattered, and the best as files of settings."""
+"""The results of a sweep: trials in order, the rows behind them, which settings mattered, and the best as settings."""
 
 from __future__ import annotations
 
 import csv
+import io
 import json
 import math
 from collections.abc import Sequence
@@ -11,6 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from ulfine_fast._version import __version__
 from ulfine_fast.cache.io.files import write_atomically
@@ -26,52 +29,65 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Place:
-    """A finished trial on the board.
+class RankedTrial:
+    """A complete trial and its rank.
 
     Attributes:
-        rank: from 1. trial: its number.
-        figures: mean over seeds and half width of the 95% t-interval, for each metric.
-        params: its searched settings. settings: all of them, but for the seed.
+        rank: from 1.
+        trial: its number in the study.
+        metrics: mean over seeds and half width of the 95% t-interval, by metric.
+        params: its searched settings.
+        settings: all its settings, except the seed.
     """
 
     rank: int
     trial: int
-    figures: dict[str, Interval]
+    metrics: dict[str, Interval]
     params: dict[str, Any]
     settings: dict[str, Any]
 
     def to_dict(self) -> dict[str, Any]:
         """In JSON's types; the half width of a single seed is None."""
-        figures = {name: {"mean": f.mean, "half_width": _known(f.half), "n": f.n} for name, f in self.figures.items()}
-        return {"rank": self.rank, "trial": self.trial, "figures": figures, "params": self.params}
+        metrics = {
+            name: {"mean": interval.mean, "half_width": _finite(interval.half), "n": interval.n}
+            for name, interval in self.metrics.items()
+        }
+        return {"rank": self.rank, "trial": self.trial, "figures": metrics, "params": self.params}
 
 
-def rank_trials(trials: Sequence[FrozenTrial], plan: Plan) -> list[Place]:
+def rank_trials(trials: Sequence[FrozenTrial], plan: Plan) -> list[RankedTrial]:
     """Complete trials, best first.
 
-    With several metrics those that no other trial beats in all of them stand first, each such front in the order of
-    its first metric.
+    With several metrics the trials that no other beats in all of them come first, then those that only these beat, and
+    so on; each such front is in the order of its first metric.
     """
-    from optuna.trial import TrialState
+    from optuna.trial import TrialState  # half a second to start
 
     complete = [trial for trial in trials if trial.state == TrialState.COMPLETE]
     values = np.array([trial.values for trial in complete]).reshape(-1, len(plan.metrics))
-    signed = values * [sign(metric) for metric in plan.metrics]  # (n, M), more is better
+    signed = values * [sign(metric) for metric in plan.metrics]  # (n, M), higher is better
     fronts = _fronts(signed)
     order = sorted(range(len(complete)), key=lambda i: (fronts[i], -signed[i, 0], complete[i].number))
-    return [_place(rank, complete[i], plan) for rank, i in enumerate(order, start=1)]
 
-
-def _place(rank: int, trial: FrozenTrial, plan: Plan) -> Place:
-    seeds = [row["val"] for row in trial.user_attrs["seeds"]]
-    found = {name: mean_interval(figures[name] for figures in seeds) for name in plan.metrics}
-    figures = {name: figure for name, figure in found.items() if figure is not None}
-    return Place(rank, trial.number, figures, dict(trial.params), plan.space.settings(trial.params))
+    ranked = []
+    for rank, i in enumerate(order, start=1):
+        trial = complete[i]
+        seeds = [record["val"] for record in trial.user_attrs["seeds"]]
+        intervals = {name: mean_interval(metrics[name] for metrics in seeds) for name in plan.metrics}
+        ranked.append(
+            RankedTrial(
+                rank=rank,
+                trial=trial.number,
+                metrics={name: interval for name, interval in intervals.items() if interval is not None},
+                params=dict(trial.params),
+                settings=plan.space.settings(trial.params),
+            )
+        )
+    return ranked
 
 
 def _fronts(signed: np.ndarray[Any, Any]) -> list[int]:
-    """Number of the Pareto front of each row (n, M); 0 for rows that none beats."""
+    """Number of the Pareto front of each row (n, M); 0 for rows that no other row beats."""
     fronts = np.full(len(signed), -1)
     front = 0
     while (fronts < 0).any():
@@ -84,86 +100,71 @@ def _fronts(signed: np.ndarray[Any, Any]) -> list[int]:
     return [int(value) for value in fronts]
 
 
-def importance(study: Study, plan: Plan, ranked: Sequence[Place]) -> dict[str, dict[str, float]]:
-    """Share of each setting in how much the metric moves, for each metric; left out where trials do not differ.
+def importance(study: Study, plan: Plan, ranked: Sequence[RankedTrial]) -> dict[str, dict[str, float]]:
+    """How much of a metric's variation each setting explains, as fractions that sum to 1, by metric.
+
+    A metric is left out where too few trials differ in it.
 
     SOURCE: PED-ANOVA, Watanabe et al., arXiv 2304.10255.
     """
-    from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
+    from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances  # half a second to start
 
-    found: dict[str, dict[str, float]] = {}
+    by_metric: dict[str, dict[str, float]] = {}
     for i, metric in enumerate(plan.metrics):
-        if not _tells_apart([sign(metric) * place.figures[metric].mean for place in ranked]):
+        # the best tenth, at least two, must not be all trials; small validation sets make many equal scores
+        scores = [sign(metric) * trial.metrics[metric].mean for trial in ranked]
+        tenth = max(2, math.ceil(len(scores) / 10))
+        if len(scores) < 3 or min(scores) >= sorted(scores, reverse=True)[tenth - 1]:
             continue
 
-        def figure(trial: FrozenTrial, i: int = i) -> float:
+        def loss(trial: FrozenTrial, i: int = i) -> float:
             # the evaluator takes the smallest tenth for the best
             return -sign(plan.metrics[i]) * trial.values[i]
 
-        evaluator = PedAnovaImportanceEvaluator()
-        shares = get_param_importances(study, evaluator=evaluator, target=figure)
-        found[metric] = {name: float(share) for name, share in shares.items()}
-    return found
+        fractions = get_param_importances(study, evaluator=PedAnovaImportanceEvaluator(), target=loss)
+        by_metric[metric] = {name: float(fraction) for name, fraction in fractions.items()}
+    return by_metric
 
 
-def _tells_apart(scores: Sequence[float]) -> bool:
-    """Whether the best tenth, at least two, is not everybody; small validation sets make many equals."""
-    if len(scores) < 3:
-        return False
-    tenth = max(2, math.ceil(len(scores) / 10))
-    return min(scores) < sorted(scores, reverse=True)[tenth - 1]
-
-
-def write_board(out: Path, ranked: Sequence[Place], plan: Plan) -> None:
+def write_leaderboard(out: Path, ranked: Sequence[RankedTrial], plan: Plan) -> None:
     """Write leaderboard.csv: rank, trial, mean and half width of each metric, searched settings."""
-    import io
-
     text = io.StringIO()
     writer = csv.writer(text)
-    figures = [f"{metric}{end}" for metric in plan.metrics for end in ("", "_half_width")]
-    writer.writerow(["rank", "trial", "seeds", *figures, *plan.space.searched])
-    for place in ranked:
-        cells = [value for figure in place.figures.values() for value in (figure.mean, _known(figure.half))]
-        row = [place.rank, place.trial, plan.seeds, *cells, *(place.params[name] for name in plan.space.searched)]
+    columns = [f"{metric}{end}" for metric in plan.metrics for end in ("", "_half_width")]
+    writer.writerow(["rank", "trial", "seeds", *columns, *plan.space.searched])
+    for trial in ranked:
+        metrics = [value for interval in trial.metrics.values() for value in (interval.mean, _finite(interval.half))]
+        params = [trial.params[name] for name in plan.space.searched]
+        row = [trial.rank, trial.trial, plan.seeds, *metrics, *params]
         writer.writerow(["" if value is None else value for value in row])
     write_atomically(out / "leaderboard.csv", text.getvalue().encode())
 
 
-def write_rows(out: Path, trials: Sequence[FrozenTrial], plan: Plan) -> None:
-    """Write results.parquet: a row for each trial and seed, with settings and all validation figures."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    rows = [row for trial in trials for row in _rows(trial)]
-    # failed seeds have no figures, and methods in one space may have figures of their own
+def write_results(out: Path, trials: Sequence[FrozenTrial]) -> None:
+    """Write results.parquet: a row for each trial and seed, with settings and all validation metrics."""
+    rows = []
+    for trial in trials:
+        for record in trial.user_attrs.get("seeds", []):
+            row = {"trial": trial.number, "state": trial.state.name.lower(), **trial.params}
+            row.update({name: value for name, value in record.items() if name != "val"})
+            row.update({f"val_{name}": value for name, value in record["val"].items()})
+            rows.append(row)
+    # failed seeds have no metrics, and methods of one space may have metrics that others lack
     names = list(dict.fromkeys(name for row in rows for name in row))
     table = pa.table({name: pa.array([row.get(name) for row in rows]) for name in names})
     pq.write_table(table, out / "results.parquet")
 
 
-def _rows(trial: FrozenTrial) -> list[dict[str, Any]]:
-    found = []
-    for seed in trial.user_attrs.get("seeds", []):
-        own = {"trial": trial.number, "state": trial.state.name.lower(), **trial.params}
-        rest = {name: value for name, value in seed.items() if name != "val"}
-        found.append({**own, **rest, **{f"val_{name}": value for name, value in seed["val"].items()}})
-    return found
-
-
-def write_best(out: Path, ranked: Sequence[Place], count: int) -> None:
+def write_best(out: Path, ranked: Sequence[RankedTrial], count: int) -> None:
     """Write best.toml, and best-1.toml, best-2.toml, ... for the first `count`.
 
-    They say no seed: `fit --config best.toml --seeds 5` decides that.
+    They contain no seed: `fit --config best.toml --seeds 5` says which seeds to fit.
     """
-    write_atomically(out / "best.toml", _settings_text(ranked[0]).encode())
-    for place in ranked[:count]:
-        write_atomically(out / f"best-{place.rank}.toml", _settings_text(place).encode())
-
-
-def _settings_text(place: Place) -> str:
-    figures = ", ".join(f"{name} {figure.mean:.4f}" for name, figure in place.figures.items())
-    heading = f"trial {place.trial} of a sweep by ulfine-fast {__version__}; on validation: {figures}"
-    return toml_text(place.settings, heading)
+    files = {"best.toml": ranked[0], **{f"best-{trial.rank}.toml": trial for trial in ranked[:count]}}
+    for name, trial in files.items():
+        metrics = ", ".join(f"{metric} {interval.mean:.4f}" for metric, interval in trial.metrics.items())
+        heading = f"trial {trial.trial} of a sweep by ulfine-fast {__version__}; on validation: {metrics}"
+        write_atomically(out / name, toml_text(trial.settings, heading).encode())
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -171,5 +172,5 @@ def write_json(path: Path, content: Any) -> None:
     write_atomically(path, (json.dumps(content, indent=2, allow_nan=False) + "\n").encode())
 
 
-def _known(value: float) -> float | None:
+def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None

@@ -1,4 +1,4 @@
-"""A sweep's settings, checked; everything that a worker on another machine needs."""
+"""A sweep's options, checked; all that a worker on another machine needs to know."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from ulfine_fast.cache.store import FeatureCache
 
 LEARNING_BATCH = 64
-"""Trials of a pass where later ones profit from earlier ones: about what already fills a CPU."""
+"""Trials of a batch where later ones learn from earlier ones: about what already fills a CPU."""
 
 _RUNS_IN_MEMORY = 1 << 30  # bytes
 
@@ -30,14 +30,22 @@ class Plan:
     """What is searched, how, and where it is kept.
 
     Attributes:
-        space: what may be tried. metrics: validation figures wanted, the first decides between equals.
-        sampler: who proposes. pruning: which trials are given up early.
-        trials: how many in all, those of earlier calls included. batch: in one pass.
-        seeds: runs averaged for each trial, of seeds `seed`, `seed` + 1, ...; `seed` is the search's seed too.
-        out: folder of the results. owner: its name, which no other sweep has.
-        storage: URL of the database. study: name of the study in it.
-        cache: fingerprint of the features. split: a given split, None where each config draws its own.
-        device, engine: where and how trials are trained.
+        space: what may be tried.
+        metrics: validation metrics to optimise; the first one orders trials of the same front.
+        sampler: who proposes trials.
+        pruning: which trials stop early.
+        trials: how many in all, those of earlier calls included.
+        batch: trials of a batch.
+        seeds: runs averaged for each trial, of seeds `seed`, `seed` + 1, ...
+        seed: the first of them, and the seed of the search.
+        out: folder of the results.
+        owner: random id of that folder.
+        storage: URL of the database.
+        study: name of the study in it.
+        cache: fingerprint of the features.
+        split: the split of every trial; None where each config draws its own.
+        device: where trials are trained.
+        engine: how they are trained.
     """
 
     space: Space
@@ -63,7 +71,7 @@ class Plan:
         return [direction(metric) for metric in self.metrics]
 
     def identity(self) -> dict[str, Any]:
-        """What must agree for trials of two calls to stand in one study, in JSON's types."""
+        """What must be equal for trials of two calls to belong to one study, in JSON's types."""
         return {
             "space": self.space.to_dict(),
             "cache": self.cache,
@@ -76,7 +84,7 @@ class Plan:
 
 
 def split_fingerprint(split: Split | None) -> str | None:
-    """A short hash of the rows that trials train and are judged on."""
+    """A short hash of the rows that trials train and are validated on."""
     if split is None:
         return None
     digest = hashlib.sha256()
@@ -86,49 +94,46 @@ def split_fingerprint(split: Split | None) -> str | None:
     return digest.hexdigest()[:16]
 
 
-def check_numbers(trials: int, seeds: int, batch: int | None, refit: int, refit_seeds: int) -> None:
-    """Refuse counts that mean nothing.
+def check_options(
+    *, trials: int, seeds: int, batch: int | None, refit: int, refit_seeds: int, device: str, engine: str
+) -> None:
+    """Refuse counts out of range, a device that is not available and an unknown engine.
 
     Raises:
-        InputError: naming the count.
+        InputError: naming the option and its value.
     """
-    least = {"trials": (trials, 1), "seeds": (seeds, 1), "refit": (refit, 0), "refit-seeds": (refit_seeds, 1)}
-    for name, (value, low) in {**least, "batch": (1 if batch is None else batch, 1)}.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < low:
-            raise InputError(f"{name} must be at least {low}, got {value}")
-
-
-def check_place(device: str, engine: str) -> None:
-    """Refuse a device that is not there and an unknown engine, before trials are asked for.
-
-    Raises:
-        InputError: naming it.
-    """
+    least = {"trials": 1, "seeds": 1, "refit": 0, "refit-seeds": 1, "batch": 1}
+    counts = {"trials": trials, "seeds": seeds, "refit": refit, "refit-seeds": refit_seeds, "batch": batch}
+    for name, count in counts.items():
+        if name == "batch" and count is None:
+            continue
+        if isinstance(count, bool) or not isinstance(count, int) or count < least[name]:
+            raise InputError(f"{name} must be at least {least[name]}, got {count}")
     pick_device(device)
     if engine not in ENGINES:
         raise InputError(f"engine must be one of {', '.join(ENGINES)}, got {engine!r}")
 
 
 def check_search(space: Space, sampler: str, metrics: tuple[str, ...], pruning: str) -> tuple[str, ...]:
-    """Refuse what does not go together; returns the metrics.
+    """Refuse metrics, a sampler and pruning that cannot work on this space; returns the metrics.
 
     Raises:
-        InputError: see the checks of samplers, metrics and pruning.
+        InputError: see :func:`check_metrics`, :func:`check_sampler` and :func:`check_pruning`.
     """
-    wanted = check_metrics(metrics)
-    check_sampler(sampler, space, wanted)
-    check_pruning(pruning, wanted, bool({"steps", "eval_every"} & set(space.searched)))
-    return wanted
+    checked = check_metrics(metrics)
+    check_sampler(sampler, space, checked)
+    check_pruning(pruning, checked, bool({"steps", "eval_every"} & set(space.searched)))
+    return checked
 
 
-def wanted_trials(space: Space, sampler: str, trials: int) -> int:
-    """Trials, but no more than a grid has points."""
+def trial_count(space: Space, sampler: str, trials: int) -> int:
+    """How many trials to run: no more than a grid has points."""
     return min(trials, grid_size(space)) if sampler == "grid" else trials
 
 
 def default_batch(sampler: str, trials: int, seeds: int, cache: FeatureCache, workers: bool) -> int:
-    """Trials of a pass: all whose runs fit in memory; 64 where the search learns or several workers share them."""
-    # a run holds some four arrays the size of its head, and the ids of its images
-    each = 16 * len(cache.class_names) * cache.dim + 8 * len(cache)  # bytes
-    wanted = LEARNING_BATCH if workers or sampler in LEARNING else trials
-    return max(1, min(trials, wanted, _RUNS_IN_MEMORY // (each * seeds)))
+    """Trials of a batch: as many as have their runs fit in memory; at most 64 where the sampler learns or Ray works."""
+    # a run holds about four arrays the size of its head, and the ids of its images
+    run_bytes = 16 * len(cache.class_names) * cache.dim + 8 * len(cache)
+    largest = LEARNING_BATCH if workers or sampler in LEARNING else trials
+    return max(1, min(trials, largest, _RUNS_IN_MEMORY // (run_bytes * seeds)))

@@ -1,4 +1,4 @@
-"""Which trials are given up early: successive halving and Hyperband over trials that train side by side.
+"""Which trials stop early: successive halving and Hyperband over trials that train side by side.
 
 SOURCE: Jamieson and Talwalkar, arXiv 1502.07943 (successive halving); Li et al., arXiv 1603.06560 (Hyperband).
 """
@@ -7,18 +7,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import get_args
 
 from ulfine_fast.cache.io.errors import InputError
+from ulfine_fast.search.choices import Pruning
 
-PRUNINGS = ("none", "halving", "hyperband")
+PRUNINGS: tuple[str, ...] = get_args(Pruning)
 ETA = 3
-"""One in ETA trials goes on at a rung (the value of the Hyperband paper)."""
+"""One in ETA trials continues at a rung (the value of the Hyperband paper)."""
 
 _GOLDEN = (math.sqrt(5) - 1) / 2
 
 
 def rungs(steps: int, eval_every: int) -> list[int]:
-    """Steps at which trials are judged: steps / 27, / 9 and / 3, each at the first evaluation from there on.
+    """Steps at which trials are compared: steps / 27, / 9 and / 3, each rounded up to an evaluation.
 
     Args:
         steps: of a whole trial, at least 1.
@@ -27,50 +29,50 @@ def rungs(steps: int, eval_every: int) -> list[int]:
     Returns:
         Ascending, without the last evaluation, where nothing is left to save.
     """
-    wanted = (steps / ETA**power for power in (3, 2, 1))
-    found = {math.ceil(step / eval_every) * eval_every for step in wanted}
-    return sorted(step for step in found if step < steps)
+    exact = (steps / ETA**power for power in (3, 2, 1))
+    evaluations = {math.ceil(step / eval_every) * eval_every for step in exact}
+    return sorted(step for step in evaluations if step < steps)
 
 
-def bracket(number: int, pruning: str, rungs_there: int) -> int:
-    """How many of the first rungs a trial skips: 0 under halving; under Hyperband spread over the trials.
+def bracket(number: int, pruning: str, rung_count: int) -> int:
+    """How many of the first rungs a trial skips: 0 under halving; under Hyperband it varies from trial to trial.
 
-    Hyperband hedges against figures that are misleading early: brackets that judge later get fewer trials, so that
-    each bracket costs about as many steps (its paper, algorithm 1: n = ceil((s_max + 1) eta^s / (s + 1))).
+    Hyperband hedges against metrics that mislead early on: brackets that compare later get fewer trials, so that each
+    bracket costs about as many steps (its paper, algorithm 1: n = ceil((s_max + 1) eta^s / (s + 1))).
 
     Args:
         number: of the trial.
         pruning: "halving" or "hyperband".
-        rungs_there: how many rungs there are.
+        rung_count: how many rungs there are.
     """
     if pruning == "halving":
         return 0
-    weights = [ETA**s / (s + 1) for s in range(rungs_there, -1, -1)]
-    # multiples of the golden ratio fill [0, 1) evenly, whichever trials happen to share a pass
-    place = (number * _GOLDEN) % 1.0 * sum(weights)
+    weights = [ETA**s / (s + 1) for s in range(rung_count, -1, -1)]
+    # multiples of the golden ratio fill [0, 1) evenly, however the trials are batched
+    position = (number * _GOLDEN) % 1.0 * sum(weights)
     for skipped, weight in enumerate(weights):
-        if place < weight:
+        if position < weight:
             return skipped
-        place -= weight
-    return rungs_there
+        position -= weight
+    return rung_count
 
 
-def hopeless(scores: Mapping[int, float]) -> set[int]:
-    """Trials that are worse than the best third.
+def outside_best_third(scores: Mapping[int, float]) -> set[int]:
+    """Numbers of the trials that are worse than the best third.
 
-    All trials of a pass reach a rung in the same instant, so they are ranked at once; asking after them one by one
-    would favour whichever is asked first. Equals stay together: small validation sets make many of them.
+    All trials of a batch reach a rung at the same moment, so they are ranked together; deciding on one trial after
+    another would favour those decided on first. Equal scores stay together: small validation sets make many of them.
 
     Args:
-        scores: by trial number, more is better.
+        scores: by trial number, higher is better.
     """
     ranked = sorted(scores.values(), reverse=True)
-    last = ranked[math.ceil(len(ranked) / ETA) - 1]
-    return {number for number, score in scores.items() if score < last}
+    threshold = ranked[math.ceil(len(ranked) / ETA) - 1]
+    return {number for number, score in scores.items() if score < threshold}
 
 
 def check_pruning(pruning: str, metrics: tuple[str, ...], steps_searched: bool) -> None:
-    """Refuse pruning that cannot be judged.
+    """Refuse pruning that cannot compare the trials.
 
     Raises:
         InputError: an unknown kind, several metrics, a metric that evaluations do not have, or a searched length.

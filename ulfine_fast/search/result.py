@@ -1,7 +1,8 @@
-"""What a sweep returns, and the folder it is kept in."""
+"""What a sweep returns, and the folder that it is kept in."""
 
 from __future__ import annotations
 
+import csv
 import importlib.metadata
 import json
 import uuid
@@ -14,38 +15,42 @@ from typing import TYPE_CHECKING, Any
 from ulfine_fast._version import __version__
 from ulfine_fast.cache.io.errors import InputError
 from ulfine_fast.cache.io.files import make_folder, write_atomically
+from ulfine_fast.cache.io.toml import read_toml
 from ulfine_fast.search.leaderboard import (
-    Place,
+    RankedTrial,
     importance,
     rank_trials,
-    write_board,
     write_json,
-    write_rows,
+    write_leaderboard,
+    write_results,
 )
 from ulfine_fast.search.plan import Plan
-from ulfine_fast.search.study import Ledger, hidden
+from ulfine_fast.search.study import SweepStudy, open_storage, without_password
 
 if TYPE_CHECKING:
     from optuna.study import Study
 
 DATABASE = "sweep.db"
+FORMAT = "ulfine-fast-sweep"
 _OWNER = ".owner"
 
 
 @dataclass
 class SweepResult:
-    """What :func:`ulfine_fast.sweep` found.
+    """What :func:`ulfine_fast.sweep` returns.
 
     Attributes:
-        out: folder of the results. storage: URL of the study's database. study_name: of the study in it.
-        metrics: what was searched for, on validation.
+        out: folder of the results.
+        storage: URL of the study's database.
+        study_name: name of the study in it.
+        metrics: what was optimised, on validation.
         counts: trials by state: complete, pruned, fail.
         leaderboard: complete trials, best first.
-        importance: share of each setting in each metric.
+        importance: how much of each metric's variation each setting explains, as fractions.
         best: for each refit trial, best first: rank, trial, seeds, the file of its settings, the folder of its runs,
-            and under "test" mean and half width of the test figures.
+            and under "test" mean and half width of the test metrics.
         warnings: sentences on the space.
-        forecast: of the first place, as `forecast.json` has it, None where none was asked for.
+        forecast: deprecated: of the best trial, as `forecast.json` has it; None where none was asked for.
     """
 
     out: Path
@@ -53,7 +58,7 @@ class SweepResult:
     study_name: str
     metrics: tuple[str, ...]
     counts: dict[str, int]
-    leaderboard: list[Place]
+    leaderboard: list[RankedTrial]
     importance: dict[str, dict[str, float]]
     best: list[dict[str, Any]] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
@@ -62,9 +67,7 @@ class SweepResult:
     @property
     def study(self) -> Study:
         """The Optuna study, for its plots and its dashboard."""
-        import optuna
-
-        from ulfine_fast.search.study import open_storage
+        import optuna  # half a second to start
 
         return optuna.load_study(study_name=self.study_name, storage=open_storage(self.storage))
 
@@ -72,11 +75,11 @@ class SweepResult:
         """In JSON's types."""
         return {
             "out": str(self.out),
-            "storage": hidden(self.storage),
+            "storage": without_password(self.storage),
             "study": self.study_name,
             "metrics": list(self.metrics),
             "counts": self.counts,
-            "leaderboard": [place.to_dict() for place in self.leaderboard],
+            "leaderboard": [trial.to_dict() for trial in self.leaderboard],
             "importance": self.importance,
             "best": self.best,
             "warnings": self.warnings,
@@ -84,8 +87,68 @@ class SweepResult:
         }
 
 
+@dataclass(frozen=True)
+class SavedSweep:
+    """What the folder of a finished sweep says of its best trial.
+
+    Attributes:
+        folder: of the sweep.
+        metrics: what was optimised, on validation.
+        seed: the first seed of every trial.
+        seeds: how many seeds each trial was averaged over.
+        cache: fingerprint of its features.
+        split: fingerprint of the split that every trial used; None where each config drew its own.
+        trial: number of the best trial.
+        settings: all its settings, except the seed.
+        refits: as :attr:`SweepResult.best`.
+    """
+
+    folder: Path
+    metrics: tuple[str, ...]
+    seed: int
+    seeds: int
+    cache: str
+    split: str | None
+    trial: int
+    settings: dict[str, Any]
+    refits: list[dict[str, Any]]
+
+
+def read_sweep(folder: Path) -> SavedSweep:
+    """Read the folder of a finished sweep.
+
+    Raises:
+        InputError: no finished sweep there, or a damaged one.
+    """
+    try:
+        about = json.loads((folder / "sweep.json").read_text(encoding="utf-8"))
+        if about["format"] != FORMAT or about["version"] != 1:
+            raise InputError(
+                f"{folder / 'sweep.json'} has format {about['format']!r}, version {about['version']}; "
+                "name a folder that `sweep` wrote"
+            )
+        with (folder / "leaderboard.csv").open(newline="", encoding="utf-8") as file:
+            best = next(csv.DictReader(file))
+        return SavedSweep(
+            folder=folder,
+            metrics=tuple(about["metrics"]),
+            seed=int(about["seed"]),
+            seeds=int(about["seeds"]),
+            cache=about["cache"],
+            split=about["split"],
+            trial=int(best["trial"]),
+            settings=read_toml(folder / "best.toml"),
+            refits=about["best"],
+        )
+    except InputError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, StopIteration) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise InputError(f"{folder} is not a finished sweep ({reason}); name a folder that `sweep` wrote") from error
+
+
 def sweep_folder(out: Path) -> str:
-    """Make the folder, or find the sweep in it; returns a name that no other sweep has.
+    """Make the folder of a sweep, or find the sweep in it; returns its id, which no other sweep has.
 
     Raises:
         InputError: the folder holds something else, or cannot be made.
@@ -101,44 +164,43 @@ def sweep_folder(out: Path) -> str:
     return name
 
 
-def collect(ledger: Ledger, plan: Plan) -> SweepResult:
-    """Read the study and write everything but the refits.
+def collect(study: SweepStudy, plan: Plan) -> SweepResult:
+    """Read the study and write all files except those of the refits.
 
     Raises:
-        InputError: no trial is complete; says why the first one is not.
+        InputError: no trial is complete; says why.
     """
-    trials = ledger.trials()
+    trials = study.trials()
     ranked = rank_trials(trials, plan)
-    counts = dict(Counter(trial.state.name.lower() for trial in trials))
     result = SweepResult(
         out=plan.out,
         storage=plan.storage,
         study_name=plan.study,
         metrics=plan.metrics,
-        counts=counts,
+        counts=dict(Counter(trial.state.name.lower() for trial in trials)),
         leaderboard=ranked,
-        importance=importance(ledger.study, plan, ranked),
+        importance=importance(study.in_memory(), plan, ranked),
         warnings=plan.space.warnings,
     )
-    # written even where nothing is complete: the rows say what became of every trial
-    write_board(plan.out, ranked, plan)
-    write_rows(plan.out, trials, plan)
+    # written even where nothing is complete: the rows say what happened to every trial
+    write_leaderboard(plan.out, ranked, plan)
+    write_results(plan.out, trials)
     write_json(plan.out / "importance.json", result.importance)
     if not ranked:
-        raise InputError(_why_nothing(trials, plan))
+        raise InputError(_why_none_is_complete(trials, plan))
     return result
 
 
 def write_summary(result: SweepResult, plan: Plan, test_reads: int) -> None:
-    """Write sweep.json: what was searched and how, by which versions, and what came out."""
+    """Write sweep.json: what was searched and how, by which versions, and the results of the refits."""
     about = {
-        "format": "ulfine-fast-sweep",
+        "format": FORMAT,
         "version": 1,
         **plan.identity(),
         "sampler": plan.sampler,
         "trials": plan.trials,
         "batch": plan.batch,
-        "storage": hidden(plan.storage),
+        "storage": without_password(plan.storage),
         "study": plan.study,
         "counts": result.counts,
         "best": result.best,
@@ -153,16 +215,16 @@ def earlier_refits(out: Path) -> tuple[list[dict[str, Any]], int]:
     try:
         about = json.loads((out / "sweep.json").read_text(encoding="utf-8"))
         return about["best"], int(about["test_reads"])
-    except (OSError, ValueError, KeyError, TypeError):  # not there yet, or written by something else
+    except (OSError, ValueError, KeyError, TypeError):  # not written yet, or by another program
         return [], 0
 
 
-def _why_nothing(trials: Sequence[Any], plan: Plan) -> str:
+def _why_none_is_complete(trials: Sequence[Any], plan: Plan) -> str:
     """Why not a single trial is complete."""
-    rows = [row for trial in trials for row in trial.user_attrs.get("seeds", [])]
-    if any(row["status"] == "failed" for row in rows):
+    records = [record for trial in trials for record in trial.user_attrs.get("seeds", [])]
+    if any(record["status"] == "failed" for record in records):
         return f"all {len(trials)} trials diverged; lower lr in the space"
-    if rows and not rows[0]["val"]:
+    if records and not records[0]["val"]:
         return "the split has no validation images to judge by; set val_fraction above 0"
-    lacking = [name for name in plan.metrics if rows and rows[0]["val"].get(name) is None]
-    return f"no trial has {lacking[0] if lacking else 'a figure'} on validation; choose another --metric"
+    missing = [name for name in plan.metrics if records and records[0]["val"].get(name) is None]
+    return f"no trial has {missing[0] if missing else 'a metric'} on validation; choose another --metric"

@@ -1,4 +1,7 @@
-"""Who proposes trials: Optuna's samplers, asked for a whole pass at once."""
+"""Who proposes trials: Optuna's samplers, asked for a whole trial batch together.
+
+Optuna is imported inside functions: it takes half a second, and checking a sweep's options needs none of it.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +11,10 @@ import math
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from ulfine_fast.cache.io.errors import InputError
+from ulfine_fast.search.choices import Sampler
 from ulfine_fast.search.space import Range, Space
 
 if TYPE_CHECKING:
@@ -18,9 +22,9 @@ if TYPE_CHECKING:
     from optuna.samplers import BaseSampler
     from optuna.trial import FrozenTrial
 
-SAMPLERS = ("tpe", "random", "grid", "cmaes", "qmc")
+SAMPLERS: tuple[str, ...] = get_args(Sampler)
 LEARNING = ("tpe", "cmaes")
-"""Samplers that look at earlier trials; the others could propose everything at the start."""
+"""Samplers that use the results of earlier trials; the others could propose everything at the start."""
 
 
 @contextmanager
@@ -43,8 +47,7 @@ def check_sampler(sampler: str, space: Space, metrics: Sequence[str]) -> None:
     """Refuse a sampler that cannot search this space for these metrics.
 
     Raises:
-        InputError: an unknown sampler, CMA-ES with several metrics or without two ranges, a grid over whole numbers
-            too many to try.
+        InputError: an unknown sampler, or CMA-ES with several metrics or without two ranges.
     """
     if sampler not in SAMPLERS:
         raise InputError(f"sampler must be one of {', '.join(SAMPLERS)}, got {sampler!r}")
@@ -71,49 +74,51 @@ def propose(
     seed: int,
     batch: int,
 ) -> list[FrozenTrial]:
-    """The next trials, from a study in memory: asking a database for each value would cost more than training.
+    """Propose the next trials, in a study in memory: a database query for each value would cost more than training.
 
     Args:
         space: what may be tried.
         sampler: one of `SAMPLERS`.
         past: trials so far, running ones included; only learning samplers look at them.
         directions: "maximize" or "minimize" of each metric.
-        start: place of the first wanted trial in the sequence. Samplers that do not learn propose the same trial at the
-            same place, however the sequence is cut into passes.
-        count: trials wanted.
+        start: index of the first trial in the sequence. Samplers that do not learn propose the same trial at the same
+            index, however the sequence is split into batches.
+        count: how many trials to propose.
         seed: of the search.
-        batch: trials of a whole pass; a generation of CMA-ES.
+        batch: trials of a whole trial batch; a generation of CMA-ES.
     """
     import optuna
 
     learns = sampler in LEARNING
-    # who learns starts from the past and needs a fresh seed; who does not replays its sequence up to the place
-    made = _sampler(space, sampler, seed=_mixed(seed, start) if learns else seed, batch=batch)
-    study = optuna.create_study(sampler=made, directions=list(directions))
+    # a learning sampler continues from the past and needs a fresh seed; the others replay their sequence up to `start`
+    sampler_seed = _derived_seed(seed, start) if learns else seed
+    study = optuna.create_study(
+        sampler=_make_sampler(space, sampler, seed=sampler_seed, batch=batch), directions=list(directions)
+    )
     if learns:
         study.add_trials(list(past))
-    wanted = distributions(space)
+    searched = distributions(space)
     for _ in range(count if learns else start + count):
-        study.ask(wanted)
+        study.ask(searched)
     return study.get_trials(deepcopy=False)[-count:]
 
 
 def distributions(space: Space) -> dict[str, BaseDistribution]:
-    """Optuna's distribution of each searched field."""
+    """Optuna's distribution of each searched setting."""
     from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
-    found: dict[str, BaseDistribution] = {}
+    by_name: dict[str, BaseDistribution] = {}
     for name, entry in space.searched.items():
         if not isinstance(entry, Range):
-            found[name] = CategoricalDistribution(entry)
+            by_name[name] = CategoricalDistribution(entry)
         elif entry.whole:
-            found[name] = IntDistribution(int(entry.low), int(entry.high), entry.log, int(entry.step or 1))
+            by_name[name] = IntDistribution(int(entry.low), int(entry.high), entry.log, int(entry.step or 1))
         else:
-            found[name] = FloatDistribution(entry.low, entry.high, entry.log, entry.step)
-    return found
+            by_name[name] = FloatDistribution(entry.low, entry.high, entry.log, entry.step)
+    return by_name
 
 
-def _sampler(space: Space, name: str, *, seed: int, batch: int) -> BaseSampler:
+def _make_sampler(space: Space, name: str, *, seed: int, batch: int) -> BaseSampler:
     from optuna import samplers
 
     if name == "random":
@@ -132,6 +137,6 @@ def _grid_values(entry: Range | tuple[Any, ...]) -> list[Any]:
     return entry.grid() if isinstance(entry, Range) else list(entry)
 
 
-def _mixed(seed: int, start: int) -> int:
-    """A seed of 31 bits for each place of the sequence, so that a later pass does not repeat an earlier one."""
+def _derived_seed(seed: int, start: int) -> int:
+    """A seed of 31 bits for each index of the sequence, so that a later batch does not repeat an earlier one."""
     return int.from_bytes(hashlib.sha256(f"{seed}/{start}".encode()).digest()[:4], "big") >> 1

@@ -1,10 +1,11 @@
-"""What a sweep may try: a typed space of settings, read from a small TOML file."""
+"""What a sweep may try: a typed space of options, read from a small TOML file or made from the options themselves."""
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
 import math
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,15 +13,14 @@ from typing import Any
 
 from ulfine_fast.cache.io.errors import InputError
 from ulfine_fast.cache.io.toml import read_toml
-from ulfine_fast.config import METHODS, FitConfig
+from ulfine_fast.config import FitConfig, all_options, check, options_of, readable
+from ulfine_fast.methods import registry
 
 Value = bool | int | float | str
 
-FIELDS = {spec.name: spec for spec in dataclasses.fields(FitConfig)}
 MOST_STRUCTURES = 64
-"""Values a structural field may take: each makes passes of its own, and hundreds would undo the batching."""
+"""Values that a structural option may take: each makes trial batches of its own, hundreds would undo the batching."""
 
-_SPACES = Path(__file__).parent / "spaces"
 _GRID_POINTS = 5
 
 
@@ -29,8 +29,10 @@ class Range:
     """Numbers from low to high, both included.
 
     Attributes:
-        low: smallest. high: largest.
-        log: spread evenly over the logarithm. step: distance between neighbours, None for all numbers between.
+        low: smallest.
+        high: largest.
+        log: spread evenly over the logarithm.
+        step: distance between neighbours, None for all numbers between.
         points: values on a grid, where the search is one and there is no step.
         whole: only whole numbers.
     """
@@ -54,14 +56,14 @@ class Range:
         if self.step is not None:
             return [self._typed(self.low + i * self.step) for i in range(int(self.count))]
         last = max(self.points - 1, 1)
-        shares = [i / last for i in range(self.points)]
+        fractions = [i / last for i in range(self.points)]
         # rounding twice the same whole number must not make two points of it
-        return list(dict.fromkeys(self._typed(self._between(share)) for share in shares))
+        return list(dict.fromkeys(self._typed(self._between(fraction)) for fraction in fractions))
 
-    def _between(self, share: float) -> float:
+    def _between(self, fraction: float) -> float:
         if self.log:
-            return min(self.high, max(self.low, self.low * (self.high / self.low) ** share))
-        return self.low + share * (self.high - self.low)
+            return min(self.high, max(self.low, self.low * (self.high / self.low) ** fraction))
+        return self.low + fraction * (self.high - self.low)
 
     def _typed(self, value: float) -> float:
         return round(value) if self.whole else value
@@ -69,12 +71,12 @@ class Range:
 
 @dataclass(frozen=True)
 class Space:
-    """Settings that are fixed and settings that are searched.
+    """Options that are fixed and options that are searched.
 
     Attributes:
-        fixed: one value for all trials.
-        searched: a :class:`Range`, or a tuple of choices, by field.
-        warnings: sentences on entries that no method of the space reads.
+        fixed: one value for all trials, by option.
+        searched: a :class:`Range` or a tuple of choices, by option.
+        warnings: sentences on entries that have old names.
     """
 
     fixed: dict[str, Value]
@@ -82,13 +84,13 @@ class Space:
     warnings: list[str] = field(default_factory=list, compare=False)
 
     def settings(self, params: Mapping[str, Value]) -> dict[str, Value]:
-        """All settings of a trial with these searched values, but for the seed."""
-        return {**self.fixed, **params}
+        """The options of a trial with these searched values that its method reads, but for the seed."""
+        values = {**self.fixed, **params}
+        return readable(str(values.get("method", FitConfig.method)), values)
 
     def config(self, params: Mapping[str, Value], seed: int) -> FitConfig:
         """The config of a trial with these searched values."""
-        values: dict[str, Any] = {**self.settings(params), "seed": seed}
-        return FitConfig(**values)
+        return FitConfig.from_dict({**self.settings(params), "seed": seed})
 
     def to_dict(self) -> dict[str, Any]:
         """The space in JSON's types, by field; two spaces are the same where these are."""
@@ -102,7 +104,9 @@ class Space:
     def methods(self) -> tuple[str, ...]:
         """Methods that trials may have."""
         entry = self.searched.get("method")
-        return entry if isinstance(entry, tuple) else (str(self.fixed.get("method", FitConfig().method)),)  # type: ignore[return-value]
+        return (
+            tuple(map(str, entry)) if isinstance(entry, tuple) else (str(self.fixed.get("method", FitConfig.method)),)
+        )
 
 
 def read_space(path: Path, settings: Mapping[str, Value] | None = None) -> Space:
@@ -131,7 +135,11 @@ def parse_space(entries: Mapping[str, Any], settings: Mapping[str, Value] | None
             twice, a seed, or nothing to search.
     """
     searched: dict[str, Range | tuple[Value, ...]] = {}
-    fixed = dict(settings or {})
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", FutureWarning)
+        given = _with_new_names(settings or {})
+        entries = _with_new_names(entries)
+    fixed = dict(given)
     for name, entry in entries.items():
         _refuse_name(name, fixed)
         if isinstance(entry, Mapping):
@@ -140,58 +148,81 @@ def parse_space(entries: Mapping[str, Any], settings: Mapping[str, Value] | None
             searched[name] = _choices(name, entry)
         else:
             fixed[name] = _legal(name, entry)
-    for name, given in (settings or {}).items():
-        _legal(name, given)
-    return _checked(Space(fixed, searched))
+    for name, value in given.items():
+        _legal(name, value)
+    space = Space(fixed, searched, list(dict.fromkeys(str(one.message) for one in caught)))
+    _refuse_unread(space)
+    _refuse_useless(space)
+    return space
 
 
 def default_space(method: str, settings: Mapping[str, Value] | None = None) -> Space:
-    """The space that ships for a method; settings given take the place of its entries.
+    """The space made from the method's options: each that declares what a sweep tries, and shared ones that matter.
+
+    Args:
+        method: of all trials.
+        settings: fixed values, which take the place of entries.
 
     Raises:
         InputError: an unknown method, or one with nothing to search.
     """
-    _legal("method", method)
-    entries = read_toml(_default_file(method))
-    rest = {name: entry for name, entry in entries.items() if name not in (settings or {})}
-    return parse_space(rest, {**(settings or {}), "method": method})
+    kind = registry.find(method).method
+    shared = {
+        "lr": kind.trains,
+        "weight_decay": kind.trains,
+        "warmup": kind.trains and kind.uses_unlabeled,
+        "feature_noise": kind.trains and not kind.uses_unlabeled,
+    }
+    entries = {
+        name: spec.metadata["search"]
+        for name, spec in options_of(method).items()
+        if spec.metadata["search"] is not None and shared.get(name, True) and name not in (settings or {})
+    }
+    if not entries:
+        raise InputError(f"{method} has no option to search; use fit, or name another method")
+    return parse_space(entries, {**(settings or {}), "method": method})
 
 
-def _default_file(method: str) -> Path:
-    """The method's own space, or the one of its kind: trained on labelled images alone, or on pseudo-labels."""
-    from ulfine_fast.methods.registry import method_of
+def new_names() -> dict[str, str]:
+    """The names of options by the names that they had in earlier versions."""
+    return {was: name for name, spec in all_options().items() for was in spec.metadata["was"]}
 
-    own = _SPACES / f"{method}.toml"
-    if own.exists():
-        return own
-    if method == "zero_shot":
-        raise InputError("zero_shot has no setting to search; use fit, or name another method")
-    return _SPACES / ("fixmatch.toml" if method_of(FitConfig(method=method)).uses_unlabeled else "linear_probe.toml")
+
+def _with_new_names(entries: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries of any method with new names for old ones."""
+    old = new_names()
+    for name in old.keys() & entries.keys():
+        message = f"the option {name} is now called {old[name]}; the old name will be refused in the next release"
+        warnings.warn(message, FutureWarning, stacklevel=2)
+    return {old.get(name, name): entry for name, entry in entries.items()}
 
 
 def _refuse_name(name: str, fixed: Mapping[str, Value]) -> None:
     """Refuse what is no setting, what `--seeds` decides, and what has been fixed elsewhere."""
     if name == "seed":
         raise InputError("seed cannot be in a space: --seed and --seeds say which seeds every trial is averaged over")
-    if name not in FIELDS:
-        close = difflib.get_close_matches(name, FIELDS, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else "`ulfine-fast fit --help` lists the settings"
-        raise InputError(f"unknown setting {name!r}; {hint}")
+    if name not in all_options():
+        close = difflib.get_close_matches(name, all_options(), n=1)
+        hint = f"did you mean {close[0]!r}?" if close else "`ulfine-fast fit --method NAME --help` lists the options"
+        raise InputError(f"unknown option {name!r}; {hint}")
     if name in fixed:
         raise InputError(f"{name} is in the space and given as {fixed[name]!r} beside it; keep one of them")
 
 
 def _legal(name: str, value: Any) -> Value:
-    """A value that the field allows, as FitConfig says."""
-    if name not in FIELDS or isinstance(value, Mapping | list) or value is None:
+    """A value that the option allows."""
+    spec = all_options().get(name)
+    if spec is None or isinstance(value, Mapping | list) or value is None:
         raise InputError(f"{name} must be a value, a list of values, or a table with low and high, got {value!r}")
-    FitConfig(**{name: value})
-    typed: Value = float(value) if FIELDS[name].type == "float" else value
+    if name == "method":
+        registry.find(value)
+    check(spec, value)
+    typed: Value = float(value) if str(spec.type).startswith("float") else value
     return typed
 
 
 def _choices(name: str, entry: Any) -> tuple[Value, ...]:
-    """A choice among at least one legal values, none of them twice."""
+    """A choice among at least one legal value, none of them twice."""
     _refuse_lucky_splits(name)
     if not entry:
         raise InputError(f"{name} has an empty list; give it values to choose from")
@@ -205,14 +236,14 @@ def _choices(name: str, entry: Any) -> tuple[Value, ...]:
 def _range(name: str, entry: Mapping[str, Any]) -> Range:
     """A range whose ends the field allows."""
     _refuse_lucky_splits(name)
-    spec = FIELDS[name]
+    spec = all_options()[name]
     kind = str(spec.type).split(" ")[0]
     if kind not in ("int", "float") or spec.metadata["choices"]:
         raise InputError(f"{name} has no order; give a list of values, such as {name} = {_example(spec)}")
     _refuse_keys(name, entry)
     ends: dict[str, Any] = {end: _legal(name, entry[end]) for end in ("low", "high")}
     made = Range(**{**entry, **ends}, whole=kind == "int")
-    _refuse_nonsense(name, made)
+    _refuse_empty_range(name, made)
     return made
 
 
@@ -238,7 +269,7 @@ def _refuse_keys(name: str, entry: Mapping[str, Any]) -> None:
             raise InputError(f"{name} has no {end}; a range is {{ low = ..., high = ... }}")
 
 
-def _refuse_nonsense(name: str, made: Range) -> None:
+def _refuse_empty_range(name: str, made: Range) -> None:
     """Refuse a range without room, a logarithm of zero, and steps that do not fit."""
     if made.low >= made.high:
         raise InputError(f"{name} needs low below high, got low = {made.low} and high = {made.high}")
@@ -254,23 +285,22 @@ def _refuse_nonsense(name: str, made: Range) -> None:
         raise InputError(f"{name} needs at least 2 points on a grid, got {made.points}")
 
 
-def _checked(space: Space) -> Space:
-    """Refuse a space without anything to search or with hundreds of structures; warn of what is never read."""
+def _refuse_useless(space: Space) -> None:
+    """Refuse a space without anything to search, or with hundreds of structures."""
     if not space.searched:
         raise InputError("the space has nothing to search; give an entry a range or a list of values")
     for name, entry in space.searched.items():
-        if FIELDS[name].metadata["structural"] and isinstance(entry, Range) and entry.count > MOST_STRUCTURES:
+        structural = all_options()[name].metadata["structural"]
+        if structural and isinstance(entry, Range) and entry.count > MOST_STRUCTURES:
             raise InputError(
-                f"{name} is structural (trials that differ in it cannot share a pass) and its range has "
+                f"{name} is structural (trials that differ in it cannot share a trial batch) and its range has "
                 f"{entry.count:g} values; give a step or a list of at most {MOST_STRUCTURES}"
             )
-    unread = [_unread(name, space.methods) for name in space.searched]
-    return dataclasses.replace(space, warnings=[sentence for sentence in unread if sentence])
 
 
-def _unread(name: str, methods: tuple[str, ...]) -> str | None:
-    """A warning where the field's help names its methods and none of them is in the space."""
-    readers = FIELDS[name].metadata["help"].partition(":")[0].split(", ")
-    if not set(readers) <= set(METHODS) or set(readers) & set(methods):
-        return None
-    return f"{name} is searched and {', '.join(methods)} never reads it (it is for {', '.join(readers)})"
+def _refuse_unread(space: Space) -> None:
+    """Refuse options that no method of the space reads."""
+    for name in [*space.fixed, *space.searched]:
+        if not any(name in options_of(method) for method in space.methods):
+            # the config says which methods read it
+            FitConfig.from_dict({"method": space.methods[0], name: None})

@@ -25,13 +25,13 @@ def world(seeds=3, figure=lambda loss: 0.9 - 0.2 * loss):
 def test_the_held_out_point_is_not_looked_at():
     curve = world()
     row = bench.judged(curve, "labels", 10)
-    figures, losses = curve.figures.copy(), curve.losses.copy()
-    figures[-1], losses[-1] = 0.123, 9.0
-    other = bench.judged(Curve(BUDGETS, losses, figures), "labels", 10)
+    values, losses = curve.values.copy(), curve.losses.copy()
+    values[-1], losses[-1] = 0.123, 9.0
+    other = bench.judged(Curve(BUDGETS, losses, values), "labels", 10)
     for told in ("of_mean", "by_seed", "refused", "budgets", "target"):
         assert row[told] == other[told]
-    assert row["truth"] == curve.figures[-1].tolist()
-    seen = Curve(BUDGETS[:-1], curve.losses[:-1], curve.figures[:-1])
+    assert row["truth"] == curve.values[-1].tolist()
+    seen = Curve(BUDGETS[:-1], curve.losses[:-1], curve.values[:-1])
     assert row["by_seed"]["log_line"] == predictions(seen, 320.0, np.ones(5, bool))["log_line"].tolist()
 
 
@@ -52,7 +52,7 @@ def test_the_right_law_has_the_smallest_error():
 
 
 def test_refusals_stand_beside_the_figures():
-    flat = Curve(BUDGETS, np.ones((6, 3)), world().figures)
+    flat = Curve(BUDGETS, np.ones((6, 3)), world().values)
     low = Curve(BUDGETS, world().losses, np.full((6, 3), 0.1))
     rows = [
         {**bench.judged(c, "labels", 10), **dict.fromkeys(("data", "method", "over", "metric"), "x")}

@@ -339,7 +339,7 @@ class Trap:
         ({"labels": np.zeros(9, int)}, r"labels of .* must be 10 whole numbers or texts, got \(9,\)"),
         ({"labels": np.zeros(10)}, "must be 10 whole numbers or texts, got .* of float64"),
         ({"labels": np.zeros(10, bool)}, "whole numbers"),
-        ({"labels": np.full(10, 3)}, r"has the label 3, labels are -1 or a place in the 3 class names"),
+        ({"labels": np.full(10, 3)}, r"has the label 3, labels are -1 or an index into the 3 class names"),
         ({"labels": np.full(10, -7)}, "has the label -2"),
         ({"labels": np.full(10, 2**40)}, "has the label 2147483647"),
         ({"labels": np.array(["cow"] * 10)}, "has the label 'cow', which is none of the 3 class names"),
@@ -351,7 +351,7 @@ class Trap:
         ({"class_names": None}, "names the classes; give --class-names FILE"),
         ({"class_names": np.array(["cat", "dog", "cat"])}, "must be different texts, got 'cat' 2 times"),
         ({"class_names": np.array(3)}, "class_names of .* must be 0 texts"),
-        ({"label": np.zeros(10)}, "an array 'label', which nothing is known of; did you mean labels"),
+        ({"label": np.zeros(10)}, "an array 'label' of unknown meaning; did you mean labels"),
     ],
 )
 def test_arrays_that_do_not_fit(tmp_path, changes, message):

@@ -17,7 +17,8 @@ from ulfine_fast.cache.ids import KnownIds
 from ulfine_fast.cache.io import lock
 from ulfine_fast.cache.io.errors import CacheMismatch, InputError
 from ulfine_fast.cache.models.encoder import load_encoder
-from ulfine_fast.cache.pipeline.append import PENDING, append, features_of
+from ulfine_fast.cache.models.options import ModelOptions
+from ulfine_fast.cache.pipeline.append import PENDING, append
 from ulfine_fast.cache.pipeline.extract import extract
 from ulfine_fast.cache.pipeline.merge import merge
 from ulfine_fast.cache.shard import read_shard
@@ -138,7 +139,7 @@ def test_tokens_and_whole_numbers_are_appended_too(tiny_model, tmp_path, dtype):
     append(open_source(root), encoder, tmp_path / "cache", workers=0)
     cache = opened(tmp_path / "cache")
     assert cache.manifest is not None
-    assert features_of(cache.manifest) == "last-block"
+    assert ModelOptions.of_manifest(cache.manifest).features == "last-block"
     layout = cache.manifest.layout("test")
     assert read_shard(tmp_path / "cache/shards/00002.h5", layout).tokens.shape == (3, 1, 2, 16)
     with pytest.raises(CacheMismatch, match="tokens"):
@@ -239,6 +240,7 @@ import os, sys, threading
 from pathlib import Path
 from ulfine_fast.cache.pipeline.append import append
 from ulfine_fast.cache.models.encoder import load_encoder
+from ulfine_fast.cache.models.options import ModelOptions
 from ulfine_fast.cache.sources import open_source
 
 images, model, out, name, reached = sys.argv[1:]
@@ -355,7 +357,9 @@ def test_an_unfinished_cache_is_refused(cache, grown, tiny_encoder):
 
 def test_too_many_unreadable_images_end_it(cache, grown, tiny_encoder):
     (grown / "train/cat/004.png").write_bytes(b"cut")
-    with pytest.raises(InputError, match=r"1 images of the cache and the new ones cannot be read so far, .* of 0\.01"):
+    with pytest.raises(
+        InputError, match=r"1 of 17 images cannot be read so far, .* of 0\.01 .*: not an image.*; fix or remove them"
+    ):
         append(open_source(grown), tiny_encoder, cache, workers=0)
     (grown / "train/cat/004.png").unlink()
     assert append(open_source(grown), tiny_encoder, cache, workers=0).images == 16
@@ -378,7 +382,7 @@ def test_a_pending_manifest_that_is_cut_is_named(cache, grown, tiny_encoder):
 def test_views_of_an_imported_cache_cannot_be_drawn_again(tmp_path, grown, tiny_encoder):
     views = {"weak": 1, "strong": 0, "seed": 0}
     write_named_cache(tmp_path / "imported", ["cat"], views=views)
-    with pytest.raises(InputError, match="was imported, so nobody knows how its views were drawn"):
+    with pytest.raises(InputError, match="was imported, so it is unknown how its views were drawn"):
         append(open_source(grown), tiny_encoder, tmp_path / "imported")
 
 

@@ -20,7 +20,7 @@ from tests.cache.samples import write_images, write_tiny_model
 from ulfine_fast.cache.io.errors import CacheMismatch, InputError
 from ulfine_fast.cache.models.encoder import load_encoder
 from ulfine_fast.cache.pipeline.extract import extract
-from ulfine_fast.cache.pipeline.plan import batches_of, cut_rows
+from ulfine_fast.cache.pipeline.plan import batches_of, split_rows
 from ulfine_fast.cache.pipeline.views import ViewRecipe, draw
 from ulfine_fast.cache.sources import open_source
 from ulfine_fast.cache.sources.rows import Row
@@ -166,7 +166,7 @@ def test_no_views_at_all(source, tiny_encoder, tmp_path):
 
 def test_shards_never_cross_a_split():
     rows = [Row(str(k), 0, split, "", 1) for k, split in enumerate(["train"] * 5 + ["val"] * 2 + ["test"])]
-    plans = cut_rows(rows, 3)
+    plans = split_rows(rows, 3)
     assert [(p.number, p.split, p.first_row, p.rows) for p in plans] == [
         (0, "train", 0, 3),
         (1, "train", 3, 2),
@@ -456,7 +456,7 @@ def test_too_many_unreadable_images_stop_at_once(images, tiny_encoder, tmp_path)
     (images / "unlabeled/001.png").write_bytes(b"cut")
     source = open_source(images)
     wire = Tripwire(source, source.rows[8].id, lambda: pytest.fail("it went on"))
-    with pytest.raises(InputError, match=r"2 of 11 .* share of 0\.1 .*led/000\.png: not an image.*--max-skipped"):
+    with pytest.raises(InputError, match=r"2 of 11 .* fraction of 0\.1 .*led/000\.png: not an image.*--max-skipped"):
         extract(wire, tiny_encoder, tmp_path / "cache", **SMALL, max_skipped=0.1)
     assert finished(tmp_path / "cache") == ["00000", "00001"]
     # What is finished stays, and a larger share continues from there: the share is no part of the identity.
@@ -608,7 +608,7 @@ def test_a_read_only_disk_is_named(source, tiny_encoder, tmp_path, monkeypatch):
         ({"batch_size": 0}, "batch size must be at least 1, got 0"),
         ({"shard_size": -3}, "shard size must be at least 1, got -3"),
         ({"workers": -1}, "workers must be at least 0, got -1"),
-        ({"max_skipped": 1.5}, r"max skipped must be a share from 0 to 1, got 1\.5"),
+        ({"max_skipped": 1.5}, r"max skipped must be a fraction from 0 to 1, got 1\.5"),
         ({"max_skipped": float("nan")}, "max skipped"),
         ({"views": ViewRecipe(seed=2**63)}, "view seed must fit"),
         ({"prompts": []}, "at least one prompt"),

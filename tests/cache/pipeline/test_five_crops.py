@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 from torchvision.transforms import v2
 
-from ulfine_fast.cache.pipeline.five_crops import PLACES, Cropped, crop_box
+from ulfine_fast.cache.pipeline.five_crops import NUM_CROPS, Cropped, crop_box
 
 
 @pytest.mark.parametrize("size", [(496, 744), (744, 496), (496, 496)])
@@ -24,7 +24,7 @@ def test_the_boxes_are_those_of_five_crop_after_a_resize_to_248(size):
 
 def test_crops_lie_inside_and_are_square():
     for size in ((1, 1), (2, 9), (31, 20), (333, 500)):
-        boxes = [crop_box(size, place) for place in range(PLACES)]
+        boxes = [crop_box(size, place) for place in range(NUM_CROPS)]
         for left, top, right, bottom in boxes:
             assert 0 <= left < right <= size[0]
             assert 0 <= top < bottom <= size[1]

@@ -107,7 +107,7 @@ def test_images_worked_on_apart_are_the_same(monkeypatch):
     found, how = images(30, wide=True), Resampling(SIDE)
     sampling = sampled(found, [[how.whole(one.height, one.width)] for one in found])
     together = by_products(flat(found), sampling, how)
-    monkeypatch.setattr(resample, "_AT_ONCE", 20_000)
+    monkeypatch.setattr(resample, "_CHUNK_VALUES", 20_000)
     assert torch.equal(by_products(flat(found), sampling, how), together)
 
 

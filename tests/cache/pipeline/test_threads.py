@@ -5,7 +5,7 @@ import threading
 import pytest
 import torch
 
-from ulfine_fast.cache.pipeline.threads import cores, in_order, one_core
+from ulfine_fast.cache.pipeline.threads import cores, map_on_cores, one_core
 
 
 def test_there_is_a_core():
@@ -14,7 +14,7 @@ def test_there_is_a_core():
 
 @pytest.mark.parametrize("threads", [0, 1, 3])
 def test_results_come_in_the_order_of_the_items(threads):
-    assert list(in_order(lambda item: item * item, range(20), threads)) == [item * item for item in range(20)]
+    assert list(map_on_cores(lambda item: item * item, range(20), threads)) == [item * item for item in range(20)]
 
 
 def test_several_work_at_once_each_on_one_core():
@@ -25,7 +25,7 @@ def test_several_work_at_once_each_on_one_core():
         meeting.wait()
         return threading.get_ident(), torch.get_num_threads()
 
-    found = list(in_order(work, range(4), 2))
+    found = list(map_on_cores(work, range(4), 2))
     assert len({ident for ident, _ in found}) == 2
     assert {number for _, number in found} == {1}
     assert torch.get_num_threads() == before
@@ -39,7 +39,7 @@ def test_items_are_drawn_only_a_few_ahead():
             drawn.append(item)
             yield item
 
-    found = in_order(lambda item: item, items(), 2)
+    found = map_on_cores(lambda item: item, items(), 2)
     assert next(found) == 0
     assert len(drawn) <= 4
     found.close()
@@ -53,7 +53,7 @@ def test_an_error_comes_out_in_its_place(threads):
             raise ValueError("no")
         return item
 
-    found = in_order(work, range(10), threads)
+    found = map_on_cores(work, range(10), threads)
     assert [next(found) for _ in range(3)] == [0, 1, 2]
     with pytest.raises(ValueError, match="no"):
         next(found)
@@ -61,7 +61,7 @@ def test_an_error_comes_out_in_its_place(threads):
 
 def test_who_stops_listening_leaves_no_thread():
     alive, before = threading.active_count(), torch.get_num_threads()
-    found = in_order(lambda item: item, range(1000), 3)
+    found = map_on_cores(lambda item: item, range(1000), 3)
     assert next(found) == 0
     found.close()
     assert (threading.active_count(), torch.get_num_threads()) == (alive, before)

@@ -6,8 +6,6 @@ pseudo-labelled strong views. What differs between them are the hooks below, whi
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -15,20 +13,15 @@ from torch import Tensor
 
 from ulfine_fast.core.batches import BatchSource, Draws
 from ulfine_fast.core.fused.adapter import AdapterRows, FusedAdapter
-from ulfine_fast.core.fused.buffers import Buffers, flatten, unflatten
+from ulfine_fast.core.fused.buffers import Buffers, unflatten
 from ulfine_fast.core.fused.cuda_graph import Captured
 from ulfine_fast.core.fused.heads import FusedHeads, HeadRows
 from ulfine_fast.core.fused.loss import cross_entropy_gradient_
-from ulfine_fast.core.threads import side_by_side
 from ulfine_fast.core.types import State, Trials
 from ulfine_fast.ops.losses import PseudoLabels, pseudo_labels
 from ulfine_fast.ops.philox import Purpose
-from ulfine_fast.ops.sgd import cosine_rate, decay_velocity_
+from ulfine_fast.ops.sgd import decay_velocity_
 
-# values (float32) of parameters and activations in a block of trials, 64 MB: in larger blocks nothing runs faster
-_BLOCK_VALUES = 16 << 20
-# and so many that another core is worth waking for them
-_CORE_VALUES = 3 << 20
 # multiply-adds of a block's strong views from which leaving rows out costs less than finding out which
 _WORTH_SKIPPING = 20e6
 
@@ -69,7 +62,7 @@ class FusedStep:
         self.trials, self.state, self.flat, self.batches, self.buffers = trials, state, flat, batches, buffers
         self.velocity = unflatten(flat.velocity, state.parameters)
         self.classes = trials.log_prior.shape[-1]
-        vectors = (self._side_by_side(flat.parameters), self._side_by_side(flat.velocity))
+        vectors = (self._class_vectors(flat.parameters), self._class_vectors(flat.velocity))
         self.class_heads = FusedHeads(*vectors, trials.values["scale"], self.learning(), buffers)
         self.adapter: FusedAdapter | None = None
         if "adapter.up" in state.parameters:
@@ -250,18 +243,19 @@ class FusedStep:
         # in the loss, and in its gradient: there the unlabelled rows have the ramp too
         self.row_weights, self.row_pulls = lend("row_weights", trials, trained), lend("row_pulls", trials, trained)
         self.row_weights[:, : self.labeled] = self.row_pulls[:, : self.labeled] = 1.0 / self.labeled
-        self.unlabeled_weight = (self.trials.values["lambda_u"] / max(1, self.weak)).unsqueeze(1)
+        if self.weak:
+            self.unlabeled_weight = (self.trials.values["lambda_u"] / self.weak).unsqueeze(1)
 
     def _rows(self, start: int, stop: int) -> Rows:
         """Memory of rows [start, stop)."""
         found = self.slices.get((start, stop))
         if found is None:
-            adapter = None if self.all.adapter is None else _cut(self.all.adapter, start, stop)
-            found = Rows(self.all.features[:, start:stop], adapter, _cut(self.all.heads, start, stop))
+            adapter = None if self.all.adapter is None else _slice_rows(self.all.adapter, start, stop)
+            found = Rows(self.all.features[:, start:stop], adapter, _slice_rows(self.all.heads, start, stop))
             self.slices[start, stop] = found
         return found
 
-    def _side_by_side(self, flat: Tensor) -> Tensor:
+    def _class_vectors(self, flat: Tensor) -> Tensor:
         """The class vectors of all heads as one view (T, H K, D): they are the first parameters, in this order."""
         first = self.state.parameters[self.heads[0]]
         return flat[:, : len(self.heads) * first[0].numel()].unflatten(1, (-1, first.shape[-1]))
@@ -286,94 +280,6 @@ class UnadjustedStep(FusedStep):
         return torch.zeros_like(self.trials.log_prior).unsqueeze(1)
 
 
-class FusedSteps:
-    """The steps of a pass, a block of trials at a time.
-
-    On a processor each core works on blocks of its own, many steps of one before the next, with the same activations'
-    memory for all of them; trials do not depend on each other, so the order is free.
-
-    Args:
-        step: the method's own step.
-        trials: of the pass.
-        state: of the pass; parameters become views of one buffer.
-        velocity: by the names of the parameters; they become views of another.
-        batches: the mini-batches.
-        steps: length of the schedule.
-        threads: whether cores work on different blocks; otherwise all of them on one.
-    """
-
-    def __init__(
-        self,
-        step: type[FusedStep],
-        trials: Trials,
-        state: State,
-        velocity: dict[str, Tensor],
-        batches: BatchSource,
-        steps: int,
-        threads: bool = True,
-    ) -> None:
-        order = [*step.heads, *(name for name in state.parameters if name not in step.heads)]
-        flat = Flat(*(_flatten(tensors, order) for tensors in (state.parameters, velocity)))
-        self.trials, self.steps = trials, steps
-        count, values = len(trials.seeds), _values(step, state, batches)
-        cores = torch.get_num_threads() if threads and not flat.parameters.is_cuda else 1
-        workers = min(cores, count, max(1, count * values // _CORE_VALUES))
-        # a GPU takes all trials at once
-        block = count if flat.parameters.is_cuda else max(1, _BLOCK_VALUES // values)
-        size = min(block, math.ceil(count / workers))
-        # blocks that run one after another, by worker
-        self.queues: list[list[tuple[slice, FusedStep]]] = [[] for _ in range(workers)]
-        held: dict[tuple[int, int], Buffers] = {}
-        for i, start in enumerate(range(0, count, size)):
-            stop = min(start + size, count)
-            # fewer trials lie otherwise in the same memory
-            buffers = held.setdefault((i % workers, stop - start), Buffers(flat.parameters))
-            part = Flat(flat.parameters[start:stop], flat.velocity[start:stop])
-            made = step(trials.part(start, stop), state.part(start, stop), part, batches.part(start, stop), buffers)
-            self.queues[i % workers].append((slice(start, stop), made))
-        self.parts = math.ceil(count / size)
-
-    def run(self, start: int, stop: int) -> Iterator[Tensor]:
-        """Make steps [start, stop), one block after another; see :meth:`ulfine_fast.engine.steps.Steps.run`."""
-        peak, warmup = (self.trials.values[name] for name in ("lr", "warmup"))
-        paces = [(cosine_rate(step, self.steps), (step + 1) / self.steps) for step in range(start, stop)]
-        factors, done = torch.tensor(paces, dtype=torch.float64).to(peak.device).unsqueeze(2).unbind(1)  # (S, 1)
-        rates, ramps = (factors * peak).to(peak), (done / warmup.clamp(min=1e-9)).clamp(max=1.0).to(peak)  # (S, T)
-        works = [self._work(blocks, range(start, stop), rates, ramps) for blocks in self.queues]
-        yield from works[0] if len(works) == 1 else side_by_side(works)
-
-    def _work(
-        self, blocks: list[tuple[slice, FusedStep]], steps: range, rates: Tensor, ramps: Tensor
-    ) -> Iterator[Tensor]:
-        """The steps of some blocks, with learning rates and ramps (S, T)."""
-        nothing = torch.zeros(3, len(self.trials.seeds), dtype=rates.dtype, device=rates.device)
-        for place, block in blocks:
-            both = zip(rates[:, place].unbind(0), ramps[:, place].unsqueeze(2).unbind(0), strict=True)
-            for (step, draws), pace in zip(block.batches.draws(steps.start, steps.stop), both, strict=True):
-                block.advance(step, draws, *pace)
-                if step < steps.stop - 1:
-                    yield nothing
-            losses = nothing.clone()
-            losses[:, place] = block.losses()
-            yield losses
-
-
-def _flatten(tensors: dict[str, Tensor], order: list[str]) -> Tensor:
-    """Replace tensors by views of one buffer, in the given order."""
-    flat, views = flatten({name: tensors[name] for name in order})
-    tensors.clear()
-    tensors.update(views)
-    return flat
-
-
-def _cut(rows: _Fields, start: int, stop: int) -> _Fields:
+def _slice_rows(rows: _Fields, start: int, stop: int) -> _Fields:
     """Rows [start, stop) of every field (T, n, ...)."""
     return type(rows)(*(tensor[:, start:stop] for tensor in rows))
-
-
-def _values(step: type[FusedStep], state: State, batches: BatchSource) -> int:
-    """Parameters and activations of one trial, gradients and velocities among them."""
-    dim, vectors = batches.features.views.shape[-1], batches.trials.log_prior.shape[-1] * len(step.heads)
-    rows = batches.config.batch_labeled + 2 * batches.unlabeled_size
-    # features, adapted rows and their gradient, logits and theirs
-    return 3 * sum(tensor[0].numel() for tensor in state.tensors.values()) + 3 * rows * (dim + vectors)

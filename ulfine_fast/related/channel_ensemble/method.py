@@ -10,20 +10,61 @@ the adapter the mean over heads. So M identical heads train as one does, and no 
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
+
 from torch import Tensor
 
-from ulfine_fast.core.heads import Tensors, adapt
+from ulfine_fast.config import FitConfig, option
+from ulfine_fast.core.heads import Tensors, apply_adapter
 from ulfine_fast.core.types import Batch, Losses, State, Trials
-from ulfine_fast.methods.base import Method
+from ulfine_fast.methods.base import PseudoLabelOptions
 from ulfine_fast.methods.fixmatch import FixMatch
-from ulfine_fast.methods.freematch import FreeMatch
-from ulfine_fast.methods.ulfine import ULFine
+from ulfine_fast.methods.freematch import FreeMatch, FreeMatchOptions
+from ulfine_fast.methods.registry import register
+from ulfine_fast.methods.ulfine import ULFine, ULFineOptions
 from ulfine_fast.ops.losses import PseudoLabels
 from ulfine_fast.related.channel_ensemble.channels import channel_logits, draw_channels, low_bias, low_variance
 
 
+@dataclass(frozen=True)
+class EnsembleOptions:
+    """What all ensembles read."""
+
+    ensemble_heads: int = option(
+        3, "heads over random channels, whose mean gives the pseudo-labels", low=1, high=64, structural=True, off=0
+    )
+    ensemble_fraction: float = option(
+        0.5, "fraction of the channels that a head of the ensemble sees", low=0.01, high=1.0, was=("ensemble_share",)
+    )
+    low_bias: float = option(0.0, "weight of the correlation between errors of the ensemble's heads", low=0.0)
+    low_variance: float = option(0.0, "weight of the ensemble's squared error on labelled images", low=0.0)
+
+
+@dataclass(frozen=True)
+class ChannelFixMatchOptions(EnsembleOptions, PseudoLabelOptions):
+    """Options of :class:`ChannelFixMatch`."""
+
+
+@dataclass(frozen=True)
+class ChannelFreeMatchOptions(EnsembleOptions, FreeMatchOptions):
+    """Options of :class:`ChannelFreeMatch`."""
+
+
+@dataclass(frozen=True)
+class ChannelULFineOptions(EnsembleOptions, ULFineOptions):
+    """Options of :class:`ChannelULFine`."""
+
+
+_SOURCE = "Channel-Ensemble, arXiv 2403.18407"
+
+
+@register("channel_fixmatch", options=ChannelFixMatchOptions, source=_SOURCE, replaces="fixmatch")
 class ChannelFixMatch(FixMatch):
     """FixMatch with M heads on a shared adapter."""
+
+    def heads(self, config: FitConfig) -> int:
+        """M."""
+        return int(config.ensemble_heads)
 
     def start(self, trials: Trials) -> State:
         """Heads (T, M, K, D) at the textual prototypes, the channels of each (T, M, D), and what one head needs."""
@@ -50,12 +91,18 @@ class ChannelFixMatch(FixMatch):
         return all_heads(trials, tensors, features).mean(2)
 
 
+@register("channel_freematch", options=ChannelFreeMatchOptions, source=_SOURCE, replaces="freematch")
 class ChannelFreeMatch(ChannelFixMatch, FreeMatch):
     """FreeMatch with M heads on a shared adapter."""
 
 
+@register("channel_ulfine", options=ChannelULFineOptions, source=_SOURCE, replaces="ulfine")
 class ChannelULFine(ULFine):
     """ULFine with M linear heads beside one similarity head, fused with it one by one."""
+
+    def heads(self, config: FitConfig) -> int:
+        """M."""
+        return int(config.ensemble_heads)
 
     def start(self, trials: Trials) -> State:
         """Linear heads (T, M, K, D) at the textual prototypes, their channels (T, M, D), and the rest of ULFine."""
@@ -87,31 +134,23 @@ class ChannelULFine(ULFine):
         return super()._orthogonality(trials, state, adapted, labels[:, :: heads_in(trials)])
 
 
-CLASSES: dict[str, type[Method]] = {
-    "fixmatch": ChannelFixMatch,
-    "freematch": ChannelFreeMatch,
-    "ulfine": ChannelULFine,
-}
-"""The methods that take an ensemble, and what they are with one."""
-
-
 def heads_in(trials: Trials) -> int:
     """M."""
-    return trials.config.ensemble_heads
+    return int(trials.config.ensemble_heads)
 
 
 def with_heads(trials: Trials, state: State) -> State:
     """A method's first state with M linear heads in the place of one."""
     linear, heads = state.parameters["linear"], heads_in(trials)
     state.parameters["linear"] = linear.unsqueeze(1).repeat(1, heads, 1, 1)
-    share = trials.values["ensemble_share"]
-    state.memory["channels"] = draw_channels(trials.seeds, heads, linear.shape[-1], share)
+    fraction = trials.values["ensemble_fraction"]
+    state.memory["channels"] = draw_channels(trials.seeds, heads, linear.shape[-1], fraction)
     return state
 
 
 def all_heads(trials: Trials, tensors: Tensors, features: Tensor) -> Tensor:
     """Logits (T, B, M, K) of unit features (T, B, D) or tokens."""
-    return head_logits(trials, tensors, adapt(tensors, features, trials.values["adapter_scale"]))
+    return head_logits(trials, tensors, apply_adapter(tensors, features, trials.values["adapter_scale"]))
 
 
 def head_logits(trials: Trials, tensors: Tensors, adapted: Tensor) -> Tensor:
@@ -128,7 +167,7 @@ def own_pace(weights: Tensor, heads: int) -> Tensor:
 
 def folded(trials: Trials, batch: Batch) -> Batch:
     """The batch with the label of each row once for every head (T, B M)."""
-    return batch._replace(labels=batch.labels.repeat_interleave(heads_in(trials), 1))
+    return replace(batch, labels=batch.labels.repeat_interleave(heads_in(trials), 1))
 
 
 def repeated(trials: Trials, pseudo: PseudoLabels) -> PseudoLabels:

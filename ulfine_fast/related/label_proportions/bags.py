@@ -1,8 +1,8 @@
-"""Bags: groups of training images of which the class shares are known, and no image's own class."""
+"""Bags: groups of training images of which the class proportions are known, and no image's own class."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,8 +10,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-
-from ulfine_fast.cache.ids import RowIndex
 
 Rows = NDArray[np.int64]
 
@@ -23,12 +21,12 @@ class Bags:
     Attributes:
         names: of each bag (G,).
         members: rows of the cache in each bag, at least one; no row is in two bags.
-        shares: class shares of each bag, each in [0, 1], summing to 1 (G, K).
+        proportions: class proportions of each bag, each in [0, 1], summing to 1 (G, K).
     """
 
     names: tuple[str, ...]
     members: tuple[Rows, ...]
-    shares: NDArray[np.float64]
+    proportions: NDArray[np.float64]
 
     @property
     def width(self) -> int:
@@ -42,23 +40,23 @@ class Bags:
 
     def to_list(self, ids: Sequence[str]) -> list[dict[str, Any]]:
         """The bags as JSON values, with image ids in the place of rows."""
-        each = zip(self.names, self.members, self.shares, strict=True)
+        each = zip(self.names, self.members, self.proportions, strict=True)
         return [{"bag": name, "ids": [ids[row] for row in rows], "shares": own.tolist()} for name, rows, own in each]
 
     @classmethod
-    def from_list(cls, found: Sequence[Mapping[str, Any]], index: RowIndex) -> Bags:
+    def from_list(cls, bags: Sequence[Mapping[str, Any]], row_of: Callable[[list[str]], Rows]) -> Bags:
         """The inverse of :meth:`to_list`.
 
-        Raises:
-            InputError: an image that the cache lacks.
+        Args:
+            bags: JSON values.
+            row_of: rows of image ids, such as `FeatureCache.row_of`.
         """
-        fix = "use the cache that the bags were made on"
-        members = tuple(index.rows(one["ids"], source=f"bag {one['bag']!r}", fix=fix) for one in found)
-        return cls(tuple(one["bag"] for one in found), members, np.array([one["shares"] for one in found]))
+        members = tuple(row_of(bag["ids"]) for bag in bags)
+        return cls(tuple(bag["bag"] for bag in bags), members, np.array([bag["shares"] for bag in bags]))
 
 
 def draw_bags(rows: Rows, labels: Rows, size: int, classes: int, seed: int) -> Bags:
-    """Put labelled images into bags at random, and keep no more of their labels than each bag's shares.
+    """Put labelled images into bags at random, and keep no more of their labels than each bag's proportions.
 
     Args:
         rows: of the images (L,).
@@ -69,8 +67,8 @@ def draw_bags(rows: Rows, labels: Rows, size: int, classes: int, seed: int) -> B
     """
     order = np.random.default_rng([seed, 0xBA65]).permutation(len(rows))
     parts = [order[start : start + size] for start in range(0, len(order), size)]
-    shares = np.stack([np.bincount(labels[part], minlength=classes) / len(part) for part in parts])
-    return Bags(tuple(str(number) for number in range(len(parts))), tuple(rows[part] for part in parts), shares)
+    proportions = np.stack([np.bincount(labels[part], minlength=classes) / len(part) for part in parts])
+    return Bags(tuple(str(number) for number in range(len(parts))), tuple(rows[part] for part in parts), proportions)
 
 
 @dataclass(frozen=True)
@@ -80,30 +78,30 @@ class PaddedBags:
     Attributes:
         index: rows of the cache (T, G, m); padding repeats an image of the bag.
         present: bool (T, G, m), False for padding.
-        shares: float32 (T, G, K); of bags that are padding, those of the first class.
+        proportions: float32 (T, G, K); of bags that are padding, those of the first class.
         count: how many bags are real (T,).
     """
 
     index: Tensor
     present: Tensor
-    shares: Tensor
+    proportions: Tensor
     count: Tensor
 
     @classmethod
-    def of(cls, bags: Sequence[Bags], device: torch.device) -> PaddedBags:
+    def pad(cls, bags: Sequence[Bags], device: torch.device) -> PaddedBags:
         """Pad to the most bags and the largest; bags that are padding are never drawn."""
         most, width = max(len(own.names) for own in bags), max(own.width for own in bags)
         index = np.zeros((len(bags), most, width), dtype=np.int64)
         present = np.zeros(index.shape, dtype=bool)
-        shares = np.eye(bags[0].shares.shape[1])[np.zeros((len(bags), most), dtype=np.int64)]
+        proportions = np.eye(bags[0].proportions.shape[1])[np.zeros((len(bags), most), dtype=np.int64)]
         for t, own in enumerate(bags):
-            shares[t, : len(own.names)] = own.shares
+            proportions[t, : len(own.names)] = own.proportions
             for g, rows in enumerate(own.members):
                 index[t, g], present[t, g, : len(rows)] = np.resize(rows, width), True
         count = torch.tensor([len(own.names) for own in bags], device=device)
-        padded, there, told = (torch.from_numpy(array).to(device) for array in (index, present, shares))
-        return cls(padded, there, told.float(), count)
-
-    def at(self, places: Tensor | slice) -> PaddedBags:
-        """The trials at these places alone; padding stays as it was."""
-        return PaddedBags(self.index[places], self.present[places], self.shares[places], self.count[places])
+        return cls(
+            index=torch.from_numpy(index).to(device),
+            present=torch.from_numpy(present).to(device),
+            proportions=torch.from_numpy(proportions).float().to(device),
+            count=count,
+        )

@@ -66,7 +66,8 @@ def bag_split(cache: FeatureCache, bags: Bags) -> Split:
     if not len(test):
         raise InputError("no labelled image is left outside the bags to test on; extract some in a folder named test")
     none = np.zeros(0, dtype=np.int64)
-    return Split(none, bags.rows, val, test, np.arange(len(cache.class_names)), bags)
+    extra = {"bags": bags.to_list(cache.ids)}
+    return Split(none, bags.rows, val, test, np.arange(len(cache.class_names)), extra)
 
 
 def _members(path: Path, cache: FeatureCache) -> dict[str, list[int]]:

@@ -1,1 +1,4 @@
-"""A fitted run that adapts to a stream of images without labels (CLIPTTA, TENT)."""
+"""Runs that adapt to a stream of unlabelled images (CLIPTTA, TENT).
+
+`losses`, `adapt` (a run follows a stream), `metrics` (of a stream), `command` (`ulfine-fast adapt`).
+"""

@@ -1,0 +1,87 @@
+"""The list of commands: its lines are those of the commands, and help imports none of them."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import pkgutil
+import subprocess
+import sys
+
+import pytest
+from typer.testing import CliRunner
+
+from ulfine_fast.cli.commands import COMMANDS, Command, Group
+from ulfine_fast.cli.main import app
+
+LISTED = {name: entry for name, entry in COMMANDS.items() if isinstance(entry, Command)}
+LISTED |= {
+    f"{group} {name}": command
+    for group, entry in COMMANDS.items()
+    if isinstance(entry, Group)
+    for name, command in entry.commands.items()
+}
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, [str(a) for a in arguments])
+
+
+@pytest.mark.parametrize("name", LISTED)
+def test_a_line_of_the_list_is_the_first_sentence_of_the_command(name):
+    function = pkgutil.resolve_name(LISTED[name].function)
+    assert inspect.getdoc(function).split("\n\n")[0].replace("\n", " ") == LISTED[name].help
+    done = run(*name.split(), "--help")
+    assert done.exit_code == 0, done.output
+    assert f" {LISTED[name].help.split()[0]} " in done.stdout
+
+
+def test_help_shows_every_command_with_its_line(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    shown = run("--help").stdout
+    for name, entry in COMMANDS.items():
+        assert any(name in line and entry.help in line for line in shown.splitlines()), name
+    shown = run("cache", "--help").stdout
+    assert COMMANDS["cache"].help in shown
+    for name, entry in COMMANDS["cache"].commands.items():
+        assert any(name in line and entry.help in line for line in shown.splitlines()), name
+
+
+PROGRAM = """
+import atexit, sys
+atexit.register(lambda: print(*[name for name in sys.modules if name.startswith("ulfine_fast.")], file=sys.stderr))
+from ulfine_fast.cli.main import app
+app(standalone_mode=False)
+"""
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["cache", "--help"], ["--version"], []])
+def test_help_imports_no_command(arguments):
+    done = subprocess.run([sys.executable, "-c", PROGRAM, *arguments], capture_output=True, text=True, check=False)
+    imported = set(done.stderr.splitlines()[-1].split())
+    assert "ulfine_fast.cli.main" in imported
+    assert imported.isdisjoint(command.function.partition(":")[0] for command in LISTED.values())
+
+
+def test_an_unknown_command_is_refused_with_a_near_one():
+    done = run("fitt", "cache")
+    assert done.exit_code == 2
+    assert "No such command 'fitt'. Did you mean 'fit'?" in done.stderr
+    assert run("cache", "marge").exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("typed", "completed"),
+    [("fo", ["forecast"]), ("ex", ["extract", "export"]), ("cache m", ["merge"]), ("forecast --ov", ["--over"])],
+)
+def test_completion_knows_the_commands(typed, completed):
+    program = "import sys; sys.argv = ['ulfine-fast']; from ulfine_fast.cli.main import main; main()"
+    words = f"ulfine-fast {typed}"
+    environment = {
+        **os.environ,
+        "_ULFINE_FAST_COMPLETE": "complete_bash",
+        "COMP_WORDS": words,
+        "COMP_CWORD": str(len(words.split()) - 1),
+    }
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment, check=False)
+    assert done.stdout.split() == completed, done.stderr

@@ -1,0 +1,120 @@
+"""Fused steps of a whole trial batch: blocks of trials, on a processor spread over its cores."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from ulfine_fast.core.batches import BatchSource
+from ulfine_fast.core.fused.buffers import Buffers, flatten
+from ulfine_fast.core.fused.step import Flat, FusedStep
+from ulfine_fast.core.threads import interleaved
+from ulfine_fast.core.types import State, Trials
+from ulfine_fast.ops.sgd import cosine_rate
+
+# values (float32) of parameters and activations in a block of trials, 64 MB: in larger blocks nothing runs faster
+_BLOCK_VALUES = 16 << 20
+# and so many that another core is worth waking for them
+_CORE_VALUES = 3 << 20
+
+
+class FusedSteps:
+    """The steps of a trial batch, a block of trials at a time.
+
+    On a processor each core works on blocks of its own, many steps of one before the next, with the same activations'
+    memory for all of them; trials do not depend on each other, so the order is free.
+
+    Args:
+        step: the method's own step.
+        trials: of the trial batch.
+        state: of the trial batch; parameters become views of one buffer.
+        velocity: by the names of the parameters; they become views of another.
+        batches: the mini-batches.
+        steps: length of the schedule.
+        threads: whether cores work on different blocks; otherwise all of them on one.
+    """
+
+    def __init__(
+        self,
+        step: type[FusedStep],
+        trials: Trials,
+        state: State,
+        velocity: dict[str, Tensor],
+        batches: BatchSource,
+        steps: int,
+        threads: bool = True,
+    ) -> None:
+        order = [*step.heads, *(name for name in state.parameters if name not in step.heads)]
+        flat = Flat(*(_flatten(tensors, order) for tensors in (state.parameters, velocity)))
+        self.trials = trials
+        self.steps = steps
+        count = len(trials.seeds)
+        values = _values(step, state, batches)
+        cores = torch.get_num_threads() if threads and not flat.parameters.is_cuda else 1
+        workers = min(cores, count, max(1, count * values // _CORE_VALUES))
+        # a GPU takes all trials at once
+        block = count if flat.parameters.is_cuda else max(1, _BLOCK_VALUES // values)
+        size = min(block, math.ceil(count / workers))
+        # blocks that run one after another, by worker
+        self.queues: list[list[tuple[slice, FusedStep]]] = [[] for _ in range(workers)]
+        buffers_of: dict[tuple[int, int], Buffers] = {}
+        for i, start in enumerate(range(0, count, size)):
+            stop = min(start + size, count)
+            # blocks of as many trials, one after another in one worker, share their memory
+            buffers = buffers_of.setdefault((i % workers, stop - start), Buffers(flat.parameters))
+            part = Flat(flat.parameters[start:stop], flat.velocity[start:stop])
+            block_step = step(
+                trials=trials.part(start, stop),
+                state=state.part(start, stop),
+                flat=part,
+                batches=batches.part(start, stop),
+                buffers=buffers,
+            )
+            self.queues[i % workers].append((slice(start, stop), block_step))
+        self.parts = math.ceil(count / size)
+
+    def run(self, start: int, stop: int) -> Iterator[Tensor]:
+        """Make steps [start, stop), one block after another; see :meth:`ulfine_fast.engine.steps.Steps.run`."""
+        peak, warmup = self.trials.values["lr"], self.trials.values["warmup"]
+        schedule = [(cosine_rate(step, self.steps), (step + 1) / self.steps) for step in range(start, stop)]
+        factors, done = torch.tensor(schedule, dtype=torch.float64).to(peak.device).unsqueeze(2).unbind(1)  # (S, 1)
+        rates = (factors * peak).to(peak)  # (S, T)
+        ramps = (done / warmup.clamp(min=1e-9)).clamp(max=1.0).to(peak)  # (S, T)
+        works = [self._work(blocks, range(start, stop), rates, ramps) for blocks in self.queues]
+        yield from works[0] if len(works) == 1 else interleaved(works)
+
+    def _work(
+        self, blocks: list[tuple[slice, FusedStep]], steps: range, rates: Tensor, ramps: Tensor
+    ) -> Iterator[Tensor]:
+        """The steps of some blocks, with learning rates and ramps (S, T)."""
+        nothing = torch.zeros(3, len(self.trials.seeds), dtype=rates.dtype, device=rates.device)
+        for position, block in blocks:
+            own_rates = rates[:, position].unbind(0)
+            own_ramps = ramps[:, position].unsqueeze(2).unbind(0)
+            draws_of_steps = block.batches.draws(steps.start, steps.stop)
+            for (step, draws), rate, ramp in zip(draws_of_steps, own_rates, own_ramps, strict=True):
+                block.advance(step, draws, rate, ramp)
+                if step < steps.stop - 1:
+                    yield nothing
+            losses = nothing.clone()
+            losses[:, position] = block.losses()
+            yield losses
+
+
+def _flatten(tensors: dict[str, Tensor], order: list[str]) -> Tensor:
+    """Replace tensors by views of one buffer, in the given order."""
+    flat, views = flatten({name: tensors[name] for name in order})
+    tensors.clear()
+    tensors.update(views)
+    return flat
+
+
+def _values(step: type[FusedStep], state: State, batches: BatchSource) -> int:
+    """Parameters and activations of one trial, gradients and velocities among them."""
+    dim, vectors = batches.features.views.shape[-1], batches.trials.log_prior.shape[-1] * len(step.heads)
+    rows = batches.config.batch_labeled + 2 * batches.unlabeled_size
+    # features, adapted rows and their gradient, logits and theirs
+    return 3 * sum(tensor[0].numel() for tensor in state.tensors.values()) + 3 * rows * (dim + vectors)

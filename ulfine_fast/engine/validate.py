@@ -1,0 +1,92 @@
+"""What is refused before any training: trials that the cache or the split cannot serve."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ulfine_fast.cache.io.errors import InputError
+from ulfine_fast.config import FitConfig
+from ulfine_fast.data.splits import Split
+from ulfine_fast.methods import registry
+from ulfine_fast.methods.registry import method_of
+
+if TYPE_CHECKING:
+    from ulfine_fast.cache.store import FeatureCache
+
+
+def check_tokens(cache: FeatureCache, configs: Sequence[FitConfig]) -> None:
+    """Refuse adapters in the encoder's last block, and heads behind it, where something is missing for them.
+
+    Raises:
+        InputError: a cache without the tokens, a method that takes none, or noise on them.
+    """
+    kinds = cache.token_kinds if "projection" in cache.head and cache.prototypes is not None else []
+    for config in configs:
+        if not config.reads_tokens:
+            continue
+        if config.adapter == "adaptformer" and kinds != ["pre", "post"]:
+            raise InputError(
+                "adapter adaptformer trains on the tokens of the encoder's last block, which this cache does not hold; "
+                "extract again with --features last-block, or take adapter residual"
+            )
+        if not kinds:
+            raise InputError(
+                "feature pre-projection trains on what the encoder has before its projection, which this cache does "
+                "not hold; extract again with --features last-block or pre-projection, or take feature projected"
+            )
+        if not method_of(config).takes_tokens:
+            others = [name for name in registry.names() if registry.find(name).method.takes_tokens]
+            raise InputError(f"method {config.method} takes no adapter adaptformer; use one of {', '.join(others)}")
+        if config.feature_noise > 0:
+            raise InputError(
+                f"feature_noise is for features, and {config.reads_tokens_for} trains on tokens; set it to 0"
+            )
+
+
+def check_crops(cache: FeatureCache, configs: Sequence[FitConfig]) -> None:
+    """Refuse a schedule of crops where there are none, or where no one recorded what they show.
+
+    Raises:
+        InputError: says how to extract such crops.
+    """
+    epochs = max((config.crop_epochs for config in configs), default=0)
+    if not epochs or cache.view_areas("weak").any():
+        return
+    views = cache.views("weak").shape[1]
+    lacking = "does not say how much of an image its views show" if views else "holds no weak views"
+    raise InputError(
+        f"crop_epochs is {epochs} and this cache {lacking}; extract the images again with --weak 4 --smallest-crop "
+        "0.08, or set crop_epochs to 0"
+    )
+
+
+def check_labels(config: FitConfig, split: Split) -> None:
+    """Refuse a method that learns from labelled images where there are none.
+
+    Raises:
+        InputError: names the method.
+    """
+    if method_of(config).uses_labels and not len(split.labeled):
+        raise InputError(
+            f"method {config.method} learns from labelled images and this split has none; label some, or use zero_shot"
+        )
+
+
+def check_held_out(cache: FeatureCache, split: Split) -> None:
+    """Refuse to train on images that this cache holds for validation or testing, which have no views.
+
+    Raises:
+        InputError: names the first such image, or a labelled one whose label the cache does not know.
+    """
+    trained = np.concatenate([split.labeled, split.unlabeled])
+    held_out = trained[np.isin(cache.splits[trained], ("val", "test"))]
+    if len(held_out):
+        name, role = cache.ids[held_out[0]], cache.splits[held_out[0]]
+        raise InputError(f"the split trains on {name!r}, a {role} image of this cache; use the cache it was made on")
+    unknown = split.labeled[cache.labels[split.labeled] < 0]
+    if len(unknown):
+        name = cache.ids[unknown[0]]
+        raise InputError(f"the split takes {name!r} as labelled, and this cache knows no label for it")
