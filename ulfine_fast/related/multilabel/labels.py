@@ -77,21 +77,21 @@ def read_label_table(path: Path) -> LabelTable:
             raise InputError(
                 f"{path} has a class {name!r}; names are not empty, not {' or '.join(_RESERVED)}, and differ"
             )
-    seen: set[str] = set()
-    for row, image in enumerate(ids):
-        if image in seen:
-            raise InputError(f"{table.where(row)} names {image!r} again; keep one line for each image")
-        seen.add(image)
     values = np.empty((len(ids), len(names)), dtype=np.int8)
     for column, name in enumerate(names):
         cells = table.texts(name)
-        meanings = {cell: _MEANING[text] for cell in set(cells) if (text := label_text(cell)) in _MEANING}
+        meanings = {cell: _MEANING[label] for cell in set(cells) if (label := label_text(cell)) in _MEANING}
         for row, cell in enumerate(cells):
             if cell not in meanings:
                 raise InputError(
                     f"{table.where(row)} has {cell!r} for class {name!r}; write 1, 0 or nothing for unknown"
                 )
         values[:, column] = [meanings[cell] for cell in cells]
+    seen: set[str] = set()
+    for row, image in enumerate(ids):
+        if image in seen:
+            raise InputError(f"{table.where(row)} names {image!r} again; keep one line for each image")
+        seen.add(image)
     return LabelTable(names, ids, values)
 
 
