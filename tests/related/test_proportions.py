@@ -158,7 +158,8 @@ def test_the_command_fits_the_bags_of_two_files(folder, tmp_path):
     assert Run.load(tmp_path / "again").metrics["balanced_accuracy"] == found.metrics["balanced_accuracy"]
     judged = run("eval", tmp_path / "run")
     assert judged.exit_code == 0, judged.output
-    assert "the proportions run was fitted without labelled images" in refused("realign", tmp_path / "run", "--out", tmp_path / "r")
+    message = refused("realign", tmp_path / "run", "--out", tmp_path / "r")
+    assert "the proportions run was fitted without labelled images" in message
 
 
 def test_options_that_do_not_go_together_are_refused(folder, tmp_path):
