@@ -88,6 +88,14 @@ def options_with_file(context: typer.Context, options: Mapping[str, Any], path: 
     return {**options, **config.to_dict(), **direct}
 
 
+def with_old_name(name: str, value: Any, old_name: str, old_value: Any) -> Any:
+    """The value of an option that had another name in version 0.1, with a warning where the old name was used."""
+    if old_value is None:
+        return value
+    print(f"warning: the option {old_name} is now called {name}; the old name will be refused later", file=sys.stderr)
+    return old_value if value is None else value
+
+
 def print_warnings(build: Callable[[], Any]) -> Any:
     """What `build` returns, its warnings printed as one line each."""
     with warnings.catch_warnings(record=True) as caught:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -127,6 +128,32 @@ def test_a_package_says_what_is_in_it():
     for module, path in MODULES.items():
         if path.name == "__init__.py" and module != "ulfine_fast":
             assert ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))), module
+
+
+def walks() -> list[list[tuple[list[str], str]]]:
+    """The numbered lists of docs/architecture.md: the names of each step and the file that they are in."""
+    text = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
+    found = []
+    for section in text.split("\n## ")[1:]:
+        steps = re.findall(r"^\d+\. (.*?)(?=^\d+\. |^$)", section, re.MULTILINE | re.DOTALL)
+        found.append([(re.findall(r"`([A-Za-z_.]+)`", step.partition("(`")[0]), step) for step in steps])
+    return found
+
+
+def test_the_walks_name_what_is_there():
+    files = []
+    for walk in walks():
+        files.append([])
+        for names, step in walk:
+            path = re.search(r"\(`([a-z_/0-9]+\.py)`\)", step)
+            if path is None:
+                continue
+            files[-1].append(path[1])
+            text = (ROOT / path[1]).read_text(encoding="utf-8")
+            for name in names:
+                last = name.rpartition(".")[2]
+                assert re.search(rf"(def|class) {last}\b|^    {last}: ", text, re.MULTILINE), (name, path[1])
+    assert [len(set(walk)) for walk in files] == [12, 10, 6]
 
 
 # words of version 0.1 that people do not search for, with what to say instead

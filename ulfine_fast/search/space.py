@@ -183,9 +183,14 @@ def default_space(method: str, settings: Mapping[str, Value] | None = None) -> S
     return parse_space(entries, {**(settings or {}), "method": method})
 
 
+def new_names() -> dict[str, str]:
+    """The names of options by the names that they had in earlier versions."""
+    return {was: name for name, spec in all_options().items() for was in spec.metadata["was"]}
+
+
 def _with_new_names(entries: Mapping[str, Any]) -> dict[str, Any]:
     """The entries of any method with new names for old ones."""
-    old = {was: name for name, spec in all_options().items() for was in spec.metadata["was"]}
+    old = new_names()
     for name in old.keys() & entries.keys():
         message = f"the option {name} is now called {old[name]}; the old name will be refused in the next release"
         warnings.warn(message, FutureWarning, stacklevel=2)

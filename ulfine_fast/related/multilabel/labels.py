@@ -1,4 +1,4 @@
-"""A table of labels beside a cache: which of several classes each image shows, as far as anybody knows."""
+"""A table of labels beside a cache: which of several classes each image shows, as far as it is known."""
 
 from __future__ import annotations
 
@@ -30,7 +30,9 @@ class LabelTable:
     """Labels of some images.
 
     Attributes:
-        class_names: (K,). ids: of the n images. values: 1 present, 0 absent, -1 unknown, int8 (n, K).
+        class_names: (K,).
+        ids: of the n images.
+        values: 1 present, 0 absent, -1 unknown, int8 (n, K).
     """
 
     class_names: list[str]
@@ -46,7 +48,13 @@ class LabelTable:
 
 @dataclass(frozen=True)
 class LabelSplit:
-    """Rows of a cache: what a trial learns from, what it may be chosen by, and what it is judged by."""
+    """Rows of a cache.
+
+    Attributes:
+        train: a trial learns from these.
+        val: settings may be chosen by these.
+        test: a trial is evaluated on these.
+    """
 
     train: Rows
     val: Rows
@@ -87,8 +95,8 @@ def read_label_table(path: Path) -> LabelTable:
     return LabelTable(names, ids, values)
 
 
-def placed(table: LabelTable, cache: FeatureCache) -> tuple[NDArray[np.int8], Rows]:
-    """Labels of all rows of a cache (N, K), unknown where the table says nothing, and the rows that it names (n,).
+def labels_by_row(table: LabelTable, cache: FeatureCache) -> tuple[NDArray[np.int8], Rows]:
+    """Labels of all rows of a cache (N, K), unknown for images that the table does not name, and the named rows (n,).
 
     Raises:
         InputError: an image that the cache lacks, or an empty table.
@@ -104,36 +112,34 @@ def placed(table: LabelTable, cache: FeatureCache) -> tuple[NDArray[np.int8], Ro
 def split_labels(
     cache: FeatureCache, labels: NDArray[np.int8], rows: Rows, class_names: Sequence[str], config: MultiLabelConfig
 ) -> LabelSplit:
-    """Divide the labelled rows as the cache does; without test rows a share of the training ones is held out.
+    """Split the labelled rows as the cache does; without test rows a fraction of the training rows is held out.
 
     Args:
-        cache: whose splits count; "train" and "unlabeled" are learned from.
+        cache: whose splits count; a trial learns from "train" and "unlabeled".
         labels: of all rows (N, K).
         rows: those that the table names (n,).
         class_names: (K,).
-        config: seed, share, and what unknown labels are.
+        config: seed and fraction of what is held out, and what unknown labels count as.
 
     Raises:
-        InputError: nothing to learn from, or a class without what a trial needs of it.
+        InputError: no training image, or a class that they never show, or never lack where unknown labels are ignored.
     """
     splits = cache.splits[rows]
-    train, val, test = (rows[np.isin(splits, names)] for names in (("train", "unlabeled"), ("val",), ("test",)))
+    train = rows[np.isin(splits, ("train", "unlabeled"))]
+    val = rows[splits == "val"]
+    test = rows[splits == "test"]
     if not len(test):
-        mixed = np.random.default_rng([config.data_seed, 0x71A]).permutation(train)
-        held = round(config.test_fraction * len(train))
-        train, test = np.sort(mixed[held:]), np.sort(mixed[:held])
+        shuffled = np.random.default_rng([config.data_seed, 0x71A]).permutation(train)
+        held_out = round(config.test_fraction * len(train))
+        train, test = np.sort(shuffled[held_out:]), np.sort(shuffled[:held_out])
     if not len(train):
         raise InputError("the labels name no training image; all are in the cache's splits val and test")
-    _refuse_missing(labels[train], class_names, config)
-    return LabelSplit(train, val, test)
 
-
-def _refuse_missing(labels: NDArray[np.int8], class_names: Sequence[str], config: MultiLabelConfig) -> None:
-    """Refuse a class that training images (n, K) never show, or never lack where unknown labels are ignored."""
-    for k, name in enumerate(class_names):
-        if not (labels[:, k] == PRESENT).any():
+    for name, column in zip(class_names, labels[train].T, strict=True):
+        if not (column == PRESENT).any():
             raise InputError(
-                f"class {name!r} is 1 in none of {len(labels)} training images; label one or remove the column"
+                f"class {name!r} is 1 in none of {len(train)} training images; label one or remove the column"
             )
-        if config.unknown == "ignore" and not (labels[:, k] == ABSENT).any():
+        if config.unknown == "ignore" and not (column == ABSENT).any():
             raise InputError(f"class {name!r} is 0 in no training image; with --unknown ignore it needs one")
+    return LabelSplit(train=train, val=val, test=test)
