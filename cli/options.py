@@ -117,9 +117,12 @@ class MethodCommand(TyperCommand):
         try:
             named = _named_methods(ctx, args, self.name)
             methods = named or [FitConfig.method]
-            # the default method's options work, and help shows them when the method is named
-            ctx.meta[_METHODS] = _method_params(methods, self._shared(), hidden=not named)
-            self._refuse_unread(ctx, args, methods[0])
+            # the default method's options work, and help shows them when the method is named; help of no method
+            # need not import one
+            ctx.meta[_METHODS] = []
+            if named or not {"-h", "--help"} & set(args):
+                ctx.meta[_METHODS] = _method_params(methods, self._shared(), hidden=not named)
+                self._refuse_unread(ctx, args, methods[0])
         except InputError as error:
             print(f"error: {error}", file=sys.stderr)
             raise typer.Exit(2) from None
