@@ -197,7 +197,7 @@ def names_in(path: Path) -> set[str]:
         names = [getattr(node, field, None) for field in ("id", "arg", "attr", "name", "asname")]
         for name in names:
             if isinstance(name, str):
-                found |= {name.lower().strip("_"), *name.lower().split("_")}
+                found |= {name.lower().strip("_"), *name.lower().replace("in_place", "inplace").split("_")}
     return found
 
 
