@@ -17,7 +17,7 @@ from PIL import Image
 
 from ulfine_fast.cache.io.errors import InputError
 from ulfine_fast.cache.sources.image import UnreadableImage, image_suffixes, load_image
-from ulfine_fast.cache.sources.labels import Labels, read_needed_class_names
+from ulfine_fast.cache.sources.labels import Labels, needed_labels
 from ulfine_fast.cache.sources.rows import UNKNOWN, Part, Row
 from ulfine_fast.cache.sources.streams import (
     PARALLEL_REQUESTS,
@@ -52,6 +52,7 @@ class TarSource:
         where: what the user named: a file, a folder, a pattern with braces or stars, or any URL that fsspec knows.
         class_names: names for the text tower, in the order of the class indices.
         files: the tar files.
+        notes: see `Source`.
     """
 
     kind = "tar"
@@ -70,12 +71,13 @@ class TarSource:
             InputError: no such files, or no class names.
         """
         self.where = where if not is_local(where) else os.path.abspath(os.path.expanduser(local_path(where)))
-        self.class_names = (
-            read_needed_class_names(class_names_file, "a tar file") if class_names is None else class_names
-        )
+        if class_names is None:
+            self.class_names, self._labels = needed_labels(class_names_file, "a tar file")
+        else:
+            self.class_names, self._labels = class_names, Labels(class_names)
         self.files = list_files(self.where, SUFFIX)
         self._by_name = {file.name: file for file in self.files}
-        self._labels = Labels(self.class_names)
+        self.notes: list[str] = []
         self._copies: dict[int, str] = {}
 
     @cached_property
