@@ -23,7 +23,7 @@ DEFAULT_PROMPTS: tuple[str, ...] = (
     "a photo of the small {}.",
 )
 
-_TABLE_FIX = "say what is what with a table of the columns folder (the label as it is written) and name"
+TABLE_FIX = "say what is what with a table of the columns folder (the label as it is written) and name"
 
 
 def readable(class_name: str) -> str:
@@ -124,7 +124,7 @@ def match_class_names(file: Path, classes: Sequence[str], *, ordered: bool = Fal
         if index.get(key, number) != number:
             raise InputError(
                 f"{file} holds the class {key!r} at another place than the source but not all its classes, so that it "
-                f"neither orders nor renames them ({_first(classes)}); {_TABLE_FIX}"
+                f"neither orders nor renames them ({_first(classes)}); {TABLE_FIX}"
             )
     pairs = [f"{key} is {name}" for key, name in zip(keys, names, strict=True) if key != name]
     return ClassNames(names, list(range(len(names))), f"{file} renames the classes in their order: {_first(pairs)}")
@@ -171,7 +171,7 @@ def _two_meanings(source: str, text: str, names: Sequence[str]) -> str:
     assert number is not None
     return (
         f"{source}: the label {text!r} is the name of class {list(names).index(text)} and the index of class {number}, "
-        f"which is {names[number]!r}; {_TABLE_FIX}"
+        f"which is {names[number]!r}; {TABLE_FIX}"
     )
 
 

@@ -9,7 +9,13 @@ from typing import Any
 
 from ulfine_fast.cache.io.errors import InputError
 from ulfine_fast.cache.io.tables import cell_text, find_column, label_key, whole_number
-from ulfine_fast.cache.models.prompts import ClassNames, match_class_names, read_label_names, refuse_two_meanings
+from ulfine_fast.cache.models.prompts import (
+    TABLE_FIX,
+    ClassNames,
+    match_class_names,
+    read_label_names,
+    refuse_two_meanings,
+)
 from ulfine_fast.cache.sources.rows import UNKNOWN
 
 # Columns of labels in parquet files and Hugging Face data sets, the surest first.
@@ -38,6 +44,8 @@ class Labels:
         self._written = written
         self._order = range(len(names)) if order is None else order
         self._indices = {name: index for index, name in enumerate(self._names)}
+        # What texts of numbers were so far, each with the first of them.
+        self._meanings: dict[str, str] = {}
 
     def index(self, value: Any, where: str) -> int:
         """The class index of a name or a number; -1 for no value, an empty text, and -1.
@@ -59,14 +67,26 @@ class Labels:
             index = self._written.get(text, self._written.get(str(number)))
             if index is not None:
                 return index
-        elif isinstance(value, numbers.Number) or text not in self._indices:
-            if number is not None and 0 <= number < len(self._order):
-                return self._order[number]
-        else:
+        elif text in self._indices and not isinstance(value, numbers.Number):
             refuse_two_meanings(where, text, self._names)
+            if number is not None and number != self._indices[text]:
+                self._refuse_mixture(where, "name", text)
             return self._indices[text]
+        elif number is not None and 0 <= number < len(self._order):
+            if not isinstance(value, numbers.Number):
+                self._refuse_mixture(where, "index", text)
+            return self._order[number]
         count = len(self._names)
         raise InputError(f"{where}: the label {text!r} is no class; there are {count} in the list of names")
+
+    def _refuse_mixture(self, where: str, meaning: str, text: str) -> None:
+        """Refuses texts of numbers of which some can be names alone, and others indices alone."""
+        self._meanings.setdefault(meaning, text)
+        if len(self._meanings) > 1:
+            raise InputError(
+                f"{where}: of the labels {self._meanings['name']!r} is a class name, and {self._meanings['index']!r} "
+                f"is an index; {TABLE_FIX}"
+            )
 
 
 def class_names_from(labels: Iterable[Any], where: str) -> list[str]:
