@@ -45,6 +45,9 @@ __all__ = [
     "reopen_source",
 ]
 
+# Archives that cannot be read in place.
+_PACKED = (".gz", ".tgz", ".zip", ".bz2", ".xz", ".zst", ".7z", ".rar")
+
 
 def open_source(where: str | Path, *, class_names_file: Path | None = None) -> Source:
     """Opens what the user named: a folder, a table, tar files, or a data set by name.
@@ -73,6 +76,8 @@ def open_source(where: str | Path, *, class_names_file: Path | None = None) -> S
         return FolderSource(path, class_names_file=class_names_file)
     if path.suffix.lower() in SUFFIXES:
         return TableSource(path, class_names_file=class_names_file)
+    if os.path.isfile(path) and path.suffix.lower() in _PACKED:
+        raise InputError(f"{where} is a compressed archive; unpack it and name the folder or the .tar file in it")
     # Takes seconds to import, and most runs do not need it.
     from ulfine_fast.cache.sources.torchvision_sets import NAMES, TorchvisionSource
 

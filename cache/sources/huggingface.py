@@ -103,7 +103,8 @@ class HuggingFaceSource:
         if content:
             return load_image(bytes(content))
         if isinstance(value, dict) and value.get("path"):
-            return load_image(str(value["path"]))
+            # A path that is absolute stays as it is.
+            return load_image(Path(self.where) / str(value["path"]))
         raise UnreadableImage("its cell is empty")
 
     def describe(self) -> dict[str, Any]:

@@ -70,8 +70,21 @@ def no_finer_than(short_side: int) -> Iterator[Decoding]:
 @cache
 def image_suffixes() -> frozenset[str]:
     """Lower-case file suffixes, with the dot, that count as images."""
+    _register_plugins()
     formats = Image.registered_extensions().items()
-    return frozenset(suffix for suffix, name in formats if name in Image.OPEN and name not in _NOT_DECODABLE)
+    # An MPO file is opened by the JPEG format, whose first image it is.
+    return frozenset(
+        suffix for suffix, name in formats if (name in Image.OPEN or name == "MPO") and name not in _NOT_DECODABLE
+    )
+
+
+@cache
+def _register_plugins() -> None:
+    """Lets PIL read HEIC where the package for it is installed."""
+    with contextlib.suppress(ImportError):
+        import pillow_heif
+
+        pillow_heif.register_heif_opener()
 
 
 def load_image(source: Path | str | bytes) -> Image.Image:
@@ -86,6 +99,7 @@ def load_image(source: Path | str | bytes) -> Image.Image:
     Raises:
         UnreadableImage: not an image, damaged, unreadable, over `MAX_PIXELS`, or thinner than 1 : `MAX_ASPECT`.
     """
+    _register_plugins()
     try:
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
             _refuse_unreasonable(image)

@@ -46,7 +46,8 @@ _group_lock = threading.Lock()
 class ParquetSource:
     """Parquet files with a column of encoded images, and of labels, ids and splits if there are any.
 
-    The images' column holds bytes, or pairs of `bytes` and `path`. Labels are class indices or names, in a column
+    The images' column holds bytes, or pairs of `bytes` and `path`; a path without bytes is relative to the file.
+    Labels are class indices or names, in a column
     `label`, `class`, `cls` or `fine_label`. A row's split is in the column `split`, else in the file's folder or the
     beginning of its name, else it is "train" where there is a column of labels and "unlabeled" where not.
 
@@ -147,9 +148,14 @@ class ParquetSource:
             column = _read_images(url, int(group), self._image)
         value = column[int(index)].as_py()
         content = value.get("bytes") if isinstance(value, dict) else value
-        if not content:
+        if content:
+            return load_image(bytes(content))
+        path = value.get("path") if isinstance(value, dict) else None
+        if not path:
             raise UnreadableImage("its cell is empty")
-        return load_image(bytes(content))
+        if not is_local(url):
+            raise UnreadableImage("its cell holds a path alone, and the table is not on this machine")
+        return load_image(Path(local_path(url)).parent / path)
 
     def describe(self) -> dict[str, Any]:
         """Kind and location, for the manifest."""

@@ -182,6 +182,41 @@ def test_an_interrupt_says_how_to_continue(images, model, tmp_path, sent, code):
     assert "encoded" in run_extract(images, out, model)
 
 
+def test_extract_says_what_it_took_the_source_for(images, model, tmp_path):
+    (images / "train/cat/backup.tar").write_bytes(b"x")
+    (tmp_path / "names.txt").write_text("house cat\nbig dog\n")
+    arguments = ["extract", images, "--out", tmp_path / "cache", "--model", model, "--workers", 0, "--device", "cpu"]
+    command = [sys.executable, "-m", "ulfine_fast.cli.main", *arguments, "--class-names", tmp_path / "names.txt"]
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True, check=True)
+    assert "note: " in done.stderr
+    assert "renames the classes in their order: cat is house cat, dog is big dog" in done.stderr
+    assert "note: 1 .tar file passed over beside the images: train/cat/backup.tar" in done.stderr
+    assert done.stdout.splitlines()[-4:] == [
+        "rows of each class by split:",
+        "  house cat: train 2, test 1",
+        "  big dog: train 1",
+        "  (unknown): unlabeled 1",
+    ]
+
+
+def test_names_that_the_terminal_cannot_show_are_escaped(model, tmp_path):
+    images = write_images(tmp_path / "images", {"train/猫": 1, "train/esc\x1b[1m": 1})
+    environment = {**os.environ, "PYTHONIOENCODING": "latin-1", "PYTHONUTF8": "0"}
+    for arguments in (["extract", images, "--out", tmp_path / "c", "--model", model], ["inspect", tmp_path / "c"]):
+        command = [sys.executable, "-m", "ulfine_fast.cli.main", *map(str, arguments)]
+        done = subprocess.run(command, capture_output=True, check=True, env=environment)
+        assert b"\\u732b" in done.stdout
+        assert b"esc\\x1b[1m" in done.stdout
+        assert b"\x1b" not in done.stdout
+
+
+def test_classes_that_are_one_text_to_the_model_are_refused(images, model, tmp_path):
+    for names in (["very " * 40 + "long", "very " * 40 + "wide"], ["Cow", "cow"], ["big_cow", "big cow"]):
+        (tmp_path / "names.txt").write_text("\n".join(names))
+        with pytest.raises(InputError, match="two classes are one text to the model, which reads 16 tokens"):
+            run_extract(images, tmp_path / "cache", model, "--class-names", tmp_path / "names.txt")
+
+
 # -- inspect
 
 

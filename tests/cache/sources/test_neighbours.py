@@ -18,6 +18,7 @@ from ulfine_fast.cache.interop.import_features import open_features
 from ulfine_fast.cache.io.errors import InputError
 from ulfine_fast.cache.sources import open_source
 from ulfine_fast.cache.sources.folder import FolderSource, ImageFolder
+from ulfine_fast.cache.sources.image import UnreadableImage
 from ulfine_fast.cache.sources.parquet_images import ParquetSource
 from ulfine_fast.cache.sources.table import TableSource
 from ulfine_fast.cache.sources.torchvision_sets import TorchvisionSource
@@ -314,6 +315,41 @@ def test_of_several_columns_of_a_saved_data_set_the_choice_is_said(tmp_path):
     (row,) = rows_of(source := open_source(tmp_path / "saved"))
     assert source.read(row).getpixel((0, 0)) == (1, 0, 0)
     assert source.notes[0].endswith("are taken from the column image, not from depth")
+
+
+# -- files
+
+
+def test_a_cell_may_hold_a_path_alone(tmp_path):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images/0.png").write_bytes(png(7))
+    cells = [{"bytes": None, "path": path} for path in ("images/0.png", str(tmp_path / "images/0.png"), "gone.png", "")]
+    cells.append({"bytes": png(5), "path": "images/0.png"})
+    parquet.write_table(pa.table({"image": cells, "label": list("aabba")}), tmp_path / "train.parquet")
+    rows = rows_of(source := ParquetSource(str(tmp_path / "train.parquet")))
+    assert [source.read(rows[number]).getpixel((0, 0))[0] for number in (0, 1, 4)] == [7, 7, 5]
+    with pytest.raises(UnreadableImage, match="no such file"):
+        source.read(rows[2])
+    with pytest.raises(UnreadableImage, match="its cell is empty"):
+        source.read(rows[3])
+
+
+def test_stereo_images_are_images(tmp_path):
+    (tmp_path / "a").mkdir()
+    images = [Image.new("RGB", (8, 8), (value, 0, 0)) for value in (200, 10)]
+    images[0].save(tmp_path / "a/0.mpo", save_all=True, append_images=images[1:])
+    rows = FolderSource(tmp_path).rows
+    assert [row.id for row in rows] == ["a/0.mpo"]
+    assert FolderSource(tmp_path).read(rows[0]).getpixel((0, 0))[0] > 150
+
+
+@pytest.mark.parametrize("name", ["train.tar.gz", "train.tgz", "train.zip"])
+def test_a_compressed_archive_is_named_for_what_it_is(tmp_path, name):
+    (tmp_path / name).write_bytes(b"x")
+    with pytest.raises(InputError, match=rf"{name} is a compressed archive; unpack it"):
+        open_source(tmp_path / name)
+    with pytest.raises(InputError, match=r"no images in class folders .*1 \.\w+ file passed over"):
+        open_source(tmp_path)
 
 
 # -- archives and images that are passed over
