@@ -130,16 +130,16 @@ def split_missing(values: Any) -> tuple[NDArray[Any], NDArray[np.bool_]]:
         return np.asarray(categorical.categories)[codes] if len(categorical.categories) else codes, codes < 0
     # Polars and Arrow would make floats of whole numbers with missing ones, and pandas objects.
     to_list = getattr(values, "to_pylist", None) or getattr(values, "to_list", None)
-    items = to_list() if to_list is not None and len(np.shape(values)) <= 1 else None
-    array = np.asarray(values) if items is None or len(items) == 0 else None
-    if array is None:
+    items: list[Any] = to_list() if to_list is not None and len(np.shape(values)) <= 1 else []
+    if items:
         missing = np.array([_is_missing(item) for item in items], dtype=np.bool_)
         if not missing.any():
             return np.asarray(values), missing
         present = np.asarray([item for item, gone in zip(items, missing, strict=True) if not gone])
-        array = np.zeros(len(items), dtype=present.dtype)
-        array[~missing] = present
-        return array, missing
+        filled = np.zeros(len(items), dtype=present.dtype)
+        filled[~missing] = present
+        return filled, missing
+    array = np.asarray(values)
     if array.dtype.kind == "O":
         return array, np.array([_is_missing(item) for item in array.ravel()], dtype=np.bool_).reshape(array.shape)
     return array, array != array

@@ -117,6 +117,8 @@ def extract(
     path = to_path(out)
     if mode == "verify":
         return _verify(path, manifest, parts)
+    if mode == "overwrite" or not (path / texts.NAME).exists():  # a cache of bad class names is not even begun
+        texts.refuse_same_texts(encoder, fill_prompts(manifest.class_names, manifest.prompts))
 
     # The shards.
     job = EncodeJob(source, recipe, path, manifest)
