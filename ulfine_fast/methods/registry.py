@@ -95,9 +95,14 @@ def register(
             raise InputError(f"option {option.name} of method {name} must be made by ulfine_fast.config.option")
 
     def add(method: _MethodClass) -> _MethodClass:
+        # a method of this package has its name before it is imported; a module that is loaded again registers again
         known = _REGISTERED.get(name)
-        if known is not None and known.method.__qualname__ != method.__qualname__:
-            raise InputError(f"method {name} is registered already, by {known.method.__module__}; choose another name")
+        owner = known.method.__module__ if known is not None else None
+        if name in _files():
+            owner = f"{__package__}.{name}"
+        same_class = known is None or known.method.__qualname__ == method.__qualname__
+        if owner is not None and (owner != method.__module__ or not same_class):
+            raise InputError(f"method {name} is registered already, by {owner}; choose another name")
         _REGISTERED[name] = Registration(name, method, options, source, replaces)
         return method
 
