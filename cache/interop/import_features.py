@@ -306,7 +306,7 @@ def _import_manifest(
     if encoder is not None:
         model_fields = asdict(encoder.spec)
     else:
-        # An empty digest: the weights are unknown, so nothing may pass for the same model but by its name.
+        # An empty digest: the weights are unknown, so only the name can tell that two models are the same.
         model_fields = {"name": model or UNKNOWN_MODEL, "pretrained": None, "sha256": "", "image_size": 0}
     fields: dict[str, Any] = {
         "model": model_fields,

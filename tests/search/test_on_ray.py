@@ -34,7 +34,7 @@ def cluster():
 
 def count_checkpoints(folder):
     """Batches that have saved a checkpoint and are not finished."""
-    return len(list(folder.glob(".checkpoint/*/pass-*.safetensors")))
+    return len(list(folder.glob(".checkpoint/*/batch-*.safetensors")))
 
 
 def test_a_batch_of_a_killed_node_is_redone_by_the_other(cluster, tmp_path):
@@ -92,5 +92,5 @@ def test_a_trial_finished_twice_keeps_its_first_values(clusters, tmp_path):
     options = {"out": tmp_path / "sweep", "trials": 2, "sampler": "random", "refit": 0}
     result = sweep(clusters, {"method": "linear_probe", "steps": 5, "lr": {"low": 0.01, "high": 0.1}}, **options)
     before = result.study.trials[0].values
-    SweepStudy(result.study, open_storage(result.storage)).finish(0, [0.0], "complete", [])
+    SweepStudy(result.study, open_storage(result.storage), ["lr"]).finish(0, [0.0], "complete", [])
     assert result.study.trials[0].values == before
