@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from benchmarks.studies.pixels import STRONG, WEAK, Pixels, pixel_cache, raw, untrained
+from benchmarks.pixels import STRONG, WEAK, Pixels, pixel_cache, raw, untrained
 from ulfine_fast.cache.io.errors import InputError
 from ulfine_fast.cache.io.home import cache_home
 from ulfine_fast.cache.pipeline.plan import is_listed
@@ -241,7 +241,7 @@ def _mnist_source(folder: Path) -> Source:
 
 
 def fashion_mnist_random() -> FeatureCache:
-    """Fashion-MNIST through an encoder that was never trained; see `benchmarks.studies.pixels.untrained`."""
+    """Fashion-MNIST through an encoder that was never trained; see `benchmarks.pixels.untrained`."""
     source = _fashion_source()
     grey = np.stack([np.asarray(source.read(row).convert("L")) for row in source.rows])
     pixels: Pixels = grey.astype(np.float32) / np.float32(255)  # (n, 28, 28)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
-from benchmarks.speed.contenders import ORACLE, Settings, check_names
-from benchmarks.studies.outside import OUTSIDE
+from benchmarks.comparison.contenders import ORACLE, Settings, check_names
+from benchmarks.comparison.scikit_learn import OUTSIDE
 from ulfine_fast.cache.io.errors import InputError
 from ulfine_fast.config import METHODS
 

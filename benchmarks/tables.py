@@ -12,8 +12,8 @@ from rich.box import MARKDOWN
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.speed.cells import Cell
-from benchmarks.speed.contenders import ORACLE
+from benchmarks.comparison.cells import Cell
+from benchmarks.comparison.contenders import ORACLE
 from ulfine_fast.metrics.intervals import Interval, mean_interval
 
 Row = dict[str, Any]

@@ -18,9 +18,9 @@ from typing import Annotated, Any
 
 import typer
 
+from benchmarks.comparison.parts import write_json
 from benchmarks.images import SHAPES, TINY, model_name
 from benchmarks.options import parse_names
-from benchmarks.parts import write_json
 from benchmarks.speed.stages import stage_rates
 from benchmarks.tables import print_table
 from ulfine_fast.cache.io.errors import InputError

@@ -22,8 +22,8 @@ import torch
 import typer
 from numpy.typing import NDArray
 
+from benchmarks.comparison.parts import write_json
 from benchmarks.data import demo, open_data
-from benchmarks.parts import write_json
 from benchmarks.tables import print_table
 from ulfine_fast.cache.io.errors import InputError
 from ulfine_fast.cache.store import FeatureCache

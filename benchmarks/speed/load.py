@@ -22,7 +22,7 @@ import numpy as np
 import torch
 import typer
 
-from benchmarks.parts import write_json
+from benchmarks.comparison.parts import write_json
 from benchmarks.tables import print_table
 from ulfine_fast.cache.io.device import pick_device
 from ulfine_fast.cache.manifest import Manifest

@@ -20,8 +20,8 @@ import torch
 import torch.nn.functional as F
 import typer
 
+from benchmarks.comparison.parts import write_json
 from benchmarks.data import demo
-from benchmarks.parts import write_json
 from benchmarks.speed.eager import EagerTrial, first_weights, logits_of
 from benchmarks.speed.trial_steps import images_of
 from benchmarks.tables import print_table

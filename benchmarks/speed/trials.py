@@ -21,7 +21,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from benchmarks.parts import write_json
+from benchmarks.comparison.parts import write_json
 from benchmarks.speed.floor import SHAPES, Shape, floor_rate, seconds_of, shape_of
 from benchmarks.speed.trial_steps import ALONE, CONTENDERS, Field, contender
 from benchmarks.tables import print_table

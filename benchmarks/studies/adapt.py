@@ -24,10 +24,10 @@ import typer
 from numpy.typing import NDArray
 from PIL import Image, ImageEnhance, ImageFilter
 
+from benchmarks.comparison.parts import write_json
 from benchmarks.data import _named, demo, extracted
 from benchmarks.data import opened as without_some_classes
 from benchmarks.options import parse_methods, parse_seeds
-from benchmarks.parts import write_json
 from benchmarks.tables import print_table
 from ulfine_fast.cache.io.errors import InputError
 from ulfine_fast.cache.io.home import cache_home

@@ -18,10 +18,10 @@ import torch
 import typer
 from numpy.typing import NDArray
 
+from benchmarks.comparison.parts import write_json
 from benchmarks.data import demo
 from benchmarks.options import parse_methods, parse_seeds
-from benchmarks.parts import write_json
-from benchmarks.speed.storage import opened, types_of
+from benchmarks.studies.storage import opened, types_of
 from benchmarks.tables import print_table
 from ulfine_fast.cache.io.errors import InputError
 from ulfine_fast.cache.io.home import cache_home

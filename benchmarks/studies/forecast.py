@@ -15,10 +15,10 @@ from typing import Annotated, Any, cast
 import numpy as np
 import typer
 
+from benchmarks.comparison.parts import write_json
 from benchmarks.data import digits
 from benchmarks.options import parse_methods, parse_names, parse_seeds
-from benchmarks.parts import write_json
-from benchmarks.speed.storage import opened
+from benchmarks.studies.storage import opened
 from benchmarks.tables import print_table
 from ulfine_fast.cache.io.errors import InputError
 from ulfine_fast.cache.store import FeatureCache

@@ -5,7 +5,7 @@
 Settings are LIFT+'s as published, nothing is tuned; only learning rate and epochs are varied, since their product says
 how far the head goes from its start. Splits, mini-batches and crops of a seed are the same for all, so that differences
 are paired. Last, the head is trained through the frozen encoder as well, on the same crops: see
-`benchmarks.speed.through_encoder`.
+`benchmarks.studies.through_encoder`.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ import numpy as np
 import typer
 from numpy.typing import NDArray
 
+from benchmarks.comparison.parts import write_json
 from benchmarks.data import FirstOfEachClass, extracted
 from benchmarks.options import parse_names, parse_seeds
-from benchmarks.parts import write_json
-from benchmarks.speed.through_encoder import both_ways
+from benchmarks.studies.through_encoder import both_ways
 from benchmarks.tables import print_table
 from ulfine_fast.cache.io.errors import InputError
 from ulfine_fast.cache.io.home import cache_home
@@ -343,7 +343,7 @@ def _print(name: str, rows: Sequence[Row]) -> None:
 
 
 def _through(encoder: str, seeds: Iterable[int]) -> Iterator[Row]:
-    """Rows of `benchmarks.speed.through_encoder`, printed."""
+    """Rows of `benchmarks.studies.through_encoder`, printed."""
     typer.echo(f"\n{encoder}, random weights: logits after training on cached crops and through the encoder")
     for row in both_ways(encoder, seeds):
         typer.echo(f"seed {row['seed']}: largest difference {row['difference']:.4f}, moved by {row['moved']:.2f}")

@@ -9,13 +9,13 @@ from typing import Annotated, Any
 
 import typer
 
+from benchmarks.comparison.cells import Cell, parse_cells
+from benchmarks.comparison.contenders import Settings, fit_cell, names, splits_of
+from benchmarks.comparison.parts import code_of, fingerprint_of, read_part, write_json, write_part
+from benchmarks.comparison.scikit_learn import OUTSIDE, OutsideClassifier
+from benchmarks.comparison.search import search
 from benchmarks.data import MODEL, NAMES, check_data, open_data
 from benchmarks.options import parse_methods, parse_seeds, parse_settings
-from benchmarks.parts import code_of, fingerprint_of, read_part, write_json, write_part
-from benchmarks.speed.cells import Cell, parse_cells
-from benchmarks.speed.contenders import Settings, fit_cell, names, splits_of
-from benchmarks.speed.search import search
-from benchmarks.studies.outside import OUTSIDE, OutsideClassifier
 from benchmarks.tables import Rows, print_tables
 from ulfine_fast.cache.io.errors import InputError
 from ulfine_fast.cache.io.progress import progress_bar

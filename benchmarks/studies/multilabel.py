@@ -18,8 +18,8 @@ import numpy as np
 import typer
 from numpy.typing import NDArray
 
+from benchmarks.comparison.parts import write_json
 from benchmarks.options import parse_seeds
-from benchmarks.parts import write_json
 from benchmarks.studies.mosaics import mosaics, truth
 from benchmarks.tables import print_table
 from ulfine_fast.cache.io.errors import InputError

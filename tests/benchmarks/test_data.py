@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from benchmarks import data
-from benchmarks.speed.cells import parse_cell
-from benchmarks.speed.contenders import splits_of
+from benchmarks.comparison.cells import parse_cell
+from benchmarks.comparison.contenders import splits_of
 from tests.conftest import make_clusters
 from ulfine_fast.cache.io.errors import InputError
 

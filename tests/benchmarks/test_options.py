@@ -1,7 +1,7 @@
 import pytest
 
+from benchmarks.comparison.contenders import names
 from benchmarks.options import parse_methods, parse_seeds, parse_settings
-from benchmarks.speed.contenders import names
 from ulfine_fast.cache.io.errors import InputError
 
 

@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from benchmarks.speed.cells import parse_cell
+from benchmarks.comparison.cells import parse_cell
 from benchmarks.tables import Rows, print_table, print_tables
 from ulfine_fast.metrics.intervals import mean_interval
 

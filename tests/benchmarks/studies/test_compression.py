@@ -9,7 +9,7 @@ import typer
 from typer.testing import CliRunner
 
 from benchmarks.studies import bias_transfer, compression
-from tests.benchmarks.speed.test_storage import FAST, fine
+from tests.benchmarks.studies.test_storage import FAST, fine
 from tests.cache.samples import write_tiny_model
 from ulfine_fast.cache.models.encoder import load_encoder
 from ulfine_fast.cli.main import guarded

@@ -8,7 +8,7 @@ import typer
 from typer.testing import CliRunner
 
 from benchmarks.studies import label_noise
-from tests.benchmarks.speed.test_storage import fine
+from tests.benchmarks.studies.test_storage import fine
 from ulfine_fast.cache.io.errors import InputError
 from ulfine_fast.cli.main import guarded
 

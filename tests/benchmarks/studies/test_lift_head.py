@@ -10,8 +10,7 @@ import torch
 import typer
 from typer.testing import CliRunner
 
-from benchmarks.speed import through_encoder
-from benchmarks.studies import lift_head
+from benchmarks.studies import lift_head, through_encoder
 from benchmarks.studies.lift_head import CROPS, Pace, World
 from tests.cache.samples import write_images, write_tiny_model
 from tests.conftest import make_clusters

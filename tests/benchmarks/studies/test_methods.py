@@ -10,7 +10,7 @@ import typer
 from typer.testing import CliRunner
 
 import benchmarks.studies.methods
-from benchmarks.speed.cells import parse_cells
+from benchmarks.comparison.cells import parse_cells
 from benchmarks.studies.methods import FASHION, Plan, methods, run_plan
 from ulfine_fast import fit
 from ulfine_fast.cli.main import guarded

@@ -1,8 +1,16 @@
 import numpy as np
 import pytest
 
-from benchmarks.speed.cells import parse_cell
-from benchmarks.speed.contenders import ORACLE, check_names, fit_cell, names, splits_of, with_true_labels, without_test
+from benchmarks.comparison.cells import parse_cell
+from benchmarks.comparison.contenders import (
+    ORACLE,
+    check_names,
+    fit_cell,
+    names,
+    splits_of,
+    with_true_labels,
+    without_test,
+)
 from ulfine_fast import FitConfig, fit
 from ulfine_fast.cache.io.errors import InputError
 from ulfine_fast.config import METHODS

@@ -1,9 +1,9 @@
 import numpy as np
 import pytest
 
-from benchmarks.speed.cells import parse_cell
-from benchmarks.speed.contenders import splits_of
-from benchmarks.studies.outside import OUTSIDE, OutsideClassifier, fit_outside
+from benchmarks.comparison.cells import parse_cell
+from benchmarks.comparison.contenders import splits_of
+from benchmarks.comparison.scikit_learn import OUTSIDE, OutsideClassifier, fit_outside
 from tests.conftest import make_clusters
 from ulfine_fast.cache.io.errors import InputError
 

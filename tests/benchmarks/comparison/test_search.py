@@ -3,11 +3,11 @@ import math
 import numpy as np
 import pytest
 
-import benchmarks.speed.search
-from benchmarks.speed.cells import parse_cell
-from benchmarks.speed.contenders import fit_cell, names, splits_of, without_test
-from benchmarks.speed.search import Draws, draw, search
-from benchmarks.studies.outside import OUTSIDE, OutsideClassifier
+import benchmarks.comparison.search
+from benchmarks.comparison.cells import parse_cell
+from benchmarks.comparison.contenders import fit_cell, names, splits_of, without_test
+from benchmarks.comparison.scikit_learn import OUTSIDE, OutsideClassifier
+from benchmarks.comparison.search import Draws, draw, search
 
 CELL = parse_cell("folder=/made:20:reversed", 5)
 QUICK = {"steps": 20, "eval_every": 20}
@@ -68,7 +68,7 @@ def test_every_method_has_as_many_draws_and_none_sees_a_test_image(clusters, spl
         asked.append((method, len(settings), sum(len(split.test) for split in splits)))
         return [[{"val": {"balanced_accuracy": 0.5}} for _ in seeds] for _ in settings]
 
-    monkeypatch.setattr(benchmarks.speed.search, "fit_cell", spy)
+    monkeypatch.setattr(benchmarks.comparison.search, "fit_cell", spy)
     for method in names():
         assert search(method, CELL, clusters, [0, 1], splits, {}, 5, "cpu") == {}
     assert asked == [(method, 5, 0) for method in names()]
@@ -79,11 +79,11 @@ def test_a_given_setting_holds_in_every_draw(clusters, splits, monkeypatch):
         assert all(one["lr"] == 0.5 for one in settings)
         return [[{"val": {"balanced_accuracy": float(i == 2)}}] for i in range(len(settings))]
 
-    monkeypatch.setattr(benchmarks.speed.search, "fit_cell", spy)
+    monkeypatch.setattr(benchmarks.comparison.search, "fit_cell", spy)
     chosen = search("linear_probe", CELL, clusters, [0, 1], splits, {"lr": 0.5}, 4, "cpu")
     assert chosen == {**draw("linear_probe", 2), "lr": 0.5}
 
 
 def test_without_validation_images_the_defaults_stay(clusters, splits, monkeypatch):
-    monkeypatch.setattr(benchmarks.speed.search, "fit_cell", lambda *given: [[{"val": {}}] for _ in given[5]])
+    monkeypatch.setattr(benchmarks.comparison.search, "fit_cell", lambda *given: [[{"val": {}}] for _ in given[5]])
     assert search("ulfine", CELL, clusters, [0, 1], splits, {}, 3, "cpu") == {}

@@ -9,8 +9,8 @@ import typer
 from PIL import Image
 from typer.testing import CliRunner
 
-from benchmarks.speed import neighbors as benchmark
-from benchmarks.speed.agreement import images_of
+from benchmarks.studies import neighbors as benchmark
+from benchmarks.studies.agreement import images_of
 from tests.cache.samples import write_images, write_tiny_model
 from ulfine_fast.cache.models.encoder import load_encoder
 from ulfine_fast.cli.main import guarded

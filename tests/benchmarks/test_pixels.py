@@ -1,6 +1,6 @@
 import numpy as np
 
-from benchmarks.studies.pixels import (
+from benchmarks.pixels import (
     STRONG,
     WEAK,
     erased,

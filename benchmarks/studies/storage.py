@@ -1,6 +1,6 @@
 """What it costs to store features in fewer bytes: the same fits on the same rows as float32, float16 and int8.
 
-    python -m benchmarks.speed.storage --data demo --data fashion_mnist --json storage.json
+    python -m benchmarks.studies.storage --data demo --data fashion_mnist --json storage.json
 
 Each type is what a cache of that type would hand out: rounded as it is written, and read back. Splits, seeds and
 mini-batches are the same for all types, so that differences are paired; the finest type that the cache itself holds is
@@ -17,9 +17,9 @@ import numpy as np
 import typer
 from numpy.typing import NDArray
 
+from benchmarks.comparison.parts import write_json
 from benchmarks.data import demo, open_data
 from benchmarks.options import parse_methods, parse_seeds
-from benchmarks.parts import write_json
 from benchmarks.tables import print_table
 from ulfine_fast.cache.io.errors import InputError
 from ulfine_fast.cache.quantized import quantized, restored

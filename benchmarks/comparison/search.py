@@ -8,8 +8,8 @@ from typing import TypeVar
 
 import numpy as np
 
-from benchmarks.speed.cells import Cell
-from benchmarks.speed.contenders import ORACLE, Figures, Settings, fit_cell, without_test
+from benchmarks.comparison.cells import Cell
+from benchmarks.comparison.contenders import ORACLE, Figures, Settings, fit_cell, without_test
 from ulfine_fast.cache.store import FeatureCache
 from ulfine_fast.data.splits import Split
 

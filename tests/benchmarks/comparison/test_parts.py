@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from benchmarks.parts import code_of, fingerprint_of, read_part, write_json, write_part
+from benchmarks.comparison.parts import code_of, fingerprint_of, read_part, write_json, write_part
 from tests.conftest import make_clusters
 from ulfine_fast.cache.io.errors import InputError
 
@@ -75,9 +75,9 @@ def test_code_has_a_name_of_its_own_for_each_method():
 
 
 def test_code_follows_the_files_a_method_uses_and_no_others(tmp_path, monkeypatch):
-    import benchmarks.parts
+    import benchmarks.comparison.parts
 
-    real, changed = benchmarks.parts._file, set()
+    real, changed = benchmarks.comparison.parts._file, set()
 
     def edited(module):
         if module not in changed:
@@ -86,7 +86,7 @@ def test_code_follows_the_files_a_method_uses_and_no_others(tmp_path, monkeypatc
         path.write_text(real(module).read_text(encoding="utf-8") + "# edited\n", encoding="utf-8")
         return path
 
-    monkeypatch.setattr(benchmarks.parts, "_file", edited)
+    monkeypatch.setattr(benchmarks.comparison.parts, "_file", edited)
     before = {method: code_of(method, tuned=False) for method in ("ulfine", "linear_probe")}
     changed = {"ulfine_fast.methods.ulfine"}
     assert code_of("linear_probe", tuned=False) == before["linear_probe"]

@@ -1,6 +1,6 @@
 import pytest
 
-from benchmarks.speed.cells import Cell, parse_cell, parse_cells, protocols
+from benchmarks.comparison.cells import Cell, parse_cell, parse_cells, protocols
 from ulfine_fast.cache.io.errors import InputError
 
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.speed.cells import Cell
-from benchmarks.studies.outside import OUTSIDE, OutsideClassifier, fit_outside
+from benchmarks.comparison.cells import Cell
+from benchmarks.comparison.scikit_learn import OUTSIDE, OutsideClassifier, fit_outside
 from ulfine_fast.cache.io.errors import InputError
 from ulfine_fast.cache.store import FeatureCache
 from ulfine_fast.config import METHODS

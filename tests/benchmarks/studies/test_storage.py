@@ -7,7 +7,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from benchmarks.speed import storage
+from benchmarks.studies import storage
 from tests.conftest import make_clusters
 from ulfine_fast.cache.io.errors import InputError
 from ulfine_fast.cache.quantized import quantized, restored

@@ -6,7 +6,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from benchmarks.speed import agreement as benchmark
+from benchmarks.studies import agreement as benchmark
 from tests.cache.samples import write_images, write_tiny_model
 from ulfine_fast.cache.models.encoder import load_encoder
 from ulfine_fast.cli.main import guarded

@@ -1,6 +1,6 @@
 """How far the fast ways to read images agree with the model's own preprocessing, and what they save.
 
-    python -m benchmarks.speed.agreement --json agreement.json
+    python -m benchmarks.studies.agreement --json agreement.json
 
 Features of the same images, plain and drawn views, once as open_clip prepares them and once as each way does: cosines
 of the two. `reduced` is what an extraction on a processor does by default: images of twice the model's side or more
@@ -20,10 +20,10 @@ from typing import Annotated, Any
 import torch
 import typer
 
+from benchmarks.comparison.parts import write_json
 from benchmarks.data import demo
 from benchmarks.images import SHAPES, model_name
 from benchmarks.options import parse_names
-from benchmarks.parts import write_json
 from benchmarks.tables import print_table
 from ulfine_fast.cache.io.errors import InputError
 from ulfine_fast.cache.models.encoder import Encoder, load_encoder

@@ -10,8 +10,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from benchmarks.speed.contenders import ORACLE
-from benchmarks.studies.outside import OUTSIDE
+from benchmarks.comparison.contenders import ORACLE
+from benchmarks.comparison.scikit_learn import OUTSIDE
 from ulfine_fast.cache.io.files import make_folder, write_atomically
 from ulfine_fast.cache.store import FeatureCache
 from ulfine_fast.config import FitConfig
@@ -68,13 +68,13 @@ def fingerprint_of(cache: FeatureCache) -> str:
 def code_of(method: str, *, tuned: bool) -> str:
     """A short name for the code that a method's figures come from: its own module, the engine, all they import."""
     if method in OUTSIDE:
-        start = ["benchmarks.studies.outside"]
+        start = ["benchmarks.comparison.scikit_learn"]
     else:
         engine = "linear_probe" if method == ORACLE else method
         own = [base.__module__ for base in type(method_of(FitConfig(method=engine))).__mro__]
         start = ["ulfine_fast.engine.fit", *(name for name in own if name.startswith("ulfine_fast"))]
     seen = hashlib.sha256()
-    for name in sorted(_imported([*start, *(["benchmarks.speed.search"] if tuned else [])])):
+    for name in sorted(_imported([*start, *(["benchmarks.comparison.search"] if tuned else [])])):
         if name not in _SHARED:
             seen.update(_file(name).read_bytes())
     return seen.hexdigest()[:16]

@@ -1,7 +1,7 @@
 """What a cosine threshold says of copies, and what the approximate index costs and misses.
 
-    python -m benchmarks.speed.neighbors --json neighbors.json
-    python -m benchmarks.speed.neighbors --rows 100000,300000
+    python -m benchmarks.studies.neighbors --json neighbors.json
+    python -m benchmarks.studies.neighbors --rows 100000,300000
 
 The first compares images with variants of themselves: how alike a model finds a copy that was encoded again, made
 smaller, cut or mirrored, beside how alike the nearest other image is. The second searches rows that lie between two
@@ -22,9 +22,9 @@ import typer
 from numpy.typing import NDArray
 from PIL import Image
 
+from benchmarks.comparison.parts import write_json
 from benchmarks.data import demo
-from benchmarks.parts import write_json
-from benchmarks.speed.agreement import images_of
+from benchmarks.studies.agreement import images_of
 from benchmarks.tables import print_table
 from ulfine_fast.cache.models.encoder import Encoder, load_encoder
 from ulfine_fast.cache.neighbors import build_index
@@ -117,7 +117,7 @@ def search(rows: NDArray[np.float32], *, queries: int = 2000) -> list[Figures]:
 
 def neighbors(
     data: Annotated[
-        str, typer.Option(help="As of benchmarks.speed.agreement, separated by commas.")
+        str, typer.Option(help="As of benchmarks.studies.agreement, separated by commas.")
     ] = "demo,tux_paint",
     count: Annotated[int, typer.Option(help="Images at most.", min=2)] = 1000,
     rows: Annotated[str, typer.Option(help="Compare both indexes over so many rows instead, such as 300000.")] = "",
