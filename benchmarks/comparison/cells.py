@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from ulfine_fast.cache.io.errors import InputError
 from ulfine_fast.config import SHAPES, FitConfig
 
-LABELED_SHARE = 0.5
-"""Share of each class that keeps its labels where a cell takes the data's own counts and names no share."""
+LABELED_FRACTION = 0.5
+"""Fraction of each class that keeps its labels where a cell takes the data's own counts and names no fraction."""
 
 
 @dataclass(frozen=True)
@@ -16,9 +16,10 @@ class Protocol:
     """Counts that go with one N1 of a data set.
 
     Attributes:
-        gamma_l: labelled imbalance. gamma_u: unlabelled imbalance where the command line gives none.
-        m1: unlabelled images of the largest class, as many as the data allow where None.
-        uniform: the same for the shape `uniform`, where every class has m1.
+        gamma_l: labelled imbalance.
+        gamma_u: unlabelled imbalance where the command line gives none.
+        m1: unlabelled images of the largest class; None for as many as the data allow.
+        uniform: unlabelled images of every class with the shape `uniform`; None likewise.
     """
 
     gamma_l: float = 100.0
@@ -34,9 +35,11 @@ class Cell:
     Attributes:
         data: a data set's name, see `benchmarks.data.open_data`.
         n1: labelled images of the largest class; None for the data's own counts.
-        gamma_l, m1, gamma_u: see `Protocol`; without meaning where n1 is None.
         shape: class distribution of the unlabelled images; `uniform` ignores gamma_u.
-        labeled_share: share of each class that keeps its labels, where n1 is None.
+        gamma_l: labelled imbalance; without meaning where n1 is None, and so are m1 and gamma_u.
+        m1: unlabelled images of the largest class; None for as many as the data allow.
+        gamma_u: unlabelled imbalance.
+        labeled_fraction: fraction of each class that keeps its labels, where n1 is None.
     """
 
     data: str
@@ -45,7 +48,7 @@ class Cell:
     gamma_l: float
     m1: int | None
     gamma_u: float
-    labeled_share: float = LABELED_SHARE
+    labeled_fraction: float = LABELED_FRACTION
 
     @property
     def name(self) -> str:
@@ -54,38 +57,49 @@ class Cell:
 
     @property
     def counts(self) -> str:
-        """N1, or the labelled share as a percentage."""
-        return f"{100 * self.labeled_share:g}%" if self.n1 is None else str(self.n1)
+        """N1, or the labelled fraction as a percentage."""
+        return f"{100 * self.labeled_fraction:g}%" if self.n1 is None else str(self.n1)
 
-    def config(self, **values: object) -> FitConfig:
-        """A trial of this cell with these settings.
+    def config(self, **options: object) -> FitConfig:
+        """A trial of this cell with these options.
 
         Raises:
-            InputError: an unknown setting, or a value outside its range.
+            InputError: an option that the method does not read, or a value outside its range.
         """
-        share = self.labeled_share if self.n1 is None else 1.0
-        own = {"n1": self.n1, "m1": self.m1, "gamma_l": self.gamma_l, "gamma_u": self.gamma_u, "shape": self.shape}
-        return FitConfig.from_dict({**own, "labeled_fraction": share, **values})
+        split = {
+            "n1": self.n1,
+            "m1": self.m1,
+            "gamma_l": self.gamma_l,
+            "gamma_u": self.gamma_u,
+            "shape": self.shape,
+            "labeled_fraction": self.labeled_fraction if self.n1 is None else 1.0,
+        }
+        return FitConfig.from_dict({**split, **options})
+
+
+_FASHION_MNIST = {150: Protocol(100, 100, 1000, 250), 50: Protocol(50, 100, 1000, 250)}
+
+_PROTOCOLS = {
+    "fashion_mnist": _FASHION_MNIST,
+    "fashion_mnist_merged": _FASHION_MNIST,
+    "fashion_mnist_random": _FASHION_MNIST,
+    "fashion_mnist_open": _FASHION_MNIST,
+    "cifar10": {1500: Protocol(100, 100, 3000, 3000), 500: Protocol(100, 100, 4000, 4000)},
+    "cifar100": {150: Protocol(10, 10, 300, 300), 50: Protocol(10, 10, 400, 400)},
+    "food101": {150: Protocol(10, 10, 300, 300), 50: Protocol(10, 10, 400, 400)},
+    "stl10": {450: Protocol(10, 10), 150: Protocol(10, 10)},
+    "mnist": {50: Protocol(50, 50, 250, 150), 15: Protocol(15, 50, 250, 150)},
+    "digits": {40: Protocol(20, 20, 90, 60), 10: Protocol(10, 20, 90, 60)},
+}
 
 
 def protocols(data: str) -> dict[int, Protocol]:
-    """The N1 of a data set and what goes with each; empty for a set without a protocol, which takes any N1.
+    """What goes with each N1 of a data set; empty for a set without a protocol, which takes any N1.
 
     Counts of CIFAR-10, CIFAR-100 and STL-10 are those of the literature (ACR, arXiv 2305.10714, table 1, and its
     successors); Food-101's follow CIFAR-100's. Those of the other sets are ours.
     """
-    known = {
-        "fashion_mnist": {150: Protocol(100, 100, 1000, 250), 50: Protocol(50, 100, 1000, 250)},
-        "cifar10": {1500: Protocol(100, 100, 3000, 3000), 500: Protocol(100, 100, 4000, 4000)},
-        "cifar100": {150: Protocol(10, 10, 300, 300), 50: Protocol(10, 10, 400, 400)},
-        "food101": {150: Protocol(10, 10, 300, 300), 50: Protocol(10, 10, 400, 400)},
-        "stl10": {450: Protocol(10, 10), 150: Protocol(10, 10)},
-        "mnist": {50: Protocol(50, 50, 250, 150), 15: Protocol(15, 50, 250, 150)},
-        "digits": {40: Protocol(20, 20, 90, 60), 10: Protocol(10, 20, 90, 60)},
-    }
-    for name in ("fashion_mnist_merged", "fashion_mnist_random", "fashion_mnist_open"):
-        known[name] = known["fashion_mnist"]
-    return known.get(data.partition("=")[0], {})
+    return _PROTOCOLS.get(data.partition("=")[0], {})
 
 
 def parse_cell(text: str, gamma_u: float | None = None) -> Cell:
@@ -93,7 +107,7 @@ def parse_cell(text: str, gamma_u: float | None = None) -> Cell:
 
     Args:
         text: such as `fashion_mnist:150:consistent`; without N1 (`tux_paint::natural`) or with a percentage
-            (`tux_paint:25%:natural`) the data's own counts are taken and that share of each class keeps its labels.
+            (`tux_paint:25%:natural`) the data's own counts are taken and that fraction of each class keeps its labels.
         gamma_u: unlabelled imbalance instead of the protocol's.
 
     Raises:
@@ -106,12 +120,45 @@ def parse_cell(text: str, gamma_u: float | None = None) -> Cell:
     data, counts, shape = parts
     if shape not in SHAPES:
         raise InputError(f"the shape of {text!r} must be one of {', '.join(SHAPES)}")
+
+    # the data's own counts
     if not counts or counts.endswith("%"):
-        return _as_it_is(data, counts, shape)
-    protocol = _protocol(data, counts)
-    m1 = protocol.uniform if shape == "uniform" else protocol.m1
-    used = protocol.gamma_u if gamma_u is None else gamma_u
-    return Cell(data, int(counts), shape, protocol.gamma_l, m1, used)
+        if shape != "natural":
+            raise InputError(
+                f"without N1 the counts are the data's own, shape natural; {data}:{counts}:{shape} wants {shape}"
+            )
+        return Cell(data, None, shape, 1.0, None, 1.0, _labeled_fraction(data, counts))
+
+    # the protocol's
+    known = protocols(data)
+    if not counts.isdecimal() or int(counts) < 1:
+        raise InputError(f"N1 of {data} must be a whole number above 0, a percentage or empty, got {counts!r}")
+    if known and int(counts) not in known:
+        raise InputError(f"{data} has the N1 {', '.join(map(str, known))}, got {counts}")
+    protocol = known.get(int(counts), Protocol())
+    return Cell(
+        data=data,
+        n1=int(counts),
+        shape=shape,
+        gamma_l=protocol.gamma_l,
+        m1=protocol.uniform if shape == "uniform" else protocol.m1,
+        gamma_u=protocol.gamma_u if gamma_u is None else gamma_u,
+    )
+
+
+def _labeled_fraction(data: str, percentage: str) -> float:
+    """Read such as "25%"; half where it is empty."""
+    if not percentage:
+        return LABELED_FRACTION
+    try:
+        fraction = float(percentage[:-1]) / 100
+    except ValueError:
+        raise InputError(
+            f"the labelled fraction of {data} must be a percentage such as 50%, got {percentage!r}"
+        ) from None
+    if not 0 < fraction < 1:
+        raise InputError(f"the labelled fraction of {data} must be between 0% and 100%, got {percentage}")
+    return fraction
 
 
 def parse_cells(text: str, gamma_u: float | None = None) -> list[Cell]:
@@ -124,28 +171,3 @@ def parse_cells(text: str, gamma_u: float | None = None) -> list[Cell]:
     if not cells:
         raise InputError("name at least one cell, such as fashion_mnist:150:consistent")
     return list(dict.fromkeys(cells))
-
-
-def _as_it_is(data: str, counts: str, shape: str) -> Cell:
-    """A cell with the data's own counts."""
-    if shape != "natural":
-        raise InputError(
-            f"without N1 the counts are the data's own, shape natural; {data}:{counts}:{shape} wants {shape}"
-        )
-    try:
-        share = float(counts[:-1]) / 100 if counts else LABELED_SHARE
-    except ValueError:
-        raise InputError(f"the labelled share of {data} must be a percentage such as 50%, got {counts!r}") from None
-    if not 0 < share < 1:
-        raise InputError(f"the labelled share of {data} must lie between 0% and 100%, got {counts}")
-    return Cell(data, None, shape, 1.0, None, 1.0, share)
-
-
-def _protocol(data: str, counts: str) -> Protocol:
-    """What goes with this N1."""
-    known = protocols(data)
-    if not counts.isdecimal() or int(counts) < 1:
-        raise InputError(f"N1 of {data} must be a whole number above 0, a percentage or empty, got {counts!r}")
-    if known and int(counts) not in known:
-        raise InputError(f"{data} has the N1 {', '.join(map(str, known))}, got {counts}")
-    return known.get(int(counts), Protocol())

@@ -1,4 +1,4 @@
-"""Finished parts of a benchmark, one JSON file for each cell and method, so that a stopped run goes on where it was."""
+"""Finished parts of a comparison, one JSON file for each cell and contender, so that a stopped run can go on."""
 
 from __future__ import annotations
 
@@ -10,38 +10,38 @@ import json
 from pathlib import Path
 from typing import Any
 
-from benchmarks.comparison.contenders import ORACLE
-from benchmarks.comparison.scikit_learn import OUTSIDE
-from ulfine_fast.cache.io.files import make_folder, write_atomically
+from benchmarks.comparison.contenders import engine_method
+from benchmarks.comparison.scikit_learn import SCIKIT_LEARN
+from benchmarks.results import Row, write_json
+from ulfine_fast.cache.io.files import make_folder
 from ulfine_fast.cache.store import FeatureCache
-from ulfine_fast.config import FitConfig
-from ulfine_fast.methods.registry import method_of
+from ulfine_fast.methods import registry
 
-Part = dict[str, Any]
-
-# every new method touches these two without changing the others; what configs hold is compared value by value
-_SHARED = ("ulfine_fast.config", "ulfine_fast.methods")
+# every new method touches these without changing the others; what configs hold is compared value by value
+_UNCOUNTED = ("ulfine_fast.config", "ulfine_fast.methods")
 
 
-def read_part(path: Path, request: Part) -> list[Part] | None:
+def read_part(path: Path, request: Row) -> list[Row] | None:
     """Rows of a finished part; None where there is none, or where it answers another request.
 
     Args:
         path: its file.
-        request: what the part must have been made from. A stored config may lack settings that came later.
+        request: what the part must have been made from. A stored config may lack options that came later.
     """
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        stored, rows = dict(found["request"]), list(found["rows"])
-        config = dict(stored.pop("config"))
+        part = json.loads(path.read_text(encoding="utf-8"))
+        stored = dict(part["request"])
+        rows = list(part["rows"])
+        stored_config = dict(stored.pop("config"))
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    wanted = {name: value for name, value in request.items() if name != "config"}
-    same = all(name in request["config"] and request["config"][name] == value for name, value in config.items())
-    return rows if same and stored == wanted else None
+    config = request["config"]
+    same_config = all(name in config and config[name] == value for name, value in stored_config.items())
+    same_rest = stored == {name: value for name, value in request.items() if name != "config"}
+    return rows if same_config and same_rest else None
 
 
-def write_part(path: Path, request: Part, rows: list[Part]) -> None:
+def write_part(path: Path, request: Row, rows: list[Row]) -> None:
     """Write a part whole or not at all.
 
     Raises:
@@ -51,33 +51,30 @@ def write_part(path: Path, request: Part, rows: list[Part]) -> None:
     write_json(path, {"request": request, "rows": rows})
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON whole or not at all; what is no number becomes an error, not a file that others cannot read."""
-    write_atomically(path, (json.dumps(value, indent=1, allow_nan=False) + "\n").encode())
-
-
 def fingerprint_of(cache: FeatureCache) -> str:
     """A short name for a cache's features, labels and splits."""
-    seen = hashlib.sha256()
+    digest = hashlib.sha256()
     for array in (cache.plain, cache.labels, cache.views("strong")[:, :1]):
-        seen.update(array.tobytes())
-    seen.update("/".join(cache.splits.tolist()).encode())
-    return seen.hexdigest()[:16]
+        digest.update(array.tobytes())
+    digest.update("/".join(cache.splits.tolist()).encode())
+    return digest.hexdigest()[:16]
 
 
-def code_of(method: str, *, tuned: bool) -> str:
-    """A short name for the code that a method's figures come from: its own module, the engine, all they import."""
-    if method in OUTSIDE:
+def code_of(contender: str, *, tuned: bool) -> str:
+    """A short name for the code that results come from: the contender's own, the engine's, and all that they import."""
+    if contender in SCIKIT_LEARN:
         start = ["benchmarks.comparison.scikit_learn"]
     else:
-        engine = "linear_probe" if method == ORACLE else method
-        own = [base.__module__ for base in type(method_of(FitConfig(method=engine))).__mro__]
-        start = ["ulfine_fast.engine.fit", *(name for name in own if name.startswith("ulfine_fast"))]
-    seen = hashlib.sha256()
-    for name in sorted(_imported([*start, *(["benchmarks.comparison.search"] if tuned else [])])):
-        if name not in _SHARED:
-            seen.update(_file(name).read_bytes())
-    return seen.hexdigest()[:16]
+        bases: Any = registry.find(engine_method(contender)).method.__mro__
+        own = [base.__module__ for base in bases if base.__module__.startswith("ulfine_fast")]
+        start = ["ulfine_fast.engine.fit", *own]
+    if tuned:
+        start.append("benchmarks.comparison.search")
+    digest = hashlib.sha256()
+    for name in sorted(_imported_by(start)):
+        if name not in _UNCOUNTED:
+            digest.update(_file(name).read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def _file(module: str) -> Path:
@@ -86,15 +83,16 @@ def _file(module: str) -> Path:
     return Path(origin)
 
 
-def _imported(modules: list[str]) -> set[str]:
-    """The engine's modules that these import as a whole, at any depth, and themselves."""
-    found: set[str] = set()
-    while modules:
-        name = modules.pop()
-        if name in found:
+def _imported_by(modules: list[str]) -> set[str]:
+    """These modules, and those of the package that they import at any depth, but for lazy imports."""
+    waiting = list(modules)
+    seen: set[str] = set()
+    while waiting:
+        name = waiting.pop()
+        if name in seen:
             continue
-        found.add(name)
+        seen.add(name)
         for node in ast.parse(_file(name).read_text(encoding="utf-8")).body:
             if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("ulfine_fast."):
-                modules.append(node.module)
-    return found
+                waiting.append(node.module)
+    return seen

@@ -1,4 +1,4 @@
-"""Semi-supervised classifiers of scikit-learn on the same features, splits and figures."""
+"""Semi-supervised classifiers of scikit-learn on the same features and splits, with the engine's metrics."""
 
 from __future__ import annotations
 
@@ -9,28 +9,29 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from benchmarks.data import unit_rows
 from ulfine_fast.cache.io.errors import InputError
 from ulfine_fast.cache.store import FeatureCache
 from ulfine_fast.data.splits import Split, labeled_counts
 from ulfine_fast.metrics import classification as metrics
 from ulfine_fast.metrics.calibration import fit_temperature
 
-OUTSIDE = ("sklearn_self_training", "sklearn_label_spreading")
+SCIKIT_LEARN = ("sklearn_self_training", "sklearn_label_spreading")
 
 
 @dataclass(frozen=True)
-class OutsideClassifier:
-    """One setting of an outside part: scikit-learn's defaults, but where they would make a straw man of it.
+class ScikitLearnClassifier:
+    """One setting of a classifier: scikit-learn's defaults, except where they would make it needlessly weak.
 
-    Its logistic regression, unweighed and with C = 1, puts rows of length one from a long tail into the head classes.
+    Its logistic regression, unweighted and with C = 1, puts rows of length one from a long tail into the head classes.
 
     Attributes:
-        method: one of `OUTSIDE`.
+        method: one of `SCIKIT_LEARN`.
         threshold: self-training: smallest probability of a pseudo-label.
         inverse_penalty: self-training: C of the logistic regression.
         balanced: self-training: weigh classes by their inverse frequency.
-        neighbors: label spreading: edges of each image in the graph; the radial kernel's n x n matrix is left alone.
-        alpha: label spreading: share of a label that comes from the neighbours.
+        neighbors: label spreading: edges of each image in the graph; the radial kernel would need an n x n matrix.
+        alpha: label spreading: fraction of a label that comes from the neighbours.
     """
 
     method: str
@@ -57,61 +58,52 @@ class OutsideClassifier:
             from sklearn.semi_supervised import LabelSpreading
 
             return LabelSpreading(kernel="knn", n_neighbors=self.neighbors, alpha=self.alpha)
-        raise InputError(f"unknown outside method {self.method!r}; the outside methods are {', '.join(OUTSIDE)}")
+        raise InputError(f"unknown method {self.method!r}; the methods of scikit-learn are {', '.join(SCIKIT_LEARN)}")
 
 
-def fit_outside(setting: OutsideClassifier, cache: FeatureCache, split: Split) -> dict[str, Any]:
-    """Fit one split on unit plain features and take the engine's figures of it.
+def fit_scikit_learn(classifier: ScikitLearnClassifier, cache: FeatureCache, split: Split) -> dict[str, Any]:
+    """Fit one split on unit plain features, and return the metrics that the engine has of a run.
 
-    Logarithms of the probabilities stand for logits; self-training's pseudo-labels count over its threshold, those of
-    label spreading all.
+    Logarithms of the probabilities are taken as logits; self-training's pseudo-labels count over its threshold, those
+    of label spreading all.
     """
-    features = np.asarray(cache.plain, dtype=np.float32)
-    features = features / np.linalg.norm(features, axis=1, keepdims=True).clip(1e-12)  # (n, D)
+    classes = len(cache.class_names)
+    labels = cache.labels
+    features = unit_rows(cache.plain)
+
+    # fit; label -1 marks the unlabelled images
     started = time.perf_counter()
     rows = np.concatenate([split.labeled, split.unlabeled])
-    given = np.concatenate([cache.labels[split.labeled], np.full(len(split.unlabeled), -1)])
+    visible = np.concatenate([labels[split.labeled], np.full(len(split.unlabeled), -1)])
     with np.errstate(invalid="ignore"):  # rows that no label has reached yet
-        fitted = setting.build().fit(features[rows], given)
+        fitted = classifier.build().fit(features[rows], visible)
     seconds = time.perf_counter() - started
 
-    def logits(part: NDArray[np.int64]) -> NDArray[np.float32]:
-        return _log_probabilities(fitted, features[part], len(cache.class_names))
-
-    return {
-        "seconds": seconds,
-        **_figures(setting, cache, split, logits(split.val), logits(split.test), logits(split.unlabeled)),
-    }
-
-
-def _log_probabilities(fitted: Any, features: NDArray[np.float32], classes: int) -> NDArray[np.float32]:
-    """Log probabilities (n, K); a class the estimator never saw is as good as impossible."""
-    found = np.zeros((len(features), classes))
-    if len(features):
-        # an image that no label has reached has a row of NaN
-        with np.errstate(invalid="ignore"):
-            found[:, fitted.classes_] = np.nan_to_num(fitted.predict_proba(features), nan=1 / classes)
-    return np.log(found.clip(1e-9)).astype(np.float32)
-
-
-def _figures(
-    setting: OutsideClassifier,
-    cache: FeatureCache,
-    split: Split,
-    val: NDArray[np.float32],
-    test: NDArray[np.float32],
-    hidden: NDArray[np.float32],
-) -> dict[str, Any]:
-    """What the engine says of a run, of these log probabilities."""
-    classes, labels = len(cache.class_names), cache.labels
+    # test and validation
     counts = labeled_counts(labels, split, classes)
+    val = _log_probabilities(fitted, features[split.val], classes)
+    test = _log_probabilities(fitted, features[split.test], classes)
     temperature = fit_temperature(val, labels[split.val])
-    threshold = setting.threshold if setting.method == "sklearn_self_training" else 0.0
+
+    # pseudo-labels
     health: dict[str, Any] = {}
     if len(split.unlabeled):
-        health = metrics.pseudo_label_health(metrics.softmax(hidden), labels[split.unlabeled], threshold, classes)
+        threshold = classifier.threshold if classifier.method == "sklearn_self_training" else 0.0
+        probabilities = metrics.softmax(_log_probabilities(fitted, features[split.unlabeled], classes))
+        health = metrics.pseudo_label_health(probabilities, labels[split.unlabeled], threshold, classes)
     return {
+        "seconds": seconds,
         **metrics.classification(test, labels[split.test], counts, temperature),
         **health,
         "val": metrics.classification(val, labels[split.val], counts, temperature),
     }
+
+
+def _log_probabilities(fitted: Any, features: NDArray[np.float32], classes: int) -> NDArray[np.float32]:
+    """Log probabilities (n, K); a class that the estimator never saw is as good as impossible."""
+    probabilities = np.zeros((len(features), classes))
+    if len(features):
+        # an image that no label has reached has a row of NaN
+        with np.errstate(invalid="ignore"):
+            probabilities[:, fitted.classes_] = np.nan_to_num(fitted.predict_proba(features), nan=1 / classes)
+    return np.log(probabilities.clip(1e-9)).astype(np.float32)
