@@ -4,8 +4,8 @@
     python -m benchmarks.studies.neighbors --rows 100000,300000
 
 The first compares images with variants of themselves: how alike a model finds a copy that was encoded again, made
-smaller, cut or mirrored, beside how alike the nearest other image is. The second searches rows that lie between two
-of the demo's, with a little noise, once flat and once in cells.
+smaller, cropped or mirrored, beside how alike the nearest other image is. The second searches rows between two of the
+demo's, with a little noise, once with the flat index and once with that of cells.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import io
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import numpy as np
 import torch
@@ -22,16 +22,15 @@ import typer
 from numpy.typing import NDArray
 from PIL import Image
 
-from benchmarks.comparison.parts import write_json
 from benchmarks.data import demo
-from benchmarks.studies.agreement import images_of
-from benchmarks.tables import print_table
+from benchmarks.images import image_source
+from benchmarks.options import JsonOption, parse_numbers, split_names
+from benchmarks.results import Row, print_table, write_rows
 from ulfine_fast.cache.models.encoder import Encoder, load_encoder
 from ulfine_fast.cache.neighbors import build_index
 from ulfine_fast.cache.sources import ListedSource
 from ulfine_fast.cli.main import guarded
 
-Figures = dict[str, Any]
 Variant = Callable[[Image.Image], Image.Image]
 _BATCH = 32
 _QUANTILES = {"first_percentile": 0.01, "median": 0.5, "last_percentile": 0.99}
@@ -47,12 +46,13 @@ def _encoded_again(quality: int) -> Variant:
 
 
 def _smaller(image: Image.Image) -> Image.Image:
-    size = tuple(max(1, 2 * side // 3) for side in image.size)
-    return image.resize((size[0], size[1]), Image.Resampling.BICUBIC)
+    size = (max(1, 2 * image.width // 3), max(1, 2 * image.height // 3))
+    return image.resize(size, Image.Resampling.BICUBIC)
 
 
-def _cut(image: Image.Image) -> Image.Image:
-    across, down = (max(1, side * 3 // 100) for side in image.size)
+def _cropped(image: Image.Image) -> Image.Image:
+    across = max(1, image.width * 3 // 100)
+    down = max(1, image.height * 3 // 100)
     return image.crop((across, down, image.width - across, image.height - down))
 
 
@@ -64,55 +64,69 @@ VARIANTS: dict[str, Variant] = {
     "JPEG of quality 90": _encoded_again(90),
     "JPEG of quality 50": _encoded_again(50),
     "two thirds of the size": _smaller,
-    "cut by 3% on each side": _cut,
+    "cut by 3% on each side": _cropped,
     "mirrored": _mirrored,
 }
 
 
-def copies(source: ListedSource, encoder: Encoder) -> list[Figures]:
+def copies(source: ListedSource, encoder: Encoder) -> list[Row]:
     """One row for each variant, and one for the nearest other image: quantiles of cosines."""
     images = [source.read(row) for row in source.rows]
-    own = _features(images, encoder)
-    rows = [(name, (own * _features(list(map(make, images)), encoder)).sum(axis=1)) for name, make in VARIANTS.items()]
-    alike = own @ own.T
-    np.fill_diagonal(alike, -1)
-    rows.append(("nearest other image", alike.max(axis=1)))
-    return [{"variant": name, "images": len(own), **_quantiles(cosines)} for name, cosines in rows]
-
-
-def _quantiles(cosines: NDArray[np.float32]) -> Figures:
-    return {name: float(np.quantile(cosines, share)) for name, share in _QUANTILES.items()}
+    features = _features(images, encoder)
+    cosines = {
+        name: (features * _features([make(image) for image in images], encoder)).sum(axis=1)
+        for name, make in VARIANTS.items()
+    }
+    others = features @ features.T
+    np.fill_diagonal(others, -1)
+    cosines["nearest other image"] = others.max(axis=1)
+    return [
+        {
+            "variant": name,
+            "images": len(features),
+            **{quantile: float(np.quantile(values, q)) for quantile, q in _QUANTILES.items()},
+        }
+        for name, values in cosines.items()
+    ]
 
 
 def _features(images: list[Image.Image], encoder: Encoder) -> NDArray[np.float32]:
     """Unit rows (N, D), of the plain view."""
-    made = [np.asarray(encoder.resize(image)) for image in images]
-    parts = [made[start : start + _BATCH] for start in range(0, len(made), _BATCH)]
-    return np.concatenate([encoder.encode_pixels(torch.from_numpy(np.stack(part))).cpu().numpy() for part in parts])
+    pixels = [np.asarray(encoder.resize(image)) for image in images]
+    batches = [np.stack(pixels[start : start + _BATCH]) for start in range(0, len(pixels), _BATCH)]
+    return np.concatenate([encoder.encode_pixels(torch.from_numpy(batch)).cpu().numpy() for batch in batches])
 
 
 def between(features: NDArray[np.float32], count: int) -> NDArray[np.float32]:
-    """Rows (count, D) between two real ones each, so that they lie as features do, and a little noise."""
-    rng = np.random.default_rng(0)
-    one, other = rng.integers(0, len(features), (2, count))
-    share = rng.random((count, 1), dtype=np.float32)
-    noise = rng.standard_normal((count, features.shape[1]), dtype=np.float32) * (0.1 / np.sqrt(features.shape[1]))
-    return share * features[one] + (1 - share) * features[other] + noise
+    """Rows (count, D) between two real ones each, so that they are distributed as features are, and a little noise."""
+    random = np.random.default_rng(0)
+    one, other = random.integers(0, len(features), (2, count))
+    weight = random.random((count, 1), dtype=np.float32)
+    noise = random.standard_normal((count, features.shape[1]), dtype=np.float32) * (0.1 / np.sqrt(features.shape[1]))
+    return weight * features[one] + (1 - weight) * features[other] + noise
 
 
-def search(rows: NDArray[np.float32], *, queries: int = 2000) -> list[Figures]:
+def search(rows: NDArray[np.float32], *, queries: int = 2000) -> list[Row]:
     """The flat index and the one of cells over rows (n, D): seconds to build, queries a second, recall of ten."""
     count = len(rows)
-    found = []
-    for exact in (True, False):
+    results = []
+    for name, exact_rows in (("flat", count), ("cells", 0)):
         started = time.perf_counter()
-        index = build_index(rows, exact_rows=count if exact else 0)
+        index = build_index(rows, exact_rows=exact_rows)
         built = time.perf_counter()
         index.search(index.rows[:queries], 10)
-        rate = min(queries, count) / (time.perf_counter() - built)
-        told = {"index": "flat" if exact else "cells", "rows": count, "device": index.device}
-        found.append({**told, "seconds": built - started, "queries_per_second": rate, "recall": index.recall})
-    return found
+        searched = time.perf_counter()
+        results.append(
+            {
+                "index": name,
+                "rows": count,
+                "device": index.device,
+                "seconds": built - started,
+                "queries_per_second": min(queries, count) / (searched - built),
+                "recall": index.recall,
+            }
+        )
+    return results
 
 
 def neighbors(
@@ -122,28 +136,37 @@ def neighbors(
     count: Annotated[int, typer.Option(help="Images at most.", min=2)] = 1000,
     rows: Annotated[str, typer.Option(help="Compare both indexes over so many rows instead, such as 300000.")] = "",
     model: Annotated[str, typer.Option(help="As of extract.")] = "lite0-minilm",
-    as_json: Annotated[Path | None, typer.Option("--json", help="Write the rows to this file.")] = None,
+    as_json: JsonOption = None,
 ) -> None:
     """Measure what near-duplicates look like to a model, or the approximate index against the exact one."""
+    results: list[Row] = []
     if rows:
-        real = demo().plain.astype(np.float32)
-        told = [row for text in rows.split(",") for row in search(between(real, int(text)))]
-        lines = [[row["index"], f"{row['rows']:,}", *_shown(row)] for row in told]
-        print_table(["index", "rows", "seconds to build", "queries/s", "recall of ten"], lines)
+        features = demo().plain.astype(np.float32)
+        for number in parse_numbers(rows, "numbers of rows", 1, kind=int):
+            results += search(between(features, number))
+        titles = ["index", "rows", "seconds to build", "queries/s", "recall of ten"]
+        lines = [
+            [
+                row["index"],
+                f"{row['rows']:,}",
+                f"{row['seconds']:.1f}",
+                f"{row['queries_per_second']:,.0f}",
+                f"{row['recall']:.3f}",
+            ]
+            for row in results
+        ]
+        print_table(titles, lines)
     else:
         encoder = load_encoder(model)
-        names = [name.strip() for name in data.split(",")]
-        told = [{"data": Path(name).name, **row} for name in names for row in copies(images_of(name, count), encoder)]
+        for name in split_names(data):
+            results += [{"data": Path(name).name, **row} for row in copies(image_source(name, count), encoder)]
+        titles = ["data", "variant", "images", "1st percentile", "median", "99th"]
         lines = [
-            [row["data"], row["variant"], str(row["images"]), *(f"{row[q]:.3f}" for q in _QUANTILES)] for row in told
+            [row["data"], row["variant"], str(row["images"]), *(f"{row[name]:.3f}" for name in _QUANTILES)]
+            for row in results
         ]
-        print_table(["data", "variant", "images", "1st percentile", "median", "99th"], lines, texts=2)
-    if as_json is not None:
-        write_json(as_json, told)
-
-
-def _shown(row: Figures) -> list[str]:
-    return [f"{row['seconds']:.1f}", f"{row['queries_per_second']:,.0f}", f"{row['recall']:.3f}"]
+        print_table(titles, lines, texts=2)
+    write_rows(as_json, results)
 
 
 if __name__ == "__main__":
