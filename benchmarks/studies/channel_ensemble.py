@@ -171,9 +171,7 @@ def prompt_probabilities(cache: FeatureCache, features: Floats, *, together: boo
     return np.stack([softmax(cache.logit_scale * rows @ prompt.T) for prompt in np.moveaxis(texts, 1, 0)])
 
 
-def probe_on_guesses(
-    cache: FeatureCache, split: Split, config: FitConfig, probabilities: Floats, keep: float
-) -> Row:
+def probe_on_guesses(cache: FeatureCache, split: Split, config: FitConfig, probabilities: Floats, keep: float) -> Row:
     """How right guesses (n, K) are, and what a probe makes of the labels and the most confident of them."""
     rows = split.unlabeled
     guesses = probabilities.argmax(1)
