@@ -1,4 +1,4 @@
-"""HDF5 files as values: datasets to bytes that depend on nothing else, and bytes to datasets without trust."""
+"""HDF5 files as bytes: datasets are packed into bytes that depend on nothing else, and read with every check."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from ulfine_fast.cache.io.errors import InputError
 
 # One fixed format of the file itself: with a range, HDF5 would pick by its own version and the bytes would differ.
-_PIECE = 1 << 17  # values looked at together
 _FILE_FORMAT = ("v110", "v110")
+_BLOCK = 1 << 17  # values checked together
 _TEXT = h5py.string_dtype("utf-8")
 
 Content = NDArray[Any] | Sequence[str]
@@ -51,7 +51,8 @@ def content_sha256(content: Content) -> str:
     """Hex digest of an array's raw little-endian bytes in C order, or of texts in UTF-8 joined by newlines."""
     if isinstance(content, np.ndarray) and content.dtype.kind != "O":
         ordered = np.ascontiguousarray(content, dtype=content.dtype.newbyteorder("<"))
-        return hashlib.sha256(ordered.reshape(-1).view(np.uint8).data).hexdigest()  # where it lies, no copy
+        # A view of the array's own memory, no copy.
+        return hashlib.sha256(ordered.reshape(-1).view(np.uint8).data).hexdigest()
     return hashlib.sha256("\n".join(np.asarray(content, dtype=object).reshape(-1)).encode()).hexdigest()
 
 
@@ -60,10 +61,10 @@ def unpacked(data: bytes | BinaryIO) -> Iterator[h5py.File]:
     """Opens an HDF5 file.
 
     Args:
-        data: its bytes, or the open file where only a part of it is wanted.
+        data: its bytes, or the open file where only a part of it is read.
 
     Raises:
-        InputError: not an HDF5 file, or its inside is damaged.
+        InputError: not an HDF5 file, or its content is damaged.
     """
     try:
         with h5py.File(io.BytesIO(data) if isinstance(data, bytes) else data, "r") as file:
@@ -82,83 +83,83 @@ def take(
     shape: tuple[int, ...],
     dtype: str | None = None,
     check: bool = True,
-    image: bytes | None = None,
+    data: bytes | None = None,
 ) -> NDArray[Any]:
     """Reads one dataset whole.
 
     Args:
         file: an open file.
         name: path in the file.
-        shape: what it must have, tested before anything is allocated.
-        dtype: numpy name of the type it must have; None for texts, which come as an object array of str.
-        check: whether to compare with its `sha256` attribute.
-        image: the bytes of the file, where they are at hand; big arrays are then a read-only view of them, no copy.
+        shape: that it must have, checked before anything is allocated.
+        dtype: numpy name of the type it must have; None for texts, which become an object array of str.
+        check: whether to compare it with its `sha256` attribute.
+        data: the bytes of the whole file, if they are in memory; large arrays are then read-only views of them.
 
     Raises:
         InputError: missing, of another type or shape, stored outside of the file, or damaged.
     """
-    dataset = _own_dataset(file, name)
+    dataset = _dataset_inside(file, name)
     # Before reading: a declared shape costs nothing in a file, and everything in memory.
     if dataset.shape != shape:
         raise InputError(f"{name} has shape {dataset.shape}, expected {shape}")
     if dtype is None:
-        _require(h5py.check_string_dtype(dataset.dtype) is not None, f"{name} does not hold text")
+        if h5py.check_string_dtype(dataset.dtype) is None:
+            raise InputError(f"{name} does not hold text")
         content = dataset.asstr()[()]
     else:
-        _require(dataset.dtype == np.dtype(dtype), f"{name} has type {dataset.dtype}, expected {dtype}")
-        content = dataset[()] if image is None else _viewed(dataset, image)
+        if dataset.dtype != np.dtype(dtype):
+            raise InputError(f"{name} has type {dataset.dtype}, expected {dtype}")
+        content = dataset[()] if data is None else _view_or_copy(dataset, data)
     if check and dataset.attrs.get("sha256") != content_sha256(content):
         raise InputError(f"{name} does not match its checksum")
     return content
 
 
-def _viewed(dataset: h5py.Dataset, image: bytes) -> NDArray[Any]:
-    """The content of a contiguous dataset where it lies in the file's bytes; otherwise a copy of it."""
-    place = dataset.id.get_offset()  # None for chunked and for empty ones
+def _view_or_copy(dataset: h5py.Dataset, data: bytes) -> NDArray[Any]:
+    """The content of a contiguous dataset as a view of the file's bytes; of any other, a copy."""
+    offset = dataset.id.get_offset()  # None for chunked and for empty datasets
     length = dataset.size * dataset.dtype.itemsize
-    if place is None or length == 0 or place + length > len(image) or not dataset.dtype.isnative:
+    if offset is None or length == 0 or offset + length > len(data) or not dataset.dtype.isnative:
         return dataset[()]
-    return np.frombuffer(image, dataset.dtype, dataset.size, place).reshape(dataset.shape)
+    return np.frombuffer(data, dataset.dtype, dataset.size, offset).reshape(dataset.shape)
 
 
 def shape_of(file: h5py.File, name: str) -> tuple[int, ...] | None:
     """Shape of a dataset, None where there is none."""
     # `name in file` would follow a link; looking the link itself up does not.
-    return None if file.get(name, getlink=True) is None else tuple(_own_dataset(file, name).shape)
+    return None if file.get(name, getlink=True) is None else tuple(_dataset_inside(file, name).shape)
 
 
 def first_not_finite(array: NDArray[Any]) -> int | None:
     """Row of the first value that is NaN or infinite in (n, ...) of float16 or float32; None where all are finite.
 
-    These are the values whose exponent bits are all set, which whole numbers tell several times faster.
+    These are the values whose exponent bits are all set; as integers they are compared several times faster.
     """
-    kind, exponent = (np.uint16, 0x7C00) if array.dtype == np.float16 else (np.uint32, 0x7F800000)
-    bits = np.ascontiguousarray(array).view(kind).reshape(-1)
-    # a piece at a time: it stays in the processor's cache
-    pieces = (bits[start : start + _PIECE] for start in range(0, len(bits), _PIECE))
-    if not any(((piece & exponent) == exponent).any() for piece in pieces):
+    integer, exponent = (np.uint16, 0x7C00) if array.dtype == np.float16 else (np.uint32, 0x7F800000)
+    bits = np.ascontiguousarray(array).view(integer).reshape(-1)
+    # A block at a time stays in the processor's cache.
+    blocks = (bits[start : start + _BLOCK] for start in range(0, len(bits), _BLOCK))
+    if not any(((block & exponent) == exponent).any() for block in blocks):
         return None
     return int(np.flatnonzero(~np.isfinite(array).reshape(len(array), -1).all(axis=1))[0])
 
 
-def _own_dataset(file: h5py.File, name: str) -> h5py.Dataset:
-    """The dataset, provided that its content lies in this very file: a link could reach any file of the reader."""
+def _dataset_inside(file: h5py.File, name: str) -> h5py.Dataset:
+    """The dataset, if its content is in this very file: a link could reach any file of the reader."""
     # Every group on the way may itself be a link.
     parts = name.split("/")
     for depth in range(1, len(parts) + 1):
         link = file.get("/".join(parts[:depth]), getlink=True)
-        _require(link is not None, f"{name} is missing")
-        _require(isinstance(link, h5py.HardLink), f"{name} is a link to another place, which a cache may not hold")
+        if link is None:
+            raise InputError(f"{name} is missing")
+        if not isinstance(link, h5py.HardLink):
+            raise InputError(f"{name} is a link, which a cache may not hold")
     dataset = file[name]
-    _require(isinstance(dataset, h5py.Dataset), f"{name} is not a dataset")
-    outside = dataset.is_virtual or dataset.external
-    _require(not outside, f"{name} keeps its content in another file, which a cache may not do")
+    if not isinstance(dataset, h5py.Dataset):
+        raise InputError(f"{name} is not a dataset")
+    if dataset.is_virtual or dataset.external:
+        raise InputError(f"{name} keeps its content in another file, which a cache may not do")
     return dataset
-
-
-def _require(truth: bool, otherwise: str) -> None:
-    if not truth:
-        raise InputError(otherwise)
 
 
 def _create(file: h5py.File, name: str, content: Content) -> h5py.Dataset:

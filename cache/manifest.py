@@ -1,4 +1,4 @@
-"""What the features of a cache are; a request that says otherwise is refused with the differing field named."""
+"""What the features of a cache are; a request for other ones is refused with the differing field named."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from ulfine_fast.cache.io.files import write_atomically
 from ulfine_fast.cache.shard import VIEWED_SPLITS, Layout
 
 FORMAT = "ulfine-fast-cache"
-# 2 adds int8 features, tokens, sources read as streams and appended parts; a cache says the lowest that covers it.
+# 2 adds int8 features, tokens, sources read as streams and appended parts; a cache has the lowest that covers it.
 VERSIONS = (1, 2)
 NAME = "manifest.json"
 DTYPES = ("float16", "float32", "int8")
-# Where the images lie, what wrote the file and how much may be missing do not change what a feature is.
+# Where the images are, what wrote the file and how much may be missing do not change what a feature is.
 _NOT_IDENTITY = ("version", "libraries", "created_by", "max_skipped")
 _NOT_IDENTITY_OF_SOURCE = ("path",)
-_NEEDED = {
+_REQUIRED = {
     "model": ("name", "pretrained", "sha256", "image_size", "dim", "logit_scale"),
     "views": ("weak", "strong", "seed"),
     "source": ("kind", "fingerprint"),
@@ -32,20 +32,26 @@ class Manifest:
 
     Attributes:
         model: name, pretrained, sha256 (of the weights), image_size (pixels), dim, logit_scale, normalized.
-        preprocessing: the evaluation transform as text. mean, std: its normalisation by channel, for values 0..1.
-        views: weak, strong (views of each kind), seed, and the recipe's ranges.
-        dtype: of the stored features. precision: that the model ran in.
-        batch_size: images encoded together. shard_size: source rows a shard covers at most.
-        class_names: (K,). prompts: (P,) with {} for the class.
+        preprocessing: the evaluation transform as text.
+        mean: its normalisation by channel, for pixel values 0..1.
+        std: likewise.
+        views: weak, strong (number of views of each kind), seed, and the recipe's ranges.
+        dtype: of the stored features, one of `DTYPES`.
+        precision: that the model ran in.
+        batch_size: images encoded together.
+        shard_size: source rows that a shard covers at most.
+        class_names: (K,) texts.
+        prompts: (P,) texts with {} for the class.
         source: kind, path or name, rows, fingerprint (over ids, labels, splits and file sizes); of a stream the number
             of parts instead of that of rows.
-        tokens: names of the S tokens stored beside each feature, see `ulfine_fast.cache.models.tokens.Taps`.
+        tokens: names of the S tokens stored beside each feature, see `ulfine_fast.cache.models.tokens.TokenHooks`.
         token_width: W, their length; 0 where there are none.
-        exact: whether all images were resized and cropped by the model's own preprocessing as they were; else large
-            ones were reduced before, or a GPU did it, which turns a feature by a degree or so.
+        exact: whether the model's own preprocessing resized and cropped every image at full size; else large images
+            were reduced before, or a GPU resized them, which turns a feature by a degree or so.
         compiled: whether the model ran as `torch.compile` made it.
-        max_skipped: share of images that may be unreadable, 0..1.
-        libraries: versions of what computed the features. created_by: this tool and its version.
+        max_skipped: fraction of images that may be unreadable, 0..1.
+        libraries: versions of what computed the features.
+        created_by: this tool and its version.
     """
 
     model: dict[str, Any]
@@ -85,40 +91,46 @@ class Manifest:
 
     @property
     def version(self) -> int:
-        """The lowest version of the format that covers what the cache holds."""
+        """The lowest version of the format that covers the cache."""
         return 2 if self.parts or self.tokens or self.dtype == "int8" or "appended" in self.source else 1
 
     def layout(self, split: str) -> Layout:
-        """What the shards of `split` look like."""
-        viewed = split in VIEWED_SPLITS
-        weak, strong = (int(self.views[kind]) if viewed else 0 for kind in ("weak", "strong"))
-        return Layout(self.dim, self.dtype, weak, strong, len(self.tokens), self.token_width)
+        """The layout of the shards of a split."""
+        has_views = split in VIEWED_SPLITS
+        return Layout(
+            dim=self.dim,
+            dtype=self.dtype,
+            weak=int(self.views["weak"]) if has_views else 0,
+            strong=int(self.views["strong"]) if has_views else 0,
+            tokens=len(self.tokens),
+            token_width=self.token_width,
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """The content of the file, in JSON's types."""
-        # Through JSON, so that a manifest just made equals the same one read back (tuples become lists).
-        plain: dict[str, Any] = json.loads(json.dumps(asdict(self)))
-        return {"format": FORMAT, "version": self.version, **plain}
+        # Through JSON, so that a new manifest equals the same one read from a file (tuples become lists).
+        values: dict[str, Any] = json.loads(json.dumps(asdict(self)))
+        return {"format": FORMAT, "version": self.version, **values}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Manifest:
-        """Reads the content of the file; unknown fields are left aside.
+        """Reads the content of the file; unknown fields are ignored.
 
         Raises:
-            InputError: not a manifest, of another version, or without a needed field.
+            InputError: not a manifest, of another version, without a required field, or with a value that cannot be.
         """
         if not isinstance(values, dict) or values.get("format") != FORMAT:
             raise InputError(f"this is no manifest of a feature cache (format must be {FORMAT!r})")
         if values.get("version") not in VERSIONS:
-            known_ones = " and ".join(map(str, VERSIONS))
-            raise InputError(f"the cache has format version {values.get('version')!r}, this program reads {known_ones}")
-        # A later program may say more of a cache of this version; what this one needs is all here.
-        known = {one.name: values[one.name] for one in fields(cls) if one.name in values}
+            versions = " and ".join(map(str, VERSIONS))
+            raise InputError(f"the cache has format version {values.get('version')!r}, this program reads {versions}")
+        # A later program may add fields to this version; this one does not need them.
+        known = {field.name: values[field.name] for field in fields(cls) if field.name in values}
         try:
             manifest = cls(**known)
         except TypeError as error:
             raise InputError(f"the manifest is incomplete ({str(error).partition('__init__() ')[2]})") from error
-        manifest._refuse_nonsense()
+        manifest._check()
         return manifest
 
     def write(self, folder: Path) -> None:
@@ -148,35 +160,35 @@ class Manifest:
         except InputError as error:
             raise InputError(f"{path}: {error}") from error
 
-    def refuse_mismatch(self, wanted: Manifest) -> None:
-        """Compares what the features are with a request.
+    def refuse_mismatch(self, requested: Manifest) -> None:
+        """Compares the features of this cache with a request.
 
         Raises:
             CacheMismatch: names the first field that differs, dotted, with both values.
         """
-        _compare("", _identity(self), _identity(wanted))
+        _compare("", _identity(self), _identity(requested))
 
-    def _refuse_nonsense(self) -> None:
-        # The file may have been edited by hand; everything later trusts what passes here.
-        for section, keys in _NEEDED.items():
+    def _check(self) -> None:
+        """Refuses values that cannot be: the file may have been edited by hand, and nothing checks it later."""
+        for section, keys in _REQUIRED.items():
             values = getattr(self, section)
             missing = [key for key in keys if not isinstance(values, dict) or key not in values]
             if missing:
                 raise InputError(f"the manifest is incomplete ({section}.{missing[0]} is missing)")
-        count = self.source.get("rows", self.source.get("parts"))
-        whole = [self.model.get("dim"), count, self.views.get("weak"), self.views.get("strong")]
-        if not all(isinstance(value, int) and value >= 0 for value in whole) or self.dtype not in DTYPES:
+        size = self.source.get("rows", self.source.get("parts"))
+        numbers = [self.model.get("dim"), size, self.views.get("weak"), self.views.get("strong")]
+        if not all(isinstance(value, int) and value >= 0 for value in numbers) or self.dtype not in DTYPES:
             raise InputError("model.dim, source.rows, views.weak, views.strong or dtype has a value that cannot be")
         kinds, width = self.tokens, self.token_width
         if not isinstance(kinds, list) or not isinstance(width, int) or (width > 0) != (len(kinds) > 0):
             raise InputError("tokens must be a list of names, and token_width the length of a token")
-        for names in (self.class_names, self.prompts):
-            if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
+        for texts in (self.class_names, self.prompts):
+            if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
                 raise InputError("class_names and prompts must be lists of texts, with at least one each")
 
 
 def is_cache(folder: Path) -> bool:
-    """Whether the folder holds a manifest of this format, of whatever version: only then may anything be deleted."""
+    """Whether the folder holds a manifest of this format, of any version: only then may anything be deleted."""
     try:
         return bool(json.loads((folder / NAME).read_text(encoding="utf-8"))["format"] == FORMAT)
     except (OSError, ValueError, KeyError, TypeError):
@@ -184,22 +196,22 @@ def is_cache(folder: Path) -> bool:
 
 
 def _identity(manifest: Manifest) -> dict[str, Any]:
-    """The fields that say what a feature is, in the order of the class."""
+    """The fields that determine the features, in the order of the class."""
     values = {name: value for name, value in manifest.to_dict().items() if name not in _NOT_IDENTITY}
     values["source"] = {k: v for k, v in values["source"].items() if k not in _NOT_IDENTITY_OF_SOURCE}
     return values
 
 
-def _compare(name: str, found: Any, wanted: Any) -> None:
-    """Walks both down to the first leaf that differs: a list of 1000 class names would make no readable sentence."""
-    if isinstance(found, dict) and isinstance(wanted, dict):
-        for key in [*wanted, *(key for key in found if key not in wanted)]:
-            _compare(f"{name}.{key}".lstrip("."), found.get(key), wanted.get(key))
-    elif isinstance(found, list) and isinstance(wanted, list):
-        # Two lists of other lengths differ nearly everywhere, so their lengths say more than the first entry.
-        if len(found) != len(wanted):
-            raise CacheMismatch(f"{name}.length", len(found), len(wanted))
-        for index, pair in enumerate(zip(found, wanted, strict=True)):
+def _compare(name: str, cached: Any, requested: Any) -> None:
+    """Descends to the first value that differs: a list of 1000 class names would make no readable sentence."""
+    if isinstance(cached, dict) and isinstance(requested, dict):
+        for key in [*requested, *(key for key in cached if key not in requested)]:
+            _compare(f"{name}.{key}".lstrip("."), cached.get(key), requested.get(key))
+    elif isinstance(cached, list) and isinstance(requested, list):
+        # Two lists of other lengths differ nearly everywhere, so their lengths are clearer than the first entry.
+        if len(cached) != len(requested):
+            raise CacheMismatch(f"{name}.length", len(cached), len(requested))
+        for index, pair in enumerate(zip(cached, requested, strict=True)):
             _compare(f"{name}.{index}", *pair)
-    elif found != wanted:
-        raise CacheMismatch(name, found, wanted)
+    elif cached != requested:
+        raise CacheMismatch(name, cached, requested)

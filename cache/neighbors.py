@@ -1,11 +1,12 @@
-"""Nearest images of a cache: near-duplicates within and across splits, and what of a test split was trained on."""
+"""Nearest images of a cache: near-duplicates within and across splits, and test images that were trained on."""
 
 from __future__ import annotations
 
+import io
 import math
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,19 +15,21 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from ulfine_fast.cache.io.errors import InputError
+from ulfine_fast.cache.io.files import write_atomically
 
 if TYPE_CHECKING:
     from ulfine_fast.cache.store import FeatureCache
 
 THRESHOLD = 0.98
-EXACT_ROWS = 100_000  # up to so many, every pair is compared
-_BLOCK = 4096  # queries at a time: bounds the memory of what is found
-_MOST = 64  # near-duplicates looked for of each image; a group of more is still found, by its other members
-_SAMPLE = 500  # queries on which an approximate index is compared with the exact one
-_RECALL = 0.98  # that an approximate index must reach
+EXACT_ROWS = 100_000  # up to this many rows, every pair is compared
+_QUERY_BLOCK = 4096  # queries searched together, which bounds the memory of the results
+_MAX_DUPLICATES = 64  # near-duplicates of one image; a larger group is still found, by its other members
+_RECALL_QUERIES = 500  # queries on which an approximate index is compared with the exact one
+_MIN_RECALL = 0.98  # of an approximate index
 _FIRST_CELLS = 4  # that a query visits at first
 _SEED = 0
-_QUICK = 400_000_000  # pairs that are compared in passing
+_QUICK_PAIRS = 400_000_000  # compared without being asked for; about ten seconds
+_ROUNDING = 1e-6  # a float32 product of a row with itself may be a little below one
 _TRAINED = ("train", "unlabeled")
 _HELD_OUT = ("val", "test")
 
@@ -38,7 +41,7 @@ class Index:
     Attributes:
         rows: float32 (n, D), unit length.
         exact: whether every pair is compared.
-        recall: share of the ten nearest rows that are found, measured on a sample; 1 where exact.
+        recall: fraction of the ten nearest rows that a search returns, measured on a sample; 1 where exact.
         device: "cpu" or "gpu".
     """
 
@@ -50,21 +53,26 @@ class Index:
 
     def search(self, queries: NDArray[np.float32], k: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         """Cosines and row numbers (q, k) of the nearest rows, nearest first; -1 where there are fewer."""
-        found = [self._index.search(queries[start : start + _BLOCK], k) for start in range(0, len(queries), _BLOCK)]
-        none = np.empty((0, k), np.float32), np.empty((0, k), np.int64)
-        cosines, places = zip(*found, strict=True) if found else ([none[0]], [none[1]])
-        return np.concatenate(cosines), np.concatenate(places)
+        cosines = np.empty((len(queries), k), np.float32)
+        rows = np.empty((len(queries), k), np.int64)
+        for start in range(0, len(queries), _QUERY_BLOCK):
+            block = slice(start, start + _QUERY_BLOCK)
+            cosines[block], rows[block] = self._index.search(queries[block], k)
+        return cosines, rows
 
 
 @dataclass(frozen=True)
 class Duplicates:
-    """Images so alike that one may be a copy of the other.
+    """Pairs of images so similar that one may be a copy of the other.
 
     Attributes:
-        first, second: row numbers of each pair (p,), first < second.
+        first: int64 (p,), a row number of each pair.
+        second: int64 (p,), the other; first < second.
         cosine: float32 (p,).
-        group: for every row the number of its group (n,), -1 where it has no near-duplicate.
-        threshold: least cosine of a pair. exact, recall: of the index.
+        group: int64 (n,), for every row the number of its group, -1 where it has no near-duplicate.
+        threshold: least cosine of a pair.
+        exact: of the index.
+        recall: of the index.
     """
 
     first: NDArray[np.int64]
@@ -78,10 +86,13 @@ class Duplicates:
 
 @dataclass(frozen=True)
 class Leak:
-    """A held-out image that training has nearly seen.
+    """A held-out image that is nearly the same as a training image.
 
     Attributes:
-        held_out, trained: row numbers. cosine: how alike. same_label: whether both labels are known and agree.
+        held_out: row number.
+        trained: row number.
+        cosine: of the two.
+        same_label: whether both labels are known and agree.
     """
 
     held_out: int
@@ -91,11 +102,11 @@ class Leak:
 
 
 def build_index(features: NDArray[Any], *, exact_rows: int = EXACT_ROWS) -> Index:
-    """An index over features by cosine: flat where there are few, cells of like rows (IVF) where there are many.
+    """An index of features by cosine: flat where there are few, cells of similar rows (IVF) where there are many.
 
     Args:
-        features: (n, D), any length; a row of zeros is like nothing.
-        exact_rows: up to so many rows every pair is compared.
+        features: (n, D), of any length; a row of zeros is similar to nothing.
+        exact_rows: up to this many rows, every pair is compared.
 
     Raises:
         InputError: no row at all.
@@ -106,12 +117,18 @@ def build_index(features: NDArray[Any], *, exact_rows: int = EXACT_ROWS) -> Inde
         raise InputError("there are no images to compare; extract some first")
     rows = _unit(features)
     exact = len(rows) <= exact_rows
-    index, device = _on_gpu(faiss, _flat(faiss, rows) if exact else _cells(faiss, rows))
-    return Index(rows, exact, 1.0 if exact else _widened(faiss, index, rows), device, index)
+    index = _flat_index(faiss, rows) if exact else _ivf_index(faiss, rows)
+    device = "cpu"
+    # Builds of faiss for the CPU alone do not have this function.
+    if getattr(faiss, "get_num_gpus", lambda: 0)() > 0:
+        index = faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), 0, index)
+        device = "gpu"
+    recall = 1.0 if exact else _widen_search(faiss, index, rows)
+    return Index(rows, exact, recall, device, index)
 
 
 def near_duplicates(cache: FeatureCache, *, threshold: float = THRESHOLD, index: Index | None = None) -> Duplicates:
-    """All pairs of a cache whose plain features have at least a cosine.
+    """All pairs of a cache whose plain features have at least a given cosine.
 
     Args:
         cache: features.
@@ -124,65 +141,110 @@ def near_duplicates(cache: FeatureCache, *, threshold: float = THRESHOLD, index:
     if not 0 < threshold <= 1:
         raise InputError(f"threshold must be above 0 and at most 1, got {threshold:g}")
     index = index or build_index(cache.plain)
-    pairs = [_pairs(*block, threshold) for block in _blocks(index)]
-    first, second, cosine = (np.concatenate(parts) for parts in zip(*pairs, strict=True))
-    _, places = np.unique(np.stack([first, second], 1), axis=0, return_index=True)
-    first, second, cosine = first[places], second[places], cosine[places]
-    group = _groups(first, second, len(index.rows))
+    n = len(index.rows)
+
+    # Pairs, block by block; each is often found from both sides
+    firsts, seconds, cosines = [], [], []
+    for start in range(0, n, _QUERY_BLOCK):
+        near_cosines, near_rows = index.search(index.rows[start : start + _QUERY_BLOCK], min(_MAX_DUPLICATES + 1, n))
+        query, rank = np.nonzero((near_cosines >= threshold - _ROUNDING) & (near_rows >= 0))
+        one, other = query + start, near_rows[query, rank]
+        different = one != other
+        firsts.append(np.minimum(one, other)[different])
+        seconds.append(np.maximum(one, other)[different])
+        cosines.append(near_cosines[query, rank][different])
+    first, second, cosine = np.concatenate(firsts), np.concatenate(seconds), np.concatenate(cosines)
+    _, unique = np.unique(np.stack([first, second], 1), axis=0, return_index=True)
+    first, second, cosine = first[unique], second[unique], cosine[unique]
+
+    # Groups of connected images, numbered by their first row
+    links = coo_array((np.ones(len(first), np.int8), (first, second)), shape=(n, n))
+    _, component = connected_components(links, directed=False)  # (n,)
+    numbers: dict[int, int] = {}
+    group = np.full(n, -1, dtype=np.int64)
+    for row in np.flatnonzero(np.bincount(component)[component] > 1):
+        group[row] = numbers.setdefault(int(component[row]), len(numbers))
     return Duplicates(first, second, cosine, group, threshold, index.exact, index.recall)
 
 
-def leaks(cache: FeatureCache, found: Duplicates) -> list[Leak]:
-    """Images of val and test with a near-duplicate in train or unlabeled: of each the nearest, most alike first."""
-    trained, held_out = (np.isin(cache.splits, names) for names in (_TRAINED, _HELD_OUT))
+def leaks(cache: FeatureCache, duplicates: Duplicates) -> list[Leak]:
+    """Images of val and test with a near-duplicate in train or unlabeled: of each the nearest, most similar first."""
+    trained, held_out = np.isin(cache.splits, _TRAINED), np.isin(cache.splits, _HELD_OUT)
     nearest: dict[int, Leak] = {}
-    for one, other, cosine in zip(found.first.tolist(), found.second.tolist(), found.cosine.tolist(), strict=True):
+    pairs = zip(duplicates.first.tolist(), duplicates.second.tolist(), duplicates.cosine.tolist(), strict=True)
+    for one, other, cosine in pairs:
         for held, seen in ((one, other), (other, one)):
             if held_out[held] and trained[seen] and (held not in nearest or cosine > nearest[held].cosine):
-                same = bool(cache.labels[held] == cache.labels[seen] >= 0)
-                nearest[held] = Leak(held, seen, cosine, same)
+                nearest[held] = Leak(held, seen, cosine, _same_label(cache, held, seen))
     return sorted(nearest.values(), key=lambda leak: (-leak.cosine, leak.held_out))
 
 
-def contradictions(cache: FeatureCache, found: Duplicates) -> NDArray[np.int64]:
-    """Places among the pairs whose labels are both known and differ: (c,)."""
-    one, other = cache.labels[found.first], cache.labels[found.second]
+def find_leaks(
+    cache: FeatureCache, *, threshold: float = THRESHOLD, max_pairs: int = _QUICK_PAIRS
+) -> list[Leak] | None:
+    """As `leaks`, by comparing the held-out images with the training images alone.
+
+    Args:
+        cache: features.
+        threshold: least cosine, in (0, 1].
+        max_pairs: pairs that may be compared.
+
+    Returns:
+        As `leaks`; None where there are more pairs than that.
+    """
+    trained, held_out = (np.flatnonzero(np.isin(cache.splits, names)) for names in (_TRAINED, _HELD_OUT))
+    if len(trained) * len(held_out) > max_pairs:
+        return None
+    if not len(trained) or not len(held_out):
+        return []
+    index = build_index(cache.plain[trained], exact_rows=len(trained))
+    cosines, nearest = index.search(_unit(cache.plain[held_out]), 1)
+    nearly_seen = []
+    for query in np.flatnonzero(cosines[:, 0] >= threshold - _ROUNDING):
+        held, seen = int(held_out[query]), int(trained[nearest[query, 0]])
+        nearly_seen.append(Leak(held, seen, float(cosines[query, 0]), _same_label(cache, held, seen)))
+    return sorted(nearly_seen, key=lambda leak: (-leak.cosine, leak.held_out))
+
+
+def label_conflicts(cache: FeatureCache, duplicates: Duplicates) -> NDArray[np.int64]:
+    """Indices of the pairs whose labels are both known and differ: (c,)."""
+    one, other = cache.labels[duplicates.first], cache.labels[duplicates.second]
     return np.flatnonzero((one >= 0) & (other >= 0) & (one != other))
 
 
-def summary_of(cache: FeatureCache, found: Duplicates) -> dict[str, Any]:
-    """What was found, in JSON's types.
+def duplicates_summary(cache: FeatureCache, duplicates: Duplicates) -> dict[str, Any]:
+    """The near-duplicates of a cache, in JSON's types.
 
     Returns:
         images, threshold, exact, recall, pairs, groups (counts), by_splits (pairs by the splits they join),
         different_labels (pairs whose labels are known and differ), leaks (held-out images nearly trained on), and
-        near_duplicates: {"first", "second", "cosine", "splits", "different_labels"} of each pair, most alike first.
+        near_duplicates: {"first", "second", "cosine", "splits", "different_labels"} of each pair, most similar first.
     """
-    contradict = set(contradictions(cache, found).tolist())
-    order = sorted(range(len(found.first)), key=lambda pair: (-found.cosine[pair], found.first[pair]))
-    pairs = [_told_pair(cache, found, pair, pair in contradict) for pair in order]
+    conflicts = set(label_conflicts(cache, duplicates).tolist())
+    pairs: list[dict[str, Any]] = []
+    for pair in np.lexsort((duplicates.first, -duplicates.cosine)).tolist():
+        one, other = int(duplicates.first[pair]), int(duplicates.second[pair])
+        pairs.append(
+            {
+                "first": cache.ids[one],
+                "second": cache.ids[other],
+                "cosine": round(float(duplicates.cosine[pair]), 5),
+                "splits": [str(cache.splits[one]), str(cache.splits[other])],
+                "different_labels": pair in conflicts,
+            }
+        )
+    by_splits = Counter(" - ".join(sorted(pair["splits"])) for pair in pairs)
     return {
         "images": len(cache),
-        "threshold": found.threshold,
-        "exact": found.exact,
-        "recall": round(found.recall, 4),
+        "threshold": duplicates.threshold,
+        "exact": duplicates.exact,
+        "recall": round(duplicates.recall, 4),
         "pairs": len(pairs),
-        "groups": int(found.group.max(initial=-1)) + 1,
-        "by_splits": dict(sorted(Counter(" - ".join(sorted(pair["splits"])) for pair in pairs).items())),
-        "different_labels": len(contradict),
-        "leaks": len(leaks(cache, found)),
+        "groups": int(duplicates.group.max(initial=-1)) + 1,
+        "by_splits": dict(sorted(by_splits.items())),
+        "different_labels": len(conflicts),
+        "leaks": len(leaks(cache, duplicates)),
         "near_duplicates": pairs,
-    }
-
-
-def _told_pair(cache: FeatureCache, found: Duplicates, pair: int, different: bool) -> dict[str, Any]:
-    one, other = int(found.first[pair]), int(found.second[pair])
-    return {
-        "first": cache.ids[one],
-        "second": cache.ids[other],
-        "cosine": round(float(found.cosine[pair]), 5),
-        "splits": [str(cache.splits[one]), str(cache.splits[other])],
-        "different_labels": different,
     }
 
 
@@ -192,73 +254,72 @@ def nearest_columns(cache: FeatureCache, index: Index, k: int) -> dict[str, NDAr
     Args:
         cache: features.
         index: of its plain features.
-        k: how many of each, at most all others.
+        k: number of images for each, at most all others.
 
     Returns:
         id, neighbor (None where an approximate index found fewer), rank (from 1) and cosine, n k rows.
     """
     k = min(k, len(cache) - 1)
-    cosines, places = index.search(index.rows, k + 1)
-    itself = places == np.arange(len(places))[:, None]
-    # a copy may stand before the image itself; where that is not among its nearest, the last one goes
+    cosines, rows = index.search(index.rows, k + 1)
+    itself = rows == np.arange(len(rows))[:, None]
+    # A copy may come before the image itself; where that is not among its nearest, the last one is left out.
     itself[~itself.any(1), -1] = True
     ids = np.asarray(cache.ids, dtype=object)
-    near = places[~itself]  # (n k,)
+    near = rows[~itself]  # (n k,)
     names = ids[near]
     names[near < 0] = None
     ranks = np.tile(np.arange(1, k + 1), len(ids))
     return {"id": np.repeat(ids, k), "neighbor": names, "rank": ranks, "cosine": cosines[~itself]}
 
 
-def find_leaks(cache: FeatureCache, *, threshold: float = THRESHOLD, most: int = _QUICK) -> list[Leak] | None:
-    """What of val and test is nearly in train or unlabeled, by comparing these alone.
+def check_table_name(path: Path) -> None:
+    """Raises InputError for a name that `write_columns` does not take, before any work is done."""
+    if path.suffix != ".parquet":
+        raise InputError(f"out must end in .parquet, got {path.name!r}")
 
-    Args:
-        cache: features.
-        threshold: least cosine, in (0, 1].
-        most: pairs that may be compared; some ten seconds of work by default.
 
-    Returns:
-        As `leaks`; None where there are more pairs than that.
+def write_columns(path: Path, columns: dict[str, NDArray[Any]]) -> None:
+    """Writes columns as a .parquet file.
+
+    Raises:
+        InputError: another suffix, or a path that cannot be written.
     """
-    trained, held_out = (np.flatnonzero(np.isin(cache.splits, names)) for names in (_TRAINED, _HELD_OUT))
-    if len(trained) * len(held_out) > most:
-        return None
-    if not len(trained) or not len(held_out):
-        return []
-    index = build_index(cache.plain[trained], exact_rows=len(trained))
-    cosines, places = index.search(_unit(cache.plain[held_out]), 1)
-    return sorted(
-        (
-            Leak(int(held), int(seen), float(cosine), bool(cache.labels[held] == cache.labels[seen] >= 0))
-            for held, seen, cosine in zip(held_out, trained[places[:, 0]], cosines[:, 0], strict=True)
-            if cosine >= threshold - 1e-6
-        ),
-        key=lambda leak: (-leak.cosine, leak.held_out),
-    )
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    check_table_name(path)
+    data = io.BytesIO()
+    parquet.write_table(pa.table(columns), data)
+    write_atomically(path, data.getvalue())
 
 
-def leakage(cache: FeatureCache) -> str | None:
-    """One sentence for whoever reads figures on the cache's val and test; None where nothing leaks.
+def leakage_warning(cache: FeatureCache) -> str | None:
+    """One sentence for readers of metrics on the cache's val and test; None where nothing leaks.
 
-    Where the cache is too large to look in passing, the sentence says so.
+    A large cache is not searched; the sentence then names the command that does it.
     """
-    found = find_leaks(cache)
-    if found is None:
+    leaked = find_leaks(cache)
+    if leaked is None:
         return (
-            "this cache is too large to look for test images among the training images in passing; "
+            "this cache is too large for a quick search for test images among the training images; "
             "`ulfine-fast neighbors CACHE` does it"
         )
-    if not found:
+    if not leaked:
         return None
-    total, first = int(np.isin(cache.splits, _HELD_OUT).sum()), found[0]
-    images = "1 image" if len(found) == 1 else f"{len(found)} images"
+    total = int(np.isin(cache.splits, _HELD_OUT).sum())
+    first = leaked[0]
+    images = "1 image" if len(leaked) == 1 else f"{len(leaked)} images"
     return (
-        f"{images} of the {total:,} in val and test {'is' if len(found) == 1 else 'are'} nearly the same as one in "
+        f"{images} of the {total:,} in val and test {'is' if len(leaked) == 1 else 'are'} nearly the same as one in "
         f"train or unlabeled (cosine {THRESHOLD:g} or more; {cache.ids[first.held_out]} and "
-        f"{cache.ids[first.trained]}, {first.cosine:.4f}), so figures on them flatter; `ulfine-fast neighbors CACHE` "
-        "lists them: leave them out and extract again"
+        f"{cache.ids[first.trained]}, {first.cosine:.4f}), so metrics on them are too good; `ulfine-fast neighbors "
+        "CACHE` lists them: leave them out and extract again"
     )
+
+
+def _same_label(cache: FeatureCache, one: int, other: int) -> bool:
+    """Whether both labels are known and agree."""
+    return bool(cache.labels[one] == cache.labels[other] >= 0)
 
 
 def _unit(features: NDArray[Any]) -> NDArray[np.float32]:
@@ -266,73 +327,37 @@ def _unit(features: NDArray[Any]) -> NDArray[np.float32]:
     return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
 
 
-def _flat(faiss: Any, rows: NDArray[np.float32]) -> Any:
+def _flat_index(faiss: Any, rows: NDArray[np.float32]) -> Any:
     index = faiss.IndexFlatIP(rows.shape[1])
     index.add(rows)
     return index
 
 
-def _cells(faiss: Any, rows: NDArray[np.float32]) -> Any:
-    """Rows sorted into 4 sqrt(n) cells, so that each holds about sqrt(n) / 4; how many are visited is not set here."""
+def _ivf_index(faiss: Any, rows: NDArray[np.float32]) -> Any:
+    """Rows in 4 sqrt(n) cells, of about sqrt(n) / 4 rows each; the number of cells that a query visits is set later."""
     cells = int(4 * math.sqrt(len(rows)))
     index = faiss.IndexIVFFlat(faiss.IndexFlatIP(rows.shape[1]), rows.shape[1], cells, faiss.METRIC_INNER_PRODUCT)
     index.cp.seed = _SEED
-    # the centres need some forty rows each, and more make no better ones
+    # The centres need some forty rows each, and more make no better ones.
     sample = np.random.default_rng(_SEED).choice(len(rows), min(len(rows), 40 * cells), replace=False)
     index.train(rows[np.sort(sample)])
     index.add(rows)
     return index
 
 
-def _on_gpu(faiss: Any, index: Any) -> tuple[Any, str]:
-    """The index on a GPU where faiss has one; the processor otherwise."""
-    if getattr(faiss, "get_num_gpus", lambda: 0)() == 0:
-        return index, "cpu"
-    return faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), 0, index), "gpu"
+def _widen_search(faiss: Any, index: Any, rows: NDArray[np.float32]) -> float:
+    """Doubles the number of cells that a query visits until the recall is high enough; returns the recall.
 
-
-def _widened(faiss: Any, index: Any, rows: NDArray[np.float32]) -> float:
-    """Lets a query visit more and more cells until enough is found; returns the recall.
-
-    That is the share of the ten nearest rows that the index finds, over a sample. How many cells it takes depends on
-    how the features lie: with clear groups a few, in one even cloud nearly all.
+    It is measured on a sample, as the fraction of the ten nearest rows that the index returns. The number of cells
+    depends on the features: with clear groups it is small, in one even cloud nearly all are visited.
     """
-    queries = rows[np.random.default_rng(_SEED).choice(len(rows), min(_SAMPLE, len(rows)), replace=False)]
-    wanted = _flat(faiss, rows).search(queries, 10)[1]
+    queries = rows[np.random.default_rng(_SEED).choice(len(rows), min(_RECALL_QUERIES, len(rows)), replace=False)]
+    nearest = _flat_index(faiss, rows).search(queries, 10)[1]
     index.nprobe = min(_FIRST_CELLS, index.nlist)
     while True:
-        found = index.search(queries, 10)[1]
-        recall = float(np.mean([len(np.intersect1d(w, f)) / 10 for w, f in zip(wanted, found, strict=True)]))
-        if recall >= _RECALL or index.nprobe == index.nlist:
+        approximate = index.search(queries, 10)[1]
+        hits = [len(np.intersect1d(one, other)) for one, other in zip(nearest, approximate, strict=True)]
+        recall = float(np.mean([count / 10 for count in hits]))
+        if recall >= _MIN_RECALL or index.nprobe == index.nlist:
             return recall
         index.nprobe = min(2 * index.nprobe, index.nlist)
-
-
-def _blocks(index: Index) -> Iterator[tuple[int, NDArray[np.float32], NDArray[np.int64]]]:
-    """First row of each block of queries, and the cosines and places of what is near them."""
-    k = min(_MOST + 1, len(index.rows))
-    for start in range(0, len(index.rows), _BLOCK):
-        yield start, *index.search(index.rows[start : start + _BLOCK], k)
-
-
-def _pairs(
-    start: int, cosines: NDArray[np.float32], places: NDArray[np.int64], threshold: float
-) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]:
-    """Pairs of a block of queries, smaller row number first."""
-    # a float32 product of a row with itself may be a little below one
-    near = (cosines >= threshold - 1e-6) & (places >= 0)
-    query, rank = np.nonzero(near)
-    one, other = query + start, places[query, rank]
-    apart = one != other
-    low, high = np.minimum(one, other)[apart], np.maximum(one, other)[apart]
-    return low, high, cosines[query, rank][apart]
-
-
-def _groups(first: NDArray[np.int64], second: NDArray[np.int64], rows: int) -> NDArray[np.int64]:
-    """Connected images, numbered by their first row; -1 for those alone."""
-    links = coo_array((np.ones(len(first), np.int8), (first, second)), shape=(rows, rows))
-    _, label = connected_components(links, directed=False)
-    members = np.bincount(label)[label] > 1
-    names: dict[int, int] = {}
-    numbered = zip(label.tolist(), members.tolist(), strict=True)
-    return np.array([names.setdefault(one, len(names)) if member else -1 for one, member in numbered], dtype=np.int64)

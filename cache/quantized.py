@@ -13,7 +13,7 @@ LARGEST = 127  # symmetric: -128 stays unused, so that a row and its negative ha
 def quantized(rows: NDArray[Any]) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
     """Codes and scales of rows.
 
-    The largest component of a row comes back as it was, so that quantising what `restored` gives changes nothing more.
+    The largest component of a row is restored exactly, so that quantising restored rows again changes nothing more.
 
     Args:
         rows: floats (..., D), finite.
@@ -31,8 +31,8 @@ def quantized(rows: NDArray[Any]) -> tuple[NDArray[np.int8], NDArray[np.float32]
 def restored(codes: NDArray[np.int8], scales: NDArray[np.float32]) -> NDArray[np.float16]:
     """Rows (..., D) from codes (..., D) and scales (...): each number is code times scale, rounded to float16."""
     rows = np.empty(codes.shape, dtype=np.float16)
-    # A damaged scale may be too large for float16; whoever reads looks for values that are not finite.
+    # A damaged scale may be too large for float16; the caller looks for values that are not finite.
     with np.errstate(over="ignore", invalid="ignore"):
-        # Into given memory numpy works piece by piece, and no array of float32 is ever there.
+        # With `out` numpy works in blocks, and no whole array of float32 is made.
         np.multiply(codes, scales[..., None], out=rows, dtype=np.float32, casting="unsafe")
     return rows

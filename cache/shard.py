@@ -1,6 +1,6 @@
 """One HDF5 shard: its layout, and how it is written, read and verified.
 
-`docs/cache-format.md` is the specification; what is written here is a function of the arrays alone.
+`docs/cache-format.md` is the specification. The bytes of a shard depend on its arrays alone.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ulfine_fast.cache.io.paths import is_remote
 from ulfine_fast.cache.quantized import quantized, restored
 from ulfine_fast.cache.sources.rows import SPLITS, Part
 
-VIEWED_SPLITS = ("train", "unlabeled")  # nobody trains on val and test, so they have the plain view only
+VIEWED_SPLITS = ("train", "unlabeled")  # val and test are not trained on, so they have the plain view only
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,23 +47,23 @@ class Layout:
 
     @property
     def array_dtype(self) -> str:
-        """Type of tokens, and of features in memory: bytes are whole numbers in the file alone."""
+        """Type of tokens, and of features in memory: int8 features are so in the file alone."""
         return "float32" if self.dtype == "float32" else "float16"
 
     @property
     def views(self) -> int:
-        """1 + Vw + Vs, with the plain one."""
+        """1 + Vw + Vs, with the plain view."""
         return 1 + self.weak + self.strong
 
     @property
     def columns(self) -> int:
-        """D + S W, numbers that the model makes of a view."""
+        """D + S W, numbers that the model computes for a view."""
         return self.dim + self.tokens * self.token_width
 
     def split_columns(self, rows: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any] | None]:
         """Features (n, V, D) and tokens (n, V, S, W), None without, of rows (n, V, D + S W) that hold both."""
-        features, behind = rows[..., : self.dim], rows[..., self.dim :]
-        return features, behind.reshape(*rows.shape[:2], self.tokens, self.token_width) if self.tokens else None
+        features, rest = rows[..., : self.dim], rows[..., self.dim :]
+        return features, rest.reshape(*rows.shape[:2], self.tokens, self.token_width) if self.tokens else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,12 +72,16 @@ class Shard:
 
     Attributes:
         split: "train", "unlabeled", "val" or "test".
-        ids: n unique texts. labels: int32 (n,), -1 for unknown.
-        plain: (n, 1, D). weak: (n, Vw, D). strong: (n, Vs, D). All float16 or all float32, finite.
+        ids: n unique texts.
+        labels: int32 (n,), -1 for unknown.
+        plain: (n, 1, D), float16 or float32, finite.
+        weak: (n, Vw, D) of that type.
+        strong: (n, Vs, D) of that type.
+        scale: float32 (n, Vw + Vs), fraction of the image's area that the crop kept.
+        flip: uint8 (n, Vw + Vs), 0 or 1.
+        view_seed: the seed that the views were drawn from.
         quantized: whether features are stored as int8 with a scale for each row; in memory they are float16 then.
         tokens: (n, 1 + Vw + Vs, S, W) in the order plain, weak, strong, of the features' type; None without.
-        scale: float32 (n, Vw + Vs), share of the image's area that the crop kept. flip: uint8 of that shape, 0 or 1.
-        view_seed: the seed that the views were drawn from.
     """
 
     split: str
@@ -95,13 +99,16 @@ class Shard:
 
 @dataclass(frozen=True, slots=True)
 class ShardRecord:
-    """The JSON file beside a shard; that it exists says that the shard is finished.
+    """The JSON file beside a shard; it is written last, so a shard that has one is finished.
 
     Attributes:
-        shard: number, from 0. split: of all its rows.
-        first_row: where it starts in the source's order. rows_read: source rows it covers.
-        rows: rows it holds, those of images that could be read.
-        sha256, bytes: of the HDF5 file.
+        shard: number, from 0.
+        split: of all its rows.
+        first_row: its first row in the source's order.
+        rows_read: source rows that it covers.
+        rows: rows that it holds, those of images that could be read.
+        sha256: hex digest of the HDF5 file.
+        bytes: size of the HDF5 file.
         seconds: wall seconds spent on "read", "encode" and "write".
         skipped: {"id", "reason"} of each image left out.
     """
@@ -118,14 +125,14 @@ class ShardRecord:
 
     def write(self, path: Path) -> None:
         """Writes it to `path`, atomically; call this after the shard itself is on the disk."""
-        write_atomically(path, (json.dumps(asdict(self), indent=2, sort_keys=True) + "\n").encode(), several=True)
+        write_atomically(path, (json.dumps(asdict(self), indent=2, sort_keys=True) + "\n").encode(), concurrent=True)
 
     @classmethod
     def read(cls, path: Path) -> ShardRecord:
-        """Reads it back.
+        """Reads a record.
 
         Raises:
-            InputError: missing, cut, or with other fields.
+            InputError: missing, truncated, or with other fields.
         """
         try:
             record = cls(**json.loads(path.read_text(encoding="utf-8")))
@@ -133,28 +140,28 @@ class ShardRecord:
             raise InputError(f"shard {path.stem} is missing: no {path.name} in {path.parent}; {_REDO}") from error
         except (OSError, ValueError, TypeError) as error:
             raise InputError(f"shard {path.stem}: {path} is damaged ({error}); {_REDO}") from error
-        if not record._is_plausible():
+        counts = (record.shard, record.first_row, record.rows_read, record.rows, record.bytes)
+        plausible = all(isinstance(value, int) and value >= 0 for value in counts) and record.split in SPLITS
+        if (
+            not plausible
+            or not isinstance(record.skipped, list)
+            or record.rows + len(record.skipped) != record.rows_read
+        ):
             raise InputError(f"shard {path.stem}: {path} holds values that cannot be; {_REDO}")
         return record
 
     def covers(self, part: Part) -> bool:
-        """Whether it is of the rows that a plan says; of a stream only number and split are known beforehand."""
+        """Whether the shard has the planned rows; of a stream only number and split are known beforehand."""
         if (self.shard, self.split) != (part.number, part.split):
             return False
         return part.first_row is None or (self.first_row, self.rows_read) == (part.first_row, part.rows)
-
-    def _is_plausible(self) -> bool:
-        counts = (self.shard, self.first_row, self.rows_read, self.rows, self.bytes)
-        if not all(isinstance(value, int) and value >= 0 for value in counts) or self.split not in SPLITS:
-            return False
-        return isinstance(self.skipped, list) and self.rows + len(self.skipped) == self.rows_read
 
 
 _REDO = "run the same extract command again, it redoes what is missing or damaged"
 
 
 def shard_path(cache: Path, number: int) -> Path:
-    """CACHE/shards/00000.h5; its record is the same name with .json."""
+    """CACHE/shards/00000.h5; its record has the same name with .json."""
     return cache / "shards" / f"{number:05d}.h5"
 
 
@@ -162,57 +169,46 @@ def pack_shard(shard: Shard) -> bytes:
     """The HDF5 file of a shard, the same bytes for the same rows.
 
     Args:
-        shard: n rows; arrays whose lengths disagree are refused.
+        shard: n rows.
 
     Raises:
         ValueError: arrays of different lengths.
     """
     n = len(shard.ids)
-    arrays = {
-        "plain": shard.plain,
-        "weak": shard.weak,
-        "strong": shard.strong,
-        "scale": shard.scale,
-        "flip": shard.flip,
-    }
-    if shard.tokens is not None:
-        arrays["tokens"] = shard.tokens
-    wrong = {name: array.shape for name, array in arrays.items() if len(array) != n}
+    arrays = {name: getattr(shard, name) for name in ("plain", "weak", "strong", "scale", "flip", "tokens")}
+    wrong = {name: array.shape for name, array in arrays.items() if array is not None and len(array) != n}
     if wrong or len(shard.labels) != n:
         raise ValueError(f"{n} ids, {len(shard.labels)} labels and arrays of other lengths: {wrong}")
-    split = np.full(n, SPLITS.index(shard.split), dtype=np.uint8)
-    datasets: dict[str, hdf5.Content] = {"id": shard.ids, "label": shard.labels.astype(np.int32), "split": split}
-    datasets |= _stored("plain", shard.plain, shard)  # (n, 1, D)
-    datasets |= _view_datasets(shard)
+
+    # Rows
+    datasets: dict[str, hdf5.Content] = {
+        "id": shard.ids,
+        "label": shard.labels.astype(np.int32),
+        "split": np.full(n, SPLITS.index(shard.split), dtype=np.uint8),
+    }
+
+    # Features, without a dataset for a kind of view that the shard does not have
+    weak, strong = shard.weak.shape[1], shard.strong.shape[1]
+    for name, features, views in (
+        ("plain", shard.plain, 1),
+        ("weak", shard.weak, weak),
+        ("strong", shard.strong, strong),
+    ):
+        if views and shard.quantized:
+            datasets[name], datasets[f"{name}_scale"] = quantized(features)  # (n, V, D), (n, V)
+        elif views:
+            datasets[name] = features  # (n, V, D)
+
+    # How the views were drawn
+    if weak + strong:
+        datasets["view/kind"] = ["weak"] * weak + ["strong"] * strong
+        datasets["view/seed"] = np.asarray([shard.view_seed], dtype=np.int64)
+        datasets["view/scale"] = shard.scale.astype(np.float32)  # (n, Vw + Vs)
+        datasets["view/flip"] = shard.flip.astype(np.uint8)  # (n, Vw + Vs)
+
     if shard.tokens is not None:
         datasets["tokens"] = shard.tokens  # (n, V, S, W)
     return hdf5.pack(datasets, dataset_attributes={"split": {"names": SPLITS}})
-
-
-def _stored(name: str, rows: NDArray[Any], shard: Shard) -> dict[str, hdf5.Content]:
-    """Features (n, V, D) as the shard keeps them."""
-    if not shard.quantized:
-        return {name: rows}
-    codes, scales = quantized(rows)  # (n, V, D), (n, V)
-    return {name: codes, f"{name}_scale": scales}
-
-
-def _view_datasets(shard: Shard) -> dict[str, hdf5.Content]:
-    """Views that there are none of leave no dataset."""
-    weak, strong = shard.weak.shape[1], shard.strong.shape[1]
-    if weak + strong == 0:
-        return {}
-    datasets: dict[str, hdf5.Content] = {}
-    if weak:
-        datasets |= _stored("weak", shard.weak, shard)  # (n, Vw, D)
-    if strong:
-        datasets |= _stored("strong", shard.strong, shard)  # (n, Vs, D)
-    return datasets | {
-        "view/kind": ["weak"] * weak + ["strong"] * strong,
-        "view/seed": np.asarray([shard.view_seed], dtype=np.int64),
-        "view/scale": shard.scale.astype(np.float32),  # (n, Vw + Vs)
-        "view/flip": shard.flip.astype(np.uint8),  # (n, Vw + Vs)
-    }
 
 
 def write_shard(path: Path, shard: Shard) -> tuple[str, int]:
@@ -225,7 +221,7 @@ def write_shard(path: Path, shard: Shard) -> tuple[str, int]:
         InputError: the file system refused; names the shard and the reason.
     """
     data = pack_shard(shard)
-    write_atomically(path, data, several=True)
+    write_atomically(path, data, concurrent=True)
     return hashlib.sha256(data).hexdigest(), len(data)
 
 
@@ -234,9 +230,9 @@ def read_shard(path: Path, layout: Layout, *, check: bool = True, ids: bool = Tr
 
     Args:
         path: CACHE/shards/NUMBER.h5, with its record beside it.
-        layout: what the manifest says of this split.
+        layout: that the manifest gives for this split.
         check: whether to compare the file with its checksum and to look for values that are not finite.
-        ids: whether to read the ids, which takes longer than many a feature; else the shard has none.
+        ids: whether to read the ids, which takes longer than many features; else the shard has none.
 
     Raises:
         InputError: missing, unfinished, damaged, of another layout, or with NaN; names the shard (and the image).
@@ -255,16 +251,19 @@ def verify_shard(path: Path, layout: Layout) -> tuple[Shard | None, list[str]]:
     """Checks a finished shard in full: the file's checksum, each dataset's, the layout, finite values.
 
     Returns:
-        The shard where it could be read, and one sentence for each problem found.
+        The shard where it could be read, and one sentence for each problem.
     """
     problems: list[str] = []
     shard = None
     try:
         record = ShardRecord.read(path.with_suffix(".json"))
         data = _read_bytes(path)
-        # Goes on after a wrong checksum: which dataset is hit tells more.
-        problems += _problem(lambda: _refuse_other_bytes(path, data, record))
-        shard = _unpack(path, data, record, layout, check_datasets=True)
+        # Goes on after a wrong checksum, because the damaged dataset is more precise.
+        try:
+            _refuse_other_bytes(path, data, record)
+        except InputError as error:
+            problems.append(str(error))
+        shard = _unpack(path, data, record, layout, check_datasets=True, ids=True)
         _refuse_not_finite(path, shard)
     except InputError as error:
         problems.append(str(error))
@@ -272,23 +271,15 @@ def verify_shard(path: Path, layout: Layout) -> tuple[Shard | None, list[str]]:
 
 
 def is_intact(path: Path, record: ShardRecord) -> bool:
-    """Whether the shard's file is there with the bytes that its record names; behind a URL with so many of them."""
+    """Whether the shard's file has the bytes of its record; behind a URL, whether it has as many."""
     try:
         # A store takes a file whole or not at all, and to read all of it again could take hours.
         if is_remote(path):
             return path.stat().st_size == record.bytes
-        # The size first: it tells a cut file without reading it.
+        # The size first: it shows a truncated file without reading it.
         return path.stat().st_size == record.bytes and hashlib.sha256(path.read_bytes()).hexdigest() == record.sha256
     except OSError:
         return False
-
-
-def _problem(check: Any) -> list[str]:
-    try:
-        check()
-    except InputError as error:
-        return [str(error)]
-    return []
 
 
 def _read_bytes(path: Path) -> bytes:
@@ -310,71 +301,70 @@ def _refuse_not_finite(path: Path, shard: Shard) -> None:
     for name, array in arrays.items():
         row = hdf5.first_not_finite(array)
         if row is not None:
+            # The shard may have been read without its ids.
+            with path.open("rb") as data, hdf5.unpacked(data) as file:
+                image = hdf5.take(file, "id", shape=(len(shard.labels),), check=False)[row]
             raise InputError(
-                f"shard {path.stem}: the {name} of {_named(path, shard, row)} are not finite; "
+                f"shard {path.stem}: the {name} of image {image!r} are not finite; "
                 "leave it out of the source and extract with --mode overwrite"
             )
 
 
-def _named(path: Path, shard: Shard, row: int) -> str:
-    """The image of a row, by its id."""
-    with path.open("rb") as data, hdf5.unpacked(data) as file:
-        return f"image {hdf5.take(file, 'id', shape=(len(shard.labels),), check=False)[row]!r}"
+def _unpack(path: Path, data: bytes, record: ShardRecord, layout: Layout, *, check_datasets: bool, ids: bool) -> Shard:
+    """The shard in an HDF5 file, after checks of every type and shape.
 
-
-def _unpack(
-    path: Path, data: bytes, record: ShardRecord, layout: Layout, *, check_datasets: bool, ids: bool = True
-) -> Shard:
+    Args:
+        path: of the file, for messages.
+        data: its content.
+        record: of the shard, whose number of rows and split must hold.
+        layout: of its features.
+        check_datasets: whether to compare each dataset with its checksum.
+        ids: whether to read the ids.
+    """
     try:
         with hdf5.unpacked(data) as file:
-            return _from_file(file, data, record, layout, check_datasets, ids)
+            return _read_datasets(file, data, record, layout, check_datasets, ids)
     except InputError as error:
         raise InputError(f"shard {path.stem} cannot be used: {error}; {_REDO}") from error
 
 
-def _from_file(file: h5py.File, image: bytes, record: ShardRecord, layout: Layout, check: bool, ids: bool) -> Shard:
+def _read_datasets(file: h5py.File, data: bytes, record: ShardRecord, layout: Layout, check: bool, ids: bool) -> Shard:
     n, views = record.rows, layout.weak + layout.strong
-    # One split a shard, so the record alone tells a reader how many rows have views.
+
+    def features(name: str, count: int) -> NDArray[Any]:
+        """Features (n, V, D) of V views; a kind without views has no dataset."""
+        if count == 0 or layout.dim == 0:
+            return np.empty((n, count, layout.dim), dtype=layout.array_dtype)
+        shape = (n, count, layout.dim)
+        stored = hdf5.take(file, name, shape=shape, dtype=layout.dtype, check=check, data=data)
+        if layout.dtype != "int8":
+            return stored
+        return restored(stored, hdf5.take(file, f"{name}_scale", shape=shape[:2], dtype="float32", check=check))
+
+    def view_values(name: str, dtype: str) -> NDArray[Any]:
+        """Values (n, Vw + Vs) of each view; a split without views has no such dataset."""
+        if views == 0:
+            return np.empty((n, 0), dtype=dtype)
+        return hdf5.take(file, name, shape=(n, views), dtype=dtype, check=check)
+
+    # A shard has one split, so the record alone tells a reader how many rows have views.
     codes = hdf5.take(file, "split", shape=(n,), dtype="uint8", check=check)
     if (codes != SPLITS.index(record.split)).any():
         raise InputError(f"it holds rows of another split than its record says ({record.split})")
+    tokens = None
+    if layout.tokens:
+        shape = (n, layout.views, layout.tokens, layout.token_width)
+        tokens = hdf5.take(file, "tokens", shape=shape, dtype=layout.array_dtype, check=check, data=data)
     return Shard(
         split=record.split,
         ids=hdf5.take(file, "id", shape=(n,), check=check).tolist() if ids else [],
         labels=hdf5.take(file, "label", shape=(n,), dtype="int32", check=check),
-        plain=_features(file, image, "plain", (n, 1), layout, check),
-        weak=_features(file, image, "weak", (n, layout.weak), layout, check),
-        strong=_features(file, image, "strong", (n, layout.strong), layout, check),
-        scale=_view_data(file, "view/scale", (n, views), "float32", check),
-        flip=_view_data(file, "view/flip", (n, views), "uint8", check),
-        view_seed=int(_view_data(file, "view/seed", (1,), "int64", check).sum()) if views else 0,
+        plain=features("plain", 1),
+        weak=features("weak", layout.weak),
+        strong=features("strong", layout.strong),
+        scale=view_values("view/scale", "float32"),
+        flip=view_values("view/flip", "uint8"),
+        view_seed=int(hdf5.take(file, "view/seed", shape=(1,), dtype="int64", check=check)[0]) if views else 0,
         quantized=layout.dtype == "int8",
-        tokens=_tokens(file, image, n, layout, check),
+        tokens=tokens,
     )
-
-
-def _features(
-    file: h5py.File, image: bytes, name: str, rows: tuple[int, int], layout: Layout, check: bool
-) -> NDArray[Any]:
-    """Features (n, V, D) of `rows` = (n, V) in one kind of views."""
-    shape = (*rows, layout.dim)
-    if 0 in shape[1:]:
-        return np.empty(shape, dtype=layout.array_dtype)
-    stored = hdf5.take(file, name, shape=shape, dtype=layout.dtype, check=check, image=image)
-    if layout.dtype != "int8":
-        return stored
-    return restored(stored, hdf5.take(file, f"{name}_scale", shape=rows, dtype="float32", check=check))
-
-
-def _tokens(file: h5py.File, image: bytes, n: int, layout: Layout, check: bool) -> NDArray[Any] | None:
-    if layout.tokens == 0:
-        return None
-    shape = (n, layout.views, layout.tokens, layout.token_width)
-    return hdf5.take(file, "tokens", shape=shape, dtype=layout.array_dtype, check=check, image=image)
-
-
-def _view_data(file: h5py.File, name: str, shape: tuple[int, ...], dtype: str, check: bool) -> NDArray[Any]:
-    # A split without views has no such dataset; n itself may be 0 and the dataset is there all the same.
-    if 0 in shape[1:]:
-        return np.empty(shape, dtype=dtype)
-    return hdf5.take(file, name, shape=shape, dtype=dtype, check=check)

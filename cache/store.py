@@ -1,15 +1,15 @@
-"""FeatureCache: open a cache, check it, hand its features out as arrays."""
+"""FeatureCache: opens a cache, checks it, and returns its features as arrays."""
 
 from __future__ import annotations
 
 import copy
 import hashlib
 import os
-from collections import Counter, deque
-from collections.abc import Callable, Generator, Sequence
+from collections import Counter
+from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -17,57 +17,45 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ulfine_fast.cache.ids import read_ids
+from ulfine_fast.cache.arrays import (
+    Arrays,
+    Tokens,
+    check_arrays,
+    check_class_names,
+    check_labels,
+    check_text_features,
+    refuse_bad_labels,
+)
+from ulfine_fast.cache.ids import RowIndex, read_ids
 from ulfine_fast.cache.io.errors import InputError
-from ulfine_fast.cache.io.paths import is_remote, open_place
+from ulfine_fast.cache.io.paths import is_remote, to_path
+from ulfine_fast.cache.io.prefetch import prefetch
 from ulfine_fast.cache.manifest import Manifest
 from ulfine_fast.cache.shard import VIEWED_SPLITS, Shard, ShardRecord, read_shard, shard_path, verify_shard
 from ulfine_fast.cache.sources.rows import SPLITS
 from ulfine_fast.cache.text import average, read_text
 
 UNKNOWN = "(unknown)"
-_ASKED_AT_ONCE = 16  # records of a store
-_HINT = 1 << 17  # bytes that the system is asked to read ahead at a time
-
-
-@dataclass(frozen=True)
-class _Arrays:
-    """All rows of a cache in memory; m of the n rows have views."""
-
-    ids: list[str] | None  # None until somebody asks for them
-    labels: NDArray[np.int64]  # (n,)
-    splits: NDArray[np.str_]  # (n,)
-    plain: NDArray[Any]  # (n, D)
-    weak: NDArray[Any]  # (m, Vw, D)
-    strong: NDArray[Any]  # (m, Vs, D)
-    view_rows: NDArray[np.int64]  # (m,)
-    areas: NDArray[np.float32] | None = None  # (m, Vw + Vs), None where nobody cut crops
-
-
-@dataclass(frozen=True)
-class _Tokens:
-    """Tokens of all rows in memory."""
-
-    plain: NDArray[Any]  # (n, S, W)
-    weak: NDArray[Any]  # (m, Vw, S, W)
-    strong: NDArray[Any]  # (m, Vs, S, W)
+_PARALLEL_REQUESTS = 16  # records requested together of a remote store
+_READ_AHEAD_BYTES = 1 << 17  # that the system is asked to read ahead in one request
 
 
 class FeatureCache:
     """Frozen features of a set of images, from a folder or from arrays.
 
+    Rows are in the order of the source: train, unlabeled, val, test. The big arrays are read on first use.
+
     Attributes:
-        path: the folder, None for a cache in memory. manifest: what the features are, None for a cache in memory.
+        path: the folder, None for a cache in memory.
+        manifest: what the features are, None for a cache in memory.
         class_names: (K,) texts.
         dim: D, length of a feature.
         text_features: float32 (K, P, D), None for a cache in memory without text.
         prototypes: float32 (K, D) of length 1, None for a cache in memory without text.
         logit_scale: the model's factor on cosine similarities.
-        head: what an open_clip ViT does to its class token last, see `ulfine_fast.cache.text.TextFeatures`; else empty.
-        records: what is known of each shard, in order.
-        relabeled: hex SHA-256 of labels that were put in the place of the cache's own, None where they are its own.
-
-    Rows are in the order of the source: train, unlabeled, val, test. The big arrays are read on first use.
+        head: the last layers of an open_clip ViT, see `ulfine_fast.cache.text.TextFeatures`; else empty.
+        records: the record of each shard, in order.
+        relabeled: hex SHA-256 of labels that replace the cache's own; None where they do not.
     """
 
     def __init__(
@@ -81,26 +69,33 @@ class FeatureCache:
         path: Path | None = None,
         manifest: Manifest | None = None,
         records: Sequence[ShardRecord] = (),
-        arrays: _Arrays | None = None,
+        arrays: Arrays | None = None,
         head: dict[str, NDArray[np.float32]] | None = None,
     ) -> None:
         """Use `FeatureCache.open` or `FeatureCache.from_arrays`."""
-        self.class_names, self.dim, self.logit_scale = list(class_names), dim, float(logit_scale)
-        self.text_features, self.prototypes = text_features, prototypes
-        self.path, self.manifest, self.records = path, manifest, list(records)
-        self._loaded, self.head = arrays, head or {}
+        self.path = path
+        self.manifest = manifest
+        self.class_names = list(class_names)
+        self.dim = dim
+        self.text_features = text_features
+        self.prototypes = prototypes
+        self.logit_scale = float(logit_scale)
+        self.head = head or {}
+        self.records = list(records)
         self.relabeled: str | None = None
-        self._tokens: _Tokens | None = None
+        self._loaded = arrays
+        self._tokens: Tokens | None = None
         self._ids: list[str] | None = None
+        self._row_index: RowIndex | None = None
 
     @classmethod
     def open(cls, path: str | Path) -> FeatureCache:
-        """Opens what `extract` made, a folder or a URL; reads its manifest, text features and records, nothing big yet.
+        """Opens what `extract` made, a folder or a URL; reads its manifest, text features and records, no features.
 
         Raises:
             InputError: not a cache, damaged, or a shard is missing; names the shard.
         """
-        folder = open_place(path)
+        folder = to_path(path)
         manifest = Manifest.read(folder)
         text = read_text(folder, manifest)
         return cls(
@@ -145,12 +140,13 @@ class FeatureCache:
         Raises:
             InputError: shapes that do not fit, values that are not finite, labels or splits that do not exist.
         """
-        arrays = _arrays_from(plain, labels, weak, strong, splits, ids)
-        names = _class_names(class_names, arrays.labels)
-        text = None if text_features is None else _text_array(text_features, len(names), arrays.plain.shape[1])
+        arrays = check_arrays(plain, labels, weak=weak, strong=strong, splits=splits, ids=ids)
+        dim = arrays.plain.shape[1]
+        names = check_class_names(class_names, arrays.labels)
+        text = None if text_features is None else check_text_features(text_features, len(names), dim)
         return cls(
             class_names=names,
-            dim=arrays.plain.shape[1],
+            dim=dim,
             text_features=text,
             prototypes=None if text is None else average(text),
             logit_scale=logit_scale,
@@ -160,7 +156,7 @@ class FeatureCache:
     def with_labels(self, labels: ArrayLike) -> FeatureCache:
         """The same images with other labels; memory is shared, nothing is written.
 
-        A row of "unlabeled" that is given a label is in "train", which has views too; no other row changes its split.
+        A row of "unlabeled" that gets a label is in "train", which has views too; no other row changes its split.
 
         Args:
             labels: (n,) whole numbers below K, -1 for unknown.
@@ -168,23 +164,44 @@ class FeatureCache:
         Raises:
             InputError: other shapes, types or numbers.
         """
-        known = _known_labels(labels, len(self))
-        _refuse_bad_labels(known, len(self.class_names))
-        splits = np.where((self.splits == "unlabeled") & (known >= 0), "train", self.splits)
+        new = check_labels(labels, len(self))
+        refuse_bad_labels(new, len(self.class_names))
+        splits = np.where((self.splits == "unlabeled") & (new >= 0), "train", self.splits)
         other = copy.copy(self)
-        other._loaded = replace(self._arrays, labels=known, splits=splits)
-        other.relabeled = hashlib.sha256(known.tobytes()).hexdigest()
+        other._loaded = replace(self._arrays, labels=new, splits=splits)
+        other.relabeled = hashlib.sha256(new.tobytes()).hexdigest()
         return other
 
     def __len__(self) -> int:
+        """Number of rows."""
         return sum(record.rows for record in self.records) if self._loaded is None else len(self._loaded.labels)
 
     @property
     def ids(self) -> list[str]:
-        """Ids of the n rows; read on first use, apart from the features."""
+        """Ids of the n rows; read on first use, without the features."""
         if self._ids is None:
             self._ids = self._read_ids() if self._arrays.ids is None else self._arrays.ids
         return self._ids
+
+    def row_of(
+        self, ids: Iterable[str], *, source: str = "the request", fix: str = "use another cache or remove it"
+    ) -> NDArray[np.int64]:
+        """Row numbers of images by their ids.
+
+        Args:
+            ids: (m,) to look up.
+            source: what names the ids, the beginning of the message about one that is missing.
+            fix: what to do about it, the end of that message.
+
+        Returns:
+            (m,), in the order of `ids`.
+
+        Raises:
+            InputError: an id that no row has; names the first.
+        """
+        if self._row_index is None:
+            self._row_index = RowIndex(self.ids)
+        return self._row_index.rows(ids, source=source, fix=fix)
 
     @property
     def labels(self) -> NDArray[np.int64]:
@@ -206,11 +223,6 @@ class FeatureCache:
         """Rows that have views, those of train and unlabeled: int64 (m,), ascending."""
         return self._arrays.view_rows
 
-    def row_of(self, ids: Sequence[str]) -> NDArray[np.int64]:
-        """Rows of image ids (n,)."""
-        rows = {name: row for row, name in enumerate(self.ids)}
-        return np.array([rows[name] for name in ids], dtype=np.int64)
-
     def views(self, kind: str) -> NDArray[Any]:
         """Features of augmented views.
 
@@ -225,11 +237,11 @@ class FeatureCache:
         """
         if kind not in ("weak", "strong"):
             raise InputError(f"views are weak or strong, got {kind!r}")
-        found: NDArray[Any] = getattr(self._arrays, kind)
-        return found
+        views: NDArray[Any] = getattr(self._arrays, kind)
+        return views
 
     def view_areas(self, kind: str) -> NDArray[np.float32]:
-        """Shares of the image's area that augmented views show.
+        """Fraction of the image's area that each augmented view shows.
 
         Args:
             kind: "weak" or "strong".
@@ -240,10 +252,12 @@ class FeatureCache:
         Raises:
             InputError: another kind.
         """
-        shape, areas = self.views(kind).shape[:2], self._arrays.areas
+        rows, views = self.views(kind).shape[:2]
+        areas = self._arrays.areas
         if areas is None:
-            return np.zeros(shape, dtype=np.float32)
-        return areas[:, : shape[1]] if kind == "weak" else areas[:, areas.shape[1] - shape[1] :]
+            return np.zeros((rows, views), dtype=np.float32)
+        # The columns of the weak views come first.
+        return areas[:, :views] if kind == "weak" else areas[:, areas.shape[1] - views :]
 
     @property
     def token_kinds(self) -> list[str]:
@@ -251,7 +265,7 @@ class FeatureCache:
         return [] if self.manifest is None else list(self.manifest.tokens)
 
     def tokens(self, kind: str) -> NDArray[Any]:
-        """What the model held of each view before its last layers; read on first use, apart from the features.
+        """The model's values of each view before its last layers; read on first use, without the features.
 
         Args:
             kind: "plain", "weak" or "strong".
@@ -269,8 +283,8 @@ class FeatureCache:
             raise InputError("this cache holds no tokens; extract again with --features last-block or pre-projection")
         if self._tokens is None:
             self._tokens = self._load_tokens()
-        found: NDArray[Any] = getattr(self._tokens, kind)
-        return found
+        tokens: NDArray[Any] = getattr(self._tokens, kind)
+        return tokens
 
     def verify(self) -> list[str]:
         """Checks text and every shard in full (checksums of files and datasets, layout, finite values, unique ids).
@@ -288,49 +302,125 @@ class FeatureCache:
             shards, bytes (on the disk), counts (split -> class -> rows), skipped ({"id", "reason"}), problems (texts).
         """
         counts, problems = self._survey()
-        about = {} if self.manifest is None else self.manifest.to_dict()
-        kept = ("model", "dtype", "tokens", "precision", "prompts", "views", "source", "created_by")
+        manifest = {} if self.manifest is None else self.manifest.to_dict()
+        copied = ("model", "dtype", "tokens", "precision", "prompts", "views", "source", "created_by")
+        files = [] if self.path is None else [path for path in self.path.rglob("*") if path.is_file()]
         return {
             "path": None if self.path is None else str(self.path),
-            **{name: about.get(name) for name in kept},
+            **{name: manifest.get(name) for name in copied},
             "dim": self.dim,
             "class_names": self.class_names,
             "images": len(self),
             "shards": len(self.records),
-            "bytes": _bytes_on_disk(self.path),
+            "bytes": sum(path.stat().st_size for path in files),
             "counts": counts,
-            "skipped": [one for record in self.records for one in record.skipped],
+            "skipped": [image for record in self.records for image in record.skipped],
             "problems": problems,
         }
 
     @property
-    def _arrays(self) -> _Arrays:
+    def _arrays(self) -> Arrays:
         if self._loaded is None:
             self._loaded = self._load()
         return self._loaded
 
-    def _load(self) -> _Arrays:
-        """Reads each shard once, in threads, into arrays whose size the records tell beforehand."""
+    def _load(self) -> Arrays:
+        """Reads each shard once into arrays, whose sizes are known from the records."""
         assert self.manifest is not None
-        rows, splits = [record.rows for record in self.records], [record.split for record in self.records]
-        viewed = np.repeat([split in VIEWED_SPLITS for split in splits], rows)  # (n,)
         layout = self.manifest.layout("train")
-        plain = np.empty((sum(rows), self.dim), dtype=layout.array_dtype)
-        weak, strong = (
-            np.empty((int(viewed.sum()), v, self.dim), layout.array_dtype) for v in (layout.weak, layout.strong)
-        )
-        labels = np.empty(len(plain), dtype=np.int64)
-        areas = np.empty((len(weak), layout.weak + layout.strong), dtype=np.float32)
+        shard_rows = [record.rows for record in self.records]
+        has_views = np.repeat([record.split in VIEWED_SPLITS for record in self.records], shard_rows)  # (n,)
+        n, m = sum(shard_rows), int(has_views.sum())
+        labels = np.empty(n, dtype=np.int64)
+        plain = np.empty((n, self.dim), dtype=layout.array_dtype)
+        weak = np.empty((m, layout.weak, self.dim), dtype=layout.array_dtype)
+        strong = np.empty((m, layout.strong, self.dim), dtype=layout.array_dtype)
+        areas = np.empty((m, layout.weak + layout.strong), dtype=np.float32)
 
-        def place(shard: Shard, here: slice, there: slice) -> None:
-            plain[here], labels[here] = shard.plain[:, 0], shard.labels
+        def copy_shard(shard: Shard, rows: slice, view_rows: slice) -> None:
+            plain[rows] = shard.plain[:, 0]
+            labels[rows] = shard.labels
             if shard.split in VIEWED_SPLITS:
-                weak[there], strong[there], areas[there] = shard.weak, shard.strong, shard.scale
+                weak[view_rows] = shard.weak
+                strong[view_rows] = shard.strong
+                areas[view_rows] = shard.scale
 
-        self._place(place)
-        _refuse_bad_labels(labels, len(self.class_names))
-        of_row, viewed_rows = np.repeat(np.array(splits), rows), np.flatnonzero(viewed)
-        return _Arrays(None, labels, of_row, plain, weak, strong, viewed_rows, areas)
+        self._read_shards(copy_shard)
+        refuse_bad_labels(labels, len(self.class_names))
+        return Arrays(
+            ids=None,
+            labels=labels,
+            splits=np.repeat(np.array([record.split for record in self.records]), shard_rows),
+            plain=plain,
+            weak=weak,
+            strong=strong,
+            view_rows=np.flatnonzero(has_views),
+            areas=areas,
+        )
+
+    def _load_tokens(self) -> Tokens:
+        """As `_load`; a fit needs either features or tokens, and tokens are the larger."""
+        assert self.manifest is not None
+        layout = self.manifest.layout("train")
+        token_shape = (layout.tokens, layout.token_width)
+        m = sum(record.rows for record in self.records if record.split in VIEWED_SPLITS)
+        plain = np.empty((len(self), *token_shape), dtype=layout.array_dtype)
+        weak = np.empty((m, layout.weak, *token_shape), dtype=layout.array_dtype)
+        strong = np.empty((m, layout.strong, *token_shape), dtype=layout.array_dtype)
+
+        def copy_shard(shard: Shard, rows: slice, view_rows: slice) -> None:
+            assert shard.tokens is not None
+            plain[rows] = shard.tokens[:, 0]
+            if shard.split in VIEWED_SPLITS:
+                weak[view_rows] = shard.tokens[:, 1 : 1 + layout.weak]
+                strong[view_rows] = shard.tokens[:, 1 + layout.weak :]
+
+        self._read_shards(copy_shard, tokens=True)
+        return Tokens(plain, weak, strong)
+
+    def _read_shards(self, copy_shard: Callable[[Shard, slice, slice], None], *, tokens: bool = False) -> None:
+        """Reads and checks all shards, in threads.
+
+        Args:
+            copy_shard: takes a shard, its slice of all rows, and its slice of the rows with views (empty for a shard
+                without); called from several threads.
+            tokens: whether to read the tokens.
+        """
+        assert self.path is not None
+        assert self.manifest is not None
+        path, manifest = self.path, self.manifest
+        first_row = np.cumsum([0, *(record.rows for record in self.records)])
+        view_counts = (record.rows if record.split in VIEWED_SPLITS else 0 for record in self.records)
+        first_view_row = np.cumsum([0, *view_counts])
+
+        def work(number: int) -> None:
+            self._read_ahead(number + _threads())
+            record = self.records[number]
+            layout = manifest.layout(record.split)
+            # Tokens that are not needed are not read from the file, so that they need no memory.
+            shard = read_shard(
+                shard_path(path, record.shard), layout if tokens else replace(layout, tokens=0), ids=False
+            )
+            copy_shard(
+                shard,
+                slice(first_row[number], first_row[number + 1]),
+                slice(first_view_row[number], first_view_row[number + 1]),
+            )
+
+        with ThreadPoolExecutor(_threads()) as pool:
+            # A thread's error is raised where its result is taken.
+            for _ in pool.map(work, range(len(self.records))):
+                pass
+
+    def _read_ahead(self, number: int) -> None:
+        """Lets the system read a shard's file ahead, so that the disk does not wait while others are checked."""
+        assert self.path is not None
+        if number >= len(self.records) or not hasattr(os, "posix_fadvise") or is_remote(self.path):
+            return
+        with suppress(OSError), shard_path(self.path, number).open("rb") as file:
+            # Linux reads no more for one request than the disk reads together, so there are many.
+            for start in range(0, os.fstat(file.fileno()).st_size, _READ_AHEAD_BYTES):
+                os.posix_fadvise(file.fileno(), start, _READ_AHEAD_BYTES, os.POSIX_FADV_WILLNEED)
 
     def _read_ids(self) -> list[str]:
         assert self.path is not None
@@ -338,110 +428,69 @@ class FeatureCache:
         with ThreadPoolExecutor(_threads()) as pool:
             return [name for ids in pool.map(lambda record: read_ids(path, record), self.records) for name in ids]
 
-    def _load_tokens(self) -> _Tokens:
-        """As `_load`; a fit needs either, and tokens are the larger."""
-        assert self.manifest is not None
-        layout = self.manifest.layout("train")
-        shape, m = (layout.tokens, layout.token_width), sum(r.rows for r in self.records if r.split in VIEWED_SPLITS)
-        plain = np.empty((len(self), *shape), layout.array_dtype)
-        weak, strong = (np.empty((m, views, *shape), layout.array_dtype) for views in (layout.weak, layout.strong))
-
-        def place(shard: Shard, here: slice, there: slice) -> None:
-            assert shard.tokens is not None
-            plain[here] = shard.tokens[:, 0]
-            if shard.split in VIEWED_SPLITS:
-                weak[there] = shard.tokens[:, 1 : 1 + layout.weak]
-                strong[there] = shard.tokens[:, 1 + layout.weak :]
-
-        self._place(place, tokens=True)
-        return _Tokens(plain, weak, strong)
-
-    def _place(self, place: Callable[[Shard, slice, slice], None], *, tokens: bool = False) -> None:
-        """Reads and checks all shards, in threads, each of which puts its own in place.
-
-        Args:
-            place: takes a shard, its place among all rows, and that among the rows with views (empty for a shard
-                without); called from several threads at once.
-            tokens: whether to take the tokens out of the files.
-        """
-        rows = np.cumsum([0, *(record.rows for record in self.records)])
-        viewed = np.cumsum([0, *(record.rows if record.split in VIEWED_SPLITS else 0 for record in self.records)])
-
-        def work(number: int) -> None:
-            self._expect(number + _threads())
-            shard = self._shard(self.records[number], tokens)
-            place(shard, slice(rows[number], rows[number + 1]), slice(viewed[number], viewed[number + 1]))
-
-        with ThreadPoolExecutor(_threads()) as pool:
-            # to the end: an error of a thread is raised where its result is asked for
-            for _ in pool.map(work, range(len(self.records))):
-                pass
-
-    def _expect(self, number: int) -> None:
-        """Lets the system read a shard's file ahead, so that the disk does not wait while others are checked."""
-        assert self.path is not None
-        if number >= len(self.records) or not hasattr(os, "posix_fadvise") or is_remote(self.path):
-            return
-        with suppress(OSError), shard_path(self.path, number).open("rb") as file:
-            # Linux takes no more of one hint than the disk reads at once, so the file is named piece by piece.
-            for start in range(0, os.fstat(file.fileno()).st_size, _HINT):
-                os.posix_fadvise(file.fileno(), start, _HINT, os.POSIX_FADV_WILLNEED)
-
-    def _shard(self, record: ShardRecord, tokens: bool) -> Shard:
-        assert self.path is not None
-        assert self.manifest is not None
-        layout = self.manifest.layout(record.split)
-        # What is not asked for is not taken out of the file, so that it needs no memory.
-        wanted = layout if tokens else replace(layout, tokens=0)
-        return read_shard(shard_path(self.path, record.shard), wanted, ids=False)
-
     def _survey(self) -> tuple[dict[str, dict[str, int]], list[str]]:
-        """Rows by split and class of what can be read, and the problems."""
+        """Rows by split and class of what can be read, and one sentence for each problem."""
+        problems: list[str] = []
+        rows: Counter[tuple[str, int]] = Counter()  # by split and label
         if self.path is None or self.manifest is None:
-            return _count(
-                [(str(split), int(label)) for split, label in zip(self.splits, self.labels, strict=True)], self
-            )
-        path, manifest = self.path, self.manifest
-        problems = _text_problems(path, manifest)
-        pairs: list[tuple[str, int]] = []
-        seen: Counter[str] = Counter()
-        with ThreadPoolExecutor(_threads()) as pool:
-            checks = pool.map(lambda r: verify_shard(shard_path(path, r.shard), manifest.layout(r.split)), self.records)
-            for shard, found in checks:
-                problems += found
-                if shard is not None:
-                    pairs += [(shard.split, int(label)) for label in shard.labels]
-                    seen.update(shard.ids)
-        problems += [f"two rows have the id {name!r}" for name, times in seen.items() if times > 1]
-        counts, unknown = _count(pairs, self)
-        return counts, problems + unknown
+            rows.update(zip(self.splits.tolist(), self.labels.tolist(), strict=True))
+        else:
+            path, manifest = self.path, self.manifest
+            try:
+                read_text(path, manifest)
+            except InputError as error:
+                problems.append(str(error))
+            ids: Counter[str] = Counter()
+            with ThreadPoolExecutor(_threads()) as pool:
+                checked = pool.map(
+                    lambda one: verify_shard(shard_path(path, one.shard), manifest.layout(one.split)), self.records
+                )
+                for shard, shard_problems in checked:
+                    problems += shard_problems
+                    if shard is not None:
+                        rows.update((shard.split, label) for label in shard.labels.tolist())
+                        ids.update(shard.ids)
+            problems += [f"two rows have the id {name!r}" for name, times in ids.items() if times > 1]
+
+        # By class name, the unknown ones last
+        classes = len(self.class_names)
+        counts: dict[str, dict[str, int]] = {}
+        for split, label in sorted(rows, key=lambda pair: (SPLITS.index(pair[0]), pair[1] < 0, pair[1])):
+            name = self.class_names[label] if 0 <= label < classes else UNKNOWN
+            by_class = counts.setdefault(split, {})
+            by_class[name] = by_class.get(name, 0) + rows[split, label]
+        wrong = sorted({label for _, label in rows if not -1 <= label < classes})
+        if wrong:
+            problems.append(f"labels {wrong} name no class, there are {classes}")
+        return counts, problems
 
 
 def read_records(folder: Path, manifest: Manifest) -> list[ShardRecord]:
     """The records of all shards, in order.
 
     Raises:
-        InputError: one is missing, or they do not join up; names the shard.
+        InputError: one is missing, or they do not follow one another; names the shard.
     """
     records: list[ShardRecord] = []
-    reached = 0
-    # Shards of a stream stand alone; others continue one another until all rows are covered.
-    streamed, total = manifest.parts > 0, manifest.parts or manifest.rows or 0
-    with closing(_each_record(folder)) as found:
-        while (len(records) if streamed else reached) < total:
-            record = next(found)
-            # rows_read of 0 would never reach the end.
-            follows = record.first_row == (0 if streamed else reached) and (streamed or record.rows_read > 0)
+    # Shards of a stream are independent; others continue one another until all rows are covered.
+    streamed = manifest.parts > 0
+    total = manifest.parts or manifest.rows or 0
+    next_row = 0
+    with closing(_numbered_records(folder)) as numbered:
+        while (len(records) if streamed else next_row) < total:
+            record = next(numbered)
+            # A shard that covers no rows would never lead to the end.
+            follows = record.first_row == 0 if streamed else record.first_row == next_row and record.rows_read > 0
             if record.shard != len(records) or not follows:
                 name = shard_path(folder, len(records)).stem
                 raise InputError(f"shard {name} does not follow the one before it; extract with --mode overwrite")
             records.append(record)
-            reached += record.rows_read
+            next_row += record.rows_read
     return records
 
 
-def _each_record(folder: Path) -> Generator[ShardRecord, None, None]:
-    """The records by number, as long as somebody asks; of a store, which answers slowly, many are asked for at once."""
+def _numbered_records(folder: Path) -> Generator[ShardRecord, None, None]:
+    """The records by number; a remote store, which answers slowly, is asked for many together."""
 
     def read(number: int) -> ShardRecord:
         path = shard_path(folder, number)
@@ -450,122 +499,10 @@ def _each_record(folder: Path) -> Generator[ShardRecord, None, None]:
             raise InputError(f"shard {path.stem} is missing: no {path}; run the same extract command again to redo it")
         return record
 
-    if not is_remote(folder):
-        yield from map(read, count())
-    with ThreadPoolExecutor(_ASKED_AT_ONCE) as pool:
-        waiting = deque(pool.submit(read, number) for number in range(_ASKED_AT_ONCE))
-        for number in count(_ASKED_AT_ONCE):
-            try:
-                yield waiting.popleft().result()
-                waiting.append(pool.submit(read, number))
-            except GeneratorExit:
-                pool.shutdown(cancel_futures=True)
-                raise
+    threads = _PARALLEL_REQUESTS if is_remote(folder) else 0
+    yield from prefetch(read, count(), threads=threads, in_hand=_PARALLEL_REQUESTS)
 
 
 def _threads() -> int:
-    # Hashing keeps a core busy, one thread more fills the gaps; HDF5 holds its lock, and others only queue up.
+    # Hashing keeps a core busy, and one thread more fills the gaps; HDF5 has a global lock, so that others only wait.
     return min(8, (os.cpu_count() or 1) + 1)
-
-
-def _text_problems(folder: Path, manifest: Manifest) -> list[str]:
-    try:
-        read_text(folder, manifest)
-    except InputError as error:
-        return [str(error)]
-    return []
-
-
-def _count(pairs: list[tuple[str, int]], cache: FeatureCache) -> tuple[dict[str, dict[str, int]], list[str]]:
-    """(split, label) pairs -> rows by split and class name, and a sentence for labels that name no class."""
-    counts: dict[str, dict[str, int]] = {}
-    classes = len(cache.class_names)
-    found = Counter(pairs)
-    for split, label in sorted(found, key=lambda pair: (SPLITS.index(pair[0]), pair[1] < 0, pair[1])):
-        name = cache.class_names[label] if 0 <= label < classes else UNKNOWN
-        of_split = counts.setdefault(split, {})
-        of_split[name] = of_split.get(name, 0) + found[split, label]
-    wrong = sorted({label for _, label in found if not -1 <= label < classes})
-    return counts, [f"labels {wrong} name no class, there are {classes}"] if wrong else []
-
-
-def _bytes_on_disk(folder: Path | None) -> int:
-    return 0 if folder is None else sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-
-
-def _known_labels(labels: ArrayLike, n: int) -> NDArray[np.int64]:
-    """Labels (n,) as int64; booleans and floats are refused: a mask or a score would pass unseen."""
-    known = np.asarray(labels)
-    if known.shape != (n,) or not np.issubdtype(known.dtype, np.integer):
-        raise InputError(f"labels must be {n} whole numbers, got shape {known.shape} of {known.dtype}")
-    return known.astype(np.int64)
-
-
-def _arrays_from(
-    plain: ArrayLike,
-    labels: ArrayLike,
-    weak: ArrayLike | None,
-    strong: ArrayLike | None,
-    splits: Sequence[str] | None,
-    ids: Sequence[str] | None,
-) -> _Arrays:
-    features = _floating("plain", plain, 2)  # (n, D)
-    n = len(features)
-    known = _known_labels(labels, n)
-    of_row = np.where(known >= 0, "train", "unlabeled") if splits is None else np.asarray(splits, dtype=np.str_)
-    strange = set(of_row.tolist()) - set(SPLITS)
-    if strange or of_row.shape != (n,):
-        raise InputError(f"splits must be {n} of {', '.join(SPLITS)}, got {sorted(strange) or of_row.shape}")
-    names = [str(row) for row in range(n)] if ids is None else [str(name) for name in ids]
-    if len(names) != n or len(set(names)) != n:
-        raise InputError(f"ids must be {n} different texts, got {len(names)} with {len(set(names))} different")
-    rows = np.flatnonzero(np.isin(of_row, VIEWED_SPLITS))  # (m,)
-    easy, hard = _view_array("weak", weak, len(rows), features), _view_array("strong", strong, len(rows), features)
-    return _Arrays(names, known, of_row, features, easy, hard, rows)
-
-
-def _view_array(name: str, given: ArrayLike | None, m: int, plain: NDArray[Any]) -> NDArray[Any]:
-    """(m, V, D) as given; V = 0 where nothing was."""
-    if given is None:
-        return np.empty((m, 0, plain.shape[1]), dtype=plain.dtype)
-    views = _floating(name, given, 3)
-    if (views.shape[0], views.shape[2]) != (m, plain.shape[1]):
-        raise InputError(
-            f"{name} must be (m, V, D) with the m = {m} rows of train and unlabeled and D = {plain.shape[1]}, "
-            f"got {views.shape}"
-        )
-    return views
-
-
-def _floating(name: str, values: ArrayLike, axes: int) -> NDArray[Any]:
-    array = np.asarray(values)
-    if array.dtype not in (np.float16, np.float32):
-        array = array.astype(np.float32)
-    if array.ndim != axes:
-        raise InputError(f"{name} must have {axes} axes, got shape {array.shape}")
-    if not np.isfinite(array).all():
-        row = int(np.flatnonzero(~np.isfinite(array).reshape(len(array), -1).all(axis=1))[0])
-        raise InputError(f"{name} must be finite, row {row} is not")
-    return array
-
-
-def _class_names(given: Sequence[str] | None, labels: NDArray[np.int64]) -> list[str]:
-    classes = int(labels.max(initial=-1)) + 1 if given is None else len(given)
-    if classes < 1:
-        raise InputError("there must be at least one class: give class_names, or a label that is not -1")
-    _refuse_bad_labels(labels, classes)
-    return [str(k) for k in range(classes)] if given is None else [str(name) for name in given]
-
-
-def _refuse_bad_labels(labels: NDArray[np.int64], classes: int) -> None:
-    wrong = labels[(labels < -1) | (labels >= classes)]
-    if len(wrong):
-        raise InputError(f"labels must be -1 or a class index below {classes}, got {int(wrong[0])}")
-
-
-def _text_array(values: ArrayLike, classes: int, dim: int) -> NDArray[np.float32]:
-    array = np.asarray(values, dtype=np.float32)
-    array = array[:, None] if array.ndim == 2 else array  # (K, P, D)
-    if array.ndim != 3 or (array.shape[0], array.shape[2]) != (classes, dim) or array.shape[1] == 0:
-        raise InputError(f"text_features must be (K, P, D) = ({classes}, P, {dim}), got {array.shape}")
-    return array

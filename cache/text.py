@@ -1,13 +1,12 @@
-"""The text half of a cache: what the model makes of the class names, as one small HDF5 file."""
+"""The text part of a cache: features of the class names in every prompt, as one small HDF5 file."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import h5py
 import numpy as np
 from numpy.typing import NDArray
 
@@ -28,12 +27,12 @@ class TextFeatures:
     """Features of every class in every prompt.
 
     Attributes:
-        prompts: (K, P) the texts, class names filled in.
+        prompts: (K, P) texts with the class names filled in.
         features: float32 (K, P, D), rows of length 1, not averaged.
         prototypes: float32 (K, D), mean over the prompts, then length 1.
         logit_scale: the model's factor on cosine similarities.
-        head: `ln_post_weight` (W,), `ln_post_bias` (W,), `ln_post_eps` (1,), `projection` (W, D) of an open_clip ViT,
-            else empty.
+        head: the last layers of an open_clip ViT: `ln_post_weight` (W,), `ln_post_bias` (W,), `ln_post_eps` (1,) and
+            `projection` (W, D); else empty.
     """
 
     prompts: list[list[str]]
@@ -55,10 +54,10 @@ def encode_classes(encoder: Encoder, texts: Sequence[Sequence[str]]) -> TextFeat
 
     Args:
         encoder: the model.
-        texts: (K, P) one row of filled prompts per class.
+        texts: (K, P), one row of filled prompts per class.
 
     Raises:
-        InputError: the model gives a feature that is not finite.
+        InputError: a feature that is not finite.
     """
     flat = [text for row in texts for text in row]
     features = encoder.encode_texts(flat).numpy().reshape(len(texts), -1, encoder.spec.dim)  # (K, P, D)
@@ -87,44 +86,27 @@ def read_text(folder: Path, manifest: Manifest) -> TextFeatures:
         InputError: missing or damaged.
     """
     path = folder / NAME
-    classes, prompts = len(manifest.class_names), len(manifest.prompts)
+    classes, prompts, dim = len(manifest.class_names), len(manifest.prompts), manifest.dim
     try:
         data = path.read_bytes()
         with hdf5.unpacked(data) as file:
-            found = _classes_in(file, classes, prompts * manifest.dim, len(data))
-            return _first(_from_file(file, found, prompts, manifest.dim), classes)
+            # The file has more classes than the manifest while more are being appended; the appended ones come last.
+            # A declared shape costs nothing in a file, so one that is larger than the file is not believed.
+            stored = (hdf5.shape_of(file, "features") or (0,))[0]
+            if not (stored > classes and 4 * stored * prompts * dim <= len(data)):
+                stored = classes
+
+            features = hdf5.take(file, "features", shape=(stored, prompts, dim), dtype="float32")
+            prototypes = hdf5.take(file, "prototypes", shape=(stored, dim), dtype="float32")
+            scale = float(file.attrs["logit_scale"])
+            if not (np.isfinite(features).all() and np.isfinite(prototypes).all() and np.isfinite(scale)):
+                raise InputError("it holds values that are not finite")
+            head = {
+                name: hdf5.take(file, name, shape=shape, dtype="float32")
+                for name in _HEAD
+                if (shape := hdf5.shape_of(file, name)) is not None
+            }
+            texts = hdf5.take(file, "prompts", shape=(stored, prompts)).tolist()
     except (OSError, InputError) as error:
         raise InputError(f"{path} cannot be used: {error}; run the same extract command again to redo it") from error
-
-
-def _classes_in(file: h5py.File, classes: int, numbers: int, size: int) -> int:
-    """How many classes the file holds: more than the manifest's, where more are being appended."""
-    shape = hdf5.shape_of(file, "features") or (0,)
-    # A declared shape costs nothing in a file, so one that cannot be true is not believed.
-    believable = shape[0] > classes and 4 * shape[0] * numbers <= size
-    return shape[0] if believable else classes
-
-
-def _first(text: TextFeatures, classes: int) -> TextFeatures:
-    """The first of the classes: appended ones come last."""
-    return replace(
-        text,
-        prompts=text.prompts[:classes],
-        features=text.features[:classes],
-        prototypes=text.prototypes[:classes],
-    )
-
-
-def _from_file(file: h5py.File, classes: int, prompts: int, dim: int) -> TextFeatures:
-    features = hdf5.take(file, "features", shape=(classes, prompts, dim), dtype="float32")
-    prototypes = hdf5.take(file, "prototypes", shape=(classes, dim), dtype="float32")
-    scale = float(file.attrs["logit_scale"])
-    if not (np.isfinite(features).all() and np.isfinite(prototypes).all() and np.isfinite(scale)):
-        raise InputError("it holds values that are not finite")
-    head = {}
-    for name in _HEAD:
-        shape = hdf5.shape_of(file, name)
-        if shape is not None:
-            head[name] = hdf5.take(file, name, shape=shape, dtype="float32")
-    texts = hdf5.take(file, "prompts", shape=(classes, prompts)).tolist()
-    return TextFeatures(texts, features, prototypes, scale, head)
+    return TextFeatures(texts[:classes], features[:classes], prototypes[:classes], scale, head)

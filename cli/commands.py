@@ -49,8 +49,12 @@ COMMANDS: dict[str, Command | Group] = {
         "Find images that are nearly the same, within and across splits.",
     ),
     "cache": Group(
-        "Merge caches, export them as plain arrays, import features of other programs.",
+        "Add to a cache, merge caches, export them as plain arrays, import features of other programs.",
         {
+            "append": Command(
+                "ulfine_fast.cli.cache:append",
+                "Add the images and classes of a source that a cache lacks; model and settings are those of the cache.",
+            ),
             "merge": Command(
                 "ulfine_fast.cli.cache:merge",
                 "Make one cache of several that were extracted alike; classes are united by name.",
@@ -83,7 +87,7 @@ COMMANDS: dict[str, Command | Group] = {
     ),
     "eval": Command(
         "ulfine_fast.cli.eval:evaluate",
-        "Compute a run's figures again from its heads, on its own test split or another cache of the same encoder.",
+        "Compute a run's metrics again from its head, on its own test split or another cache of the same encoder.",
     ),
     "predict": Command(
         "ulfine_fast.cli.predict:predict",
@@ -115,7 +119,7 @@ COMMANDS: dict[str, Command | Group] = {
     ),
     "log": Command(
         "ulfine_fast.cli.log:log",
-        "Write runs where other programs look for experiments, without a network.",
+        "Write runs in the files of an experiment tracker, without a network.",
     ),
     "review": Command(
         "ulfine_fast.cli.review:review",

@@ -71,8 +71,8 @@ def fit(
     failed = [run for run in runs if run.status == "failed"]
     if len(failed) < len(runs):
         for name in log or []:
-            for run in load_runs([out]):
-                log_run(run, name, Path("logs") / name)
+            for saved in load_runs([out]):
+                log_run(saved, name, Path("logs") / name)
         print_metrics({first.method: summary}, as_json=as_json)
         if not as_json:
             typer.echo(f"run: {out}")

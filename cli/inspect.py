@@ -1,4 +1,4 @@
-"""`ulfine-fast inspect`: what is in a cache, and whether it is sound."""
+"""`ulfine-fast inspect`: the content of a cache, and whether it is undamaged."""
 
 from __future__ import annotations
 
@@ -20,19 +20,21 @@ def inspect(
     from rich.console import Console
 
     from ulfine_fast.cache.io.errors import InputError
-    from ulfine_fast.cache.neighbors import leakage
+    from ulfine_fast.cache.neighbors import leakage_warning
     from ulfine_fast.cache.store import FeatureCache
 
     opened = FeatureCache.open(cache)
     summary = opened.summary()
-    # a damaged cache has nothing to compare
-    warning = None if summary["problems"] else leakage(opened)
+    # A damaged cache has nothing to compare.
+    warning = None if summary["problems"] else leakage_warning(opened)
     if as_json:
         typer.echo(json.dumps({**summary, "leakage": warning}))
     else:
         console = Console()
-        for table in (_about(summary), _counts(summary), *_skipped(summary)):
-            console.print(table)
+        console.print(_about(summary))
+        console.print(_counts(summary))
+        if summary["skipped"]:
+            console.print(_skipped(summary))
         console.print("check: every checksum, shape and value is right" if not summary["problems"] else "check: failed")
         if warning is not None:
             console.print(f"warning: {warning}", style="yellow", markup=False, soft_wrap=True)
@@ -48,12 +50,12 @@ def _about(summary: dict[str, Any]) -> Table:
 
     model, views, source = summary["model"], summary["views"], summary["source"]
     tag = f" ({model['pretrained']})" if model["pretrained"] else ""
-    beside = f", tokens {' and '.join(summary['tokens'])}" if summary["tokens"] else ""
+    tokens = f", tokens {' and '.join(summary['tokens'])}" if summary["tokens"] else ""
     table = Table(title=escape(str(summary["path"])), show_header=False, title_justify="left")
     rows = {
         "model": f"{model['name']}{tag}, weights {model['sha256'][:12]}, {summary['precision']}",
         "images": f"{summary['images']} from {source['kind']} {source.get('path') or source.get('name')}",
-        "features": f"{summary['dim']} x {summary['dtype']}{beside}, logit scale {model['logit_scale']:.4g}",
+        "features": f"{summary['dim']} x {summary['dtype']}{tokens}, logit scale {model['logit_scale']:.4g}",
         "views": f"1 plain, {views['weak']} weak, {views['strong']} strong, seed {views['seed']}",
         "prompts": "\n".join(summary["prompts"]),
         "size": f"{summary['bytes'] / 1e6:.1f} MB in {summary['shards']} shards",
@@ -73,22 +75,21 @@ def _counts(summary: dict[str, Any]) -> Table:
     table = Table("class", title="rows per class and split", title_justify="left")
     for split in counts:
         table.add_column(split, justify="right")
-    names = [*summary["class_names"], *sorted({n for of in counts.values() for n in of} - set(summary["class_names"]))]
-    for name in names:
-        table.add_row(escape(name), *(str(of_split.get(name, 0)) for of_split in counts.values()))
+    # Rows without a known class come last.
+    others = {name for by_class in counts.values() for name in by_class} - set(summary["class_names"])
+    for name in [*summary["class_names"], *sorted(others)]:
+        table.add_row(escape(name), *(str(by_class.get(name, 0)) for by_class in counts.values()))
     table.add_section()
-    table.add_row("all", *(str(sum(of_split.values())) for of_split in counts.values()))
+    table.add_row("all", *(str(sum(by_class.values())) for by_class in counts.values()))
     return table
 
 
-def _skipped(summary: dict[str, Any]) -> list[Table]:
-    """The images left out and why; nothing where there are none."""
+def _skipped(summary: dict[str, Any]) -> Table:
+    """The images left out and why."""
     from rich.markup import escape
     from rich.table import Table
 
-    if not summary["skipped"]:
-        return []
     table = Table("image", "reason", title=f"{len(summary['skipped'])} images skipped", title_justify="left")
-    for one in summary["skipped"]:
-        table.add_row(escape(one["id"]), escape(one["reason"]))
-    return [table]
+    for image in summary["skipped"]:
+        table.add_row(escape(image["id"]), escape(image["reason"]))
+    return table

@@ -61,7 +61,7 @@ def _command_class(command: Callable[..., Any]) -> type[TyperCommand]:
     """The command's own class, which `--print-config` makes print its options instead of running."""
     own: Any = getattr(command, "command_class", TyperCommand)
 
-    class Command(own):  # type: ignore[misc]
+    class Command(own):
         def get_params(self, ctx: Any) -> list[Any]:
             params: list[Any] = super().get_params(ctx)
             for param in params:

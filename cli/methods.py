@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -17,7 +17,7 @@ def methods(
     from ulfine_fast.methods import registry
 
     names = registry.names() if name is None else [name]
-    rows = []
+    rows: list[dict[str, Any]] = []
     for each in names:
         entry = registry.find(each)
         rows.append({"name": each, "summary": entry.summary, "needs": entry.needs, "source": entry.source})

@@ -20,57 +20,54 @@ def neighbors(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object, with all pairs.")] = False,
 ) -> None:
     """Find images that are nearly the same, within and across splits."""
-    from ulfine_fast.cache.neighbors import build_index, near_duplicates, nearest_columns, summary_of
+    from ulfine_fast.cache import neighbors as search
     from ulfine_fast.cache.store import FeatureCache
 
-    opened = FeatureCache.open(cache)
-    index = build_index(opened.plain)
-    found = near_duplicates(opened, threshold=threshold, index=index)
-    told = summary_of(opened, found)
     if out is not None:
-        _write(out, nearest_columns(opened, index, k))
+        search.check_table_name(out)
+    opened = FeatureCache.open(cache)
+    index = search.build_index(opened.plain)
+    duplicates = search.near_duplicates(opened, threshold=threshold, index=index)
+    summary = search.duplicates_summary(opened, duplicates)
+    if out is not None:
+        search.write_columns(out, search.nearest_columns(opened, index, k))
     if as_json:
-        typer.echo(json.dumps(told))
+        typer.echo(json.dumps(summary))
     else:
-        _print(told, limit)
+        _print(summary, limit)
 
 
-def _print(told: dict[str, Any], limit: int) -> None:
+def _print(summary: dict[str, Any], limit: int) -> None:
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
     console = Console()
-    how = "every pair was compared" if told["exact"] else f"approximate, recall {told['recall']:.1%} of the ten nearest"
-    console.print(
-        f"{told['pairs']} near-duplicates in {told['groups']} groups among {told['images']} images "
-        f"(cosine {told['threshold']:g} or more; {how})"
+    how = (
+        "every pair was compared"
+        if summary["exact"]
+        else f"approximate, recall {summary['recall']:.1%} of the ten nearest"
     )
-    for splits, count in told["by_splits"].items():
+    console.print(
+        f"{summary['pairs']} near-duplicates in {summary['groups']} groups among {summary['images']} images "
+        f"(cosine {summary['threshold']:g} or more; {how})"
+    )
+    for splits, count in summary["by_splits"].items():
         console.print(f"  {splits}: {count}")
-    if told["different_labels"]:
-        console.print(f"{told['different_labels']} pairs have different labels: one of the two is likely wrong")
-    if told["leaks"]:
+    if summary["different_labels"]:
+        console.print(f"{summary['different_labels']} pairs have different labels: one of the two is likely wrong")
+    if summary["leaks"]:
         console.print(
-            f"{told['leaks']} images of val or test are nearly in train or unlabeled: figures on them flatter"
+            f"{summary['leaks']} images of val or test are nearly in train or unlabeled: metrics on them are too good"
         )
     table = Table("first", "second", "cosine", "splits", "labels")
-    for pair in told["near_duplicates"][:limit]:
-        cells = [escape(pair["first"]), escape(pair["second"]), f"{pair['cosine']:.4f}", " - ".join(pair["splits"])]
-        table.add_row(*cells, "differ" if pair["different_labels"] else "")
+    for pair in summary["near_duplicates"][:limit]:
+        table.add_row(
+            escape(pair["first"]),
+            escape(pair["second"]),
+            f"{pair['cosine']:.4f}",
+            " - ".join(pair["splits"]),
+            "differ" if pair["different_labels"] else "",
+        )
     if table.row_count:
         console.print(table)
-
-
-def _write(out: Path, columns: dict[str, Any]) -> None:
-    import pyarrow as pa
-    from pyarrow import parquet
-
-    from ulfine_fast.cache.io.errors import InputError
-
-    if out.suffix != ".parquet":
-        raise InputError(f"out must end in .parquet, got {out.name!r}")
-    try:
-        parquet.write_table(pa.table(columns), out)
-    except OSError as error:
-        raise InputError(f"cannot write {out}: {error.strerror or error}") from error

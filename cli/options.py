@@ -56,7 +56,7 @@ def command_options(context: typer.Context, options: Mapping[str, Any]) -> dict[
     return {**options, **own}
 
 
-def given_options(context: typer.Context, options: Mapping[str, Any]) -> dict[str, Any]:
+def explicit_options(context: typer.Context, options: Mapping[str, Any]) -> dict[str, Any]:
     """The options of a call that were given, on the line, in the environment or in a file; others are defaults."""
     return {
         name: value for name, value in command_options(context, options).items() if _source(context, name) != "DEFAULT"
@@ -88,6 +88,14 @@ def options_with_file(context: typer.Context, options: Mapping[str, Any], path: 
     return {**options, **config.to_dict(), **direct}
 
 
+def with_old_name(name: str, value: Any, old_name: str, old_value: Any) -> Any:
+    """The value of an option that had another name in version 0.1, with a warning where the old name was used."""
+    if old_value is None:
+        return value
+    print(f"warning: the option {old_name} is now called {name}; the old name will be refused later", file=sys.stderr)
+    return old_value if value is None else value
+
+
 def print_warnings(build: Callable[[], Any]) -> Any:
     """What `build` returns, its warnings printed as one line each."""
     with warnings.catch_warnings(record=True) as caught:
@@ -109,9 +117,12 @@ class MethodCommand(TyperCommand):
         try:
             named = _named_methods(ctx, args, self.name)
             methods = named or [FitConfig.method]
-            # the default method's options work, and help shows them when the method is named
-            ctx.meta[_METHODS] = _method_params(methods, self._shared(), hidden=not named)
-            self._refuse_unread(ctx, args, methods[0])
+            # the default method's options work, and help shows them when the method is named; help of no method
+            # need not import one
+            ctx.meta[_METHODS] = []
+            if named or not {"-h", "--help"} & set(args):
+                ctx.meta[_METHODS] = _method_params(methods, self._shared(), hidden=not named)
+                self._refuse_unread(ctx, args, methods[0])
         except InputError as error:
             print(f"error: {error}", file=sys.stderr)
             raise typer.Exit(2) from None
@@ -237,7 +248,8 @@ def _parameter(
     if unset:
         # whether an old name was given must show
         default = None
-    kind: Any = Literal[tuple(choices)] if choices else _TYPES[str(spec.type)]
+    # of a tuple that is known when the program runs
+    kind: Any = Literal.__getitem__(tuple(choices)) if choices else _TYPES[str(spec.type)]
     option = typer.Option(
         flag,
         help=f"{metadata['help'][:1].upper()}{metadata['help'][1:]}{_range(metadata)}.",
@@ -247,7 +259,9 @@ def _parameter(
         show_envvar=False,
         metavar=None if spec.type == "bool" else _metavar(spec),
     )
-    annotation = Annotated[kind | None if unset else kind, option]
+    if unset:
+        kind = kind | None
+    annotation = Annotated[kind, option]
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 

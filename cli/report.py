@@ -8,7 +8,8 @@ from typing import Annotated
 
 import typer
 
-from ulfine_fast.report import Projection
+from ulfine_fast.cli.options import with_old_name
+from ulfine_fast.report.choices import Projection
 
 
 def report(
@@ -18,6 +19,7 @@ def report(
         str | None,
         typer.Option(help="Folder, table or data set with the images; default: where `extract` read them."),
     ] = None,
+    pictures: Annotated[str | None, typer.Option(hidden=True)] = None,
     groups: Annotated[
         Path | None, typer.Option(help="CSV with the columns id and group: compares groups of test images.")
     ] = None,
@@ -36,6 +38,7 @@ def report(
     from ulfine_fast.report.sweeps import find_sweeps
     from ulfine_fast.runs.files import load_runs
 
+    images = with_old_name("--images", images, "--pictures", pictures)
     map_run = mapper(projection)
     loaded = load_runs(runs)
     attributes = None if groups is None else read_attributes(groups)

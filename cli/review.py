@@ -10,6 +10,8 @@ from typing import Annotated
 
 import typer
 
+from ulfine_fast.cli.options import with_old_name
+
 
 def review(
     run: Annotated[Path, typer.Argument(help="Run folder that `fit` wrote.")],
@@ -24,6 +26,7 @@ def review(
         str | None,
         typer.Option(help="Folder, table or data set with the images; default: where `extract` read them."),
     ] = None,
+    pictures: Annotated[str | None, typer.Option(hidden=True)] = None,
     port: Annotated[int, typer.Option(help="Port on 127.0.0.1; 0 for any free one.", min=0, max=65535)] = 0,
     open_page: Annotated[bool, typer.Option("--open", help="Open the page in the browser.")] = False,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
@@ -40,6 +43,7 @@ def review(
     from ulfine_fast.review.app import HOST, make_server, new_token
     from ulfine_fast.review.session import Session
 
+    images = with_old_name("--images", images, "--pictures", pictures)
     folder = run.resolve()  # the run may be "."
     labels = labels or folder.parent / "labels.csv"
     out = out or folder.with_name(f"{folder.name}-reviewed")

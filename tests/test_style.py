@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import os
 import subprocess
 import sys
@@ -14,8 +13,6 @@ from ulfine_fast.cache.io.toml import read_toml
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ["ulfine_fast", "cache", "cli"]
-# who may import whom, besides the package itself
-MAY_IMPORT = {"cache": set(), "ulfine_fast": {"cache"}, "cli": {"cache", "ulfine_fast"}}
 
 
 def run(*command):
@@ -58,22 +55,6 @@ def test_mypy(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def room_of(module):
-    """Which of the three rooms a module belongs to, None for others."""
-    parts = module.split(".")
-    if parts[0] != "ulfine_fast":
-        return None
-    return parts[1] if len(parts) > 1 and parts[1] in ("cache", "cli") else "ulfine_fast"
-
-
-def imported(path):
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            yield node.module
-
-
 def test_the_wheel_lists_every_package_and_every_kind_of_file_beside_it():
     settings = read_toml(ROOT / "pyproject.toml")["tool"]["setuptools"]
     names = {"ulfine_fast": "ulfine_fast", "cache": "ulfine_fast.cache", "cli": "ulfine_fast.cli"}
@@ -88,16 +69,6 @@ def test_the_wheel_lists_every_package_and_every_kind_of_file_beside_it():
         for file in folder.iterdir():
             if file.is_file() and file.suffix not in (".py", ".pyc"):
                 assert any(file.match(pattern) for pattern in listed), f"{file.relative_to(ROOT)} is left out"
-
-
-@pytest.mark.parametrize("room", PACKAGES)
-def test_imports_point_one_way(room):
-    for path in (ROOT / room).rglob("*.py"):
-        for module in imported(path):
-            # every room may know the version
-            if module == "ulfine_fast._version" or (other := room_of(module)) in (None, room):
-                continue
-            assert other in MAY_IMPORT[room], f"{path.relative_to(ROOT)} imports {module}"
 
 
 @pytest.mark.parametrize("module", ["ulfine_fast", "ulfine_fast.cli.main"])

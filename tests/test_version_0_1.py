@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from ulfine_fast import FeatureCache, FitConfig, Run, SweepResult, build_report, fit_many, load
+from ulfine_fast import FeatureCache, FitConfig, Run, build_report, fit_many, load
 from ulfine_fast.cli.main import app
 from ulfine_fast.related.multilabel.run import MultiLabelRun
 
@@ -91,17 +91,20 @@ def test_runs_and_sweep_are_reported(tmp_path):
     assert "ulfine_plus" in page
 
 
-def test_the_sweep_is_read():
-    result = SweepResult.load(FOLDER / "sweep") if hasattr(SweepResult, "load") else None
-    told = json.loads((FOLDER / "sweep/sweep.json").read_text())
-    assert result is None or len(result.leaderboard) == len(told["leaderboard"])
+def test_old_names_of_other_options_are_accepted_with_a_warning(tmp_path):
+    page = str(tmp_path / "report.html")
+    images = str(tmp_path / "no-images")
+    done = CliRunner().invoke(app, ["report", str(FOLDER / "runs/ulfine"), "--out", page, "--pictures", images])
+    assert done.exit_code == 2
+    assert "the option --pictures is now called --images" in done.stderr
+    assert "no-images" in done.stderr.splitlines()[-1]
 
 
 def test_the_cache_goes_on(tmp_path):
     shutil.copytree(FOLDER / "cache", tmp_path / "cache")
     done = CliRunner().invoke(app, ["inspect", str(tmp_path / "cache"), "--json"])
     assert done.exit_code == 0, done.output
-    assert json.loads(done.stdout)["images" if "images" in done.stdout else "pictures"] == 100
+    assert json.loads(done.stdout)["images"] == 100
 
 
 def test_old_names_of_options_are_accepted_with_a_warning(cache):

@@ -14,7 +14,7 @@ import torch
 from ulfine_fast.cache.models.encoder import Encoder
 from ulfine_fast.cache.pipeline.plan import batches_of
 from ulfine_fast.cache.pipeline.read import ImageReader
-from ulfine_fast.cache.pipeline.threads import cores, in_order
+from ulfine_fast.cache.pipeline.threads import cores, map_on_cores
 from ulfine_fast.cache.pipeline.views import ViewRecipe
 from ulfine_fast.cache.shard import Shard, write_shard
 from ulfine_fast.cache.sources import ListedSource
@@ -34,11 +34,11 @@ def stage_rates(source: ListedSource, encoder: Encoder, *, device_shares_cores: 
     Returns:
         "read" (open, decode, resize, crop), "encode", "write", and "bound".
     """
-    reader = ImageReader.of(source, encoder, ViewRecipe(weak=0, strong=0))
+    reader = ImageReader.for_encoder(source, encoder, ViewRecipe(weak=0, strong=0))
     batches = batches_of(source.rows, _BATCH)
-    list(in_order(reader.read, batches, cores()))
+    list(map_on_cores(reader.read, batches, cores()))
     rates = {
-        "read": _rate(in_order(reader.read, batches, cores()), len(source.rows)),
+        "read": _rate(map_on_cores(reader.read, batches, cores()), len(source.rows)),
         "encode": _encode_rate(encoder, len(source.rows)),
         "write": _write_rate(encoder.spec.dim, len(source.rows)),
     }
@@ -52,7 +52,7 @@ def _encode_rate(encoder: Encoder, count: int) -> float:
     pixels = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (_BATCH, size, size, 3), dtype=np.uint8))
     batches = [pixels] * max(2 * cores(), count // _BATCH)
     ways: list[Callable[[], Iterable[torch.Tensor]]] = [
-        lambda: in_order(encoder.encode_pixels, batches, cores()),
+        lambda: map_on_cores(encoder.encode_pixels, batches, cores()),
         lambda: map(encoder.encode_pixels, [torch.cat([pixels, pixels])] * (len(batches) // 2)),
     ]
     for way in ways:  # warm up: buffers and kernels are chosen in the first batches

@@ -50,7 +50,7 @@ def measure(source: ListedSource, encoder: Encoder, ways: Sequence[str] = WAYS) 
     assert encoder.resampling is not None
     exact = ImageReader(source, encoder.resize, ViewRecipe(), encoder.spec.image_size)
     reduced = replace(exact, resampling=encoder.resampling)
-    on_device = replace(reduced, later=True)
+    on_device = replace(reduced, on_device=True)
 
     def pixels_of(way: str) -> tuple[ImageReader, Callable[[Batch], torch.Tensor]]:
         if way == "device":

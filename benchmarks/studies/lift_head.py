@@ -34,7 +34,7 @@ from benchmarks.results import Row, gap_text, grouped, mean_text, print_table, w
 from benchmarks.studies.through_encoder import both_ways
 from ulfine_fast.cache.io.errors import InputError
 from ulfine_fast.cache.io.home import cache_home
-from ulfine_fast.cache.pipeline.five_crops import PLACES
+from ulfine_fast.cache.pipeline.five_crops import NUM_CROPS
 from ulfine_fast.cache.store import FeatureCache
 from ulfine_fast.cli.main import guarded
 from ulfine_fast.config import FitConfig
@@ -116,7 +116,7 @@ def _five_crops(name: str, cache: FeatureCache) -> Floats:
 
         test_images = FirstOfEachClass(SOURCES[name](), {"train": 0})
         encoder = load_encoder(cache.manifest.model["name"])
-        crops = [encode_images(test_images, encoder, 32, place) for place in range(PLACES)]
+        crops = [encode_images(test_images, encoder, 32, crop) for crop in range(NUM_CROPS)]
         test_ids = [cache.ids[row] for row in np.flatnonzero(cache.splits == "test")]
         assert all(ids == test_ids for ids, *_ in crops)
         np.save(path, np.stack([crop.features for crop in crops]))

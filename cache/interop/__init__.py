@@ -1,4 +1,5 @@
 """Other programs' formats.
 
-Features in (`import_features`) and caches out (`export`).
+Caches out: `export`, with `writers`. Features in: `arrays` and `clip_retrieval` open files as `external_features`, and
+`import_features` makes a cache of them.
 """

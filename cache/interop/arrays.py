@@ -12,24 +12,24 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ulfine_fast.cache.interop.found import (
-    Block,
+from ulfine_fast.cache.interop.external_features import (
+    FeatureBlock,
     Ids,
-    Opened,
-    Said,
-    checked_features,
-    coded,
-    numbers,
+    OpenedFiles,
+    RowLabels,
+    check_features,
+    check_texts,
+    numbered_ids,
     one_line,
     read_array,
-    split_codes,
-    texts_of,
+    split_indices,
+    text_labels,
 )
 from ulfine_fast.cache.io.errors import InputError
 from ulfine_fast.cache.sources.rows import UNKNOWN
 
 NAMES = ("features", "labels", "ids", "splits", "weak", "strong", "class_names", "text_features")
-# What numpy and zipfile raise depends on where a file is damaged, and on what was never meant for them (encryption).
+# What numpy and zipfile raise depends on where a file is damaged, and on what they cannot read at all (encryption).
 _UNREADABLE = (
     *(OSError, ValueError, EOFError, KeyError, RuntimeError, MemoryError),
     *(struct.error, zlib.error, zipfile.BadZipFile),
@@ -37,26 +37,14 @@ _UNREADABLE = (
 _LOCAL_HEADER = struct.Struct("<26xHH")  # of a file in a zip: its last numbers are the lengths of name and extra field
 
 
-def plain_arrays(path: Path) -> Opened:
-    """Opens `features` and what lies beside it.
+def open_arrays(path: Path) -> OpenedFiles:
+    """Opens `features` and the arrays beside it.
 
     Raises:
         InputError: no such file, an array of an unknown name, or arrays that do not fit together.
     """
-    arrays, files = _arrays(path)
-    if "features" not in arrays:
-        raise InputError(
-            f"{path} has no features: they must be named features ({', '.join(sorted(arrays)) or 'empty'})"
-        )
-    features = checked_features(arrays["features"], str(path), None)
-    n = len(features)
-    labels, names = _label_array(arrays.get("labels"), n, str(path))
-    splits = split_codes(texts_of(arrays["splits"], n, f"splits of {path}") if "splits" in arrays else [None] * n, path)
-    ids = numbers if "ids" not in arrays else _ids_of(arrays["ids"], n, path)
-    return Opened(arrays, Said(labels, splits, names), [Block(str(path), features, ids)], files)
-
-
-def _arrays(path: Path) -> tuple[dict[str, NDArray[Any]], list[Path]]:
+    # The arrays by name.
+    files = [path]
     if path.is_dir():
         files = sorted(path.glob("*.npy"))
         if not files:
@@ -66,32 +54,47 @@ def _arrays(path: Path) -> tuple[dict[str, NDArray[Any]], list[Path]]:
         arrays = {file.stem: read_array(file) for file in files}
     elif not path.is_file():
         raise InputError(f"no such folder or file: {path}")
+    elif path.suffix == ".npz":
+        arrays = _read_npz(path)
     else:
-        arrays, files = _npz(path) if path.suffix == ".npz" else {"features": read_array(path)}, [path]
+        arrays = {"features": read_array(path)}
     for name in arrays:
         if name not in NAMES:
-            near = difflib.get_close_matches(name, NAMES, n=1)
-            hint = f"; did you mean {near[0]}?" if near else f"; known are {', '.join(NAMES)}"
-            raise InputError(f"{path} holds an array {name!r}, which nothing is known of{hint}")
-    return arrays, files
+            close = difflib.get_close_matches(name, NAMES, n=1)
+            hint = f"; did you mean {close[0]}?" if close else f"; known are {', '.join(NAMES)}"
+            raise InputError(f"{path} holds an array {name!r} of unknown meaning{hint}")
+    if "features" not in arrays:
+        raise InputError(
+            f"{path} has no features: they must be named features ({', '.join(sorted(arrays)) or 'empty'})"
+        )
+
+    # What they say of each row.
+    features = check_features(arrays["features"], str(path), None)
+    n = len(features)
+    labels, names = _read_labels(arrays.get("labels"), n, path)
+    splits = np.full(n, -1, np.int8)
+    if "splits" in arrays:
+        splits = split_indices(check_texts(arrays["splits"], n, f"splits of {path}"), path)
+    ids = _read_ids(arrays["ids"], n, path) if "ids" in arrays else numbered_ids
+    return OpenedFiles(arrays, RowLabels(labels, splits, names), [FeatureBlock(str(path), features, ids)], files)
 
 
-def _npz(path: Path) -> dict[str, NDArray[Any]]:
-    """The arrays of an .npz file: mapped where they are stored as they are, in memory where they are compressed."""
+def _read_npz(path: Path) -> dict[str, NDArray[Any]]:
+    """The arrays of an .npz file: mapped where they are stored uncompressed, else in memory."""
     try:
         with zipfile.ZipFile(path) as archive, np.load(path, allow_pickle=False) as loaded:
-            found = {}
+            arrays = {}
             for info in archive.infolist():
                 name = info.filename.removesuffix(".npy")
-                mapped = _mapped(path, info) if info.compress_type == zipfile.ZIP_STORED else None
-                found[name] = loaded[name] if mapped is None else mapped
-            return found
+                mapped = _map_array(path, info) if info.compress_type == zipfile.ZIP_STORED else None
+                arrays[name] = loaded[name] if mapped is None else mapped
+            return arrays
     except _UNREADABLE as error:
         raise InputError(f"{path} is not an .npz file of plain numbers or texts ({one_line(error)})") from error
 
 
-def _mapped(path: Path, info: zipfile.ZipInfo) -> NDArray[Any] | None:
-    """One array of an archive that is not compressed; None where only numpy itself can read it."""
+def _map_array(path: Path, info: zipfile.ZipInfo) -> NDArray[Any] | None:
+    """One uncompressed array of an archive; None where only numpy itself can read it."""
     with path.open("rb") as file:
         file.seek(info.header_offset)
         start = info.header_offset + _LOCAL_HEADER.size + sum(_LOCAL_HEADER.unpack(file.read(_LOCAL_HEADER.size)))
@@ -107,18 +110,18 @@ def _mapped(path: Path, info: zipfile.ZipInfo) -> NDArray[Any] | None:
         return np.memmap(path, dtype, "r", file.tell(), shape, "F" if fortran else "C")
 
 
-def _label_array(labels: NDArray[Any] | None, n: int, where: str) -> tuple[NDArray[np.int32], list[str] | None]:
+def _read_labels(labels: NDArray[Any] | None, n: int, path: Path) -> tuple[NDArray[np.int32], list[str] | None]:
     if labels is None:
         return np.full(n, UNKNOWN, np.int32), None
     if labels.dtype.kind == "U":
-        return coded(texts_of(labels, n, f"labels of {where}"))
-    # Booleans and floats are refused: a mask or a score given as labels would pass unseen.
+        return text_labels(check_texts(labels, n, f"labels of {path}"))
+    # Booleans and floats are refused: a mask or a score would be taken for labels unseen.
     if labels.shape != (n,) or labels.dtype.kind not in "iu":
-        raise InputError(f"labels of {where} must be {n} whole numbers or texts, got {labels.shape} of {labels.dtype}")
+        raise InputError(f"labels of {path} must be {n} whole numbers or texts, got {labels.shape} of {labels.dtype}")
     return np.asarray(labels, dtype=np.int64).clip(-2, 2**31 - 1).astype(np.int32), None
 
 
-def _ids_of(array: NDArray[Any], n: int, path: Path) -> Ids:
+def _read_ids(array: NDArray[Any], n: int, path: Path) -> Ids:
     if array.shape != (n,) or array.dtype.kind not in "Uiu":
         raise InputError(f"ids of {path} must be {n} texts or whole numbers, got shape {array.shape} of {array.dtype}")
-    return lambda rows: [str(one) for one in array[rows].tolist()]
+    return lambda rows: [str(name) for name in array[rows].tolist()]

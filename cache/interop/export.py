@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,14 +13,13 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from rich.progress import Progress, TaskID
 
 from ulfine_fast._version import __version__
 from ulfine_fast.cache.ids import read_ids
-from ulfine_fast.cache.interop.growing import GrowingArray, GrowingTable
+from ulfine_fast.cache.interop.writers import array_writer, table_writer
 from ulfine_fast.cache.io.errors import InputError
 from ulfine_fast.cache.io.files import make_folder, write_atomically
-from ulfine_fast.cache.io.paths import open_place
+from ulfine_fast.cache.io.paths import to_path
 from ulfine_fast.cache.io.progress import progress_bar
 from ulfine_fast.cache.manifest import Manifest
 from ulfine_fast.cache.shard import VIEWED_SPLITS, Shard, ShardRecord, read_shard, shard_path
@@ -32,8 +31,8 @@ FORMAT = "ulfine-fast-export"
 NOTE = "ulfine-fast.json"
 LAYOUTS = ("clip-retrieval", "npy")
 # Sources whose ids are paths below (the folder of) their own path.
-_BELOW = {"folder": lambda path: path, "table": os.path.dirname}
-_COLUMNS = pa.schema(
+_ROOTS = {"folder": lambda path: path, "table": os.path.dirname}
+_METADATA = pa.schema(
     [
         ("image_path", pa.string()),
         ("caption", pa.string()),
@@ -46,11 +45,14 @@ _COLUMNS = pa.schema(
 
 
 @dataclass(frozen=True)
-class Exported:
+class ExportSummary:
     """What a call of `export` did.
 
     Attributes:
-        out: the folder. rows: of the cache. files: written by this call. kept: finished before and kept.
+        out: the folder.
+        rows: of the cache.
+        files: written by this call.
+        kept: files that were finished before and are kept.
     """
 
     out: Path
@@ -70,7 +72,7 @@ def export(
     to: str = "clip-retrieval",
     rows_per_file: int = 1_000_000,
     progress: bool | None = None,
-) -> Exported:
+) -> ExportSummary:
     """Writes the features of a cache as plain arrays, shard by shard; the cache stays as it is.
 
     Args:
@@ -78,7 +80,7 @@ def export(
         out: folder to write to: new, empty, or what an interrupted export of the same cache left.
         to: "clip-retrieval" (img_emb, text_emb and metadata, as its index and back end read them) or "npy" (one
             array for each of features, views, labels, splits, ids, class names and text features).
-        rows_per_file: rows of a file of "clip-retrieval" at most, at least 1; a shard is never cut.
+        rows_per_file: rows of a file of "clip-retrieval" at most, at least 1; a shard is never split.
         progress: whether to draw a bar on stderr; by default where that is a terminal.
 
     Raises:
@@ -88,36 +90,53 @@ def export(
         raise InputError(f"a cache can be exported to {' or '.join(LAYOUTS)}, got {to!r}")
     if rows_per_file < 1:
         raise InputError(f"rows per file must be at least 1, got {rows_per_file}")
-    work = _Export.open(open_place(cache), Path(out))
-    _prepare(work, to, rows_per_file)
+    opened = _FinishedCache.open(to_path(cache))
+    target = Path(out)
+    _prepare_folder(opened, target, to, rows_per_file)
+    rows = sum(record.rows for record in opened.records)
+    kept = 0
     with progress_bar(progress) as bar:
-        task = bar.add_task("export", total=work.rows, unit="rows", note="")
-        done = _for_clip_retrieval(work, rows_per_file, bar, task) if to == LAYOUTS[0] else _as_arrays(work, bar, task)
-    return Exported(work.out, work.rows, done[0] + _write_classes(work), done[1])
+        task = bar.add_task("export", total=rows, unit="rows", note="")
+
+        def advance(rows: int) -> None:
+            bar.update(task, advance=rows)
+
+        if to == "clip-retrieval":
+            files, kept = _write_clip_retrieval(opened, target, rows_per_file, advance)
+        else:
+            files = _write_arrays(opened, target, advance)
+    # The classes, in both layouts.
+    classes = {"text_features": opened.text.features, "class_names": np.asarray(opened.manifest.class_names)}
+    for name, content in classes.items():
+        with array_writer(target / f"{name}.npy", content.shape, content.dtype) as append:
+            append(content)
+    return ExportSummary(target, rows, files + len(classes), kept)
 
 
 @dataclass(frozen=True)
-class _Export:
-    """A finished cache and where it goes."""
+class _FinishedCache:
+    """A cache that is read shard by shard.
+
+    Attributes:
+        folder: of the cache.
+        manifest: what its features are.
+        text: features of its classes.
+        records: of its shards.
+    """
 
     folder: Path
-    out: Path
     manifest: Manifest
     text: TextFeatures
     records: list[ShardRecord]
 
     @classmethod
-    def open(cls, folder: Path, out: Path) -> _Export:
+    def open(cls, folder: Path) -> _FinishedCache:
         manifest = Manifest.read(folder)
-        return cls(folder, out, manifest, read_text(folder, manifest), read_records(folder, manifest))
-
-    @property
-    def rows(self) -> int:
-        return sum(record.rows for record in self.records)
+        return cls(folder, manifest, read_text(folder, manifest), read_records(folder, manifest))
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        """Of the features as they are read: what is stored as whole numbers comes back as float16."""
+        """Of the features as they are read: int8 features come back as float16."""
         return np.dtype("float32" if self.manifest.dtype == "float32" else "float16")
 
     def shard(self, record: ShardRecord) -> Shard:
@@ -127,109 +146,102 @@ class _Export:
         return shard
 
 
-def _prepare(work: _Export, to: str, rows_per_file: int) -> None:
-    """Leaves `out` with the note of this export; what else is there must be the beginning of the same one."""
-    digest = hashlib.sha256("".join(record.sha256 for record in work.records).encode()).hexdigest()
+def _prepare_folder(cache: _FinishedCache, out: Path, to: str, rows_per_file: int) -> None:
+    """Leaves `out` with the note of this export; other files there must be the beginning of the same export."""
+    digest = hashlib.sha256("".join(record.sha256 for record in cache.records).encode()).hexdigest()
     note = {
         "format": FORMAT,
         "version": 1,
         "created_by": f"ulfine-fast {__version__}",
         "layout": to,
-        "rows": work.rows,
+        "rows": sum(record.rows for record in cache.records),
         "rows_per_file": rows_per_file,
         "shards_sha256": digest,
-        "manifest": work.manifest.to_dict(),
+        "manifest": cache.manifest.to_dict(),
     }
-    if work.out.exists() and any(path.name != NOTE + ".tmp" for path in _entries(work.out)):
-        if _read_note(work.out) != note:
-            raise InputError(f"{work.out} holds other files; choose a new or empty folder, or remove it")
+    if out.exists() and not out.is_dir():
+        raise InputError(f"{out} is a file; choose a folder to export to")
+    if out.exists() and any(path.name != NOTE + ".tmp" for path in out.iterdir()):
+        try:
+            existing = json.loads((out / NOTE).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            existing = None
+        if existing != note:
+            raise InputError(f"{out} holds other files; choose a new or empty folder, or remove it")
         return
-    make_folder(work.out)
-    write_atomically(work.out / NOTE, (json.dumps(note, indent=2, sort_keys=True) + "\n").encode())
-
-
-def _entries(folder: Path) -> Iterator[Path]:
-    if not folder.is_dir():
-        raise InputError(f"{folder} is a file; choose a folder to export to")
-    return folder.iterdir()
-
-
-def _read_note(folder: Path) -> dict[str, Any] | None:
-    try:
-        found: dict[str, Any] = json.loads((folder / NOTE).read_text(encoding="utf-8"))
-        return found
-    except (OSError, ValueError):
-        return None
-
-
-def _write_classes(work: _Export) -> int:
-    """What both layouts say of the classes; returns the number of files."""
-    small = {"text_features": work.text.features, "class_names": np.asarray(work.manifest.class_names)}
-    for name, content in small.items():
-        with GrowingArray(work.out / f"{name}.npy", content.shape, content.dtype) as array:
-            array.append(content)
-    return len(small)
+    make_folder(out)
+    write_atomically(out / NOTE, (json.dumps(note, indent=2, sort_keys=True) + "\n").encode())
 
 
 # -- clip-retrieval
 
 
-def _for_clip_retrieval(work: _Export, rows_per_file: int, bar: Progress, task: TaskID) -> tuple[int, int]:
+def _write_clip_retrieval(
+    cache: _FinishedCache, out: Path, rows_per_file: int, advance: Callable[[int], None]
+) -> tuple[int, int]:
     """Files written and kept: three for each group of shards, numbered with as many digits as the last one needs."""
-    groups = _groups(work.records, rows_per_file)
-    digits = len(str(len(groups)))
-    for folder in ("img_emb", "text_emb", "metadata"):
-        make_folder(work.out / folder)
-    kept = 0
-    for number, group in enumerate(groups):
-        paths = [work.out / folder / f"{folder}_{number:0{digits}d}.npy" for folder in ("img_emb", "text_emb")]
-        metadata = work.out / "metadata" / f"metadata_{number:0{digits}d}.parquet"
-        # Renamed last, so that it says that the arrays beside it are whole.
-        if metadata.is_file():
-            kept += 3
-            bar.update(task, advance=sum(record.rows for record in group))
-        else:
-            _write_group(work, group, paths, metadata, lambda n: bar.update(task, advance=n))
-    return 3 * len(groups) - kept, kept
-
-
-def _groups(records: Sequence[ShardRecord], rows_per_file: int) -> list[list[ShardRecord]]:
-    """Shards that go into a file together; those without rows go nowhere."""
+    # Shards that go into a file together; those without rows go nowhere.
     groups: list[list[ShardRecord]] = []
     held = rows_per_file
-    for record in (one for one in records if one.rows):
+    for record in cache.records:
+        if record.rows == 0:
+            continue
         if held + record.rows > rows_per_file:
             groups.append([])
             held = 0
         groups[-1].append(record)
         held += record.rows
-    return groups
+
+    for folder in ("img_emb", "text_emb", "metadata"):
+        make_folder(out / folder)
+    digits = len(str(len(groups)))
+    kept = 0
+    for number, group in enumerate(groups):
+        images = out / "img_emb" / f"img_emb_{number:0{digits}d}.npy"
+        texts = out / "text_emb" / f"text_emb_{number:0{digits}d}.npy"
+        metadata = out / "metadata" / f"metadata_{number:0{digits}d}.parquet"
+        # The metadata are renamed last, so that they say that the arrays beside them are whole.
+        if metadata.is_file():
+            kept += 3
+            advance(sum(record.rows for record in group))
+        else:
+            _write_group(cache, group, images, texts, metadata, advance)
+    return 3 * len(groups) - kept, kept
 
 
 def _write_group(
-    work: _Export, group: Sequence[ShardRecord], paths: Sequence[Path], metadata: Path, advance: Callable[[int], None]
+    cache: _FinishedCache,
+    group: Sequence[ShardRecord],
+    images: Path,
+    texts: Path,
+    metadata: Path,
+    advance: Callable[[int], None],
 ) -> None:
-    shape = (sum(record.rows for record in group), work.manifest.dim)
-    # Of an unknown class nothing can be said: zeros are as far from every text as can be.
-    of_class = np.concatenate([work.text.prototypes, np.zeros((1, work.manifest.dim), np.float32)])  # (K + 1, D)
-    with ExitStack() as stack:
-        table = stack.enter_context(GrowingTable(metadata, _COLUMNS))
-        images, texts = (stack.enter_context(GrowingArray(path, shape, work.dtype)) for path in paths)
+    """The shards of a group in three files."""
+    dim = cache.manifest.dim
+    shape = (sum(record.rows for record in group), dim)
+    # An unknown class has no text: zeros are as far from every text as can be.
+    prototypes = np.concatenate([cache.text.prototypes, np.zeros((1, dim), np.float32)])  # (K + 1, D)
+    with (
+        table_writer(metadata, _METADATA) as append_metadata,
+        array_writer(images, shape, cache.dtype) as append_images,
+        array_writer(texts, shape, cache.dtype) as append_texts,
+    ):
         for record in group:
-            shard = work.shard(record)
-            images.append(shard.plain[:, 0])  # (n, D)
-            texts.append(of_class[shard.labels].astype(work.dtype))  # (n, D); -1 is the last row
-            table.append(_metadata(work.manifest, shard))
+            shard = cache.shard(record)
+            append_images(shard.plain[:, 0])  # (n, D)
+            append_texts(prototypes[shard.labels].astype(cache.dtype))  # (n, D); label -1 is the last row
+            append_metadata(_metadata_of(cache.manifest, shard))
             advance(record.rows)
 
 
-def _metadata(manifest: Manifest, shard: Shard) -> pa.Table:
-    """What clip-retrieval shows of each row (image_path and caption), and what it is."""
+def _metadata_of(manifest: Manifest, shard: Shard) -> pa.Table:
+    """What clip-retrieval shows of each row (image_path and caption), and id, class and split."""
     names = [*manifest.class_names, ""]
     classes = [names[label] for label in shard.labels]
     source = manifest.source
-    below = _BELOW.get(source["kind"])
-    root = below(source["path"]) if below is not None and source.get("path") else ""
+    root_of = _ROOTS.get(source["kind"])
+    root = root_of(source["path"]) if root_of is not None and source.get("path") else ""
     columns = {
         "image_path": [os.path.join(root, name) for name in shard.ids],
         "caption": classes,
@@ -238,43 +250,42 @@ def _metadata(manifest: Manifest, shard: Shard) -> pa.Table:
         "class_name": classes,
         "split": [shard.split] * len(shard.ids),
     }
-    return pa.table(columns, schema=_COLUMNS)
+    return pa.table(columns, schema=_METADATA)
 
 
 # -- arrays
 
 
-def _as_arrays(work: _Export, bar: Progress, task: TaskID) -> tuple[int, int]:
-    """Files written and kept (none: there is one of each, so an interrupted one is written again)."""
-    rows, manifest = work.rows, work.manifest
-    viewed = sum(record.rows for record in work.records if record.split in VIEWED_SPLITS)
-    # Texts of fixed width can be mapped into memory; how wide is known only once all were seen.
-    width = max((len(name) for record in work.records for name in read_ids(work.folder, record)), default=1)
-    files: dict[str, tuple[tuple[int, ...], Any]] = {
-        "features": ((rows, manifest.dim), work.dtype),
+def _write_arrays(cache: _FinishedCache, out: Path, advance: Callable[[int], None]) -> int:
+    """One array each, written again from the start after an interruption; returns the number of files."""
+    manifest = cache.manifest
+    rows = sum(record.rows for record in cache.records)
+    viewed = sum(record.rows for record in cache.records if record.split in VIEWED_SPLITS)
+    # Texts of fixed width can be mapped into memory; the width is known only once all ids are read.
+    width = max((len(name) for record in cache.records for name in read_ids(cache.folder, record)), default=1)
+    arrays: dict[str, tuple[tuple[int, ...], Any]] = {
+        "features": ((rows, manifest.dim), cache.dtype),
         "labels": ((rows,), np.dtype(np.int32)),
         "splits": ((rows,), np.dtype(f"<U{max(map(len, SPLITS))}")),
         "ids": ((rows,), np.dtype(f"<U{width}")),
     }
     for kind in ("weak", "strong"):
         if manifest.views[kind]:
-            files[kind] = ((viewed, int(manifest.views[kind]), manifest.dim), work.dtype)
+            arrays[kind] = ((viewed, int(manifest.views[kind]), manifest.dim), cache.dtype)
     with ExitStack() as stack:
-        arrays = {
-            name: stack.enter_context(GrowingArray(work.out / f"{name}.npy", *what)) for name, what in files.items()
+        append = {
+            name: stack.enter_context(array_writer(out / f"{name}.npy", shape, dtype))
+            for name, (shape, dtype) in arrays.items()
         }
-        for record in work.records:
-            _append_shard(arrays, work.shard(record))
-            bar.update(task, advance=record.rows)
-    return len(files), 0
-
-
-def _append_shard(arrays: dict[str, GrowingArray], shard: Shard) -> None:
-    arrays["features"].append(shard.plain[:, 0])  # (n, D)
-    arrays["labels"].append(shard.labels)
-    for name, texts in (("splits", [shard.split] * len(shard.ids)), ("ids", shard.ids)):
-        arrays[name].append(np.asarray(texts, dtype=arrays[name].dtype))
-    if shard.split in VIEWED_SPLITS:
-        for kind, views in (("weak", shard.weak), ("strong", shard.strong)):
-            if kind in arrays:
-                arrays[kind].append(views)  # (n, V, D)
+        for record in cache.records:
+            shard = cache.shard(record)
+            append["features"](shard.plain[:, 0])  # (n, D)
+            append["labels"](shard.labels)
+            append["splits"]([shard.split] * len(shard.ids))
+            append["ids"](shard.ids)
+            if shard.split in VIEWED_SPLITS:
+                for kind, views in (("weak", shard.weak), ("strong", shard.strong)):
+                    if kind in append:
+                        append[kind](views)  # (n, V, D)
+            advance(record.rows)
+    return len(arrays)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,15 +15,15 @@ from numpy.typing import NDArray
 
 from ulfine_fast._version import __version__
 from ulfine_fast.cache.ids import refuse_shared_ids
-from ulfine_fast.cache.interop.arrays import plain_arrays
-from ulfine_fast.cache.interop.clip_retrieval import clip_retrieval
+from ulfine_fast.cache.interop.arrays import open_arrays
+from ulfine_fast.cache.interop.clip_retrieval import open_clip_retrieval
 from ulfine_fast.cache.interop.export import FORMAT, NOTE
-from ulfine_fast.cache.interop.found import FoundFeatures, Opened, Said, texts_of
+from ulfine_fast.cache.interop.external_features import ExternalFeatures, OpenedFiles, RowLabels, check_texts
 from ulfine_fast.cache.io.errors import InputError
-from ulfine_fast.cache.io.paths import open_place
+from ulfine_fast.cache.io.paths import to_path
 from ulfine_fast.cache.manifest import Manifest
 from ulfine_fast.cache.models.prompts import DEFAULT_PROMPTS, fill_prompts
-from ulfine_fast.cache.pipeline.assemble import Assembled, Piece, assemble
+from ulfine_fast.cache.pipeline.fill import FillSummary, ShardContent, create_cache, ready_shards
 from ulfine_fast.cache.shard import VIEWED_SPLITS, Shard
 from ulfine_fast.cache.sources.rows import SPLITS, UNKNOWN, Part
 from ulfine_fast.cache.text import TextFeatures, average, encode_classes
@@ -34,21 +34,13 @@ if TYPE_CHECKING:
 UNKNOWN_MODEL = "unknown"
 DTYPES = ("float16", "float32")
 _LOGIT_SCALE = 100.0  # what CLIP's models were trained up to
-# Rows further from length 1 are made so: rounding to float16 moves a length by less, another normalisation by more.
+# Rows further from length 1 are rescaled: rounding to float16 moves a length by less, another normalisation by more.
 _TOLERANCE = 0.01
-_SAMPLES = 64  # rows of each file that stand for all of them in the fingerprint
-_IDS_AT_ONCE = 65536
+_SAMPLED_ROWS = 64  # of each file, in the fingerprint
+_IDS_AT_A_TIME = 65536
 
 
-@dataclass(frozen=True)
-class Imported(Assembled):
-    """What a call of `import_features` did.
-
-    Attributes:
-        normalised: rows (views included) of this call that had another length and got length 1.
-    """
-
-    normalised: int = 0
+# -- opening
 
 
 def open_features(
@@ -58,108 +50,102 @@ def open_features(
     label_column: str | None = None,
     id_column: str | None = None,
     split: str | None = None,
-) -> FoundFeatures:
+) -> ExternalFeatures:
     """Opens features of another program; nothing is unpickled, and features stay on the disk.
 
     Args:
         where: a folder of clip-retrieval (`img_emb` and `metadata`), a folder of .npy files or an .npz file with
             `features` and perhaps labels, ids, splits, weak, strong, class_names, text_features, or one .npy file.
-        class_names: (K,) in the order of the labels; in place of what the files say.
+        class_names: (K,) in the order of the labels; replace those of the files.
         label_column: of the metadata; "label" by default, where there is one.
         id_column: of the metadata; id, image_path or key by default.
-        split: of rows that no split is said of; by default train where the label is known, else unlabeled.
+        split: of rows without one; by default train where the label is known, else unlabeled.
 
     Raises:
-        InputError: nothing of this kind there, or files that do not fit together; names the file.
+        InputError: no such files, or files that do not fit together; names the file.
     """
     path = Path(where).expanduser().absolute()
     if split is not None and split not in SPLITS:
         raise InputError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
     if (path / "img_emb").is_dir():
-        opened = clip_retrieval(path, label_column, id_column)
+        opened = open_clip_retrieval(path, label_column, id_column)
     elif label_column or id_column:
         raise InputError(f"{path} has no metadata with columns; leave out the names of columns")
     else:
-        opened = plain_arrays(path)
-    result = _together(path, opened, class_names, split)
-    _refuse_bad_views(result)
-    return result
+        opened = open_arrays(path)
 
-
-def _together(path: Path, opened: Opened, class_names: Sequence[str] | None, split: str | None) -> FoundFeatures:
-    arrays, said = opened.arrays, opened.said
-    names = _names(path, class_names, arrays, said)
-    labels = _labels(path, said, names)
-    splits = np.where(said.splits >= 0, said.splits, _default_splits(labels, split)).astype(np.int8)
-    return FoundFeatures(
+    names = _class_names(path, opened, class_names)
+    labels = _class_indices(path, opened.rows, names)
+    default_split = np.where(labels >= 0, SPLITS.index("train"), SPLITS.index("unlabeled"))
+    if split is not None:
+        default_split[:] = SPLITS.index(split)
+    features = ExternalFeatures(
         path=path,
         files=opened.files,
         blocks=opened.blocks,
         labels=labels,
-        splits=splits,
+        splits=np.where(opened.rows.splits >= 0, opened.rows.splits, default_split).astype(np.int8),
         class_names=names,
-        weak=arrays.get("weak"),
-        strong=arrays.get("strong"),
-        text_features=arrays.get("text_features"),
+        weak=opened.arrays.get("weak"),
+        strong=opened.arrays.get("strong"),
+        text_features=opened.arrays.get("text_features"),
         manifest=_exported_manifest(path),
     )
 
+    n, m = len(features.labels), len(features.view_rows)
+    for name, views in (("weak", features.weak), ("strong", features.strong)):
+        if views is None:
+            continue
+        shape_fits = views.ndim == 3 and views.shape[0] in (n, m) and views.shape[2] == features.dim
+        if not shape_fits or views.dtype.kind != "f":
+            raise InputError(
+                f"{name} of {path} must be floats (m, V, D) with the m = {m} rows of train and unlabeled (or all "
+                f"{n}) and D = {features.dim}, got {views.shape} of {views.dtype}"
+            )
+    return features
 
-def _names(path: Path, given: Sequence[str] | None, found: Mapping[str, NDArray[Any]], said: Said) -> list[str]:
-    """Class names: those given, those in the files, or the labels themselves in their order."""
-    if given is not None:
-        names = list(given)
-    elif "class_names" in found:
-        array = found["class_names"]
-        names = texts_of(array, len(array) if array.ndim else 0, f"class_names of {path}")
+
+def _class_names(path: Path, opened: OpenedFiles, class_names: Sequence[str] | None) -> list[str]:
+    """The user's class names, those in the files, or the labels themselves in their order."""
+    if class_names is not None:
+        names = list(class_names)
+    elif "class_names" in opened.arrays:
+        array = opened.arrays["class_names"]
+        names = check_texts(array, len(array) if array.ndim else 0, f"class_names of {path}")
     else:
-        names = sorted(said.names) if said.names else []
-    name, times = Counter(names).most_common(1)[0] if names else ("", 0)
-    if times > 1 or "" in names:
-        raise InputError(
-            f"the class names of {path} must be different texts, got {name!r} {times} times or an empty one"
-        )
+        names = sorted(opened.rows.names or [])
     if not names:
         raise InputError(
             f"nothing in {path} names the classes; give --class-names FILE, one name a line in label order"
         )
+    name, times = Counter(names).most_common(1)[0]
+    if times > 1 or "" in names:
+        raise InputError(
+            f"the class names of {path} must be different texts, got {name!r} {times} times or an empty one"
+        )
     return names
 
 
-def _labels(path: Path, said: Said, names: list[str]) -> NDArray[np.int32]:
-    """Labels as places in the class names."""
-    if said.names is not None:
-        strange = sorted(set(said.names) - set(names))
-        if strange:
-            raise InputError(f"{path} has the label {strange[0]!r}, which is none of the {len(names)} class names")
-        index = {name: label for label, name in enumerate(names)}
-        return np.array([*(index[name] for name in said.names), UNKNOWN], dtype=np.int32)[said.labels]
-    wrong = said.labels[(said.labels < UNKNOWN) | (said.labels >= len(names))]
-    if len(wrong):
-        raise InputError(f"{path} has the label {wrong[0]}, labels are -1 or a place in the {len(names)} class names")
-    return said.labels
-
-
-def _default_splits(labels: NDArray[np.int32], split: str | None) -> NDArray[np.int8]:
-    by_label = np.where(labels >= 0, SPLITS.index("train"), SPLITS.index("unlabeled"))
-    return np.full_like(by_label, SPLITS.index(split)) if split else by_label
-
-
-def _refuse_bad_views(found: FoundFeatures) -> None:
-    n, m = len(found.labels), len(found.view_rows)
-    for name, views in (("weak", found.weak), ("strong", found.strong)):
-        if views is None:
-            continue
-        fits = views.ndim == 3 and views.shape[0] in (n, m) and views.shape[2] == found.dim and views.dtype.kind == "f"
-        if not fits:
+def _class_indices(path: Path, rows: RowLabels, class_names: list[str]) -> NDArray[np.int32]:
+    """Labels (N,) as indices into the class names."""
+    if rows.names is not None:
+        unknown = sorted(set(rows.names) - set(class_names))
+        if unknown:
             raise InputError(
-                f"{name} of {found.path} must be floats (m, V, D) with the m = {m} rows of train and unlabeled (or all "
-                f"{n}) and D = {found.dim}, got {views.shape} of {views.dtype}"
+                f"{path} has the label {unknown[0]!r}, which is none of the {len(class_names)} class names"
             )
+        index = {name: label for label, name in enumerate(class_names)}
+        return np.array([*(index[name] for name in rows.names), UNKNOWN], dtype=np.int32)[rows.labels]
+    wrong = rows.labels[(rows.labels < UNKNOWN) | (rows.labels >= len(class_names))]
+    if len(wrong):
+        raise InputError(
+            f"{path} has the label {wrong[0]}, labels are -1 or an index into the {len(class_names)} class names"
+        )
+    return rows.labels
 
 
 def _exported_manifest(path: Path) -> Manifest | None:
-    """The manifest in the note of our own export; None where there is none that can be used."""
+    """The manifest in the note of this tool's own export; None where there is none that can be used."""
     try:
         note = json.loads((path / NOTE).read_text(encoding="utf-8"))
         return Manifest.from_dict(note["manifest"]) if note["format"] == FORMAT else None
@@ -167,8 +153,11 @@ def _exported_manifest(path: Path) -> Manifest | None:
         return None
 
 
+# -- importing
+
+
 def import_features(
-    found: FoundFeatures,
+    features: ExternalFeatures,
     out: str | Path,
     *,
     encoder: Encoder | None = None,
@@ -179,15 +168,15 @@ def import_features(
     dtype: str | None = None,
     shard_size: int = 1024,
     progress: bool | None = None,
-) -> Imported:
-    """Makes a cache of features that were found in files.
+) -> FillSummary:
+    """Makes a cache of features that were opened from files.
 
-    The texts of the classes come from `encoder`, else from `text_features`, else from what was found. Rows whose
-    length is off by more than a hundredth are made of length 1; others are kept to the last bit. One shard is in
-    memory at a time, beside labels and splits (5 bytes a row) and ids while they are compared (8 bytes a row).
+    The texts of the classes come from `encoder`, else from `text_features`, else from the files. Rows whose length is
+    off by more than a hundredth get length 1; others are kept to the last bit. One shard is in memory at a time, beside
+    labels and splits (5 bytes a row) and ids while they are compared (8 bytes a row).
 
     Args:
-        found: see `open_features`.
+        features: see `open_features`.
         out: folder of the cache: new, empty, or what an interrupted import of the same files left.
         encoder: the model that made the features, for the texts of the classes.
         text_features: (K, P, D), or (K, D) for one prompt.
@@ -209,200 +198,201 @@ def import_features(
         raise InputError(f"shard size must be at least 1, got {shard_size}")
     if logit_scale is not None and not 0 < logit_scale < float("inf"):
         raise InputError(f"logit scale must be above 0, got {logit_scale}")
-    text = _text(found, encoder, text_features, prompts, logit_scale)
-    refuse_shared_ids(lambda: map(found.ids, _ranges(len(found.labels))), "give another --id-column, or leave ids out")
-    manifest = _manifest(found, encoder, model, text, dtype or found.dtype, shard_size)
-    rows = _Rows(found, manifest)
-    done = assemble(open_place(out), manifest, text.features, rows.pieces(), progress=progress)
-    return Imported(**{**asdict(done), "out": done.out}, normalised=rows.normalised)
+    if encoder is not None:
+        wanted = list(prompts or DEFAULT_PROMPTS)
+        text = _encode_text(features, encoder, wanted, logit_scale)
+    else:
+        text, wanted = _text_from_arguments(features, text_features, prompts, logit_scale)
+    n = len(features.labels)
+    starts = range(0, n, _IDS_AT_A_TIME)
+    refuse_shared_ids(
+        lambda: (features.ids(np.arange(start, min(start + _IDS_AT_A_TIME, n))) for start in starts),
+        "give another --id-column, or leave ids out",
+    )
+    manifest = _import_manifest(features, encoder, model, text, wanted, dtype or features.dtype, shard_size)
+
+    # Shards split by split, rows in their order inside a split.
+    parts: list[Part] = []
+    rows_of_part: dict[int, NDArray[np.int64]] = {}
+    first_row = 0
+    for number, split in enumerate(SPLITS):
+        rows = np.flatnonzero(features.splits == number)  # (n,)
+        for start in range(0, len(rows), shard_size):
+            chosen = rows[start : start + shard_size]
+            rows_of_part[len(parts)] = chosen
+            parts.append(Part(len(parts), split, first_row, len(chosen)))
+            first_row += len(chosen)
+    normalised = 0
+
+    def content(part: Part) -> ShardContent:
+        nonlocal normalised
+        shard, changed = _make_shard(features, manifest, part.split, rows_of_part[part.number])
+        normalised += changed
+        return ShardContent(shard)
+
+    path = to_path(out)
+    summary = create_cache(
+        path,
+        manifest,
+        parts,
+        ready_shards(path, content),
+        text=lambda: text,
+        mismatch_fix=f"{path} holds another cache, so choose another folder or remove it",
+        label="import",
+        progress=progress,
+    )
+    return replace(summary, normalised=normalised)
 
 
-@dataclass(frozen=True)
-class _Text:
-    """Texts of the classes: what is stored, and the prompts that the manifest names."""
+def _encode_text(
+    features: ExternalFeatures, encoder: Encoder, prompts: Sequence[str], logit_scale: float | None
+) -> TextFeatures:
+    """Texts of the classes from the model that made the features."""
+    if encoder.spec.dim != features.dim:
+        raise InputError(
+            f"{encoder.spec.name} gives features of length {encoder.spec.dim}, those of {features.path} have "
+            f"{features.dim}; name the model that made them"
+        )
+    text = encode_classes(encoder, fill_prompts(features.class_names, prompts))
+    return text if logit_scale is None else replace(text, logit_scale=logit_scale)
 
-    features: TextFeatures
-    prompts: list[str]
 
-
-def _text(
-    found: FoundFeatures,
-    encoder: Encoder | None,
-    given: NDArray[Any] | None,
+def _text_from_arguments(
+    features: ExternalFeatures,
+    text_features: NDArray[Any] | None,
     prompts: Sequence[str] | None,
     logit_scale: float | None,
-) -> _Text:
-    if encoder is not None:
-        if encoder.spec.dim != found.dim:
-            raise InputError(
-                f"{encoder.spec.name} gives features of length {encoder.spec.dim}, those of {found.path} have "
-                f"{found.dim}; name the model that made them"
-            )
-        wanted = list(prompts or DEFAULT_PROMPTS)
-        encoded = encode_classes(encoder, fill_prompts(found.class_names, wanted))
-        return _Text(encoded if logit_scale is None else replace(encoded, logit_scale=logit_scale), wanted)
-    array = found.text_features if given is None else given
+) -> tuple[TextFeatures, list[str]]:
+    """Texts of the classes that exist already, and the P prompts that the manifest names."""
+    array = features.text_features if text_features is None else text_features
     if array is None:
         raise InputError(
-            f"nothing in {found.path} says what the classes mean to the model; give --model, which encodes their "
-            "names, or --text-features FILE.npy"
+            f"{features.path} has no text features of the classes; give --model, which encodes their names, or "
+            "--text-features FILE.npy"
         )
-    features = _text_array(array, len(found.class_names), found.dim)
-    wanted = _prompts_of(found, features.shape[1], prompts)
-    known = _LOGIT_SCALE if found.manifest is None else float(found.manifest.model["logit_scale"])
-    scale = logit_scale or known
-    return _Text(TextFeatures(fill_prompts(found.class_names, wanted), features, average(features), scale), wanted)
-
-
-def _text_array(array: NDArray[Any], classes: int, dim: int) -> NDArray[np.float32]:
-    """(K, P, D) of length 1."""
     if array.dtype.kind != "f":
         raise InputError(f"text features must be floats, got {array.dtype}")
+    classes, dim = len(features.class_names), features.dim
     shaped = np.asarray(array, dtype=np.float32)
     shaped = shaped[:, None] if shaped.ndim == 2 else shaped  # (K, P, D)
     if shaped.ndim != 3 or (shaped.shape[0], shaped.shape[2]) != (classes, dim) or shaped.shape[1] == 0:
         raise InputError(
             f"text features must be (K, P, D) = ({classes}, P, {dim}) or ({classes}, {dim}), got {array.shape}"
         )
-    return _unit(shaped, lambda row: f"text features of class {row}")[0]
+    unit = _unit_rows(shaped, lambda row: f"text features of class {row}")[0]
 
-
-def _prompts_of(found: FoundFeatures, count: int, prompts: Sequence[str] | None) -> list[str]:
-    """P prompts: those given, those of the exported cache, or names for texts that nobody knows."""
+    # Prompts: the user's, those of the exported cache, or names for texts that nothing is known of.
+    count = unit.shape[1]
     if prompts is not None and len(prompts) != count:
         raise InputError(f"there are {count} text features a class and {len(prompts)} prompts; they must go together")
-    known = prompts or ([] if found.manifest is None else found.manifest.prompts)
-    if len(known) == count:
-        return list(known)
-    return ["{}"] if count == 1 else [f"{{}} (text {place + 1} of {count})" for place in range(count)]
+    names = list(prompts or ([] if features.manifest is None else features.manifest.prompts))
+    if len(names) != count:
+        names = ["{}"] if count == 1 else [f"{{}} (text {number} of {count})" for number in range(1, count + 1)]
+    exported_scale = _LOGIT_SCALE if features.manifest is None else float(features.manifest.model["logit_scale"])
+    filled = fill_prompts(features.class_names, names)
+    return TextFeatures(filled, unit, average(unit), logit_scale or exported_scale), names
 
 
-# -- what the manifest says
-
-
-def _manifest(
-    found: FoundFeatures, encoder: Encoder | None, model: str | None, text: _Text, dtype: str, shard_size: int
+def _import_manifest(
+    features: ExternalFeatures,
+    encoder: Encoder | None,
+    model: str | None,
+    text: TextFeatures,
+    prompts: list[str],
+    dtype: str,
+    shard_size: int,
 ) -> Manifest:
-    weak, strong = (0 if views is None else views.shape[1] for views in (found.weak, found.strong))
-    # Another model named on the command line is another model: then nothing of the exported cache holds.
-    known = _known(found.manifest) if found.manifest and encoder is None and model is None else {}
-    model_said = known.pop("model", None) or _model(encoder, model)
-    said: dict[str, Any] = {
-        "model": {**model_said, "dim": found.dim, "logit_scale": text.features.logit_scale, "normalized": True},
+    """The manifest of the cache; `model` names a model that is not loaded."""
+    if encoder is not None:
+        model_fields = asdict(encoder.spec)
+    else:
+        # An empty digest: the weights are unknown, so only the name can tell that two models are the same.
+        model_fields = {"name": model or UNKNOWN_MODEL, "pretrained": None, "sha256": "", "image_size": 0}
+    fields: dict[str, Any] = {
+        "model": model_fields,
         "preprocessing": "unknown" if encoder is None else encoder.preprocessing,
         "mean": [] if encoder is None else list(encoder.mean),
         "std": [] if encoder is None else list(encoder.std),
         "precision": "unknown",
         "batch_size": 1,
-        **known,
-        "views": {**known.get("views", {"seed": 0}), "weak": weak, "strong": strong},
+        "views": {"seed": 0},
     }
-    source = {"kind": "import", "path": str(found.path), "rows": len(found.labels)}
+    # An exported cache knows more, unless the command line names another model.
+    if features.manifest is not None and encoder is None and model is None:
+        fields |= {name: getattr(features.manifest, name) for name in (*fields, "libraries")}
+    fields["model"] = {
+        **fields["model"],
+        "dim": features.dim,
+        "logit_scale": text.logit_scale,
+        "normalized": True,
+    }
+    weak, strong = (0 if views is None else views.shape[1] for views in (features.weak, features.strong))
+    fields["views"] = {**fields["views"], "weak": weak, "strong": strong}
     return Manifest(
-        **said,
+        **fields,
         dtype=dtype,
         shard_size=shard_size,
-        class_names=found.class_names,
-        prompts=text.prompts,
-        source={**source, "fingerprint": _fingerprint(found, text.features)},
+        class_names=features.class_names,
+        prompts=prompts,
+        source={
+            "kind": "import",
+            "path": str(features.path),
+            "rows": len(features.labels),
+            "fingerprint": _fingerprint(features, text),
+        },
         created_by=f"ulfine-fast {__version__}",
     )
 
 
-def _known(manifest: Manifest) -> dict[str, Any]:
-    """What an exported cache said of its features, for those that come back."""
-    names = ("model", "preprocessing", "mean", "std", "precision", "batch_size", "views", "libraries")
-    return {name: getattr(manifest, name) for name in names}
-
-
-def _model(encoder: Encoder | None, name: str | None) -> dict[str, Any]:
-    if encoder is not None:
-        return asdict(encoder.spec)
-    # An empty digest: nobody knows the weights, so nothing may pass for the same model but by its name.
-    return {"name": name or UNKNOWN_MODEL, "pretrained": None, "sha256": "", "image_size": 0}
-
-
-def _fingerprint(found: FoundFeatures, text: TextFeatures) -> str:
+def _fingerprint(features: ExternalFeatures, text: TextFeatures) -> str:
     """Hex sha256 over names and sizes of the files, labels, splits, texts, and some rows of each block and view."""
     digest = hashlib.sha256()
-    for file in found.files:
+    for file in features.files:
         digest.update(f"{file.name}\0{file.stat().st_size}\n".encode())
-    views = [views for views in (found.weak, found.strong) if views is not None and len(views)]
-    for features in [*(block.features for block in found.blocks), *views]:
-        rows = np.unique(np.linspace(0, len(features) - 1, _SAMPLES).astype(np.int64))
-        digest.update(np.ascontiguousarray(features[rows]).tobytes())
+    views = [views for views in (features.weak, features.strong) if views is not None and len(views)]
+    for rows in [*(block.features for block in features.blocks), *views]:
+        sampled = np.unique(np.linspace(0, len(rows) - 1, _SAMPLED_ROWS).astype(np.int64))
+        digest.update(np.ascontiguousarray(rows[sampled]).tobytes())
     array: NDArray[Any]
-    for array in (found.labels, found.splits, text.features):
+    for array in (features.labels, features.splits, text.features):
         digest.update(np.ascontiguousarray(array).tobytes())
     return digest.hexdigest()
 
 
-# -- rows to shards
+def _make_shard(
+    features: ExternalFeatures, manifest: Manifest, split: str, rows: NDArray[np.int64]
+) -> tuple[Shard, int]:
+    """Some rows (n,) as a shard, and how many of them (views included) got length 1."""
+    dtype = manifest.layout("train").array_dtype
+    ids = features.ids(rows)
+    plain, normalised = _unit_rows(features.features(rows), lambda row: f"features of {ids[row]!r}")
+    views: dict[str, NDArray[Any]] = {}
+    for kind, array in (("weak", features.weak), ("strong", features.strong)):
+        if array is None or split not in VIEWED_SPLITS:
+            views[kind] = np.empty((len(rows), 0, features.dim), dtype)
+            continue
+        has_every_row = len(array) == len(features.labels)
+        indices = rows if has_every_row else np.searchsorted(features.view_rows, rows)
+        unit, changed = _unit_rows(array[indices], lambda row: f"features of {ids[row]!r}")
+        views[kind] = unit.astype(dtype)  # (n, V, D)
+        normalised += changed
+    drawn = views["weak"].shape[1] + views["strong"].shape[1]
+    shard = Shard(
+        split=split,
+        ids=ids,
+        labels=features.labels[rows],
+        plain=plain.astype(dtype)[:, None],  # (n, 1, D)
+        weak=views["weak"],
+        strong=views["strong"],
+        # It is unknown how these views were drawn.
+        scale=np.zeros((len(rows), drawn), np.float32),
+        flip=np.zeros((len(rows), drawn), np.uint8),
+        view_seed=manifest.views["seed"],
+    )
+    return shard, normalised
 
 
-def _ranges(n: int) -> list[NDArray[np.int64]]:
-    return [np.arange(start, min(start + _IDS_AT_ONCE, n)) for start in range(0, n, _IDS_AT_ONCE)]
-
-
-class _Rows:
-    """The rows of found features as shards.
-
-    Attributes:
-        normalised: rows that had another length so far.
-    """
-
-    def __init__(self, found: FoundFeatures, manifest: Manifest) -> None:
-        self.found, self.manifest, self.normalised = found, manifest, 0
-
-    def pieces(self) -> list[Piece]:
-        """Shards split by split, rows in their order inside a split."""
-        pieces: list[Piece] = []
-        reached, size = 0, self.manifest.shard_size
-        for code, split in enumerate(SPLITS):
-            rows = np.flatnonzero(self.found.splits == code)  # (n,)
-            for start in range(0, len(rows), size):
-                some = rows[start : start + size]
-                pieces.append(self._piece(Part(len(pieces), split, reached, len(some)), some))
-                reached += len(some)
-        return pieces
-
-    def _piece(self, part: Part, rows: NDArray[np.int64]) -> Piece:
-        return Piece(part, lambda: self._shard(part.split, rows))
-
-    def _shard(self, split: str, rows: NDArray[np.int64]) -> Shard:
-        found, n, ids = self.found, len(rows), self.found.ids(rows)
-        viewed = split in VIEWED_SPLITS
-        weak, strong = (self._views(views if viewed else None, rows, ids) for views in (found.weak, found.strong))
-        drawn = weak.shape[1] + strong.shape[1]
-        return Shard(
-            split=split,
-            ids=ids,
-            labels=found.labels[rows],
-            plain=self._checked(found.features(rows), ids)[:, None],  # (n, 1, D)
-            weak=weak,
-            strong=strong,
-            # Nobody knows how these views were drawn.
-            scale=np.zeros((n, drawn), np.float32),
-            flip=np.zeros((n, drawn), np.uint8),
-            view_seed=self.manifest.views["seed"],
-            quantized=self.manifest.dtype == "int8",
-        )
-
-    def _views(self, views: NDArray[Any] | None, rows: NDArray[np.int64], ids: list[str]) -> NDArray[Any]:
-        """(n, V, D), V = 0 where there are none."""
-        if views is None:
-            return np.empty((len(rows), 0, self.found.dim), self.manifest.layout("train").array_dtype)
-        every_row = len(views) == len(self.found.labels)
-        places = rows if every_row else np.searchsorted(self.found.view_rows, rows)
-        return self._checked(views[places], ids)
-
-    def _checked(self, features: NDArray[Any], ids: list[str]) -> NDArray[Any]:
-        unit, changed = _unit(features, lambda row: f"features of {ids[row]!r}")
-        self.normalised += changed
-        return unit.astype(self.manifest.layout("train").array_dtype)
-
-
-def _unit(features: NDArray[Any], what: Callable[[int], str]) -> tuple[NDArray[Any], int]:
+def _unit_rows(features: NDArray[Any], what: Callable[[int], str]) -> tuple[NDArray[Any], int]:
     """Rows (n, ..., D) of length 1, and how many were not; those that were stay to the last bit.
 
     Raises:
@@ -413,7 +403,7 @@ def _unit(features: NDArray[Any], what: Callable[[int], str]) -> tuple[NDArray[A
     bad = ~np.isfinite(features).all(axis=-1) | ~np.isfinite(lengths) | (lengths == 0)
     if bad.any():
         row = int(np.argwhere(bad)[0][0])
-        raise InputError(f"the {what(row)} are not finite, or all zeros; mend or remove the row and import again")
+        raise InputError(f"the {what(row)} are not finite, or all zeros; fix or remove the row and import again")
     off = np.abs(lengths - 1) > _TOLERANCE
     if not off.any():
         return features, 0

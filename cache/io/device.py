@@ -1,4 +1,4 @@
-"""Where to compute: a name from the command line to a device that is really there."""
+"""Where to compute: a name from the command line to a device that exists."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ def pick_device(name: str) -> torch.device:
             else is a torch device such as "cpu", "cuda:1" or "mps".
 
     Raises:
-        InputError: no such device, or it is not there.
+        InputError: no such device, or it is not available.
     """
     name = os.environ.get("ULFINE_FAST_DEVICE", "auto") if name == "auto" else name
     if name == "auto":
-        found = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-        return torch.device(found)
+        best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        return torch.device(best)
     try:
         device = torch.device(name)
         # A name can be well formed and the device still be absent; only using it tells.

@@ -1,10 +1,10 @@
-"""Errors a user can cause and mend; commands print their one sentence and exit with code 2."""
+"""Errors that a user can cause and fix; commands print their one sentence and exit with code 2."""
 
 from __future__ import annotations
 
 
 class InputError(ValueError):
-    """Bad input: the message is one sentence with the offending value and the way out."""
+    """Bad input: the message is one sentence with the offending value and the fix."""
 
 
 class CacheMismatch(InputError):
@@ -21,7 +21,14 @@ class CacheMismatch(InputError):
         field: str,
         found: object,
         wanted: object,
-        way_out: str = "use the same value, another folder, or --mode overwrite",
+        fix: str = "use the same value, another folder, or --mode overwrite",
     ) -> None:
-        self.field, self.found, self.wanted = field, found, wanted
-        super().__init__(f"this cache was made with {field} = {found!r}, the request says {wanted!r}; {way_out}")
+        """`fix` is what the user can do, the end of the sentence."""
+        self.field = field
+        self.found = found
+        self.wanted = wanted
+        super().__init__(f"this cache was made with {field} = {found!r}, the request says {wanted!r}; {fix}")
+
+    def with_fix(self, fix: str) -> CacheMismatch:
+        """The same mismatch with other advice."""
+        return CacheMismatch(self.field, self.found, self.wanted, fix)

@@ -2,45 +2,108 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 from ulfine_fast.cache.io.errors import InputError
 from ulfine_fast.cache.io.paths import RemotePath, is_remote
 
-_BEGINNING = re.compile(r"[\w.-]+\.(h5|json)(\.\d+)?\.tmp")
+_PARTIAL = re.compile(r"[\w.-]+\.(h5|json)(\.\d+)?\.tmp")
 
 
-def write_atomically(path: Path, data: bytes, *, several: bool = False) -> None:
-    """Writes beside the final name, flushes to the disk and renames; into a store it goes as one whole.
+@contextmanager
+def atomic_file(path: Path, *, concurrent: bool = False) -> Iterator[BinaryIO]:
+    """A file that gets its name when it is whole.
+
+    It is written beside the final name, flushed to the disk and renamed when the context ends without an error. After
+    an error nothing is left of it.
 
     Args:
-        path: final name; what is written first is `path` + ".tmp", a leftover of that name is overwritten.
-        data: the whole file.
-        several: whether another process may be at the same file; the process's number then stands before ".tmp".
+        path: final name on this machine. The temporary name is `path` + ".tmp"; a leftover of that name is overwritten.
+        concurrent: whether another process may write the same file; the process id then comes before ".tmp".
 
     Raises:
         InputError: the file system refused (full, read-only, too large); names the file and the reason.
     """
-    if is_remote(path):
-        _upload(path, data)
-        return
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp" if several else f"{path.name}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp" if concurrent else f"{path.name}.tmp")
+    with refused_writes(path):
+        file = open(temporary, "wb")  # noqa: SIM115 - closed below, before the rename
+        try:
+            yield file
             file.flush()
             # Without this the rename may reach the disk before the content does, and a power cut leaves an empty file.
             os.fsync(file.fileno())
-        os.replace(temporary, path)
-        _flush_folder(path.parent)
+            file.close()
+            os.replace(temporary, path)
+            _flush_folder(path.parent)
+        except BaseException:
+            # On a full disk the partial file would take the room that the user is about to make.
+            with suppress(OSError):
+                file.close()
+            with suppress(OSError):
+                temporary.unlink()
+            raise
+
+
+def write_atomically(path: Path, data: bytes, *, concurrent: bool = False) -> None:
+    """Writes a whole file, so that a reader sees the old content or the new one; into a store it goes in one upload.
+
+    Args:
+        path: final name, here or in a store.
+        data: the whole file.
+        concurrent: see `atomic_file`.
+
+    Raises:
+        InputError: the file system or the store refused; names the file and the reason.
+    """
+    if is_remote(path):
+        _upload(path, data)
+        return
+    with atomic_file(path, concurrent=concurrent) as file:
+        file.write(data)
+
+
+@contextmanager
+def refused_writes(path: Path | RemotePath) -> Iterator[None]:
+    """Turns a write that the system refuses inside the context into one sentence that names `path`.
+
+    Raises:
+        InputError: for any OSError.
+    """
+    try:
+        yield
     except OSError as error:
-        # On a full disk the beginnings of the file would take the room that the user is about to make.
-        with contextlib.suppress(OSError):
-            temporary.unlink()
         raise write_error(path, error) from error
+
+
+def write_error(path: Path | RemotePath, error: OSError) -> InputError:
+    """The sentence for a write that the system refused."""
+    return InputError(
+        f"cannot write {path} ({error.strerror or error}); make room or choose a folder that can be written, "
+        "then run the same command again: what is finished stays"
+    )
+
+
+def make_folder(path: Path) -> None:
+    """Makes a folder and its parents; does nothing where it exists.
+
+    Raises:
+        InputError: it cannot be made.
+    """
+    with refused_writes(path):
+        path.mkdir(parents=True, exist_ok=True)
+
+
+def remove_partial_files(cache: Path) -> None:
+    """Removes the temporary files of killed writers; call it only while holding the cache's lock."""
+    for folder in (cache, cache / "shards"):
+        for path in folder.glob("*.tmp"):
+            if _PARTIAL.fullmatch(path.name):
+                path.unlink(missing_ok=True)
 
 
 def _upload(path: Path, data: bytes) -> None:
@@ -52,34 +115,6 @@ def _upload(path: Path, data: bytes) -> None:
             f"cannot write {path} ({' '.join(str(error).split())[:200] or type(error).__name__}); check the store and "
             "run the same command again: what is finished stays"
         ) from error
-
-
-def make_folder(path: Path) -> None:
-    """Makes a folder and its parents; fine when it is there already.
-
-    Raises:
-        InputError: it cannot be made.
-    """
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise write_error(path, error) from error
-
-
-def remove_beginnings(cache: Path) -> None:
-    """Removes what killed writers have left of files; only for who holds the cache's lock."""
-    for folder in (cache, cache / "shards"):
-        for path in folder.glob("*.tmp"):
-            if _BEGINNING.fullmatch(path.name):
-                path.unlink(missing_ok=True)
-
-
-def write_error(path: Path | RemotePath, error: OSError) -> InputError:
-    """The sentence for a write that the system refused."""
-    return InputError(
-        f"cannot write {path} ({error.strerror or error}); make room or choose a folder that can be written, "
-        "then run the same command again: what is finished stays"
-    )
 
 
 def _flush_folder(folder: Path) -> None:

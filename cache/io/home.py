@@ -12,8 +12,8 @@ def cache_home() -> Path:
     Returns:
         `$ULFINE_FAST_HOME` if set, else `$XDG_CACHE_HOME/ulfine-fast`, else `~/.cache/ulfine-fast`; always absolute.
     """
-    own = os.environ.get("ULFINE_FAST_HOME")
-    if own:
-        return Path(own).expanduser().absolute()
-    shared = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(shared).expanduser().absolute() / "ulfine-fast"
+    folder = os.environ.get("ULFINE_FAST_HOME")
+    if folder:
+        return Path(folder).expanduser().absolute()
+    parent = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(parent).expanduser().absolute() / "ulfine-fast"

@@ -1,4 +1,4 @@
-"""Where a cache lies: a folder of this machine, or one behind a URL that fsspec knows, such as s3://bucket/cache."""
+"""The path of a cache: a folder of this machine, or one behind a URL that fsspec knows, such as s3://bucket/cache."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from ulfine_fast.cache.io.errors import InputError
 # A path keeps only one of a URL's slashes. A single letter is a drive.
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/+(.*)", re.DOTALL)
 _LOCAL = ("file", "local")
-# Stores of these kinds know no folders; asked for one they might make a bucket of that name.
+# Stores of these kinds have no folders; asked for one they might make a bucket of that name.
 _WITHOUT_FOLDERS = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "oss", "r2")
 _Result = TypeVar("_Result")
 
 
-def open_place(place: str | Path) -> Path:
-    """A folder's path, wherever it lies.
+def to_path(location: str | Path) -> Path:
+    """The path of a folder, on this machine or in a store.
 
     Args:
-        place: path or URL. A path made of a URL, which has lost a slash, is understood too.
+        location: path or URL. A path made of a URL, which has lost a slash, is understood too.
 
     Returns:
         A `Path`; for a URL a `RemotePath`, which has all of its methods that a cache is read and written by.
@@ -32,14 +32,14 @@ def open_place(place: str | Path) -> Path:
         InputError: no such kind of store, a package for it is missing, or the store refuses: no such bucket, no
             credentials, no way to it.
     """
-    if isinstance(place, RemotePath):
-        return place
-    found = _URL.fullmatch(str(place))
-    if found is None:
-        return Path(place)
-    if found[1] in _LOCAL:
-        return Path("/" + found[2])
-    return cast(Path, _reached(f"{found[1]}://{found[2].rstrip('/')}"))
+    if isinstance(location, RemotePath):
+        return location
+    url = _URL.fullmatch(str(location))
+    if url is None:
+        return Path(location)
+    if url[1] in _LOCAL:
+        return Path("/" + url[2])
+    return cast(Path, _connect(f"{url[1]}://{url[2].rstrip('/')}"))
 
 
 def is_remote(path: Path) -> bool:
@@ -47,21 +47,21 @@ def is_remote(path: Path) -> bool:
     return isinstance(path, RemotePath)
 
 
-def _reached(url: str) -> RemotePath:
-    """The place, once the store has answered: a wrong address should not cost an hour of encoding."""
+def _connect(url: str) -> RemotePath:
+    """The path, once the store has answered: a wrong address should not cost an hour of encoding."""
     from fsspec.core import url_to_fs
 
     try:
         system, path = url_to_fs(url)
-        place = RemotePath(system, path)
+        remote = RemotePath(system, path)
         bucket = path.strip("/").partition("/")[0]
-        if place.keeps_no_folders and not system.exists(bucket):
+        if remote.has_no_folders and not system.exists(bucket):
             raise FileNotFoundError(f"there is no bucket {bucket}")
         system.exists(path)
     # every store has errors of its own, and a missing package is an ImportError
     except Exception as error:
         raise InputError(f"{url} cannot be used ({_reason(error)}); check the address and your credentials") from error
-    return place
+    return remote
 
 
 @dataclass(frozen=True)
@@ -69,17 +69,19 @@ class RemotePath:
     """A path in a store, with the methods of `pathlib.Path` that a cache needs; every refusal is an OSError.
 
     Attributes:
-        system: fsspec's file system. path: in it.
+        system: fsspec's file system.
+        path: in that file system.
     """
 
     system: Any
     path: str
 
     @property
-    def keeps_no_folders(self) -> bool:
+    def has_no_folders(self) -> bool:
         """Whether the store is one of objects alone."""
         protocol = self.system.protocol
-        return any(one in _WITHOUT_FOLDERS for one in ([protocol] if isinstance(protocol, str) else protocol))
+        names = [protocol] if isinstance(protocol, str) else protocol
+        return any(name in _WITHOUT_FOLDERS for name in names)
 
     @property
     def name(self) -> str:
@@ -131,60 +133,61 @@ class RemotePath:
         return self
 
     def exists(self) -> bool:
-        """Whether anything is there."""
-        return bool(self._asked(lambda: self.system.exists(self.path)))
+        """Whether anything has this path."""
+        return bool(self._call(lambda: self.system.exists(self.path)))
 
     def is_file(self) -> bool:
         """Whether it is a file."""
-        return bool(self._asked(lambda: self.system.isfile(self.path)))
+        return bool(self._call(lambda: self.system.isfile(self.path)))
 
     def is_dir(self) -> bool:
         """Whether it is a folder, or the beginning of other names."""
-        return bool(self._asked(lambda: self.system.isdir(self.path)))
+        return bool(self._call(lambda: self.system.isdir(self.path)))
 
     def iterdir(self) -> Iterator[RemotePath]:
-        """What the folder holds; what other processes wrote meanwhile is among it."""
-        names = self._asked(lambda: self.system.ls(self.path, detail=False, refresh=True))
-        return iter([RemotePath(self.system, one.rstrip("/")) for one in names if one.rstrip("/") != self.path])
+        """What the folder holds, new files of other processes included."""
+        listed = self._call(lambda: self.system.ls(self.path, detail=False, refresh=True))
+        names = [name.rstrip("/") for name in listed]
+        return iter([RemotePath(self.system, name) for name in names if name != self.path])
 
     def rglob(self, pattern: str) -> Iterator[RemotePath]:
         """All files below; the pattern must be "*"."""
         assert pattern == "*"
-        return iter([RemotePath(self.system, one) for one in self._asked(lambda: self.system.find(self.path))])
+        return iter([RemotePath(self.system, name) for name in self._call(lambda: self.system.find(self.path))])
 
     def stat(self) -> os.stat_result:
-        """Only its `st_size` is true."""
-        size = int(self._asked(lambda: self.system.size(self.path)) or 0)
+        """Only its `st_size` is meaningful."""
+        size = int(self._call(lambda: self.system.size(self.path)) or 0)
         return os.stat_result((0, 0, 0, 0, 0, 0, size, 0, 0, 0))
 
     def open(self, mode: str = "rb") -> BinaryIO:
-        """The file for reading; only what is read of it travels."""
-        return cast(BinaryIO, self._asked(lambda: self.system.open(self.path, mode)))
+        """The file for reading; only the bytes that are read are transferred."""
+        return cast(BinaryIO, self._call(lambda: self.system.open(self.path, mode)))
 
     def read_bytes(self) -> bytes:
         """The whole file."""
-        return cast(bytes, self._asked(lambda: self.system.cat_file(self.path)))
+        return cast(bytes, self._call(lambda: self.system.cat_file(self.path)))
 
     def read_text(self, encoding: str = "utf-8") -> str:
         """The whole file as text."""
         return self.read_bytes().decode(encoding)
 
     def write_bytes(self, data: bytes) -> int:
-        """Uploads the file whole."""
+        """Uploads the whole file."""
         self._make_parent()
-        self._asked(lambda: self.system.pipe_file(self.path, data))
+        self._call(lambda: self.system.pipe_file(self.path, data))
         return len(data)
 
     def create(self, data: bytes) -> None:
-        """Uploads the file where there is none.
+        """Uploads a file that must not exist yet.
 
         Raises:
-            FileExistsError: there is one.
+            FileExistsError: it exists.
         """
         self._make_parent()
         try:
-            self._asked(lambda: self.system.pipe_file(self.path, data, mode="create"))
-        # a store that cannot promise it: the moment between asking and writing stays open
+            self._call(lambda: self.system.pipe_file(self.path, data, mode="create"))
+        # a store that cannot promise it: another process may write between the check and the upload
         except (TypeError, NotImplementedError, ValueError):
             if self.exists():
                 raise FileExistsError(str(self)) from None
@@ -193,22 +196,23 @@ class RemotePath:
     def unlink(self, missing_ok: bool = False) -> None:
         """Removes the file."""
         try:
-            self._asked(lambda: self.system.rm_file(self.path))
+            self._call(lambda: self.system.rm_file(self.path))
         except FileNotFoundError:
             if not missing_ok:
                 raise
 
     def mkdir(self, parents: bool = False, exist_ok: bool = False) -> None:
-        """Makes a folder where the store knows folders."""
-        if not self.keeps_no_folders:
-            self._asked(lambda: self.system.makedirs(self.path, exist_ok=exist_ok))
+        """Makes a folder where the store has folders."""
+        if not self.has_no_folders:
+            self._call(lambda: self.system.makedirs(self.path, exist_ok=exist_ok))
 
     def _make_parent(self) -> None:
         self.parent.mkdir(parents=True, exist_ok=True)
 
-    def _asked(self, question: Callable[[], _Result]) -> _Result:
+    def _call(self, request: Callable[[], _Result]) -> _Result:
+        """Runs a request to the store; what the store raises becomes an OSError."""
         try:
-            return question()
+            return request()
         except (OSError, TypeError, NotImplementedError, ValueError):
             raise
         # stores have errors of their own: botocore's, aiohttp's, google's

@@ -1,4 +1,4 @@
-"""One look for long work: a bar with rate and time left, silent where nobody watches."""
+"""One look for long work: a bar with rate and time left, drawn only on a terminal."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from rich.text import Text
 
 
 class _Rate(ProgressColumn):
-    """Things done per second."""
+    """Items done per second."""
 
     def render(self, task: Task) -> Text:
-        """The rate, or a dash before the first thing is done."""
+        """The rate, or a dash before the first item is done."""
         speed = task.finished_speed or task.speed
         unit = task.fields.get("unit", "")
         return Text(f"{speed:,.0f} {unit}/s" if speed else f"- {unit}/s", style="progress.data.speed")
@@ -23,7 +23,7 @@ def progress_bar(shown: bool | None = None) -> Progress:
     """A rich progress bar on stderr: description, bar, count, rate, time left and a free text field `note`.
 
     Args:
-        shown: whether to draw it; None draws it only where stderr is a terminal.
+        shown: whether to draw it; by default only where stderr is a terminal.
 
     Add tasks with `add_task(text, total=..., unit="images", note="")`.
     """

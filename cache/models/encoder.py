@@ -1,4 +1,4 @@
-"""A frozen image-text model of open_clip, with its own preprocessing: images and texts to unit vectors."""
+"""A frozen image-text model of open_clip with its own preprocessing: turns images and texts into unit vectors."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from ulfine_fast.cache.io.device import pick_device
 from ulfine_fast.cache.io.errors import InputError
 from ulfine_fast.cache.io.home import cache_home
 from ulfine_fast.cache.models import lite0_minilm
-from ulfine_fast.cache.models.tokens import Taps
+from ulfine_fast.cache.models.tokens import TokenHooks
 from ulfine_fast.cache.pipeline.resample import Resampling
 
 __all__ = [
@@ -42,7 +42,7 @@ DEFAULT_PRETRAINED = "openai"
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 _TEXT_BATCH = 128
 _SCHEMES = ("local-dir:", "hf-hub:")
-_OFFLINE_WAY = f"use --model {lite0_minilm.NAME}, which needs no network, or --pretrained FILE"
+_OFFLINE_FIX = f"use --model {lite0_minilm.NAME}, which needs no network, or --pretrained FILE"
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +51,7 @@ class ModelSpec:
 
     Attributes:
         name: an open_clip name, `local-dir:/absolute/path`, `hf-hub:owner/name`, or `lite0-minilm`.
-        pretrained: tag or absolute path of a checkpoint; None where the name says it all.
+        pretrained: tag or absolute path of a checkpoint; None where the name alone identifies the weights.
         sha256: over the names, types and bytes of all tensors, so independent of the file's form.
         image_size: side of the square input, in pixels.
         dim: D, length of a feature.
@@ -67,11 +67,11 @@ class ModelSpec:
 
 
 class EncodedViews(NamedTuple):
-    """What a model makes of N images.
+    """A model's output for N images.
 
     Attributes:
         features: float32 (N, D), rows of length 1.
-        tokens: float32 (N, S, W), as the model holds them, of any length; None where it was loaded without.
+        tokens: float32 (N, S, W), not normalised; None where the model was loaded without.
     """
 
     features: torch.Tensor
@@ -82,18 +82,19 @@ class Encoder:
     """A frozen model on a device; made by `load_encoder`.
 
     Attributes:
-        spec: what the model is.
+        spec: what identifies the model.
         model: the open_clip module, in evaluation mode.
         device: where it runs.
         transform: PIL image -> (3, H, W) float tensor, the model's own evaluation preprocessing.
-        resize: PIL image -> PIL image of the model's size, the part of it before the normalisation.
+        resize: PIL image -> PIL image of the model's size, the part of `transform` before the normalisation.
         resampling: the same as `resize` for many images on a device; None where it has no such form.
         exact: whether images go through `resize`, not through `resampling`.
-        mean, std: its normalisation per channel, for pixel values 0..1.
-        dtype: autocast type, None for float32; weights of the vision part's matrices and filters are then in it.
+        mean: of the normalisation per channel, for pixel values 0..1.
+        std: likewise.
+        dtype: autocast type, None for float32; the vision tower's matrices and filters are then stored in it.
         features: as given to `load_encoder`.
-        compiled: whether `torch.compile` has made kernels for the vision part.
-        token_kinds: names of the S tokens taken beside each feature, see `cache.models.tokens.Taps`; often none.
+        compiled: whether `torch.compile` has made kernels for the vision tower.
+        token_kinds: names of the S tokens kept beside each feature, see `cache.models.tokens.TokenHooks`; often none.
         token_width: W, their length; 0 for none.
     """
 
@@ -110,10 +111,30 @@ class Encoder:
         exact: bool | None = None,
         compiled: bool = False,
     ) -> None:
-        """Takes a module made by open_clip, which knows its preprocessing; `handle` is what open_clip calls it."""
-        settings = open_clip.get_model_preprocess_cfg(model)
+        """Takes a module made by open_clip, which knows its preprocessing.
+
+        Args:
+            model: the module.
+            name: see `ModelSpec`.
+            pretrained: see `ModelSpec`.
+            device: see the class.
+            dtype: see the class.
+            handle: open_clip's name of the model; `name` by default.
+            features: see `load_encoder`.
+            exact: see `load_encoder`.
+            compiled: see `load_encoder`.
+
+        Raises:
+            InputError: a model with another kind of input, preprocessing or tokens.
+        """
+        self.device = device
+        self.dtype = dtype
+        self.features = features
+        self.compiled = compiled
         self._handle = handle or name
-        self.device, self.dtype = device, dtype
+
+        # Preprocessing
+        settings = open_clip.get_model_preprocess_cfg(model)
         self.mean: tuple[float, ...] = tuple(float(value) for value in settings["mean"])
         self.std: tuple[float, ...] = tuple(float(value) for value in settings["std"])
         self.transform: Callable[[Image.Image], torch.Tensor] = image_transform_v2(
@@ -121,35 +142,50 @@ class Encoder:
         )
         self.resize = _before_normalisation(name, self.transform)
         self.resampling = _resampling(settings)
-        self.exact = _is_exact(exact, self.resampling, name)
-        # Before the model moves, so that nothing has to be copied back from a GPU.
+        if exact is False and self.resampling is None:
+            raise InputError(
+                f"the images of {name} are padded to a square, which is done exactly or not at all; use --exact"
+            )
+        self.exact = self.resampling is None if exact is None else exact
+        sides = {settings["size"]} if isinstance(settings["size"], int) else set(settings["size"])
+        if len(sides) != 1:
+            raise InputError(
+                f"{name} takes images of {settings['size']} pixels; only models with a square input are supported"
+            )
+        side = int(sides.pop())
+
+        # Weights; the digest before the model moves, so that nothing is copied back from a GPU
         digest = weights_sha256(model)
         self.model = model.eval().requires_grad_(False).to(device)
-        # Convolutions on the CPU prefer the channels last (Lite0: 144 images/s against 92); a ViT does not care.
-        self._layout = torch.channels_last if _is_convolutional(self.model.visual) else torch.contiguous_format
+        # Convolutions on the CPU prefer the channels last (Lite0: 144 images/s against 92); a ViT does not care. A ViT
+        # has one convolution, its patch embedding.
+        convolutions = sum(isinstance(module, torch.nn.Conv2d) for module in self.model.visual.modules())
+        self._layout = torch.channels_last if convolutions > 4 else torch.contiguous_format
         self.model.visual.to(memory_format=self._layout)
-        size = _square_side(name, settings["size"])
-        # The model keeps the logarithm; some keep it as a vector of one.
+
+        # Sizes, from a run of the model: configurations name them in too many ways
+        self._hooks = TokenHooks(name, self.model.visual, features)
+        with torch.inference_mode():
+            dim = int(model.encode_image(torch.zeros(1, 3, side, side, device=device)).shape[-1])
+        tokens = self._hooks.take()
+        self.token_kinds = self._hooks.kinds
+        self.token_width = 0 if tokens is None else tokens.shape[-1]
+        # The model stores the logarithm; some models store it as a vector of one.
         scale = float(model.logit_scale.detach().float().exp().max())
-        self.features = features
-        self._taps = Taps(name, self.model.visual, features)
-        self.spec = ModelSpec(name, pretrained, digest, size, _feature_dim(model, size, device), scale)
-        self.token_kinds = self._taps.kinds
-        # The pass that told D has left tokens behind.
-        left = self._taps.take()
-        self.token_width = 0 if left is None else left.shape[-1]
-        # As the model has it: what follows rounds weights.
+        self.spec = ModelSpec(name, pretrained, digest, side, dim, scale)
+
+        # The last layers, before rounding changes the weights
         self._head = self._read_head()
         if dtype is not None:
             _round_weights(self.model.visual, dtype)
-        self.compiled = compiled
-        if compiled:  # last, so that names and digest are those of the model itself
+        # Last, so that names and digest are those of the model itself.
+        if compiled:
             self.model.visual.compile()
 
     @property
     def preprocessing(self) -> str:
         """The evaluation preprocessing as text, the same in every process."""
-        # Functions in a Compose print their address, which would make two equal manifests differ.
+        # Functions in a Compose print their addresses, which would make two equal manifests differ.
         return re.sub(r" at 0x[0-9a-f]+", "", str(self.transform))
 
     @torch.inference_mode()
@@ -187,28 +223,29 @@ class Encoder:
             pixels: uint8 (B, H, W, 3), as `resize` makes them.
 
         Returns:
-            (B, D + S W) float32 on the device: features of length 1, equal to those of `transform`'s tensors, and
-            behind each the image's tokens, if any.
+            (B, D + S W) float32 on the device: features of length 1, equal to those of `transform`'s tensors, each
+            followed by the image's tokens, if any.
         """
         return self._encode(self.normalise(pixels.to(self.device, non_blocking=True)))
 
     @property
     def columns(self) -> int:
-        """D + S W, numbers that an image comes to."""
+        """D + S W, numbers in the row of an image."""
         return self.spec.dim + len(self.token_kinds) * self.token_width
 
     def normalise(self, pixels: torch.Tensor) -> torch.Tensor:
         """The last part of `transform` for a batch: uint8 (B, H, W, 3) to float32 (B, 3, H, W), on the device."""
-        # Bytes in the order of an image are channels last already; the operations come in torchvision's order.
+        # Bytes in the order of an image are channels last already; the operations are in torchvision's order.
         images = pixels.permute(0, 3, 1, 2).to(torch.float32).contiguous(memory_format=self._layout)
-        center, spread = (torch.tensor(v, device=pixels.device).view(3, 1, 1) for v in (self.mean, self.std))
-        return images.div_(255.0).sub_(center).div_(spread)
+        mean, std = (torch.tensor(values, device=pixels.device).view(3, 1, 1) for values in (self.mean, self.std))
+        return images.div_(255.0).sub_(mean).div_(std)
 
     def _encode(self, batch: torch.Tensor) -> torch.Tensor:
-        """Preprocessed images (B, 3, H, W) on the device to unit rows (B, D) there, tokens behind them."""
+        """Preprocessed images (B, 3, H, W) on the device to rows (B, D + S W) there, see `encode_pixels`."""
         with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype is not None):
             features = self.model.encode_image(batch)  # (B, D)
-        unit, tokens = functional.normalize(features.float(), dim=-1), self._taps.take()
+        unit = functional.normalize(features.float(), dim=-1)
+        tokens = self._hooks.take()
         return unit if tokens is None else torch.cat([unit, tokens.flatten(1)], dim=1)
 
     @torch.inference_mode()
@@ -221,37 +258,41 @@ class Encoder:
         if not texts:
             return torch.empty(0, self.spec.dim)
         parts = self._tokenizer(list(texts)).split(_TEXT_BATCH)
-        # No autocast here: prototypes are compared with every image, and there are few of them.
         features = torch.cat([self.model.encode_text(part.to(self.device)) for part in parts])  # (n, D)
         return functional.normalize(features.float(), dim=-1).cpu()
 
     def vision_head(self) -> dict[str, np.ndarray]:
-        """What an open_clip ViT applies to the class token last; the projection of a timm trunk whose output is kept.
+        """The last layers of an open_clip ViT for the class token, or of a timm trunk whose output is kept.
 
         Returns:
             `ln_post_weight` (W,), `ln_post_bias` (W,), `ln_post_eps` (1,) and `projection` (W, D), float32; of a trunk
-            the last alone, where it is one matrix; empty for others.
+            the projection alone, where it is one matrix; empty for others.
         """
         return self._head
 
     def _read_head(self) -> dict[str, np.ndarray]:
+        visual = self.model.visual
         if self.token_kinds == ("trunk",):
-            return _matrix_of(self.model.visual.head)
-        norm, projection = getattr(self.model.visual, "ln_post", None), getattr(self.model.visual, "proj", None)
+            linear = getattr(visual.head, "proj", None)
+            if not isinstance(linear, torch.nn.Linear) or len(list(visual.head.parameters())) != 1:
+                return {}
+            return {"projection": linear.weight.detach().T.float().cpu().numpy().copy()}
+        norm, projection = getattr(visual, "ln_post", None), getattr(visual, "proj", None)
         if not isinstance(norm, torch.nn.LayerNorm) or not isinstance(projection, torch.nn.Parameter):
             return {}
-        parts = {"ln_post_weight": norm.weight, "ln_post_bias": norm.bias, "projection": projection}
-        found = {name: value.detach().float().cpu().numpy() for name, value in parts.items()}
-        return {**found, "ln_post_eps": np.asarray([norm.eps], dtype=np.float32)}
+        weights = {"ln_post_weight": norm.weight, "ln_post_bias": norm.bias, "projection": projection}
+        head = {name: value.detach().float().cpu().numpy() for name, value in weights.items()}
+        head["ln_post_eps"] = np.asarray([norm.eps], dtype=np.float32)
+        return head
 
-    # On first use only: reading images alone should not need the tokenizer's files.
     @cached_property
     def _tokenizer(self) -> Callable[[list[str]], torch.Tensor]:
+        # On first use only: encoding images should not need the tokenizer's files.
         try:
             return open_clip.get_tokenizer(self._handle)
         except (OSError, RuntimeError, ValueError) as error:
             raise InputError(
-                f"the tokenizer of {self._handle} cannot be loaded ({_one_line(error)}); {_OFFLINE_WAY}"
+                f"the tokenizer of {self._handle} cannot be loaded ({_one_line(error)}); {_OFFLINE_FIX}"
             ) from error
 
 
@@ -273,30 +314,28 @@ def load_encoder(
             "openai" for the default model.
         device: "auto" (a GPU if there is one), "cpu", "cuda", "cuda:1", "mps".
         precision: "fp32", or "bf16" / "fp16" for mixed precision.
-        features: "projected"; "pre-projection" to take also what is projected, "last-block" the class token before and
-            after the last block's MLP.
-        exact: whether all images are resized and cropped by the model's own preprocessing as they are; else large
-            ones are reduced while they are read, and a GPU resizes many at once. None is False where the model's
-            preprocessing allows it.
-        compiled: whether to let `torch.compile` make kernels for the vision part: a minute at first, less time for each
-            image. It moves the last bits.
+        features: "projected"; "pre-projection" to keep also the input of the projection, "last-block" the class token
+            before and after the last block's MLP.
+        exact: whether the model's own preprocessing resizes and crops every image at full size; else large images are
+            reduced while they are read, and a GPU resizes many together. None is False where the model's preprocessing
+            allows it.
+        compiled: whether to let `torch.compile` make kernels for the vision tower: a minute at first, less time for
+            each image. It changes the last bits.
 
     Raises:
-        InputError: unknown model, tag, device or precision; weights that do not fit, or that no hub in reach has; a
+        InputError: unknown model, tag, device or precision; weights that do not fit, or that no hub can be asked for; a
             model without the tokens asked for.
     """
     if precision not in PRECISIONS:
         raise InputError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
     target = pick_device(device)
     name, pretrained, handle = _resolve(model, pretrained)
-    module = _create(handle, pretrained)
-    dtype = PRECISIONS[precision]
     return Encoder(
-        module,
+        _create(handle, pretrained),
         name,
         pretrained,
         device=target,
-        dtype=dtype,
+        dtype=PRECISIONS[precision],
         handle=handle,
         features=features,
         exact=exact,
@@ -309,13 +348,13 @@ def weights_sha256(model: Any) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
-        # A view as bytes covers types that numpy lacks, such as bfloat16; a scalar has no last axis to view.
+        # Viewed as bytes, because numpy lacks types such as bfloat16; flat, because a scalar has no axis to view.
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
 
 
 def _resolve(model: str, pretrained: str | None) -> tuple[str, str | None, str]:
-    """Name and tag as recorded, and open_clip's name; paths become absolute, so that a run works from any folder."""
+    """Name and tag for the record, and open_clip's name; paths become absolute, so that a run works from any folder."""
     if pretrained is not None and (model == lite0_minilm.NAME or model.startswith(_SCHEMES)):
         raise InputError(f"{model} brings its own weights, so leave out --pretrained {pretrained}")
     if model == lite0_minilm.NAME:
@@ -329,29 +368,26 @@ def _resolve(model: str, pretrained: str | None) -> tuple[str, str | None, str]:
         return model, None, model
     known = open_clip.list_models()
     if model not in known:
-        raise InputError(f"unknown model {model!r}{_close(model, [*known, lite0_minilm.NAME])}")
-    return model, _resolve_pretrained(model, pretrained), model
+        raise InputError(f"unknown model {model!r}{_did_you_mean(model, [*known, lite0_minilm.NAME])}")
 
-
-def _resolve_pretrained(model: str, pretrained: str | None) -> str:
-    """A known tag, or the absolute path of a checkpoint file."""
+    # A tag, or a checkpoint file
     tags = open_clip.list_pretrained_tags_by_model(model)
-    # Only the default model has a default tag: elsewhere the choice matters too much to be made in silence.
+    # Only the default model has a default tag: elsewhere the choice matters too much to be made silently.
     if pretrained is None and model == DEFAULT_MODEL:
-        return DEFAULT_PRETRAINED
+        return model, DEFAULT_PRETRAINED, model
     if pretrained is None:
         raise InputError(f"{model} needs --pretrained: {', '.join(tags) or 'no tag is known, so a checkpoint file'}")
     if open_clip.get_pretrained_cfg(model, pretrained):
-        return pretrained
-    if os.path.isfile(Path(pretrained).expanduser()):
-        return str(Path(pretrained).expanduser().absolute())
-    raise InputError(
-        f"{pretrained!r} is neither a file nor a tag of {model}{_close(pretrained, tags) or '; ' + ', '.join(tags)}"
-    )
+        return model, pretrained, model
+    checkpoint = Path(pretrained).expanduser()
+    if os.path.isfile(checkpoint):
+        return model, str(checkpoint.absolute()), model
+    hint = _did_you_mean(pretrained, tags) or "; " + ", ".join(tags)
+    raise InputError(f"{pretrained!r} is neither a file nor a tag of {model}{hint}")
 
 
 def _create(handle: str, pretrained: str | None) -> Any:
-    """The open_clip module with its weights; every way this can fail becomes one sentence."""
+    """The open_clip module with its weights; every failure becomes one sentence."""
     tag = open_clip.get_pretrained_cfg(handle, pretrained) if pretrained else {}
     try:
         # open_clip only warns when a tag was trained with QuickGELU and the architecture says GELU (ViT-B-16 with
@@ -367,15 +403,15 @@ def _create(handle: str, pretrained: str | None) -> Any:
         if handle.startswith("local-dir:") or (pretrained and not tag):
             source = pretrained or handle.removeprefix("local-dir:")
             raise InputError(f"the weights in {source} do not load: {_one_line(error)}") from error
-        wanted = f"{handle} ({pretrained})" if pretrained else handle
+        weights = f"{handle} ({pretrained})" if pretrained else handle
         raise InputError(
-            f"the weights of {wanted} are not on this machine and no model hub could be reached "
-            f"({_one_line(error)}); {_OFFLINE_WAY}"
+            f"the weights of {weights} are not on this machine and no model hub could be reached "
+            f"({_one_line(error)}); {_OFFLINE_FIX}"
         ) from error
 
 
 def _before_normalisation(name: str, transform: Any) -> Callable[[Image.Image], Image.Image]:
-    """What open_clip does to an image before it becomes numbers: resize, crop, RGB."""
+    """The steps of open_clip's preprocessing before an image becomes numbers: resize, crop, RGB."""
     steps = list(getattr(transform, "transforms", []))
     last = [type(step).__name__ for step in steps[-2:]]
     if last not in (["MaybeToTensor", "Normalize"], ["ToTensor", "Normalize"]):
@@ -384,65 +420,29 @@ def _before_normalisation(name: str, transform: Any) -> Callable[[Image.Image], 
 
 
 def _resampling(settings: dict[str, Any]) -> Resampling | None:
-    """open_clip's preprocessing as one for a device; None for what is not done there, such as padding to a square."""
+    """open_clip's resizing in a form for a device; None for what has no such form, such as padding to a square."""
     mode = settings.get("resize_mode", "shortest")
-    squash = mode == "squash"
-    if not squash and mode != "shortest":
+    if mode not in ("squash", "shortest"):
         return None
-    size = settings["size"]
-    side = size if isinstance(size, int) else size[0]
-    return Resampling(side, squash, "bilinear" if settings.get("interpolation") == "bilinear" else "bicubic")
-
-
-def _is_exact(wanted: bool | None, resampling: Resampling | None, name: str) -> bool:
-    if wanted is False and resampling is None:
-        raise InputError(
-            f"the images of {name} are padded to a square, which is done exactly or not at all; use --exact"
-        )
-    if wanted is None:
-        return resampling is None
-    return wanted
-
-
-def _matrix_of(head: torch.nn.Module) -> dict[str, np.ndarray]:
-    """`projection` (W, D) of a timm trunk's head that is one matrix; empty for a head with more to it."""
-    projection = getattr(head, "proj", None)
-    if not isinstance(projection, torch.nn.Linear) or len(list(head.parameters())) != 1:
-        return {}
-    return {"projection": projection.weight.detach().T.float().cpu().numpy().copy()}
+    side = settings["size"] if isinstance(settings["size"], int) else settings["size"][0]
+    filter_name = "bilinear" if settings.get("interpolation") == "bilinear" else "bicubic"
+    return Resampling(side, mode == "squash", filter_name)
 
 
 def _round_weights(visual: torch.nn.Module, dtype: torch.dtype) -> None:
-    """Keeps the weights of a tower in the type that autocast turns them into, which it would do for every batch anew.
+    """Stores the weights of a tower in autocast's type, which would otherwise convert them again for every batch.
 
-    It caches only weights that are being trained. On a processor a ViT's attention is then also many times slower.
+    Autocast caches only weights that are being trained. On a CPU a ViT's attention is then also many times slower.
     """
     for module in visual.modules():
-        whole = isinstance(module, (torch.nn.Linear, torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d))
+        all_weights = isinstance(module, (torch.nn.Linear, torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d))
         for name, weight in module.named_parameters(recurse=False):
-            if whole or name in ("in_proj_weight", "in_proj_bias"):  # of attention, which calls no layer for them
+            # Attention calls no layer for these two.
+            if all_weights or name in ("in_proj_weight", "in_proj_bias"):
                 weight.data = weight.data.to(dtype)
 
 
-def _is_convolutional(visual: torch.nn.Module) -> bool:
-    """Whether the trunk is made of convolutions; a ViT has one, its patch embedding."""
-    return sum(isinstance(module, torch.nn.Conv2d) for module in visual.modules()) > 4
-
-
-def _square_side(name: str, size: Any) -> int:
-    sides = {size} if isinstance(size, int) else set(size)
-    if len(sides) != 1:
-        raise InputError(f"{name} takes images of {size} pixels; only models with a square input are supported")
-    return int(sides.pop())
-
-
-@torch.inference_mode()
-def _feature_dim(model: Any, size: int, device: torch.device) -> int:
-    """D, asked of the model itself: configurations name it in too many ways."""
-    return int(model.encode_image(torch.zeros(1, 3, size, size, device=device)).shape[-1])
-
-
-def _close(value: str, known: Sequence[str]) -> str:
+def _did_you_mean(value: str, known: Sequence[str]) -> str:
     near = difflib.get_close_matches(value, known, n=3, cutoff=0.5)
     return f"; did you mean {', '.join(near)}?" if near else ""
 

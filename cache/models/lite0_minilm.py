@@ -1,6 +1,6 @@
 """A small real image-text model that is built here from two packages, without a network and without images.
 
-EfficientNet-Lite0 (ImageNet, 1280-d) and MiniLM-L6 (sentences, 384-d) never saw each other. A closed-form bridge joins
+EfficientNet-Lite0 (ImageNet, 1280-d) and MiniLM-L6 (sentences, 384-d) were trained apart. A closed-form bridge joins
 them: ridge regression from the 1000 rows of the ImageNet classifier to the MiniLM embeddings of the 1000 class names.
 The result is a weak image-text model in open_clip's `local-dir:` form. It is not CLIP.
 """
@@ -28,7 +28,7 @@ from ulfine_fast.cache.io.home import cache_home
 NAME = "lite0-minilm"
 # Fashion-MNIST, 1,000 images: zero-shot 31.5% at 128 px and 33.0% at 224 px, which costs 3 to 4 times the time.
 IMAGE_SIZE = 128
-# Chosen by 5-fold cross-validation over ImageNet classes alone; no target data was looked at.
+# Chosen by 5-fold cross-validation over ImageNet classes alone; no target data was used.
 RIDGE_LAMBDA = 10.0
 CLASS_PROMPTS = ("{}", "a photo of a {}.", "itap of a {}.")
 RECIPE = 1  # raise it when the bytes of the built weights change, so that an older build is replaced
@@ -62,7 +62,8 @@ def ensure_built(home: Path | None = None) -> Path:
             if not _is_ready(folder):
                 _build(folder)
     except OSError as error:
-        if error.errno is None:  # not from the file system: transformers says OSError for its own troubles
+        # Without a number it is not from the file system: transformers raises OSError for its own errors.
+        if error.errno is None:
             raise
         raise InputError(
             f"the model {NAME} cannot be built in {folder.parent}: {error.strerror or error}; "
@@ -121,12 +122,12 @@ def ridge_bridge(classifier: torch.Tensor, embeddings: torch.Tensor, lam: float 
 
 
 def _is_ready(folder: Path) -> bool:
-    """Whether `folder` holds this recipe's model; a folder moved by hand names its old place and counts as absent."""
+    """Whether `folder` holds this recipe's model; one moved by hand holds its old path and counts as absent."""
     try:
-        found = json.loads((folder / "open_clip_config.json").read_text(encoding="utf-8"))
+        config = json.loads((folder / "open_clip_config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
-    return found == open_clip_config(folder) and (folder / _WEIGHTS_FILE).is_file()
+    return bool(config == open_clip_config(folder)) and (folder / _WEIGHTS_FILE).is_file()
 
 
 def _require_packages() -> None:
@@ -154,28 +155,29 @@ def _build(folder: Path) -> None:
 
 
 def _write_model(folder: Path) -> None:
-    """Puts tokenizer files and the joined weights into `folder`."""
+    """Writes tokenizer files and the joined weights into `folder`."""
+    # The text tower: MiniLM without its pooler and position ids, which open_clip's tower does not have
     text_files = Path(importlib.import_module(_TEXT_PACKAGE).get_model_path())
     for name in _TOKENIZER_FILES:
         shutil.copyfile(text_files / name, folder / name)
     model = open_clip.CustomTextCLIP(**open_clip_config(folder)["model_cfg"]).eval()
-    _load_text_tower(model, text_files / "model.safetensors")
+    unused = ("pooler.", "embeddings.position_ids")
+    text_weights = load_file(text_files / "model.safetensors")
+    model.text.transformer.load_state_dict(
+        {name: value for name, value in text_weights.items() if not name.startswith(unused)}, strict=True
+    )
+
+    # The image tower, and the bridge between the two
     classifier = _load_image_trunk(model)
     bridge = ridge_bridge(classifier, _class_name_embeddings(model, folder))  # (1280, 384)
     model.visual.head.proj.weight.data = bridge.T.float().contiguous()
+
     save_file(model.state_dict(), folder / _WEIGHTS_FILE, metadata={"format": "pt"})
     (folder / _WEIGHTS_FILE).chmod(0o644)  # safetensors makes it private to its owner
 
 
-def _load_text_tower(model: Any, weights: Path) -> None:
-    """Loads MiniLM into the open_clip text tower, strictly; its own pooler and position ids have no place there."""
-    unused = ("pooler.", "embeddings.position_ids")
-    wanted = {name: value for name, value in load_file(weights).items() if not name.startswith(unused)}
-    model.text.transformer.load_state_dict(wanted, strict=True)
-
-
 def _load_image_trunk(model: Any) -> torch.Tensor:
-    """Loads Lite0 into the timm trunk and returns the ImageNet classifier's rows (1000, 1280).
+    """Loads Lite0 into the timm trunk; returns the weights of the ImageNet classifier (1000, 1280).
 
     The package holds the same tensors in the same order under other names: they are paired in order, and the last part
     of the name and the shape of every pair must agree.
@@ -184,10 +186,9 @@ def _load_image_trunk(model: Any) -> torch.Tensor:
     state = torch.load(path, map_location="cpu", weights_only=True)
     classifier: torch.Tensor = state.pop("_fc.weight")
     state.pop("_fc.bias")
-    wanted = model.visual.trunk.state_dict()
     renamed = {}
-    for (new, slot), (old, value) in zip(wanted.items(), state.items(), strict=True):
-        if slot.shape != value.shape or new.rsplit(".", 1)[-1] != old.rsplit(".", 1)[-1]:
+    for (new, tensor), (old, value) in zip(model.visual.trunk.state_dict().items(), state.items(), strict=True):
+        if tensor.shape != value.shape or new.rsplit(".", 1)[-1] != old.rsplit(".", 1)[-1]:
             raise InputError(f"{_IMAGE_PACKAGE} does not fit this timm: {old} against {new}; install timm 1.0.x")
         renamed[new] = value
     model.visual.trunk.load_state_dict(renamed, strict=True)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import csv
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
 from ulfine_fast.cache.io.errors import InputError
+from ulfine_fast.cache.io.tables import SUFFIXES, read_table
 
 # The plain prompt of the literature, and the seven that CLIP's authors found best for ImageNet by forward selection
 # (openai/CLIP, notebooks/Prompt_Engineering_for_ImageNet.ipynb).
@@ -39,7 +40,7 @@ def read_prompts(file: Path) -> list[str]:
     Raises:
         InputError: the file cannot be read, holds no prompt, or a line lacks `{}`.
     """
-    lines = [(number, line) for number, line in _lines(file, "prompts") if not line.startswith("#")]
+    lines = [(number, line) for number, line in _numbered_lines(file, "prompts") if not line.startswith("#")]
     for number, line in lines:
         if "{}" not in line:
             raise InputError(f"{file}, line {number}: {line!r} has no {{}} where the class name goes")
@@ -49,10 +50,11 @@ def read_prompts(file: Path) -> list[str]:
 
 
 def read_class_names(file: Path, classes: Sequence[str]) -> list[str]:
-    """The names to use in texts for `classes`, from a UTF-8 file in one of two forms.
+    """The names to use in texts for `classes`, from a file in one of two forms.
 
-    A `.csv` with the columns `folder` and `name` gives the name of each class by what the source calls it; classes it
-    does not list keep theirs. Any other file gives one name a line, in the order of the classes.
+    A table (`.csv`, `.tsv` or `.parquet`) with the columns `folder` and `name` gives the name of each class by what the
+    source calls it; classes that are not in it, or have an empty name there, keep theirs. Any other file is UTF-8 text
+    with one name a line, in the order of the classes.
 
     Args:
         file: the file.
@@ -64,10 +66,20 @@ def read_class_names(file: Path, classes: Sequence[str]) -> list[str]:
     Raises:
         InputError: the file cannot be read, has another number of names, names an unknown class, or one name twice.
     """
-    names = _names_by_folder(file, classes) if file.suffix.lower() == ".csv" else _names_by_line(file, classes)
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise InputError(f"{file} gives the name {twice[0]!r} to {names.count(twice[0])} classes; texts must differ")
+    if file.suffix.lower() in SUFFIXES:
+        table = read_table(file, ["folder", "name"], fill=True)
+        by_folder = dict(zip(table.texts("folder"), table.texts("name"), strict=True))
+        unknown = sorted(set(by_folder) - set(classes))
+        if unknown:
+            raise InputError(f"{file} names {unknown[0]!r}, which is not a class of the source: {_first(classes)}")
+        names = [by_folder.get(name) or name for name in classes]
+    else:
+        names = [line for _, line in _numbered_lines(file, "class names")]
+        if len(names) != len(classes):
+            raise InputError(f"{file} has {len(names)} names, the source has {len(classes)} classes: {_first(classes)}")
+    for name, times in Counter(names).most_common(1):
+        if times > 1:
+            raise InputError(f"{file} gives the name {name!r} to {times} classes; texts must differ")
     return names
 
 
@@ -77,50 +89,35 @@ def read_class_names_alone(file: Path) -> list[str]:
     Raises:
         InputError: the file cannot be read, holds no name, or one name twice.
     """
-    names = [line for _, line in _lines(file, "class names")]
-    twice = next((name for name in names if names.count(name) > 1), None)
-    if twice is not None:
-        raise InputError(f"{file} holds the name {twice!r} twice; every class has one of its own")
+    names = [line for _, line in _numbered_lines(file, "class names")]
     if not names:
         raise InputError(f"{file} is empty; write one class name a line")
+    for name, times in Counter(names).most_common(1):
+        if times > 1:
+            raise InputError(f"{file} holds the name {name!r} twice; every class needs another name")
     return names
 
 
 def count_names(file: Path) -> int:
     """How many names a file with one name a line holds; raises InputError if it cannot be read."""
-    return len(_lines(file, "class names"))
+    return len(_numbered_lines(file, "class names"))
 
 
-def _names_by_line(file: Path, classes: Sequence[str]) -> list[str]:
-    names = [line for _, line in _lines(file, "class names")]
-    if len(names) != len(classes):
-        raise InputError(f"{file} has {len(names)} names, the source has {len(classes)} classes: {_some(classes)}")
-    return names
+def _numbered_lines(file: Path, content: str) -> list[tuple[int, str]]:
+    """The lines of a text file that are not empty, each with its number and without the blanks around it.
 
-
-def _names_by_folder(file: Path, classes: Sequence[str]) -> list[str]:
-    table = csv.DictReader([line for _, line in _lines(file, "class names")], skipinitialspace=True)
-    if not {"folder", "name"} <= set(table.fieldnames or []):
-        found = ", ".join(table.fieldnames or []) or "none"
-        raise InputError(f"{file} needs the columns folder and name, found {found}")
-    # An empty name means the folder's own.
-    given = {row["folder"]: row["name"] or row["folder"] for row in table}
-    unknown = [folder for folder in given if folder not in classes]
-    if unknown:
-        raise InputError(f"{file} names {unknown[0]!r}, which is not a class of the source: {_some(classes)}")
-    return [given.get(name, name) for name in classes]
-
-
-def _lines(file: Path, what: str) -> list[tuple[int, str]]:
-    """Numbered lines that are not empty, without the blanks around them."""
+    Args:
+        file: UTF-8, with or without a byte order mark.
+        content: what the file holds, for messages.
+    """
     try:
-        # utf-8-sig drops the byte order mark that some editors write.
+        # "-sig" drops the byte order mark that some editors write.
         text = file.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
-        raise InputError(f"the {what} file {file} cannot be read: {reason}") from error
+        raise InputError(f"the {content} file {file} cannot be read: {reason}") from error
     return [(number, line.strip()) for number, line in enumerate(text.splitlines(), start=1) if line.strip()]
 
 
-def _some(names: Sequence[str], most: int = 5) -> str:
+def _first(names: Sequence[str], most: int = 5) -> str:
     return ", ".join(names[:most]) + (", ..." if len(names) > most else "")

@@ -1,4 +1,7 @@
-"""Batches of rows to features: threads that read and encode on a processor, reader processes beside a GPU."""
+"""Images to shards: rows read, encoded in batches and put together part by part.
+
+Threads read and encode on a processor; beside a GPU, processes read and the model runs here.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +10,14 @@ import shutil
 import signal
 import time
 import warnings
-from collections.abc import Generator, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import chain, islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -17,41 +25,204 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
 from ulfine_fast.cache.io.errors import InputError
+from ulfine_fast.cache.pipeline.fill import RowsDone, ShardContent, ShardWriter
+from ulfine_fast.cache.pipeline.plan import batches_of, is_listed, open_parts
 from ulfine_fast.cache.pipeline.read import Batch, ImageReader
-from ulfine_fast.cache.pipeline.threads import cores, in_order
+from ulfine_fast.cache.pipeline.threads import cores, map_on_cores
+from ulfine_fast.cache.shard import Shard, ShardRecord
 
 if TYPE_CHECKING:
+    from ulfine_fast.cache.manifest import Manifest
     from ulfine_fast.cache.models.encoder import Encoder
-    from ulfine_fast.cache.sources import Row
+    from ulfine_fast.cache.pipeline.views import ViewRecipe
+    from ulfine_fast.cache.sources.rows import Part, Row, Source
 
 # Images in one call of the model on a processor: more do not fit into its caches (Lite0 at 224 pixels: 190 images/s
 # with 16 on two cores, 150 with 32, 87 with 64), fewer give small products.
-_ON_A_CORE = 16
+_IMAGES_ON_CORE = 16
 _AHEAD = 2  # batches that each reader process prepares ahead
 
 
-class Done(NamedTuple):
-    """What became of some rows, without their features.
+# -- parts to shards
+
+
+@dataclass(frozen=True)
+class EncodeJob:
+    """What to encode and the cache to write; it holds no model, so that it can travel to other processes.
 
     Attributes:
-        rows: how many. skipped: {"id", "reason"} of those whose image could not be read.
-        seconds: of work on "read" and "encode".
+        source: of the images.
+        recipe: of the drawn views.
+        out: the cache's folder.
+        manifest: what its features are.
     """
 
-    rows: int
-    skipped: list[dict[str, str]]
-    seconds: dict[str, float]
+    source: Source
+    recipe: ViewRecipe
+    out: Path
+    manifest: Manifest
 
 
-class Encoded(NamedTuple):
+class Engine(Protocol):
+    """Encodes parts of a source and writes their shards, in this process (`encode_parts`) or in others."""
+
+    def __call__(
+        self,
+        job: EncodeJob,
+        encoder: Encoder,
+        parts: Sequence[Part],
+        *,
+        workers: int | None,
+        on_rows: Callable[[RowsDone], None],
+        on_shard: Callable[[ShardRecord], None],
+    ) -> None:
+        """See `encode_parts`."""
+
+
+def encode_parts(
+    job: EncodeJob,
+    encoder: Encoder,
+    parts: Sequence[Part],
+    *,
+    workers: int | None,
+    on_rows: Callable[[RowsDone], None],
+    on_shard: Callable[[ShardRecord], None],
+) -> None:
+    """Reads and encodes the images of some parts, in order, and writes the shard of each, its record last.
+
+    Args:
+        job: what to encode.
+        encoder: the model that the job's manifest names.
+        parts: which parts of the source.
+        workers: see `encoded`.
+        on_rows: called after each encoded batch, with what became of its rows.
+        on_shard: called with each finished shard's record.
+
+    Raises:
+        InputError: features that are not finite, a file system that refuses, a part that cannot be read to its end.
+    """
+    reader = ImageReader.for_encoder(job.source, encoder, job.recipe)
+    dtype = job.manifest.layout("train").array_dtype
+    # Parts under way, in order: batches are drawn a few ahead of what is encoded, perhaps those of several parts.
+    under_way: deque[_OpenPart] = deque()
+
+    def batches() -> Iterator[list[Row]]:
+        for part, rows in open_parts(job.source, parts):
+            part_batches = batches_of(rows, job.manifest.batch_size)
+            under_way.append(_OpenPart(part, len(part_batches)))
+            yield from part_batches
+
+    def close(part: Part) -> None:
+        if not is_listed(job.source):
+            job.source.close(part)
+
+    def write_finished(writer: ShardWriter) -> None:
+        while under_way and under_way[0].batches_left == 0:
+            finished = under_way.popleft()
+            close(finished.part)
+            writer.write(finished.part, partial(finished.content, job.manifest))
+
+    try:
+        with ShardWriter(job.out, on_shard) as writer:
+            with closing(encoded(reader, encoder, batches(), workers=workers)) as stream:
+                for batch in stream:
+                    # a part without a single row brings no batch
+                    write_finished(writer)
+                    under_way[0].add(batch, dtype)
+                    on_rows(batch.done)
+                    write_finished(writer)
+            write_finished(writer)
+    finally:
+        for unfinished in under_way:
+            close(unfinished.part)
+
+
+@dataclass
+class _OpenPart:
+    """What has been encoded of a part.
+
+    Attributes:
+        part: what the shard covers.
+        batches_left: batches that are still to come.
+        kept: rows whose images could be read.
+        skipped: {"id", "reason"} of the others.
+        features: (B, V, D + S W) of each batch, in the stored type.
+        scale: (B, V - 1) of each batch.
+        flip: (B, V - 1) of each batch.
+        seconds: of work by stage.
+    """
+
+    part: Part
+    batches_left: int
+    kept: list[Row] = field(default_factory=list)
+    skipped: list[dict[str, str]] = field(default_factory=list)
+    features: list[NDArray[Any]] = field(default_factory=list)
+    scale: list[NDArray[np.float32]] = field(default_factory=list)
+    flip: list[NDArray[np.uint8]] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=lambda: {"read": 0.0, "encode": 0.0})
+
+    def add(self, batch: EncodedBatch, dtype: str) -> None:
+        """Takes the next batch.
+
+        Raises:
+            InputError: a feature that is not finite in the stored type; names the image.
+        """
+        self.batches_left -= 1
+        self.skipped += batch.done.skipped
+        for stage, seconds in batch.seconds.items():
+            self.seconds[stage] += seconds
+        if not batch.kept:  # the arrays of a batch without images have no number of views
+            return
+        features = batch.features.astype(dtype)  # (B, V, D + S W)
+        # After the cast: what float16 cannot hold would be noticed only by the reader of the cache.
+        bad = np.flatnonzero(~np.isfinite(features).all(axis=(1, 2)))
+        if len(bad):
+            raise InputError(
+                f"the model gives features that are not finite for the image {batch.kept[int(bad[0])].id!r}; use "
+                "--precision fp32, or leave the image out; finished shards stay"
+            )
+        self.kept += batch.kept
+        self.features.append(features)
+        self.scale.append(batch.scale)
+        self.flip.append(batch.flip)
+
+    def content(self, manifest: Manifest) -> ShardContent:
+        """The rows of all batches in one shard; n is 0 where no image could be read."""
+        layout = manifest.layout(self.part.split)
+        # Gives the result its shape and type where there is nothing to join.
+        no_rows = np.empty((0, layout.views, layout.columns), dtype=layout.array_dtype)
+        no_views = np.empty((0, layout.weak + layout.strong))
+        features, tokens = layout.split_columns(np.concatenate([no_rows, *self.features]))  # (n, V, D), (n, V, S, W)
+        shard = Shard(
+            split=self.part.split,
+            ids=[row.id for row in self.kept],
+            labels=np.asarray([row.label for row in self.kept], dtype=np.int32),
+            plain=features[:, :1],
+            weak=features[:, 1 : 1 + layout.weak],
+            strong=features[:, 1 + layout.weak :],
+            scale=np.concatenate([no_views.astype(np.float32), *self.scale]),
+            flip=np.concatenate([no_views.astype(np.uint8), *self.flip]),
+            view_seed=manifest.views["seed"],
+            quantized=layout.dtype == "int8",
+            tokens=tokens,
+        )
+        return ShardContent(shard, self.skipped, self.seconds)
+
+
+# -- batches to features
+
+
+class EncodedBatch(NamedTuple):
     """Features of a batch of rows.
 
     Attributes:
-        kept: the B rows whose images could be read. skipped: (row, reason) of the others.
+        kept: the B rows whose images could be read.
+        skipped: (row, reason) of the others.
         features: float32 (B, V, D + S W), rows of length 1 and behind each its tokens, if any; plain view first, then
             weak, then strong ones.
-        scale: float32 (B, V - 1). flip: uint8 (B, V - 1). Of the drawn views.
-        seconds: of work on "read" and "encode"; where several threads work at once they add up.
+        scale: float32 (B, V - 1), of the drawn views.
+        flip: uint8 (B, V - 1), of the drawn views.
+        seconds: of work on "read" and "encode"; where several threads work together they add up.
     """
 
     kept: list[Row]
@@ -62,21 +233,21 @@ class Encoded(NamedTuple):
     seconds: dict[str, float]
 
     @property
-    def done(self) -> Done:
+    def done(self) -> RowsDone:
         """The same without the features."""
         skipped = [{"id": row.id, "reason": reason} for row, reason in self.skipped]
-        return Done(len(self.kept) + len(self.skipped), skipped, self.seconds)
+        return RowsDone(len(self.kept) + len(self.skipped), skipped, self.seconds)
 
 
 def encoded(
     reader: ImageReader, encoder: Encoder, batches: Iterable[list[Row]], *, workers: int | None = None
-) -> Generator[Encoded, None, None]:
+) -> Generator[EncodedBatch, None, None]:
     """Reads and encodes batches, in their order.
 
     Args:
         reader: makes the views.
         encoder: the frozen model.
-        batches: rows of one split each; drawn a few ahead, never all at once.
+        batches: rows of one split each; drawn a few ahead, never all of them.
         workers: on a processor threads, which read and encode a batch each; elsewhere processes, which read. 0 for
             none; by default one for each core, at most 16 processes.
 
@@ -85,133 +256,134 @@ def encoded(
     """
     count = default_workers(encoder.device) if workers is None else workers
     if encoder.device.type == "cpu":
-        yield from in_order(lambda rows: _on_a_core(reader, encoder, rows), batches, count)
+        yield from map_on_cores(lambda rows: _encode_on_core(reader, encoder, rows), batches, count)
     else:
-        yield from _beside_readers(reader, encoder, batches, count)
+        yield from _encode_on_device(reader, encoder, batches, count)
 
 
 def default_workers(device: torch.device) -> int:
-    """Threads or processes when the user names no number."""
+    """Threads or processes where the user gives no number."""
     return cores() if device.type == "cpu" else min(cores(), 16)
 
 
-def _on_a_core(reader: ImageReader, encoder: Encoder, rows: list[Row]) -> Encoded:
+def _encode_on_core(reader: ImageReader, encoder: Encoder, rows: list[Row]) -> EncodedBatch:
     batch = reader.read(rows)
     started = time.perf_counter()
-    flat = reader.pixels_on(encoder.device, batch).split(_ON_A_CORE)  # (b, H, W, 3) each
-    features = torch.cat([encoder.encode_pixels(part) for part in flat]) if batch.kept else None
-    return _encoded(batch, features, encoder.columns, time.perf_counter() - started)
+    pieces = reader.pixels_on(encoder.device, batch).split(_IMAGES_ON_CORE)  # (b, H, W, 3) each
+    features = torch.cat([encoder.encode_pixels(pixels) for pixels in pieces]) if batch.kept else None
+    return _with_features(batch, features, encoder.columns, time.perf_counter() - started)
 
 
-def _encoded(batch: Batch, features: torch.Tensor | None, columns: int, seconds: float) -> Encoded:
-    """Puts the features (B * V, D + S W) to their images; None where nothing could be read."""
-    views = np.empty((0, 1, columns), np.float32) if features is None else features.cpu().numpy()
-    shaped = views.reshape(len(batch.kept), -1, columns) if batch.kept else views  # (B, V, D + S W)
-    times = {"read": batch.seconds, "encode": seconds}
-    return Encoded(batch.kept, batch.skipped, shaped, batch.scale, batch.flip, times)
-
-
-def _beside_readers(
+def _encode_on_device(
     reader: ImageReader, encoder: Encoder, batches: Iterable[list[Row]], workers: int
-) -> Iterator[Encoded]:
-    """The model runs here, one batch behind what is asked of it, so that a GPU never waits for the copy back."""
-    gpu = _Gpu(encoder)
-    under_way: tuple[Batch, torch.Tensor | None] | None = None
+) -> Iterator[EncodedBatch]:
+    """The model runs here, one batch behind what was started on it, so that a GPU never waits for the copy back."""
+    model = _DeviceModel(encoder)
+    running: tuple[Batch, torch.Tensor | None] | None = None
     started = time.perf_counter()
     try:
-        for batch in _read(reader, batches, workers):
-            next_up = batch, gpu.encode(reader.pixels_on(encoder.device, batch)) if batch.kept else None
-            if under_way is not None:
-                yield _encoded(*under_way, encoder.columns, time.perf_counter() - started)
-            under_way, started = next_up, time.perf_counter()
-        if under_way is not None:
-            yield _encoded(*under_way, encoder.columns, time.perf_counter() - started)
+        for batch in _read_in_processes(reader, batches, workers):
+            features = model.encode(reader.pixels_on(encoder.device, batch)) if batch.kept else None
+            if running is not None:
+                yield _with_features(*running, encoder.columns, time.perf_counter() - started)
+            running = batch, features
+            started = time.perf_counter()
+        if running is not None:
+            yield _with_features(*running, encoder.columns, time.perf_counter() - started)
     except RuntimeError as error:
-        if not _is_dead_reader(error):
+        # torch says so when a reader process is gone; what a reader itself raised comes with its traceback
+        if "DataLoader worker" not in str(error) or "Traceback" in str(error):
             raise
-        raise _reader_died(error) from error
+        raise InputError(
+            f"a reader process ended ({str(error).partition(chr(10))[0][:120]}), most likely for want of memory; use "
+            "fewer --workers or a smaller --batch-size and run again: finished shards stay"
+        ) from error
 
 
-class _Gpu:
-    """All views of a batch at once, as long as they fit into the GPU's memory."""
+def _with_features(batch: Batch, features: torch.Tensor | None, columns: int, seconds: float) -> EncodedBatch:
+    """A batch and its features (B * V, D + S W); None where no image could be read."""
+    if features is None:
+        by_image = np.empty((0, 1, columns), np.float32)
+    else:
+        by_image = features.cpu().numpy().reshape(len(batch.kept), -1, columns)  # (B, V, D + S W)
+    times = {"read": batch.seconds, "encode": seconds}
+    return EncodedBatch(batch.kept, batch.skipped, by_image, batch.scale, batch.flip, times)
+
+
+class _DeviceModel:
+    """The encoder on a GPU: all views of a batch together, for as long as they fit into its memory."""
 
     def __init__(self, encoder: Encoder) -> None:
-        self.encoder, self.most = encoder, 0
+        self.encoder = encoder
+        self.limit = 0  # images in one call; 0 for no limit
 
     def encode(self, pixels: torch.Tensor) -> torch.Tensor:
         """Views (B * V, H, W, 3) to features (B * V, D + S W) on the device."""
-        most = self.most or len(pixels)
         while True:
+            count = self.limit or len(pixels)
             try:
-                return torch.cat([self.encoder.encode_pixels(part) for part in pixels.split(most)])
+                return torch.cat([self.encoder.encode_pixels(piece) for piece in pixels.split(count)])
             except torch.OutOfMemoryError as error:
-                if most == 1:
+                if count == 1:
                     raise InputError("a single image is too large for the GPU's memory; use --device cpu") from error
-                most = self._halved(most)
+            # From now on half as many; the user is warned once.
+            if not self.limit:
+                warnings.warn(
+                    f"{count} images together do not fit into the GPU's memory; going on with fewer, results stay the "
+                    "same to float rounding (a smaller --batch-size avoids this)",
+                    stacklevel=2,
+                )
+            self.limit = max(1, count // 2)
+            torch.cuda.empty_cache()
 
-    def _halved(self, most: int) -> int:
-        """Half as many from now on; the user is told once."""
-        if not self.most:
-            warnings.warn(
-                f"{most} images at once do not fit into the GPU's memory; going on with fewer, results stay the same "
-                "to float rounding (a smaller --batch-size avoids this)",
-                stacklevel=2,
-            )
-        self.most = max(1, most // 2)
-        torch.cuda.empty_cache()
-        return self.most
+
+# -- reader processes
 
 
 @dataclass(frozen=True)
-class _Reading(Dataset[Batch]):
-    """A reader as torch's loader wants it: the index is the batch itself."""
+class _BatchReader(Dataset[Batch]):
+    """A reader as torch's loader wants it: the index is the batch itself.
+
+    Attributes:
+        reader: makes the views.
+        shared: whether pixels travel in shared memory (fast), or through a pipe.
+    """
 
     reader: ImageReader
-    shared: bool  # pixels travel in shared memory (fast), or through a pipe
+    shared: bool
 
     def __getitem__(self, rows: Any) -> Batch:
         batch = self.reader.read(rows)
-        # a tensor travels in shared memory by itself; who receives it makes a tensor of either
+        # a tensor travels in shared memory by itself; the receiver makes a tensor of either
         pixels: Any = torch.from_numpy(batch.pixels) if self.shared else batch.pixels
         return batch._replace(pixels=pixels)
 
 
-def _read(reader: ImageReader, batches: Iterable[list[Row]], workers: int) -> Iterator[Batch]:
-    """Batches from reader processes, in order; on leaving, the processes are gone."""
-    first, batches = _peeked(batches)
+def _read_in_processes(reader: ImageReader, batches: Iterable[list[Row]], workers: int) -> Iterator[Batch]:
+    """Batches from reader processes, in order; when it ends, the processes are gone."""
+    iterator = iter(batches)
+    first = list(islice(iterator, 1))  # tells the size of a batch
+    batch_size = len(first[0]) if first else 0
     loader: DataLoader[Batch] = DataLoader(
-        _Reading(reader, _fits_shared_memory(reader, len(first), workers)),
-        sampler=batches,
+        _BatchReader(reader, _fits_shared_memory(reader, batch_size, workers)),
+        sampler=chain(first, iterator),  # any iterable of indices will do
         batch_size=None,
-        collate_fn=_as_it_is,
+        collate_fn=_unchanged,
         num_workers=workers,
         pin_memory=torch.cuda.is_available(),
         prefetch_factor=_AHEAD if workers else None,
-        worker_init_fn=_leave_interrupts_to_parent,
+        worker_init_fn=_ignore_interrupts,
     )
-    iterator = iter(loader)
+    loading = iter(loader)
     try:
-        yield from iterator
+        yield from loading
     finally:
-        getattr(iterator, "_shutdown_workers", lambda: None)()
+        getattr(loading, "_shutdown_workers", lambda: None)()
 
 
-def _as_it_is(batch: Any) -> Any:
-    """A batch needs nothing of torch's loader, which would make tensors and lists of all that it holds."""
+def _unchanged(batch: Any) -> Any:
+    """In place of torch's own collation, which would make tensors and lists of all that a batch holds."""
     return batch
-
-
-def _peeked(batches: Iterable[list[Row]]) -> tuple[Sequence[Row], Any]:
-    """The first batch, for its size, and all of them."""
-    iterator = iter(batches)
-    first = next(iterator, [])
-
-    def everything() -> Iterator[list[Row]]:
-        if first:
-            yield first
-        yield from iterator
-
-    return first, everything()
 
 
 def _fits_shared_memory(reader: ImageReader, batch_size: int, workers: int) -> bool:
@@ -225,19 +397,6 @@ def _fits_shared_memory(reader: ImageReader, batch_size: int, workers: int) -> b
     return shutil.disk_usage("/dev/shm").free > 1.25 * wanted
 
 
-def _leave_interrupts_to_parent(worker: int) -> None:
+def _ignore_interrupts(worker: int) -> None:
     """Ctrl-C reaches every process of the terminal; the parent ends its readers in order."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-def _is_dead_reader(error: RuntimeError) -> bool:
-    """Whether torch says that a reader process is gone; what a reader itself raised comes with its traceback."""
-    return "DataLoader worker" in str(error) and "Traceback" not in str(error)
-
-
-def _reader_died(error: RuntimeError) -> InputError:
-    """The sentence for a reader process that the system ended."""
-    return InputError(
-        f"a reader process ended ({str(error).partition(chr(10))[0][:120]}), most likely for want of memory; use fewer "
-        "--workers or a smaller --batch-size and run again: finished shards stay"
-    )

@@ -11,8 +11,8 @@ if TYPE_CHECKING:
 
     from ulfine_fast.cache.pipeline.read import ImageReader
 
-PLACES = 5
-_SHARE = 224 / 248  # side of a crop as a share of the shorter side: crops of 224 of an image resized to 248
+NUM_CROPS = 5
+_SIDE = 224 / 248  # of a crop, as a fraction of the shorter side: crops of 224 of an image resized to 248
 
 
 @dataclass(frozen=True)
@@ -21,33 +21,33 @@ class Cropped:
 
     Attributes:
         resize: PIL image -> PIL image of the model's size, the preprocessing of a whole one.
-        place: which crop, 0 to 4, see `crop_box`.
+        crop: which crop, 0 to 4, see `crop_box`.
     """
 
     resize: Callable[[Image.Image], Image.Image]
-    place: int
+    crop: int
 
     def __call__(self, image: Image.Image) -> Image.Image:
         """That crop at the model's size."""
-        return self.resize(image.crop(crop_box(image.size, self.place)))
+        return self.resize(image.crop(crop_box(image.size, self.crop)))
 
 
-def crop_box(size: tuple[int, int], place: int) -> tuple[int, int, int, int]:
+def crop_box(size: tuple[int, int], crop: int) -> tuple[int, int, int, int]:
     """Left, top, right and bottom of a square crop, in pixels.
 
     Args:
         size: width and height of the image, in pixels.
-        place: 0 to 3 for the corners, row by row; 4 for the middle.
+        crop: 0 to 3 for the corners, row by row; 4 for the middle.
     """
     width, height = size
-    side = max(1, round(_SHARE * min(size)))
-    if place == PLACES - 1:
+    side = max(1, round(_SIDE * min(size)))
+    if crop == NUM_CROPS - 1:
         left, top = (width - side) // 2, (height - side) // 2
     else:
-        left, top = (width - side) * (place % 2), (height - side) * (place // 2)
+        left, top = (width - side) * (crop % 2), (height - side) * (crop // 2)
     return left, top, left + side, top + side
 
 
-def cropped(reader: ImageReader, place: int) -> ImageReader:
+def cropped(reader: ImageReader, crop: int) -> ImageReader:
     """The reader of one crop of each image; images are read exactly, none is reduced first."""
-    return replace(reader, resize=Cropped(reader.resize, place), resampling=None, later=False)
+    return replace(reader, resize=Cropped(reader.resize, crop), resampling=None, on_device=False)

@@ -1,14 +1,14 @@
-"""What a cache of a source will hold: parts, one a shard, and how a source is recognised."""
+"""What a cache of a source will hold: parts, one for each shard, and how a source is recognised."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Generator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ulfine_fast.cache.io.errors import InputError
-from ulfine_fast.cache.sources.rows import ListedSource, Part, Row, Source, StreamedSource, fingerprint
+from ulfine_fast.cache.io.prefetch import prefetch
+from ulfine_fast.cache.sources.rows import ListedSource, Part, Row, Source, fingerprint
 
 if TYPE_CHECKING:
     from typing_extensions import TypeIs
@@ -26,11 +26,11 @@ def plan_parts(source: Source, shard_size: int) -> list[Part]:
         source: listed or streamed.
         shard_size: rows a shard covers at most, at least 1; files of a stream may hold more.
     """
-    return cut_rows(source.rows, shard_size) if is_listed(source) else source.plan(shard_size)
+    return split_rows(source.rows, shard_size) if is_listed(source) else source.plan(shard_size)
 
 
-def cut_rows(rows: Sequence[Row], shard_size: int) -> list[Part]:
-    """Cuts listed rows into parts that never cross a split.
+def split_rows(rows: Sequence[Row], shard_size: int) -> list[Part]:
+    """Splits listed rows into parts that never cross a split.
 
     Args:
         rows: in the source's order, split by split.
@@ -38,13 +38,13 @@ def cut_rows(rows: Sequence[Row], shard_size: int) -> list[Part]:
     """
     parts: list[Part] = []
     for split, group in itertools.groupby(enumerate(rows), key=lambda pair: pair[1].split):
-        numbers = [number for number, _ in group]
-        for start in range(0, len(numbers), shard_size):
-            parts.append(Part(len(parts), split, numbers[start], len(numbers[start : start + shard_size])))
+        indices = [index for index, _ in group]
+        for start in range(0, len(indices), shard_size):
+            parts.append(Part(len(parts), split, indices[start], len(indices[start : start + shard_size])))
     return parts
 
 
-def opened(source: Source, parts: Sequence[Part]) -> Iterator[tuple[Part, list[Row]]]:
+def open_parts(source: Source, parts: Sequence[Part]) -> Generator[tuple[Part, list[Row]], None, None]:
     """The rows of each part, in order; a stream's next part is opened while this one is worked on.
 
     Raises:
@@ -52,27 +52,24 @@ def opened(source: Source, parts: Sequence[Part]) -> Iterator[tuple[Part, list[R
     """
     if is_listed(source):
         for part in parts:
-            assert part.first_row is not None
-            assert part.rows is not None
-            yield part, source.rows[part.first_row : part.first_row + part.rows]
+            yield part, rows_of(source.rows, part)
         return
-    yield from _opened_ahead(source, parts)
+    stream = source
+
+    def open_part(part: Part) -> tuple[Part, list[Row]]:
+        rows = stream.open(part)
+        refuse_bad_rows(rows)
+        return part, rows
+
+    # Closing a part that is never yielded lets go of its local copy of a remote file.
+    yield from prefetch(open_part, parts, threads=1, in_hand=2, discard=lambda opened: stream.close(opened[0]))
 
 
-def _opened_ahead(source: StreamedSource, parts: Sequence[Part]) -> Iterator[tuple[Part, list[Row]]]:
-    with ThreadPoolExecutor(1) as pool:
-        ahead = [pool.submit(source.open, part) for part in parts[:1]]
-        try:
-            for place, part in enumerate(parts):
-                rows = ahead.pop().result()
-                ahead = [pool.submit(source.open, later) for later in parts[place + 1 : place + 2]]
-                refuse_bad_rows(rows)
-                yield part, rows
-        finally:
-            # the copy of a remote file that nobody will ask for any more
-            for future, part in zip(ahead, parts[place + 1 : place + 2], strict=False):
-                if not future.cancel() and future.exception() is None:
-                    source.close(part)
+def rows_of(rows: Sequence[Row], part: Part) -> list[Row]:
+    """The rows that a part of a listed source covers."""
+    assert part.first_row is not None
+    assert part.rows is not None
+    return list(rows[part.first_row : part.first_row + part.rows])
 
 
 def batches_of(rows: Sequence[Row], size: int) -> list[list[Row]]:
@@ -80,15 +77,15 @@ def batches_of(rows: Sequence[Row], size: int) -> list[list[Row]]:
     return [list(rows[start : start + size]) for start in range(0, len(rows), size)]
 
 
-def identity(source: Source, parts: Sequence[Part]) -> dict[str, Any]:
-    """What a manifest says of a source: where it is, how much it holds, and a digest by which it is known again."""
+def describe_source(source: Source, parts: Sequence[Part]) -> dict[str, Any]:
+    """The manifest's `source`: path, number of rows or parts, and a digest by which the source is recognised."""
     if is_listed(source):
         return {**source.describe(), "rows": len(source.rows), "fingerprint": fingerprint(source.rows)}
     return {**source.describe(), "parts": len(parts), "fingerprint": source.fingerprint()}
 
 
 def refuse_bad_rows(rows: Sequence[Row]) -> None:
-    """Looks for what would make rows useless in a cache, before any image is read.
+    """Refuses rows that a cache could not hold, before any image is read.
 
     Raises:
         InputError: an id that occurs twice or cannot be stored.
@@ -98,31 +95,31 @@ def refuse_bad_rows(rows: Sequence[Row]) -> None:
         if row.id in seen:
             raise InputError(f"two images have the id {row.id!r}; ids must differ, so remove or rename one")
         seen.add(row.id)
-    strange = next((name for name in seen if not _storable(name)), None)
-    if strange is not None:
-        raise InputError(f"the name {strange!r} is not valid Unicode text and cannot be stored; rename the image")
+    for name in seen:
+        if not _is_storable(name):
+            raise InputError(f"the name {name!r} is not valid Unicode text and cannot be stored; rename the image")
 
 
 def refuse_empty_class(source: ListedSource, missing: set[str]) -> None:
-    """A class that nothing labelled is left of could never be learned; only where there are labelled rows at all.
+    """Refuses a class without labelled images, which could not be learned; a source without any label may have them.
 
     Args:
-        source: all rows are known.
+        source: all its rows are known.
         missing: ids of images that could not be read.
 
     Raises:
         InputError: names the class.
     """
     labelled = [row for row in source.rows if row.split == "train" and row.label >= 0]
-    left = {row.label for row in labelled if row.id not in missing}
+    remaining = {row.label for row in labelled if row.id not in missing}
     for label, name in enumerate(source.class_names):
-        if labelled and label not in left:
+        if labelled and label not in remaining:
             why = "none of its labelled images can be read" if missing else "it has no labelled image in train"
             raise InputError(f"class {name!r} cannot be learned: {why}; add some, or leave the class out")
 
 
-def _storable(name: str) -> bool:
-    """Whether HDF5 can hold the text: it has no place for half characters and zero bytes."""
+def _is_storable(name: str) -> bool:
+    """Whether HDF5 can hold the text: it cannot hold half characters and zero bytes."""
     try:
         return bool(name) and b"\0" not in name.encode()
     except UnicodeEncodeError:

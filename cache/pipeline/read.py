@@ -1,11 +1,11 @@
-"""Rows of a source to images of the model's size: decoding, preprocessing and views, wherever it runs."""
+"""Rows of a source to images of the model's size: decoding, preprocessing and views, in whichever process it runs."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -24,20 +24,24 @@ if TYPE_CHECKING:
 
 # A large image that travels whole keeps at least this many times the model's side: less than twice that, so that a
 # batch has a largest size, and what is lost can hardly be seen in the features (`benchmarks.studies.agreement`).
-_ENOUGH = 2
+_REDUCED_SIDES = 2
+_PLAIN_ALONE = ViewRecipe(weak=0, strong=0)
+_NOT_DRAWN = Drawing((0, 0, 0, 0), False, ())
 
 
 class Batch(NamedTuple):
-    """What was read: B images, and those that could not be.
+    """What was read of some rows: B images, and those that could not be read.
 
     Attributes:
         kept: the B rows.
-        skipped: (row, reason).
+        skipped: (row, reason) of the others.
         pixels: uint8 (B, V, H, W, 3), the plain view first, then weak, then strong ones; not normalised. Where the
             views are still to be made, uint8 (n,), the whole images one after another.
-        scale: float32 (B, V - 1), share of the image's area in a view. flip: uint8 (B, V - 1), 1 where mirrored.
+        scale: float32 (B, V - 1), fraction of the image's area in a view.
+        flip: uint8 (B, V - 1), 1 where mirrored.
         seconds: that reading took.
-        sampling: how the views lie in whole images, None where they are made. drawn: (B V,), strong ones' operations.
+        sampling: where the views are in whole images, None where they are made.
+        drawn: (B V,), what was drawn for each view that is still to be made.
     """
 
     kept: list[Row]
@@ -50,27 +54,22 @@ class Batch(NamedTuple):
     drawn: tuple[Drawing, ...] = ()
 
 
-class _Views(NamedTuple):
-    """One image: pixels uint8 (V, H, W, 3), scale (V - 1,), flip (V - 1,)."""
+class _ReadImage(NamedTuple):
+    """One image with its views, or whole and with what is drawn for its views.
+
+    Attributes:
+        pixels: uint8 (V, H, W, 3), or (h, w, 3) of a whole image.
+        scale: float32 (V - 1,).
+        flip: uint8 (V - 1,).
+        windows: float64 (V, 2, 2), where the views are in a whole image, see `Sampling`; else None.
+        drawn: (V - 1,), of a whole image.
+    """
 
     pixels: NDArray[np.uint8]
     scale: NDArray[np.float32]
     flip: NDArray[np.uint8]
-
-
-class _Whole(NamedTuple):
-    """One image (h, w, 3) whose views are still to be made: windows (V, 2, 2), what was drawn, and of it (V - 1,)."""
-
-    pixels: NDArray[np.uint8]
-    windows: NDArray[np.float64]
-    drawn: list[Drawing]
-    scale: NDArray[np.float32]
-    flip: NDArray[np.uint8]
-
-
-_Made = TypeVar("_Made")
-_PLAIN_ALONE = ViewRecipe(weak=0, strong=0)
-_NOTHING = Drawing((0, 0, 0, 0), False, ())
+    windows: NDArray[np.float64] | None = None
+    drawn: Sequence[Drawing] = ()
 
 
 @dataclass(frozen=True)
@@ -78,12 +77,12 @@ class ImageReader:
     """Rows -> all views of their images. It travels to reader processes.
 
     Attributes:
-        source: where images come from.
+        source: of the images.
         resize: PIL image -> PIL image of the model's size, the evaluation preprocessing before normalisation.
         recipe: of the drawn views.
         image_size: H and W, in pixels.
-        resampling: the same resizing for large images, which are reduced before; None to take all as they are.
-        later: whether views are made on the device (`pixels_on`), so that images travel whole.
+        resampling: the same resizing for large images, which are reduced first; None to take all as they are.
+        on_device: whether views are made on the device (`pixels_on`), so that images travel whole.
     """
 
     source: Source
@@ -91,110 +90,118 @@ class ImageReader:
     recipe: ViewRecipe
     image_size: int
     resampling: Resampling | None = None
-    later: bool = False
+    on_device: bool = False
 
     @classmethod
-    def of(cls, source: Source, encoder: Encoder, recipe: ViewRecipe) -> ImageReader:
+    def for_encoder(cls, source: Source, encoder: Encoder, recipe: ViewRecipe) -> ImageReader:
         """The reader for an encoder; it takes nothing of the model itself, which stays in the main process."""
         resampling = None if encoder.exact else encoder.resampling
-        later = resampling is not None and encoder.device.type != "cpu"
-        return cls(source, encoder.resize, recipe, encoder.spec.image_size, resampling, later)
+        on_device = resampling is not None and encoder.device.type != "cpu"
+        return cls(source, encoder.resize, recipe, encoder.spec.image_size, resampling, on_device)
 
     @property
     def image_bytes(self) -> int:
-        """What one image comes to: its views, or the most that an oblong one has as a whole."""
-        if not self.later:
+        """Bytes of one image in a batch: of its views, or of the largest whole image with sides as 1 to 2."""
+        if not self.on_device:
             return (1 + self.recipe.weak + self.recipe.strong) * 3 * self.image_size**2
-        return 3 * 2 * (2 * _ENOUGH * self.image_size) ** 2
+        return 3 * 2 * (2 * _REDUCED_SIDES * self.image_size) ** 2
 
     def read(self, rows: Sequence[Row]) -> Batch:
-        """A batch of rows of one split."""
+        """A batch of rows of one split; images that cannot be read are skipped."""
         started = time.perf_counter()
-        if self.later:
-            kept, whole, skipped = self._each(rows, lambda row: self._placed(row, *self._loaded(row)))
-            return self._joined(kept, skipped, whole, started)
-        kept, found, skipped = self._each(rows, self._views)
-        pixels, scale, flip = self._stacked(found)
-        return Batch(kept, skipped, pixels, scale, flip, time.perf_counter() - started)
+        kept: list[Row] = []
+        skipped: list[tuple[Row, str]] = []
+        images: list[_ReadImage] = []
+        for row in rows:
+            try:
+                images.append(self._read_image(row))
+                kept.append(row)
+            except UnreadableImage as error:
+                skipped.append((row, str(error)))
+
+        sampling: Sampling | None = None
+        drawn: tuple[Drawing, ...] = ()
+        if not images:
+            pixels = np.empty((0, 1, self.image_size, self.image_size, 3), np.uint8)
+        elif self.on_device:
+            pixels = np.concatenate([image.pixels.reshape(-1) for image in images])
+            sampling, drawn = _sampling_of(images)
+        else:
+            pixels = np.stack([image.pixels for image in images])
+        return Batch(
+            kept=kept,
+            skipped=skipped,
+            pixels=pixels,
+            scale=np.stack([image.scale for image in images]) if images else np.empty((0, 0), np.float32),
+            flip=np.stack([image.flip for image in images]) if images else np.empty((0, 0), np.uint8),
+            seconds=time.perf_counter() - started,
+            sampling=sampling,
+            drawn=drawn,
+        )
 
     def pixels_on(self, device: torch.device, batch: Batch) -> torch.Tensor:
         """The views of a batch, made there if they are not yet: uint8 (B V, H, W, 3)."""
         pixels = torch.as_tensor(batch.pixels)
-        if batch.sampling is None or self.resampling is None:
+        if batch.sampling is None:
             return pixels.flatten(0, 1)
-        views = resampled(pixels.to(device, non_blocking=True), batch.sampling, self.resampling)  # (B, V, 3, S, S)
-        return augmented(views.flatten(0, 1), batch.drawn, self.recipe).permute(0, 2, 3, 1)
+        return self._make_views(pixels.to(device, non_blocking=True), batch.sampling, batch.drawn)
 
-    def _each(
-        self, rows: Sequence[Row], work: Callable[[Row], _Made]
-    ) -> tuple[list[Row], list[_Made], list[tuple[Row, str]]]:
-        """What can be read, what was made of it, and what cannot."""
-        kept: list[Row] = []
-        found: list[_Made] = []
-        skipped: list[tuple[Row, str]] = []
-        for row in rows:
-            try:
-                found.append(work(row))
-                kept.append(row)
-            except UnreadableImage as error:
-                skipped.append((row, str(error)))
-        return kept, found, skipped
+    def _make_views(self, values: torch.Tensor, sampling: Sampling, drawn: Sequence[Drawing]) -> torch.Tensor:
+        """Views of whole images, on the device of their pixels (n,): uint8 (B V, H, W, 3)."""
+        assert self.resampling is not None
+        views = resampled(values, sampling, self.resampling)  # (B, V, 3, S, S)
+        return augmented(views.flatten(0, 1), drawn, self.recipe).permute(0, 2, 3, 1)
 
-    def _recipe_of(self, row: Row) -> ViewRecipe:
-        return self.recipe if row.split in VIEWED_SPLITS else _PLAIN_ALONE
-
-    def _views(self, row: Row) -> _Views:
-        image, size = self._loaded(row)
-        if image.size != size:
-            return self._views_of_reduced(self._placed(row, image, size))
+    def _read_image(self, row: Row) -> _ReadImage:
+        """One image, whole where views are made on the device, else with its views."""
+        image, size = self._load(row)
+        if self.on_device:
+            return self._whole(row, image, size)
+        if image.size != size:  # reduced, so its views are made as a device makes them
+            whole = self._whole(row, image, size)
+            values = torch.from_numpy(whole.pixels.flatten())
+            views = self._make_views(values, *_sampling_of([whole]))  # (V, S, S, 3)
+            return _ReadImage(views.numpy(), whole.scale, whole.flip)
         plain = np.asarray(self.resize(image))[None]  # (1, H, W, 3)
         drawn = draw(image, row.id, self._recipe_of(row), image_size=self.image_size)
-        return _Views(np.concatenate([plain, drawn.pixels]), drawn.scale, drawn.flip)
+        return _ReadImage(np.concatenate([plain, drawn.pixels]), drawn.scale, drawn.flip)
 
-    def _views_of_reduced(self, whole: _Whole) -> _Views:
-        here = self.pixels_on(torch.device("cpu"), self._joined([], [], [whole], 0.0))  # (V, S, S, 3)
-        return _Views(here.numpy(), whole.scale, whole.flip)
-
-    def _loaded(self, row: Row) -> tuple[Image.Image, tuple[int, int]]:
-        """An image, reduced if it is large and that is wanted, and the size (width, height) that it had."""
+    def _load(self, row: Row) -> tuple[Image.Image, tuple[int, int]]:
+        """An image, reduced if it is large and that is wanted, and its own size (width, height)."""
         if self.resampling is None:
             image = self.source.read(row)
             return image, image.size
-        enough = _ENOUGH * self.image_size
-        with no_finer_than(enough) as decoding:
-            image, size = self.source.read(row), decoding.whole
+        short_side = _REDUCED_SIDES * self.image_size
+        with no_finer_than(short_side) as decoding:
+            image = self.source.read(row)
+        size = decoding.whole
         if decoding.image is not image:
             # The source made it of what it loaded, and may have counted pixels there: nothing of it may be reduced.
             image = self.source.read(row) if decoding.image else image
             size = image.size
-        return image.reduce(max(1, min(image.size) // enough)), size
+        return image.reduce(max(1, min(image.size) // short_side)), size
 
-    def _placed(self, row: Row, image: Image.Image, size: tuple[int, int]) -> _Whole:
-        """An image, and where its views will lie in it, drawn as for its own size (width, height)."""
+    def _whole(self, row: Row, image: Image.Image, size: tuple[int, int]) -> _ReadImage:
+        """An image and where its views will be in it, drawn as for its own size (width, height)."""
         assert self.resampling is not None
-        found = drawings(size, row.id, self._recipe_of(row), image_size=self.image_size)
-        boxes = [self.resampling.cropped(one.box) for one in found]
+        drawn = drawings(size, row.id, self._recipe_of(row), image_size=self.image_size)
+        boxes = [self.resampling.cropped(drawing.box) for drawing in drawn]
         windows = np.array([self.resampling.whole(size[1], size[0]), *boxes])  # (V, 2, 2)
-        # A pixel of a reduced image stands for a whole number of them, the last one perhaps for less.
+        # A pixel of a reduced image covers a whole number of pixels of the image, the last one perhaps fewer.
         windows /= round(min(size) / min(image.size))
-        return _Whole(np.asarray(image), windows, found, *areas_and_flips(size, found))
+        scale, flip = areas_and_flips(size, drawn)
+        return _ReadImage(np.asarray(image), scale, flip, windows, drawn)
 
-    def _joined(self, kept: list[Row], skipped: list[tuple[Row, str]], found: list[_Whole], started: float) -> Batch:
-        """A batch of whole images."""
-        if not found:
-            return Batch(kept, skipped, *self._stacked([]), time.perf_counter() - started)
-        sizes = np.array([one.pixels.shape[:2] for one in found])  # (B, 2)
-        flip = np.stack([one.flip for one in found])  # (B, V - 1)
-        mirrored = np.pad(flip.astype(bool), ((0, 0), (1, 0)))  # the plain view never is
-        sampling = Sampling(sizes, np.stack([one.windows for one in found]), mirrored)
-        pixels = np.concatenate([one.pixels.reshape(-1) for one in found])
-        scale = np.stack([one.scale for one in found])
-        drawn = tuple(view for one in found for view in (_NOTHING, *one.drawn))
-        return Batch(kept, skipped, pixels, scale, flip, time.perf_counter() - started, sampling, drawn)
+    def _recipe_of(self, row: Row) -> ViewRecipe:
+        return self.recipe if row.split in VIEWED_SPLITS else _PLAIN_ALONE
 
-    def _stacked(self, found: list[_Views]) -> _Views:
-        """(B, ...) of what was read; B may be 0."""
-        if not found:
-            shape = (0, 1, self.image_size, self.image_size, 3)
-            return _Views(np.empty(shape, np.uint8), np.empty((0, 0), np.float32), np.empty((0, 0), np.uint8))
-        return _Views(*(np.stack(parts) for parts in zip(*found, strict=True)))
+
+def _sampling_of(images: Sequence[_ReadImage]) -> tuple[Sampling, tuple[Drawing, ...]]:
+    """Where the V views of B whole images are in them, and what was drawn for each: (B V,), nothing for plain ones."""
+    flip = np.stack([image.flip for image in images])  # (B, V - 1)
+    sampling = Sampling(
+        sizes=np.array([image.pixels.shape[:2] for image in images]),  # (B, 2)
+        windows=np.stack([image.windows for image in images if image.windows is not None]),  # (B, V, 2, 2)
+        mirrored=np.pad(flip.astype(bool), ((0, 0), (1, 0))),  # the plain view never is
+    )
+    return sampling, tuple(drawing for image in images for drawing in (_NOT_DRAWN, *image.drawn))

@@ -1,14 +1,14 @@
-"""Resizing and cropping many images at once on any device, to the pixels that PIL would give.
+"""Resizing and cropping many images together on any device, to the pixels that PIL would give.
 
 PIL resizes one side and then the other, each time by one small weighted sum for each pixel, rounded to a byte. The
 weights of a side are a matrix, so a batch of images is two batched matrix products: of a kind that a GPU is made for,
-crop, mirroring and all views of an image included. PIL takes the columns first where that is less work; here the rows
-always are, so that now and then a pixel beside a sharp edge differs by a few of 255.
+crop, mirroring and all views of an image included. PIL resizes the columns first where that is less work; here the
+rows always come first, so that now and then a pixel beside a sharp edge differs by a few of 255.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 PIL_FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
-# Values of padded images worked on together: 256 MB of float32, and less than as much again between the two steps.
-_AT_ONCE = 2**26
+# Values of padded images resampled together: 256 MB of float32, and less than as much again between the two steps.
+_CHUNK_VALUES = 2**26
 
 
 class Window(NamedTuple):
@@ -27,7 +27,7 @@ class Window(NamedTuple):
 
     Attributes:
         start: where it begins, in pixels of the image, 0 at the outer edge of the first.
-        step: pixels of the image that one pixel of the view takes the place of.
+        step: pixels of the image that one pixel of the view covers.
     """
 
     start: float
@@ -35,7 +35,7 @@ class Window(NamedTuple):
 
 
 class Sampling(NamedTuple):
-    """How the V views of B images lie in them.
+    """Where the V views of B images are in them.
 
     Attributes:
         sizes: int64 (B, 2), H and W of each image.
@@ -55,7 +55,7 @@ class Resampling:
     Attributes:
         side: of the square that comes out, in pixels.
         squash: whether both sides are brought to `side`; else the shorter one is, and the middle of the longer one is
-            cut out.
+            kept.
         filter: "bicubic" or "bilinear".
     """
 
@@ -86,12 +86,12 @@ def resampled(values: torch.Tensor, sampling: Sampling, how: Resampling) -> torc
     """Views of images of any size.
 
     Args:
-        values: uint8 (sum of H * W * 3,), the images' pixels one after another, on the device to work on.
-        sampling: how the views lie in them.
+        values: uint8 (sum of H * W * 3,), the images' pixels one after another, on the device to compute on.
+        sampling: where the views are in them.
         how: size and filter; crops are always bicubic, which is what `filter` is in nearly all models.
 
     Returns:
-        uint8 (B, V, 3, S, S) there.
+        uint8 (B, V, 3, S, S) on that device.
     """
     if values.device.type == "cpu":
         return _by_pil(values.numpy(), sampling, how)
@@ -99,27 +99,28 @@ def resampled(values: torch.Tensor, sampling: Sampling, how: Resampling) -> torc
 
 
 def by_products(values: torch.Tensor, sampling: Sampling, how: Resampling) -> torch.Tensor:
-    """What `resampled` does on a device: two batched matrix products."""
+    """`resampled` on a device: two batched matrix products."""
     offsets = _offsets(sampling)
     batch, views = sampling.windows.shape[:2]
     out = torch.empty(batch, views, 3, how.side, how.side, dtype=torch.uint8, device=values.device)
     for rows in _chunks(sampling.sizes):
         height, width = sampling.sizes[rows].max(axis=0)
         padded = values.new_zeros(len(rows), int(height), int(width), 3)
-        for place, row in enumerate(rows):
+        for index, row in enumerate(rows):
             h, w = sampling.sizes[row]
-            padded[place, :h, :w] = values[offsets[row] : offsets[row + 1]].view(int(h), int(w), 3)
-        out[torch.as_tensor(rows, device=out.device)] = _chunk(padded, _of(sampling, rows), how)
+            padded[index, :h, :w] = values[offsets[row] : offsets[row + 1]].view(int(h), int(w), 3)
+        chosen = Sampling(sampling.sizes[rows], sampling.windows[rows], sampling.mirrored[rows])
+        out[torch.as_tensor(rows, device=out.device)] = _resample_chunk(padded, chosen, how)
     return out
 
 
 def _offsets(sampling: Sampling) -> NDArray[np.int64]:
-    """Where each image begins in the values, and where the last one ends."""
+    """Index of each image's first value, and of the end of the last image: (B + 1,)."""
     return np.concatenate([[0], np.cumsum(sampling.sizes.prod(axis=1))]) * 3
 
 
 def _by_pil(values: NDArray[np.uint8], sampling: Sampling, how: Resampling) -> torch.Tensor:
-    """What `resampled` does on a processor, where PIL, which leaves out weights of zero, is four times as fast."""
+    """`resampled` on a processor, where PIL, which leaves out weights of zero, is four times as fast."""
     offsets = _offsets(sampling)
     batch, views = sampling.windows.shape[:2]
     out = np.empty((batch, views, how.side, how.side, 3), dtype=np.uint8)
@@ -130,18 +131,18 @@ def _by_pil(values: NDArray[np.uint8], sampling: Sampling, how: Resampling) -> t
             # float64 may end a hair beyond the image's edge, which PIL refuses
             right, bottom = min(left + how.side * across, size[1]), min(top + how.side * down, size[0])
             filter_ = PIL_FILTERS[how.filter if view == 0 else "bicubic"]
-            made = np.asarray(image.resize((how.side, how.side), filter_, box=(left, top, right, bottom)))
-            out[row, view] = made[:, ::-1] if sampling.mirrored[row, view] else made
+            pixels = np.asarray(image.resize((how.side, how.side), filter_, box=(left, top, right, bottom)))
+            out[row, view] = pixels[:, ::-1] if sampling.mirrored[row, view] else pixels
     return torch.from_numpy(out).permute(0, 1, 4, 2, 3)  # (B, V, 3, S, S)
 
 
 def _chunks(sizes: NDArray[np.int64]) -> Iterator[list[int]]:
-    """Images of like sizes together, so that little is padded, and never more than a device has room for."""
+    """Images of similar sizes together, so that little is padded, and never more than a device has room for."""
     chunk: list[int] = []
     height = width = 0
     for row in np.lexsort(sizes.T):
         taller, wider = max(height, int(sizes[row, 0])), max(width, int(sizes[row, 1]))
-        if chunk and (len(chunk) + 1) * taller * wider * 3 > _AT_ONCE:
+        if chunk and (len(chunk) + 1) * taller * wider * 3 > _CHUNK_VALUES:
             yield chunk
             chunk, taller, wider = [], int(sizes[row, 0]), int(sizes[row, 1])
         chunk.append(int(row))
@@ -150,12 +151,7 @@ def _chunks(sizes: NDArray[np.int64]) -> Iterator[list[int]]:
         yield chunk
 
 
-def _of(sampling: Sampling, rows: Sequence[int]) -> Sampling:
-    chosen = list(rows)
-    return Sampling(sampling.sizes[chosen], sampling.windows[chosen], sampling.mirrored[chosen])
-
-
-def _chunk(padded: torch.Tensor, sampling: Sampling, how: Resampling) -> torch.Tensor:
+def _resample_chunk(padded: torch.Tensor, sampling: Sampling, how: Resampling) -> torch.Tensor:
     """Views uint8 (B, V, 3, S, S) of images (B, H, W, 3) that are padded at the right and at the bottom."""
     batch, height, width, _ = padded.shape
     down, across = (_weights(sampling, side, length, how, padded.device) for side, length in ((0, height), (1, width)))
@@ -163,32 +159,32 @@ def _chunk(padded: torch.Tensor, sampling: Sampling, how: Resampling) -> torch.T
     across = torch.where(mirrored, across.flip(2), across)  # (B, V, S, W)
     pixels = padded.permute(0, 3, 1, 2).reshape(batch, 1, 3 * height, width).float()
     # PIL rounds to bytes between the two steps, so the same is done here.
-    wide = _to_bytes(pixels @ across.mT).unflatten(2, (3, height))  # (B, V, 3, H, S)
-    return _to_bytes(down[:, :, None] @ wide).to(torch.uint8)  # (B, V, 3, S, S)
+    wide = _rounded(pixels @ across.mT).unflatten(2, (3, height))  # (B, V, 3, H, S)
+    return _rounded(down[:, :, None] @ wide).to(torch.uint8)  # (B, V, 3, S, S)
 
 
-def _to_bytes(values: torch.Tensor) -> torch.Tensor:
-    """Whole numbers 0..255, halves upward."""
+def _rounded(values: torch.Tensor) -> torch.Tensor:
+    """Whole numbers 0..255, halves upward; in place."""
     return values.add_(0.5).floor_().clamp_(0, 255)
 
 
 def _weights(sampling: Sampling, side: int, length: int, how: Resampling, device: torch.device) -> torch.Tensor:
-    """What each pixel of a side gives to each pixel of a view: float32 (B, V, S, length), rows that sum to one."""
+    """Weight of each pixel of a side in each pixel of a view: float32 (B, V, S, length), rows that sum to one."""
     start, step = sampling.windows[:, :, side, 0, None], sampling.windows[:, :, side, 1, None]  # (B, V, 1)
     centers = start + (np.arange(how.side) + 0.5) * step  # (B, V, S)
-    # Whole and broken parts apart: float32 holds the difference to a pixel's place well, float64 is slow on a device.
-    whole = np.floor(centers)
-    near = torch.as_tensor(whole, dtype=torch.float32, device=device)[..., None]
-    rest = torch.as_tensor(centers - whole, dtype=torch.float32, device=device)[..., None]
+    # Whole and fractional parts apart: float32 holds the distance to a pixel well, float64 is slow on a device.
+    floor = np.floor(centers)
+    whole = torch.as_tensor(floor, dtype=torch.float32, device=device)[..., None]
+    fraction = torch.as_tensor(centers - floor, dtype=torch.float32, device=device)[..., None]
     spread = torch.as_tensor(np.maximum(step, 1.0), dtype=torch.float32, device=device)[..., None]
-    places = torch.arange(length, dtype=torch.float32, device=device)
-    distance = ((places - near) + (0.5 - rest)).div_(spread)  # (B, V, S, L)
+    positions = torch.arange(length, dtype=torch.float32, device=device)
+    distance = ((positions - whole) + (0.5 - fraction)).div_(spread)  # (B, V, S, L)
     # the plain view by the model's filter, drawn ones as `views.draw` makes them
     weights = _bicubic(distance)
     if how.filter == "bilinear":
         weights[:, 0] = (1 - distance[:, 0].abs()).clamp_min_(0)
     ends = torch.as_tensor(sampling.sizes[:, side], device=device)[:, None, None, None]
-    weights = weights * (places < ends)
+    weights = weights * (positions < ends)
     return weights.div_(weights.sum(dim=-1, keepdim=True))
 
 

@@ -19,9 +19,9 @@ from ulfine_fast.cache.io.errors import InputError
 
 # Of RandAugment: magnitudes are 0..30, as in its paper and in torchvision.
 _MAGNITUDES = 31
-# A large crop is first averaged down to this many times the wanted size: faster, and hardly visible (PIL's advice).
+# A large crop is first averaged down to this many times the wanted size: faster, and hardly visible (as PIL advises).
 _REDUCING_GAP = 3.0
-# torchvision draws from torch's one generator of the process, so two threads must not draw at once.
+# torchvision draws from torch's one generator of the process, so two threads must not draw together.
 _GENERATOR = threading.Lock()
 
 
@@ -33,7 +33,7 @@ class ViewRecipe:
         weak: Vw, number of weak views (random resized crop, flip), at least 0.
         strong: Vs, number of strong views (the same, then RandAugment), at least 0.
         seed: any whole number.
-        weak_scale: smallest and largest share of the image's area in a crop, 0 < low <= high <= 1; for both kinds.
+        weak_scale: smallest and largest fraction of the image's area in a crop, 0 < low <= high <= 1; for both kinds.
         strong_ops: operations of RandAugment on a strong view, at least 0.
         strong_magnitude: their strength, 0..30.
     """
@@ -68,7 +68,7 @@ class Views:
 
     Attributes:
         pixels: uint8 (V, H, W, 3).
-        scale: float32 (V,), share of the image's area that the crop shows.
+        scale: float32 (V,), fraction of the image's area that the crop shows.
         flip: uint8 (V,), 1 where the view is mirrored.
     """
 
@@ -77,22 +77,22 @@ class Views:
     flip: NDArray[np.uint8]
 
 
-def view_seed(seed: int, id: str, kind: str, place: int) -> int:
-    """Seed of one view: the first 8 bytes of sha256("seed/kind/place/id"), big-endian.
+def view_seed(seed: int, id: str, kind: str, index: int) -> int:
+    """Seed of one view: the first 8 bytes of sha256("seed/kind/index/id"), big-endian.
 
-    The place counts from 0 inside the kind, so that asking for more weak views leaves all other views as they were.
+    The index counts from 0 inside the kind, so that asking for more weak views leaves all other views as they were.
     """
-    return int.from_bytes(hashlib.sha256(f"{seed}/{kind}/{place}/{id}".encode()).digest()[:8], "big")
+    return int.from_bytes(hashlib.sha256(f"{seed}/{kind}/{index}/{id}".encode()).digest()[:8], "big")
 
 
 @dataclass(frozen=True, slots=True)
 class Drawing:
-    """What chance decided for one view, before any pixel is touched.
+    """The random choices for one view, made before any pixel is changed.
 
     Attributes:
         box: left, top, right and bottom of the crop, in whole pixels of the image.
         mirrored: whether it is then mirrored.
-        operations: of RandAugment, in their order: name and magnitude.
+        operations: of RandAugment, in order: name and magnitude.
     """
 
     box: tuple[int, int, int, int]
@@ -111,11 +111,12 @@ def draw(image: Image.Image, id: str, recipe: ViewRecipe, *, image_size: int) ->
         recipe: what to draw.
         image_size: H and W, in pixels.
     """
-    found = drawings(image.size, id, recipe, image_size=image_size)
-    pixels = np.empty((len(found), image_size, image_size, 3), dtype=np.uint8)  # (V, H, W, 3)
-    for view, drawing in enumerate(found):
-        pixels[view] = np.asarray(_made(image, drawing, recipe, image_size))
-    return Views(pixels, *areas_and_flips(image.size, found))
+    drawn = drawings(image.size, id, recipe, image_size=image_size)
+    pixels = np.empty((len(drawn), image_size, image_size, 3), dtype=np.uint8)  # (V, H, W, 3)
+    for view, drawing in enumerate(drawn):
+        pixels[view] = np.asarray(_make_view(image, drawing, recipe, image_size))
+    scale, flip = areas_and_flips(image.size, drawn)
+    return Views(pixels, scale, flip)
 
 
 def drawings(size: tuple[int, int], id: str, recipe: ViewRecipe, *, image_size: int) -> list[Drawing]:
@@ -124,22 +125,28 @@ def drawings(size: tuple[int, int], id: str, recipe: ViewRecipe, *, image_size: 
     Every view has a seed of its own (`view_seed`), so the result depends on the arguments alone: not on the order of
     the images, the process or the thread, and not on torch's random state, which is left as it was.
     """
-    # Places count inside each kind, as `view_seed` wants them.
-    places = [*range(recipe.weak), *range(recipe.strong)]
-    found = []
+    crop, augment = _transforms(recipe)
+    indices = [*range(recipe.weak), *range(recipe.strong)]
+    drawn = []
     with _GENERATOR, torch.random.fork_rng(devices=[]):
-        for kind, place in zip(recipe.kinds, places, strict=True):
+        for kind, index in zip(recipe.kinds, indices, strict=True):
             # torch.manual_seed would also seed every GPU, which takes longer than the whole view.
-            torch.default_generator.manual_seed(view_seed(recipe.seed, id, kind, place))
-            found.append(_drawn(size, recipe, kind == "strong", image_size))
-    return found
+            torch.default_generator.manual_seed(view_seed(recipe.seed, id, kind, index))
+            # torchvision asks an image for its size; this one has no pixels
+            box = crop.make_params([torch.empty(3, size[1], size[0], device="meta")])
+            left, top = box["left"], box["top"]
+            mirrored = bool(torch.rand(()) < 0.5)
+            operations = augment.draw(image_size) if kind == "strong" else ()
+            drawn.append(Drawing((left, top, left + box["width"], top + box["height"]), mirrored, operations))
+    return drawn
 
 
-def areas_and_flips(size: tuple[int, int], found: Sequence[Drawing]) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
+def areas_and_flips(size: tuple[int, int], drawn: Sequence[Drawing]) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
     """`Views.scale` and `Views.flip` of what was drawn for an image of that size (width, height)."""
+    boxes = [drawing.box for drawing in drawn]
     whole = size[0] * size[1]
-    areas = [(one.box[2] - one.box[0]) * (one.box[3] - one.box[1]) / whole for one in found]
-    return np.array(areas, dtype=np.float32), np.array([one.mirrored for one in found], dtype=np.uint8)
+    areas = [(right - left) * (bottom - top) / whole for left, top, right, bottom in boxes]
+    return np.array(areas, dtype=np.float32), np.array([drawing.mirrored for drawing in drawn], dtype=np.uint8)
 
 
 def augmented(views: torch.Tensor, drawn: Sequence[Drawing], recipe: ViewRecipe) -> torch.Tensor:
@@ -148,31 +155,20 @@ def augmented(views: torch.Tensor, drawn: Sequence[Drawing], recipe: ViewRecipe)
     Args:
         views: uint8 (N, 3, H, W), on any device; changed in place.
         drawn: (N,), what was drawn for each.
-        recipe: they were drawn from.
+        recipe: that they were drawn from.
     """
     augment = _transforms(recipe)[1]
-    for turn in range(recipe.strong_ops):
-        rows_of: dict[tuple[str, float], list[int]] = {}
-        for row, one in enumerate(drawn):
-            if turn < len(one.operations):
-                rows_of.setdefault(one.operations[turn], []).append(row)
-        for operation, rows in rows_of.items():
+    for step in range(recipe.strong_ops):
+        rows_by_operation: dict[tuple[str, float], list[int]] = {}
+        for row, drawing in enumerate(drawn):
+            if step < len(drawing.operations):
+                rows_by_operation.setdefault(drawing.operations[step], []).append(row)
+        for operation, rows in rows_by_operation.items():
             views[rows] = augment.apply(views[rows], operation)
     return views
 
 
-def _drawn(size: tuple[int, int], recipe: ViewRecipe, strong: bool, image_size: int) -> Drawing:
-    """Chance's part of one view, from torch's generator as it is."""
-    crop, augment = _transforms(recipe)
-    # torchvision asks an image for its size; this one has no pixels
-    box = crop.make_params([torch.empty(3, size[1], size[0], device="meta")])
-    mirrored = bool(torch.rand(()) < 0.5)
-    operations = augment.draw(image_size) if strong else ()
-    left, top = box["left"], box["top"]
-    return Drawing((left, top, left + box["width"], top + box["height"]), mirrored, operations)
-
-
-def _made(image: Image.Image, drawing: Drawing, recipe: ViewRecipe, size: int) -> Image.Image:
+def _make_view(image: Image.Image, drawing: Drawing, recipe: ViewRecipe, size: int) -> Image.Image:
     """One view of size x size pixels; crop and bicubic resize in one step, without a copy of the crop."""
     view = image.resize((size, size), Image.Resampling.BICUBIC, box=drawing.box, reducing_gap=_REDUCING_GAP)
     if drawing.mirrored:
@@ -183,19 +179,19 @@ def _made(image: Image.Image, drawing: Drawing, recipe: ViewRecipe, size: int) -
 
 
 class _Augment(v2.RandAugment):
-    """torchvision's RandAugment in two steps, so that what is drawn can be done elsewhere, and to many at once."""
+    """torchvision's RandAugment in two steps, so that drawn operations can be applied elsewhere, and to many images."""
 
     def draw(self, size: int) -> tuple[tuple[str, float], ...]:
         """Operations and magnitudes for a square of `size` pixels, with the random numbers of `forward`."""
-        return tuple(self._draw_one(size) for _ in range(self.num_ops))
-
-    def _draw_one(self, size: int) -> tuple[str, float]:
-        name, (magnitudes_of, signed) = self._get_random_item(self._AUGMENTATION_SPACE)
-        magnitudes = magnitudes_of(self.num_magnitude_bins, size, size)
-        if magnitudes is None:
-            return name, 0.0
-        magnitude = float(magnitudes[self.magnitude])
-        return name, -magnitude if signed and torch.rand(()) <= 0.5 else magnitude
+        operations = []
+        for _ in range(self.num_ops):
+            name, (magnitudes_of, signed) = self._get_random_item(self._AUGMENTATION_SPACE)
+            magnitudes = magnitudes_of(self.num_magnitude_bins, size, size)
+            magnitude = 0.0 if magnitudes is None else float(magnitudes[self.magnitude])
+            if magnitudes is not None and signed and torch.rand(()) <= 0.5:
+                magnitude = -magnitude
+            operations.append((name, magnitude))
+        return tuple(operations)
 
     def apply(self, image: Any, operation: tuple[str, float]) -> Any:
         """One operation on a PIL image, or on a tensor (..., 3, H, W)."""

@@ -1,4 +1,8 @@
-"""Where images come from: class folders, tables, data sets by name; each gives rows in a fixed, recorded order."""
+"""Where images come from; each source gives its rows in a fixed, recorded order.
+
+`folder`, `table` and `torchvision_sets` list all rows in memory; `tar`, `parquet_images` and `huggingface` are streams.
+`rows` has the types they share, `streams` the files of streams, `labels` the classes, `image` the decoding.
+"""
 
 from __future__ import annotations
 
@@ -46,21 +50,21 @@ def open_source(where: str | Path, *, class_names_file: Path | None = None) -> S
     """Opens what the user named: a folder, a table, tar files, or a data set by name.
 
     Args:
-        where: a folder of images or of tar files, a `.csv` or `.parquet` table, a `.tar` file, pattern or URL, or one
-            of cifar10, cifar100, fashion_mnist, food101, stl10, svhn. A folder of that name wins.
+        where: a folder of images or of tar files, a `.csv`, `.tsv` or `.parquet` table, a `.tar` file, pattern or URL,
+            or one of cifar10, cifar100, fashion_mnist, food101, stl10, svhn. A folder of that name wins.
         class_names_file: names for the text tower, see `read_class_names`.
 
     Raises:
         InputError: none of these, or the source is empty or inconsistent.
     """
-    path = Path(where).expanduser()
+    name, path = str(where), Path(where).expanduser()
     # os.path says False where pathlib raises, such as for a name that is too long.
-    if str(where).startswith(HF) or is_saved(path):
-        return HuggingFaceSource(str(where).removeprefix(HF), class_names_file=class_names_file)
-    if _holds_parquet(str(where)):
-        return ParquetSource(str(where), class_names_file=class_names_file)
-    if _is_tars(str(where)):
-        return TarSource(str(where), class_names_file=class_names_file)
+    if name.startswith(HF) or is_saved(path):
+        return HuggingFaceSource(name.removeprefix(HF), class_names_file=class_names_file)
+    if _is_parquet_with_images(name):
+        return ParquetSource(name, class_names_file=class_names_file)
+    if _is_tar(name):
+        return TarSource(name, class_names_file=class_names_file)
     if os.path.isdir(path):
         return FolderSource(path, class_names_file=class_names_file)
     if path.suffix.lower() in SUFFIXES:
@@ -68,29 +72,29 @@ def open_source(where: str | Path, *, class_names_file: Path | None = None) -> S
     # Takes seconds to import, and most runs do not need it.
     from ulfine_fast.cache.sources.torchvision_sets import NAMES, TorchvisionSource
 
-    if str(where) in NAMES:
-        return TorchvisionSource(str(where), class_names_file=class_names_file)
+    if name in NAMES:
+        return TorchvisionSource(name, class_names_file=class_names_file)
     # A name close to a known one is a typo; otherwise the user most likely meant a path.
-    near = difflib.get_close_matches(str(where), NAMES, n=1)
+    near = difflib.get_close_matches(name, NAMES, n=1)
     hint = f"; did you mean {near[0]}?" if near else f"; data sets by name are {', '.join(NAMES)}"
     raise InputError(f"no such folder or table: {where}{hint}")
 
 
-def reopen_source(described: Mapping[str, Any]) -> Source:
-    """Opens again what a manifest describes, for showing its images.
+def reopen_source(description: Mapping[str, Any]) -> Source:
+    """Opens again the source that a manifest describes, for showing its images.
 
     Args:
-        described: the manifest's `source`.
+        description: the manifest's `source`.
 
     Raises:
         InputError: it is gone, or of an unknown kind.
     """
-    kind, path = described.get("kind"), described.get("path")
+    kind, path = description.get("kind"), description.get("path")
     if kind == "folder" and path:
         return FolderSource(Path(path))
     if kind == "table" and path:
         return TableSource(Path(path))
-    # labels are in the cache already, and without names they need no list
+    # The labels are in the cache already, and without class names these need no list of them.
     if kind == "tar" and path:
         return TarSource(path, class_names=[])
     if kind == "parquet" and path:
@@ -100,26 +104,26 @@ def reopen_source(described: Mapping[str, Any]) -> Source:
     if kind == "pictures" and path:
         return ImageFolder(Path(path))
     if kind == "torchvision":
-        # As above, only when asked for.
+        # Imported late, as in `open_source`.
         from ulfine_fast.cache.sources.torchvision_sets import FASHION_MNIST_FOLDER, TorchvisionSource
 
-        return TorchvisionSource(described["name"], idx_folder=Path(path) if path else FASHION_MNIST_FOLDER)
+        return TorchvisionSource(description["name"], idx_folder=Path(path) if path else FASHION_MNIST_FOLDER)
     raise InputError(f"cannot reopen a source of kind {kind!r}")
 
 
-def _holds_parquet(where: str) -> bool:
+def _is_parquet_with_images(where: str) -> bool:
     """Whether parquet files with images in them are named: a file, a pattern, a folder or a URL."""
     if "://" in where or any(sign in where for sign in "{*"):
         return where.endswith(PARQUET)
     path = Path(where).expanduser()
     if os.path.isdir(path):
         first = next(iter(sorted([*path.glob(f"*{PARQUET}"), *path.glob(f"*/*{PARQUET}")])), None)
-        # a downloader's tables lie beside its tar files
+        # A downloader leaves tables beside its tar files.
         return first is not None and not any(first.parent.glob(f"*{TAR}")) and holds_images(first)
     return where.endswith(PARQUET) and os.path.isfile(path) and holds_images(path)
 
 
-def _is_tars(where: str) -> bool:
+def _is_tar(where: str) -> bool:
     """Whether tar files are named: by suffix, by a URL of a folder, or by a folder that holds some."""
     if where.endswith(TAR) or "://" in where:
         return True

@@ -12,20 +12,26 @@ from PIL import Image
 from ulfine_fast.cache.io.errors import InputError
 from ulfine_fast.cache.models.prompts import read_class_names
 from ulfine_fast.cache.sources.image import image_suffixes, load_image
-from ulfine_fast.cache.sources.rows import SPLITS, UNKNOWN, Row, in_order
+from ulfine_fast.cache.sources.rows import SPLITS, UNKNOWN, Row, sorted_rows
 
 LAYOUT = "expected CLASS/image, or train/CLASS/image beside unlabeled/, val/CLASS/ and test/CLASS/"
-# Names people give to splits; taken for classes they would spoil a run without a word.
-_MISNAMED = {"training": "train", "valid": "val", "validation": "val", "dev": "val", "testing": "test"}
-_MISNAMED |= {"unlabelled": "unlabeled"}
+# Other names of splits; taken for classes they would spoil a run without a warning.
+_MISNAMED_SPLITS = {
+    "training": "train",
+    "valid": "val",
+    "validation": "val",
+    "dev": "val",
+    "testing": "test",
+    "unlabelled": "unlabeled",
+}
 
 
 class FolderSource:
     """A folder with one folder per class, or with `train`, `unlabeled`, `val`, `test` folders above those.
 
     The class is the first folder below the root (or below the split); images nested deeper belong to it. Under
-    `unlabeled` images lie at any depth. Hidden files and files that are not images by their suffix do not count.
-    Without split folders every row is in "train". The classes are the union over the splits, sorted by name.
+    `unlabeled` images may be at any depth. Hidden files and files without an image's suffix do not count. Without split
+    folders every row is in "train". The classes are the union over the splits, sorted by name.
 
     Attributes:
         kind: "folder".
@@ -45,21 +51,26 @@ class FolderSource:
         self.path = path.absolute()
         if not os.path.isdir(self.path):
             raise InputError(f"no such folder: {path}")
-        # File systems list in any order.
-        found = sorted(_images(self.path))
-        splits = _has_splits(self.path)
-        placed = [_place(relative, splits) for relative, _ in found]
-        classes = sorted({name for _, name in placed if name is not None})
-        if not classes:
+
+        # Images, sorted because file systems list in any order
+        images = sorted(_images(self.path))
+        has_splits = _has_splits(self.path)
+        split_and_class = [_split_and_class(relative, has_splits) for relative, _ in images]
+
+        # Classes
+        folders = sorted({name for _, name in split_and_class if name is not None})
+        if not folders:
             raise InputError(f"no images in class folders under {path}; {LAYOUT}")
-        # By table, since a search in the list for every image grows with classes times images.
-        index = {name: place for place, name in enumerate(classes)} | {None: UNKNOWN}
-        self.rows = in_order(
-            Row(_text(relative), index[name], split, str(self.path / relative), size)
-            for (relative, size), (split, name) in zip(found, placed, strict=True)
+        indices: dict[str | None, int] = {name: index for index, name in enumerate(folders)}
+        indices[None] = UNKNOWN
+        self.class_names = [_as_utf8(name) for name in folders]
+        if class_names_file is not None:
+            self.class_names = read_class_names(class_names_file, self.class_names)
+
+        self.rows = sorted_rows(
+            Row(_as_utf8(relative), indices[name], split, str(self.path / relative), size)
+            for (relative, size), (split, name) in zip(images, split_and_class, strict=True)
         )
-        classes = [_text(name) for name in classes]
-        self.class_names = classes if class_names_file is None else read_class_names(class_names_file, classes)
 
     def read(self, row: Row) -> Image.Image:
         """The image of `row` as RGB; raises UnreadableImage."""
@@ -86,19 +97,19 @@ class ImageFolder:
         """Lists the folder; no image is opened.
 
         Raises:
-            InputError: nothing there, or no images in it.
+            InputError: no such folder or image, or no images in the folder.
         """
-        self.path = path.absolute()
+        self.path = root = path.absolute()
         if os.path.isfile(self.path):
-            found = [(self.path.name, self.path.stat().st_size)]
+            root = self.path.parent
+            images = [(self.path.name, self.path.stat().st_size)]
         elif os.path.isdir(self.path):
-            found = list(_images(self.path))
+            images = list(_images(self.path))
         else:
             raise InputError(f"no such folder or image: {path}")
-        if not found:
+        if not images:
             raise InputError(f"no images under {path}")
-        root = self.path.parent if self.path.is_file() else self.path
-        self.rows = in_order(Row(_text(name), UNKNOWN, "test", str(root / name), size) for name, size in found)
+        self.rows = sorted_rows(Row(_as_utf8(name), UNKNOWN, "test", str(root / name), size) for name, size in images)
         self.class_names: list[str] = []
 
     def read(self, row: Row) -> Image.Image:
@@ -112,26 +123,26 @@ class ImageFolder:
 
 def _has_splits(root: Path) -> bool:
     """Whether every folder at the top is named like a split; refuses names that only look like one."""
-    tops = {entry.name for entry in _entries(root) if entry.is_dir() and not entry.name.startswith(".")}
-    misnamed = sorted(name for name in tops if _MISNAMED.get(name.lower()))
-    if misnamed and tops & set(SPLITS):
+    folders = {entry.name for entry in _entries(root) if entry.is_dir() and not entry.name.startswith(".")}
+    misnamed = sorted(name for name in folders if name.lower() in _MISNAMED_SPLITS)
+    if misnamed and folders & set(SPLITS):
         raise InputError(
-            f"{root} holds a folder {misnamed[0]} beside {', '.join(sorted(tops & set(SPLITS)))}; "
-            f"rename it to {_MISNAMED[misnamed[0].lower()]}"
+            f"{root} holds a folder {misnamed[0]} beside {', '.join(sorted(folders & set(SPLITS)))}; "
+            f"rename it to {_MISNAMED_SPLITS[misnamed[0].lower()]}"
         )
-    return bool(tops) and tops <= set(SPLITS)
+    return bool(folders) and folders <= set(SPLITS)
 
 
-def _place(relative: str, splits: bool) -> tuple[str, str | None]:
+def _split_and_class(relative: str, has_splits: bool) -> tuple[str, str | None]:
     """Split and class of a path below the root; the class is None where images are unlabelled."""
     parts = relative.split("/")
-    split = parts[0] if splits and len(parts) > 1 else "train"
-    if splits and split == "unlabeled":
+    split = parts[0] if has_splits and len(parts) > 1 else "train"
+    if has_splits and split == "unlabeled":
         return split, None
-    # The class is the part after the split, and an image must lie below it.
-    depth = 1 if splits else 0
+    # The class is the folder after the split, and an image must be below it.
+    depth = 1 if has_splits else 0
     if len(parts) < depth + 2:
-        raise InputError(f"the image {_text(relative)} lies in no class folder; {LAYOUT}")
+        raise InputError(f"the image {_as_utf8(relative)} is in no class folder; {LAYOUT}")
     return split, parts[depth]
 
 
@@ -140,34 +151,34 @@ def _images(root: Path) -> Iterator[tuple[str, int]]:
     suffixes = image_suffixes()
     stack: list[tuple[str, frozenset[tuple[int, int]]]] = [("", frozenset())]
     while stack:
-        below, above = stack.pop()
+        below, ancestors = stack.pop()
         folder = root / below
-        here = folder.stat()
+        status = folder.stat()
+        identity = (status.st_dev, status.st_ino)
         # Links to folders are followed, but one that leads back above itself would never end.
-        if (here.st_dev, here.st_ino) in above:
+        if identity in ancestors:
             continue
-        # The way down alone, not all folders seen: two links to one folder are two classes, and rightly so.
-        inside = above | {(here.st_dev, here.st_ino)}
         for entry in _entries(folder):
             name = f"{below}/{entry.name}" if below else entry.name
             if entry.name.startswith("."):
                 continue
             if entry.is_dir():
-                stack.append((name, inside))
+                # Only the ancestors, not all folders seen: two links to one folder are two classes.
+                stack.append((name, ancestors | {identity}))
             elif entry.is_file() and os.path.splitext(entry.name)[1].lower() in suffixes:
                 yield name, entry.stat().st_size
 
 
 def _entries(folder: Path) -> list[os.DirEntry[str]]:
+    """What is in a folder, without links to nothing or to themselves, which can be neither followed nor read."""
     try:
         with os.scandir(folder) as entries:
-            # Links to nothing or to themselves can be neither followed nor read.
             return [entry for entry in entries if not entry.is_symlink() or os.path.exists(entry.path)]
     except OSError as error:
         # A folder that is left out in silence would change the classes.
         raise InputError(f"the folder {folder} cannot be listed: {error.strerror}") from error
 
 
-def _text(name: str) -> str:
+def _as_utf8(name: str) -> str:
     """A file name as UTF-8 text; bytes that are no UTF-8 become escapes, since an id is stored as UTF-8."""
     return os.fsencode(name).decode("utf-8", "backslashreplace")

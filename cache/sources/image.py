@@ -1,4 +1,4 @@
-"""Any image that PIL reads, as RGB: orientation honoured, transparency on white, deep grey scaled to 8 bits."""
+"""Any image that PIL reads, as RGB: upright, transparency on white, deep grey scaled to 8 bits."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-# PIL's own limit against decompression bombs. PIL only warns between one and two times it; here it is a limit.
+# PIL's own limit against decompression bombs. PIL only warns between one and two times it; here it is refused.
 MAX_PIXELS = 89_478_485
 # A strip this thin, resized by its short side, would take hundreds of megabytes before it is cropped.
 MAX_ASPECT = 200
@@ -24,12 +24,12 @@ _WHITE = (255, 255, 255, 255)
 
 @dataclass
 class Decoding:
-    """How the next image is decoded, and what came of it.
+    """How images are decoded, and the last one that was.
 
     Attributes:
-        short_side: pixels that the image's shorter side keeps at least.
-        image: what was loaded last; None before.
-        whole: (width, height) of it upright, with all its pixels.
+        short_side: pixels that an image's shorter side keeps at least.
+        image: the image loaded last; None before the first.
+        whole: (width, height) of that image upright, with all its pixels.
     """
 
     short_side: int
@@ -37,8 +37,8 @@ class Decoding:
     whole: tuple[int, int] = (0, 0)
 
 
-# Whoever reads images sets it around what a source does, which need not know.
-_DECODING: ContextVar[Decoding | None] = ContextVar("decoding", default=None)
+# Set by the reader around a call of a source, which needs no argument for it.
+_decoding: ContextVar[Decoding | None] = ContextVar("decoding", default=None)
 
 
 class UnreadableImage(Exception):
@@ -55,16 +55,16 @@ class UnreadableImage(Exception):
 
 @contextlib.contextmanager
 def no_finer_than(short_side: int) -> Iterator[Decoding]:
-    """A JPEG image loaded meanwhile may be reduced to a half, quarter or eighth while it is decoded.
+    """Within this context a JPEG image may be reduced to a half, quarter or eighth while it is decoded.
 
     That takes a fraction of the time for a large one. The short side keeps at least `short_side` pixels.
     """
     decoding = Decoding(short_side)
-    before = _DECODING.set(decoding)
+    token = _decoding.set(decoding)
     try:
         yield decoding
     finally:
-        _DECODING.reset(before)
+        _decoding.reset(token)
 
 
 @cache
@@ -89,18 +89,21 @@ def load_image(source: Path | str | bytes) -> Image.Image:
     try:
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
             _refuse_unreasonable(image)
-            decoding, size = _DECODING.get(), image.size
-            if decoding:  # of other formats than JPEG this does nothing
+            whole = image.size
+            decoding = _decoding.get()
+            if decoding is not None:
+                # For other formats than JPEG this does nothing.
                 image.draft(None, (decoding.short_side, decoding.short_side))
             image.load()
-            stored = image.size
+            decoded = image.size
             # Damaged EXIF data is no reason to lose a good image.
             with contextlib.suppress(Exception):
                 ImageOps.exif_transpose(image, in_place=True)
-            found = to_rgb(image)
-            if decoding:
-                decoding.image, decoding.whole = found, size if image.size == stored else size[::-1]
-            return found
+            rgb = to_rgb(image)
+            if decoding is not None:
+                decoding.image = rgb
+                decoding.whole = whole if image.size == decoded else whole[::-1]
+            return rgb
     except UnreadableImage:
         raise
     # PIL's decoders raise almost anything on damaged data: OSError, SyntaxError, ValueError, struct.error, zlib.error.
@@ -112,28 +115,24 @@ def to_rgb(image: Image.Image) -> Image.Image:
     """The image in RGB, from any mode.
 
     16-bit pixels are scaled from their full range; 32-bit integers and floats from the smallest usual range that holds
-    them (0..255 or 0..65535; 0..1 or 0..255), else from their own. Transparent pixels are laid on white.
+    them (0..255 or 0..65535; 0..1 or 0..255), else from their own. Transparent pixels become white.
     """
     if image.mode == "RGB" and "transparency" not in image.info:
         # A copy, because the caller closes the file the image came from.
         return image.copy()
     if image.mode.startswith("I;16"):
-        return _from_grey(np.asarray(image).astype(np.float64) / 257.0)
+        return _grey_to_rgb(np.asarray(image).astype(np.float64) / 257.0)
     if image.mode in ("I", "F"):
-        return _from_grey(_to_byte_range(np.asarray(image).astype(np.float64), image.mode))
+        return _grey_to_rgb(_to_byte_range(np.asarray(image).astype(np.float64), image.mode))
     if image.mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in image.info:
-        return _on_white(image)
+        # PIL cannot convert La to RGBA directly.
+        layer = image.convert("LA").convert("RGBA") if image.mode == "La" else image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", layer.size, _WHITE), layer).convert("RGB")
     return image.convert("RGB")
 
 
-def _on_white(image: Image.Image) -> Image.Image:
-    # PIL has no direct way from La to RGBA.
-    layer = image.convert("LA").convert("RGBA") if image.mode == "La" else image.convert("RGBA")
-    return Image.alpha_composite(Image.new("RGBA", layer.size, _WHITE), layer).convert("RGB")
-
-
 def _to_byte_range(values: np.ndarray, mode: str) -> np.ndarray:
-    """Grey values of unknown depth, brought to 0..255 by the smallest usual range that holds them."""
+    """Grey values of unknown depth, scaled to 0..255 from the smallest usual range that holds them."""
     values = np.nan_to_num(values, posinf=0.0, neginf=0.0)
     low, high = float(values.min()), float(values.max())
     for top in (1.0, 255.0) if mode == "F" else (255.0, 65535.0):
@@ -142,7 +141,7 @@ def _to_byte_range(values: np.ndarray, mode: str) -> np.ndarray:
     return (values - low) / ((high - low) or 1.0) * 255.0
 
 
-def _from_grey(values: np.ndarray) -> Image.Image:
+def _grey_to_rgb(values: np.ndarray) -> Image.Image:
     grey = np.clip(np.rint(values), 0, 255).astype(np.uint8)  # (H, W)
     return Image.fromarray(grey).convert("RGB")
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Sequence
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
@@ -15,40 +14,37 @@ from PIL import Image
 from pyarrow import parquet
 
 from ulfine_fast.cache.io.errors import InputError
+from ulfine_fast.cache.io.tables import find_column
 from ulfine_fast.cache.sources.image import UnreadableImage, load_image
+from ulfine_fast.cache.sources.labels import LABEL_COLUMNS, Labels, class_names_from, read_needed_class_names
 from ulfine_fast.cache.sources.rows import SPLITS, Part, Row
 from ulfine_fast.cache.sources.streams import (
     File,
-    Labels,
-    classes_of,
     files_sha256,
     is_local,
     list_files,
     local_path,
-    names_or_refuse,
     plain_id,
     split_named,
 )
 
 SUFFIX = ".parquet"
-LABELS = ("label", "class", "cls", "fine_label")
-IDS = ("id", "key", "__key__")
+_ID_COLUMNS = ("id", "key", "__key__")
 # Reader threads ask for neighbouring rows: a row group decoded by one serves the others.
-_GROUPS = threading.Lock()
+_group_lock = threading.Lock()
 
 
 class ParquetSource:
     """Parquet files with a column of encoded images, and of labels, ids and splits if there are any.
 
     The images' column holds bytes, or pairs of `bytes` and `path`. Labels are class indices or names, in a column
-    `label`, `class`, `cls` or `fine_label`. A row's split is what the column `split` says, else the file's folder or
-    the beginning of its name, else "train" where there is a column of labels and "unlabeled" where not.
+    `label`, `class`, `cls` or `fine_label`. A row's split is in the column `split`, else in the file's folder or the
+    beginning of its name, else it is "train" where there is a column of labels and "unlabeled" where not.
 
     Attributes:
         kind: "parquet".
         where: what the user named: a file, a folder, a pattern, or any URL that fsspec knows.
-        class_names: names for the text tower: from the user's file, else what the files say of their labels, else the
-            labels themselves.
+        class_names: names for the text tower: from the user's file, else from the files' metadata, else the labels.
         files: the parquet files.
     """
 
@@ -57,7 +53,7 @@ class ParquetSource:
     def __init__(
         self, where: str, *, class_names_file: Path | None = None, class_names: list[str] | None = None
     ) -> None:
-        """Reads the files' footers and, where nothing else tells the classes, the column of labels.
+        """Reads the files' footers and, where nothing else names the classes, the column of labels.
 
         Args:
             where: see the class.
@@ -65,56 +61,80 @@ class ParquetSource:
             class_names: instead of a file; an empty list leaves all labels unknown.
 
         Raises:
-            InputError: nothing there, files that are not parquet, no column of images, or no class.
+            InputError: no such files, files that are not parquet, no column of images, a column that looks like one of
+                labels or splits but is not, or no class.
         """
         self.where = where if not is_local(where) else str(Path(local_path(where)).expanduser().absolute())
         self.files = list_files(self.where, SUFFIX)
         self._by_name = {file.name: file for file in self.files}
-        schema = _opened(self.files[0].url).schema_arrow
-        self._image = _image_column(self.files[0], schema)
-        self._label, self._id, self._split = (
-            next((name for name in names if name in schema.names), None) for names in (LABELS, IDS, ("split",))
-        )
+
+        # Columns
+        source, schema = self.files[0].url, _open_file(self.files[0].url).schema_arrow
+        images = [field.name for field in schema if _is_image(field.type)]
+        if not images:
+            raise InputError(
+                f"{source} has no column of encoded images (bytes, or pairs of bytes and path); found "
+                f"{', '.join(schema.names) or 'none'}"
+            )
+        self._image = images[0]
+        self._label = find_column(source, schema.names, LABEL_COLUMNS)
+        self._split = find_column(source, schema.names, ["split"])
+        self._id = next((name for name in _ID_COLUMNS if name in schema.names), None)
+
+        # Classes
         if class_names is None:
-            class_names = self._classes(class_names_file, schema)
+            class_names = self._read_class_names(class_names_file, schema)
         self.class_names = class_names
         self._labels = Labels(self.class_names)
 
     def plan(self, shard_size: int) -> list[Part]:
         """Runs of row groups, none much longer than a shard unless a single group is."""
         parts = [
-            (split, f"{file.name}#{first}-{last}")
+            (split, file.name, f"{first}-{last}")
             for file in self.files
-            for first, last in _runs(_opened(file.url), shard_size)
-            for split in self._splits(file, first, last)
+            for first, last in _group_runs(_open_file(file.url), shard_size)
+            for split in self._splits_in(file, first, last)
         ]
-        ordered = sorted(parts, key=lambda pair: (SPLITS.index(pair[0]), pair[1].partition("#")[0]))
-        return [Part(number, split, None, None, name) for number, (split, name) in enumerate(ordered)]
+        # A stable sort, which leaves the runs of a file in their order.
+        parts.sort(key=lambda part: (SPLITS.index(part[0]), part[1]))
+        return [Part(number, split, None, None, f"{name}#{run}") for number, (split, name, run) in enumerate(parts)]
 
     def open(self, part: Part) -> list[Row]:
-        """The rows of some row groups: labels and ids alone, no image."""
-        name, _, span = part.name.partition("#")
-        first, last = map(int, span.split("-"))
-        return [row for group in range(first, last + 1) for row in self._rows(self._by_name[name], group, part.split)]
+        """The rows of a run of row groups: labels and ids alone, no image."""
+        name, _, run = part.name.partition("#")
+        first, last = map(int, run.split("-"))
+        file = self._by_name[name]
+        opened = _open_file(file.url)
+        wanted = [column for column in (self._label, self._id, self._split) if column]
+        number = sum(opened.metadata.row_group(group).num_rows for group in range(first))
+        rows = []
+        for group in range(first, last + 1):
+            cells = opened.read_row_group(group, columns=wanted).to_pydict() if wanted else {}
+            for index in range(opened.metadata.row_group(group).num_rows):
+                values = {column: cells[column][index] for column in wanted}
+                if self._split is None or self._split_of(values[self._split], file) == part.split:
+                    rows.append(self._row(file, group, index, number, part.split, values))
+                number += 1
+        return rows
 
     def close(self, part: Part) -> None:
-        """Nothing to do: what was read is kept only while neighbours ask for it."""
+        """Does nothing: what was read is kept only while neighbours ask for it."""
 
     def read(self, row: Row) -> Image.Image:
         """The image of `row` as RGB; raises UnreadableImage."""
-        url, group, place = row.location.split("\0")
+        url, group, index = row.location.split("\0")
         if not url:
-            raise UnreadableImage(place)
-        with _GROUPS:
-            column = _images(url, int(group), self._image)
-        value = column[int(place)].as_py()
+            raise UnreadableImage(index)
+        with _group_lock:
+            column = _read_images(url, int(group), self._image)
+        value = column[int(index)].as_py()
         content = value.get("bytes") if isinstance(value, dict) else value
         if not content:
             raise UnreadableImage("its cell is empty")
         return load_image(bytes(content))
 
     def describe(self) -> dict[str, Any]:
-        """Kind and place, for the manifest."""
+        """Kind and location, for the manifest."""
         return {"kind": self.kind, "path": self.where}
 
     def fingerprint(self) -> str:
@@ -125,52 +145,47 @@ class ParquetSource:
     def _file_parts(self) -> list[Part]:
         return [Part(number, file.split or "", None, None, file.name) for number, file in enumerate(self.files)]
 
-    def _classes(self, class_names_file: Path | None, schema: pa.Schema) -> list[str]:
+    def _read_class_names(self, class_names_file: Path | None, schema: pa.Schema) -> list[str]:
+        """Class names from the user's file, the files' metadata, or the labels that occur."""
         if class_names_file is not None or self._label is None:
-            return names_or_refuse(class_names_file, "a parquet file without a column of labels")
-        told = _told_names(schema, self._label)
-        if told:
-            return told
-        found: set[Any] = set()
+            return read_needed_class_names(class_names_file, "a parquet file without a column of labels")
+        names = _names_in_metadata(schema, self._label)
+        if names:
+            return names
+        labels: set[Any] = set()
         for file in self.files:
-            found.update(_opened(file.url).read(columns=[self._label])[self._label].unique().to_pylist())
-        return classes_of(found, self.where)
+            labels.update(_open_file(file.url).read(columns=[self._label])[self._label].unique().to_pylist())
+        return class_names_from(labels, self.where)
 
-    def _splits(self, file: File, first: int, last: int) -> list[str]:
-        """The splits that occur in some row groups, in their order."""
+    def _splits_in(self, file: File, first: int, last: int) -> list[str]:
+        """The splits that occur in a run of row groups, in the order of `SPLITS`."""
         if self._split is None:
-            return [file.split or ("train" if self._label else "unlabeled")]
-        groups = _opened(file.url).read_row_groups(list(range(first, last + 1)), columns=[self._split])
-        found = {self._split_of(value, file) for value in groups[self._split].unique().to_pylist()}
-        return [split for split in SPLITS if split in found]
+            return [file.split or self._default_split]
+        groups = _open_file(file.url).read_row_groups(list(range(first, last + 1)), columns=[self._split])
+        present = {self._split_of(value, file) for value in groups[self._split].unique().to_pylist()}
+        return [split for split in SPLITS if split in present]
 
     def _split_of(self, value: Any, file: File) -> str:
+        """The split that a cell names."""
         if not value:
-            return "train" if self._label else "unlabeled"
+            return self._default_split
         split = split_named(str(value))
         if split is None:
             raise InputError(f"{file.url}: unknown split {value!r}; use {', '.join(SPLITS)} or leave it empty")
         return split
 
-    def _rows(self, file: File, group: int, split: str) -> list[Row]:
-        opened = _opened(file.url)
-        wanted = [name for name in (self._label, self._id, self._split) if name]
-        count = opened.metadata.row_group(group).num_rows
-        columns = opened.read_row_group(group, columns=wanted).to_pydict() if wanted else {}
-        before = sum(opened.metadata.row_group(k).num_rows for k in range(group))
-        return [
-            self._row(file, group, place, before + place, split, {name: columns[name][place] for name in wanted})
-            for place in range(count)
-            if self._split is None or self._split_of(columns[self._split][place], file) == split
-        ]
+    @property
+    def _default_split(self) -> str:
+        return "train" if self._label else "unlabeled"
 
-    def _row(self, file: File, group: int, place: int, number: int, split: str, cells: dict[str, Any]) -> Row:
-        key = str(cells[self._id]) if self._id else f"{number:08d}"
-        name, where = plain_id(file.stem, key), f"{file.name}, row {number}"
-        label = self._labels.of(cells[self._label] if self._label else None, where)
+    def _row(self, file: File, group: int, index: int, number: int, split: str, values: dict[str, Any]) -> Row:
+        """The row at an index of a row group; `number` counts the rows of the whole file."""
+        label = self._labels.index(values[self._label] if self._label else None, f"{file.name}, row {number}")
+        name = plain_id(file.stem, str(values[self._id]) if self._id else f"{number:08d}")
         if name is None:
-            return Row(f"{file.stem}/row-{number:08d}", label, split, "\0\0its id leads elsewhere or does not print", 0)
-        return Row(name, label, split, f"{file.url}\0{group}\0{place}", 0)
+            reason = "its id leads elsewhere or does not print"
+            return Row(f"{file.stem}/row-{number:08d}", label, split, f"\0\0{reason}", 0)
+        return Row(name, label, split, f"{file.url}\0{group}\0{index}", 0)
 
 
 def holds_images(table: Path) -> bool:
@@ -183,8 +198,8 @@ def holds_images(table: Path) -> bool:
 
 
 @lru_cache(maxsize=64)
-def _opened(url: str) -> parquet.ParquetFile:
-    """A file's footer; handles of one process are never used by another, since the cache is not pickled."""
+def _open_file(url: str) -> parquet.ParquetFile:
+    """A file with its footer; handles of one process are never used by another, since the cache is not pickled."""
     try:
         if is_local(url):
             return parquet.ParquetFile(local_path(url))
@@ -195,22 +210,12 @@ def _opened(url: str) -> parquet.ParquetFile:
 
 
 @lru_cache(maxsize=2)
-def _images(url: str, group: int, column: str) -> pa.ChunkedArray:
-    """The encoded images of a row group; two are kept, since batches cross from one to the next."""
+def _read_images(url: str, group: int, column: str) -> pa.ChunkedArray:
+    """The encoded images of a row group; two groups are kept, since batches cross from one to the next."""
     try:
-        return _opened(url).read_row_group(group, columns=[column])[column]
+        return _open_file(url).read_row_group(group, columns=[column])[column]
     except (pa.ArrowException, OSError) as error:
         raise UnreadableImage(f"its row group cannot be read: {str(error).splitlines()[0]}") from error
-
-
-def _image_column(file: File, schema: pa.Schema) -> str:
-    found = [field.name for field in schema if _is_image(field.type)]
-    if not found:
-        raise InputError(
-            f"{file.url} has no column of encoded images (bytes, or pairs of bytes and path); found "
-            f"{', '.join(schema.names) or 'none'}"
-        )
-    return found[0]
 
 
 def _is_image(kind: pa.DataType) -> bool:
@@ -219,23 +224,24 @@ def _is_image(kind: pa.DataType) -> bool:
     return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
 
 
-def _told_names(schema: pa.Schema, label: str) -> list[str]:
-    """Class names that Hugging Face's writers leave in a file's metadata; none where there are none."""
+def _names_in_metadata(schema: pa.Schema, label: str) -> list[str]:
+    """Class names that Hugging Face's writers leave in a file's metadata; empty where there are none."""
     try:
-        told = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"][label]["names"]
+        names = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"][label]["names"]
     except (KeyError, TypeError, ValueError):
         return []
-    return [str(name) for name in told] if isinstance(told, list) else []
+    return [str(name) for name in names] if isinstance(names, list) else []
 
 
-def _runs(opened: parquet.ParquetFile, shard_size: int) -> Sequence[tuple[int, int]]:
+def _group_runs(opened: parquet.ParquetFile, shard_size: int) -> list[tuple[int, int]]:
     """First and last row group of each part."""
     runs: list[tuple[int, int]] = []
     rows = 0
     for group in range(opened.metadata.num_row_groups):
         count = opened.metadata.row_group(group).num_rows
         if runs and rows + count <= shard_size:
-            runs[-1], rows = (runs[-1][0], group), rows + count
+            runs[-1] = (runs[-1][0], group)
+            rows += count
         else:
             runs.append((group, group))
             rows = count

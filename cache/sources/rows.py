@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from PIL import Image
 
-# This order is the order of the rows and of the codes in a shard.
+# This order is the order of the rows, and of the codes in a shard.
 SPLITS = ("train", "unlabeled", "val", "test")
 UNKNOWN = -1
 
@@ -38,10 +38,11 @@ class Part:
     """What one shard covers: rows of one split.
 
     Attributes:
-        number: the shard's number, from 0. split: one of `SPLITS`.
-        first_row: where it starts in the source's order; None for streams, where nobody counts ahead.
-        rows: how many rows; None where only opening the part tells.
-        name: the file it is, relative to the source; "" for a slice of listed rows.
+        number: the shard's number, from 0.
+        split: one of `SPLITS`.
+        first_row: its first row in the source's order; None for streams, whose rows are not counted ahead.
+        rows: how many rows; None where only opening the part shows it.
+        name: of its file, relative to the source; "" for a slice of listed rows.
     """
 
     number: int
@@ -74,7 +75,7 @@ class ListedSource(Protocol):
 
 
 class StreamedSource(Protocol):
-    """Images too many to list: files of images, one part each; only the rows of parts under way are in memory.
+    """Images too many to list: files of images, one part each; only the rows of open parts are in memory.
 
     It can be pickled, for reader processes; file handles are made where they are used.
 
@@ -95,7 +96,7 @@ class StreamedSource(Protocol):
         ...
 
     def close(self, part: Part) -> None:
-        """Says that a part is done with, so that a local copy of a remote file may go."""
+        """Ends the work on a part, so that a local copy of a remote file can be removed."""
         ...
 
     def read(self, row: Row) -> Image.Image:
@@ -114,8 +115,8 @@ class StreamedSource(Protocol):
 Source = ListedSource | StreamedSource
 
 
-def in_order(rows: Iterable[Row]) -> list[Row]:
-    """Rows sorted by split, then by id: the order in which they are extracted and stored."""
+def sorted_rows(rows: Iterable[Row]) -> list[Row]:
+    """Rows by split, then by id: the order in which they are extracted and stored."""
     # Python compares code points, so the order is the same under every locale.
     return sorted(rows, key=lambda row: (SPLITS.index(row.split), row.id))
 

@@ -1,4 +1,4 @@
-"""What streams of images share: files here or far away, splits by their names, labels as classes, plain ids."""
+"""Files of streams, on this machine or in a remote store: listing, copying, splits by name, ids of their images."""
 
 from __future__ import annotations
 
@@ -17,17 +17,21 @@ from braceexpand import braceexpand
 from fsspec.core import url_to_fs
 
 from ulfine_fast.cache.io.errors import InputError
-from ulfine_fast.cache.models.prompts import read_class_names_alone
-from ulfine_fast.cache.sources.rows import SPLITS, UNKNOWN, Part
+from ulfine_fast.cache.sources.rows import SPLITS, Part
 
-# Names people give to splits, those of data set libraries among them.
-_SAME_AS = {"training": "train", "valid": "val", "validation": "val", "dev": "val", "testing": "test"}
-_SAME_AS |= {"unlabelled": "unlabeled", "unsupervised": "unlabeled"}
-# More classes than any prompt list has; labels beyond are numbers of something else, such as of the image.
-_MOST_CLASSES = 1_000_000
-ASKED_AT_ONCE = 16  # questions to a store: a far one answers slowly, but many
-# Copies of remote files, so that none outlives a process that was interrupted.
-_COPIES: set[str] = set()
+# Other names of splits, those of data set libraries among them.
+_SPLIT_SYNONYMS = {
+    "training": "train",
+    "valid": "val",
+    "validation": "val",
+    "dev": "val",
+    "testing": "test",
+    "unlabelled": "unlabeled",
+    "unsupervised": "unlabeled",
+}
+PARALLEL_REQUESTS = 16  # a remote store answers slowly, but many requests together
+# Copies of remote files, removed at exit so that none outlives a process that was interrupted.
+_copies: set[str] = set()
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,101 +55,80 @@ class File:
 
     @property
     def split(self) -> str | None:
-        """The split that a folder or the beginning of the name says: `test/000.tar`, `val-0001.parquet`; else None."""
+        """The split in a folder's name or at the beginning of the file's: `test/000.tar`, `val-0001.parquet`."""
         for part in PurePosixPath(self.name).with_suffix("").parts:
-            found = split_named(part.replace("_", "-").split("-")[0].rstrip("0123456789"))
-            if found is not None:
-                return found
+            split = split_named(part.replace("_", "-").split("-")[0].rstrip("0123456789"))
+            if split is not None:
+                return split
         return None
 
 
 def split_named(word: str) -> str | None:
     """The split that a word means ("validation" is val), None for any other word."""
-    found = _SAME_AS.get(word.lower(), word.lower())
-    return found if found in SPLITS else None
+    split = _SPLIT_SYNONYMS.get(word.lower(), word.lower())
+    return split if split in SPLITS else None
 
 
-def classes_of(labels: Iterable[Any], where: str) -> list[str]:
-    """Class names from the labels that occur: names sorted, or all numbers up to the largest.
-
-    Raises:
-        InputError: no label at all, or numbers too large for classes.
-    """
-    texts = {str(label) for label in labels if label is not None and label != "" and label == label}
-    numbers = {int(float(text)) for text in texts if _is_whole(text)}
-    if len(numbers) == len(texts) and max(numbers, default=-1) >= _MOST_CLASSES:
-        raise InputError(f"{where} has the label {max(numbers)}, too large for a class; give names with --class-names")
-    if len(numbers) == len(texts) and max(numbers, default=-1) >= 0:
-        return [str(number) for number in range(max(numbers) + 1)]
-    if not texts or len(numbers) == len(texts):
-        raise InputError(f"{where} has no label in any row; give class names with --class-names FILE")
-    return sorted(texts)
-
-
-def list_files(where: str, suffix: str) -> list[File]:
+def list_files(location: str, suffix: str) -> list[File]:
     """The files that a path, a folder, a pattern with braces or stars, or a URL names, sorted by name.
 
     Args:
-        where: such as `images/`, `train-{000..031}.tar`, `s3://bucket/images`.
+        location: such as `images/`, `train-{000..031}.tar`, `s3://bucket/images`.
         suffix: of the files in a folder, with the dot.
 
     Raises:
-        InputError: nothing there, or the store refuses.
+        InputError: no such files, or the store refuses.
     """
-    with ThreadPoolExecutor(ASKED_AT_ONCE) as pool:
-        listed = pool.map(lambda one: _listed(one, suffix), _expanded(where))
-        files = list({file.url: file for some in listed for file in some}.values())
+    # What exists under the very name that was given is not a pattern.
+    try:
+        locations = [location] if os.path.exists(location) else list(braceexpand(location))
+    except ValueError as error:
+        raise InputError(f"the pattern {location} has a brace without its other half") from error
+    with ThreadPoolExecutor(PARALLEL_REQUESTS) as pool:
+        listings = pool.map(lambda one: _list_one(one, suffix), locations)
+        files = list({file.url: file for listing in listings for file in listing}.values())
     if not files:
-        raise InputError(f"no {suffix} files in {where}")
-    names = [file.name for file in files]
-    # Files of one name in two folders would give images of one id, so they are told apart by more of their path.
-    if len(set(names)) < len(names):
+        raise InputError(f"no {suffix} files in {location}")
+    # Files of one name in two folders would give images of one id, so their names get more of their paths.
+    if len({file.name for file in files}) < len(files):
         files = [File(file.url.split("://")[-1].lstrip("/"), file.url, file.bytes) for file in files]
     return sorted(files, key=lambda file: file.name)
 
 
-def _expanded(where: str) -> list[str]:
-    """A pattern with braces as all that it stands for; what is there under its very name is no pattern."""
-    if os.path.exists(where):
-        return [where]
+def _list_one(location: str, suffix: str) -> list[File]:
+    """The files of one path, pattern or URL without braces."""
     try:
-        return list(braceexpand(where))
-    except ValueError as error:
-        raise InputError(f"the pattern {where} has a brace without its other half") from error
+        system, root = url_to_fs(location)
+        folder = None
+        infos: dict[str, dict[str, Any]]
+        # A file first, since every request to a remote store takes its time.
+        if root.endswith(suffix) and system.isfile(root):
+            infos = {root: system.info(root)}
+        elif any(sign in root for sign in "*?[") and not system.exists(root):
+            infos = system.glob(root, detail=True)
+        elif system.isdir(root):
+            folder = root.rstrip("/") + "/"
+            infos = {path: info for path, info in system.find(root, detail=True).items() if path.endswith(suffix)}
+        else:
+            infos = {root: system.info(root)} if system.isfile(root) else {}
 
-
-def _listed(where: str, suffix: str) -> list[File]:
-    try:
-        system, root = url_to_fs(where)
-        below, found = _found(system, root, suffix)
-        names = [path.removeprefix(below) if below else PurePosixPath(path).name for path in found]
-        return [
-            # listings of web servers say no sizes
-            File(name, system.unstrip_protocol(path), int(told.get("size") or system.size(path) or 0))
-            for name, (path, told) in zip(names, found.items(), strict=True)
-            if not PurePosixPath(name).name.startswith(".")
-        ]
-    # every store has errors of its own: botocore's, aiohttp's, those of a missing package
+        files = []
+        for path, info in infos.items():
+            name = path.removeprefix(folder) if folder else PurePosixPath(path).name
+            if not PurePosixPath(name).name.startswith("."):
+                # Listings of web servers have no sizes.
+                size = int(info.get("size") or system.size(path) or 0)
+                files.append(File(name, system.unstrip_protocol(path), size))
+        return files
+    # Every store has errors of its own: botocore's, aiohttp's, those of a missing package.
     except Exception as error:
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise InputError(f"{where} cannot be listed ({reason}); check the address and your credentials") from error
-
-
-def _found(system: Any, root: str, suffix: str) -> tuple[str | None, dict[str, dict[str, Any]]]:
-    """The folder that names are told from, if any, and what a store says of each file."""
-    # First what most are, since every question to a far store takes its time.
-    if root.endswith(suffix) and system.isfile(root):
-        return None, {root: system.info(root)}
-    if any(sign in root for sign in "*?[") and not system.exists(root):
-        return None, system.glob(root, detail=True)
-    if system.isdir(root):
-        files = system.find(root, detail=True).items()
-        return root.rstrip("/") + "/", {path: told for path, told in files if path.endswith(suffix)}
-    return None, {root: system.info(root)} if system.isfile(root) else {}
+        raise InputError(
+            f"{location} cannot be listed ({_reason(error)}); check the address and your credentials"
+        ) from error
 
 
 def is_local(url: str) -> bool:
-    """Whether the file lies on this machine."""
+    """Whether the file is on this machine."""
     return "://" not in url or url.startswith(("file://", "local://"))
 
 
@@ -155,40 +138,40 @@ def local_path(url: str) -> str:
 
 
 def fetch(file: File) -> str:
-    """Copies a remote file to a temporary one, piece by piece; returns its path.
+    """Copies a remote file to a temporary one, chunk by chunk; returns its path.
 
     Raises:
         InputError: the store refuses, or the disk does.
     """
     handle, path = tempfile.mkstemp(prefix="ulfine-fast-", suffix=PurePosixPath(file.name).suffix)
     os.close(handle)
-    _COPIES.add(path)
+    _copies.add(path)
     try:
-        with reached(file):
+        with store_errors(file):
             system, remote = url_to_fs(file.url)
             system.get_file(remote, path)
     except BaseException:
-        forget(path)
+        remove_copy(path)
         raise
     return path
 
 
-def forget(copy: str) -> None:
+def remove_copy(path: str) -> None:
     """Removes a file that `fetch` made."""
-    _COPIES.discard(copy)
+    _copies.discard(path)
     with suppress(FileNotFoundError):
-        os.unlink(copy)
+        os.unlink(path)
 
 
 @atexit.register
-def _forget_all() -> None:
-    for copy in list(_COPIES):
-        forget(copy)
+def _remove_copies() -> None:
+    for path in list(_copies):
+        remove_copy(path)
 
 
 @contextmanager
-def reached(file: File) -> Iterator[None]:
-    """Whatever a store makes of being asked for a file, as one sentence.
+def store_errors(file: File) -> Iterator[None]:
+    """Turns whatever a store raises for a file into one sentence.
 
     Raises:
         InputError: the store refuses, or the disk does.
@@ -198,73 +181,27 @@ def reached(file: File) -> Iterator[None]:
     except InputError:
         raise
     except Exception as error:
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise InputError(f"{file.url} cannot be fetched ({reason}); run again: finished shards stay") from error
+        raise InputError(f"{file.url} cannot be fetched ({_reason(error)}); run again: finished shards stay") from error
 
 
-class Labels:
-    """Labels as they are written in samples, to class indices.
-
-    Args:
-        names: (K,) class names in order; without any, every label is unknown.
-    """
-
-    def __init__(self, names: Sequence[str]) -> None:
-        self.names = list(names)
-        self._index = {name: place for place, name in enumerate(names)}
-
-    def of(self, value: Any, where: str) -> int:
-        """The class index of a number or a name; -1 for nothing.
-
-        Raises:
-            InputError: no such class; says where it stands.
-        """
-        if value is None or value == "" or value != value or not self.names:  # NaN is the one that differs from itself
-            return UNKNOWN
-        if isinstance(value, bytes):
-            value = value.decode("utf-8", "replace")
-        text = str(value).strip()
-        if text in self._index:
-            return self._index[text]
-        number = int(float(text)) if _is_whole(text) else None
-        if number is None or not -1 <= number < len(self.names):
-            raise InputError(
-                f"{where}: the label {text!r} is no class; there are {len(self.names)} in the list of names"
-            )
-        return number
-
-
-def _is_whole(text: str) -> bool:
-    try:
-        return float(text).is_integer()
-    except ValueError:
-        return False
-
-
-def names_or_refuse(class_names_file: Any, kind: str) -> list[str]:
-    """Class names from the user's file, one a line, in the order of the class indices.
-
-    Raises:
-        InputError: no file was given; a stream cannot be searched for its classes.
-    """
-    if class_names_file is None:
-        raise InputError(f"{kind} does not say its classes; give them with --class-names FILE, one name a line")
-    return read_class_names_alone(class_names_file)
+def _reason(error: Exception) -> str:
+    """The beginning of an error's text in one line; its type where it has no text."""
+    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def plain_id(stem: str, key: str) -> str | None:
-    """`stem/key`, None where the key leads elsewhere or holds characters that do not print."""
+    """`stem/key`, None where the key leads out of its file or holds characters that do not print."""
     path = PurePosixPath(key)
     if not key or path.is_absolute() or ".." in path.parts or not key.isprintable():
         return None
     return f"{stem}/{path}"
 
 
-def planned(files: Sequence[File], splits: Iterable[str]) -> list[Part]:
+def parts_of_files(files: Sequence[File], splits: Iterable[str]) -> list[Part]:
     """One part for each file, split by split in the order of `SPLITS`, by name inside a split."""
     named = [(split, file.name) for split, file in zip(splits, files, strict=True)]
-    ordered = sorted(named, key=lambda pair: (SPLITS.index(pair[0]), pair[1]))
-    return [Part(number, split, None, None, name) for number, (split, name) in enumerate(ordered)]
+    named.sort(key=lambda pair: (SPLITS.index(pair[0]), pair[1]))
+    return [Part(number, split, None, None, name) for number, (split, name) in enumerate(named)]
 
 
 def files_sha256(files: Sequence[File], parts: Sequence[Part]) -> str:

@@ -17,35 +17,35 @@ from PIL import Image
 
 from ulfine_fast.cache.io.errors import InputError
 from ulfine_fast.cache.sources.image import UnreadableImage, image_suffixes, load_image
+from ulfine_fast.cache.sources.labels import Labels, read_needed_class_names
 from ulfine_fast.cache.sources.rows import UNKNOWN, Part, Row
 from ulfine_fast.cache.sources.streams import (
-    ASKED_AT_ONCE,
+    PARALLEL_REQUESTS,
     File,
-    Labels,
     fetch,
     files_sha256,
-    forget,
     is_local,
     list_files,
     local_path,
-    names_or_refuse,
+    parts_of_files,
     plain_id,
-    planned,
-    reached,
+    remove_copy,
+    store_errors,
 )
 
 SUFFIX = ".tar"
-_TO_PEEK = 64  # members looked at for a first sample's label
-_PEEK_BYTES = 2**16  # fetched at once for that, of a remote file
+_LABEL_SUFFIXES = (".cls", ".json")
+_PEEKED_MEMBERS = 64  # members read for the label of a file's first sample
+_PEEK_BYTES = 2**16  # requested together for that, of a remote file
 
 
 class TarSource:
-    """Tar files of samples: files in a row that share their name up to the first dot are one sample.
+    """Tar files of samples: consecutive files that share their name up to the first dot are one sample.
 
-    A sample's image is its first file with an image's suffix; its label stands in `.cls` (a class index or name) or
-    in `.json` as `label` or `class`; other files are left aside. A file's split is what its folder or the beginning of
-    its name says, else "train" where its first sample has a label and "unlabeled" where not. Members are never written
-    to the disk. A remote file is copied whole to a temporary one while it is worked on.
+    A sample's image is its first file with an image's suffix; its label is in `.cls` (a class index or name) or in
+    `.json` as `label` or `class`; other files are ignored. A file's split is in its folder or the beginning of its
+    name, else it is "train" where its first sample has a label and "unlabeled" where not. Members are never written to
+    the disk. A remote file is copied whole to a temporary one while its part is open.
 
     Attributes:
         kind: "tar".
@@ -67,10 +67,12 @@ class TarSource:
             class_names: instead of a file; an empty list leaves all labels unknown.
 
         Raises:
-            InputError: nothing there, or no class names.
+            InputError: no such files, or no class names.
         """
         self.where = where if not is_local(where) else os.path.abspath(os.path.expanduser(local_path(where)))
-        self.class_names = names_or_refuse(class_names_file, "a tar file") if class_names is None else class_names
+        self.class_names = (
+            read_needed_class_names(class_names_file, "a tar file") if class_names is None else class_names
+        )
         self.files = list_files(self.where, SUFFIX)
         self._by_name = {file.name: file for file in self.files}
         self._labels = Labels(self.class_names)
@@ -78,22 +80,22 @@ class TarSource:
 
     @cached_property
     def _parts(self) -> list[Part]:
-        with ThreadPoolExecutor(ASKED_AT_ONCE) as pool:
-            return planned(self.files, pool.map(self._split_of, self.files))
+        with ThreadPoolExecutor(PARALLEL_REQUESTS) as pool:
+            return parts_of_files(self.files, pool.map(self._split_of, self.files))
 
     def plan(self, shard_size: int) -> list[Part]:
         """One part for each tar file, however many images it holds."""
         return self._parts
 
     def open(self, part: Part) -> list[Row]:
-        """The samples of a tar file, by its headers; raises InputError where it is cut or no tar file."""
+        """The samples of a tar file, by its headers; raises InputError where it is truncated or not a tar file."""
         file = self._by_name[part.name]
         if not is_local(file.url) and part.number not in self._copies:
             self._copies[part.number] = fetch(file)
         path = self._copies.get(part.number, local_path(file.url))
         rows: list[Row] = []
-        with _reading(file), tarfile.open(path, "r:") as tar, open(path, "rb") as data:
-            for members in _samples(_checked(tar, data)):
+        with _tar_errors(file), tarfile.open(path, "r:") as tar, open(path, "rb") as data:
+            for members in _samples(_complete_members(tar, data)):
                 row = self._row(members, file, path, part.split, data)
                 if row is not None:
                     rows.append(row)
@@ -103,10 +105,10 @@ class TarSource:
         """Removes the copy of a remote file."""
         copy = self._copies.pop(part.number, None)
         if copy is not None:
-            forget(copy)
+            remove_copy(copy)
 
     def read(self, row: Row) -> Image.Image:
-        """The image of `row` as RGB, straight from its place in the tar file; raises UnreadableImage."""
+        """The image of `row` as RGB, straight from its offset in the tar file; raises UnreadableImage."""
         path, offset, size = row.location.split("\0")
         if not path:
             raise UnreadableImage(size)
@@ -115,7 +117,7 @@ class TarSource:
             return load_image(file.read(int(size)))
 
     def describe(self) -> dict[str, Any]:
-        """Kind and place, for the manifest."""
+        """Kind and location, for the manifest."""
         return {"kind": self.kind, "path": self.where}
 
     def fingerprint(self) -> str:
@@ -123,66 +125,84 @@ class TarSource:
         return files_sha256(self.files, self._parts)
 
     def _split_of(self, file: File) -> str:
-        return file.split or ("train" if self._first_label(file) != UNKNOWN else "unlabeled")
-
-    def _first_label(self, file: File) -> int:
-        """Label of the first sample, from the beginning of the file alone."""
-        with reached(file), _reading(file), _peeking(file) as tar:
-            sample: dict[str, bytes] = {}
+        """The split of a file's name, else by whether its first sample has a label."""
+        if file.split is not None:
+            return file.split
+        texts: dict[str, bytes] = {}
+        with store_errors(file), _tar_errors(file), _open_beginning(file) as tar:
             first = None
-            for _, member in zip(range(_TO_PEEK), tar, strict=False):
-                key, suffix = _key(member.name)
+            for _, member in zip(range(_PEEKED_MEMBERS), tar, strict=False):
+                key, suffix = _split_name(member.name)
                 first = key if first is None else first
                 if key != first:
                     break
-                if suffix in (".cls", ".json") and member.isreg():
+                if suffix in _LABEL_SUFFIXES and member.isreg():
                     content = tar.extractfile(member)
-                    sample[suffix] = content.read() if content else b""
-        return self._labels.of(_label(sample), file.name)
+                    texts[suffix] = content.read() if content else b""
+        return "unlabeled" if self._labels.index(_label_in(texts), file.name) == UNKNOWN else "train"
 
     def _row(self, members: list[tarfile.TarInfo], file: File, path: str, split: str, data: BinaryIO) -> Row | None:
-        """One sample; None without an image, and a row that cannot be read where its name leads elsewhere."""
-        images = [member for member in members if _key(member.name)[1] in image_suffixes()]
-        if not images:
+        """The row of one sample; None for a sample without an image.
+
+        Args:
+            members: of the sample.
+            file: the tar file.
+            path: of it, or of its copy.
+            split: of its rows.
+            data: the open file.
+        """
+        image = next((member for member in members if _split_name(member.name)[1] in image_suffixes()), None)
+        if image is None:
             return None
-        image = images[0]
-        name = plain_id(file.stem, _key(image.name)[0])
+
+        # An image that cannot be read: its row says why.
+        name = plain_id(file.stem, _split_name(image.name)[0])
         if name is None or not image.isreg():
-            why = "its name leads out of the tar file" if image.isreg() else "it is a link or a device"
-            return Row(f"{file.stem}/member-{image.offset}", UNKNOWN, split, f"\0\0{why}", 0)
-        beside = {_key(member.name)[1]: member for member in members if member.isreg()}
-        texts = {suffix: _bytes(data, one) for suffix, one in beside.items() if suffix in (".cls", ".json")}
-        label = self._labels.of(_label(texts), f"{file.name}, {image.name}")
+            reason = "its name leads out of the tar file" if image.isreg() else "it is a link or a device"
+            return Row(f"{file.stem}/member-{image.offset}", UNKNOWN, split, f"\0\0{reason}", 0)
+
+        texts = {}
+        for member in members:
+            suffix = _split_name(member.name)[1]
+            if suffix in _LABEL_SUFFIXES and member.isreg():
+                data.seek(member.offset_data)
+                texts[suffix] = data.read(member.size)
+        label = self._labels.index(_label_in(texts), f"{file.name}, {image.name}")
         return Row(name, label, split, f"{path}\0{image.offset_data}\0{image.size}", image.size)
 
 
-def _key(name: str) -> tuple[str, str]:
-    """A member's sample and its suffix in lower case: the name is cut at the first dot of its last part."""
-    head, slash, last = name.rpartition("/")
+def _split_name(name: str) -> tuple[str, str]:
+    """The key of a member's sample, up to the first dot of its file name, and its last suffix in lower case."""
+    folder, slash, last = name.rpartition("/")
     stem, dot, rest = last.partition(".")
-    # `a.left.png` is an image of the sample `a`: what it is, the last suffix says
-    return head + slash + stem, f".{rest.rpartition('.')[2]}".lower() if dot else ""
+    # `a.left.png` is an image of the sample `a`, since its last suffix is that of an image.
+    return folder + slash + stem, f".{rest.rpartition('.')[2]}".lower() if dot else ""
 
 
 def _samples(members: Iterator[tarfile.TarInfo]) -> Iterator[list[tarfile.TarInfo]]:
-    """Neighbours that share a key; a name that comes again begins another, whose id is then known to be there twice."""
-    group: list[tarfile.TarInfo] = []
+    """Consecutive members that share a key.
+
+    A name that comes again begins another sample; the id that the two share is refused later.
+    """
+    sample: list[tarfile.TarInfo] = []
     for member in members:
         if member.isdir():
             continue
-        if group and (_key(member.name)[0] != _key(group[0].name)[0] or member.name in {one.name for one in group}):
-            yield group
-            group = []
-        group.append(member)
-    if group:
-        yield group
+        if sample:
+            other_key = _split_name(member.name)[0] != _split_name(sample[0].name)[0]
+            if other_key or member.name in {one.name for one in sample}:
+                yield sample
+                sample = []
+        sample.append(member)
+    if sample:
+        yield sample
 
 
 @contextmanager
-def _peeking(file: File) -> Iterator[tarfile.TarFile]:
+def _open_beginning(file: File) -> Iterator[tarfile.TarFile]:
     """A tar file of which little is fetched."""
     system, path = url_to_fs(file.url)
-    # Some web servers give no piece from the middle; of all of them one may stop listening.
+    # Some web servers send no part from the middle of a file, but every transfer can be ended early.
     streamed = file.url.startswith("http")
     with (
         system.open(path, "rb", block_size=0 if streamed else _PEEK_BYTES) as raw,
@@ -191,10 +211,10 @@ def _peeking(file: File) -> Iterator[tarfile.TarFile]:
         yield tar
 
 
-def _checked(tar: tarfile.TarFile, data: BinaryIO) -> Iterator[tarfile.TarInfo]:
-    """Members, the last of which must be there to its end, and the mark of zeros behind it.
+def _complete_members(tar: tarfile.TarFile, data: BinaryIO) -> Iterator[tarfile.TarInfo]:
+    """Members, after checks that each is there to its end and that the mark of zeros follows the last one.
 
-    `tarfile` takes a cut or damaged header after the first for the end, and an image without its end for whole.
+    `tarfile` takes a truncated or damaged header after the first for the end, and a truncated image for a whole one.
     """
     size = data.seek(0, os.SEEK_END)
     for member in tar:
@@ -206,25 +226,29 @@ def _checked(tar: tarfile.TarFile, data: BinaryIO) -> Iterator[tarfile.TarInfo]:
         raise tarfile.ReadError(f"after byte {tar.offset} comes neither another member nor the mark of the end")
 
 
-def _bytes(data: BinaryIO, member: tarfile.TarInfo) -> bytes:
-    data.seek(member.offset_data)
-    return data.read(member.size)
+def _label_in(texts: dict[str, bytes]) -> Any:
+    """The label of a sample as it is written; None where there is none.
 
-
-def _label(texts: dict[str, bytes]) -> Any:
-    """The label of a sample as it is written; None where there is none."""
+    Args:
+        texts: contents of its files by suffix, ".cls" and ".json".
+    """
     if ".cls" in texts:
         return texts[".cls"]
     try:
-        told = json.loads(texts.get(".json", b"{}"))
-    except ValueError:  # what downloaders note of an image is no reason to lose it
+        values = json.loads(texts.get(".json", b"{}"))
+    # A damaged note of a downloader is no reason to lose the image.
+    except ValueError:
         return None
-    return next((told[name] for name in ("label", "class") if name in told), None) if isinstance(told, dict) else None
+    return (
+        next((values[name] for name in ("label", "class") if name in values), None)
+        if isinstance(values, dict)
+        else None
+    )
 
 
 @contextmanager
-def _reading(file: File) -> Iterator[None]:
-    """Whatever a file that is no tar file, or only a part of one, makes of reading it, as one sentence."""
+def _tar_errors(file: File) -> Iterator[None]:
+    """Turns the errors of a file that is truncated or not a tar file into one sentence."""
     try:
         yield
     except (tarfile.TarError, EOFError, OSError) as error:

@@ -52,8 +52,8 @@ def write_named_cache(
     (folder / "shards").mkdir(parents=True)
     name = folder.name if name is None else name
     rows = sum(n + skipped for _, n in parts)
-    given = make_manifest(class_names=class_names, **changes)
-    manifest = dataclasses.replace(given, source={**given.source, "rows": rows, "fingerprint": name})
+    template = make_manifest(class_names=class_names, **changes)
+    manifest = dataclasses.replace(template, source={**template.source, "rows": rows, "fingerprint": name})
     manifest.write(folder)
     write_text(folder, class_text(manifest))
     first, written = 0, []

@@ -36,11 +36,11 @@ def checksum(dataset) -> str:
 
 def tables() -> dict[str, list[str]]:
     """The names in the first column of each table of the page, by heading."""
-    found: dict[str, list[str]] = {}
+    columns: dict[str, list[str]] = {}
     for section in PAGE.read_text(encoding="utf-8").split("\n## ")[1:]:
         rows = [line.split("|")[1] for line in section.splitlines() if line.startswith("|")][2:]
-        found[section.splitlines()[0]] = [name for row in rows for name in re.findall(r"`([^`]+)`", row)]
-    return found
+        columns[section.splitlines()[0]] = [name for row in rows for name in re.findall(r"`([^`]+)`", row)]
+    return columns
 
 
 def test_the_page_names_exactly_what_is_there(folder):
@@ -48,9 +48,9 @@ def test_the_page_names_exactly_what_is_there(folder):
     assert sorted(named["manifest.json"]) == sorted(json.loads((folder / "manifest.json").read_text()))
     assert sorted(named["shards/00000.json"]) == sorted(json.loads((folder / "shards/00000.json").read_text()))
     with h5py.File(folder / "shards/00000.h5") as file:
-        found: list[str] = []
-        file.visititems(lambda name, item: found.append(name) if isinstance(item, h5py.Dataset) else None)
-        assert sorted(named["shards/00000.h5"]) == sorted(found)
+        names: list[str] = []
+        file.visititems(lambda name, item: names.append(name) if isinstance(item, h5py.Dataset) else None)
+        assert sorted(named["shards/00000.h5"]) == sorted(names)
     with h5py.File(folder / "text.h5") as file:  # of a ViT, so everything that may be there is
         assert sorted(named["text.h5"]) == sorted(file)
 
@@ -151,8 +151,8 @@ def test_the_view_seed_is_as_the_page_says():
 def test_the_fingerprint_is_as_the_page_says(images, tiny_encoder, folder):
     rows = open_source(images).rows
     text = "".join(f"{row.id}\0{row.label}\0{row.split}\0{row.bytes}\n" for row in rows)
-    found = json.loads((folder / "manifest.json").read_text())["source"]["fingerprint"]
-    assert found == hashlib.sha256(text.encode()).hexdigest()
+    fingerprint = json.loads((folder / "manifest.json").read_text())["source"]["fingerprint"]
+    assert fingerprint == hashlib.sha256(text.encode()).hexdigest()
 
 
 def test_the_pages_example_runs(folder, monkeypatch):
@@ -167,7 +167,7 @@ def test_the_pages_example_runs(folder, monkeypatch):
 
 
 def test_a_cache_of_another_program_opens(tmp_path):
-    """Written by the page, without a line of this package: chunked by nobody, with its own order of datasets."""
+    """Written by the page, without a line of this package: without chunks, with its own order of datasets."""
     manifest = {
         "format": "ulfine-fast-cache",
         "version": 1,

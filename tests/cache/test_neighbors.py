@@ -14,12 +14,12 @@ from ulfine_fast import FeatureCache, InputError
 from ulfine_fast.cache.models.encoder import load_encoder
 from ulfine_fast.cache.neighbors import (
     build_index,
-    contradictions,
+    duplicates_summary,
     find_leaks,
-    leakage,
+    label_conflicts,
+    leakage_warning,
     leaks,
     near_duplicates,
-    summary_of,
 )
 from ulfine_fast.cache.pipeline.extract import extract
 from ulfine_fast.cache.pipeline.views import ViewRecipe
@@ -42,36 +42,36 @@ def planted():
     return FeatureCache.from_arrays(rows, labels, splits=SPLITS)
 
 
-def pairs_of(found):
-    return list(zip(found.first.tolist(), found.second.tolist(), strict=True))
+def pairs_of(duplicates):
+    return list(zip(duplicates.first.tolist(), duplicates.second.tolist(), strict=True))
 
 
 def test_planted_copies_are_found_and_nothing_else():
     cache = planted()
-    found = near_duplicates(cache)
-    assert pairs_of(found) == [(0, 1), (2, 4), (3, 9), (5, 7), (6, 11)]
-    assert (found.exact, found.recall) == (True, 1.0)
-    assert (found.cosine > 0.98).all()
-    assert contradictions(cache, found).tolist() == [1]
-    assert found.group.tolist() == [0, 0, 1, 2, 1, 3, 4, 3, -1, 2, -1, 4]
+    duplicates = near_duplicates(cache)
+    assert pairs_of(duplicates) == [(0, 1), (2, 4), (3, 9), (5, 7), (6, 11)]
+    assert (duplicates.exact, duplicates.recall) == (True, 1.0)
+    assert (duplicates.cosine > 0.98).all()
+    assert label_conflicts(cache, duplicates).tolist() == [1]
+    assert duplicates.group.tolist() == [0, 0, 1, 2, 1, 3, 4, 3, -1, 2, -1, 4]
 
 
 def test_leaks_are_held_out_images_that_training_has():
     cache = planted()
-    for found in (leaks(cache, near_duplicates(cache)), find_leaks(cache)):
-        assert sorted((leak.held_out, leak.trained, leak.same_label) for leak in found) == [
+    for leaked in (leaks(cache, near_duplicates(cache)), find_leaks(cache)):
+        assert sorted((leak.held_out, leak.trained, leak.same_label) for leak in leaked) == [
             (9, 3, True),
             (11, 6, False),
         ]
-        assert found[0].cosine >= found[1].cosine
-    assert "2 images of the 4 in val and test are nearly the same as one in train" in leakage(cache)
+        assert leaked[0].cosine >= leaked[1].cosine
+    assert "2 images of the 4 in val and test are nearly the same as one in train" in leakage_warning(cache)
 
 
 def test_no_leak_is_no_word_and_a_large_cache_is_said():
     cache = FeatureCache.from_arrays(random_rows(12), np.zeros(12, int), splits=SPLITS)
-    assert leakage(cache) is None
-    assert find_leaks(planted(), most=31) is None
-    assert len(find_leaks(planted(), most=32)) == 2
+    assert leakage_warning(cache) is None
+    assert find_leaks(planted(), max_pairs=31) is None
+    assert len(find_leaks(planted(), max_pairs=32)) == 2
     assert find_leaks(FeatureCache.from_arrays(random_rows(4), np.zeros(4, int))) == []
 
 
@@ -98,9 +98,9 @@ def test_the_threshold_is_a_cosine():
 def test_rows_of_zeros_are_like_nothing():
     rows = random_rows(5)
     rows[1] = rows[3] = 0
-    found = near_duplicates(FeatureCache.from_arrays(rows, np.zeros(5, int)))
-    assert len(found.first) == 0
-    assert found.group.tolist() == [-1] * 5
+    duplicates = near_duplicates(FeatureCache.from_arrays(rows, np.zeros(5, int)))
+    assert len(duplicates.first) == 0
+    assert duplicates.group.tolist() == [-1] * 5
 
 
 def test_tiny_and_empty_caches():
@@ -112,9 +112,9 @@ def test_tiny_and_empty_caches():
 
 def test_search_equals_brute_force():
     rows, queries = random_rows(300), random_rows(40, seed=1)
-    cosines, places = build_index(rows).search(queries, 5)
+    cosines, rows_found = build_index(rows).search(queries, 5)
     wanted = np.argsort(-(queries @ rows.T), axis=1, kind="stable")[:, :5]
-    assert np.array_equal(places, wanted)
+    assert np.array_equal(rows_found, wanted)
     np.testing.assert_allclose(cosines, np.take_along_axis(queries @ rows.T, wanted, 1), atol=1e-6)
 
 
@@ -134,8 +134,8 @@ def test_the_approximate_index_tells_its_recall_and_finds_copies():
     again = build_index(rows, exact_rows=1000)
     assert np.array_equal(near, again.search(queries, 10)[1])
     cache = FeatureCache.from_arrays(rows, np.zeros(6000, int))
-    found = pairs_of(near_duplicates(cache, threshold=0.9999, index=index))
-    assert found == [(i, 5000 + i) for i in range(10)]
+    pairs = pairs_of(near_duplicates(cache, threshold=0.9999, index=index))
+    assert pairs == [(i, 5000 + i) for i in range(10)]
 
 
 # -- the commands, over real images
@@ -163,12 +163,12 @@ def cache(tmp_path_factory):
 def test_the_command_finds_what_was_planted(cache, tmp_path):
     done = CliRunner().invoke(app, ["neighbors", str(cache), "--threshold", "0.99999", "--json"])
     assert done.exit_code == 0, done.output
-    told = json.loads(done.output)
-    found = {(pair["first"], pair["second"]): pair for pair in told["near_duplicates"]}
-    assert found["train/cat/002.png", "test/cat/000.png"]["splits"] == ["train", "test"]
-    assert found["train/cat/001.png", "train/dog/003.png"]["different_labels"]
-    assert ("train/dog/000.png", "test/dog/001.png") in found
-    assert (told["leaks"], told["different_labels"], told["pairs"]) == (2, 1, 3)
+    summary = json.loads(done.output)
+    pairs = {(pair["first"], pair["second"]): pair for pair in summary["near_duplicates"]}
+    assert pairs["train/cat/002.png", "test/cat/000.png"]["splits"] == ["train", "test"]
+    assert pairs["train/cat/001.png", "train/dog/003.png"]["different_labels"]
+    assert ("train/dog/000.png", "test/dog/001.png") in pairs
+    assert (summary["leaks"], summary["different_labels"], summary["pairs"]) == (2, 1, 3)
     shown = CliRunner().invoke(app, ["neighbors", str(cache), "--threshold", "0.99999"]).output
     assert "3 near-duplicates in 3 groups among 12 images" in shown
     assert "different labels: one of the two is likely wrong" in " ".join(shown.split())
@@ -187,15 +187,20 @@ def test_the_nearest_of_each_image_go_to_a_table(cache, tmp_path):
     assert (done.exit_code, "must end in .parquet" in done.output) == (2, True)
 
 
-def test_inspect_warns_of_leakage(cache):
+def test_inspect_warns_of_leakage_warning(cache):
     shown = CliRunner().invoke(app, ["inspect", str(cache)])
     assert "warning:" in shown.output
     assert "in val and test are nearly the same" in shown.output
-    told = json.loads(CliRunner().invoke(app, ["inspect", str(cache), "--json"]).output)
-    assert "figures on them flatter" in told["leakage"]
+    summary = json.loads(CliRunner().invoke(app, ["inspect", str(cache), "--json"]).output)
+    assert "metrics on them are too good" in summary["leakage"]
 
 
 def test_summary_counts_by_splits():
-    told = summary_of(planted(), near_duplicates(planted()))
-    assert told["by_splits"] == {"test - train": 1, "test - unlabeled": 1, "train - train": 2, "train - unlabeled": 1}
-    assert told["groups"] == 5
+    summary = duplicates_summary(planted(), near_duplicates(planted()))
+    assert summary["by_splits"] == {
+        "test - train": 1,
+        "test - unlabeled": 1,
+        "train - train": 2,
+        "train - unlabeled": 1,
+    }
+    assert summary["groups"] == 5

@@ -69,11 +69,11 @@ def test_a_shard_keeps_bytes_and_reads_as_float16(tmp_path):
     assert types["plain"] == ("int8", (5, 1, 4))
     assert types["plain_scale"] == ("float32", (5, 1))
     assert types["strong_scale"] == ("float32", (5, 2))
-    found = read_shard(path, LAYOUT)
-    assert found.plain.dtype == found.strong.dtype == np.float16
-    assert np.array_equal(found.weak, restored(*quantized(shard.weak)))
+    read = read_shard(path, LAYOUT)
+    assert read.plain.dtype == read.strong.dtype == np.float16
+    assert np.array_equal(read.weak, restored(*quantized(shard.weak)))
     # writing what was read gives the very file again
-    assert pack_shard(found) == path.read_bytes()
+    assert pack_shard(read) == path.read_bytes()
     assert verify_shard(path, LAYOUT)[1] == []
 
 

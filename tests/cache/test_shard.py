@@ -105,9 +105,9 @@ def test_round_trip(tmp_path, dtype, weak, strong):
     back = read_shard(finish(tmp_path, shard), layout)
     assert (back.split, back.ids, back.view_seed) == (shard.split, shard.ids, 7 if weak + strong else 0)
     for name in ("labels", "plain", "weak", "strong", "scale", "flip"):
-        wanted, found = getattr(shard, name), getattr(back, name)
-        assert found.dtype == wanted.dtype
-        assert np.array_equal(found, wanted), name
+        wanted, value = getattr(shard, name), getattr(back, name)
+        assert value.dtype == wanted.dtype
+        assert np.array_equal(value, wanted), name
 
 
 def test_a_shard_without_rows_is_fine(tmp_path):
@@ -147,20 +147,20 @@ def test_a_flipped_byte_names_the_shard(tmp_path):
 
 
 def test_every_flipped_byte_is_found(tmp_path):
-    """By the file's checksum always; the walk is over a sample of all places."""
+    """Always by the file's checksum; here for a sample of all positions."""
     path = finish(tmp_path, make_shard())
     data = path.read_bytes()
-    for place in range(0, len(data), 97):
-        path.write_bytes(data[:place] + bytes([data[place] ^ 0x40]) + data[place + 1 :])
-        assert verify_shard(path, LAYOUT)[1], place
+    for position in range(0, len(data), 97):
+        path.write_bytes(data[:position] + bytes([data[position] ^ 0x40]) + data[position + 1 :])
+        assert verify_shard(path, LAYOUT)[1], position
 
 
 def test_a_flipped_feature_names_the_dataset_too(tmp_path):
     shard = make_shard()
     path = finish(tmp_path, shard)
     data = path.read_bytes()
-    place = data.index(shard.weak.tobytes())
-    path.write_bytes(data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :])
+    position = data.index(shard.weak.tobytes())
+    path.write_bytes(data[:position] + bytes([data[position] ^ 1]) + data[position + 1 :])
     _, problems = verify_shard(path, LAYOUT)
     assert len(problems) == 2
     assert "checksum in its record" in problems[0]
@@ -186,7 +186,7 @@ def test_missing_files_are_named(tmp_path):
         read_shard(path, LAYOUT)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"shard": 0}', "null", '{"shard": 0, "strange": 1}'])
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"shard": 0}', "null", '{"shard": 0, "unexpected": 1}'])
 def test_a_damaged_record_names_the_shard(tmp_path, text):
     path = finish(tmp_path, make_shard())
     path.with_suffix(".json").write_text(text)

@@ -6,6 +6,7 @@ import json
 import h5py
 import numpy as np
 import pytest
+import torch
 
 from tests.cache.samples import LAYOUT, PARTS, make_manifest, make_text, put_shard, write_cache
 from ulfine_fast.cache import store
@@ -21,9 +22,9 @@ def folder(tmp_path):
     return tmp_path / "cache"
 
 
-def flip(path, place=-1):
+def flip(path, position=-1):
     data = bytearray(path.read_bytes())
-    data[place] ^= 1
+    data[position] ^= 1
     path.write_bytes(data)
 
 
@@ -77,6 +78,21 @@ def test_each_shard_is_read_once(folder, monkeypatch):
         assert len(cache.ids) == len(cache.plain) == len(cache.labels) == 11
         assert len(cache.views("strong")) == 6
     assert sorted(seen) == [f"{number:05d}.h5" for number in range(5)]
+
+
+def test_rows_of_ids(folder):
+    cache = FeatureCache.open(folder)
+    assert cache.row_of([cache.ids[4], cache.ids[0]]).tolist() == [4, 0]
+    assert cache.row_of([]).dtype == np.int64
+    assert cache.with_labels(cache.labels).row_of(iter(cache.ids)).tolist() == list(range(11))
+    with pytest.raises(InputError) as caught:
+        cache.row_of([cache.ids[1], "b.png", "c.png"], source="labels.csv", fix="remove its line")
+    assert str(caught.value) == (
+        f"labels.csv names 'b.png', which this cache lacks (its ids look like {cache.ids[0]!r}); remove its line"
+    )
+    empty = FeatureCache.from_arrays(np.empty((0, 2)), np.empty(0, int), class_names=["x"])
+    with pytest.raises(InputError, match="the request names 'a', which this cache lacks; use another cache"):
+        empty.row_of(["a"])
 
 
 def test_many_more_shards_than_threads(tmp_path):
@@ -152,8 +168,8 @@ def test_a_label_that_names_no_class_is_refused(tmp_path):
 
 def test_damaged_text_features_are_refused(folder):
     data = (folder / "text.h5").read_bytes()
-    place = data.index(make_text(make_manifest()).features.tobytes())
-    flip(folder / "text.h5", place)
+    position = data.index(make_text(make_manifest()).features.tobytes())
+    flip(folder / "text.h5", position)
     with pytest.raises(InputError, match=r"text\.h5 cannot be used: features does not match its checksum"):
         FeatureCache.open(folder)
     (folder / "text.h5").unlink()
@@ -176,10 +192,10 @@ def test_text_keeps_the_vision_head(folder):
     head = {"ln_post_weight": np.ones(3, np.float32), "projection": np.ones((3, 4), np.float32)}
     manifest = FeatureCache.open(folder).manifest
     write_text(folder, dataclasses.replace(make_text(manifest), head=head))
-    found = read_text(folder, manifest)
-    assert sorted(found.head) == ["ln_post_weight", "projection"]
-    assert found.head["projection"].shape == (3, 4)
-    assert found.prompts == [["a photo of a cat."], ["a photo of a dog."]]
+    text = read_text(folder, manifest)
+    assert sorted(text.head) == ["ln_post_weight", "projection"]
+    assert text.head["projection"].shape == (3, 4)
+    assert text.prompts == [["a photo of a cat."], ["a photo of a dog."]]
 
 
 def test_text_bytes_are_a_function_of_the_features(folder):
@@ -199,8 +215,8 @@ def test_verify_lists_every_damaged_shard(folder):
     cache = FeatureCache.open(folder)
     flip(shard_path(folder, 0))
     shard_path(folder, 4).unlink()
-    found = cache.verify()
-    assert [any(name in problem for problem in found) for name in ("00000", "00004", "00001")] == [True, True, False]
+    problems = cache.verify()
+    assert [any(name in problem for problem in problems) for name in ("00000", "00004", "00001")] == [True, True, False]
 
 
 def test_two_rows_with_one_id_are_a_problem(tmp_path):
@@ -210,26 +226,26 @@ def test_two_rows_with_one_id_are_a_problem(tmp_path):
 
 
 def test_summary_says_what_is_in_it(folder):
-    found = json.loads(json.dumps(FeatureCache.open(folder).summary()))
-    assert found["counts"] == {
+    summary = json.loads(json.dumps(FeatureCache.open(folder).summary()))
+    assert summary["counts"] == {
         "train": {"cat": 3, "dog": 1},
         "unlabeled": {"(unknown)": 2},
         "val": {"dog": 2},
         "test": {"cat": 3},
     }
-    assert (found["images"], found["shards"], found["dim"], found["dtype"]) == (11, 5, 4, "float16")
-    assert found["bytes"] == sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    assert [one["id"] for one in found["skipped"]][:2] == ["train/0/lost0", "train/1/lost0"]
-    assert (found["problems"], found["model"]["name"], found["views"]["strong"]) == ([], "ViT-B-16", 2)
+    assert (summary["images"], summary["shards"], summary["dim"], summary["dtype"]) == (11, 5, 4, "float16")
+    assert summary["bytes"] == sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    assert [one["id"] for one in summary["skipped"]][:2] == ["train/0/lost0", "train/1/lost0"]
+    assert (summary["problems"], summary["model"]["name"], summary["views"]["strong"]) == ([], "ViT-B-16", 2)
 
 
 def test_summary_of_a_damaged_cache_counts_what_is_left(folder):
     cache = FeatureCache.open(folder)
     shard_path(folder, 4).write_bytes(b"gone")
-    found = cache.summary()
-    assert "test" not in found["counts"]
-    assert found["counts"]["train"] == {"cat": 3, "dog": 1}
-    assert len(found["problems"]) == 2
+    summary = cache.summary()
+    assert "test" not in summary["counts"]
+    assert summary["counts"]["train"] == {"cat": 3, "dog": 1}
+    assert len(summary["problems"]) == 2
 
 
 # -- arrays
@@ -288,12 +304,25 @@ def test_one_prompt_may_come_without_its_axis():
         ({"strong": np.ones((3, 1, 3))}, "D = 2"),
         ({"strong": np.full((3, 1, 2), np.inf)}, "strong must be finite, row 0"),
         ({"text_features": np.ones((3, 1, 2))}, r"\(2, P, 2\), got \(3, 1, 2\)"),
+        ({"text_features": np.ones(3)}, r"text_features must have 3 axes, got shape \(3,\)"),
+        ({"text_features": np.array([[1.0, 0.0], [np.nan, 1.0]])}, "text_features must be finite, row 1 is not"),
+        ({"text_features": np.array([[np.inf, 0.0], [0.0, 1.0]])}, "text_features must be finite, row 0 is not"),
+        ({"text_features": np.array([[1.0, 0.0], [1e300, 1.0]])}, "text_features must be finite, row 1 is not"),
     ],
 )
 def test_from_arrays_refuses_what_does_not_fit(change, message):
-    given = {"plain": np.ones((3, 2)), "labels": [0, 1, 1]} | change
+    arguments = {"plain": np.ones((3, 2)), "labels": [0, 1, 1]} | change
     with pytest.raises(InputError, match=message):
-        FeatureCache.from_arrays(given.pop("plain"), given.pop("labels"), **given)
+        FeatureCache.from_arrays(arguments.pop("plain"), arguments.pop("labels"), **arguments)
+
+
+def test_arrays_that_are_read_backwards_are_like_any_other():
+    features, labels = np.arange(6, dtype=np.float32).reshape(3, 2), np.array([0, 1, 1])
+    cache = FeatureCache.from_arrays(features[::-1, ::-1], labels[::-1], weak=features[::-1, None])
+    assert cache.plain.tolist() == features[::-1, ::-1].tolist()
+    for array in (cache.plain, cache.labels, cache.views("weak")):
+        torch.from_numpy(array)  # which takes no negative strides
+    assert np.shares_memory(FeatureCache.from_arrays(features, labels).plain, features)
 
 
 def test_layout_of_the_helper_matches():

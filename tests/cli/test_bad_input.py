@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -100,14 +104,11 @@ def test_a_table_with_an_id_twice(tmp_path):
     ("option", "value", "words"),
     [
         ("--weak", "-1", "-1"),
-        ("--dtype", "float8", "float8"),
         ("--batch-size", "0", "0"),
         ("--shard-size", "0", "0"),
         ("--workers", "-2", "-2"),
-        ("--mode", "append", "append"),
         ("--max-skipped", "1.5", "1.5"),
         ("--device", "tpu", "tpu"),
-        ("--precision", "fp64", "fp64"),
     ],
 )
 def test_extract_options_out_of_range(images, tmp_path, model, option, value, words):
@@ -117,6 +118,9 @@ def test_extract_options_out_of_range(images, tmp_path, model, option, value, wo
 
 def test_an_option_that_is_no_number_is_clicks_own_exit_two(images, tmp_path):
     assert run("extract", images, "--out", tmp_path / "cache", "--weak", "many").exit_code == 2
+    for option, value in (("--dtype", "float8"), ("--mode", "append"), ("--precision", "fp64")):
+        done = run("extract", images, "--out", tmp_path / "cache", option, value)
+        assert (done.exit_code, value in done.stderr) == (2, True)
     assert run("extract", images).exit_code == 2
     assert run("nonsense").exit_code == 2
 
@@ -193,8 +197,7 @@ def test_a_flipped_byte_in_a_shard(cache, tmp_path):
         (["--method", "magic"], "method must be one of"),
         (["--threshold", "1.5"], "threshold must be at most 1, got 1.5"),
         (["--lr", "nan"], "lr must be a finite number"),
-        (["--seeds", "0"], "seeds must be at least 1, got 0"),
-        (["--shape", "round"], "shape must be one of"),
+        (["--method", "linear_probe", "--mu", "0.5"], "method linear_probe does not read mu, which channel_ulfine and"),
         (["--n1", "500"], "n1 = 500 needs 500 labelled images"),
         (["--n1", "2", "--gamma-l", "1", "--m1", "500"], "m1 = 500 needs 500 unlabelled images"),
         (["--device", "tpu"], "device"),
@@ -204,6 +207,14 @@ def test_a_flipped_byte_in_a_shard(cache, tmp_path):
 def test_fit_settings_out_of_range(cache, tmp_path, arguments, words):
     assert words in refused("fit", cache, "--out", tmp_path / "run", *arguments)
     assert not (tmp_path / "run").exists()
+
+
+def test_choices_and_counts_are_refused_by_the_parser(cache, tmp_path):
+    for arguments in (["--shape", "round"], ["--seeds", "0"], ["--align", "sideways"], ["--no-such-option"]):
+        done = run("fit", cache, "--out", tmp_path / "run", *arguments)
+        assert done.exit_code == 2
+        assert arguments[0] in done.stderr
+        assert not (tmp_path / "run").exists()
 
 
 def test_a_run_folder_that_is_something_else_is_refused_before_training(cache, tmp_path):
@@ -260,8 +271,19 @@ def test_ctrl_c_is_exit_code_130_and_a_sentence(monkeypatch, cache, tmp_path):
 def test_version_and_help():
     assert run("--version").stdout.startswith("ulfine-fast ")
     helped = run("fit", "--help").stdout
+    assert "--gamma-l" in helped
+    assert "--no-paf" not in helped
+    assert "--method NAME" in helped
+    helped = run("fit", "--method", "ulfine", "--help").stdout
     for word in ("--gamma-l", "--no-paf", "--threshold"):
         assert word in helped
+
+
+def test_the_help_of_fit_is_short():
+    environment = {**os.environ, "COLUMNS": "100"}
+    command = [sys.executable, "-m", "ulfine_fast.cli.main", "fit", "--help"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert len(done.stdout.splitlines()) <= 90
 
 
 def test_the_table_shows_percent_and_dashes(capsys):

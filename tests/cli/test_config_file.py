@@ -51,7 +51,7 @@ def test_what_is_printed_is_a_file_of_the_same_options(tmp_path):
 
 def test_a_file_changes_what_is_done(tmp_path):
     """Nothing is run while options are printed; with the same file the command does run."""
-    (tmp_path / "options.toml").write_text(f'[extract]\nout = "{tmp_path / "cache"}"\nmode = "nonsense"\n')
+    (tmp_path / "options.toml").write_text(f'[extract]\nout = "{tmp_path / "cache"}"\nbatch_size = 0\n')
     (tmp_path / "images/train/cat").mkdir(parents=True)
     assert run("--config", tmp_path / "options.toml", "--print-config", "extract", tmp_path / "x").exit_code == 0
     done = run("--config", tmp_path / "options.toml", "extract", tmp_path / "no-such-folder")
@@ -66,7 +66,7 @@ def test_a_file_changes_what_is_done(tmp_path):
         ("[fitt]\nlr = 1", "options stand under their command"),
         ("lr = 1", "options stand under their command"),
         ("[fit", "is not TOML"),
-        ("[cache]\nprefix = true", "options stand under their command: [cache.merge]"),
+        ("[cache]\nprefix = true", "options stand under their command: [cache.append], [cache.merge]"),
     ],
 )
 def test_a_wrong_file_ends_in_one_sentence(tmp_path, text, said):

@@ -73,10 +73,10 @@ def test_every_option_reaches_the_cache(images, model, tmp_path):
 
 
 def test_extract_json_is_one_object(images, model, tmp_path):
-    found = json.loads(run_extract(images, tmp_path / "cache", model, "--json"))
-    assert (found["images"], found["encoded"], found["shards"], found["skipped"]) == (5, 5, 3, [])
-    assert found["out"] == str(tmp_path / "cache")
-    assert found["images_per_second"] > 0
+    summary = json.loads(run_extract(images, tmp_path / "cache", model, "--json"))
+    assert (summary["images"], summary["encoded"], summary["shards"], summary["skipped"]) == (5, 5, 3, [])
+    assert summary["out"] == str(tmp_path / "cache")
+    assert summary["images_per_second"] > 0
 
 
 def test_skipped_images_are_listed(images, model, tmp_path):
@@ -92,10 +92,7 @@ def test_skipped_images_are_listed(images, model, tmp_path):
     [
         (["--weak", "-1"], "weak must be at least 0, got -1"),
         (["--batch-size", "0"], "batch size must be at least 1, got 0"),
-        (["--mode", "append"], "mode must be one of resume, overwrite, verify, got 'append'"),
-        (["--dtype", "int4"], "dtype must be float16 or float32 or int8, got 'int4'"),
-        (["--max-skipped", "2"], "share from 0 to 1, got 2"),
-        (["--precision", "int8"], "precision must be one of"),
+        (["--max-skipped", "2"], "fraction from 0 to 1, got 2"),
         (["--prompts", "/nowhere.txt"], r"/nowhere\.txt"),
         (["--class-names", "/nowhere.txt"], r"/nowhere\.txt"),
     ],
@@ -103,6 +100,24 @@ def test_skipped_images_are_listed(images, model, tmp_path):
 def test_a_wrong_value_is_said_with_the_value(images, model, tmp_path, options, message):
     with pytest.raises(InputError, match=message):
         run_extract(images, tmp_path / "cache", model, *options)
+    assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--mode", "append"], "'append' is not one of 'resume', 'overwrite', 'verify'"),
+        (["--dtype", "int4"], "'int4' is not one of 'float16', 'float32', 'int8'"),
+        (["--precision", "int8"], "'int8' is not one of 'fp32', 'bf16', 'fp16'"),
+        (["--features", "cls"], "'cls' is not one of 'projected', 'pre-projection', 'last-block'"),
+        (["--engine", "spark"], "'spark' is not one of 'local', 'ray'"),
+    ],
+)
+def test_a_choice_that_does_not_exist_is_refused_with_the_others(images, tmp_path, options, message):
+    arguments = ["extract", images, "--out", tmp_path / "cache", *options]
+    done = CliRunner().invoke(APP, [str(argument) for argument in arguments])
+    assert done.exit_code == 2
+    assert message in " ".join(done.stderr.replace("│", " ").split())
     assert not (tmp_path / "cache").exists()
 
 
@@ -125,17 +140,17 @@ CHILD = """
 import signal, sys, threading
 signal.signal(signal.SIGINT, signal.default_int_handler)
 from pathlib import Path
-from ulfine_fast.cache.pipeline import extract
+from ulfine_fast.cache.pipeline import encode
 from ulfine_fast.cli.main import main
-reached, note = Path(sys.argv.pop()), extract._Work._note_batch
+reached, add = Path(sys.argv.pop()), encode._OpenPart.add
 seen = []
 def halt(self, *rest):
     seen.append(rest)
     if len(seen) == 2:
         reached.touch()
         threading.Event().wait()
-    note(self, *rest)
-extract._Work._note_batch = halt
+    add(self, *rest)
+encode._OpenPart.add = halt
 main()
 """
 
@@ -186,9 +201,9 @@ def test_inspect_prints_what_is_in_a_cache(images, model, tmp_path, monkeypatch)
 
 def test_inspect_json_is_one_object(images, model, tmp_path):
     run_extract(images, tmp_path / "cache", model)
-    found = json.loads(run("inspect", tmp_path / "cache", "--json"))
-    assert found["counts"] == {"train": {"cat": 2, "dog": 1}, "unlabeled": {"(unknown)": 1}, "test": {"cat": 1}}
-    assert (found["problems"], found["images"], found["dim"]) == ([], 5, 8)
+    summary = json.loads(run("inspect", tmp_path / "cache", "--json"))
+    assert summary["counts"] == {"train": {"cat": 2, "dog": 1}, "unlabeled": {"(unknown)": 1}, "test": {"cat": 1}}
+    assert (summary["problems"], summary["images"], summary["dim"]) == ([], 5, 8)
 
 
 def test_inspect_of_a_damaged_cache_shows_the_rest_and_fails(images, model, tmp_path, capsys):

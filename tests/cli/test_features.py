@@ -85,7 +85,7 @@ def test_refusals(cache, images, model, tmp_path):
     assert "method linear_probe takes no adapter adaptformer" in told.output
     told = run("extract", images, "-o", tmp_path / "c", "--model", model, "--features", "cls")
     assert told.exit_code == 2
-    assert "features must be one of projected, pre-projection, last-block" in told.output
+    assert "'cls' is not one of" in told.output
     assert not (tmp_path / "c").exists()
     told = run("extract", images, "-o", cache, "--model", model, "--dtype", "int8")
     assert told.exit_code == 2

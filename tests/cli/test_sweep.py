@@ -59,7 +59,7 @@ def swept(cache, space, tmp_path_factory):
 def test_the_tables(swept):
     _, out, done = swept
     assert done.exit_code == 0, done.output
-    # nothing but the table where nobody watches
+    # no progress bar where stderr is not a terminal
     assert done.stderr == ""
     for words in ("rank", "balanced_accuracy", "lr", "tau", "±", "on the test split", "trials: 4 complete"):
         assert words in done.stdout
@@ -73,7 +73,7 @@ def test_json_of_a_finished_sweep_continued(swept):
     result = json.loads(done.stdout)
     assert result["counts"] == {"complete": 4}
     assert result["out"] == str(out)
-    assert [place["rank"] for place in result["leaderboard"]] == [1, 2, 3, 4]
+    assert [trial["rank"] for trial in result["leaderboard"]] == [1, 2, 3, 4]
     assert result["best"][0]["seeds"] == [2, 3, 4, 5, 6]
     assert 0 <= result["best"][0]["test"]["accuracy"]["mean"] <= 1
 
@@ -98,7 +98,7 @@ def test_a_forecast_is_printed_or_refused(swept, cache):
     assert done.exit_code == 0, done.output
     content = json.loads((out / "forecast.json").read_text())
     # 16 images are too few to forecast from
-    assert done.stdout == f"\nno forecast: {content['refused']}\n"
+    assert done.stdout == f"no forecast: {content['refused']}\n"
     # the seeds of the refit, and the cache that its runs name
     assert content["seeds"] == [2, 3, 4, 5, 6]
     assert run("forecast", out, "--cache", cache).stdout == done.stdout
@@ -153,7 +153,7 @@ def test_an_option_wins_over_the_file(cache, tmp_path):
     done = run("fit", cache, "--config", path, "--steps", 6, "--lr", 0.03, "--out", tmp_path / "run")
     assert done.exit_code == 0, done.output
     config = json.loads((tmp_path / "run" / "config.json").read_text())["config"]
-    # 0.03 is the default of lr too: given is given
+    # 0.03 is the default of lr too: an option on the command line wins all the same
     assert (config["method"], config["steps"], config["lr"]) == ("linear_probe", 6, 0.03)
 
 
@@ -161,7 +161,7 @@ def test_configs_that_are_refused(cache, tmp_path):
     path = tmp_path / "c.toml"
     for text, words in {
         "steps = 0": "steps must be at least 1, got 0",
-        "step = 3": "unknown setting 'step'",
+        "step = 3": "unknown option 'step'",
         "steps": "is not TOML",
         "lr = { low = 1, high = 2 }": "lr must be a finite number",
     }.items():
@@ -219,9 +219,9 @@ def test_the_shipped_space_and_two_metrics(cache, tmp_path):
     assert result["best"] == []
 
 
-def test_a_setting_nobody_reads_is_warned_of(cache, tmp_path):
+def test_an_option_that_no_method_reads_is_refused(cache, tmp_path):
     path = tmp_path / "space.toml"
     path.write_text(SPACE + "mu = [0.1, 0.2]\n")
-    done = run("sweep", cache, "--space", path, "--trials", 1, "--refit", 0, "--out", tmp_path / "sweep")
-    assert done.exit_code == 0, done.output
-    assert done.stderr == "warning: mu is searched and linear_probe never reads it (it is for ulfine)\n"
+    sentence = refused("sweep", cache, "--space", path, "--trials", 1, "--out", tmp_path / "sweep")
+    assert "method linear_probe does not read mu, which channel_ulfine and ulfine read" in sentence
+    assert not (tmp_path / "sweep").exists()

@@ -16,10 +16,11 @@ from ulfine_fast.cache.models.encoder import load_encoder
 from ulfine_fast.cache.pipeline.extract import extract
 from ulfine_fast.cache.sources import open_source
 from ulfine_fast.cache.store import FeatureCache
-from ulfine_fast.config import METHODS, FitConfig
+from ulfine_fast.config import FitConfig
 from ulfine_fast.core.features import DeviceFeatures
 from ulfine_fast.core.heads import apply_adapter, cosine_logits, frozen_end, new_adapter
 from ulfine_fast.engine.fit import fit, fit_many
+from ulfine_fast.methods import registry
 from ulfine_fast.methods.registry import method_of
 from ulfine_fast.runs.evaluate import evaluate
 from ulfine_fast.runs.predict import predict_images
@@ -67,8 +68,8 @@ def tokens_of(visual, pixels):
 
 def head_of(visual):
     norm = visual.ln_post
-    told = {"ln_post_weight": norm.weight, "ln_post_bias": norm.bias, "projection": visual.proj}
-    return {name: value.detach() for name, value in told.items()} | {"ln_post_eps": norm.weight.new_tensor([norm.eps])}
+    named = {"ln_post_weight": norm.weight, "ln_post_bias": norm.bias, "projection": visual.proj}
+    return {name: value.detach() for name, value in named.items()} | {"ln_post_eps": norm.weight.new_tensor([norm.eps])}
 
 
 @pytest.fixture(scope="module")
@@ -160,7 +161,7 @@ def test_a_fitted_run_is_the_patched_encoder(world, tmp_path):
 
 def test_trials_do_not_depend_on_their_neighbours(world):
     *_, cache = world
-    configs = [dataclasses.replace(QUICK, method="ulfine", seed=seed, rank=rank) for seed, rank in ((0, 2), (1, 5))]
+    configs = [QUICK.with_method("ulfine", seed=seed, rank=rank) for seed, rank in ((0, 2), (1, 5))]
     configs.append(dataclasses.replace(configs[0], adapter="residual"))
     together = fit_many(cache, configs, device="cpu", progress=False)
     for config, run in zip(configs, together, strict=True):
@@ -197,20 +198,20 @@ def test_it_goes_on_after_an_interruption(world, tmp_path):
     def stop(step, rows):
         raise KeyboardInterrupt
 
-    told = {"device": "cpu", "progress": False, "checkpoint": tmp_path / "part"}
+    common = {"device": "cpu", "progress": False, "checkpoint": tmp_path / "part"}
     with pytest.raises(KeyboardInterrupt):
-        fit_many(cache, configs, watch=lambda step, rows: stop(step, rows) if step == 6 else (), **told)
-    for run, wanted in zip(fit_many(cache, configs, **told), fit_many(cache, configs, device="cpu"), strict=True):
+        fit_many(cache, configs, watch=lambda step, rows: stop(step, rows) if step == 6 else (), **common)
+    for run, wanted in zip(fit_many(cache, configs, **common), fit_many(cache, configs, device="cpu"), strict=True):
         for name, tensor in wanted.tensors.items():
             torch.testing.assert_close(run.tensors[name], tensor, atol=1e-6, rtol=1e-5)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", registry.names())
 def test_every_method_takes_it_or_says_so(world, method):
     *_, cache = world
-    config = dataclasses.replace(QUICK, method=method, steps=2, eval_every=2)
+    config = QUICK.with_method(method, steps=2, eval_every=2)
     if not method_of(config).takes_tokens:
-        with pytest.raises(InputError, match=f"method {method} takes no adapter adaptformer; use ulfine"):
+        with pytest.raises(InputError, match=f"method {method} takes no adapter adaptformer; use one of abc, "):
             fit(cache, config, device="cpu", progress=False)
         return
     run = fit(cache, config, device="cpu", progress=False)
@@ -224,9 +225,8 @@ def test_what_it_cannot_do_is_said(world, clusters):
         fit(clusters, QUICK, device="cpu", progress=False)
     with pytest.raises(InputError, match="feature_noise is for features"):
         fit(cache, dataclasses.replace(QUICK, feature_noise=0.1), device="cpu", progress=False)
-    preferring = dataclasses.replace(QUICK, method="fixmatch", pseudo_loss="preference")
-    with pytest.raises(InputError, match="pseudo_loss preference asks texts about features"):
-        fit(cache, preferring, device="cpu", progress=False)
+    with pytest.raises(InputError, match="method preference_fixmatch takes no adapter adaptformer; use one of abc, "):
+        fit(cache, QUICK.with_method("preference_fixmatch"), device="cpu", progress=False)
     with pytest.raises(InputError, match=r"lightweight with adapter adaptformer .* has no fused step"):
         fit(cache, QUICK, device="cpu", progress=False, engine="fused")
     run = fit(cache, QUICK, device="cpu", progress=False)

@@ -8,16 +8,18 @@ import numpy as np
 import pytest
 import torch
 
+import ulfine_fast.core.fused.blocks
 import ulfine_fast.core.fused.step
 from tests.conftest import make_clusters
 from ulfine_fast import fit_many
 from ulfine_fast.cache.io.errors import InputError
-from ulfine_fast.config import METHODS, FitConfig, per_trial_fields
+from ulfine_fast.config import FitConfig, per_trial_options, readable
 from ulfine_fast.core.batches import BatchSource, PaddedRows
 from ulfine_fast.core.features import DeviceFeatures
 from ulfine_fast.core.types import State, Trials
 from ulfine_fast.data.splits import draw_split, labeled_counts
 from ulfine_fast.engine.steps import AutogradSteps, make_stepper
+from ulfine_fast.methods import registry
 from ulfine_fast.methods.registry import method_of
 from ulfine_fast.ops.prototypes import normalize
 
@@ -48,12 +50,14 @@ def configs_of(**values):
         "n1": (30, 20, 25),
     }
     rows = [dict(zip(per_trial, row, strict=True)) for row in zip(*per_trial.values(), strict=True)]
+    rows = [readable(values["method"], row) for row in rows]
     common = {"gamma_l": 10, "gamma_u": 10, "steps": STEPS, "rank": 3, "batch_labeled": 7, "batch_unlabeled": 9}
     return [FitConfig(**{**common, **row, "seed": seed, **values}) for seed, row in enumerate(rows)]
 
 
 def double_trials(cache, configs, splits):
-    values = {name: torch.tensor([float(getattr(c, name)) for c in configs]).double() for name in per_trial_fields()}
+    names = per_trial_options(configs[0])
+    values = {name: torch.tensor([float(getattr(c, name)) for c in configs]).double() for name in names}
     counts = np.stack([labeled_counts(cache.labels, split, len(cache.class_names)) for split in splits])
     log_prior = torch.log(torch.from_numpy(counts / counts.sum(1, keepdims=True)).double().clamp(min=1e-8))
     text = normalize(torch.from_numpy(np.asarray(cache.prototypes)).double()).repeat(len(configs), 1, 1)
@@ -64,15 +68,21 @@ def doubled(tensors):
     return {name: value.double() if value.is_floating_point() else value for name, value in tensors.items()}
 
 
-def race(cache, configs, engine):
+def trained(cache, configs, engine):
     """State, velocity and summed losses after STEPS float64 steps by an engine."""
     splits = [draw_split(cache.labels, cache.splits, cache.class_names, config) for config in configs]
     trials, method = double_trials(cache, configs, splits), method_of(configs[0])
     features = DeviceFeatures.load(cache, torch.device("cpu"))
     features = dataclasses.replace(features, views=normalize(features.views.double()))
-    rows = [PaddedRows.of([getattr(s, role) for s in splits], torch.device("cpu")) for role in ("labeled", "unlabeled")]
+    labeled = PaddedRows.pad([split.labeled for split in splits], torch.device("cpu"))
     source = BatchSource(
-        features, torch.from_numpy(cache.labels)[rows[0].index], *rows, trials, configs[0], method.uses_unlabeled
+        labels=torch.from_numpy(cache.labels)[labeled.index],
+        labeled=labeled,
+        unlabeled=PaddedRows.pad([split.unlabeled for split in splits], torch.device("cpu")),
+        trials=trials,
+        features=features,
+        config=configs[0],
+        pairs=method.uses_unlabeled,
     )
     started = method.start(trials)
     state = State(doubled(started.parameters), doubled(started.memory))
@@ -84,12 +94,12 @@ def race(cache, configs, engine):
 
 
 def compare(cache, configs):
-    slow, fast = race(cache, configs, "specification"), race(cache, configs, "fused")
+    slow, fast = trained(cache, configs, "specification"), trained(cache, configs, "fused")
     for name, wanted in slow[0].items():
         torch.testing.assert_close(fast[0][name], wanted, rtol=1e-8, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}")
     for name, wanted in slow[1].items():
         torch.testing.assert_close(fast[1][name], wanted, rtol=1e-8, atol=1e-8, msg=lambda m, n=name: f"{n}: {m}")
-    # the specification hands its losses out as float32
+    # the specification returns its losses as float32
     torch.testing.assert_close(fast[2].float(), slow[2], rtol=1e-5, atol=1e-5)
     assert fast[2].abs().sum() > 0
 
@@ -116,8 +126,8 @@ def test_the_fused_step_is_the_specification(cache, values):
     compare(cache, configs_of(**values))
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_whoever_names_a_fused_step_means_its_own_losses(cache, method):
+@pytest.mark.parametrize("method", registry.names())
+def test_a_method_with_a_fused_step_has_the_losses_of_that_step(cache, method):
     # a method that inherits a step and changes the losses would train something else without a word
     configs = configs_of(method=method)
     splits = [draw_split(cache.labels, cache.splits, cache.class_names, config) for config in configs]
@@ -136,7 +146,7 @@ def test_rows_without_a_pseudo_label_may_be_left_out(cache, monkeypatch):
 
 
 def test_blocks_of_trials_change_nothing(cache, monkeypatch):
-    monkeypatch.setattr(ulfine_fast.core.fused.step, "_BLOCK_VALUES", 3000)
+    monkeypatch.setattr(ulfine_fast.core.fused.blocks, "_BLOCK_VALUES", 3000)
     configs = configs_of(method="ulfine") + configs_of(method="ulfine", split_seed=7)
     splits = [draw_split(cache.labels, cache.splits, cache.class_names, config) for config in configs]
     assert len({len(split.unlabeled) for split in splits}) > 1  # padded rows in some blocks
@@ -145,7 +155,7 @@ def test_blocks_of_trials_change_nothing(cache, monkeypatch):
 
 @pytest.mark.parametrize("cores", [1, 2, 5])
 def test_cores_change_nothing(cache, cores, monkeypatch):
-    monkeypatch.setattr(ulfine_fast.core.fused.step, "_CORE_VALUES", 1)
+    monkeypatch.setattr(ulfine_fast.core.fused.blocks, "_CORE_VALUES", 1)
     before = torch.get_num_threads()
     torch.set_num_threads(cores)
     try:
@@ -161,7 +171,7 @@ def test_several_classes_from_one_to_many():
 
 
 def test_parameters_and_velocities_are_views_of_one_buffer_each(cache):
-    state, velocity, _ = race(cache, configs_of(method="ulfine"), "fused")
+    state, velocity, _ = trained(cache, configs_of(method="ulfine"), "fused")
     learned = [state[name] for name in velocity]
     assert len({tensor.untyped_storage().data_ptr() for tensor in learned}) == 1
     assert len({tensor.untyped_storage().data_ptr() for tensor in velocity.values()}) == 1

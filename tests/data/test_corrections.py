@@ -38,9 +38,9 @@ def rows_of(split):
 
 
 def test_the_file_round_trips_with_any_name(tmp_path):
-    told = {'a,"b"\n.png': "cat, the", "ü": "", " x ": "<script>"}
-    write_corrections(tmp_path / "labels.csv", told)
-    assert read_corrections(tmp_path / "labels.csv") == told
+    labels = {'a,"b"\n.png': "cat, the", "ü": "", " x ": "<script>"}
+    write_corrections(tmp_path / "labels.csv", labels)
+    assert read_corrections(tmp_path / "labels.csv") == labels
     assert (tmp_path / "labels.csv").read_bytes().startswith(b'id,label\n"a,""b""\n.png","cat, the"\n')
     assert sorted(p.name for p in tmp_path.iterdir()) == ["labels.csv"]
 
@@ -50,6 +50,8 @@ def test_the_file_round_trips_with_any_name(tmp_path):
     [
         ("", "got none"),
         ("id,class\nx,a\n", "got id, class"),
+        ("id,label,note\nx,a,b\n", "got id, label, note"),
+        ("id,Label\nx,a\n", "'Label', which looks like label"),
         ("id,label\nx\n", "line 2"),
         ("id,label\nx,a\nx,b\n", "two labels"),
     ],
@@ -63,6 +65,23 @@ def test_another_file_is_refused(tmp_path, text, words):
 def test_a_spreadsheets_mark_is_no_part_of_a_name(tmp_path):
     (tmp_path / "labels.csv").write_bytes("id,label\r\nx,a\r\n".encode("utf-8-sig"))
     assert read_corrections(tmp_path / "labels.csv") == {"x": "a"}
+
+
+@pytest.mark.parametrize("name", ["labels.csv", "labels.tsv"])
+def test_tables_of_either_delimiter(tmp_path, name):
+    mark = "\t" if name.endswith(".tsv") else ","
+    labels = {"x, y": "a", "z\t": ""}
+    write_corrections(tmp_path / name, labels)
+    assert (tmp_path / name).read_text().startswith(f"id{mark}label\n")
+    assert read_corrections(tmp_path / name) == labels
+    (tmp_path / name).write_text(f" label{mark}id \na{mark}x\n\n")
+    assert read_corrections(tmp_path / name) == {"x": "a"}
+
+
+def test_numbers_as_pandas_writes_them_and_minus_one():
+    cache = FeatureCache.from_arrays(np.eye(4), [0, 1, 2, 3], class_names=["0", "1", "2", "3.0"], ids=list("abcd"))
+    other = corrected(cache, {"a": "1.0", "b": "-1", "c": " 0", "d": "3.0"})
+    assert other.labels.tolist() == [1, -1, 0, 3]  # the last class is called 3.0
 
 
 def test_labels_stand_over_the_caches_own(cache):
@@ -89,10 +108,10 @@ def test_labels_that_are_none_are_refused(cache, wrong):
 
 
 def test_images_move_within_training_and_out_of_what_is_held_out(cache, split):
-    told = {"0.png": "", "3.png": "b", "4.png": "", "5.png": "a", "7.png": ""}
-    moved = corrected_split(split, corrected(cache, told), told)
+    labels = {"0.png": "", "3.png": "b", "4.png": "", "5.png": "a", "7.png": ""}
+    moved = corrected_split(split, corrected(cache, labels), labels)
     assert rows_of(moved) == [[1, 2, 3], [0, 4], [5], [6]]
-    again = corrected_split(moved, corrected(cache, told), told)
+    again = corrected_split(moved, corrected(cache, labels), labels)
     assert rows_of(again) == rows_of(moved)
 
 
@@ -101,8 +120,8 @@ def test_a_class_keeps_a_label(cache, split):
         corrected_split(split, corrected(cache, {"2.png": "a"}), {"2.png": "a"})
 
 
-def test_mended_labels_make_a_better_classifier_and_are_noted(tmp_path):
-    """Half the labels wrong: a fit on the mended ones is that on right ones, to the bit."""
+def test_corrected_labels_make_a_better_classifier_and_are_noted(tmp_path):
+    """Half the labels are wrong: a fit on the corrected ones equals one on the right ones, to the bit."""
     right = make_clusters(views=False)
     random = np.random.default_rng(1)
     train = np.flatnonzero(right.splits == "train")
@@ -119,11 +138,11 @@ def test_mended_labels_make_a_better_classifier_and_are_noted(tmp_path):
     )
     config = FitConfig(method="linear_probe", val_fraction=0.0, steps=60, eval_every=60)
     first = fit(noisy, config, progress=False)
-    told = {right.ids[row]: right.class_names[right.labels[row]] for row in hit}
-    mended = fit(corrected(noisy, told), config, progress=False)
-    assert mended.metrics["accuracy"] > first.metrics["accuracy"] + 0.05
-    assert torch.equal(mended.tensors["linear"], fit(right, config, progress=False).tensors["linear"])
+    labels = {right.ids[row]: right.class_names[right.labels[row]] for row in hit}
+    corrected_run = fit(corrected(noisy, labels), config, progress=False)
+    assert corrected_run.metrics["accuracy"] > first.metrics["accuracy"] + 0.05
+    assert torch.equal(corrected_run.tensors["linear"], fit(right, config, progress=False).tensors["linear"])
     assert first.relabeled is None
-    mended.save(tmp_path / "run")
-    assert Run.load(tmp_path / "run").relabeled == mended.relabeled
-    assert json.loads((tmp_path / "run" / "config.json").read_text())["relabeled"] == mended.relabeled
+    corrected_run.save(tmp_path / "run")
+    assert Run.load(tmp_path / "run").relabeled == corrected_run.relabeled
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["relabeled"] == corrected_run.relabeled

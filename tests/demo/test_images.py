@@ -104,7 +104,7 @@ def test_an_interrupted_unpacking_leaves_nothing(small_archive: Path, tmp_path: 
     def interrupt(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(demo, "_rename_to", interrupt)
+    monkeypatch.setattr(demo, "_move_to", interrupt)
     with pytest.raises(KeyboardInterrupt):
         unpack_images(tmp_path / "p")
     assert [path.name for path in tmp_path.iterdir()] == ["small.zip"]

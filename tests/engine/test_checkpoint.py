@@ -15,15 +15,14 @@ import torch
 from tests.conftest import make_clusters
 from ulfine_fast import FitConfig, InputError, fit, fit_many
 from ulfine_fast.cache.io import files as atomic
-from ulfine_fast.engine import checkpoint
-from ulfine_fast.engine import scheduling as passes
-from ulfine_fast.engine import trial_batch as loop
+from ulfine_fast.engine import checkpoint, scheduling
+from ulfine_fast.engine.trial_batch import TrialBatch
 
 WILD = {"lr": 0.5, "steps": 30, "eval_every": 10, "val_fraction": 0.3, "n1": 30, "gamma_l": 10, "gamma_u": 10}
 
 
 def mixed():
-    """Trials of two passes; one diverges, one selects its best heads, one stops early."""
+    """Trials of two trial batches; one diverges, one selects its best heads, one stops early."""
     return [
         FitConfig(**WILD, seed=0, select="best"),
         FitConfig(**{**WILD, "lr": 1e38}, seed=1, weight_decay=1e3),
@@ -43,7 +42,7 @@ def same(runs, others):
 
 
 class Died(BaseException):
-    """No error that anybody handles: as when the process is killed."""
+    """An error that no code handles, as when the process is killed."""
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +53,7 @@ def whole(clusters):
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
 @pytest.mark.parametrize("number", [0, 1, 2, 3, 4])
 def test_after_dying_at_any_write_the_rest_is_made_up(clusters, whole, tmp_path, monkeypatch, number, after):
-    """The writes are the head, three evaluations of the first pass, and the end of the second."""
+    """The writes are the head, three validations of the first trial batch, and the end of the second."""
     done, move = [], os.replace
 
     def dying(source, target):
@@ -74,7 +73,7 @@ def test_after_dying_at_any_write_the_rest_is_made_up(clusters, whole, tmp_path,
 
 
 def test_a_killed_process_leaves_what_another_goes_on_from(tmp_path):
-    """The child stops inside its second evaluation, says so through a pipe, and is killed there with SIGKILL."""
+    """The child stops inside its second validation, says so through a pipe, and is killed there with SIGKILL."""
     code = """
 import sys
 from tests.conftest import make_clusters
@@ -106,7 +105,7 @@ fit_many(make_clusters(), [FitConfig(**WILD, seed=s) for s in range(2)], checkpo
 
 def test_what_is_finished_is_not_run_again(clusters, whole, tmp_path, monkeypatch):
     saves, trained = [], []
-    plain_save, plain_train = checkpoint.Checkpoint.save, loop.Pass._advance
+    plain_save, plain_train = checkpoint.Checkpoint.save, TrialBatch._advance
 
     def dying(self, trials, tensors, notes):
         saves.append(trials)
@@ -118,14 +117,14 @@ def test_what_is_finished_is_not_run_again(clusters, whole, tmp_path, monkeypatc
     with pytest.raises(Died):
         fit_many(clusters, mixed(), checkpoint=tmp_path / "c")
     monkeypatch.setattr(checkpoint.Checkpoint, "save", plain_save)
-    monkeypatch.setattr(loop.Pass, "_advance", lambda *given: trained.append(given) or plain_train(*given))
+    monkeypatch.setattr(TrialBatch, "_advance", lambda *args: trained.append(args) or plain_train(*args))
     same(fit_many(clusters, mixed(), checkpoint=tmp_path / "c"), whole)
     assert trained == []
 
 
 @pytest.fixture
 def interrupted(clusters, tmp_path):
-    """A checkpoint of the first evaluation of one trial."""
+    """A checkpoint of the first validation of one trial."""
 
     def stop(step, rows):
         if step == 20:
@@ -137,8 +136,8 @@ def interrupted(clusters, tmp_path):
     return tmp_path / "c"
 
 
-def test_the_rest_may_be_cut_into_other_passes(clusters, tmp_path, monkeypatch):
-    """Interrupted in the second of three passes; what was not begun goes on in passes of another size."""
+def test_the_rest_may_train_in_other_trial_batches(clusters, tmp_path, monkeypatch):
+    """Interrupted in the second of three trial batches; the other trials go on in trial batches of another size."""
     configs = [FitConfig(**WILD, seed=s) for s in range(5)]
     whole, saves, plain_save = fit_many(clusters, configs), [], checkpoint.Checkpoint.save
 
@@ -149,18 +148,18 @@ def test_the_rest_may_be_cut_into_other_passes(clusters, tmp_path, monkeypatch):
             raise Died
 
     monkeypatch.setattr(checkpoint.Checkpoint, "save", dying)
-    monkeypatch.setattr(passes, "trials_that_fit", lambda *given: 2)
+    monkeypatch.setattr(scheduling, "trials_that_fit", lambda *args: 2)
     with pytest.raises(Died):
         fit_many(clusters, configs, checkpoint=tmp_path / "c")
     assert saves == [[0]] * 3 + [[1, 2]] * 2
-    monkeypatch.setattr(passes, "trials_that_fit", lambda *given: 1)
+    monkeypatch.setattr(scheduling, "trials_that_fit", lambda *args: 1)
     for one, other in zip(fit_many(clusters, configs, checkpoint=tmp_path / "c"), whole, strict=True):
         np.testing.assert_allclose(one.test_probabilities, other.test_probabilities, atol=1e-5)
         assert one.metrics["per_class_accuracy"] == other.metrics["per_class_accuracy"]
 
 
 def test_a_fit_that_came_to_nothing_leaves_nothing_that_binds(clusters, interrupted):
-    for path in interrupted.glob("pass-*"):
+    for path in interrupted.glob("batch-*"):
         path.unlink()
     config = FitConfig(**{**WILD, "lr": 0.1})
     same([fit(clusters, config, checkpoint=interrupted)], [fit(clusters, config)])
@@ -193,9 +192,9 @@ def test_a_checkpoint_of_other_splits_or_another_version_is_refused(clusters, in
 
 
 def test_a_damaged_checkpoint_is_named(clusters, interrupted):
-    path = next(interrupted.glob("pass-*"))
+    path = next(interrupted.glob("batch-*"))
     path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(InputError, match=r"pass-0\.safetensors is damaged .*; remove .* to start anew"):
+    with pytest.raises(InputError, match=r"batch-0\.safetensors is damaged .*; remove .* to start anew"):
         fit(clusters, FitConfig(**WILD), checkpoint=interrupted)
     (interrupted / "head.json").write_text("{")
     with pytest.raises(InputError, match=r"head\.json is damaged"):

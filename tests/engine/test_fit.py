@@ -8,20 +8,20 @@ import torch
 
 from tests.conftest import make_clusters
 from ulfine_fast import FeatureCache, FitConfig, InputError, fit, fit_many
+from ulfine_fast.config import readable
 from ulfine_fast.core.features import DeviceFeatures
 from ulfine_fast.data.splits import draw_split
-from ulfine_fast.engine import fit as train
-from ulfine_fast.engine import scheduling as passes
-from ulfine_fast.engine import trial_batch as loop
+from ulfine_fast.engine import fit as fitting
+from ulfine_fast.engine import scheduling
+from ulfine_fast.engine.trial_batch import TrialBatch
 
 METHODS = ["zero_shot", "linear_probe", "lightweight", "ulfine"]
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_trial_alone_and_among_others_gives_the_same(clusters, quick, method):
-    configs = [
-        quick(method=method, seed=s, lr=lr, tau=tau) for s, lr, tau in [(0, 0.1, 1.0), (5, 0.01, 0.0), (9, 0.03, 2.0)]
-    ]
+    values = [(0, 0.1, 1.0), (5, 0.01, 0.0), (9, 0.03, 2.0)]
+    configs = [quick(method=method, seed=s, lr=lr, **readable(method, {"tau": tau})) for s, lr, tau in values]
     together, alone = fit_many(clusters, configs), fit(clusters, configs[1])
     assert together[1].config == configs[1]
     np.testing.assert_allclose(together[1].test_probabilities, alone.test_probabilities, atol=1e-5)
@@ -30,10 +30,10 @@ def test_a_trial_alone_and_among_others_gives_the_same(clusters, quick, method):
     assert together[1].split == alone.split
 
 
-def test_passes_of_one_trial_give_what_one_big_pass_gives(clusters, quick, monkeypatch):
+def test_trial_batches_of_one_trial_give_what_one_big_one_gives(clusters, quick, monkeypatch):
     configs = [quick(seed=s) for s in range(3)]
     whole = fit_many(clusters, configs)
-    monkeypatch.setattr(passes, "budget", lambda device: 1)
+    monkeypatch.setattr(scheduling, "budget", lambda device: 1)
     for one, other in zip(whole, fit_many(clusters, configs), strict=True):
         np.testing.assert_allclose(one.test_probabilities, other.test_probabilities, atol=1e-5)
 
@@ -81,18 +81,16 @@ def test_logit_adjustment_helps_the_rarest_class():
 
 def test_pseudo_labels_help_where_classes_are_clusters():
     cache = make_clusters(classes=4, noise=1.2, train=150, test=60)
-    base = {"n1": 20, "gamma_l": 10, "m1": 100, "shape": "uniform", "steps": 200, "threshold": 0.8}
-    seeds = range(3)
-    probe, ulfine = (
-        fit_many(cache, [FitConfig(method=m, seed=s, **base) for s in seeds]) for m in ("linear_probe", "ulfine")
-    )
+    base = {"n1": 20, "gamma_l": 10, "m1": 100, "shape": "uniform", "steps": 200}
+    probe = fit_many(cache, [FitConfig(method="linear_probe", seed=s, **base) for s in range(3)])
+    ulfine = fit_many(cache, [FitConfig(method="ulfine", seed=s, threshold=0.8, **base) for s in range(3)])
     gain = np.mean(
         [u.metrics["balanced_accuracy"] - p.metrics["balanced_accuracy"] for u, p in zip(ulfine, probe, strict=True)]
     )
     assert gain > 0
 
 
-def test_history_has_a_row_for_each_evaluation(clusters, quick):
+def test_history_has_a_row_for_each_validation(clusters, quick):
     run = fit(clusters, quick(steps=50, eval_every=20))
     assert [row["step"] for row in run.history] == [20, 40, 50]
     last = run.history[-1]
@@ -110,7 +108,7 @@ def test_the_pseudo_label_rate_follows_the_threshold(clusters, quick):
     assert none.history[-1]["loss_unlabeled"] == 0
 
 
-def test_the_best_heads_are_those_of_the_best_evaluation(clusters, quick):
+def test_the_best_heads_are_those_of_the_best_validation(clusters, quick):
     wild = {"lr": 3.0, "steps": 60, "eval_every": 10, "val_fraction": 0.3}
     run = fit(clusters, quick(method="lightweight", select="best", **wild))
     best = max(row["val_balanced_accuracy"] for row in run.history)
@@ -135,7 +133,7 @@ def test_warm_up_weakens_early_pseudo_labels(clusters, quick):
     assert not torch.equal(cold.tensors["linear"], warm.tensors["linear"])
 
 
-def test_without_text_the_class_means_take_its_place(quick):
+def test_without_text_the_class_means_are_the_prototypes(quick):
     cache = make_clusters(text=False)
     run = fit(cache, quick(method="zero_shot", val_fraction=0.0))
     split = draw_split(cache.labels, cache.splits, cache.class_names, run.config)
@@ -268,18 +266,18 @@ def test_unlabelled_rows_that_joined_the_labelled_ones_are_an_oracle(quick):
     drawn = draw_split(cache.labels, cache.splits, cache.class_names, config)
     both = np.concatenate([drawn.labeled, drawn.unlabeled])
     oracle = replace(drawn, labeled=both, unlabeled=drawn.unlabeled[:0])
-    probe, told = fit_many(cache, [config, config], split=[drawn, oracle])
-    assert told.metrics["balanced_accuracy"] > probe.metrics["balanced_accuracy"]
+    probe, informed = fit_many(cache, [config, config], split=[drawn, oracle])
+    assert informed.metrics["balanced_accuracy"] > probe.metrics["balanced_accuracy"]
 
 
 def test_a_split_is_drawn_once_for_all_configs_that_draw_the_same(clusters, quick, monkeypatch):
     drawn = []
 
-    def counting(*given):
-        drawn.append(given[-1])
-        return draw_split(*given)
+    def counting(*args):
+        drawn.append(args[-1])
+        return draw_split(*args)
 
-    monkeypatch.setattr(train, "draw_split", counting)
+    monkeypatch.setattr(fitting, "draw_split", counting)
     configs = [quick(method="zero_shot", seed=s, lr=lr) for s in (0, 1) for lr in (0.1, 0.2)]
     runs = fit_many(clusters, configs)
     assert len(drawn) == 2
@@ -287,19 +285,19 @@ def test_a_split_is_drawn_once_for_all_configs_that_draw_the_same(clusters, quic
 
 
 @pytest.mark.parametrize("method", ["lightweight", "ulfine", "finessl", "clip_adapter"])
-def test_adapters_of_different_rank_share_a_pass(clusters, quick, method):
+def test_adapters_of_different_rank_share_a_trial_batch(clusters, quick, method):
     """Padding beyond a trial's rank stays zero to the bit, and its run is as wide as its own rank."""
     configs = [quick(method=method, rank=rank, seed=rank, lr=0.2) for rank in (4, 16, 7)]
     features = DeviceFeatures.load(clusters, torch.device("cpu"))
-    splits = train._splits(clusters, configs, None)
-    together = loop.Pass(clusters, features, configs, splits)
+    splits = fitting._splits(clusters, configs, None)
+    together = TrialBatch(clusters, features, configs, splits)
     for _ in together.train():
         pass
     name = "down" if method == "clip_adapter" else "adapter.down"
     assert [run.tensors[name].shape[1] for run in together.finish()] == [4, 16, 7]
     for t, run in enumerate(together.finish()):
-        assert not together.gone[t][name][:, configs[t].rank :].any()
-        assert not together.gone[t][name.replace("down", "up")][configs[t].rank :].any()
+        assert not together.finished[t][name][:, configs[t].rank :].any()
+        assert not together.finished[t][name.replace("down", "up")][configs[t].rank :].any()
         alone = fit(clusters, configs[t])
         np.testing.assert_allclose(run.test_probabilities, alone.test_probabilities, atol=1e-5)
         np.testing.assert_array_equal(run.test_probabilities.argmax(1), alone.test_probabilities.argmax(1))
@@ -359,7 +357,7 @@ def test_a_failed_run_says_where_and_what_to_do(clusters, quick, tmp_path):
 
 
 def test_dropped_trials_leave_and_the_rest_is_as_without_them(clusters, quick):
-    """What watch sees is the history's last row, by the place among all configs, whichever pass the trial is in."""
+    """What watch sees is the history's last row, by its position among all configs, whatever its trial batch."""
     configs = [quick(seed=0), quick(method="lightweight"), quick(seed=2), quick(seed=3)]
     whole, seen = fit_many(clusters, configs), []
 
@@ -395,7 +393,7 @@ def test_patience_stops_a_trial_and_its_best_heads_are_kept(clusters, quick):
     np.testing.assert_allclose(stopped.test_probabilities, again.test_probabilities, atol=1e-5)
 
 
-def test_the_test_split_is_not_read_where_nobody_asks(clusters, quick):
+def test_the_test_split_is_not_read_unless_asked_for(clusters, quick):
     run = fit_many(clusters, [quick()], read_test=False)[0]
     asked = fit(clusters, quick())
     assert run.metrics["val"] == asked.metrics["val"]
@@ -404,8 +402,8 @@ def test_the_test_split_is_not_read_where_nobody_asks(clusters, quick):
     assert len(run.test_probabilities) == len(run.test_ids) == 0
 
 
-def test_the_figures_kept_are_those_of_the_kept_heads(clusters, quick):
-    """Pseudo-label health is not computed again at the end: it stands in the row of the evaluation that was kept."""
+def test_the_metrics_kept_are_those_of_the_kept_heads(clusters, quick):
+    """Pseudo-label health is not computed again at the end: it is that of the validation that was kept."""
     wild = {"method": "lightweight", "lr": 3.0, "steps": 60, "eval_every": 10, "val_fraction": 0.3}
     for run in fit_many(clusters, [quick(select="best", **wild), quick(**wild)]):
         scores = [row["val_balanced_accuracy"] for row in run.history]

@@ -1,4 +1,4 @@
-"""Batched figures beside those of one trial at a time."""
+"""Batched metrics beside those of one trial at a time."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from ulfine_fast.core.features import DeviceFeatures
-from ulfine_fast.engine import validation as evaluation
+from ulfine_fast.engine import validation
 from ulfine_fast.engine.fit import _splits
 from ulfine_fast.engine.history import plain
-from ulfine_fast.engine.trial_batch import Pass
+from ulfine_fast.engine.trial_batch import TrialBatch
 from ulfine_fast.metrics import classification as metrics
 
 NAMES = ["pseudo_label_rate", "pseudo_label_precision", "confidence_on_false"]
@@ -18,15 +18,15 @@ NAMES += [f"per_class_pseudo_label_{name}" for name in ("rate", "precision", "re
 
 
 @pytest.fixture(params=[1, 200, 1 << 20], ids="{} values a block".format)
-def one_pass(request, clusters, quick, monkeypatch):
+def batch(request, clusters, quick, monkeypatch):
     """Trials of different splits, one of them shared, in blocks of one row, of a few, and in one."""
-    monkeypatch.setattr(evaluation, "_VALUES", request.param)
-    monkeypatch.setattr(evaluation, "_ROWS", 7 if request.param == 1 else 4096)
+    monkeypatch.setattr(validation, "_VALUES", request.param)
+    monkeypatch.setattr(validation, "_ROWS", 7 if request.param == 1 else 4096)
     configs = [
         quick(seed=s, split_seed=s // 2, n1=10 + 5 * s, val_fraction=0.1 * (s % 3), threshold=0.5) for s in range(5)
     ]
     splits = _splits(clusters, configs, None)
-    made = Pass(clusters, DeviceFeatures.load(clusters, torch.device("cpu")), configs, splits)
+    made = TrialBatch(clusters, DeviceFeatures.load(clusters, torch.device("cpu")), configs, splits)
     torch.manual_seed(0)
     made.state.parameters["linear"] += 0.3 * torch.randn(5, 4, 16)
     return made
@@ -36,37 +36,37 @@ def logits_of(made, t, role, pseudo=False):
     """One trial's logits of its rows, without blocks or padding."""
     rows = torch.from_numpy(getattr(made.splits[t], role))[None]
     forward = made.method.pseudo_logits if pseudo else made.method.logits
-    trials, tensors = made.given.trials.part(t, t + 1), made.state.part(t, t + 1).tensors
-    return forward(trials, tensors, made.given.features.rows(rows))[0].numpy()
+    trials, tensors = made.inputs.trials.part(t, t + 1), made.state.part(t, t + 1).tensors
+    return forward(trials, tensors, made.inputs.features.rows(rows))[0].numpy()
 
 
-def test_accuracies_are_those_of_each_trial_alone(one_pass, clusters):
-    found = one_pass._readers().accuracy(one_pass.given.val)
-    for t, split in enumerate(one_pass.splits):
+def test_accuracies_are_those_of_each_trial_alone(batch, clusters):
+    found = batch._validation().accuracy(batch.inputs.val)
+    for t, split in enumerate(batch.splits):
         if not len(split.val):
             assert np.isnan(found["balanced_accuracy"][t])
             continue
-        wanted = metrics.classification(logits_of(one_pass, t, "val"), clusters.labels[split.val], np.ones(4))
+        wanted = metrics.classification(logits_of(batch, t, "val"), clusters.labels[split.val], np.ones(4))
         for name in ("accuracy", "balanced_accuracy"):
             assert plain(found[name][t]) == pytest.approx(wanted[name])
 
 
-def test_health_is_that_of_each_trial_alone(one_pass, clusters):
-    found = one_pass._readers().health(one_pass.given.unlabeled)
-    for t, split in enumerate(one_pass.splits):
-        probabilities = metrics.softmax(logits_of(one_pass, t, "unlabeled", pseudo=True))
+def test_health_is_that_of_each_trial_alone(batch, clusters):
+    found = batch._validation().health(batch.inputs.unlabeled)
+    for t, split in enumerate(batch.splits):
+        probabilities = metrics.softmax(logits_of(batch, t, "unlabeled", pseudo=True))
         wanted = metrics.pseudo_label_health(probabilities, clusters.labels[split.unlabeled], 0.5, 4)
         for name in NAMES:
             assert plain(found[name][t]) == pytest.approx(wanted[name], abs=1e-6)
 
 
-def test_logits_stand_in_their_places(one_pass):
-    found = one_pass._readers().logits(one_pass.given.test).numpy()
-    for t, split in enumerate(one_pass.splits):
-        np.testing.assert_allclose(found[t, : len(split.test)], logits_of(one_pass, t, "test"), atol=1e-4)
+def test_logits_are_in_the_order_of_the_rows(batch):
+    found = batch._validation().logits(batch.inputs.test).numpy()
+    for t, split in enumerate(batch.splits):
+        np.testing.assert_allclose(found[t, : len(split.test)], logits_of(batch, t, "test"), atol=1e-4)
 
 
 def test_finite_is_asked_of_each_trial():
     tensors = [torch.zeros(4, 3), torch.zeros(4, 2, 2)]
     tensors[0][1, 2], tensors[1][3, 0, 1] = float("inf"), float("nan")
-    assert evaluation.finite(*tensors).tolist() == [True, False, True, False]
+    assert validation.finite(*tensors).tolist() == [True, False, True, False]

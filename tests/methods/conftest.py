@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ulfine_fast.config import FitConfig, per_trial_options
+from ulfine_fast.config import FitConfig, per_trial_options, readable
 from ulfine_fast.core.features import DeviceFeatures
 from ulfine_fast.core.types import Batch, Pool, Trials
 from ulfine_fast.methods.registry import method_of
@@ -32,7 +32,8 @@ def world():
 
     def make(seed=0, trials=2, classes=3, dim=5, labeled=6, unlabeled=8, pool=20, **values):
         torch.manual_seed(seed)
-        config = FitConfig(**{"adapter": "none", "scale": 8.0, "tau": 1.0, "threshold": 0.5, **values})
+        usual = {"adapter": "none", "scale": 8.0, "tau": 1.0, "threshold": 0.5}
+        config = FitConfig(**{**readable(values["method"], usual), **values})
         log_prior = torch.log_softmax(torch.randn(trials, classes), -1)
         told = trials_of(config, normalize(torch.randn(classes, dim)).repeat(trials, 1, 1), log_prior)
         batch = Batch(

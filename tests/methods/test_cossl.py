@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -60,13 +62,13 @@ def test_rarer_classes_are_blended_more_often_and_classes_count_alike():
 def test_a_share_of_one_or_no_unlabelled_images_blends_nothing(world):
     trials, method, state, batch = apart(world, least_labeled=1.0)
     torch.testing.assert_close(method.enhanced(trials, state, batch), batch.labeled)
-    torch.testing.assert_close(method.enhanced(trials, state, batch._replace(strong=None)), batch.labeled)
+    torch.testing.assert_close(method.enhanced(trials, state, replace(batch, strong=None)), batch.labeled)
 
 
 def test_more_labelled_than_unlabelled_rows_share_their_partners(world):
     trials, method, state, batch = apart(world, least_labeled=0.0)
-    few = batch._replace(strong=batch.strong[:, :1])
-    same = batch._replace(strong=batch.strong[:, :1].expand(-1, 6, -1))
+    few = replace(batch, strong=batch.strong[:, :1])
+    same = replace(batch, strong=batch.strong[:, :1].expand(-1, 6, -1))
     torch.testing.assert_close(method.enhanced(trials, state, few), method.enhanced(trials, state, same))
 
 

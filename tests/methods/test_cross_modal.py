@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from ulfine_fast.ops.losses import adjusted_cross_entropy
@@ -21,7 +23,7 @@ def test_texts_are_examples_of_their_classes(world):
 
 def test_a_class_without_images_is_held_by_its_text(world):
     trials, method, state, batch = world(method="cross_modal")
-    batch = batch._replace(labels=torch.zeros_like(batch.labels))
+    batch = replace(batch, labels=torch.zeros_like(batch.labels))
     linear = state.parameters["linear"].requires_grad_(True)
     for _ in range(50):
         method.losses(trials, state, batch).labeled.sum().backward()

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from tests.methods.conftest import pool_of
@@ -14,7 +16,7 @@ def with_pool(world, step, **values):
     rows = normalize(torch.randn(20, 5))
     pool = pool_of(rows, [[0]] * 2, [[0]] * 2, [list(range(20)), list(range(19, -1, -1))], present)
     method.refresh(trials, state, pool, step)
-    return trials, method, state, batch._replace(places=batch.places % 18), pool
+    return trials, method, state, replace(batch, positions=batch.positions % 18), pool
 
 
 def test_late_guesses_are_those_of_the_table(world):
@@ -26,9 +28,9 @@ def test_late_guesses_are_those_of_the_table(world):
     torch.testing.assert_close(wanted.sum(1), totals, rtol=1e-2, atol=1e-2)
     losses = method.losses(trials, state, batch)
     for t in range(2):
-        for i, place in enumerate(batch.places[t].tolist()):
-            assert losses.pseudo.labels[t, i] == wanted[t, place].argmax()
-            assert losses.pseudo.mask[t, i] == float(wanted[t, place].max() >= 0.6)
+        for i, position in enumerate(batch.positions[t].tolist()):
+            assert losses.pseudo.labels[t, i] == wanted[t, position].argmax()
+            assert losses.pseudo.mask[t, i] == float(wanted[t, position].max() >= 0.6)
 
 
 def test_early_guesses_are_fixmatchs(world):

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -103,7 +105,7 @@ def test_where_only_unguessed_classes_would_blend_it_is_fixmatch(world):
     state.memory["guessed"] = torch.tensor([[0.0, 1.0, 0.5], [0.0, 1.0, 0.5]])
     # no image is guessed as the one class that is blended
     far = normalize(trials.prototypes[:, 0] - trials.prototypes[:, 1]).unsqueeze(1)
-    batch = batch._replace(weak=far.expand(-1, 8, -1))
+    batch = replace(batch, weak=far.expand(-1, 8, -1))
     plain, other, start, _ = world(method="fixmatch")
     found, wanted = method.losses(trials, state, batch), other.losses(plain, start, batch)
     torch.testing.assert_close(found.pseudo.probabilities, wanted.pseudo.probabilities)

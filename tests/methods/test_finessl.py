@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -95,7 +96,7 @@ def test_the_main_heads_scale_is_learned_and_predicts(world):
 
 def test_it_remembers_the_last_sure_class_of_each_image(world):
     trials, method, state, batch = prepared(world, given=[2, 2, 2], threshold=0.5)
-    batch = batch._replace(places=torch.arange(U).repeat(T, 1))
+    batch = replace(batch, positions=torch.arange(U).repeat(T, 1))
     losses = method.losses(trials, state, batch)
     method.after_step(trials, state, batch, losses)
     for t in range(T):
@@ -109,7 +110,7 @@ def test_it_remembers_the_last_sure_class_of_each_image(world):
 
 def test_a_image_drawn_twice_keeps_one_of_its_classes(world):
     trials, method, state, batch = prepared(world, threshold=0.0)
-    batch = batch._replace(places=torch.zeros_like(batch.places))
+    batch = replace(batch, positions=torch.zeros_like(batch.positions))
     losses = method.losses(trials, state, batch)
     method.after_step(trials, state, batch, losses)
     assert torch.equal(state.scratch["given"][:, 0], losses.pseudo.labels.amax(-1))
@@ -122,7 +123,7 @@ def test_no_margin_while_nobody_was_given_a_class(world):
 
 def test_no_unlabelled_images_no_unlabelled_loss(world):
     trials, method, state, batch = prepared(world)
-    batch = batch._replace(weak=None, strong=None, places=None)
+    batch = replace(batch, weak=None, strong=None, positions=None)
     losses = method.losses(trials, state, batch)
     method.after_step(trials, state, batch, losses)
     assert losses.unlabeled.tolist() == [0, 0]

@@ -47,14 +47,15 @@ def test_only_images_over_the_fixed_threshold_are_noted(world):
     method.after_step(trials, state, batch, losses)
     for t in range(2):
         wanted = before[t].tolist()
-        told = {}
-        for place, row in zip(batch.places[t].tolist(), logits_of(batch.weak[t], trials.prototypes[t]), strict=True):
+        noted = {}
+        rows = logits_of(batch.weak[t], trials.prototypes[t])
+        for position, row in zip(batch.positions[t].tolist(), rows, strict=True):
             sure, k = best(softmax(row))
             if sure >= 0.9:
-                told[place] = max(k, told.get(place, -1))
-        assert told
-        for place, k in told.items():
-            wanted[place] = k
+                noted[position] = max(k, noted.get(position, -1))
+        assert noted
+        for position, k in noted.items():
+            wanted[position] = k
         assert state.scratch["given"][t].tolist() == wanted
 
 

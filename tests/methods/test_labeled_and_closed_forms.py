@@ -7,6 +7,7 @@ import pytest
 
 from tests.conftest import make_clusters
 from ulfine_fast import fit, fit_many
+from ulfine_fast.config import readable
 from ulfine_fast.data.splits import draw_split
 from ulfine_fast.runs.run import Run
 
@@ -53,8 +54,8 @@ def test_a_saved_run_predicts_what_the_fit_did(clusters, quick, tmp_path, method
 @pytest.mark.parametrize("method", METHODS)
 def test_it_beats_a_text_that_knows_little(quick, method):
     cache = make_clusters(classes=6, text_noise=2.0, noise=0.7)
-    tuned = {"cache_weight": 10.0, "anchor": 0.05, "labeled_weight": 10.0, "adapter_scale": 0.5}
-    zero, other = (fit(cache, quick(method=m, lr=0.1, **tuned)) for m in ("zero_shot", method))
+    tuned = {"cache_weight": 10.0, "anchor": 0.05, "labeled_weight": 10.0, "adapter_scale": 0.5, "lr": 0.1}
+    zero, other = (fit(cache, quick(method=m, **readable(m, tuned))) for m in ("zero_shot", method))
     assert other.metrics["balanced_accuracy"] > zero.metrics["balanced_accuracy"] + 0.05
 
 

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -13,7 +15,7 @@ def test_the_loss_is_the_adjusted_cross_entropy_of_the_labelled_images_alone(wor
     trials, method, state, batch = world(method="lift", adapter="residual")
     assert not method.uses_unlabeled
     # the engine draws no unlabelled images for a method that uses none
-    losses = method.losses(trials, state, batch._replace(weak=None, strong=None, places=None))
+    losses = method.losses(trials, state, replace(batch, weak=None, strong=None, positions=None))
     logits = 8.0 * batch.labeled @ trials.prototypes.transpose(1, 2)
     wanted = adjusted_cross_entropy(logits, batch.labels, trials.log_prior, torch.ones(2)).mean(-1)
     torch.testing.assert_close(losses.labeled, wanted, rtol=1e-4, atol=1e-5)

@@ -37,8 +37,8 @@ def encoder_end():
 
 def before(world, head, **values):
     """Two trials that read tokens, their method and its state."""
-    trials, *_ = world()
-    config = dataclasses.replace(trials.config, method="lift_head", **{"feature": "pre-projection", **values})
+    trials, *_ = world(method="lift_head")
+    config = dataclasses.replace(trials.config, **{"feature": "pre-projection", **values})
     trials = dataclasses.replace(trials, config=config, head=head)
     method = method_of(config)
     return trials, method, method.start(trials)

@@ -21,7 +21,7 @@ from ulfine_fast.config import FitConfig
 from ulfine_fast.core.features import DeviceFeatures
 from ulfine_fast.data.splits import draw_split
 from ulfine_fast.engine.fit import fit, fit_many
-from ulfine_fast.engine.trial_batch import Pass
+from ulfine_fast.engine.inputs import trial_inputs
 from ulfine_fast.ops.sgd import cosine_rate
 from ulfine_fast.runs.evaluate import evaluate
 from ulfine_fast.runs.predict import predict_images
@@ -86,10 +86,10 @@ def draws_of(cache, config):
     """Row, view and label of every labelled image of every step, and the log prior, as the engine draws them."""
     split = draw_split(cache.labels, cache.splits, cache.class_names, config)
     features = DeviceFeatures.load(cache, torch.device("cpu"), tokens=True)
-    given = Pass(cache, features, [config], [split]).given
-    for _, draws in given.batches(pairs=False).draws(0, config.steps):
+    inputs = trial_inputs(cache, features, [config], [split])
+    for _, draws in inputs.batches(pairs=False).draws(0, config.steps):
         where, view = draws.labeled[0] // features.views.shape[1], draws.labeled[0] % features.views.shape[1]
-        yield cache.view_rows[where], view.tolist(), draws.labels[0], given.trials.log_prior[0]
+        yield cache.view_rows[where], view.tolist(), draws.labels[0], inputs.trials.log_prior[0]
 
 
 def trained_end_to_end(tower, source, cache, config):
@@ -203,10 +203,11 @@ def test_what_it_cannot_do_is_said(caches, clusters):
             projected,
             "crop_epochs is 4 and this cache does not say how much .* again with --weak 4 --smallest-crop 0.08",
         ),
-        (dataclasses.replace(projected, method="ulfine", feature="pre-projection"), "use lift_head"),
     ):
         with pytest.raises(InputError, match=message):
             fit(clusters, config, device="cpu", progress=False)
+    with pytest.raises(InputError, match="method ulfine does not read feature, which lift_head reads"):
+        dataclasses.replace(projected, method="ulfine", feature="pre-projection")
     bare = FeatureCache.from_arrays(clusters.plain, clusters.labels, text_features=clusters.text_features)
     with pytest.raises(InputError, match="this cache holds no weak views; extract the images again with --weak 4"):
         fit(bare, projected, device="cpu", progress=False)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -42,12 +43,12 @@ def test_no_gradient_flows_through_the_soft_labels(world):
     once = linear.grad.clone()
     linear.grad = None
     # where strong and weak agree, a soft label is a fixed point: its gradient must vanish
-    method.losses(trials, state, batch._replace(strong=batch.weak)).unlabeled.sum().backward()
+    method.losses(trials, state, replace(batch, strong=batch.weak)).unlabeled.sum().backward()
     assert linear.grad.abs().max() < 1e-5 < once.abs().max()
 
 
 def test_no_unlabelled_images_no_unlabelled_loss(world):
     trials, method, state, batch = world(method="loft")
-    losses = method.losses(trials, state, batch._replace(weak=None, strong=None))
+    losses = method.losses(trials, state, replace(batch, weak=None, strong=None))
     assert losses.unlabeled.tolist() == [0, 0]
     assert losses.pseudo is None

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
-from ulfine_fast.config import FitConfig, per_trial_fields
+from ulfine_fast.config import FitConfig, per_trial_options, readable
 from ulfine_fast.core.types import Batch, Trials
 from ulfine_fast.methods.registry import method_of
 from ulfine_fast.ops.prototypes import normalize
@@ -18,8 +19,9 @@ T, B, U, K, D = 2, 6, 8, 3, 5
 def world(seed=0, **values):
     """Two trials, their method, its first state and one batch, in float64 where a formula is compared."""
     torch.manual_seed(seed)
-    config = FitConfig(**{"adapter": "none", "scale": 8.0, "tau": 1.0, "threshold": 0.5, **values})
-    hyper = {name: torch.full((T,), float(getattr(config, name))) for name in per_trial_fields()}
+    usual = {"adapter": "none", "scale": 8.0, "tau": 1.0, "threshold": 0.5}
+    config = FitConfig(**{**readable(values["method"], usual), **values})
+    hyper = {name: torch.full((T,), float(getattr(config, name))) for name in per_trial_options(config)}
     prior = torch.softmax(torch.randn(T, K), -1)
     prototypes = normalize(torch.randn(K, D)).repeat(T, 1, 1)
     trials = Trials(config, hyper, torch.tensor([1, 2]), prototypes, torch.log(prior))
@@ -102,7 +104,7 @@ def test_lightweights_unlabelled_loss_is_fixmatchs(threshold):
 def test_no_unlabelled_images_no_unlabelled_loss():
     for name in ("lightweight", "ulfine"):
         trials, method, state, batch = world(method=name)
-        losses = method.losses(trials, state, batch._replace(weak=None, strong=None))
+        losses = method.losses(trials, state, replace(batch, weak=None, strong=None))
         assert losses.unlabeled.tolist() == [0, 0]
         assert losses.pseudo is None
 

@@ -7,6 +7,7 @@ import pytest
 
 from tests.conftest import make_clusters
 from ulfine_fast import fit, fit_many
+from ulfine_fast.config import readable
 from ulfine_fast.runs.run import Run
 
 METHODS = [
@@ -30,7 +31,7 @@ METHODS = [
 def test_a_trial_alone_and_among_others_gives_the_same(clusters, quick, method):
     # other counts, so that the trial in the middle is padded in both roles
     configs = [
-        quick(method=method, seed=s, n1=n1, m1=m1, steps=20, eval_every=10, threshold=0.5)
+        quick(method=method, seed=s, n1=n1, m1=m1, steps=20, eval_every=10, **readable(method, {"threshold": 0.5}))
         for s, n1, m1 in [(0, 30, 30), (5, 20, 12), (9, 25, 20)]
     ]
     together, alone = fit_many(clusters, configs), fit(clusters, configs[1])

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -75,7 +76,7 @@ def test_at_the_start_sure_guesses_are_fixmatchs_and_labels_are_adjusted(world):
 def test_sure_guesses_at_tau_0_are_fixmatchs_loss(world):
     # at a high threshold soft guesses are all but hard
     trials, method, state, batch = with_counts(world, threshold=0.999, tau=0.0, scale=60.0)
-    plain, other, start, _ = world(method="fixmatch", threshold=0.999, tau=0.0, scale=60.0)
+    plain, other, start, _ = world(method="fixmatch", threshold=0.999, scale=60.0)
     found, wanted = method.losses(trials, state, batch), other.losses(plain, start, batch)
     assert wanted.pseudo.mask.sum() > 0
     torch.testing.assert_close(found.unlabeled, wanted.unlabeled, rtol=1e-2, atol=5e-3)
@@ -96,7 +97,7 @@ def test_it_finds_the_unlabelled_distribution_of_clear_images(world):
     trials, method, state, batch = world(method="simpro", scale=60.0, rho=0.5, unlabeled=10)
     truth = torch.tensor([[0] * 7 + [1] * 2 + [2], [0] + [1] * 2 + [2] * 7])
     clear = trials.prototypes.gather(1, truth.unsqueeze(-1).expand(-1, -1, 5))
-    batch = batch._replace(weak=clear, strong=clear)
+    batch = replace(batch, weak=clear, strong=clear)
     for _ in range(20):
         method.after_step(trials, state, batch, method.losses(trials, state, batch))
     shares = state.memory["hidden"] / state.memory["hidden"].sum(-1, keepdim=True)

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
 import torch
 
 from tests.methods.conftest import pool_of
+from ulfine_fast.cache.io.errors import InputError
+from ulfine_fast.config import readable
 
 T, K = 2, 3
 COUNTS = [[4, 2, 1], [1, 0, 3]]
@@ -43,10 +46,10 @@ def effective(counts, beta):
 @pytest.mark.parametrize("method", ["cross_entropy", "balanced_softmax", "class_balanced", "ldam"])
 @pytest.mark.parametrize("late", [False, True])
 def test_losses_row_by_row(world, method, late):
-    # a tau that none of them may read
-    trials, chosen, state, batch = counted(
-        world, method, tau=7.0, effective_beta=0.9, largest_margin=0.4, defer=0.5, steps=10
-    )
+    values = {"effective_beta": 0.9, "largest_margin": 0.4, "reweight_after": 0.5, "steps": 10}
+    trials, chosen, state, batch = counted(world, method, **readable(method, values))
+    with pytest.raises(InputError, match=f"method {method} does not read tau"):
+        dataclasses.replace(trials.config, tau=7.0)
     if method == "ldam":
         state.scratch["steps"].fill_(5.0 if late else 4.0)
     losses = chosen.losses(trials, state, batch)
@@ -61,13 +64,13 @@ def test_losses_row_by_row(world, method, late):
 
 
 def test_balanced_softmax_is_the_linear_probe_at_tau_one(world):
-    trials, chosen, state, batch = counted(world, "balanced_softmax", tau=1.0)
-    _, probe, _, _ = world(method="linear_probe", tau=1.0)
-    torch.testing.assert_close(chosen.losses(trials, state, batch).labeled, probe.losses(trials, state, batch).labeled)
+    trials, chosen, state, batch = counted(world, "balanced_softmax")
+    own, probe, _, _ = world(method="linear_probe", tau=1.0)
+    torch.testing.assert_close(chosen.losses(trials, state, batch).labeled, probe.losses(own, state, batch).labeled)
 
 
 def test_ldam_counts_steps(world):
-    trials, chosen, state, batch = counted(world, "ldam", defer=0.5, steps=4)
+    trials, chosen, state, batch = counted(world, "ldam", reweight_after=0.5, steps=4)
     plain = chosen.weights(trials, state)
     for _ in range(2):
         assert torch.equal(chosen.weights(trials, state), plain)

@@ -151,8 +151,17 @@ def test_a_saved_run_gives_the_same_logits(clusters, tmp_path):
 def test_a_trial_alone_is_the_same_as_among_others(clusters):
     configs = [
         plus(seed=3),
-        plus(seed=5, n1=9, m1=30, shape="reversed", lean=0.5, sharp=20.0, trust=5.0, shrink=0.2),
-        plus(seed=7, n1=30, m1=20, label_weight=2.0, pull=1.0, view_weight=0.0),
+        plus(
+            seed=5,
+            n1=9,
+            m1=30,
+            shape="reversed",
+            probe_weight=0.5,
+            sharpness_end=20.0,
+            evidence_temperature=5.0,
+            shrinkage=0.2,
+        ),
+        plus(seed=7, n1=30, m1=20, label_weight=2.0, prior_pseudo_count=1.0, view_weight=0.0),
     ]
     for run in fit_many(clusters, configs)[:2]:
         alone = fit(clusters, run.config)
@@ -241,7 +250,8 @@ def explicit_logits(run, features):
     for centers, factors, core in zip(t["centers"], t["factors"], t["core"], strict=True):
         metric = np.eye(x.shape[1]) + factors.T @ core @ factors
         length = np.sqrt(((x @ metric) * x).sum(1, keepdims=True))
-        candidates.append(run.config.sharp * x @ metric @ centers.T / length + run.config.lean * linear)
+        cosines = x @ metric @ centers.T / length
+        candidates.append(run.config.sharpness_end * cosines + run.config.probe_weight * linear)
     total = 0.0
     for z, weight, temperature in zip(candidates, t["weights"], t["temperature"], strict=True):
         p = np.exp((z - z.max(1, keepdims=True)) / temperature)
@@ -251,22 +261,22 @@ def explicit_logits(run, features):
 
 @pytest.mark.usefixtures("brief")
 def test_the_prediction_is_the_weighted_mean_of_the_candidates(clusters):
-    run = fit(clusters, plus(lean=0.7, sharp=15.0))
+    run = fit(clusters, plus(probe_weight=0.7, sharpness_end=15.0))
     features = unit_rows(clusters, np.arange(0, len(clusters), 7))
     np.testing.assert_allclose(run.logits(features), explicit_logits(run, features), rtol=1e-2, atol=2e-3)
     np.testing.assert_allclose(np.exp(run.logits(features)).sum(1), 1, atol=1e-4)
 
 
 @pytest.mark.usefixtures("brief")
-def test_trust_decides_how_far_the_weights_part():
+def test_the_evidence_temperature_decides_how_far_the_weights_part():
     hard = make_clusters(noise=1.8)
-    even, sure = fit_many(hard, [plus(trust=0.0), plus(trust=1e6)])
+    even, sure = fit_many(hard, [plus(evidence_temperature=0.0), plus(evidence_temperature=1e6)])
     torch.testing.assert_close(even.tensors["weights"], torch.full((6,), 1 / 6))
     assert sure.tensors["weights"].max() == pytest.approx(1.0)
 
 
-def test_without_lean_clusters_forget_the_probe(clusters, watched):
-    fit(clusters, plus(lean=0.0))
+def test_without_probe_weight_clusters_forget_the_probe(clusters, watched):
+    fit(clusters, plus(probe_weight=0.0))
     assert watched[0][0].anchor.abs().max() == 0
 
 

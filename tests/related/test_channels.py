@@ -58,7 +58,7 @@ def test_heads_see_different_channels_of_the_wanted_number():
     channels = draw_channels(torch.tensor([3, 3, 4]), 4, 20, torch.tensor([0.3, 0.001, 1.0]))
     assert channels.sum(-1).tolist() == [[6.0] * 4, [1.0] * 4, [20.0] * 4]
     assert len({tuple(head) for head in channels[0].tolist()}) == 4
-    # every channel of a smaller share is among those of a larger one with the same seed
+    # every channel of a smaller fraction is among those of a larger one with the same seed
     assert (channels[1] <= channels[0]).all()
 
 

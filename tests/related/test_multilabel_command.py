@@ -23,7 +23,7 @@ QUICK = ("--steps", 4, "--batch", 8)
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory):
-    """Images in one folder, whose classes stand in a table."""
+    """Images in one folder, whose classes are in a table."""
     folder = tmp_path_factory.mktemp("multilabel")
     model = write_tiny_model(folder / "model")
     source = write_images(folder / "images", {"all": 24})
@@ -45,24 +45,24 @@ def labels(cache, tmp_path):
 def test_a_run_from_a_folder_and_a_table(cache, labels, tmp_path):
     done = run("multilabel", cache, labels, "--out", tmp_path / "run", *QUICK, "--json")
     assert done.exit_code == 0, done.output
-    told = json.loads(done.stdout)["comic"]
-    figures = json.loads((tmp_path / "run" / "metrics.json").read_text())
-    assert told["map"]["mean"] == figures["map"]
-    assert figures["rows"] == {"train": 19, "val": 0, "test": 5}
+    printed = json.loads(done.stdout)["comic"]
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert printed["map"]["mean"] == metrics["map"]
+    assert metrics["rows"] == {"train": 19, "val": 0, "test": 5}
     with (tmp_path / "run" / "predictions.csv").open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     opened = FeatureCache.open(cache)
     assert [row["id"] for row in rows] == opened.ids
     assert {row["split"] for row in rows} == {"train", "test"}
-    found = np.array([[float(row[name]) for name in ("cat", "sofa", "rain")] for row in rows])
-    own = MultiLabelRun.load(tmp_path / "run").probabilities(opened.plain)
-    np.testing.assert_allclose(found, own, atol=1e-6)
+    written = np.array([[float(row[name]) for name in ("cat", "sofa", "rain")] for row in rows])
+    computed = MultiLabelRun.load(tmp_path / "run").probabilities(opened.plain)
+    np.testing.assert_allclose(written, computed, atol=1e-6)
     assert (tmp_path / "run" / "restored.csv").read_text().startswith("id,class,probability")
 
 
 def test_several_seeds_and_parquet(cache, labels, tmp_path):
-    given = ("multilabel", cache, labels, "--out", tmp_path / "runs", *QUICK, "--method", "bce")
-    done = run(*given, "--seeds", 2, "--table", "parquet")
+    command = ("multilabel", cache, labels, "--out", tmp_path / "runs", *QUICK, "--method", "bce")
+    done = run(*command, "--seeds", 2, "--table", "parquet")
     assert done.exit_code == 0, done.output
     assert "bce, mean average precision in percent: map" in done.output
     table = pq.read_table(tmp_path / "runs" / "seed-1" / "predictions.parquet")
@@ -70,17 +70,20 @@ def test_several_seeds_and_parquet(cache, labels, tmp_path):
     summary = json.loads((tmp_path / "runs" / "summary.json").read_text())
     assert summary["seeds"] == [0, 1]
     assert summary["metrics"]["map"]["n"] == 2
-    assert run(*given, "--seeds", 2).exit_code == 0  # a run may be replaced
+    assert run(*command, "--seeds", 2).exit_code == 0  # a run may be replaced
     assert not (tmp_path / "runs" / "seed-1" / "predictions.parquet").exists()
 
 
-def test_mistakes_are_said(cache, labels, tmp_path):
+def test_mistakes_are_refused(cache, labels, tmp_path):
     out = ("--out", tmp_path / "run")
     assert "no such" in refused("multilabel", cache, tmp_path / "none.csv", *out).lower()
     assert "none.cache" in refused("multilabel", tmp_path / "none.cache", labels, *out)
-    assert "got 'xlsx'" in refused("multilabel", cache, labels, *out, "--table", "xlsx")
+    for option, value in (("--table", "xlsx"), ("--method", "ulfine")):
+        done = run("multilabel", cache, labels, *out, option, value)
+        assert done.exit_code == 2
+        assert f"Invalid value for '{option}'" in done.stderr
+        assert f"'{value}' is not one of" in done.stderr
     assert "seeds must be at least 1" in refused("multilabel", cache, labels, *out, "--seeds", 0)
-    assert "method must be one of comic, asymmetric, bce" in refused("multilabel", cache, labels, "--method", "ulfine")
     text = labels.read_text()
     for old, new, sentence in (
         ("id,cat", "name,cat", "must have the column id"),
@@ -98,7 +101,7 @@ def test_mistakes_are_said(cache, labels, tmp_path):
     assert "is no multi-label run" in refused("multilabel", cache, labels, "--out", tmp_path / "notes")
 
 
-def test_commands_for_one_label_a_image_refuse_its_run(cache, labels, tmp_path):
+def test_commands_for_one_label_an_image_refuse_its_run(cache, labels, tmp_path):
     assert run("multilabel", cache, labels, "--out", tmp_path / "run", *QUICK).exit_code == 0
     out = tmp_path / "out"
     for command, others in {"eval": (), "report": ("--out", out), "export": (out,), "predict": (cache,)}.items():

@@ -26,7 +26,7 @@ def test_the_preference_by_hand():
         assert loss.item() == pytest.approx(-math.log(1 / (1 + math.exp(ce + log_g))), rel=1e-5, abs=1e-7)
 
 
-def test_its_gradient_is_cross_entropys_times_a_share():
+def test_its_gradient_is_a_fraction_of_cross_entropys():
     p, g = torch.exp(-ROWS), torch.exp(REFERENCE)
     torch.testing.assert_close(weights("preference"), g / (g + p))
 
@@ -51,7 +51,7 @@ def test_references_that_rule_everything_out_leave_finite_losses():
         assert torch.isfinite(preferred(ROWS, REFERENCE - 1e4, form)).all()
 
 
-def test_what_references_think_by_hand():
+def test_the_references_log_likelihood_by_hand():
     torch.manual_seed(0)
     heads, features = torch.randn(4, 2, 3, 5), torch.randn(2, 6, 5)
     labels = torch.randint(3, (2, 6))

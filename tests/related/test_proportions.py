@@ -46,12 +46,12 @@ def test_both_forms_of_the_table_say_the_same(read, shares):
     bags = read(shares=shares)
     assert bags.names == ("x", "y")
     assert [rows.tolist() for rows in bags.members] == [[0, 2], [3]]
-    assert bags.shares.tolist() == [[0.5, 0, 0.5], [0, 1, 0]]
+    assert bags.proportions.tolist() == [[0.5, 0, 0.5], [0, 1, 0]]
 
 
 def test_rounded_shares_are_made_to_sum_to_one(read):
     bags = read(shares="bag,class,share\ny,dog,1\nx,cat,0.333\nx,dog,0.333\nx,a hen,0.333\n")
-    np.testing.assert_allclose(bags.shares[0], [1 / 3] * 3)
+    np.testing.assert_allclose(bags.proportions[0], [1 / 3] * 3)
 
 
 @pytest.mark.parametrize(
@@ -59,10 +59,14 @@ def test_rounded_shares_are_made_to_sum_to_one(read):
     [
         ("id,label\n0.png,x\n", LONG, "must have the columns id and bag, got id, label"),
         ("id,bag\n", LONG, "bags.csv has no line"),
-        ("", LONG, "bags.csv has no line"),
+        ("", LONG, "bags.csv must have the columns id and bag, got none"),
         ("id,bag\n0.png\n", LONG, "line 2 of .*bags.csv has 1 cells instead of 2"),
         ("id,bag\n0.png,\n", LONG, "names no bag for '0.png'"),
-        ("id,bag\nno.png,x\n", LONG, "bag 'x' of .* holds 'no.png', which this cache lacks; remove its line"),
+        (
+            "id,bag\nno.png,x\n",
+            LONG,
+            r"bags.csv names 'no.png', which this cache lacks \(its ids look like '0.png'\); remove its line",
+        ),
         ("id,bag\n7.png,x\n", LONG, "holds '7.png', a test image of this cache"),
         ("id,bag\n6.png,x\n", LONG, "holds '6.png', a val image of this cache"),
         (BAGS + "0.png,y\n", LONG, "puts '0.png' into bag 'x' and again into 'y'; keep one line"),
@@ -92,7 +96,7 @@ def test_a_mistake_is_one_sentence(read, bags, shares, words):
 
 
 def test_a_missing_file_is_named(tmp_path, cache):
-    with pytest.raises(InputError, match=r"cannot read .*none.csv .*name a CSV file with the columns id and bag"):
+    with pytest.raises(InputError, match=r"no such table: .*none.csv; name a .* file with the columns id and bag"):
         read_bags(tmp_path / "none.csv", tmp_path / "none.csv", cache)
 
 
@@ -140,9 +144,9 @@ def folder(tmp_path_factory):
 
 
 def test_the_command_fits_the_bags_of_two_files(folder, tmp_path):
-    given = ["--bags", folder / "bags.csv", "--proportions", folder / "shares.csv"]
+    files = ["--bags", folder / "bags.csv", "--proportions", folder / "shares.csv"]
     fit_it = ["fit", folder / "cache", "--method", "proportions", "--steps", 6, "--eval-every", 2]
-    done = run(*fit_it, *given, "--out", tmp_path / "run", "--json")
+    done = run(*fit_it, *files, "--out", tmp_path / "run", "--json")
     assert done.exit_code == 0, done.output
     json.loads(done.stdout)
     found = Run.load(tmp_path / "run")
@@ -154,14 +158,19 @@ def test_the_command_fits_the_bags_of_two_files(folder, tmp_path):
     assert Run.load(tmp_path / "again").metrics["balanced_accuracy"] == found.metrics["balanced_accuracy"]
     judged = run("eval", tmp_path / "run")
     assert judged.exit_code == 0, judged.output
-    assert "the proportions run saw no labelled image" in refused("realign", tmp_path / "run", "--out", tmp_path / "r")
+    message = refused("realign", tmp_path / "run", "--out", tmp_path / "r")
+    assert "the proportions run was fitted without labelled images" in message
 
 
 def test_options_that_do_not_go_together_are_refused(folder, tmp_path):
     command = ["fit", folder / "cache", "--out", tmp_path / "run"]
-    given = ["--bags", folder / "bags.csv", "--proportions", folder / "shares.csv"]
-    assert "--bags says nothing without --proportions; give both" in refused(*command, *given[:2])
-    assert "--proportions says nothing without --bags; give both" in refused(*command, *given[2:])
-    assert "both say which images train" in refused(*command, *given, "--split", tmp_path)
-    assert "this split has none; use proportions" in refused(*command, *given, "--method", "ulfine")
-    assert "has none; give --bags and --proportions" in refused(*command, "--method", "proportions")
+    files = ["--bags", folder / "bags.csv", "--proportions", folder / "shares.csv"]
+    assert "method ulfine does not read bags, which proportions reads" in refused(*command, *files)
+    command += ["--method", "proportions"]
+    assert "bags says nothing without proportions; give both" in refused(*command, *files[:2])
+    assert "proportions says nothing without bags; give both" in refused(*command, *files[2:])
+    assert "has none; give --bags and --proportions" in refused(*command)
+    done = run(*command, *files, "--steps", 6, "--eval-every", 2)
+    assert done.exit_code == 0, done.output
+    again = [*command[:3], tmp_path / "again", *command[4:], *files, "--split", tmp_path / "run"]
+    assert "a split is given and so are options of method proportions that name one" in refused(*again)

@@ -83,11 +83,11 @@ def test_a_run_without_a_cache(tmp_path: Path) -> None:
     assert find_images([run]) == (None, "the run was made from features in memory, without a cache")
 
 
-def test_a_cut_manifest_gives_the_reason(tmp_path: Path) -> None:
+def test_a_truncated_manifest_gives_the_reason(tmp_path: Path) -> None:
     cache = write_cache(tmp_path / "cache", draw_folder(tmp_path / "images"))
     (cache / "manifest.json").write_text('{"source": ')
     _, reason = find_images([load_run(run_of(tmp_path / "run", cache))])
-    assert reason.endswith("manifest.json is cut or not a cache's manifest")
+    assert reason.endswith("manifest.json is truncated or not a cache's manifest")
 
 
 def test_a_named_location_wins(tmp_path: Path) -> None:

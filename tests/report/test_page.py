@@ -91,7 +91,7 @@ def test_a_method_without_steps_is_measured_at_the_end(study: Path) -> None:
         file = study / "zero_shot" / f"seed-{seed}" / "metrics.json"
         edit_json(file, pseudo_label_rate=0.9, pseudo_label_precision=0.5 + seed / 100)
     text = page(study)
-    assert "Measured at the end only, since there are no training steps: zero shot." in text
+    assert "Measured at the end only, without optimisation steps: zero shot." in text
     assert "Without pseudo-labels" not in text
     assert row_of(PageTables(text), "zero shot")["pseudo-label precision"] == by_hand([0.5 + s / 100 for s in range(5)])
 

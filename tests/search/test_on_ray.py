@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 
 import pytest
 
 from tests.conftest import make_clusters
 from ulfine_fast import InputError, sweep
-from ulfine_fast.cache.io import ray_cluster
 from ulfine_fast.search.on_ray import RayWorkers
 from ulfine_fast.search.study import open_storage
 
@@ -34,7 +34,7 @@ def cluster():
 
 def count_checkpoints(folder):
     """Batches that have saved a checkpoint and are not finished."""
-    return len(list(folder.glob(".checkpoint/*/pass-*.safetensors")))
+    return len(list(folder.glob(".checkpoint/*/batch-*.safetensors")))
 
 
 def test_a_batch_of_a_killed_node_is_redone_by_the_other(cluster, tmp_path):
@@ -65,7 +65,7 @@ def test_a_batch_of_a_killed_node_is_redone_by_the_other(cluster, tmp_path):
 def test_a_cluster_that_cannot_be_reached(monkeypatch, clusters, tmp_path):
     pytest.importorskip("ray", reason="Ray is not installed (extra ray)")
     monkeypatch.setenv("RAY_ADDRESS", "")
-    monkeypatch.setattr(ray_cluster, "_ray", lambda: Unreachable())
+    monkeypatch.setitem(sys.modules, "ray", Unreachable())
     with pytest.raises(InputError, match=r"cannot reach Ray at .auto. .nobody answers.; start it with `ray start`"):
         sweep(clusters, out=tmp_path / "sweep", trials=2, ray=RayWorkers("auto"))
 
@@ -92,5 +92,5 @@ def test_a_trial_finished_twice_keeps_its_first_values(clusters, tmp_path):
     options = {"out": tmp_path / "sweep", "trials": 2, "sampler": "random", "refit": 0}
     result = sweep(clusters, {"method": "linear_probe", "steps": 5, "lr": {"low": 0.01, "high": 0.1}}, **options)
     before = result.study.trials[0].values
-    SweepStudy(result.study, open_storage(result.storage)).finish(0, [0.0], "complete", [])
+    SweepStudy(result.study, open_storage(result.storage), ["lr"]).finish(0, [0.0], "complete", [])
     assert result.study.trials[0].values == before

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import json
-import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +13,9 @@ from pathlib import Path
 import pytest
 
 from tests.search.conftest import SPACE, recorded
+from ulfine_fast import FeatureCache, InputError, sweep
+from ulfine_fast.cache.io.toml import read_toml
+from ulfine_fast.related.forecast.from_sweep import forecast_sweep
 from ulfine_fast.search import sweep as module
 from ulfine_fast.search.study import SweepStudy
 from ulfine_fast.search.trial_batches import EvaluationWatch
@@ -57,13 +61,12 @@ def test_a_sweep_killed_in_its_second_batch_continues_there(search, tmp_path, mo
     done = subprocess.run(
         [sys.executable, "-c", KILLED.format(out=str(out))],
         cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == -signal.SIGKILL, done.stderr
-    assert len(list(out.glob(".checkpoint/*/pass-*.safetensors"))) == 1
+    assert len(list(out.glob(".checkpoint/*/batch-*.safetensors"))) == 1
     steps = []
     look = EvaluationWatch.__call__
 
@@ -114,3 +117,52 @@ def test_a_sweep_that_died_while_proposing_proposes_the_rest(search, tmp_path, m
         search()
     monkeypatch.setattr(SweepStudy, "_add", real)
     assert recorded(search()) == recorded(search(out=tmp_path / "whole"))
+
+
+@pytest.fixture
+def old_sweep(tmp_path):
+    """The fixture's sweep, which version 0.1 made, and what its command was: cache, space and options."""
+    fixture = ROOT / "tests/fixtures/v0_1"
+    shutil.copytree(fixture / "sweep", tmp_path / "sweep")
+    # settings that neither method reads, which version 0.1 searched all the same
+    unread = ("shrink", "lean", "trust")
+    space = {name: entry for name, entry in read_toml(fixture / "sweep/space.toml").items() if name not in unread}
+    options = {"out": tmp_path / "sweep", "seeds": 2, "refit": 1, "refit_seeds": 2}
+    return FeatureCache.open(fixture / "cache"), space, options
+
+
+def test_a_sweep_of_version_0_1_continues(old_sweep, monkeypatch):
+    cache, space, options = old_sweep
+    with (options["out"] / "leaderboard.csv").open() as file:
+        before = {row["trial"]: row for row in csv.DictReader(file)}
+    refits = json.loads((options["out"] / "sweep.json").read_text())["best"]
+    monkeypatch.setattr("ulfine_fast.search.trial_batches.fit_many", None)
+    monkeypatch.setattr(module, "fit_many", None)
+    same = sweep(cache, space, trials=6, **options)
+    monkeypatch.undo()
+    assert [str(trial.trial) for trial in same.leaderboard] == list(before)
+    assert same.best == refits
+    for trial in same.leaderboard:
+        row = before[str(trial.trial)]
+        assert trial.metrics["balanced_accuracy"].mean == float(row["balanced_accuracy"])
+        # `defer` is now called `reweight_after`
+        assert list(trial.params) == ["method", "lr", "reweight_after"]
+        assert (trial.params["method"], trial.params["lr"]) == (row["method"], float(row["lr"]))
+        assert trial.params["reweight_after"] == float(row["defer"])
+
+    further = sweep(cache, space, trials=9, **options)
+    assert further.counts == {"complete": 9}
+    values = {trial.trial: trial.metrics["balanced_accuracy"].mean for trial in further.leaderboard}
+    assert {str(number): values[number] for number in range(6)} == {
+        number: float(row["balanced_accuracy"]) for number, row in before.items()
+    }
+    assert set(further.importance["balanced_accuracy"]) == {"method", "lr", "reweight_after"}
+    with pytest.raises(InputError, match=r"was made with space\.lr = "):
+        sweep(cache, {**space, "lr": [0.1, 0.2]}, trials=6, **options)
+
+
+def test_a_sweep_of_version_0_1_is_forecast(old_sweep):
+    cache, _, options = old_sweep
+    content = forecast_sweep(options["out"], cache, "steps", 2.0, seeds=3)
+    assert (content["trial"], content["seeds"]) == (1, [2, 3, 4])
+    assert content["curve"]["budgets"] == [8, 10, 15, 21, 30]

@@ -37,4 +37,4 @@ def select_trials(value: _Value, index: Tensor | slice) -> _Value:
         result = dataclasses.replace(value, **{name: select_trials(getattr(value, name), index) for name in own})
     else:
         raise TypeError(f"{type(value).__name__} has no trials axis")
-    return result  # type: ignore[no-any-return]
+    return result

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ulfine_fast.cache.ids import RowIndex
 from ulfine_fast.cache.io.errors import InputError
 from ulfine_fast.config import FitConfig
 
@@ -72,16 +73,13 @@ def read_split(path: Path, ids: list[str]) -> Split:
         raise InputError(
             f"{file} is not a saved split ({type(error).__name__}); name the split.json of a run"
         ) from error
-    row_of = {name: row for row, name in enumerate(ids)}
+    index = RowIndex(ids)
     order = np.asarray(roles.pop("class_order"), dtype=np.int64)
-    for role, names in roles.items():
-        missing = [name for name in names if name not in row_of]
-        if missing:
-            raise InputError(
-                f"the {role} part of {file} names {missing[0]!r}, which this cache lacks; use the cache it was made on"
-            )
     extra = {name: value for name, value in found.items() if name not in _SPLIT_KEYS}
-    rows = {role: _rows([row_of[name] for name in names]) for role, names in roles.items()}
+    rows = {
+        role: index.rows(names, source=f"the {role} part of {file}", fix="use the cache it was made on")
+        for role, names in roles.items()
+    }
     return Split(**rows, class_order=order, extra=extra)
 
 

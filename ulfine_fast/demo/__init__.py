@@ -40,7 +40,7 @@ def unpack_images(folder: Path) -> Path:
         # written last, with the archive's digest, so that a later version of the sample is recognised
         (temporary / _MARKER).write_text(digest + "\n", encoding="utf-8")
         temporary.chmod(0o755)  # mkdtemp makes it private
-        _rename_to(temporary, folder, digest)
+        _move_to(temporary, folder, digest)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return folder
@@ -53,7 +53,7 @@ def _is_unpacked(folder: Path, digest: str) -> bool:
         return False
 
 
-def _rename_to(temporary: Path, folder: Path, digest: str) -> None:
+def _move_to(temporary: Path, folder: Path, digest: str) -> None:
     """Rename to `folder`, which may be missing or empty; another process that was faster wins."""
     if (folder / _MARKER).is_file() and not _is_unpacked(folder, digest):
         shutil.rmtree(folder)  # another version of the sample

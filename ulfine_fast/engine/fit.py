@@ -149,7 +149,9 @@ def _splits(cache: FeatureCache, configs: Sequence[FitConfig], given: Split | Se
         check_held_out(cache, split)
     for config in configs:
         if method_of(config).split(cache, config) is not None:
-            raise InputError(f"a split is given and method {config.method} brings its own; leave one of them out")
+            raise InputError(
+                f"a split is given and so are options of method {config.method} that name one; leave one of them out"
+            )
     return splits
 
 

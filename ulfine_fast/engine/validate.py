@@ -10,6 +10,7 @@ import numpy as np
 from ulfine_fast.cache.io.errors import InputError
 from ulfine_fast.config import FitConfig
 from ulfine_fast.data.splits import Split
+from ulfine_fast.methods import registry
 from ulfine_fast.methods.registry import method_of
 
 if TYPE_CHECKING:
@@ -37,9 +38,8 @@ def check_tokens(cache: FeatureCache, configs: Sequence[FitConfig]) -> None:
                 "not hold; extract again with --features last-block or pre-projection, or take feature projected"
             )
         if not method_of(config).takes_tokens:
-            raise InputError(
-                f"method {config.method} takes no adapter adaptformer; use ulfine, lightweight or fixmatch"
-            )
+            others = [name for name in registry.names() if registry.find(name).method.takes_tokens]
+            raise InputError(f"method {config.method} takes no adapter adaptformer; use one of {', '.join(others)}")
         if config.feature_noise > 0:
             raise InputError(
                 f"feature_noise is for features, and {config.reads_tokens_for} trains on tokens; set it to 0"

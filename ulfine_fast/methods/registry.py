@@ -45,6 +45,7 @@ class Registration:
         options: dataclass of the options that it reads beside the shared ones, see :func:`ulfine_fast.config.option`.
         source: the paper that it comes from.
         replaces: the method that it was an option of in version 0.1, if any.
+        searches: shared options that a sweep of it tries beside the usual ones.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Registration:
     options: type[Any]
     source: str
     replaces: str | None = None
+    searches: tuple[str, ...] = ()
 
     @property
     def summary(self) -> str:
@@ -75,7 +77,12 @@ _REGISTERED: dict[str, Registration] = {}
 
 
 def register(
-    name: str, *, options: type[Any] = NoOptions, source: str = "", replaces: str | None = None
+    name: str,
+    *,
+    options: type[Any] = NoOptions,
+    source: str = "",
+    replaces: str | None = None,
+    searches: tuple[str, ...] = (),
 ) -> Callable[[_MethodClass], _MethodClass]:
     """A class decorator that makes a method known to fit, sweep, report, the estimators and the command line.
 
@@ -84,6 +91,7 @@ def register(
         options: frozen dataclass of its own options, each made by :func:`ulfine_fast.config.option`.
         source: the paper that it comes from, such as "arXiv 2505.05062".
         replaces: the method that it was an option of in version 0.1.
+        searches: shared options that a sweep of it tries beside the usual ones.
 
     Raises:
         InputError: the name is taken by another class, or is no identifier; an option without help.
@@ -95,10 +103,15 @@ def register(
             raise InputError(f"option {option.name} of method {name} must be made by ulfine_fast.config.option")
 
     def add(method: _MethodClass) -> _MethodClass:
+        # a method of this package has its name before it is imported; a module that is loaded again registers again
         known = _REGISTERED.get(name)
-        if known is not None and known.method.__qualname__ != method.__qualname__:
-            raise InputError(f"method {name} is registered already, by {known.method.__module__}; choose another name")
-        _REGISTERED[name] = Registration(name, method, options, source, replaces)
+        owner = known.method.__module__ if known is not None else None
+        if name in _files():
+            owner = f"{__package__}.{name}"
+        same_class = known is None or known.method.__qualname__ == method.__qualname__
+        if owner is not None and (owner != method.__module__ or not same_class):
+            raise InputError(f"method {name} is registered already, by {owner}; choose another name")
+        _REGISTERED[name] = Registration(name, method, options, source, replaces, searches)
         return method
 
     return add
@@ -146,7 +159,7 @@ def _files() -> frozenset[str]:
 
 @functools.cache
 def _entry_points() -> dict[str, metadata.EntryPoint]:
-    """Methods of other packages, and those of `ulfine_fast.related`, by name."""
+    """Methods of other packages and of related systems, by name."""
     return {one.name: one for one in metadata.entry_points(group=GROUP)}
 
 

@@ -8,7 +8,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
+
+from ulfine_fast.report.choices import Projection
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -17,9 +19,6 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 __all__ = ["Projection", "build_report"]
-
-Projection = Literal["pca", "umap", "none"]
-"""How the test images' features are mapped to two dimensions; "none" leaves the map out."""
 
 
 def build_report(
@@ -54,8 +53,8 @@ def build_report(
         The path written.
 
     Raises:
-        InputError: there is no run, a file is missing, cut or of another version, the runs have different classes, or
-            `out` cannot be written.
+        InputError: there is no run, a file is missing, truncated or of another version, the runs have different
+            classes, or `out` cannot be written.
     """
     # loaded on use: the sections need numpy, pyarrow and jinja2, and importing the package must stay quick
     from ulfine_fast.report.feature_map import mapper

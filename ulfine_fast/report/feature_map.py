@@ -10,8 +10,8 @@ from typing import Any, get_args
 import numpy as np
 
 from ulfine_fast.cache.io.errors import InputError
-from ulfine_fast.report import Projection
 from ulfine_fast.report.charts import map_chart
+from ulfine_fast.report.choices import Projection
 from ulfine_fast.report.groups import Group
 from ulfine_fast.runs.files import RunFiles
 
@@ -88,9 +88,9 @@ def _map_run(run: RunFiles, projection: str) -> FeatureMap | None:
     ids = run.predictions().ids
     try:
         cache = FeatureCache.open(run.cache)
-        row_of = {name: row for row, name in enumerate(cache.ids)}
-        features = np.asarray(cache.plain[[row_of[name] for name in ids]], dtype=np.float32)  # (n, D)
-    except (InputError, OSError, KeyError):
+        rows = cache.row_of(ids, source="the run", fix="use the cache it was fitted on")
+        features = np.asarray(cache.plain[rows], dtype=np.float32)  # (n, D)
+    except (InputError, OSError):
         return None
     if len(features) < 3:
         return None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import io
 import json
 from collections.abc import Callable, Iterator, Sequence
@@ -12,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from ulfine_fast.cache.io.errors import InputError
-from ulfine_fast.cache.io.paths import open_place
+from ulfine_fast.cache.io.paths import to_path
+from ulfine_fast.cache.io.tables import read_table
 from ulfine_fast.runs.files import RunFiles
 
 if TYPE_CHECKING:
@@ -57,19 +57,15 @@ def find_images(
 
 
 def read_attributes(path: Path) -> dict[str, str]:
-    """Image id -> group, from a CSV file with the columns id and group.
+    """Image id -> group, from a table with the columns id and group.
 
     Raises:
-        InputError: the file is missing, is not text or has other columns.
+        InputError: not such a table (see `read_table`), or one without rows.
     """
-    try:
-        with path.open(newline="", encoding="utf-8") as file:
-            rows = list(csv.DictReader(file))
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read {path} ({error}); name a CSV file with the columns id and group") from error
-    if not rows or not {"id", "group"} <= set(rows[0]):
-        raise InputError(f"{path} must have the columns id and group, got {', '.join(rows[0]) if rows else 'none'}")
-    return {row["id"]: row["group"] or "" for row in rows}
+    table = read_table(path, ["id", "group"], fill=True)
+    if not len(table):
+        raise InputError(f"{path} has no line; give each image a line with its id and group")
+    return dict(zip(table.texts("id", strip=False), table.texts("group"), strict=True))
 
 
 def encode_preview(image: Image.Image, side: int, quality: int) -> tuple[bytes, str]:
@@ -95,13 +91,13 @@ def _source_description(cache: str | None) -> dict[str, Any]:
     """What a cache's manifest says about the source of its images."""
     if cache is None:
         raise InputError("the run was made from features in memory, without a cache")
-    file = open_place(cache) / "manifest.json"
+    file = to_path(cache) / "manifest.json"
     try:
         return dict(json.loads(file.read_text(encoding="utf-8"))["source"])
     except FileNotFoundError as error:
         raise InputError(f"the cache {cache} is gone") from error
     except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{file} is cut or not a cache's manifest") from error
+        raise InputError(f"{file} is truncated or not a cache's manifest") from error
 
 
 def _source_parts(description: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, dict[str, Any]]]:

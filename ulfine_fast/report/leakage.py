@@ -14,13 +14,13 @@ def find_leakage(runs: Sequence[RunFiles]) -> list[str]:
     A cache that is gone, or that was only in memory, cannot be checked and gives no warning.
     """
     # loaded on use: the page itself needs neither features nor an index
-    from ulfine_fast.cache.neighbors import leakage
+    from ulfine_fast.cache.neighbors import leakage_warning
     from ulfine_fast.cache.store import FeatureCache
 
     warnings = []
     for path in dict.fromkeys(run.cache for run in runs if run.cache is not None):
         try:
-            warning = leakage(FeatureCache.open(path))
+            warning = leakage_warning(FeatureCache.open(path))
         except InputError:
             continue
         if warning is not None:

@@ -83,7 +83,7 @@ def refuse_other_encoder(run: Run, cache: FeatureCache) -> None:
                 f"model.{name}" if name != "preprocessing" else name,
                 actual.get(name),
                 expected[name],
-                "evaluate on a cache made with the run's own encoder",
+                fix="evaluate on a cache made with the run's own encoder",
             )
 
 
@@ -102,11 +102,7 @@ def rows_of(ids: Sequence[str], cache: FeatureCache) -> NDArray[np.int64]:
     Raises:
         InputError: the cache lacks one of them.
     """
-    row_of = {name: row for row, name in enumerate(cache.ids)}
-    missing = [name for name in ids if name not in row_of]
-    if missing:
-        raise InputError(f"the cache lacks {missing[0]!r} of the run's split; use the cache it was fitted on")
-    return np.array([row_of[name] for name in ids], dtype=np.int64)
+    return cache.row_of(ids, source="the run's split", fix="use the cache it was fitted on")
 
 
 def _labels_by_name(run: Run, names: Sequence[str]) -> NDArray[np.int64]:

@@ -17,7 +17,7 @@ from ulfine_fast.cache.io.errors import CacheMismatch, InputError
 from ulfine_fast.cache.io.progress import progress_bar
 from ulfine_fast.cache.models.encoder import Encoder, load_encoder
 from ulfine_fast.cache.pipeline.encode import encoded
-from ulfine_fast.cache.pipeline.five_crops import PLACES, cropped
+from ulfine_fast.cache.pipeline.five_crops import NUM_CROPS, cropped
 from ulfine_fast.cache.pipeline.plan import batches_of
 from ulfine_fast.cache.pipeline.read import ImageReader
 from ulfine_fast.cache.pipeline.views import ViewRecipe
@@ -120,7 +120,7 @@ def predict_images(
     encoder = encoder or encoder_of_run(run, device)
     score = scorer or run.predict_proba
     probabilities = []
-    for crop in range(PLACES) if five_crops else (None,):
+    for crop in range(NUM_CROPS) if five_crops else (None,):
         ids, features, skipped = encode_images(source, encoder, batch_size, crop)
         if not ids:
             raise InputError(f"none of the {len(skipped)} images at {images} can be read; the first: {skipped[0][1]}")
@@ -175,7 +175,10 @@ def recorded_encoder(record: dict[str, Any] | None, input_shape: Sequence[int], 
     )
     if encoder.spec.sha256 != record["sha256"]:
         raise CacheMismatch(
-            "model.sha256", record["sha256"], encoder.spec.sha256, "use the weights the run was fitted with"
+            "model.sha256",
+            record["sha256"],
+            encoder.spec.sha256,
+            fix="use the weights the run was fitted with",
         )
     return encoder
 
@@ -192,7 +195,7 @@ def encode_images(source: ListedSource, encoder: Encoder, batch_size: int, crop:
     ids: list[str] = []
     skipped: list[tuple[str, str]] = []
     blocks = [np.zeros((0, encoder.columns), dtype=np.float32)]
-    reader = ImageReader.of(source, encoder, ViewRecipe(weak=0, strong=0))
+    reader = ImageReader.for_encoder(source, encoder, ViewRecipe(weak=0, strong=0))
     if crop is not None:
         reader = cropped(reader, crop)
     rows = batches_of(source.rows, batch_size)

@@ -179,7 +179,7 @@ def collect(study: SweepStudy, plan: Plan) -> SweepResult:
         metrics=plan.metrics,
         counts=dict(Counter(trial.state.name.lower() for trial in trials)),
         leaderboard=ranked,
-        importance=importance(study.optuna_study, plan, ranked),
+        importance=importance(study.in_memory(), plan, ranked),
         warnings=plan.space.warnings,
     )
     # written even where nothing is complete: the rows say what happened to every trial

@@ -90,7 +90,7 @@ class Space:
 
     def config(self, params: Mapping[str, Value], seed: int) -> FitConfig:
         """The config of a trial with these searched values."""
-        return FitConfig(**{**self.settings(params), "seed": seed})
+        return FitConfig.from_dict({**self.settings(params), "seed": seed})
 
     def to_dict(self) -> dict[str, Any]:
         """The space in JSON's types, by field; two spaces are the same where these are."""
@@ -137,9 +137,9 @@ def parse_space(entries: Mapping[str, Any], settings: Mapping[str, Value] | None
     searched: dict[str, Range | tuple[Value, ...]] = {}
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", FutureWarning)
-        given = _with_new_names(settings or {})
+        fixed_values = _with_new_names(settings or {})
         entries = _with_new_names(entries)
-    fixed = dict(given)
+    fixed = dict(fixed_values)
     for name, entry in entries.items():
         _refuse_name(name, fixed)
         if isinstance(entry, Mapping):
@@ -148,7 +148,7 @@ def parse_space(entries: Mapping[str, Any], settings: Mapping[str, Value] | None
             searched[name] = _choices(name, entry)
         else:
             fixed[name] = _legal(name, entry)
-    for name, value in given.items():
+    for name, value in fixed_values.items():
         _legal(name, value)
     space = Space(fixed, searched, list(dict.fromkeys(str(one.message) for one in caught)))
     _refuse_unread(space)
@@ -166,12 +166,14 @@ def default_space(method: str, settings: Mapping[str, Value] | None = None) -> S
     Raises:
         InputError: an unknown method, or one with nothing to search.
     """
-    kind = registry.find(method).method
+    registration = registry.find(method)
+    kind = registration.method
     shared = {
         "lr": kind.trains,
         "weight_decay": kind.trains,
         "warmup": kind.trains and kind.uses_unlabeled,
         "feature_noise": kind.trains and not kind.uses_unlabeled,
+        "adapter_scale": "adapter_scale" in registration.searches,
     }
     entries = {
         name: spec.metadata["search"]
@@ -183,9 +185,14 @@ def default_space(method: str, settings: Mapping[str, Value] | None = None) -> S
     return parse_space(entries, {**(settings or {}), "method": method})
 
 
+def new_names() -> dict[str, str]:
+    """The names of options by the names that they had in earlier versions."""
+    return {was: name for name, spec in all_options().items() for was in spec.metadata["was"]}
+
+
 def _with_new_names(entries: Mapping[str, Any]) -> dict[str, Any]:
     """The entries of any method with new names for old ones."""
-    old = {was: name for name, spec in all_options().items() for was in spec.metadata["was"]}
+    old = new_names()
     for name in old.keys() & entries.keys():
         message = f"the option {name} is now called {old[name]}; the old name will be refused in the next release"
         warnings.warn(message, FutureWarning, stacklevel=2)

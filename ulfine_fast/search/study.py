@@ -6,12 +6,15 @@ Optuna and SQLAlchemy are imported inside functions: they take half a second to 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+import copy
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from ulfine_fast.cache.io.errors import InputError
+from ulfine_fast.config import options_of
 from ulfine_fast.search.samplers import propose
+from ulfine_fast.search.space import Space, new_names
 
 if TYPE_CHECKING:
     from optuna.storages import RDBStorage
@@ -57,9 +60,10 @@ class SweepStudy:
         storage: its database.
     """
 
-    def __init__(self, optuna_study: Study, storage: RDBStorage) -> None:
-        """Use :meth:`open`."""
+    def __init__(self, optuna_study: Study, storage: RDBStorage, searched: Collection[str]) -> None:
+        """Use :meth:`open`; `searched` names the settings that trials differ in."""
         self.optuna_study, self.storage = optuna_study, storage
+        self._searched = frozenset(searched)
         self._id = storage.get_study_id_from_name(optuna_study.study_name)
 
     @classmethod
@@ -77,15 +81,15 @@ class SweepStudy:
         # a study of that name: continue it, replace it, or refuse it
         if plan.study in optuna.get_all_study_names(storage):
             existing = optuna.load_study(study_name=plan.study, storage=storage)
-            saved = existing.user_attrs.get("sweep")
+            saved = _with_current_names(existing.user_attrs.get("sweep"), plan.space)
             trials = existing.get_trials(deepcopy=False)
-            own = all(trial.user_attrs.get(_BATCH, {}).get("owner") == plan.owner for trial in trials)
+            from_this_sweep = all(trial.user_attrs.get(_BATCH, {}).get("owner") == plan.owner for trial in trials)
             unfinished = bool(trials) and not any(trial.state.is_finished() for trial in trials)
             # after a first batch that was refused, say for a split the data cannot give, nothing is finished: the
             # corrected space must not need another folder
-            if not (saved != identity and own and unfinished):
+            if not (saved != identity and from_this_sweep and unfinished):
                 _refuse_other_sweep(plan, saved)
-                return cls(existing, storage)
+                return cls(existing, storage, plan.space.searched)
             optuna.delete_study(study_name=plan.study, storage=storage)
 
         # two workers may create it at the same moment
@@ -94,11 +98,34 @@ class SweepStudy:
         )
         created.set_metric_names(list(plan.metrics))
         created.set_user_attr("sweep", identity)
-        return cls(created, storage)
+        return cls(created, storage, plan.space.searched)
 
     def trials(self) -> list[FrozenTrial]:
-        """All trials, in the order of their numbers."""
-        return self.optuna_study.get_trials(deepcopy=False)
+        """All trials, in the order of their numbers.
+
+        Version 0.1 had other names for some settings, and searched settings that no method of the space reads: these
+        trials get today's names, without such settings.
+        """
+        trials = self.optuna_study.get_trials(deepcopy=False)
+        if all(trial.params.keys() == self._searched for trial in trials):
+            return trials
+        names = new_names()
+        current = []
+        for trial in trials:
+            kept = {name: names.get(name, name) for name in trial.params if names.get(name, name) in self._searched}
+            renamed = copy.copy(trial)
+            renamed.params = {new: trial.params[name] for name, new in kept.items()}
+            renamed.distributions = {new: trial.distributions[name] for name, new in kept.items()}
+            current.append(renamed)
+        return current
+
+    def in_memory(self) -> Study:
+        """A study of the same trials without a database, for Optuna's analyses."""
+        import optuna
+
+        study = optuna.create_study(directions=self.optuna_study.directions)
+        study.add_trials(self.trials())
+        return study
 
     def batches(self, trials: Sequence[FrozenTrial]) -> dict[StudyBatch, list[FrozenTrial]]:
         """Every batch of which at least one trial was proposed, with its trials."""
@@ -215,6 +242,16 @@ def without_password(url: str) -> str:
     from sqlalchemy.engine import make_url
 
     return make_url(url).render_as_string(hide_password=True)
+
+
+def _with_current_names(saved: Any, space: Space) -> Any:
+    """The saved identity of a study with today's names of settings, without those that no method of the space reads."""
+    if not isinstance(saved, dict) or not isinstance(saved.get("space"), dict):
+        return saved
+    names = new_names()
+    entries = {names.get(name, name): entry for name, entry in saved["space"].items()}
+    read = {name for method in space.methods for name in options_of(method)}
+    return {**saved, "space": {name: entry for name, entry in entries.items() if name in read}}
 
 
 def _refuse_other_sweep(plan: Plan, saved: Any) -> None:

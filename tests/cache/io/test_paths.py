@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from tests.cache.samples import write_images
 from ulfine_fast.cache.io import lock
 from ulfine_fast.cache.io.errors import CacheMismatch, InputError
-from ulfine_fast.cache.io.paths import RemotePath, is_remote, open_place
+from ulfine_fast.cache.io.paths import RemotePath, is_remote, to_path
 from ulfine_fast.cache.pipeline.append import append
 from ulfine_fast.cache.pipeline.extract import extract
 from ulfine_fast.cache.pipeline.merge import merge
@@ -32,7 +32,7 @@ SMALL = {"batch_size": 2, "shard_size": 3, "workers": 0, "prompts": ["a photo of
 
 @pytest.fixture
 def memory():
-    """The URL of an empty place in this process's memory."""
+    """The URL of an empty folder in this process's memory."""
     system = fsspec.filesystem("memory")
     system.store.clear()
     system.pseudo_dirs[:] = [""]
@@ -46,10 +46,9 @@ def undisturbed(images, tiny_encoder, tmp_path):
     return content(tmp_path / "here")
 
 
-def content(place) -> dict[str, bytes]:
+def content(location) -> dict[str, bytes]:
     """Bytes by name, of all but what says when and how long."""
-    place = open_place(place)
-    files = {path.name: path for path in place.rglob("*") if path.is_file()}
+    files = {path.name: path for path in to_path(location).rglob("*") if path.is_file()}
     return {name: path.read_bytes() for name, path in files.items() if name.endswith(".h5") or name == "manifest.json"}
 
 
@@ -64,27 +63,27 @@ def content(place) -> dict[str, bytes]:
         (Path("memory://shelf/cache"), "memory:///shelf/cache"),
     ],
 )
-def test_urls_are_places_elsewhere(text, shown):
-    place = open_place(text)
-    assert is_remote(place)
-    assert str(place).replace("memory:////", "memory:///").replace("memory://shelf", "memory:///shelf") == shown
-    assert open_place(place) is place
+def test_urls_are_remote_paths(text, shown):
+    path = to_path(text)
+    assert is_remote(path)
+    assert str(path).replace("memory:////", "memory:///").replace("memory://shelf", "memory:///shelf") == shown
+    assert to_path(path) is path
 
 
 @pytest.mark.parametrize("text", ["cache", "/abs/cache", "c:/cache", "with:colon", "file:///abs/cache"])
 def test_other_texts_are_folders(text):
-    place = open_place(text)
-    assert isinstance(place, Path)
-    assert str(place) == text.removeprefix("file://")
+    path = to_path(text)
+    assert isinstance(path, Path)
+    assert str(path) == text.removeprefix("file://")
 
 
 def test_an_unknown_kind_of_store_is_named():
     with pytest.raises(InputError, match=r"nowhere://x/y cannot be used .*nowhere"):
-        open_place("nowhere://x/y")
+        to_path("nowhere://x/y")
 
 
 def test_a_remote_path_does_what_a_path_does(memory, tmp_path):
-    for root in (tmp_path, open_place(memory)):
+    for root in (tmp_path, to_path(memory)):
         file = root / "a" / "b.h5"
         assert not file.exists()
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -107,17 +106,17 @@ def test_a_remote_path_does_what_a_path_does(memory, tmp_path):
 
 
 def test_a_store_with_errors_of_its_own_raises_oserror():
-    class Strange:
-        protocol = "strange"
+    class OddStore:
+        protocol = "odd"
 
         def exists(self, path):
             raise ZeroDivisionError("the store\nis odd")
 
         def unstrip_protocol(self, path):
-            return f"strange://{path}"
+            return f"odd://{path}"
 
-    with pytest.raises(OSError, match="strange://a: the store is odd"):
-        RemotePath(Strange(), "a").exists()
+    with pytest.raises(OSError, match="odd://a: the store is odd"):
+        RemotePath(OddStore(), "a").exists()
 
 
 # -- caches
@@ -139,7 +138,7 @@ def test_a_cache_behind_a_url_is_the_same(memory, images, tiny_encoder, undistur
 
 def test_what_is_missing_or_cut_is_made_again(memory, images, tiny_encoder, undisturbed):
     extract(open_source(images), tiny_encoder, memory, **SMALL)
-    shards = open_place(memory) / "shards"
+    shards = to_path(memory) / "shards"
     (shards / "00001.json").unlink()
     (shards / "00003.h5").write_bytes((shards / "00003.h5").read_bytes()[:100])
     done = extract(open_source(images), tiny_encoder, memory, **SMALL)
@@ -155,8 +154,8 @@ def test_another_model_is_refused_and_overwrite_starts_anew(memory, images, tiny
     assert content(memory) == undisturbed
 
 
-def test_a_place_with_other_files_is_left_alone(memory, images, tiny_encoder):
-    (open_place(memory) / "thesis.txt").write_bytes(b"mine")
+def test_a_folder_with_other_files_is_left_alone(memory, images, tiny_encoder):
+    (to_path(memory) / "thesis.txt").write_bytes(b"mine")
     with pytest.raises(InputError, match=r"thesis\.txt"):
         extract(open_source(images), tiny_encoder, memory, **SMALL)
 
@@ -191,14 +190,14 @@ def test_a_store_that_refuses_ends_in_a_sentence(memory, images, tiny_encoder, m
 
 
 def holder(memory: str, process: int, host: str | None = None) -> Path:
-    note = open_place(memory) / ".writer.json"
-    told = {"host": host or socket.gethostname(), "process": process, "since": "2026-01-01T00:00:00+00:00"}
-    note.write_bytes(json.dumps(told).encode())
+    note = to_path(memory) / ".writer.json"
+    content = {"host": host or socket.gethostname(), "process": process, "since": "2026-01-01T00:00:00+00:00"}
+    note.write_bytes(json.dumps(content).encode())
     return note
 
 
 @pytest.mark.parametrize(("process", "host"), [(os.getppid(), None), (1, "another-machine")])
-def test_a_second_writer_is_told_who_holds_the_place(memory, images, tiny_encoder, process, host):
+def test_a_second_writer_learns_which_process_holds_the_folder(memory, images, tiny_encoder, process, host):
     note = holder(memory, process, host)
     with pytest.raises(InputError, match=rf"process {process} on .*remove .*\.writer\.json"):
         extract(open_source(images), tiny_encoder, memory, **SMALL)
@@ -207,7 +206,7 @@ def test_a_second_writer_is_told_who_holds_the_place(memory, images, tiny_encode
     assert not note.exists()
 
 
-def test_the_note_of_a_killed_process_of_this_machine_holds_nobody_back(memory, images, tiny_encoder):
+def test_the_note_of_a_killed_process_of_this_machine_blocks_no_other(memory, images, tiny_encoder):
     child = subprocess.Popen([sys.executable, "-c", ""])
     child.wait()
     holder(memory, child.pid)
@@ -215,8 +214,8 @@ def test_the_note_of_a_killed_process_of_this_machine_holds_nobody_back(memory, 
 
 
 def test_two_of_one_process_do_not_both_write(memory):
-    with lock.writer(open_place(memory)), pytest.raises(InputError, match="another process writes"):  # noqa: SIM117
-        with lock.writer(open_place(memory)):
+    with lock.writer(to_path(memory)), pytest.raises(InputError, match="another process writes"):  # noqa: SIM117
+        with lock.writer(to_path(memory)):
             pass
 
 
@@ -280,7 +279,7 @@ def test_s3_killed_and_continued(bucket, images, tiny_model, tiny_encoder, undis
     out = f"{bucket}/some/cache"
     child = subprocess.run([sys.executable, "-c", CHILD, str(images), tiny_model, out], check=False)
     assert child.returncode == -signal.SIGKILL
-    assert (open_place(out) / "shards/00002.h5").exists()
+    assert (to_path(out) / "shards/00002.h5").exists()
     done = extract(open_source(images), tiny_encoder, out, **SMALL)
     assert (done.kept, done.encoded) == (2, 6)
     assert content(out) == undisturbed
@@ -300,10 +299,10 @@ def test_s3_holds_tars_and_caches(bucket, tmp_path, tiny_model):
     with tarfile.open(fileobj=buffer, mode="w") as tar:
         for number, path in enumerate(sorted(root.rglob("*.png"))):
             for suffix, data in (("png", path.read_bytes()), ("cls", str(number % 2).encode())):
-                told = tarfile.TarInfo(f"{number}.{suffix}")
-                told.size = len(data)
-                tar.addfile(told, io.BytesIO(data))
-    (open_place(bucket) / "in/train-000.tar").write_bytes(buffer.getvalue())
+                member = tarfile.TarInfo(f"{number}.{suffix}")
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+    (to_path(bucket) / "in/train-000.tar").write_bytes(buffer.getvalue())
     (tmp_path / "names.txt").write_text("cat\ndog")
     arguments = ["extract", f"{bucket}/in/*.tar", "--out", f"{bucket}/out", "--model", tiny_model, "--workers", "0"]
     arguments += ["--class-names", str(tmp_path / "names.txt"), "--json"]
@@ -321,7 +320,7 @@ def test_s3_holds_tars_and_caches(bucket, tmp_path, tiny_model):
 def test_s3_without_the_bucket(bucket, images, tiny_encoder):
     with pytest.raises(InputError, match=r"s3://not-there/cache cannot be used \(there is no bucket not-there\)"):
         extract(open_source(images), tiny_encoder, "s3://not-there/cache", **SMALL)
-    assert not (open_place(bucket).system.exists("not-there"))
+    assert not (to_path(bucket).system.exists("not-there"))
 
 
 def test_s3_without_credentials(bucket, images, tiny_model, monkeypatch):

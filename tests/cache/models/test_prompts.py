@@ -92,8 +92,8 @@ def test_names_by_folder(tmp_path: Path):
     [
         ("one\n", "n.txt", "has 1 names, the source has 6 classes: a, b, c, d, e, ..."),
         ("x\nx\ny\nz\nu\nv\n", "n.txt", "gives the name 'x' to 2 classes"),
-        ("class,name\na,x\n", "n.csv", "needs the columns folder and name, found class, name"),
-        ("", "n.csv", "needs the columns folder and name, found none"),
+        ("class,name\na,x\n", "n.csv", "must have the columns folder and name, got class, name"),
+        ("", "n.csv", "must have the columns folder and name, got none"),
         ("folder,name\nq,x\n", "n.csv", "names 'q', which is not a class of the source: a, b"),
         ("folder,name\na,b\n", "n.csv", "gives the name 'b' to 2 classes"),
     ],

@@ -17,7 +17,7 @@ from tests.cache.samples import write_tiny_model
 from ulfine_fast.cache import shard as shards
 from ulfine_fast.cache.io.errors import CacheMismatch, InputError
 from ulfine_fast.cache.models.encoder import Encoder, load_encoder
-from ulfine_fast.cache.models.tokens import Taps
+from ulfine_fast.cache.models.tokens import TokenHooks
 from ulfine_fast.cache.pipeline.extract import extract
 from ulfine_fast.cache.pipeline.views import ViewRecipe
 from ulfine_fast.cache.sources import open_source
@@ -53,25 +53,25 @@ def by_hand(visual, batch):
 
 
 def test_the_last_block_by_hand(encoder: Encoder):
-    found = encoder.encode_views(pixels(3))
+    encoded = encoder.encode_views(pixels(3))
     assert (encoder.token_kinds, encoder.token_width, encoder.columns) == (("pre", "post"), 16, 8 + 2 * 16)
-    assert (found.tokens.shape, found.tokens.dtype) == ((3, 2, 16), torch.float32)
-    assert torch.allclose(found.tokens, by_hand(encoder.model.visual, pixels(3)), atol=1e-5)
-    assert torch.equal(found.features, encoder.encode_images(pixels(3)))
+    assert (encoded.tokens.shape, encoded.tokens.dtype) == ((3, 2, 16), torch.float32)
+    assert torch.allclose(encoded.tokens, by_hand(encoder.model.visual, pixels(3)), atol=1e-5)
+    assert torch.equal(encoded.features, encoder.encode_images(pixels(3)))
 
 
 def test_the_head_makes_the_feature_of_the_token(encoder: Encoder):
-    found, head = encoder.encode_views(pixels(4)), encoder.vision_head()
-    told = [torch.from_numpy(head[name]) for name in ("ln_post_weight", "ln_post_bias", "projection")]
-    token = layer_norm(found.tokens[:, 1], (16,), *told[:2], eps=float(head["ln_post_eps"][0]))
-    assert torch.allclose(normalize(token @ told[2], dim=-1), found.features, atol=1e-5)
+    encoded, head = encoder.encode_views(pixels(4)), encoder.vision_head()
+    weights = [torch.from_numpy(head[name]) for name in ("ln_post_weight", "ln_post_bias", "projection")]
+    token = layer_norm(encoded.tokens[:, 1], (16,), *weights[:2], eps=float(head["ln_post_eps"][0]))
+    assert torch.allclose(normalize(token @ weights[2], dim=-1), encoded.features, atol=1e-5)
 
 
 def test_pixels_carry_features_and_tokens(encoder: Encoder):
     bytes_of = torch.randint(0, 256, (2, 16, 16, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
     rows = encoder.encode_pixels(bytes_of)
-    found = encoder.encode_views(encoder.normalise(bytes_of))
-    assert torch.equal(rows, torch.cat([found.features, found.tokens.flatten(1)], dim=1))
+    encoded = encoder.encode_views(encoder.normalise(bytes_of))
+    assert torch.equal(rows, torch.cat([encoded.features, encoded.tokens.flatten(1)], dim=1))
 
 
 def test_every_thread_finds_its_own_tokens(encoder: Encoder):
@@ -84,7 +84,7 @@ def test_every_thread_finds_its_own_tokens(encoder: Encoder):
 
 def test_nothing_is_held_after_a_batch(encoder: Encoder):
     encoder.encode_views(pixels(2))
-    assert vars(encoder._taps._found) == {}
+    assert vars(encoder._hooks._kept) == {}
 
 
 def test_projected_features_have_no_tokens(tiny_encoder: Encoder):
@@ -94,10 +94,10 @@ def test_projected_features_have_no_tokens(tiny_encoder: Encoder):
 
 def test_before_the_projection_of_a_vit(deep_model):
     encoder = load_encoder(deep_model, device="cpu", features="pre-projection")
-    found = encoder.encode_views(pixels(3))
-    assert (encoder.token_kinds, found.tokens.shape) == (("ln_post",), (3, 1, 16))
+    encoded = encoder.encode_views(pixels(3))
+    assert (encoder.token_kinds, encoded.tokens.shape) == (("ln_post",), (3, 1, 16))
     projection = torch.from_numpy(encoder.vision_head()["projection"])
-    assert torch.allclose(normalize(found.tokens[:, 0] @ projection, dim=-1), found.features, atol=1e-5)
+    assert torch.allclose(normalize(encoded.tokens[:, 0] @ projection, dim=-1), encoded.features, atol=1e-5)
 
 
 def with_preprocessing(model, size=32):
@@ -110,21 +110,21 @@ def timm_model(**changes):
     text = {"context_length": 16, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1}
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        told = {**vision, "timm_pool": "", **changes}
-        return with_preprocessing(open_clip.CLIP(embed_dim=8, vision_cfg=told, text_cfg=text))
+        vision_cfg = {**vision, "timm_pool": "", **changes}
+        return with_preprocessing(open_clip.CLIP(embed_dim=8, vision_cfg=vision_cfg, text_cfg=text))
 
 
 def test_before_the_projection_of_a_timm_trunk():
     encoder = Encoder(timm_model(), "timm", None, device=torch.device("cpu"), features="pre-projection")
     batch = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    found, visual = encoder.encode_views(batch), encoder.model.visual
+    encoded, visual = encoder.encode_views(batch), encoder.model.visual
     assert encoder.token_kinds == ("trunk",)
     with torch.no_grad():
         trunk = visual.trunk(batch)
-        assert torch.allclose(found.tokens[:, 0], trunk, atol=1e-5)
-        assert torch.allclose(found.features, normalize(visual.head(trunk), dim=-1), atol=1e-5)
+        assert torch.allclose(encoded.tokens[:, 0], trunk, atol=1e-5)
+        assert torch.allclose(encoded.features, normalize(visual.head(trunk), dim=-1), atol=1e-5)
     projection = torch.from_numpy(encoder.vision_head()["projection"])
-    assert torch.allclose(normalize(found.tokens[:, 0] @ projection, dim=-1), found.features, atol=1e-5)
+    assert torch.allclose(normalize(encoded.tokens[:, 0] @ projection, dim=-1), encoded.features, atol=1e-5)
 
 
 @pytest.mark.parametrize("more", [{"timm_proj": "mlp"}, {"timm_proj_bias": True}], ids=str)
@@ -134,9 +134,9 @@ def test_a_projection_that_is_more_than_a_matrix_is_not_told(more):
 
 
 def vit(**vision):
-    told = {"image_size": 16, "layers": 1, "width": 16, "head_width": 8, "patch_size": 8, **vision}
+    settings = {"image_size": 16, "layers": 1, "width": 16, "head_width": 8, "patch_size": 8, **vision}
     text = {"context_length": 16, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1}
-    return with_preprocessing(open_clip.CLIP(embed_dim=8, vision_cfg=told, text_cfg=text), 16)
+    return with_preprocessing(open_clip.CLIP(embed_dim=8, vision_cfg=settings, text_cfg=text), 16)
 
 
 @pytest.mark.parametrize(
@@ -150,7 +150,7 @@ def vit(**vision):
 )
 def test_models_without_such_a_token_are_refused(make, features):
     with pytest.raises(InputError, match=f"odd has no class token .*--features {features} takes an open_clip ViT"):
-        Taps("odd", make().visual, features)
+        TokenHooks("odd", make().visual, features)
 
 
 def test_unknown_features_are_refused(deep_model):
@@ -159,8 +159,8 @@ def test_unknown_features_are_refused(deep_model):
 
 
 def make(images, encoder, out, **options):
-    told = {"views": RECIPE, "batch_size": 4, "shard_size": 4, "workers": 0, "progress": False}
-    extract(open_source(images), encoder, out, **(told | options))
+    defaults = {"views": RECIPE, "batch_size": 4, "shard_size": 4, "workers": 0, "progress": False}
+    extract(open_source(images), encoder, out, **(defaults | options))
     return FeatureCache.open(out)
 
 
@@ -203,11 +203,12 @@ def test_a_cache_is_not_continued_with_other_features(images, encoder, deep_mode
 
 def test_a_token_that_is_not_finite_names_its_image(images, encoder, tmp_path):
     cache = make(images, encoder, tmp_path / "cache")
-    shard = cache._shard(cache.records[0], tokens=True)
+    path = shards.shard_path(tmp_path / "cache", 0)
+    shard = shards.read_shard(path, cache.manifest.layout("train"), ids=False)
     shard = dataclasses.replace(shard, tokens=shard.tokens.copy())
     shard.tokens[2, 1, 0, 3] = np.nan
     with pytest.raises(InputError, match=f"the tokens of image '{cache.ids[2]}' are not finite"):
-        shards._refuse_not_finite(shards.shard_path(tmp_path / "cache", 0), shard)
+        shards._refuse_not_finite(path, shard)
 
 
 def test_what_a_cache_without_tokens_says(images, tiny_encoder, tmp_path):

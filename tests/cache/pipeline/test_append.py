@@ -17,7 +17,8 @@ from ulfine_fast.cache.ids import KnownIds
 from ulfine_fast.cache.io import lock
 from ulfine_fast.cache.io.errors import CacheMismatch, InputError
 from ulfine_fast.cache.models.encoder import load_encoder
-from ulfine_fast.cache.pipeline.append import PENDING, append, features_of
+from ulfine_fast.cache.models.options import ModelOptions
+from ulfine_fast.cache.pipeline.append import PENDING, append
 from ulfine_fast.cache.pipeline.extract import extract
 from ulfine_fast.cache.pipeline.merge import merge
 from ulfine_fast.cache.shard import read_shard
@@ -46,9 +47,9 @@ def grown(images) -> Path:
 
 
 def opened(folder: Path) -> FeatureCache:
-    found = FeatureCache.open(folder)
-    assert found.verify() == []
-    return found
+    cache = FeatureCache.open(folder)
+    assert cache.verify() == []
+    return cache
 
 
 # -- what comes out
@@ -85,12 +86,12 @@ def test_features_are_those_of_one_extraction(cache, grown, tiny_encoder, tmp_pa
     extract(open_source(grown), tiny_encoder, tmp_path / "at-once", **SMALL)
     one, other = opened(cache), opened(tmp_path / "at-once")
     rows = [one.ids.index(name) for name in other.ids]
-    # batches are cut elsewhere, which may move the last bits
+    # batches begin at other rows, which may move the last bits
     assert np.allclose(one.plain[rows], other.plain, atol=2e-3)
     names = [one.class_names[label] for label in one.labels[rows] if label >= 0]
     assert names == [other.class_names[label] for label in other.labels if label >= 0]
-    places = [other.class_names.index(name) for name in one.class_names]
-    assert np.allclose(one.text_features, other.text_features[places], atol=1e-6)
+    order = [other.class_names.index(name) for name in one.class_names]
+    assert np.allclose(one.text_features, other.text_features[order], atol=1e-6)
     view = np.searchsorted(one.view_rows, np.asarray(rows)[other.view_rows])
     assert np.allclose(one.views("strong")[view], other.views("strong"), atol=2e-3)
 
@@ -99,9 +100,9 @@ def test_the_manifest_says_what_was_appended(cache, grown, tiny_encoder):
     append(open_source(grown), tiny_encoder, cache, workers=0)
     write_images(grown, {"train/bee": 1}, seed=5)
     append(open_source(grown), tiny_encoder, cache, workers=0)
-    found = json.loads((cache / "manifest.json").read_text())
-    assert (found["version"], found["source"]["rows"]) == (2, 18)
-    appended = found["source"]["appended"]
+    manifest = json.loads((cache / "manifest.json").read_text())
+    assert (manifest["version"], manifest["source"]["rows"]) == (2, 18)
+    appended = manifest["source"]["appended"]
     assert [(one["kind"], one["rows"], one["first_shard"], one["classes"]) for one in appended] == [
         ("folder", 6, 5, 1),
         ("folder", 1, 8, 1),
@@ -138,7 +139,7 @@ def test_tokens_and_whole_numbers_are_appended_too(tiny_model, tmp_path, dtype):
     append(open_source(root), encoder, tmp_path / "cache", workers=0)
     cache = opened(tmp_path / "cache")
     assert cache.manifest is not None
-    assert features_of(cache.manifest) == "last-block"
+    assert ModelOptions.of_manifest(cache.manifest).features == "last-block"
     layout = cache.manifest.layout("test")
     assert read_shard(tmp_path / "cache/shards/00002.h5", layout).tokens.shape == (3, 1, 2, 16)
     with pytest.raises(CacheMismatch, match="tokens"):
@@ -239,6 +240,7 @@ import os, sys, threading
 from pathlib import Path
 from ulfine_fast.cache.pipeline.append import append
 from ulfine_fast.cache.models.encoder import load_encoder
+from ulfine_fast.cache.models.options import ModelOptions
 from ulfine_fast.cache.sources import open_source
 
 images, model, out, name, reached = sys.argv[1:]
@@ -314,7 +316,7 @@ def test_ctrl_c_says_how_to_continue(cache, grown, tiny_encoder):
     assert append(source, tiny_encoder, cache, workers=0).images == 17
 
 
-def test_another_append_waits_for_the_first_or_takes_its_place(cache, grown, tiny_encoder, tmp_path, monkeypatch):
+def test_another_append_waits_for_the_first_or_replaces_it(cache, grown, tiny_encoder, tmp_path, monkeypatch):
     interrupted(cache, open_source(grown), tiny_encoder, "text.h5", monkeypatch)
     write_images(tmp_path / "other", {"train/cat": 9, "train/dog": 3}, seed=8)
     other = open_source(tmp_path / "other")
@@ -355,7 +357,9 @@ def test_an_unfinished_cache_is_refused(cache, grown, tiny_encoder):
 
 def test_too_many_unreadable_images_end_it(cache, grown, tiny_encoder):
     (grown / "train/cat/004.png").write_bytes(b"cut")
-    with pytest.raises(InputError, match=r"1 images of the cache and the new ones cannot be read so far, .* of 0\.01"):
+    with pytest.raises(
+        InputError, match=r"1 of 17 images cannot be read so far, .* of 0\.01 .*: not an image.*; fix or remove them"
+    ):
         append(open_source(grown), tiny_encoder, cache, workers=0)
     (grown / "train/cat/004.png").unlink()
     assert append(open_source(grown), tiny_encoder, cache, workers=0).images == 16
@@ -378,7 +382,7 @@ def test_a_pending_manifest_that_is_cut_is_named(cache, grown, tiny_encoder):
 def test_views_of_an_imported_cache_cannot_be_drawn_again(tmp_path, grown, tiny_encoder):
     views = {"weak": 1, "strong": 0, "seed": 0}
     write_named_cache(tmp_path / "imported", ["cat"], views=views)
-    with pytest.raises(InputError, match="was imported, so nobody knows how its views were drawn"):
+    with pytest.raises(InputError, match="was imported, so it is unknown how its views were drawn"):
         append(open_source(grown), tiny_encoder, tmp_path / "imported")
 
 

@@ -20,7 +20,7 @@ from tests.cache.samples import write_images, write_tiny_model
 from ulfine_fast.cache.io.errors import CacheMismatch, InputError
 from ulfine_fast.cache.models.encoder import load_encoder
 from ulfine_fast.cache.pipeline.extract import extract
-from ulfine_fast.cache.pipeline.plan import batches_of, cut_rows
+from ulfine_fast.cache.pipeline.plan import batches_of, split_rows
 from ulfine_fast.cache.pipeline.views import ViewRecipe, draw
 from ulfine_fast.cache.sources import open_source
 from ulfine_fast.cache.sources.rows import Row
@@ -130,14 +130,14 @@ def test_text_features_come_from_the_prompts(source, tiny_encoder, tmp_path):
 
 def test_the_manifest_says_what_was_done(source, tiny_encoder, tmp_path):
     extract(source, tiny_encoder, tmp_path / "cache", max_skipped=0.25, **SMALL)
-    found = json.loads((tmp_path / "cache/manifest.json").read_text())
-    assert found["model"]["sha256"] == tiny_encoder.spec.sha256
-    assert (found["model"]["dim"], found["model"]["normalized"], found["precision"]) == (8, True, "fp32")
-    assert (found["mean"], found["std"]) == ([0.5] * 3, [0.25] * 3)
-    assert "Resize" in found["preprocessing"]
-    assert (found["source"]["kind"], found["source"]["rows"]) == ("folder", 11)
-    assert (found["batch_size"], found["shard_size"], found["max_skipped"]) == (2, 3, 0.25)
-    assert {"torch", "open_clip_torch", "h5py", "hdf5"} <= set(found["libraries"])
+    manifest = json.loads((tmp_path / "cache/manifest.json").read_text())
+    assert manifest["model"]["sha256"] == tiny_encoder.spec.sha256
+    assert (manifest["model"]["dim"], manifest["model"]["normalized"], manifest["precision"]) == (8, True, "fp32")
+    assert (manifest["mean"], manifest["std"]) == ([0.5] * 3, [0.25] * 3)
+    assert "Resize" in manifest["preprocessing"]
+    assert (manifest["source"]["kind"], manifest["source"]["rows"]) == ("folder", 11)
+    assert (manifest["batch_size"], manifest["shard_size"], manifest["max_skipped"]) == (2, 3, 0.25)
+    assert {"torch", "open_clip_torch", "h5py", "hdf5"} <= set(manifest["libraries"])
 
 
 def test_records_count_rows_and_time(source, tiny_encoder, tmp_path):
@@ -166,7 +166,7 @@ def test_no_views_at_all(source, tiny_encoder, tmp_path):
 
 def test_shards_never_cross_a_split():
     rows = [Row(str(k), 0, split, "", 1) for k, split in enumerate(["train"] * 5 + ["val"] * 2 + ["test"])]
-    plans = cut_rows(rows, 3)
+    plans = split_rows(rows, 3)
     assert [(p.number, p.split, p.first_row, p.rows) for p in plans] == [
         (0, "train", 0, 3),
         (1, "train", 3, 2),
@@ -180,13 +180,13 @@ def test_shards_never_cross_a_split():
 # -- stopped and continued
 
 
-@pytest.mark.parametrize("place", [0, 2, 4, 10])
-def test_a_stopped_run_continues_to_the_same_bytes(source, tiny_encoder, tmp_path, undisturbed, place):
-    wire = Tripwire(source, source.rows[place].id, stop)
+@pytest.mark.parametrize("index", [0, 2, 4, 10])
+def test_a_stopped_run_continues_to_the_same_bytes(source, tiny_encoder, tmp_path, undisturbed, index):
+    wire = Tripwire(source, source.rows[index].id, stop)
     with pytest.raises(KeyboardInterrupt, match=r"of 5 shards are finished in .* run the same command again"):
         extract(wire, tiny_encoder, tmp_path / "cache", **SMALL)
     before = finished(tmp_path / "cache")
-    assert len(before) == {0: 0, 2: 0, 4: 1, 10: 4}[place]
+    assert len(before) == {0: 0, 2: 0, 4: 1, 10: 4}[index]
     summary = extract(source, tiny_encoder, tmp_path / "cache", **SMALL)
     assert (summary.kept, summary.images) == (len(before), 11)
     assert summary.encoded == 11 - sum(FeatureCache.open(tmp_path / "cache").records[int(n)].rows for n in before)
@@ -258,7 +258,7 @@ def test_kill_9_and_continue_gives_the_same_bytes(
     assert list(out.rglob("*.tmp")) == []
 
 
-# -- what is found on resume
+# -- what is manifest on resume
 
 
 def test_nothing_is_done_twice(source, tiny_encoder, tmp_path, undisturbed):
@@ -398,7 +398,7 @@ def test_verify_is_content_with_a_sound_cache(source, tiny_encoder, tmp_path, un
     assert (summary.shards, summary.images, summary.encoded) == (5, 11, 0)
 
 
-def test_verify_lists_every_problem_and_mends_none(source, tiny_encoder, tmp_path, undisturbed):
+def test_verify_lists_every_problem_and_repairs_none(source, tiny_encoder, tmp_path, undisturbed):
     out = tmp_path / "undisturbed"
     _flip(out / "shards/00001.h5")
     (out / "shards/00003.json").unlink()
@@ -456,7 +456,7 @@ def test_too_many_unreadable_images_stop_at_once(images, tiny_encoder, tmp_path)
     (images / "unlabeled/001.png").write_bytes(b"cut")
     source = open_source(images)
     wire = Tripwire(source, source.rows[8].id, lambda: pytest.fail("it went on"))
-    with pytest.raises(InputError, match=r"2 of 11 .* share of 0\.1 .*led/000\.png: not an image.*--max-skipped"):
+    with pytest.raises(InputError, match=r"2 of 11 .* fraction of 0\.1 .*led/000\.png: not an image.*--max-skipped"):
         extract(wire, tiny_encoder, tmp_path / "cache", **SMALL, max_skipped=0.1)
     assert finished(tmp_path / "cache") == ["00000", "00001"]
     # What is finished stays, and a larger share continues from there: the share is no part of the identity.
@@ -608,7 +608,7 @@ def test_a_read_only_disk_is_named(source, tiny_encoder, tmp_path, monkeypatch):
         ({"batch_size": 0}, "batch size must be at least 1, got 0"),
         ({"shard_size": -3}, "shard size must be at least 1, got -3"),
         ({"workers": -1}, "workers must be at least 0, got -1"),
-        ({"max_skipped": 1.5}, r"max skipped must be a share from 0 to 1, got 1\.5"),
+        ({"max_skipped": 1.5}, r"max skipped must be a fraction from 0 to 1, got 1\.5"),
         ({"max_skipped": float("nan")}, "max skipped"),
         ({"views": ViewRecipe(seed=2**63)}, "view seed must fit"),
         ({"prompts": []}, "at least one prompt"),
@@ -627,6 +627,6 @@ def test_a_bar_is_drawn_when_asked_for(source, tiny_encoder, tmp_path, capsys):
     assert all(stage in shown for stage in ("read", "encode", "write"))
 
 
-def test_nothing_is_drawn_where_nobody_watches(source, tiny_encoder, tmp_path, capfd):
+def test_nothing_is_drawn_where_there_is_no_terminal(source, tiny_encoder, tmp_path, capfd):
     extract(source, tiny_encoder, tmp_path / "cache", **SMALL)
     assert capfd.readouterr() == ("", "")

@@ -48,25 +48,25 @@ def readers(source, encoder) -> tuple[ImageReader, ImageReader, ImageReader]:
     """Exact, reduced and for a device."""
     exact = ImageReader(source, encoder.resize, RECIPE, encoder.spec.image_size)
     reduced = replace(exact, resampling=encoder.resampling)
-    return exact, reduced, replace(reduced, later=True)
+    return exact, reduced, replace(reduced, on_device=True)
 
 
 def test_an_encoder_reads_exactly_when_asked(large, tiny_model, tiny_encoder):
     assert not tiny_encoder.exact
-    assert ImageReader.of(large, tiny_encoder, RECIPE).resampling == tiny_encoder.resampling
+    assert ImageReader.for_encoder(large, tiny_encoder, RECIPE).resampling == tiny_encoder.resampling
     exact = load_encoder(tiny_model, device="cpu", exact=True)
-    assert ImageReader.of(large, exact, RECIPE).resampling is None
+    assert ImageReader.for_encoder(large, exact, RECIPE).resampling is None
 
 
 def test_large_images_look_the_same_however_they_are_read(large, tiny_encoder):
     exact, reduced, later = readers(large, tiny_encoder)
     wanted = exact.read(large.rows)
     for reader in (reduced, later):
-        found = reader.read(large.rows)
-        pixels = reader.pixels_on(HERE, found).unflatten(0, (4, 4)).numpy()
-        assert found.kept == wanted.kept
-        assert np.array_equal(found.scale, wanted.scale)
-        assert np.array_equal(found.flip, wanted.flip)
+        batch = reader.read(large.rows)
+        pixels = reader.pixels_on(HERE, batch).unflatten(0, (4, 4)).numpy()
+        assert batch.kept == wanted.kept
+        assert np.array_equal(batch.scale, wanted.scale)
+        assert np.array_equal(batch.flip, wanted.flip)
         difference = np.abs(pixels.astype(int) - wanted.pixels)[:, :2]  # plain and weak: no operation makes edges
         assert difference.max() <= 6
         assert difference.mean() < 0.7
@@ -95,12 +95,12 @@ def test_strong_views_on_a_device_are_the_drawn_ones(large, tiny_encoder):
     exact, later = (replace(one, recipe=ViewRecipe(weak=0, strong=12, seed=1)) for one in (exact, later))
     rows = [row for row in large.rows if row.id.endswith("d.png")]
     batch = later.read(rows)
-    wanted, found = exact.read(rows).pixels[0], later.pixels_on(HERE, batch).numpy()
+    wanted, pixels = exact.read(rows).pixels[0], later.pixels_on(HERE, batch).numpy()
     kinds = [{name for name, _ in one.operations} for one in batch.drawn]
     same = [i for i, names in enumerate(kinds) if names <= {"Identity", "Posterize", "Solarize", "Brightness"}]
     assert len(same) > 1
     for view in same:
-        assert np.quantile(np.abs(found[view].astype(int) - wanted[view]), 0.95) <= 8, kinds[view]
+        assert np.quantile(np.abs(pixels[view].astype(int) - wanted[view]), 0.95) <= 8, kinds[view]
 
 
 def test_rows_without_views_have_the_plain_one(images, tiny_encoder):
@@ -127,8 +127,8 @@ def test_unreadable_images_are_skipped_in_every_way(tmp_path, tiny_encoder):
 def test_reader_processes_hand_whole_images_to_the_device(large, tiny_encoder):
     later = readers(large, tiny_encoder)[2]
     batches = batches_of(large.rows, 3)
-    alone = [encoding._on_a_core(later, tiny_encoder, rows) for rows in batches]
-    apart = list(encoding._beside_readers(later, tiny_encoder, batches, 2))
+    alone = [encoding._encode_on_core(later, tiny_encoder, rows) for rows in batches]
+    apart = list(encoding._encode_on_device(later, tiny_encoder, batches, 2))
     for one, two in zip(alone, apart, strict=True):
         assert one.kept == two.kept
         assert np.allclose(one.features, two.features, atol=1e-5)
@@ -164,12 +164,12 @@ def test_a_source_may_make_images_of_others(large, tiny_encoder, tmp_path, later
         kept.parent.mkdir(parents=True, exist_ok=True)
         CutOuts(large).read(row).save(kept.with_suffix(".png"))
     files = open_source(tmp_path / "cut")
-    one = replace(readers(CutOuts(large), tiny_encoder)[1], later=later)
+    one = replace(readers(CutOuts(large), tiny_encoder)[1], on_device=later)
     two = replace(one, source=files)
-    found = [one.pixels_on(HERE, one.read([row])) for row in rows]
+    made = [one.pixels_on(HERE, one.read([row])) for row in rows]
     # the views are drawn by a row's id, and a file of another suffix has another: the plain view is the same
     by_name = {row.id.rsplit(".")[0]: row for row in files.rows}
-    for row, views in zip(rows, found, strict=True):
+    for row, views in zip(rows, made, strict=True):
         saved = two.pixels_on(HERE, two.read([by_name[row.id.rsplit(".")[0]]]))
         assert torch.equal(views[0], saved[0])
 

@@ -89,6 +89,6 @@ def test_bad_sets_are_named(tmp_path):
     datasets.Dataset.from_dict({"text": ["a"], "label": [0]}).save_to_disk(tmp_path / "texts")
     with pytest.raises(InputError, match="no column of images; found text, label"):
         open_source(tmp_path / "texts")
-    datasets.DatasetDict({"extra": made([0])}).save_to_disk(tmp_path / "strange")
+    datasets.DatasetDict({"extra": made([0])}).save_to_disk(tmp_path / "other")
     with pytest.raises(InputError, match="has no split called"):
-        open_source(tmp_path / "strange")
+        open_source(tmp_path / "other")

@@ -88,9 +88,11 @@ def test_a_folder_of_files(tmp_path):
 def test_class_names_from_the_file_or_from_what_the_writer_says(tmp_path):
     path = write(tmp_path / "train.parquet", label=[0, 1, 1, 0, -1])
     table = parquet.read_table(path)
-    told = {"info": {"features": {"label": {"names": ["ant", "bee"], "_type": "ClassLabel"}}}}
-    parquet.write_table(table.replace_schema_metadata({"huggingface": json.dumps(told)}), tmp_path / "told.parquet")
-    assert ParquetSource(str(tmp_path / "told.parquet")).class_names == ["ant", "bee"]
+    metadata = {"info": {"features": {"label": {"names": ["ant", "bee"], "_type": "ClassLabel"}}}}
+    parquet.write_table(
+        table.replace_schema_metadata({"huggingface": json.dumps(metadata)}), tmp_path / "metadata.parquet"
+    )
+    assert ParquetSource(str(tmp_path / "metadata.parquet")).class_names == ["ant", "bee"]
     (tmp_path / "names.txt").write_text("cow\ndoe\nelk\n")
     source = ParquetSource(str(path), class_names_file=tmp_path / "names.txt")
     assert source.class_names == ["cow", "doe", "elk"]
@@ -140,7 +142,7 @@ def test_a_wrong_column_is_named_with_those_that_are_there(tmp_path):
     parquet.write_table(pa.table({"jpeg": ["a.png"], "label": ["x"]}), tmp_path / "t.parquet")
     with pytest.raises(InputError, match=r"no column of encoded images .* found jpeg, label"):
         ParquetSource(str(tmp_path / "t.parquet"))
-    with pytest.raises(InputError, match=r"needs a column path .* found jpeg, label"):
+    with pytest.raises(InputError, match=r"must have the column path .* got jpeg, label"):
         open_source(tmp_path / "t.parquet")
 
 

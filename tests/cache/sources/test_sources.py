@@ -8,7 +8,7 @@ import pytest
 
 from ulfine_fast.cache.io.errors import InputError
 from ulfine_fast.cache.sources import SPLITS, Row, fingerprint, open_source, reopen_source
-from ulfine_fast.cache.sources.rows import in_order
+from ulfine_fast.cache.sources.rows import sorted_rows
 
 
 def row(id: str = "a", label: int = 0, split: str = "train", location: str = "x", bytes: int = 1) -> Row:
@@ -17,7 +17,7 @@ def row(id: str = "a", label: int = 0, split: str = "train", location: str = "x"
 
 def test_order_is_by_split_then_id():
     rows = [row("b", split=split) for split in reversed(SPLITS)] + [row("a", split=split) for split in SPLITS]
-    assert [(one.split, one.id) for one in in_order(rows)] == [(split, id) for split in SPLITS for id in "ab"]
+    assert [(one.split, one.id) for one in sorted_rows(rows)] == [(split, id) for split in SPLITS for id in "ab"]
 
 
 def test_fingerprint_is_of_what_was_promised():

@@ -95,12 +95,75 @@ def test_names_by_folder_column(images: Path):
     assert source.class_names == ["0", "seven things"]
 
 
+@pytest.mark.parametrize("form", ["csv", "tsv", "parquet"])
+def test_whole_numbers_with_a_missing_one(images: Path, form: str):
+    """pandas writes 0.0, 1.0, ... where a label is missing."""
+    (images / "names.txt").write_text("".join(f"class{k}\n" for k in range(11)))
+    labels = [10.0, 2.0, None, 0.0, 9.0]
+    paths = [f"p/{name}.png" for name in "abcde"]
+    if form == "parquet":
+        parquet.write_table(pa.table({"path": paths, "label": labels}), images / "t.parquet")
+    else:
+        mark = {"csv": ",", "tsv": "\t"}[form]
+        lines = [f"{path}{mark}{'' if label is None else label}" for path, label in zip(paths, labels, strict=True)]
+        (images / f"t.{form}").write_text("\n".join([f"path{mark}label", *lines, "", ""]))
+    source = open_source(images / f"t.{form}", class_names_file=images / "names.txt")
+    assert source.class_names == [f"class{k}" for k in range(11)]
+    assert {row.id[2]: row.label for row in source.rows} == {"a": 10, "b": 2, "c": -1, "d": 0, "e": 9}
+    alone = open_source(images / f"t.{form}")
+    assert alone.class_names == ["0", "2", "9", "10"]
+    assert {row.id[2]: row.label for row in alone.rows} == {"a": 3, "b": 1, "c": -1, "d": 0, "e": 2}
+
+
+def test_padded_numbers_are_indices_of_names_and_texts_alone(images: Path):
+    (images / "names.txt").write_text("x\ny\nz\n")
+    where = write(images, "path,label\np/a.png,000\np/b.png,002\np/c.png,010\n")
+    assert TableSource(where).class_names == ["000", "002", "010"]
+    where = write(images, "path,label\np/a.png,000\np/b.png,002\np/c.png,001\n")
+    source = TableSource(where, class_names_file=images / "names.txt")
+    assert (source.class_names, [row.label for row in source.rows]) == (["x", "y", "z"], [0, 2, 1])
+    where = write(images, "path,label\np/a.png,1\np/b.png,01\n")
+    for names in (None, images / "names.txt"):
+        with pytest.raises(InputError, match="writes one label in several ways, 01 and 1; use one of them"):
+            TableSource(where, class_names_file=names)
+
+
+@pytest.mark.parametrize("unknown", ["-1", "-1.0", " -1", ""])
+def test_minus_one_is_unknown(images: Path, unknown: str):
+    (images / "names.txt").write_text("x\ny\n")
+    where = write(images, f"path,label\np/a.png,0\np/b.png,{unknown}\np/c.png,1\n")
+    for names, wanted in ((None, ["0", "1"]), (images / "names.txt", ["x", "y"])):
+        source = TableSource(where, class_names_file=names)
+        assert source.class_names == wanted
+        assert table(source) == [("p/a.png", 0, "train"), ("p/c.png", 1, "train"), ("p/b.png", -1, "unlabeled")]
+    texts = TableSource(write(images, f"path,label\np/a.png,cat\np/b.png,{unknown}\n"))
+    assert (texts.class_names, [row.label for row in texts.rows]) == (["cat"], [0, -1])
+
+
+def test_blanks_around_the_names_of_columns(images: Path):
+    where = write(images, "\ufeffpath,label , split\np/a.png,x,test\np/b.png,x,train\n\n,,\n")
+    assert table(TableSource(where)) == [("p/b.png", 0, "train"), ("p/a.png", 0, "test")]
+
+
+@pytest.mark.parametrize(("header", "wrong"), [("path,label,Split", "Split"), ("path,lable,split", "lable")])
+def test_columns_that_only_look_right_are_named(images: Path, header: str, wrong: str):
+    where = write(images, f"{header}\np/a.png,x,test\n")
+    with pytest.raises(InputError, match=f"has a column '{wrong}', which looks like"):
+        TableSource(where)
+    assert [row.id for row in ImageTable(where).rows] == ["p/a.png"]
+
+
+def test_a_tsv_of_images_to_predict(images: Path):
+    (images / "t.tsv").write_text("note\tpath\nx\tp/a.png\n\n")
+    assert [row.id for row in ImageTable(images / "t.tsv").rows] == ["p/a.png"]
+
+
 def test_parquet_gives_the_same_as_csv(images: Path):
     paths, labels = ["p/a.png", "p/b.png", "p/c.png"], ["y", None, "x"]
     parquet.write_table(pa.table({"label": labels, "path": paths, "z": [1, 2, 3]}), images / "t.parquet")
-    found = TableSource(images / "t.parquet")
-    wanted = TableSource(write(images, "path,label\np/a.png,y\np/b.png,\np/c.png,x\n"))
-    assert (found.rows, found.class_names) == (wanted.rows, wanted.class_names)
+    from_parquet = TableSource(images / "t.parquet")
+    from_csv = TableSource(write(images, "path,label\np/a.png,y\np/b.png,\np/c.png,x\n"))
+    assert (from_parquet.rows, from_parquet.class_names) == (from_csv.rows, from_csv.class_names)
 
 
 def test_parquet_numbers_with_gaps(images: Path):
@@ -121,18 +184,24 @@ def test_parquet_numbers_with_gaps(images: Path):
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
-        ("", "needs a column path .* found none"),
-        ("file,class\np/a.png,x\n", r"needs a column path \(and label, split\); found file, class"),
-        ("path;label\np/a.png;x\n", "found path;label"),
+        ("", "must have the column path .* got none"),
+        (
+            "file,class\np/a.png,x\n",
+            r"must have the column path \(and label, split where there are any\), got file, class",
+        ),
+        ("path;label\np/a.png;x\n", "got path;label"),
         ("path,label\n", "has no rows"),
-        ("path,label\n,x\n", "row 1: the path is empty"),
+        ("path,label\n,x\n", r"line 2 of .*table\.csv: the path is empty"),
         ("path,label\np/a.png,\n", "has no label in any row"),
         ("path\np/a.png\n", "has no label in any row"),
-        ("path,label,split\np/a.png,x,Train\n", "row 1: unknown split 'Train'; use train, unlabeled, val, test"),
-        ("path,label,split\np/a.png,x,\np/b.png,,train\n", "row 2: a training row without a label"),
+        ("path,label,split\np/a.png,x,Train\n", "line 2 of .*: unknown split 'Train'; use train, unlabeled, val, test"),
+        ("path,label,split\np/a.png,x,\np/b.png,,train\n", "line 3 of .*: a training row without a label"),
         ("path,label\np/a.png,x\np/b.png,x\np/a.png,y\n", r"lists p/a.png 2 times"),
-        ("path,label\np/a.png,x\np/gone.png,x\nq.png,x\n", r"row 2: p/gone.png is not there \(2 of 3 paths"),
-        ("path,label\np,x\n", r"row 1: p is not there"),
+        ("path,label\np/a.png,-2\np/b.png,0\n", "has the label -2; use numbers from 0, and -1 for unknown"),
+        ("path,label\np/a, b.png,x\n", r"line 2 of .* has 3 cells instead of 2"),
+        ("path,label\np/a.png,-1\n", "has no label in any row"),
+        ("path,label\np/a.png,x\np/gone.png,x\nq.png,x\n", r"line 3 of .*: p/gone.png is not there \(2 of 3 paths"),
+        ("path,label\np,x\n", r"line 2 of .*: p is not there"),
         (f"path,label\n{'x' * 5000}.png,x\n", "is not there"),
         ("path,label\np/\0a.png,x\n", r"is not"),
     ],
@@ -146,14 +215,14 @@ def test_bad_tables_end_with_one_sentence(text: str, sentence: str, images: Path
 def test_files_that_are_no_tables(images: Path):
     with pytest.raises(InputError, match="no such table"):
         TableSource(images / "gone.csv")
-    with pytest.raises(InputError, match="is not a UTF-8 csv file"):
+    with pytest.raises(InputError, match=r"line 2 of .*table\.csv is not UTF-8 text"):
         TableSource(write(images, "path,label\np/ä.png,x\n", encoding="latin-1"))
     (images / "t.parquet").write_bytes(b"not parquet at all")
     with pytest.raises(InputError, match="is not a parquet file") as caught:
         TableSource(images / "t.parquet")
     assert "\n" not in str(caught.value)
     parquet.write_table(pa.table({"file": ["a"]}), images / "t.parquet")
-    with pytest.raises(InputError, match=r"needs a column path .* found file"):
+    with pytest.raises(InputError, match=r"must have the column path .* got file"):
         TableSource(images / "t.parquet")
 
 

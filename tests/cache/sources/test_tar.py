@@ -38,9 +38,9 @@ def packed(members: dict[str, bytes]) -> bytes:
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as tar:
         for name, content in members.items():
-            told = tarfile.TarInfo(name)
-            told.size = len(content)
-            tar.addfile(told, io.BytesIO(content))
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
     return buffer.getvalue()
 
 
@@ -220,9 +220,9 @@ def test_a_name_that_comes_again_is_another_sample(tmp_path, names, tiny_encoder
     with tarfile.open(fileobj=buffer, mode="w") as tar:
         for _ in range(2):
             for name, content in samples(1).items():
-                told = tarfile.TarInfo(name)
-                told.size = len(content)
-                tar.addfile(told, io.BytesIO(content))
+                member = tarfile.TarInfo(name)
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
     (tmp_path / "a.tar").write_bytes(buffer.getvalue())
     source = TarSource(str(tmp_path / "a.tar"), class_names_file=names)
     assert len(rows_of(source)) == 2
@@ -264,7 +264,7 @@ def test_files_of_a_web_server(served, folder, names, tiny_encoder, tmp_path):
     assert [part.split for part in there.plan(1)] == [part.split for part in here.plan(1)]
     done = extract(there, tiny_encoder, tmp_path / "cache", workers=1)
     assert (done.images, done.skipped) == (5, [])
-    assert not streams._COPIES  # copies are removed once their shard is written
+    assert not streams._copies  # copies are removed once their shard is written
 
 
 def test_a_web_server_without_the_file(served, names):
@@ -311,9 +311,9 @@ def test_names_that_lead_out_are_skipped_with_a_reason(tmp_path, names, name):
 @pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE])
 def test_links_and_devices_are_never_followed(tmp_path, names, kind):
     with tarfile.open(tmp_path / "a.tar", "w") as tar:
-        told = tarfile.TarInfo("0.png")
-        told.type, told.linkname = kind, "/etc/passwd"
-        tar.addfile(told)
+        member = tarfile.TarInfo("0.png")
+        member.type, member.linkname = kind, "/etc/passwd"
+        tar.addfile(member)
     source = TarSource(str(tmp_path / "a.tar"), class_names_file=names)
     (row,) = rows_of(source)
     with pytest.raises(UnreadableImage, match="a link or a device"):
@@ -437,7 +437,7 @@ def test_skipped_images_are_counted_and_listed(tmp_path, names, tiny_encoder):
 def test_too_many_skipped_images_stop_the_work(tmp_path, names, tiny_encoder):
     members = {f"{number}.png": b"no image" for number in range(6)}
     source = one(tmp_path, names, members, "train.tar")
-    with pytest.raises(InputError, match="more than the share of"):
+    with pytest.raises(InputError, match="more than the fraction of"):
         extract(source, tiny_encoder, tmp_path / "cache", **SMALL, shard_size=4)
 
 

@@ -5,7 +5,7 @@ import pytest
 
 from tests.related.multilabel.worlds import hidden, make_images
 from ulfine_fast.cache.io.errors import InputError
-from ulfine_fast.related.multilabel.labels import placed, read_label_table, split_labels
+from ulfine_fast.related.multilabel.labels import labels_by_row, read_label_table, split_labels
 from ulfine_fast.related.multilabel.settings import MultiLabelConfig
 
 
@@ -16,12 +16,14 @@ def written(folder, text):
 
 
 def test_a_table_is_read(tmp_path):
-    found = read_label_table(written(tmp_path, "id,cat,dog\nb.png,1,\na.png,0, 1\n\n"))
-    assert found.class_names == ["cat", "dog"]
-    assert found.ids == ["b.png", "a.png"]
-    assert found.values.tolist() == [[1, -1], [0, 1]]
+    table = read_label_table(written(tmp_path, "id,cat,dog\nb.png,1,\na.png,0, 1\n\n"))
+    assert table.class_names == ["cat", "dog"]
+    assert table.ids == ["b.png", "a.png"]
+    assert table.values.tolist() == [[1, -1], [0, 1]]
+    floats = read_label_table(written(tmp_path, " id,cat,dog \nb.png,1.0,-1\na.png,0.0,1.\n,,\n"))
+    assert floats.digest == table.digest
     again = read_label_table(written(tmp_path, "id,cat,dog\nb.png,1,\na.png,0,0\n"))
-    assert again.digest != found.digest
+    assert again.digest != table.digest
 
 
 @pytest.mark.parametrize(
@@ -42,27 +44,27 @@ def test_a_wrong_table_is_refused(tmp_path, text, sentence):
         read_label_table(written(tmp_path, text))
 
 
-def test_rows_find_their_place():
+def test_labels_go_to_the_rows_of_their_images():
     cache, truth = make_images()
     table = hidden(cache, truth)
     few = type(table)(table.class_names, table.ids[5:2:-1], table.values[5:2:-1])
-    whole, rows = placed(few, cache)
+    whole, rows = labels_by_row(few, cache)
     assert rows.tolist() == [3, 4, 5]
     np.testing.assert_array_equal(whole[3:6], table.values[3:6])
     assert (np.delete(whole, rows, 0) == -1).all()
-    with pytest.raises(InputError, match="'nobody', which this cache lacks; its ids look like 'train/0'"):
-        placed(type(table)(table.class_names, ["nobody"], table.values[:1]), cache)
+    with pytest.raises(InputError, match=r"'missing', which this cache lacks \(its ids look like 'train/0'\)"):
+        labels_by_row(type(table)(table.class_names, ["missing"], table.values[:1]), cache)
     with pytest.raises(InputError, match="no image"):
-        placed(type(table)(table.class_names, [], table.values[:0]), cache)
+        labels_by_row(type(table)(table.class_names, [], table.values[:0]), cache)
 
 
 def test_splits_follow_the_cache_or_hold_some_out():
     cache, truth = make_images()
-    labels, rows = placed(hidden(cache, truth), cache)
+    labels, rows = labels_by_row(hidden(cache, truth), cache)
     names = cache.class_names
-    found = split_labels(cache, labels, rows, names, MultiLabelConfig())
-    assert found.train.tolist() == list(range(120))
-    assert found.test.tolist() == list(range(120, 240))
+    split = split_labels(cache, labels, rows, names, MultiLabelConfig())
+    assert split.train.tolist() == list(range(120))
+    assert split.test.tolist() == list(range(120, 240))
     held = [split_labels(cache, labels, rows[:120], names, MultiLabelConfig(seed=s)) for s in (1, 1, 2)]
     assert len(held[0].test) == 24
     assert set(held[0].test) | set(held[0].train) == set(range(120))
@@ -72,9 +74,9 @@ def test_splits_follow_the_cache_or_hold_some_out():
         split_labels(cache, labels, rows[120:], names, MultiLabelConfig())
 
 
-def test_a_class_nobody_shows_is_refused():
+def test_a_class_that_no_image_shows_is_refused():
     cache, truth = make_images()
-    labels, rows = placed(hidden(cache, truth), cache)
+    labels, rows = labels_by_row(hidden(cache, truth), cache)
     with pytest.raises(InputError, match="'class 0' is 0 in no training image"):
         split_labels(cache, labels, rows, cache.class_names, MultiLabelConfig(unknown="ignore"))
     labels[:120, 3] = -1

@@ -41,13 +41,13 @@ def test_trials_do_not_see_their_neighbours(world, method):
     configs = [config(method=method, seed=3, steps=12), config(method=method, seed=4, steps=12, lr=0.1, scale=8.0)]
     both = fit_labels(cache, table, configs, progress=False)
     alone = [fit_labels(cache, table, [one], progress=False)[0] for one in configs]
-    for ours, theirs in zip(both, alone, strict=True):
-        for name, tensor in theirs.tensors.items():
-            assert torch.equal(ours.tensors[name], tensor)
+    for together, single in zip(both, alone, strict=True):
+        for name, tensor in single.tensors.items():
+            assert torch.equal(together.tensors[name], tensor)
     assert not torch.equal(both[0].tensors["weights"], both[1].tensors["weights"])
 
 
-def test_structural_settings_make_passes_of_their_own(world):
+def test_structural_settings_make_groups_of_their_own(world):
     cache, _, table = world
     configs = [config(method=name, steps=5) for name in ("bce", "comic", "bce")]
     runs = fit_labels(cache, table, configs, progress=False)
@@ -69,15 +69,15 @@ def test_restored_labels_are_right_more_often_than_not(world):
 
 def test_unknown_labels_can_be_ignored(world):
     cache, truth, _ = world
-    given = truth.copy()
-    given[60:120, 0] = -1  # nobody looked
-    table = LabelTable(NAMES, list(cache.ids), given)
-    taken, ignored = fit_labels(
+    labels = truth.copy()
+    labels[60:120, 0] = -1  # no one looked
+    table = LabelTable(NAMES, list(cache.ids), labels)
+    negative, ignored = fit_labels(
         cache, table, [config(method="bce", unknown=how) for how in ("negative", "ignore")], progress=False
     )
-    shown = [run.predictions[120:, 0].mean() for run in (taken, ignored)]
+    shown = [run.predictions[120:, 0].mean() for run in (negative, ignored)]
     assert abs(shown[1] - truth[120:, 0].mean()) < abs(shown[0] - truth[120:, 0].mean())
-    assert taken.metrics["unknown_share"] == ignored.metrics["unknown_share"] == 0.1
+    assert negative.metrics["unknown_share"] == ignored.metrics["unknown_share"] == 0.1
 
 
 def test_where_it_starts(world):
@@ -85,15 +85,15 @@ def test_where_it_starts(world):
     [run] = fit_labels(cache, table, [config(start="auto", lr=0.0, steps=1)], progress=False)
     torch.testing.assert_close(run.tensors["weights"], torch.from_numpy(cache.prototypes), atol=1e-6, rtol=1e-5)
     assert run.tensors["bias"].tolist() == [-3.0] * 5
-    other = LabelTable([*NAMES[:4], "stranger"], table.ids, table.values)
-    with pytest.raises(InputError, match="no text for 'stranger'"):
+    other = LabelTable([*NAMES[:4], "unnamed"], table.ids, table.values)
+    with pytest.raises(InputError, match="no text for 'unnamed'"):
         fit_labels(cache, other, [config(start="text")], progress=False)
     one, two = fit_labels(cache, other, [config(start="auto", lr=0.0, steps=1, seed=s) for s in (0, 1)], progress=False)
     assert not torch.equal(one.tensors["weights"], two.tensors["weights"])
     assert float(one.tensors["weights"].norm(dim=1).mean()) == pytest.approx(1, abs=0.2)
 
 
-def test_divergence_is_said(world):
+def test_divergence_is_refused(world):
     cache, _, table = world
     with pytest.raises(InputError, match="seed 0 of bce diverged; lower lr"):
         fit_labels(cache, table, [config(method="bce", lr=1e38, weight_decay=1e5, steps=4)], progress=False)

@@ -29,10 +29,10 @@ def make_images(n=240, dim=24, seed=0, noise=0.5, text=True):
     return cache, truth
 
 
-def hidden(cache, truth, share=0.4, seed=0):
+def hidden(cache, truth, fraction=0.4, seed=0):
     """The table of a user who names some of what training images show and nothing else; test labels are whole."""
-    given, train = truth.copy(), cache.splits == "train"
-    hide = np.random.default_rng(seed).random(truth.shape) < share
+    labels, train = truth.copy(), cache.splits == "train"
+    hide = np.random.default_rng(seed).random(truth.shape) < fraction
     hide[np.arange(len(NAMES)), np.arange(len(NAMES))] = False
-    given[train] = np.where((truth == 1) & ~hide, 1, -1)[train]
-    return LabelTable(NAMES, list(cache.ids), given)
+    labels[train] = np.where((truth == 1) & ~hide, 1, -1)[train]
+    return LabelTable(NAMES, list(cache.ids), labels)

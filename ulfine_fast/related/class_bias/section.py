@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from ulfine_fast.cache.ids import RowIndex
 from ulfine_fast.metrics.intervals import mean_interval
 from ulfine_fast.related.class_bias.bias import BiasComparison, compare_bias
 from ulfine_fast.report.groups import Group
@@ -70,8 +71,7 @@ def _compare_with_zero_shot(
     known = adapted.labels >= 0
     if not known.any():
         return None
-    row_of = {name: row for row, name in enumerate(zero_shot.ids)}
-    same_order = np.array([row_of[name] for name in adapted.ids])
+    same_order = RowIndex(zero_shot.ids).rows(adapted.ids, source="the run", fix="leave one of the two runs out")
     image_groups = None if attributes is None else np.array([attributes.get(name, "") for name in adapted.ids])
     return compare_bias(
         zero_shot=zero_shot.probabilities[same_order][known].astype(np.float64),

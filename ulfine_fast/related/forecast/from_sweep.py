@@ -91,7 +91,7 @@ def forecast_sweep(
     try:
         curve = _earlier_curve(saved.folder / FILE, about)
         if curve is None:
-            configs = [FitConfig.from_dict({**saved.settings, "seed": seed}) for seed in fresh]
+            configs = [FitConfig.from_dict({**saved.settings, "seed": seed}, saved=True) for seed in fresh]
             curves = grow(cache, configs, over, [metric], split=split, device=device, engine=engine, progress=progress)
             curve = curves[metric]
         content["curve"] = curve.to_dict()

@@ -44,14 +44,18 @@ class Bags:
         return [{"bag": name, "ids": [ids[row] for row in rows], "shares": own.tolist()} for name, rows, own in each]
 
     @classmethod
-    def from_list(cls, bags: Sequence[Mapping[str, Any]], row_of: Callable[[list[str]], Rows]) -> Bags:
+    def from_list(cls, bags: Sequence[Mapping[str, Any]], row_of: Callable[..., Rows]) -> Bags:
         """The inverse of :meth:`to_list`.
 
         Args:
             bags: JSON values.
-            row_of: rows of image ids, such as `FeatureCache.row_of`.
+            row_of: looks up the rows of image ids, such as `FeatureCache.row_of`.
+
+        Raises:
+            InputError: an image that the cache lacks.
         """
-        members = tuple(row_of(bag["ids"]) for bag in bags)
+        fix = "use the cache that the split was made on"
+        members = tuple(row_of(bag["ids"], source=f"bag {bag['bag']!r} of the split", fix=fix) for bag in bags)
         return cls(tuple(bag["bag"] for bag in bags), members, np.array([bag["shares"] for bag in bags]))
 
 

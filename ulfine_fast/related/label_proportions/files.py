@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import math
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,20 +11,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ulfine_fast.cache.io.errors import InputError
+from ulfine_fast.cache.io.tables import label_text, read_table
 from ulfine_fast.data.splits import Split
 from ulfine_fast.related.label_proportions.bags import Bags
 
 if TYPE_CHECKING:
     from ulfine_fast.cache.store import FeatureCache
 
-Cells = list[list[str]]
-
 _TOLERANCE = 1e-3
 """How far shares may be from a sum of 1: three digits of each are enough."""
 
 
 def read_bags(bags: str | Path, proportions: str | Path, cache: FeatureCache) -> Bags:
-    """Bags of a cache's images from two CSV files.
+    """Bags of a cache's images from two tables.
 
     Args:
         bags: with the columns id and bag.
@@ -74,59 +72,54 @@ def bag_split(cache: FeatureCache, bags: Bags) -> Split:
 
 def _members(path: Path, cache: FeatureCache) -> dict[str, list[int]]:
     """Rows of each bag, in the order of the file."""
-    header, rows = _read(path, "the columns id and bag")
-    if header != ["id", "bag"]:
-        raise InputError(f"{path} must have the columns id and bag, got {', '.join(header)}")
-    row_of = {name: row for row, name in enumerate(cache.ids)}
+    table = read_table(path, ["id", "bag"])
+    if not len(table):
+        raise InputError(f"{path} has no line; give the columns id and bag, and a line for each image")
+    ids, bags = table.texts("id", strip=False), table.texts("bag")
     bag_of: dict[str, str] = {}
     members: dict[str, list[int]] = {}
-    for name, bag in rows:
-        _refuse_image(name, bag, path, cache, row_of)
+    rows = cache.row_of(ids, source=str(path), fix="remove its line")
+    for name, bag, row in zip(ids, bags, rows.tolist(), strict=True):
+        if not bag:
+            raise InputError(f"{path} names no bag for {name!r}; name one or remove the line")
         if name in bag_of:
             raise InputError(f"{path} puts {name!r} into bag {bag_of[name]!r} and again into {bag!r}; keep one line")
+        split = cache.splits[row]
+        if split in ("val", "test"):
+            raise InputError(f"bag {bag!r} of {path} holds {name!r}, a {split} image of this cache; remove its line")
         bag_of[name] = bag
-        members.setdefault(bag, []).append(row_of[name])
+        members.setdefault(bag, []).append(row)
     return members
-
-
-def _refuse_image(name: str, bag: str, path: Path, cache: FeatureCache, row_of: dict[str, int]) -> None:
-    """Refuse an image that is in no bag, not in the cache, or held out by it."""
-    if not bag:
-        raise InputError(f"{path} names no bag for {name!r}; name one or remove the line")
-    if name not in row_of:
-        raise InputError(f"bag {bag!r} of {path} holds {name!r}, which this cache lacks; remove its line")
-    where = cache.splits[row_of[name]]
-    if where in ("val", "test"):
-        raise InputError(f"bag {bag!r} of {path} holds {name!r}, a {where} image of this cache; remove its line")
 
 
 def _shares(path: Path, classes: list[str]) -> dict[str, NDArray[np.float64]]:
     """Shares (K,) of each bag, summing to 1, from either form of the file."""
-    header, rows = _read(path, "the columns bag, class and share, or bag and one for each class")
-    if header[0] != "bag" or len(header) < 2:
-        raise InputError(
-            f"{path} must have the columns bag, class and share, or bag and one for each class, got {', '.join(header)}"
-        )
-    entries = rows if header == ["bag", "class", "share"] else _melted(header, rows, path)
-    found: dict[str, dict[str, float]] = {}
-    for bag, name, text in entries:
+    form = "the columns bag, class and share, or bag and one for each class"
+    table = read_table(path, ["bag"], others="keep", form=form)
+    bags, columns = table.texts("bag"), [name for name in table.names if name != "bag"]
+    if not columns:
+        raise InputError(f"{path} must have {form}, got bag")
+    if not bags:
+        raise InputError(f"{path} has no line; give {form}, and a line for each entry")
+
+    # (bag, class, share) of every cell
+    if {"class", "share"} <= set(columns):
+        entries = list(zip(bags, table.texts("class"), table.texts("share"), strict=True))
+    else:
+        for bag, times in Counter(bags).most_common(1):
+            if times > 1:
+                raise InputError(f"{path} has two lines for bag {bag!r}; keep one")
+        entries = [(bag, name, share) for name in columns for bag, share in zip(bags, table.texts(name), strict=True)]
+
+    shares: dict[str, dict[str, float]] = {bag: {} for bag in bags}
+    for bag, label, text in entries:
+        name = label if label in classes else label_text(label)
         if name not in classes:
-            raise InputError(f"{path} names class {name!r}, which is none of {', '.join(classes)}")
-        own = found.setdefault(bag, {})
-        if name in own:
+            raise InputError(f"{path} names class {label!r}, which is none of {', '.join(classes)}")
+        if name in shares[bag]:
             raise InputError(f"{path} gives two shares of class {name!r} in bag {bag!r}; keep one")
-        own[name] = _share(text, bag, name, path)
-    return {bag: _normalized(bag, [own.get(name, 0.0) for name in classes], path) for bag, own in found.items()}
-
-
-def _melted(header: list[str], rows: Cells, path: Path) -> Cells:
-    """A row for each cell of a table with a column for each class."""
-    seen: set[str] = set()
-    for row in rows:
-        if row[0] in seen:
-            raise InputError(f"{path} has two lines for bag {row[0]!r}; keep one")
-        seen.add(row[0])
-    return [[row[0], name, cell] for row in rows for name, cell in zip(header[1:], row[1:], strict=True)]
+        shares[bag][name] = _share(text, bag, name, path)
+    return {bag: _normalized(bag, [own.get(name, 0.0) for name in classes], path) for bag, own in shares.items()}
 
 
 def _share(text: str, bag: str, name: str, path: Path) -> float:
@@ -145,19 +138,3 @@ def _normalized(bag: str, shares: list[float], path: Path) -> NDArray[np.float64
     if abs(total - 1) > _TOLERANCE:
         raise InputError(f"the shares of bag {bag!r} in {path} sum to {total:g}; give shares that sum to 1")
     return np.array(shares) / total
-
-
-def _read(path: Path, wanted: str) -> tuple[list[str], Cells]:
-    """Header and rows of a CSV file that has at least one row, all of them as long as the header."""
-    try:
-        rows = list(csv.reader(io.StringIO(path.read_text(encoding="utf-8-sig"), newline="")))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"cannot read {path} ({error}); name a CSV file with {wanted}") from error
-    if len(rows) < 2:
-        raise InputError(f"{path} has no line; give {wanted}, and a line for each entry")
-    for number, row in enumerate(rows[1:], 2):
-        if len(row) != len(rows[0]):
-            raise InputError(
-                f"line {number} of {path} has {len(row)} cells instead of {len(rows[0])}; mend or remove it"
-            )
-    return rows[0], rows[1:]

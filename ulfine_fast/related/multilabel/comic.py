@@ -3,7 +3,7 @@
 L = L_modified(balanced) + lambda_c L_corrected + L_modified(head) + L_modified(tail) + lambda_b L_balance. The paper
 trains three networks; here three classifiers share the stored features. Where paper and released code differ the
 paper's three parts are kept, without the code's attention over co-occurring labels and its three samplers; the product
-of probabilities in the balance loss is one of sigmoids (the code's softmax is no probability of a label).
+of probabilities in the balance loss is one of sigmoids (the code's softmax is not a probability of a label).
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ BALANCED, HEAD, TAIL = 0, 1, 2
 
 @dataclass
 class Memory:
-    """What COMIC remembers from step to step.
+    """Running means that COMIC keeps from step to step.
 
     Attributes:
-        probability: running mean probability of each class (T, K).
-        restored: running mean of restored labels an image (T, K).
+        probability: mean probability of each class (T, K).
+        restored: mean of restored labels an image (T, K).
         feature: running sum of mean features (T, D).
     """
 
@@ -38,20 +38,30 @@ class Memory:
     @classmethod
     def empty(cls, trials: int, classes: int, dim: int, device: torch.device) -> Memory:
         """All zero."""
-        zero = torch.zeros(trials, classes, device=device)
-        return cls(zero, zero.clone(), torch.zeros(trials, dim, device=device))
+        return cls(
+            probability=torch.zeros(trials, classes, device=device),
+            restored=torch.zeros(trials, classes, device=device),
+            feature=torch.zeros(trials, dim, device=device),
+        )
 
     @torch.no_grad()
-    def see_features(self, features: Tensor, momentum: Tensor) -> None:
-        """Move e to mu e + the batch's mean feature; features (T, B, D), momentum (T,)."""
+    def add_features(self, features: Tensor, momentum: Tensor) -> None:
+        """Change e to mu e + the batch's mean feature; features (T, B, D), momentum mu (T,)."""
         self.feature = momentum.view(-1, 1) * self.feature + features.mean(1)
+
+    @torch.no_grad()
+    def add_labels(self, probabilities: Tensor, restored: Tensor, momentum: Tensor) -> None:
+        """Update the means of probabilities and of restored labels, both (T, B, K); momentum (T,)."""
+        kept = momentum.view(-1, 1)
+        self.probability = kept * self.probability + (1 - kept) * probabilities.mean(1)
+        self.restored = kept * self.restored + (1 - kept) * restored.float().mean(1)
 
 
 def plain_focus(values: Values, classes: int) -> Focus:
     """The same powers for all classes: asymmetric loss."""
-    one = torch.ones_like(values["clip"]).view(-1, 1, 1).expand(-1, 1, classes)
+    ones = torch.ones_like(values["clip"]).view(-1, 1, 1).expand(-1, 1, classes)
     positive, negative, clip = (values[name].view(-1, 1, 1) for name in ("gamma_positive", "gamma_negative", "clip"))
-    return Focus(positive * one, negative * one, clip, one)
+    return Focus(positive=positive * ones, negative=negative * ones, clip=clip, weight=ones)
 
 
 def modified_focus(values: Values, counts: Tensor, *, halved: bool = False) -> Focus:
@@ -65,8 +75,13 @@ def modified_focus(values: Values, counts: Tensor, *, halved: bool = False) -> F
     plain = plain_focus(values, counts.shape[1])
     power = values["rarity_power"]
     rare = rarity(counts, power / 2 if halved else power).unsqueeze(1)  # (T, 1, K)
-    more, less = (values[name].view(-1, 1, 1) for name in ("tail_positive", "tail_negative"))
-    return Focus(plain.positive + more * rare, plain.negative + less * rare, plain.clip, rare)
+    tail_positive, tail_negative = (values[name].view(-1, 1, 1) for name in ("tail_positive", "tail_negative"))
+    return Focus(
+        positive=plain.positive + tail_positive * rare,
+        negative=plain.negative + tail_negative * rare,
+        clip=plain.clip,
+        weight=rare,
+    )
 
 
 @torch.no_grad()
@@ -86,16 +101,16 @@ def restorable(probabilities: Tensor, labels: Tensor, mean: Tensor, threshold: T
 def correction_loss(
     logits: Tensor, labels: Tensor, targets: Targets, memory: Memory, counts: Tensor, size: Tensor, values: Values
 ) -> Tensor:
-    """Correction: the modified loss on labels with the restored ones among them (RLC), and its memory moved on.
+    """Correction: the modified loss on labels that include the restored ones (RLC); updates the memory.
 
-    Present labels lose a margin of their logit. The sum of the batch is divided by its present labels. Class weights
-    follow the given labels and those that are being restored.
+    A margin is subtracted from the logits of present labels. The sum of the batch is divided by its present labels.
+    Class weights follow the known labels and those that are being restored.
 
     Args:
         logits: (T, B, K).
         labels: 1, 0 or -1 (T, B, K).
-        targets: what they are taken for.
-        memory: of all trials; moved on.
+        targets: which labels count as present and absent.
+        memory: of all trials; updated.
         counts: present labels of each class (T, K).
         size: training images (T,).
         values: settings (T,).
@@ -103,25 +118,18 @@ def correction_loss(
     Returns:
         (T,), without lambda_c.
     """
-    given = labels > 0
-    found = restorable(logits.sigmoid(), labels, memory.probability, values["threshold"])
-    _remember(memory, logits, found, values["mean_momentum"])
+    probabilities = logits.sigmoid()
+    restored = restorable(probabilities, labels, memory.probability, values["threshold"])
+    memory.add_labels(probabilities, restored, values["mean_momentum"])
     focus = modified_focus(values, counts + memory.restored * size.view(-1, 1), halved=True)
-    moved = torch.where(given, logits - values["margin"].view(-1, 1, 1), logits)
-    present = (given | found).float()
-    loss = focal(F.logsigmoid(moved), Targets(present, targets.absent * ~found), focus)
+    known = labels > 0
+    lowered = torch.where(known, logits - values["margin"].view(-1, 1, 1), logits)
+    present = (known | restored).float()
+    loss = focal(F.logsigmoid(lowered), Targets(present, targets.absent * ~restored), focus)
     return loss * labels.shape[1] / present.sum((1, 2)).clamp(min=1.0)
 
 
-@torch.no_grad()
-def _remember(memory: Memory, logits: Tensor, found: Tensor, momentum: Tensor) -> None:
-    """Move the running means of probabilities and restored labels on."""
-    keep = momentum.view(-1, 1)
-    memory.probability = keep * memory.probability + (1 - keep) * logits.sigmoid().mean(1)
-    memory.restored = keep * memory.restored + (1 - keep) * found.float().mean(1)
-
-
-def shifted(logits: Tensor, weights: Tensor, features: Tensor, direction: Tensor, values: Values) -> Tensor:
+def head_tail_logits(logits: Tensor, weights: Tensor, features: Tensor, direction: Tensor, values: Values) -> Tensor:
     """Logits of the head classifier without the mean feature's part of the score, of the tail classifier with twice it.
 
     The part is rho cos(f, e) w^T e / |e|.
@@ -148,22 +156,22 @@ def shifted(logits: Tensor, weights: Tensor, features: Tensor, direction: Tensor
 def balance_loss(balanced: Tensor, others: Tensor, targets: Targets, focus: Focus, values: Values) -> Tensor:
     """Balance: head and tail classifier learn, and the balanced one learns from both (HTB).
 
-    The balanced classifier's probability times that of head or tail, whose gradient is cut, is judged as one
-    probability; the one with the larger loss weighs more, by the ratio of losses to the power alpha.
+    The balanced classifier's probability times that of head or tail, detached, counts as one probability; the
+    classifier with the larger loss weighs more, by the ratio of losses to the power alpha.
 
     Args:
         balanced: logits (T, B, K).
-        others: those of :func:`shifted` (T, 2, B, K).
-        targets: labels.
+        others: logits of head and tail (T, 2, B, K), see :func:`head_tail_logits`.
+        targets: which labels count as present and absent.
         focus: of the modified loss.
         values: settings (T,).
 
     Returns:
-        (T,), lambda_b in it.
+        (T,), with lambda_b.
     """
-    own, log_balanced = F.logsigmoid(others), F.logsigmoid(balanced)
-    head, tail = (focal(own[:, i], targets, focus) for i in range(2))  # (T,) each
-    by_head, by_tail = (focal(own[:, i].detach() + log_balanced, targets, focus) for i in range(2))
+    log_others, log_balanced = F.logsigmoid(others), F.logsigmoid(balanced)
+    head, tail = (focal(log_others[:, i], targets, focus) for i in range(2))  # (T,) each
+    by_head, by_tail = (focal(log_others[:, i].detach() + log_balanced, targets, focus) for i in range(2))
     ratio = head.detach().clamp(min=1e-12).log() - tail.detach().clamp(min=1e-12).log()
     kappa = torch.sigmoid(values["balance_power"] * ratio)  # h^a / (h^a + t^a)
     return head + tail + values["balance_weight"] * (kappa * by_head + (1 - kappa) * by_tail)

@@ -23,12 +23,13 @@ class Heads:
     velocity: dict[str, Tensor]
 
     @classmethod
-    def of(cls, vectors: Tensor, bias: Tensor, heads: int) -> Heads:
+    def from_vectors(cls, vectors: Tensor, bias: Tensor, heads: int) -> Heads:
         """All H start from the same class vectors (T, K, D) and bias (T,)."""
-        weights = vectors.unsqueeze(1).repeat(1, heads, 1, 1)
-        biases = bias.view(-1, 1, 1).repeat(1, heads, vectors.shape[1])
-        parameters = {"weights": weights.requires_grad_(), "bias": biases.requires_grad_()}
-        return cls(parameters, {name: torch.zeros_like(own) for name, own in parameters.items()})
+        parameters = {
+            "weights": vectors.unsqueeze(1).repeat(1, heads, 1, 1).requires_grad_(),
+            "bias": bias.view(-1, 1, 1).repeat(1, heads, vectors.shape[1]).requires_grad_(),
+        }
+        return cls(parameters, {name: torch.zeros_like(parameter) for name, parameter in parameters.items()})
 
 
 def normalised(weights: Tensor) -> Tensor:
@@ -36,7 +37,7 @@ def normalised(weights: Tensor) -> Tensor:
     return weights / ((weights.square().sum(-1, keepdim=True) + 1e-12).sqrt() + _ETA)
 
 
-def logits_of(parameters: dict[str, Tensor], features: Tensor, scale: Tensor) -> Tensor:
+def head_logits(parameters: dict[str, Tensor], features: Tensor, scale: Tensor) -> Tensor:
     """Rho w^T f / (|w| + 1/32) + b.
 
     Args:

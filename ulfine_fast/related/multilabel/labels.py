@@ -1,10 +1,8 @@
-"""A table of labels beside a cache: which of several classes each image shows, as far as anybody knows."""
+"""A table of labels beside a cache: which of several classes each image shows, as far as it is known."""
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,14 +12,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ulfine_fast.cache.io.errors import InputError
+from ulfine_fast.cache.io.tables import label_text, read_table
 from ulfine_fast.related.multilabel.settings import MultiLabelConfig
 
 if TYPE_CHECKING:
     from ulfine_fast.cache.store import FeatureCache
 
 PRESENT, ABSENT, UNKNOWN = 1, 0, -1
-_MEANING = {"1": PRESENT, "0": ABSENT, "": UNKNOWN}
-_TAKEN = ("id", "split")
+_CELLS = {"1": PRESENT, "0": ABSENT, "": UNKNOWN}
+_RESERVED = ("id", "split")
 
 Rows = NDArray[np.int64]
 
@@ -31,7 +30,9 @@ class LabelTable:
     """Labels of some images.
 
     Attributes:
-        class_names: (K,). ids: of the n images. values: 1 present, 0 absent, -1 unknown, int8 (n, K).
+        class_names: (K,).
+        ids: of the n images.
+        values: 1 present, 0 absent, -1 unknown, int8 (n, K).
     """
 
     class_names: list[str]
@@ -47,7 +48,13 @@ class LabelTable:
 
 @dataclass(frozen=True)
 class LabelSplit:
-    """Rows of a cache: what a trial learns from, what it may be chosen by, and what it is judged by."""
+    """Rows of a cache.
+
+    Attributes:
+        train: a trial learns from these.
+        val: settings may be chosen by these.
+        test: a trial is evaluated on these.
+    """
 
     train: Rows
     val: Rows
@@ -55,104 +62,85 @@ class LabelSplit:
 
 
 def read_label_table(path: Path) -> LabelTable:
-    """Read a CSV file with a column `id` and then one for each class, its cells 1, 0 or empty for unknown.
+    """Read a table with a column `id` and one for each class, whose cells are 1, 0, or empty or -1 for unknown.
 
     Raises:
-        InputError: no such file, other columns, another value, an image twice; names the line.
+        InputError: not such a table (see `read_table`), class names that are no names, another value, an image twice;
+            names the line.
     """
-    try:
-        lines = list(csv.reader(io.StringIO(path.read_text(encoding="utf-8-sig"), newline="")))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"cannot read {path} ({error}); name a CSV file of labels") from error
-    names = _class_names(path, lines[0] if lines else [])
-    rows = [(number, line) for number, line in enumerate(lines[1:], 2) if line]
-    values = np.array([_values(path, number, line, names) for number, line in rows], dtype=np.int8)
-    seen: set[str] = set()
-    for number, line in rows:
-        if line[0] in seen:
-            raise InputError(f"line {number} of {path} names {line[0]!r} again; keep one line for each image")
-        seen.add(line[0])
-    return LabelTable(names, [line[0] for _, line in rows], values.reshape(len(rows), len(names)))
-
-
-def _class_names(path: Path, header: Sequence[str]) -> list[str]:
-    """The classes of the first line."""
-    if not header or header[0] != "id" or len(header) < 2:
-        raise InputError(
-            f"{path} must have the column id and then one for each class, got {', '.join(header) or 'none'}"
-        )
-    names = list(header[1:])
+    table = read_table(path, ["id"], others="keep", form="the column id and then one for each class")
+    ids = table.texts("id", strip=False)
+    names = [name for name in table.names if name != "id"]
+    if not names:
+        raise InputError(f"{path} must have the column id and then one for each class, got id")
     for name in names:
-        if not name.strip() or name in _TAKEN or names.count(name) > 1:
-            raise InputError(f"{path} has a class {name!r}; names are not empty, not {' or '.join(_TAKEN)}, and differ")
-    return names
-
-
-def _values(path: Path, number: int, line: Sequence[str], names: Sequence[str]) -> list[int]:
-    """One image's labels (K,)."""
-    if len(line) != len(names) + 1:
-        raise InputError(
-            f"line {number} of {path} has {len(line)} cells instead of {len(names) + 1}; mend or remove it"
-        )
-    for name, cell in zip(names, line[1:], strict=True):
-        if cell.strip() not in _MEANING:
+        if not name or name in _RESERVED or names.count(name) > 1:
             raise InputError(
-                f"line {number} of {path} has {cell!r} for class {name!r}; write 1, 0 or nothing for unknown"
+                f"{path} has a class {name!r}; names are not empty, not {' or '.join(_RESERVED)}, and differ"
             )
-    return [_MEANING[cell.strip()] for cell in line[1:]]
+    values = np.empty((len(ids), len(names)), dtype=np.int8)
+    for column, name in enumerate(names):
+        cells = table.texts(name)
+        values_of = {cell: _CELLS[text] for cell in set(cells) if (text := label_text(cell)) in _CELLS}
+        for row, cell in enumerate(cells):
+            if cell not in values_of:
+                raise InputError(
+                    f"{table.where(row)} has {cell!r} for class {name!r}; write 1, 0 or nothing for unknown"
+                )
+        values[:, column] = [values_of[cell] for cell in cells]
+    seen: set[str] = set()
+    for row, image in enumerate(ids):
+        if image in seen:
+            raise InputError(f"{table.where(row)} names {image!r} again; keep one line for each image")
+        seen.add(image)
+    return LabelTable(names, ids, values)
 
 
-def placed(table: LabelTable, cache: FeatureCache) -> tuple[NDArray[np.int8], Rows]:
-    """Labels of all rows of a cache (N, K), unknown where the table says nothing, and the rows that it names (n,).
+def labels_by_row(table: LabelTable, cache: FeatureCache) -> tuple[NDArray[np.int8], Rows]:
+    """Labels of all rows of a cache (N, K), unknown for images that the table does not name, and the named rows (n,).
 
     Raises:
         InputError: an image that the cache lacks, or an empty table.
     """
-    row_of = {name: row for row, name in enumerate(cache.ids)}
-    for name in table.ids:
-        if name not in row_of:
-            raise InputError(f"the labels name {name!r}, which this cache lacks; its ids look like {cache.ids[0]!r}")
     if not table.ids:
         raise InputError("the labels name no image; add a line for each")
-    rows = np.array([row_of[name] for name in table.ids], dtype=np.int64)
-    whole = np.full((len(cache), len(table.class_names)), UNKNOWN, dtype=np.int8)
-    whole[rows] = table.values
-    return whole, np.sort(rows)
+    rows = cache.row_of(table.ids, source="the table of labels", fix="remove its line")
+    labels = np.full((len(cache), len(table.class_names)), UNKNOWN, dtype=np.int8)
+    labels[rows] = table.values
+    return labels, np.sort(rows)
 
 
 def split_labels(
     cache: FeatureCache, labels: NDArray[np.int8], rows: Rows, class_names: Sequence[str], config: MultiLabelConfig
 ) -> LabelSplit:
-    """Divide the labelled rows as the cache does; without test rows a share of the training ones is held out.
+    """Split the labelled rows as the cache does; without test rows a fraction of the training rows is held out.
 
     Args:
-        cache: whose splits count; "train" and "unlabeled" are learned from.
+        cache: whose splits count; a trial learns from "train" and "unlabeled".
         labels: of all rows (N, K).
         rows: those that the table names (n,).
         class_names: (K,).
-        config: seed, share, and what unknown labels are.
+        config: seed and fraction of what is held out, and what unknown labels count as.
 
     Raises:
-        InputError: nothing to learn from, or a class without what a trial needs of it.
+        InputError: no training image, or a class that they never show, or never lack where unknown labels are ignored.
     """
     splits = cache.splits[rows]
-    train, val, test = (rows[np.isin(splits, names)] for names in (("train", "unlabeled"), ("val",), ("test",)))
+    train = rows[np.isin(splits, ("train", "unlabeled"))]
+    val = rows[splits == "val"]
+    test = rows[splits == "test"]
     if not len(test):
-        mixed = np.random.default_rng([config.data_seed, 0x71A]).permutation(train)
-        held = round(config.test_fraction * len(train))
-        train, test = np.sort(mixed[held:]), np.sort(mixed[:held])
+        shuffled = np.random.default_rng([config.data_seed, 0x71A]).permutation(train)
+        held_out = round(config.test_fraction * len(train))
+        train, test = np.sort(shuffled[held_out:]), np.sort(shuffled[:held_out])
     if not len(train):
         raise InputError("the labels name no training image; all are in the cache's splits val and test")
-    _refuse_missing(labels[train], class_names, config)
-    return LabelSplit(train, val, test)
 
-
-def _refuse_missing(labels: NDArray[np.int8], class_names: Sequence[str], config: MultiLabelConfig) -> None:
-    """Refuse a class that training images (n, K) never show, or never lack where unknown labels are ignored."""
-    for k, name in enumerate(class_names):
-        if not (labels[:, k] == PRESENT).any():
+    for name, column in zip(class_names, labels[train].T, strict=True):
+        if not (column == PRESENT).any():
             raise InputError(
-                f"class {name!r} is 1 in none of {len(labels)} training images; label one or remove the column"
+                f"class {name!r} is 1 in none of {len(train)} training images; label one or remove the column"
             )
-        if config.unknown == "ignore" and not (labels[:, k] == ABSENT).any():
+        if config.unknown == "ignore" and not (column == ABSENT).any():
             raise InputError(f"class {name!r} is 0 in no training image; with --unknown ignore it needs one")
+    return LabelSplit(train=train, val=val, test=test)

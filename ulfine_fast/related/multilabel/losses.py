@@ -12,18 +12,25 @@ _EPS = 1e-6
 
 
 class Targets(NamedTuple):
-    """Which labels are taken for present and which for absent, 0 or 1 each (T, B, K); neither where both are 0."""
+    """Which labels count as present and which as absent; a label of which both are 0 is ignored.
+
+    Attributes:
+        present: 0 or 1 (T, B, K).
+        absent: 0 or 1 (T, B, K).
+    """
 
     present: Tensor
     absent: Tensor
 
 
 class Focus(NamedTuple):
-    """How hard labels are focused on.
+    """How much a loss focuses on labels that are hard to predict.
 
     Attributes:
-        positive: powers of present labels (T, 1, K). negative: of absent ones (T, 1, K).
-        clip: probability that absent labels are spared (T, 1, 1). weight: of a class (T, 1, K).
+        positive: powers of present labels (T, 1, K).
+        negative: powers of absent labels (T, 1, K).
+        clip: probability up to which an absent label costs nothing (T, 1, 1).
+        weight: of a class (T, 1, K).
     """
 
     positive: Tensor
@@ -32,8 +39,8 @@ class Focus(NamedTuple):
     weight: Tensor
 
 
-def targets_of(labels: Tensor, ignore: Tensor) -> Targets:
-    """What labels 1, 0 and -1 (T, B, K) are taken for; unknown ones are absent but for trials that ignore them (T,)."""
+def make_targets(labels: Tensor, ignore: Tensor) -> Targets:
+    """Targets of labels 1, 0 and -1 (T, B, K); unknown ones are absent except in trials that ignore them, bool (T,)."""
     absent = (labels == 0) | ((labels < 0) & ~ignore.view(-1, 1, 1))
     return Targets((labels > 0).float(), absent.float())
 
@@ -59,14 +66,14 @@ def focal(log_probability: Tensor, targets: Targets, focus: Focus) -> Tensor:
         Sum over classes, mean over images (T,).
     """
     p = log_probability.exp()
-    spared = (p - focus.clip).clamp(min=0.0)  # (T, B, K)
+    clipped = (p - focus.clip).clamp(min=0.0)  # (T, B, K)
     with torch.no_grad():
-        hard = (1 - p).pow(focus.positive) * targets.present + spared.pow(focus.negative) * targets.absent
-    cost = targets.present * log_probability + targets.absent * torch.log((1 - spared).clamp(min=_EPS))
-    return -(focus.weight * hard * cost).sum(-1).mean(-1)
+        factor = (1 - p).pow(focus.positive) * targets.present + clipped.pow(focus.negative) * targets.absent
+    log_likelihood = targets.present * log_probability + targets.absent * torch.log((1 - clipped).clamp(min=_EPS))
+    return -(focus.weight * factor * log_likelihood).sum(-1).mean(-1)
 
 
 def rarity(counts: Tensor, power: Tensor) -> Tensor:
     """(1 - log(n_k / max_i n_i))^power, 1 for the largest class and more for rarer ones; counts (T, K), power (T,)."""
-    share = counts.clamp(min=1.0) / counts.amax(-1, keepdim=True).clamp(min=1.0)
-    return (1 - share.log()).pow(power.view(-1, 1))
+    fraction = counts.clamp(min=1.0) / counts.amax(-1, keepdim=True).clamp(min=1.0)
+    return (1 - fraction.log()).pow(power.view(-1, 1))

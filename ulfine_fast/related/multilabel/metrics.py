@@ -1,4 +1,4 @@
-"""Average precision of each class and of groups of classes. All figures are in [0, 1]."""
+"""Average precision of each class and of groups of classes. All metrics are in [0, 1]."""
 
 from __future__ import annotations
 
@@ -31,17 +31,8 @@ def average_precision(scores: Floats, present: NDArray[np.bool_]) -> float:
     return float((gained * hits / (ends + 1)).sum() / present.sum())
 
 
-def class_precisions(scores: Floats, labels: NDArray[np.int8]) -> Floats:
-    """Average precision of each class over the rows whose label is known: scores and labels (n, K) to (K,)."""
-    found = []
-    for k in range(labels.shape[1]):
-        known = labels[:, k] >= 0
-        found.append(average_precision(scores[known, k], labels[known, k] > 0))
-    return np.array(found)
-
-
-def figures(scores: Floats, labels: NDArray[np.int8], counts: NDArray[np.int64]) -> dict[str, Any]:
-    """Mean average precision over classes.
+def multilabel_metrics(scores: Floats, labels: NDArray[np.int8], counts: NDArray[np.int64]) -> dict[str, Any]:
+    """Mean average precision over classes, of rows whose label is known.
 
     Args:
         scores: (n, K).
@@ -52,17 +43,23 @@ def figures(scores: Floats, labels: NDArray[np.int8], counts: NDArray[np.int64])
         map; many, medium and few by thirds of the classes' ranks; many_shot, medium_shot and few_shot by count;
         per_class_ap. None where no class of a group has both present and absent labels.
     """
-    each = class_precisions(scores, labels)
-    thirds = dict(zip(("many", "medium", "few"), rank_thirds(counts), strict=True))
-    shots = {
+    known = labels >= 0
+    precisions = np.array(
+        [average_precision(scores[known[:, k], k], labels[known[:, k], k] > 0) for k in range(labels.shape[1])]
+    )
+    many, medium, few = rank_thirds(counts)
+    groups = {
+        "map": np.arange(len(precisions)),
+        "many": many,
+        "medium": medium,
+        "few": few,
         "many_shot": np.flatnonzero(counts > SHOT_MANY),
         "medium_shot": np.flatnonzero((counts <= SHOT_MANY) & (counts >= SHOT_FEW)),
         "few_shot": np.flatnonzero(counts < SHOT_FEW),
     }
-    groups = {name: _mean(each[group]) for name, group in {**thirds, **shots}.items()}
-    return {"map": _mean(each), **groups, "per_class_ap": [None if np.isnan(one) else float(one) for one in each]}
-
-
-def _mean(values: Floats) -> float | None:
-    defined = values[~np.isnan(values)]
-    return float(defined.mean()) if len(defined) else None
+    metrics: dict[str, Any] = {}
+    for name, classes in groups.items():
+        defined = precisions[classes][~np.isnan(precisions[classes])]
+        metrics[name] = float(defined.mean()) if len(defined) else None
+    metrics["per_class_ap"] = [None if np.isnan(value) else float(value) for value in precisions]
+    return metrics

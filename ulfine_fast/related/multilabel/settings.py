@@ -1,4 +1,4 @@
-"""Hyper-parameters of multi-label trials, once: type, default, range and source. The command line is made from it."""
+"""Options of multi-label trials: type, default, range and help. The command line is made from them."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ METHODS = ("comic", "asymmetric", "bce")
 class MultiLabelConfig:
     """One multi-label trial.
 
-    Structural fields are the same for all trials of one batched pass. Values are those of COMIC's released code where
-    it has them (arXiv 2304.10539); formulas stand in `ulfine_fast.related.multilabel.comic` and `.losses`.
+    Structural fields are the same for all trials that are trained together. Values are those of COMIC's released code
+    where it has them (arXiv 2304.10539); the formulas are in `comic` and `losses` of this package.
 
     Raises:
         InputError: a value outside its range or not among its choices.
@@ -27,10 +27,10 @@ class MultiLabelConfig:
     seed: int = option(0, "seed of initial weights and mini-batches", low=0, high=2**31 - 1)
     split_seed: int | None = option(None, "seed of what is held out; default: the seed", low=0, high=2**31 - 1)
     test_fraction: float = option(
-        0.2, "share held out for testing where the cache has no test split", low=0.01, high=0.9
+        0.2, "fraction held out for testing where the cache has no test split", low=0.01, high=0.9
     )
     unknown: str = option(
-        "negative", "what an unknown label is taken for until it is restored", choices=("negative", "ignore")
+        "negative", "what an unknown label counts as until it is restored", choices=("negative", "ignore")
     )
     start: str = option(
         "auto", "class vectors to start from; auto: texts where the cache has all", choices=("auto", "text", "random")
@@ -46,7 +46,9 @@ class MultiLabelConfig:
 
     gamma_positive: float = option(0.0, "asymmetric, comic: focusing power of present labels", low=0.0)
     gamma_negative: float = option(3.0, "asymmetric, comic: focusing power of absent labels", low=0.0)
-    clip: float = option(0.05, "asymmetric, comic: probability that absent labels are spared", low=0.0, high=0.9)
+    clip: float = option(
+        0.05, "asymmetric, comic: probability up to which an absent label costs nothing", low=0.0, high=0.9
+    )
 
     tail_positive: float = option(0.0, "comic: weight of a class's rarity in the power of present labels", low=0.0)
     tail_negative: float = option(1.0, "comic: weight of a class's rarity in the power of absent labels", low=0.0)
@@ -59,14 +61,20 @@ class MultiLabelConfig:
         0.9, "comic: decay of the running class means that a restored label must exceed too", low=0.0, high=0.9999
     )
     correct_after: float = option(
-        0.1, "comic: share of the steps before the first label is restored", low=0.0, high=1.0
+        0.1, "comic: fraction of the steps before the first label is restored", low=0.0, high=1.0
     )
-    margin: float = option(1.0, "comic: logit taken off present labels in the loss on corrected ones", low=0.0)
+    margin: float = option(
+        1.0, "comic: margin subtracted from the logits of present labels in the loss on corrected ones", low=0.0
+    )
     balance: bool = option(True, "comic: a head, a tail and a balanced classifier instead of one", structural=True)
-    balance_weight: float = option(1.0, "comic: weight of what the balanced classifier learns from both", low=0.0)
+    balance_weight: float = option(
+        1.0, "comic: weight lambda_b of what the balanced classifier learns from the other two", low=0.0
+    )
     balance_power: float = option(2.0, "comic: power alpha of the losses that weigh head against tail", low=0.0)
     shift: float = option(
-        1.0, "comic: how much of the mean feature's part of a score head takes off and tail adds", low=0.0
+        1.0,
+        "comic: how much of the mean feature's part of a score the head classifier subtracts and the tail one adds",
+        low=0.0,
     )
     feature_momentum: float = option(0.9, "comic: momentum mu of the mean feature", low=0.0, high=0.9999)
 
@@ -76,12 +84,12 @@ class MultiLabelConfig:
 
     @property
     def data_seed(self) -> int:
-        """The seed of the split: `split_seed`, or `seed` where none is given."""
+        """The seed of the split: `split_seed`, or `seed` where that is None."""
         return self.seed if self.split_seed is None else self.split_seed
 
     @property
     def heads(self) -> int:
-        """How many classifiers are trained side by side; the first one predicts."""
+        """How many classifiers are trained side by side; the first predicts."""
         return 3 if self.method == "comic" and self.balance else 1
 
     @classmethod
@@ -99,10 +107,10 @@ class MultiLabelConfig:
 
 
 def structural_key(config: MultiLabelConfig) -> tuple[Any, ...]:
-    """The values that trials must share to be trained in one pass."""
+    """The values that trials must agree in to be trained together."""
     return tuple(getattr(config, spec.name) for spec in dataclasses.fields(config) if spec.metadata["structural"])
 
 
 def per_trial_fields() -> list[str]:
-    """Names of the real-valued fields, which may differ from trial to trial inside one pass."""
+    """Names of the real-valued fields, which may differ between trials that are trained together."""
     return [spec.name for spec in dataclasses.fields(MultiLabelConfig) if spec.type == "float"]

@@ -15,8 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ulfine_fast.cache.io.errors import InputError
-from ulfine_fast.config import FitConfig, option
+from ulfine_fast.config import option
 from ulfine_fast.core.fused.step import FusedStep
 from ulfine_fast.core.types import Batch, Inputs, Losses, State, Trials
 from ulfine_fast.data.splits import Split
@@ -91,13 +90,8 @@ class PoFT(LinearProbe):
 class PreferenceFixMatch(FixMatch):
     """FixMatch whose pseudo-labels train by the preference loss, with the zero-shot classifiers as references."""
 
-    def check(self, cache: FeatureCache, config: FitConfig, split: Split) -> None:
-        """Refuse tokens: texts are compared with features."""
-        if config.reads_tokens:
-            raise InputError(
-                f"pseudo_loss {config.pseudo_loss} compares texts with features, and {config.reads_tokens_for} trains "
-                "on tokens; use fixmatch"
-            )
+    # texts are compared with features
+    takes_tokens = False
 
     def inputs(self, cache: FeatureCache, splits: Sequence[Split], device: torch.device) -> Inputs:
         """The texts."""

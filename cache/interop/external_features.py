@@ -1,4 +1,4 @@
-"""Features of another program, found in files: what is known of them, and the checks that every layout shares."""
+"""Features of another program, opened from files: what is known of the rows, and the checks that all layouts share."""
 
 from __future__ import annotations
 
@@ -16,31 +16,33 @@ from ulfine_fast.cache.manifest import Manifest
 from ulfine_fast.cache.shard import VIEWED_SPLITS
 from ulfine_fast.cache.sources.rows import SPLITS, UNKNOWN
 
+# Row numbers of one file -> their ids.
 Ids = Callable[[NDArray[np.int64]], list[str]]
 
 
 @dataclass(frozen=True)
-class Block:
+class FeatureBlock:
     """Features of one file.
 
     Attributes:
-        where: the file, for messages.
+        file: its path, for messages.
         features: floating (n, D), mapped.
         ids: row numbers of this file -> ids.
     """
 
-    where: str
+    file: str
     features: NDArray[Any]
     ids: Ids
 
 
 @dataclass(frozen=True)
-class Said:
-    """What the files say of the rows, before the classes are known.
+class RowLabels:
+    """Labels and splits of N rows as the files have them, before the classes are known.
 
     Attributes:
-        labels: int32 (N,), places in `names` where these are given.
-        splits: (N,), -1 where nothing is said. names: labels as texts, None where they are numbers.
+        labels: int32 (N,), class indices, or indices into `names`; -1 for unknown.
+        splits: int8 (N,), indices into `SPLITS`; -1 where the files have none.
+        names: labels as texts; None where they are numbers.
     """
 
     labels: NDArray[np.int32]
@@ -48,36 +50,42 @@ class Said:
     names: list[str] | None = None
 
 
-class Opened(NamedTuple):
-    """What one layout of files holds.
+class OpenedFiles(NamedTuple):
+    """The content of one layout of files.
 
     Attributes:
-        arrays: those beside the features, by name. said: of the rows. blocks: the features. files: all that were read.
+        arrays: those beside the features, by name.
+        rows: labels and splits.
+        blocks: the features.
+        files: all that were read.
     """
 
     arrays: dict[str, NDArray[Any]]
-    said: Said
-    blocks: list[Block]
+    rows: RowLabels
+    blocks: list[FeatureBlock]
     files: list[Path]
 
 
 @dataclass(frozen=True)
-class FoundFeatures:
-    """What was found; N rows in all blocks together.
+class ExternalFeatures:
+    """Features of another program; N rows in all blocks together.
 
     Attributes:
-        path: absolute. files: all that were read.
+        path: absolute.
+        files: all that were read.
         blocks: the features.
-        labels: int32 (N,), -1 for unknown. splits: places in `SPLITS` (N,).
+        labels: int32 (N,), -1 for unknown.
+        splits: int8 (N,), indices into `SPLITS`.
         class_names: (K,) texts.
-        weak, strong: (m, V, D) for the m rows of train and unlabeled in their order, or (N, V, D); None for no views.
+        weak: (m, V, D) for the m rows of train and unlabeled in their order, or (N, V, D); None for no views.
+        strong: likewise.
         text_features: (K, P, D) or (K, D), None where there are none.
-        manifest: of the cache that was exported here; None for features of another program.
+        manifest: of the cache that was exported by this tool; None for features of another program.
     """
 
     path: Path
     files: list[Path]
-    blocks: list[Block]
+    blocks: list[FeatureBlock]
     labels: NDArray[np.int32]
     splits: NDArray[np.int8]
     class_names: list[str]
@@ -97,20 +105,20 @@ class FoundFeatures:
         return "float16" if self.blocks[0].features.dtype == np.float16 else "float32"
 
     def features(self, rows: NDArray[np.int64]) -> NDArray[Any]:
-        """Features of some rows, ascending, whatever blocks they lie in: (n, D)."""
-        return np.concatenate([block.features[here] for block, here in self._by_block(rows)])
+        """Features of some rows, ascending, in whichever blocks they are: (n, D)."""
+        return np.concatenate([block.features[inside] for block, inside in self._by_block(rows)])
 
     def ids(self, rows: NDArray[np.int64]) -> list[str]:
         """Ids of some rows, ascending."""
-        return [name for block, here in self._by_block(rows) for name in block.ids(here)]
+        return [name for block, inside in self._by_block(rows) for name in block.ids(inside)]
 
-    def _by_block(self, rows: NDArray[np.int64]) -> Iterator[tuple[Block, NDArray[np.int64]]]:
-        """The blocks that rows lie in, and the rows' numbers there."""
+    def _by_block(self, rows: NDArray[np.int64]) -> Iterator[tuple[FeatureBlock, NDArray[np.int64]]]:
+        """The blocks that hold some of the rows, and the rows' numbers inside each."""
         first = 0
         for block in self.blocks:
-            here = rows[np.searchsorted(rows, first) : np.searchsorted(rows, first + len(block.features))]
-            if len(here):
-                yield block, here - first
+            inside = rows[np.searchsorted(rows, first) : np.searchsorted(rows, first + len(block.features))]
+            if len(inside):
+                yield block, inside - first
             first += len(block.features)
 
     @cached_property
@@ -132,40 +140,40 @@ def read_array(path: Path) -> NDArray[Any]:
         raise InputError(f"{path} is not an array of plain numbers or texts ({one_line(error)})") from error
 
 
-def checked_features(array: NDArray[Any], where: str, dim: int | None) -> NDArray[Any]:
-    """Features as they are, if they can be any.
+def check_features(array: NDArray[Any], file: str, dim: int | None) -> NDArray[Any]:
+    """The array itself, if it can be features.
 
     Raises:
         InputError: not floats (n, D), without rows, or not of length `dim` where one is known.
     """
     if array.ndim != 2 or array.dtype.kind != "f" or 0 in array.shape:
         raise InputError(
-            f"features in {where} must be floats (n, D) with n and D above 0, got {array.shape} of {array.dtype}"
+            f"features in {file} must be floats (n, D) with n and D above 0, got {array.shape} of {array.dtype}"
         )
     if dim is not None and array.shape[1] != dim:
         raise InputError(
-            f"features in {where} have length {array.shape[1]}, those before it {dim}; one model has one length"
+            f"features in {file} have length {array.shape[1]}, those before it {dim}; one model has one length"
         )
     return array
 
 
-def coded(texts: Iterable[str]) -> tuple[NDArray[np.int32], list[str]]:
-    """Texts to places in the list of those that occur; an empty one is unknown."""
-    places: dict[str, int] = {}
-    codes = [places.setdefault(text, len(places)) if text else UNKNOWN for text in texts]
-    return np.asarray(codes, dtype=np.int32), list(places)
+def text_labels(texts: Iterable[str]) -> tuple[NDArray[np.int32], list[str]]:
+    """Labels that are texts, as indices into the list of those that occur; an empty text is unknown."""
+    index: dict[str, int] = {}
+    labels = [index.setdefault(text, len(index)) if text else UNKNOWN for text in texts]
+    return np.asarray(labels, dtype=np.int32), list(index)
 
 
-def split_codes(texts: Sequence[str | None], where: Path) -> NDArray[np.int8]:
-    """Places in SPLITS, -1 for an empty one."""
-    strange = {text for text in texts if text} - set(SPLITS)
-    if strange:
-        raise InputError(f"{where}: unknown split {min(strange)!r}; use {', '.join(SPLITS)} or leave it empty")
-    codes = {split: code for code, split in enumerate(SPLITS)}
-    return np.fromiter((codes[text] if text else -1 for text in texts), dtype=np.int8, count=len(texts))
+def split_indices(texts: Sequence[str | None], file: Path) -> NDArray[np.int8]:
+    """Splits as indices into `SPLITS`, -1 for an empty one."""
+    unknown = {text for text in texts if text} - set(SPLITS)
+    if unknown:
+        raise InputError(f"{file}: unknown split {min(unknown)!r}; use {', '.join(SPLITS)} or leave it empty")
+    index = {split: number for number, split in enumerate(SPLITS)}
+    return np.fromiter((index[text] if text else -1 for text in texts), dtype=np.int8, count=len(texts))
 
 
-def texts_of(array: NDArray[Any], n: int, what: str) -> list[str]:
+def check_texts(array: NDArray[Any], n: int, what: str) -> list[str]:
     """The n texts of an array; raises InputError where it holds anything else."""
     if array.shape != (n,) or array.dtype.kind != "U":
         raise InputError(f"{what} must be {n} texts, got shape {array.shape} of {array.dtype}")
@@ -173,8 +181,8 @@ def texts_of(array: NDArray[Any], n: int, what: str) -> list[str]:
     return texts
 
 
-def numbers(rows: NDArray[np.int64]) -> list[str]:
-    """Row numbers as ids, for rows that nothing else tells apart."""
+def numbered_ids(rows: NDArray[np.int64]) -> list[str]:
+    """Row numbers as ids, for rows that have no other."""
     return [f"{row:09d}" for row in rows.tolist()]
 
 

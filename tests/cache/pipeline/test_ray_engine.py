@@ -11,8 +11,9 @@ import pytest
 from tests.cache.samples import write_images
 from ulfine_fast.cache.io.errors import InputError
 from ulfine_fast.cache.io.ray_cluster import RayWorkers
+from ulfine_fast.cache.models.options import ModelOptions
 from ulfine_fast.cache.pipeline.extract import extract
-from ulfine_fast.cache.pipeline.on_ray import Loading, on_ray
+from ulfine_fast.cache.pipeline.ray_engine import ray_engine
 from ulfine_fast.cache.sources import open_source
 from ulfine_fast.cache.store import FeatureCache
 
@@ -54,7 +55,7 @@ def test_shards_of_a_killed_node_are_made_by_the_other(cluster, tmp_path, tiny_m
     extract(source, tiny_encoder, tmp_path / "here", **SMALL)
 
     def work():
-        engine = on_ray(Loading(tiny_model), RayWorkers(nodes.address, cpus=1))
+        engine = ray_engine(ModelOptions(tiny_model), RayWorkers(nodes.address, cpus=1))
         ended.append(extract(source, tiny_encoder, tmp_path / "there", **SMALL, engine=engine))
 
     thread = threading.Thread(target=work)
@@ -74,13 +75,13 @@ def test_shards_of_a_killed_node_are_made_by_the_other(cluster, tmp_path, tiny_m
 def refuses(nodes, root, tiny_model, tiny_encoder, tmp_path):
     """What a worker refuses is said here; on the same cluster, since starting one takes its time."""
     broken = Path(tiny_model.removeprefix("local-dir:")) / "absent"
-    engine = on_ray(Loading(f"local-dir:{broken}"), RayWorkers(nodes.address, cpus=1))
+    engine = ray_engine(ModelOptions(f"local-dir:{broken}"), RayWorkers(nodes.address, cpus=1))
     with pytest.raises(InputError, match="no open_clip model in"):
         extract(open_source(root), tiny_encoder, tmp_path / "other", **SMALL, engine=engine)
 
 
 def test_without_ray_the_extra_is_named(monkeypatch, images, tiny_model, tiny_encoder, tmp_path):
     monkeypatch.setitem(__import__("sys").modules, "ray", None)
-    engine = on_ray(Loading(tiny_model), RayWorkers())
+    engine = ray_engine(ModelOptions(tiny_model), RayWorkers())
     with pytest.raises(InputError, match=r'pip install "ulfine-fast\[ray\]"'):
         extract(open_source(images), tiny_encoder, tmp_path / "cache", **SMALL, engine=engine)
