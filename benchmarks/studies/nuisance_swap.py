@@ -23,9 +23,9 @@ from numpy.typing import NDArray
 from PIL import Image, ImageFilter, ImageOps
 from scipy.special import softmax
 
+from benchmarks.comparison.parts import write_json
 from benchmarks.data import MODEL, _named, demo, extracted
 from benchmarks.options import parse_seeds
-from benchmarks.parts import write_json
 from benchmarks.studies.adapt import Corrupted, _none
 from benchmarks.tables import print_table
 from ulfine_fast.cache.io.errors import InputError

@@ -14,9 +14,9 @@ from typing import Annotated, Any
 
 import typer
 
+from benchmarks.comparison.parts import write_json
 from benchmarks.options import parse_seeds
-from benchmarks.parts import write_json
-from benchmarks.speed.storage import opened
+from benchmarks.studies.storage import opened
 from benchmarks.tables import print_table
 from ulfine_fast.cache.store import FeatureCache
 from ulfine_fast.cli.main import guarded
