@@ -162,7 +162,13 @@ class FitConfig(metaclass=_ByMethod):
         panel="Heads",
     )
     rank: int = option(16, "width of the adapter's bottleneck", low=1, panel="Heads")
-    adapter_scale: float = option(0.1, "factor s of the adapter's output", low=0.0, panel="Heads")
+    adapter_scale: float = option(
+        0.1,
+        "factor s of the adapter's output",
+        low=0.0,
+        search={"low": 0.03, "high": 0.5, "log": True},
+        panel="Heads",
+    )
     feature_noise: float = option(
         0.0,
         "length of noise on training features; replaces strong views",

@@ -144,7 +144,7 @@ def _cell(values: Sequence[float]) -> str:
 
 def summary(rows: Sequence[Row]) -> list[list[str]]:
     """A line for each forecaster: of all rows of a budget, and of those of all budgets that are not refused."""
-    groups = {what: [row for row in rows if row["over"] == what] for what in BUDGETS}
+    groups: dict[str, list[Row]] = {what: [row for row in rows if row["over"] == what] for what in BUDGETS}
     groups["not refused"] = [row for row in rows if row["refused"] is None]
     lines = []
     for title, own in groups.items():

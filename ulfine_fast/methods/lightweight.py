@@ -20,7 +20,12 @@ class LightweightOptions(PseudoLabelOptions, LabeledOptions):
     """Options of :class:`Lightweight`."""
 
 
-@register("lightweight", options=LightweightOptions, source="FixMatch with logit adjustment, arXiv 2001.07685")
+@register(
+    "lightweight",
+    options=LightweightOptions,
+    searches=("adapter_scale",),
+    source="FixMatch with logit adjustment, arXiv 2001.07685",
+)
 class Lightweight(Method):
     """The baseline that ULFine starts from: labelled loss adjusted, pseudo-labels by a fixed threshold."""
 

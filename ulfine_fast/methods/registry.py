@@ -45,6 +45,7 @@ class Registration:
         options: dataclass of the options that it reads beside the shared ones, see :func:`ulfine_fast.config.option`.
         source: the paper that it comes from.
         replaces: the method whose option it was in version 0.1, if any.
+        searches: shared options that a sweep of it tries beside the usual ones.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Registration:
     options: type[Any]
     source: str
     replaces: str | None = None
+    searches: tuple[str, ...] = ()
 
     @property
     def summary(self) -> str:
@@ -75,7 +77,12 @@ _REGISTERED: dict[str, Registration] = {}
 
 
 def register(
-    name: str, *, options: type[Any] = NoOptions, source: str = "", replaces: str | None = None
+    name: str,
+    *,
+    options: type[Any] = NoOptions,
+    source: str = "",
+    replaces: str | None = None,
+    searches: tuple[str, ...] = (),
 ) -> Callable[[_MethodClass], _MethodClass]:
     """A class decorator that makes a method known to fit, sweep, report, the estimators and the command line.
 
@@ -84,6 +91,7 @@ def register(
         options: frozen dataclass of its own options, each made by :func:`ulfine_fast.config.option`.
         source: the paper that it comes from, such as "arXiv 2505.05062".
         replaces: the method whose option it was in version 0.1, if any.
+        searches: shared options that a sweep of it tries beside the usual ones.
 
     Raises:
         InputError: the name is taken by another class, or is no identifier; an option without help.
@@ -103,7 +111,7 @@ def register(
         same_class = known is None or known.method.__qualname__ == method.__qualname__
         if owner is not None and (owner != method.__module__ or not same_class):
             raise InputError(f"method {name} is registered already, by {owner}; choose another name")
-        _REGISTERED[name] = Registration(name, method, options, source, replaces)
+        _REGISTERED[name] = Registration(name, method, options, source, replaces, searches)
         return method
 
     return add
