@@ -43,14 +43,14 @@ def test_an_error_comes_out_once_all_have_ended():
     assert ended == [True]
 
 
-def test_who_stops_listening_stops_the_works():
+def test_a_caller_that_stops_reading_stops_the_threads():
     alive = threading.active_count()
 
     def endless():
         while True:
             yield 0
 
-    listening = interleaved([endless(), endless()])
-    assert next(listening) == 0
-    listening.close()
+    items = interleaved([endless(), endless()])
+    assert next(items) == 0
+    items.close()
     assert threading.active_count() == alive
