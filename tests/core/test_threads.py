@@ -21,9 +21,9 @@ def test_each_work_has_a_thread_and_a_core_of_its_own():
         meeting.wait()  # both are running at once
         yield threading.get_ident(), torch.get_num_threads()
 
-    found = list(interleaved([work(), work()]))
-    assert len({ident for ident, _ in found}) == 2
-    assert {cores for _, cores in found} == {1}
+    result = list(interleaved([work(), work()]))
+    assert len({ident for ident, _ in result}) == 2
+    assert {cores for _, cores in result} == {1}
     assert torch.get_num_threads() == before
 
 

@@ -60,7 +60,7 @@ class Validation:
     def health(self, rows: PaddedRows) -> Metrics:
         """Pseudo-label metrics over each trial's unlabelled rows, as :func:`metrics.pseudo_label_health` has them."""
         # methods that draw no pseudo-labels, or draw soft ones, are judged on all their predictions
-        judged = self.method.uses_unlabeled and self.method.thresholds
+        judged = self.method.uses_unlabeled and self.method.uses_threshold
         threshold = self.trials.values["threshold"] if judged else self.trials.zeros()
         counts = torch.zeros(4, *self.trials.log_prior.shape, dtype=torch.int64, device=self.labels.device)
         false = torch.zeros(2, len(threshold), dtype=torch.float64, device=self.labels.device)
@@ -73,7 +73,7 @@ class Validation:
 
     def _probabilities(self, rows: PaddedRows) -> Iterator[tuple[int, int, int, Tensor]]:
         """Pseudo-label probabilities, in the blocks of :meth:`_blocks`."""
-        drawn = self.method.drawn(self.trials, self.state)
+        drawn = self.method.pool_probabilities(self.trials, self.state)
         if drawn is not None:
             yield 0, len(drawn), 0, drawn.float()
             return
