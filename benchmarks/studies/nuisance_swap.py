@@ -261,7 +261,7 @@ def estimates(shift: Shift, text_differences: Rows, largest_rank: int) -> dict[s
 
 
 def measure(shift: Shift, text_differences: Rows, ranks: Sequence[int], steps: int, seed: int) -> list[Row]:
-    """One row for each contender and rank; `chosen` is the rank that is best on validation, the smallest of equal ones."""
+    """One row for each contender and rank; `chosen` is the first rank that is best on validation."""
     rows = [
         {"contender": name, "rank": 0, "chosen": True, **accuracies(weights, shift, shift.forms)}
         for name, weights in _without_subspace(shift, steps, seed)
