@@ -5,15 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, overload
 
 import typer
 
 from benchmarks.comparison.contenders import check_contenders, contender_names
 from ulfine_fast.cache.io.errors import InputError
 from ulfine_fast.config import FitConfig
-
-Number = TypeVar("Number", int, float)
 
 DATA_HELP = "demo, a data set of benchmarks.studies.methods, or a cache's folder"
 
@@ -86,9 +84,13 @@ def parse_names(text: str, known: Iterable[str], what: str) -> list[str]:
     return names
 
 
+@overload
+def parse_numbers(text: str, what: str, low: float, high: float = math.inf) -> list[float]: ...
+@overload
+def parse_numbers(text: str, what: str, low: float, high: float = math.inf, *, kind: type[int]) -> list[int]: ...
 def parse_numbers(
-    text: str, what: str, low: float, high: float = math.inf, *, kind: type[Number] = float
-) -> list[Number]:
+    text: str, what: str, low: float, high: float = math.inf, *, kind: type[int] | type[float] = float
+) -> list[Any]:
     """Read numbers separated by commas, each once.
 
     Args:

@@ -6,6 +6,7 @@ import copy
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -281,7 +282,7 @@ def cache_of(world: World, split: Split, recipe: ViewRecipe) -> tuple[FeatureCac
 def moved(split: Split, rows: Rows) -> Split:
     """The split in positions among `rows`."""
     position = {int(row): i for i, row in enumerate(rows)}
-    parts = {
+    parts: dict[str, Any] = {
         role: np.array([position[int(row)] for row in getattr(split, role)], dtype=np.int64)
         for role in ("labeled", "unlabeled", "val", "test")
     }

@@ -111,13 +111,13 @@ def measure(
             for name, fraction, seed in keys
         ]
         for (name, fraction, seed), run in zip(keys, fit_many(cache, configs), strict=True):
-            about = {"contender": name, "against": next(iter(family)), "noise": fraction, "seed": seed}
+            about: Row = {"contender": name, "against": next(iter(family)), "noise": fraction, "seed": seed}
             rows.append({**about, **{metric: run.metrics[metric] for metric in METRICS}})
     return rows
 
 
 def table(rows: Sequence[Row], metric: str) -> list[list[str]]:
-    """A line for each contender: for each fraction of wrong labels the mean and the paired gap to the family's first."""
+    """A line for each contender: mean and paired gap to the first of its family, for each fraction of wrong labels."""
     lines = []
     for (name,), of_contender in grouped(rows, "contender").items():
         cells = []

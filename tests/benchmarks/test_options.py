@@ -41,7 +41,7 @@ def test_other_numbers_are_refused(text):
 def test_names_are_known_ones():
     assert parse_names("b, a,b", ("a", "b", "c"), "letters") == ["b", "a"]
     for text in ("", "a,d"):
-        with pytest.raises(InputError, match="letters are a, b, c, got '(d|)'"):
+        with pytest.raises(InputError, match=r"letters are a, b, c, got '(d|)'"):
             parse_names(text, ("a", "b", "c"), "letters")
 
 
