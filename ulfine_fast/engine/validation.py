@@ -66,9 +66,9 @@ class Validation:
         false = torch.zeros(2, len(threshold), dtype=torch.float64, device=self.labels.device)
         for start, stop, first, probabilities in self._probabilities(rows):
             index, present = _block(rows, start, stop, first, probabilities.shape[1])
-            found = _health(probabilities, self.labels[index], present, threshold[start:stop])
-            counts[:, start:stop] += found[0]
-            false[:, start:stop] += found[1]
+            block_counts, block_false = _health(probabilities, self.labels[index], present, threshold[start:stop])
+            counts[:, start:stop] += block_counts
+            false[:, start:stop] += block_false
         return _health_metrics(counts, false, rows.count)
 
     def _probabilities(self, rows: PaddedRows) -> Iterator[tuple[int, int, int, Tensor]]:
@@ -85,10 +85,10 @@ class Validation:
 
     def logits(self, rows: PaddedRows) -> Tensor:
         """Logits of each trial's rows, padding included (T, N, K), in main memory."""
-        found = torch.zeros(*rows.index.shape, self.trials.log_prior.shape[1])
+        logits_of_rows = torch.zeros(*rows.index.shape, self.trials.log_prior.shape[1])
         for start, stop, first, logits in self._blocks(rows, pseudo=False):
-            found[start:stop, first : first + logits.shape[1]] = logits.cpu()
-        return found
+            logits_of_rows[start:stop, first : first + logits.shape[1]] = logits.cpu()
+        return logits_of_rows
 
     @torch.no_grad()
     def _blocks(self, rows: PaddedRows, *, pseudo: bool) -> Iterator[tuple[int, int, int, Tensor]]:
