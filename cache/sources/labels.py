@@ -163,10 +163,10 @@ def name_classes(
     """
     keys = [label_key(label) for label in labels]
     if class_names_file is None:
-        found = ClassNames(keys, list(range(len(keys))))
+        matched = ClassNames(keys, list(range(len(keys))))
     else:
-        found = match_class_names(class_names_file, keys, ordered=ordered)
-    return found, dict(zip(keys, found.indices, strict=True))
+        matched = match_class_names(class_names_file, keys, ordered=ordered)
+    return matched, dict(zip(keys, matched.indices, strict=True))
 
 
 def suspicious_labels(labels: Iterable[str]) -> list[str]:
