@@ -21,6 +21,7 @@ from ulfine_fast.cli.filling import (
     Workers,
     engine_for,
     print_encoded,
+    print_notes,
 )
 
 # Options that an append takes from the cache.
@@ -117,6 +118,7 @@ def extract(
     options = ModelOptions(model, pretrained, precision, features, exact, compiled)
     # The source first: a wrong path should not cost the loading of a model.
     images = open_source(source, class_names_file=class_names)
+    print_notes(images)
     summary = run(
         images,
         options.load(device),

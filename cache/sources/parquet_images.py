@@ -92,6 +92,13 @@ class ParquetSource:
         self._split = find_column(source, schema.names, ["split"])
         self._id = next((name for name in _ID_COLUMNS if name in schema.names), None)
 
+        unnamed = [file.name for file in self.files if file.split is None]
+        if self._split is None and unnamed:
+            has = "there is a column" if self._label else "there is no column"
+            self.notes.append(
+                f"the name of {unnamed[0]} says no split; taken as {self._default_split}, since {has} of labels"
+            )
+
         # Classes
         if class_names is None:
             self.class_names, self._labels = self._read_class_names(class_names_file, schema)

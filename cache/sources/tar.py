@@ -79,13 +79,24 @@ class TarSource:
             self.class_names, self._labels = class_names, Labels(class_names)
         self.files = list_files(self.where, SUFFIX)
         self._by_name = {file.name: file for file in self.files}
-        self.notes: list[str] = []
         self._copies: dict[int, str] = {}
 
     @cached_property
     def _parts(self) -> list[Part]:
         with ThreadPoolExecutor(PARALLEL_REQUESTS) as pool:
             return parts_of_files(self.files, pool.map(self._split_of, self.files))
+
+    @cached_property
+    def notes(self) -> list[str]:
+        """Which split the files have whose names say none."""
+        unnamed = {file.name for file in self.files if file.split is None}
+        notes = []
+        for split, has in (("train", "has a"), ("unlabeled", "has no")):
+            names = [part.name for part in self._parts if part.name in unnamed and part.split == split]
+            if names:
+                what = f"{names[0]} says" if len(names) == 1 else f"{names[0]} and {len(names) - 1} more say"
+                notes.append(f"the name of {what} no split; taken as {split}, since the first sample {has} label")
+        return notes
 
     def plan(self, shard_size: int) -> list[Part]:
         """One part for each tar file, however many images it holds."""
