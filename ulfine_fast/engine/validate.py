@@ -1,4 +1,4 @@
-"""What is refused before any training: trials that the cache or the split cannot serve."""
+"""Checks before training: trials that the cache or the split does not allow."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def check_tokens(cache: FeatureCache, configs: Sequence[FitConfig]) -> None:
-    """Refuse adapters in the encoder's last block, and heads behind it, where something is missing for them.
+    """Refuse trials on tokens of the encoder's last block where something is missing for them.
 
     Raises:
         InputError: a cache without the tokens, a method that takes none, or noise on them.
@@ -47,7 +47,7 @@ def check_tokens(cache: FeatureCache, configs: Sequence[FitConfig]) -> None:
 
 
 def check_crops(cache: FeatureCache, configs: Sequence[FitConfig]) -> None:
-    """Refuse a schedule of crops where there are none, or where no one recorded what they show.
+    """Refuse a schedule of crops where there are none, or where their areas are not recorded.
 
     Raises:
         InputError: says how to extract such crops.
@@ -76,7 +76,7 @@ def check_labels(config: FitConfig, split: Split) -> None:
 
 
 def check_held_out(cache: FeatureCache, split: Split) -> None:
-    """Refuse to train on images that this cache holds for validation or testing, which have no views.
+    """Refuse to train on images that are for validation or testing in this cache, which have no views.
 
     Raises:
         InputError: names the first such image, or a labelled one whose label the cache does not know.
