@@ -35,7 +35,7 @@ def test_nearest_is_what_sorting_all_cosines_gives(skip_self):
             others = [j for j in range(M) if not (skip_self and i == j)]
             cosines = {j: float(query @ keys[t, j]) for j in others}
             wanted = sorted(cosines, key=cosines.get, reverse=True)[:3]
-            assert result.index[t, i].tolist() == wanted
+            assert result.indices[t, i].tolist() == wanted
             assert result.weight[t, i].tolist() == pytest.approx([max(0.0, cosines[j]) for j in wanted], abs=1e-6)
 
 
@@ -57,7 +57,7 @@ def test_a_image_alone_has_no_neighbour():
 
 def test_fewer_keys_than_neighbours():
     result = nearest(rows(), rows(count=2), all_present(2), 5)
-    assert result.index.shape == (T, M, 2)
+    assert result.indices.shape == (T, M, 2)
 
 
 @pytest.mark.parametrize("skip_self", [False, True])
@@ -66,15 +66,15 @@ def test_blocks_of_rows_give_what_one_block_gives(monkeypatch, skip_self):
     whole = nearest(keys, keys, all_present(), 3, skip_self=skip_self)
     monkeypatch.setattr(graph, "_CELLS", 2 * T * M)
     parts = nearest(keys, keys, all_present(), 3, skip_self=skip_self)
-    assert torch.equal(whole.index, parts.index)
+    assert torch.equal(whole.indices, parts.indices)
     torch.testing.assert_close(whole.weight, parts.weight)
 
 
 def slow_graph(links, nodes):
     matrix = torch.zeros(T, nodes, nodes)
     for t in range(T):
-        for i in range(links.index.shape[1]):
-            for j, weight in zip(links.index[t, i].tolist(), links.weight[t, i].tolist(), strict=True):
+        for i in range(links.indices.shape[1]):
+            for j, weight in zip(links.indices[t, i].tolist(), links.weight[t, i].tolist(), strict=True):
                 matrix[t, i, j] += weight
                 matrix[t, j, i] += weight
     return matrix

@@ -77,6 +77,6 @@ class NearestNeighbors(Method):
         votes = torch.zeros(
             *features.shape[:2], tensors["votes"].shape[-1], dtype=features.dtype, device=features.device
         )
-        for index, vote in zip(near.index.unbind(-1), weight.unbind(-1), strict=True):
+        for index, vote in zip(near.indices.unbind(-1), weight.unbind(-1), strict=True):
             votes += vote.unsqueeze(-1) * tensors["votes"][trial, index]  # (T, B, K)
         return torch.log(votes + _NO_VOTE)

@@ -91,7 +91,7 @@ class LabelPropagation(Method):
         # one neighbour of every row at a time: all of them would take k times the logits' memory
         summed = sum(
             weight.unsqueeze(-1) * tensors["scores"][trial, index]  # (T, B, K)
-            for index, weight in zip(links.index.unbind(-1), links.weight.unbind(-1), strict=True)
+            for index, weight in zip(links.indices.unbind(-1), links.weight.unbind(-1), strict=True)
         )
         return _log(torch.as_tensor(summed))
 
@@ -105,7 +105,7 @@ class LabelPropagation(Method):
         # cosines of text and image are on another scale than those of two images; 0^0 would be an edge
         power = near_texts.weight ** trials.values["text_power"].view(-1, 1, 1)
         text_weight = torch.where(near_texts.weight > 0, power, near_texts.weight)
-        index = torch.cat([near_images.index, images.shape[1] + near_texts.index], -1)
+        index = torch.cat([near_images.indices, images.shape[1] + near_texts.indices], -1)
         return Neighbors(index, torch.cat([near_images.weight, text_weight], -1))
 
 

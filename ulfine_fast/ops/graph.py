@@ -15,11 +15,11 @@ class Neighbors(NamedTuple):
     """Nearest keys of rows.
 
     Attributes:
-        index: their positions among the keys, int64 (T, B, k).
+        indices: their positions among the keys, int64 (T, B, k).
         weight: their cosines in [0, 1] (T, B, k); 0 marks what is no neighbour: a negative cosine, or too few keys.
     """
 
-    index: Tensor
+    indices: Tensor
     weight: Tensor
 
 
@@ -59,11 +59,11 @@ def symmetric(neighbors: Neighbors, nodes: int) -> Tensor:
     Returns:
         One sparse matrix (T n, T n) with a block for each trial: trials share no edge.
     """
-    trials, rows, count = neighbors.index.shape
+    trials, rows, count = neighbors.indices.shape
     # block-diagonal, because sparse matrices have no batches
-    first = torch.arange(trials, device=neighbors.index.device).view(-1, 1, 1) * nodes
+    first = torch.arange(trials, device=neighbors.indices.device).view(-1, 1, 1) * nodes
     source = (first + torch.arange(rows, device=first.device).view(1, -1, 1)).expand(-1, -1, count).flatten()
-    target = (first + neighbors.index).flatten()
+    target = (first + neighbors.indices).flatten()
     weight = neighbors.weight.flatten()
     edges = torch.stack([torch.cat([source, target]), torch.cat([target, source])])  # (2, 2 T B k)
     # coalescing adds the two directions of an edge up

@@ -122,8 +122,8 @@ class Proportions(LinearProbe):
         if config.bags is None and config.proportions is None:
             return None
         if config.bags is None or config.proportions is None:
-            named, missing = ("bags", "proportions") if config.proportions is None else ("proportions", "bags")
-            raise InputError(f"{named} says nothing without {missing}; give both")
+            single, other = ("bags", "proportions") if config.proportions is None else ("proportions", "bags")
+            raise InputError(f"{single} says nothing without {other}; give both")
         return bag_split(cache, read_bags(config.bags, config.proportions, cache))
 
     def check(self, cache: FeatureCache, config: FitConfig, split: Split) -> None:
