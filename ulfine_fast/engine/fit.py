@@ -91,9 +91,9 @@ def fit_many(
         raise InputError(f"engine must be one of {', '.join(ENGINES)}, got {engine!r}")
     torch_device = pick_device(device)
     check_tokens(cache, configs)
-    check_crops(cache, configs)
     splits = draw_splits(cache, configs) if split is None else _checked_splits(cache, configs, split)
     splits = _prepared(cache, configs, splits)
+    check_crops(cache, configs)
 
     # features on the device: trials of one trial batch read the same memory
     features = {

@@ -9,6 +9,7 @@ import numpy as np
 
 from ulfine_fast.cache.io.errors import InputError
 from ulfine_fast.config import FitConfig
+from ulfine_fast.core.features import encoder_tokens
 from ulfine_fast.data.splits import Split
 from ulfine_fast.methods import registry
 from ulfine_fast.methods.registry import method_of
@@ -23,19 +24,13 @@ def check_tokens(cache: FeatureCache, configs: Sequence[FitConfig]) -> None:
     Raises:
         InputError: a cache without the tokens, a method that takes none, or noise on them.
     """
-    kinds = cache.token_kinds if "projection" in cache.head and cache.prototypes is not None else []
     for config in configs:
         if not config.reads_tokens:
             continue
-        if config.adapter == "adaptformer" and kinds != ["pre", "post"]:
+        if config.adapter == "adaptformer" and encoder_tokens(cache) != ["pre", "post"]:
             raise InputError(
                 "adapter adaptformer trains on the tokens of the encoder's last block, which this cache does not hold; "
                 "extract again with --features last-block, or take adapter residual"
-            )
-        if not kinds:
-            raise InputError(
-                "feature pre-projection trains on what the encoder has before its projection, which this cache does "
-                "not hold; extract again with --features last-block or pre-projection, or take feature projected"
             )
         if not method_of(config).takes_tokens:
             others = [name for name in registry.names() if registry.find(name).method.takes_tokens]
@@ -71,7 +66,8 @@ def check_labels(config: FitConfig, split: Split) -> None:
     """
     if method_of(config).uses_labels and not len(split.labeled):
         raise InputError(
-            f"method {config.method} learns from labelled images and this split has none; label some, or use zero_shot"
+            f"method {config.method} learns from labelled images and this split has none; label some, or use one of "
+            f"{', '.join(name for name in registry.names() if not registry.find(name).method.uses_labels)}"
         )
 
 

@@ -60,9 +60,7 @@ class Validation:
 
     def health(self, rows: PaddedRows) -> Metrics:
         """Pseudo-label metrics over each trial's unlabelled rows, those of :func:`metrics.pseudo_label_health`."""
-        # of methods without a threshold all predictions count
-        by_threshold = self.method.uses_unlabeled and self.method.uses_threshold
-        threshold = self.trials.values["threshold"] if by_threshold else self.trials.zeros()
+        threshold = self.method.threshold(self.trials)
         counts = torch.zeros(4, *self.trials.log_prior.shape, dtype=torch.int64, device=self.labels.device)
         false = torch.zeros(2, len(threshold), dtype=torch.float64, device=self.labels.device)
         for start, stop, first, probabilities in self._probabilities(rows):
@@ -78,8 +76,8 @@ class Validation:
         if probabilities is not None:
             yield 0, len(probabilities), 0, probabilities.float()
             return
+        temperature = self.method.temperature(self.trials)
         for start, stop, first, logits in self._blocks(rows, pseudo=True):
-            temperature = self.trials.values.get("sharpen")
             if temperature is not None:
                 logits = logits / temperature[start:stop].view(-1, 1, 1)
             yield start, stop, first, torch.softmax(logits, dim=-1)
