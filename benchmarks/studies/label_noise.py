@@ -103,7 +103,7 @@ def measure(
         seeds: of split, wrong labels and training.
         options: of all trials.
     """
-    rows = []
+    rows: list[Row] = []
     for family in families:
         keys = [(name, fraction, seed) for name in family for fraction in fractions for seed in seeds]
         configs = [
@@ -112,7 +112,8 @@ def measure(
         ]
         for (name, fraction, seed), run in zip(keys, fit_many(cache, configs), strict=True):
             about: Row = {"contender": name, "against": next(iter(family)), "noise": fraction, "seed": seed}
-            rows.append({**about, **{metric: run.metrics[metric] for metric in METRICS}})
+            results: Row = {metric: run.metrics[metric] for metric in METRICS}
+            rows.append({**about, **results})
     return rows
 
 

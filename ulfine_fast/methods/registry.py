@@ -44,8 +44,8 @@ class Registration:
         method: its class.
         options: dataclass of the options that it reads beside the shared ones, see :func:`ulfine_fast.config.option`.
         source: the paper that it comes from.
-            replaces: the method that it was an option of in version 0.1, if any.
-            searches: shared options that a sweep of it tries beside the usual ones.
+        replaces: the method that it was an option of in version 0.1, if any.
+        searches: shared options that a sweep of it tries beside the usual ones.
     """
 
     name: str
