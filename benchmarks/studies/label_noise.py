@@ -117,7 +117,7 @@ def measure(
 
 
 def table(rows: Sequence[Row], metric: str) -> list[list[str]]:
-    """A line for each contender: mean and paired gap to the first of its family, for each fraction of wrong labels."""
+    """A line for each contender: for each fraction of wrong labels its mean and paired gap to the family's first."""
     lines = []
     for (name,), of_contender in grouped(rows, "contender").items():
         cells = []
