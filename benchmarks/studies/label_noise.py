@@ -2,7 +2,7 @@
 
     python -m benchmarks.studies.label_noise --data demo --data fashion_mnist --json label_noise.json
 
-That fraction of the training images has a label drawn evenly from the other classes; validation and test keep theirs.
+A fraction of the training images has labels drawn evenly from the other classes; validation and test keep theirs.
 Nothing is tuned: all have the learning rate, steps and scale that they have by default, and the heads of the last step.
 Splits, wrong labels and mini-batches of a seed are the same for all, so that differences are paired. Where texts know
 little, `--trusted 10` takes class means of a few images with right labels instead, for all contenders.
