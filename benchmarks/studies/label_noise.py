@@ -39,7 +39,7 @@ from ulfine_fast.engine.fit import fit_many
 from ulfine_fast.metrics.calibration import fit_temperature
 
 Metric = Literal["balanced_accuracy", "few", "worst_class"]
-METRICS: tuple[Metric, ...] = get_args(Metric)
+METRICS: tuple[str, ...] = get_args(Metric)
 
 _START = 25.0  # scale of cosines that the temperature is searched around
 
