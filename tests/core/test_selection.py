@@ -58,14 +58,14 @@ def test_trials_and_states_are_selected_as_a_whole():
         prototypes=torch.randn(3, 4, 5),
         log_prior=torch.randn(3, 4),
         head={"projection": torch.randn(7, 5)},
-        inputs=Inputs(of_trials={"bags": Pair(torch.arange(3), None)}, of_all={"texts": torch.randn(2, 4, 5)}),
+        inputs=Inputs(per_trial={"bags": Pair(torch.arange(3), None)}, shared={"texts": torch.randn(2, 4, 5)}),
     )
     part = trials.part(1, 3)
     assert part.config is trials.config
     assert part.values["lr"].tolist() == pytest.approx([0.2, 0.3])
-    assert part.seeds.tolist() == part.inputs.of_trials["bags"].first.tolist() == [1, 2]
+    assert part.seeds.tolist() == part.inputs.per_trial["bags"].first.tolist() == [1, 2]
     assert part.head["projection"] is trials.head["projection"]
-    assert part.inputs.of_all["texts"] is trials.inputs.of_all["texts"]
+    assert part.inputs.shared["texts"] is trials.inputs.shared["texts"]
     state = State({"linear": torch.randn(3, 4, 5)}, {"prior": torch.randn(3, 4)}, {"step": torch.arange(3)})
     chosen = select_trials(state, torch.tensor([2]))
     assert torch.equal(chosen.parameters["linear"], state.parameters["linear"][2:])

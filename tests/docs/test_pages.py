@@ -10,6 +10,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -203,10 +204,10 @@ def test_label_smoothing_of_the_page_is_that_of_torch(own_method):
     features, labels, heads = torch.randn(2, 5, 8), torch.randint(0, 3, (2, 5)), torch.randn(2, 3, 8)
 
     class Trials:
-        values = {"label_smoothing": torch.tensor([0.0, 0.3]), "scale": torch.tensor([25.0, 10.0])}
+        values: ClassVar = {"label_smoothing": torch.tensor([0.0, 0.3]), "scale": torch.tensor([25.0, 10.0])}
 
     class State:
-        tensors = {"linear": heads}
+        tensors: ClassVar = {"linear": heads}
 
     method = smoothed_probe.SmoothedProbe()
     losses = method.losses(Trials(), State(), Batch(features, labels)).labeled

@@ -143,7 +143,7 @@ def test_without_text_the_class_means_are_the_prototypes(quick):
     assert run.metrics["balanced_accuracy"] > 0.5
 
 
-def test_strong_views_are_needed_or_noise_in_their_place(quick):
+def test_strong_views_are_needed_or_noise_instead(quick):
     cache = make_clusters(views=False)
     with pytest.raises(InputError, match=r"views\.strong = 0; extract again with --strong 1"):
         fit(cache, quick(method="lightweight"))

@@ -66,11 +66,11 @@ assert "torch" not in sys.modules
 
 @pytest.mark.parametrize("name", registry.names())
 def test_every_method_is_found_and_says_what_it_is(name):
-    found = registry.find(name)
-    assert found.name == name
-    assert found.summary.endswith((".", ":"))
-    assert found.source
-    assert isinstance(registry.method_of(FitConfig(method=name)), found.method)
+    result = registry.find(name)
+    assert result.name == name
+    assert result.summary.endswith((".", ":"))
+    assert result.source
+    assert isinstance(registry.method_of(FitConfig(method=name)), result.method)
 
 
 def test_files_register_the_method_of_their_name():

@@ -90,9 +90,9 @@ def test_rounded_shares_are_made_to_sum_to_one(read):
     ],
 )
 def test_a_mistake_is_one_sentence(read, bags, shares, words):
-    with pytest.raises(InputError, match=words) as found:
+    with pytest.raises(InputError, match=words) as result:
         read(bags, shares)
-    assert "\n" not in str(found.value)
+    assert "\n" not in str(result.value)
 
 
 def test_a_missing_file_is_named(tmp_path, cache):
@@ -125,7 +125,7 @@ def test_a_cache_without_any_label_but_the_tests_learns(quick):
     assert run.metrics["balanced_accuracy"] > zero.metrics["balanced_accuracy"] + 0.05
     with pytest.raises(InputError, match="method ulfine learns from labelled images and this split has none"):
         fit(cache, quick(method="ulfine"), split=split)
-    with pytest.raises(InputError, match="bag_size is 5 and the split has bags of its own; set it to 0"):
+    with pytest.raises(InputError, match="bag_size is 5 and the split has bags of its own; set bag_size to 0"):
         fit(cache, FitConfig(method="proportions", bag_size=5), split=split)
 
 
@@ -149,13 +149,13 @@ def test_the_command_fits_the_bags_of_two_files(folder, tmp_path):
     done = run(*fit_it, *files, "--out", tmp_path / "run", "--json")
     assert done.exit_code == 0, done.output
     json.loads(done.stdout)
-    found = Run.load(tmp_path / "run")
-    assert (len(found.split["unlabeled"]), found.split["labeled"]) == (16, [])
-    assert [len(bag["ids"]) for bag in found.split["bags"]] == [6, 5, 5]
+    result = Run.load(tmp_path / "run")
+    assert (len(result.split["unlabeled"]), result.split["labeled"]) == (16, [])
+    assert [len(bag["ids"]) for bag in result.split["bags"]] == [6, 5, 5]
     # the run's own split brings its bags
     again = run(*fit_it, "--split", tmp_path / "run", "--out", tmp_path / "again")
     assert again.exit_code == 0, again.output
-    assert Run.load(tmp_path / "again").metrics["balanced_accuracy"] == found.metrics["balanced_accuracy"]
+    assert Run.load(tmp_path / "again").metrics["balanced_accuracy"] == result.metrics["balanced_accuracy"]
     judged = run("eval", tmp_path / "run")
     assert judged.exit_code == 0, judged.output
     message = refused("realign", tmp_path / "run", "--out", tmp_path / "r")

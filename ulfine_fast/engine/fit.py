@@ -126,9 +126,9 @@ def fit_many(
     return [runs[i] for i in range(len(configs))]
 
 
-def _splits(cache: FeatureCache, configs: Sequence[FitConfig], given: Split | Sequence[Split] | None) -> list[Split]:
+def _splits(cache: FeatureCache, configs: Sequence[FitConfig], split: Split | Sequence[Split] | None) -> list[Split]:
     """The split of each config: that of its method, drawn once for all configs that draw the same, or as given."""
-    if given is None:
+    if split is None:
         # a search asks for one split many times, and drawing one takes longer than some trials
         drawn: dict[tuple[Any, ...], Split] = {}
         splits = []
@@ -142,11 +142,11 @@ def _splits(cache: FeatureCache, configs: Sequence[FitConfig], given: Split | Se
                     drawn[key] = own or draw_split(cache.labels, cache.splits, cache.class_names, config)
             splits.append(drawn[key])
         return splits
-    splits = [given] * len(configs) if isinstance(given, Split) else list(given)
+    splits = [split] * len(configs) if isinstance(split, Split) else list(split)
     if len(splits) != len(configs):
         raise InputError(f"{len(configs)} configs need as many splits, got {len(splits)}")
-    for split in {id(split): split for split in splits}.values():
-        check_held_out(cache, split)
+    for one in {id(one): one for one in splits}.values():
+        check_held_out(cache, one)
     for config in configs:
         if method_of(config).split(cache, config) is not None:
             raise InputError(

@@ -60,20 +60,20 @@ class Validation:
     def health(self, rows: PaddedRows) -> Metrics:
         """Pseudo-label metrics over each trial's unlabelled rows, as :func:`metrics.pseudo_label_health` has them."""
         # methods that draw no pseudo-labels, or draw soft ones, are judged on all their predictions
-        judged = self.method.uses_unlabeled and self.method.thresholds
+        judged = self.method.uses_unlabeled and self.method.uses_threshold
         threshold = self.trials.values["threshold"] if judged else self.trials.zeros()
         counts = torch.zeros(4, *self.trials.log_prior.shape, dtype=torch.int64, device=self.labels.device)
         false = torch.zeros(2, len(threshold), dtype=torch.float64, device=self.labels.device)
         for start, stop, first, probabilities in self._probabilities(rows):
             index, present = _block(rows, start, stop, first, probabilities.shape[1])
-            found = _health(probabilities, self.labels[index], present, threshold[start:stop])
-            counts[:, start:stop] += found[0]
-            false[:, start:stop] += found[1]
+            block_counts, block_false = _health(probabilities, self.labels[index], present, threshold[start:stop])
+            counts[:, start:stop] += block_counts
+            false[:, start:stop] += block_false
         return _health_metrics(counts, false, rows.count)
 
     def _probabilities(self, rows: PaddedRows) -> Iterator[tuple[int, int, int, Tensor]]:
         """Pseudo-label probabilities, in the blocks of :meth:`_blocks`."""
-        drawn = self.method.drawn(self.trials, self.state)
+        drawn = self.method.pool_probabilities(self.trials, self.state)
         if drawn is not None:
             yield 0, len(drawn), 0, drawn.float()
             return
@@ -85,10 +85,10 @@ class Validation:
 
     def logits(self, rows: PaddedRows) -> Tensor:
         """Logits of each trial's rows, padding included (T, N, K), in main memory."""
-        found = torch.zeros(*rows.index.shape, self.trials.log_prior.shape[1])
+        logits_of_rows = torch.zeros(*rows.index.shape, self.trials.log_prior.shape[1])
         for start, stop, first, logits in self._blocks(rows, pseudo=False):
-            found[start:stop, first : first + logits.shape[1]] = logits.cpu()
-        return found
+            logits_of_rows[start:stop, first : first + logits.shape[1]] = logits.cpu()
+        return logits_of_rows
 
     @torch.no_grad()
     def _blocks(self, rows: PaddedRows, *, pseudo: bool) -> Iterator[tuple[int, int, int, Tensor]]:

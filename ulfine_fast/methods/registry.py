@@ -1,8 +1,8 @@
 """Methods by name, imported when they are asked for.
 
-A method of this package is a file of `ulfine_fast/methods/` with the method's name. One from outside is named by an
-entry point of the group `ulfine_fast.methods`, or calls :func:`register` itself. This module imports no method and
-nothing that does, so that configs can look up a method's options.
+A method of this package is a file of `ulfine_fast/methods/` with the method's name. One from another package is named
+by an entry point of the group `ulfine_fast.methods`, or is imported and calls :func:`register`. This module imports no
+method before it is asked for, so that configs can look up a method's options.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ if TYPE_CHECKING:
 GROUP = "ulfine_fast.methods"
 """Entry points of this group name modules that register methods; the entry point has the method's name."""
 
-_NO_METHODS = ("__init__", "base", "registry")
+_NOT_METHODS = ("__init__", "base", "registry")
 _MethodClass = TypeVar("_MethodClass", bound="type[Method]")
 
 
 @dataclass(frozen=True)
 class NoOptions:
-    """The options of a method that has none of its own."""
+    """The options of a method that reads the shared ones alone."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Registration:
     """What is known of a method.
 
     Attributes:
-        name: as `FitConfig.method` has it.
+        name: the value of `FitConfig.method`.
         method: its class.
         options: dataclass of the options that it reads beside the shared ones, see :func:`ulfine_fast.config.option`.
         source: the paper that it comes from.
@@ -62,7 +62,7 @@ class Registration:
 
     @property
     def needs(self) -> list[str]:
-        """What it learns from: "labels", "texts", "unlabelled images", "strong views"."""
+        """What it needs to learn, of "labels", "texts", "unlabelled images" and "strong views"."""
         method = self.method
         needs = {
             "labels": method.uses_labels,
@@ -87,7 +87,7 @@ def register(
     """A class decorator that makes a method known to fit, sweep, report, the estimators and the command line.
 
     Args:
-        name: by which it is chosen; letters, digits and underscores.
+        name: the value of `FitConfig.method`; letters, digits and underscores.
         options: frozen dataclass of its own options, each made by :func:`ulfine_fast.config.option`.
         source: the paper that it comes from, such as "arXiv 2505.05062".
         replaces: the method that it was an option of in version 0.1.
@@ -154,13 +154,13 @@ def readers(option: str) -> list[str]:
 def _files() -> frozenset[str]:
     """Methods of this package."""
     paths = Path(__file__).parent.glob("*.py")
-    return frozenset(path.stem for path in paths if path.stem not in _NO_METHODS)
+    return frozenset(path.stem for path in paths if path.stem not in _NOT_METHODS)
 
 
 @functools.cache
 def _entry_points() -> dict[str, metadata.EntryPoint]:
     """Methods of other packages and of related systems, by name."""
-    return {one.name: one for one in metadata.entry_points(group=GROUP)}
+    return {entry.name: entry for entry in metadata.entry_points(group=GROUP)}
 
 
 def method_of(config: FitConfig) -> Method:

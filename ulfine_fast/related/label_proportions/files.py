@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from ulfine_fast.cache.store import FeatureCache
 
 _TOLERANCE = 1e-3
-"""How far shares may be from a sum of 1: three digits of each are enough."""
+"""How far proportions may be from a sum of 1: three digits of each are enough."""
 
 
 def read_bags(bags: str | Path, proportions: str | Path, cache: FeatureCache) -> Bags:
@@ -36,15 +36,15 @@ def read_bags(bags: str | Path, proportions: str | Path, cache: FeatureCache) ->
             held out by the cache, a bag without images or without shares, or shares that are none.
     """
     members = _members(Path(bags), cache)
-    shares = _shares(Path(proportions), cache.class_names)
+    of_bags = _class_proportions(Path(proportions), cache.class_names)
     for name in members:
-        if name not in shares:
+        if name not in of_bags:
             raise InputError(f"{proportions} has no shares of bag {name!r}; add them, or take the bag out of {bags}")
-    for name in shares:
+    for name in of_bags:
         if name not in members:
             raise InputError(f"bag {name!r} of {proportions} has no image in {bags}; add its images or remove it")
-    rows = tuple(np.array(found, dtype=np.int64) for found in members.values())
-    return Bags(tuple(members), rows, np.stack([shares[name] for name in members]))
+    rows = tuple(np.array(members_of_bag, dtype=np.int64) for members_of_bag in members.values())
+    return Bags(tuple(members), rows, np.stack([of_bags[name] for name in members]))
 
 
 def bag_split(cache: FeatureCache, bags: Bags) -> Split:
@@ -92,8 +92,8 @@ def _members(path: Path, cache: FeatureCache) -> dict[str, list[int]]:
     return members
 
 
-def _shares(path: Path, classes: list[str]) -> dict[str, NDArray[np.float64]]:
-    """Shares (K,) of each bag, summing to 1, from either form of the file."""
+def _class_proportions(path: Path, classes: list[str]) -> dict[str, NDArray[np.float64]]:
+    """Class proportions (K,) of each bag, summing to 1, from either form of the file."""
     form = "the columns bag, class and share, or bag and one for each class"
     table = read_table(path, ["bag"], others="keep", form=form)
     bags, columns = table.texts("bag"), [name for name in table.names if name != "bag"]
@@ -109,20 +109,20 @@ def _shares(path: Path, classes: list[str]) -> dict[str, NDArray[np.float64]]:
         for bag, times in Counter(bags).most_common(1):
             if times > 1:
                 raise InputError(f"{path} has two lines for bag {bag!r}; keep one")
-        entries = [(bag, name, share) for name in columns for bag, share in zip(bags, table.texts(name), strict=True)]
+        entries = [(bag, name, text) for name in columns for bag, text in zip(bags, table.texts(name), strict=True)]
 
-    shares: dict[str, dict[str, float]] = {bag: {} for bag in bags}
+    by_class: dict[str, dict[str, float]] = {bag: {} for bag in bags}
     for bag, label, text in entries:
         name = label if label in classes else label_text(label)
         if name not in classes:
             raise InputError(f"{path} names class {label!r}, which is none of {', '.join(classes)}")
-        if name in shares[bag]:
+        if name in by_class[bag]:
             raise InputError(f"{path} gives two shares of class {name!r} in bag {bag!r}; keep one")
-        shares[bag][name] = _share(text, bag, name, path)
-    return {bag: _normalized(bag, [own.get(name, 0.0) for name in classes], path) for bag, own in shares.items()}
+        by_class[bag][name] = _parse_proportion(text, bag, name, path)
+    return {bag: _normalized(bag, [own.get(name, 0.0) for name in classes], path) for bag, own in by_class.items()}
 
 
-def _share(text: str, bag: str, name: str, path: Path) -> float:
+def _parse_proportion(text: str, bag: str, name: str, path: Path) -> float:
     try:
         value = float(text)
     except ValueError:
@@ -132,9 +132,9 @@ def _share(text: str, bag: str, name: str, path: Path) -> float:
     return value
 
 
-def _normalized(bag: str, shares: list[float], path: Path) -> NDArray[np.float64]:
-    """Shares that sum to 1 exactly."""
-    total = math.fsum(shares)
+def _normalized(bag: str, proportions: list[float], path: Path) -> NDArray[np.float64]:
+    """Proportions that sum to 1 exactly."""
+    total = math.fsum(proportions)
     if abs(total - 1) > _TOLERANCE:
         raise InputError(f"the shares of bag {bag!r} in {path} sum to {total:g}; give shares that sum to 1")
-    return np.array(shares) / total
+    return np.array(proportions) / total

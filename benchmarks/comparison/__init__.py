@@ -1,0 +1,1 @@
+"""Methods compared on cells of the protocol: what `benchmarks.studies.methods` is made of."""
