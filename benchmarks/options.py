@@ -51,7 +51,7 @@ def split_names(text: str) -> list[str]:
 
 
 def parse_methods(text: str) -> tuple[str, ...]:
-    """Read method names separated by commas; `all` stands for every contender.
+    """Read method names separated by commas; `all` is every contender.
 
     Raises:
         InputError: an unknown name, or none.

@@ -35,6 +35,7 @@ def option(
     search: Mapping[str, Any] | list[Any] | None = None,
     was: tuple[str, ...] = (),
     off: Any = None,
+    tokens: str | None = None,
     panel: str = "Method",
 ) -> Any:
     """A dataclass field that is an option.
@@ -46,9 +47,10 @@ def option(
         high: largest legal number.
         choices: all legal texts.
         structural: all trials of one trial batch must agree in it.
-        search: what a sweep tries unless it is told otherwise, as in a space file; None leaves the option at its value.
+        search: what a sweep tries by default, as in a space file; None leaves the option at its value.
         was: names that it had in earlier versions.
         off: value that switched the method off where it was an option of another one, see `Registration.replaces`.
+        tokens: the value with which a trial trains on tokens of the encoder's last block instead of features.
         panel: heading under which help shows it.
     """
     return field(
@@ -62,6 +64,7 @@ def option(
             "search": search,
             "was": was,
             "off": off,
+            "tokens": tokens,
             "panel": panel,
         },
     )
@@ -159,6 +162,7 @@ class FitConfig(metaclass=_ByMethod):
         "adapter before the heads",
         choices=("residual", "none", "adaptformer"),
         structural=True,
+        tokens="adaptformer",
         panel="Heads",
     )
     rank: int = option(16, "width of the adapter's bottleneck", low=1, panel="Heads")
@@ -194,12 +198,16 @@ class FitConfig(metaclass=_ByMethod):
     @property
     def reads_tokens(self) -> bool:
         """Whether the trial trains on the last block's tokens instead of features."""
-        return self.adapter == "adaptformer" or getattr(self, "feature", "projected") == "pre-projection"
+        return bool(self.reads_tokens_for)
 
     @property
     def reads_tokens_for(self) -> str:
-        """The option that asks for tokens, for messages."""
-        return "adapter adaptformer" if self.adapter == "adaptformer" else f"feature {self.feature}"
+        """The option by which the trial trains on tokens, for messages, such as "adapter adaptformer"; else empty."""
+        for spec in dataclasses.fields(self):
+            value = spec.metadata["tokens"]
+            if value is not None and getattr(self, spec.name) == value:
+                return f"{spec.name} {value}"
+        return ""
 
     def to_dict(self) -> dict[str, Any]:
         """All options as JSON values."""
@@ -236,7 +244,7 @@ class FitConfig(metaclass=_ByMethod):
             return FitConfig(**read)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # the class of a method's configs is made when it is asked for, so it cannot be found by name
+        # the class of a method's configs is made at run time, so pickle cannot import it by name
         return _restored, (self.to_dict(),)
 
 

@@ -1,11 +1,11 @@
-"""Images per second of an extraction: ours, a script as one writes it, and what the machine allows.
+"""Images per second of an extraction: by ulfine-fast, by a script as one writes it, and what the machine allows.
 
     python -m benchmarks.speed.extract --json extract.json
 
 Every contender runs in a process of its own, one after the other in each round; rates are medians over rounds. The
 clock starts once the model is loaded and warm and stops when the features are on the disk. The bound is the rate of all
-stages together, each measured alone with all cores. With `--memory` ours runs over 10,000 and 100,000 images with a
-tiny model, for its peak memory.
+stages together, each measured alone with all cores. With `--memory` ulfine-fast runs over 10,000 and 100,000 images
+with a tiny model, for its peak memory.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def _run(command: list[str]) -> Row:
 
 
 def measure_memory() -> list[Row]:
-    """Ours over few and many images, with a model so small that reading is most of the work."""
+    """ulfine-fast over few and many images, with a model so small that reading is most of the work."""
     command = _command("ulfine_fast", model_name(TINY))
     return [
         {

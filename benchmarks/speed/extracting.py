@@ -52,7 +52,7 @@ def script(model: str, precision: str, images: Path) -> Row:
 
 
 def ulfine_fast(model: str, precision: str, images: Path) -> Row:
-    """Ours, with the plain view alone, as in the script; text and manifest are not counted."""
+    """ulfine-fast with the plain view alone, as in the script; text and manifest are not counted."""
     from ulfine_fast.cache.models.encoder import load_encoder
     from ulfine_fast.cache.pipeline.extract import extract
     from ulfine_fast.cache.pipeline.views import ViewRecipe

@@ -6,7 +6,7 @@ FixMatch with one loss, one split, the same mini-batches and test images, throug
 size: full fine-tuning (`fft`), norm layers only (`lft`), frozen tower (`lp`, a control of the cached one) and all
 weights from random ones (`scratch`); and on features cached from the same tower at the same size. The learning rate of
 each is chosen on validation images, over all seeds. Every run is kept as one JSON file and not repeated, so the command
-can be interrupted, and two commands with different `--methods` may share a folder; the last one prints all.
+can be interrupted, and two commands with different `--methods` may use one folder; the last one prints all.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ _COLUMNS = {
 
 @dataclass(frozen=True)
 class Settings:
-    """What all runs of a table share.
+    """What is the same for all runs of a table.
 
     Attributes:
         size: side of the images in pixels.

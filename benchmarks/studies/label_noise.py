@@ -2,7 +2,7 @@
 
     python -m benchmarks.studies.label_noise --data demo --data fashion_mnist --json label_noise.json
 
-That fraction of the training images has a label drawn evenly from the other classes; validation and test keep theirs.
+A fraction of the training images has labels drawn evenly from the other classes; validation and test keep theirs.
 Nothing is tuned: all have the learning rate, steps and scale that they have by default, and the heads of the last step.
 Splits, wrong labels and mini-batches of a seed are the same for all, so that differences are paired. Where texts know
 little, `--trusted 10` takes class means of a few images with right labels instead, for all contenders.
@@ -39,7 +39,7 @@ from ulfine_fast.engine.fit import fit_many
 from ulfine_fast.metrics.calibration import fit_temperature
 
 Metric = Literal["balanced_accuracy", "few", "worst_class"]
-METRICS: tuple[Metric, ...] = get_args(Metric)
+METRICS: tuple[str, ...] = get_args(Metric)
 
 _START = 25.0  # scale of cosines that the temperature is searched around
 
@@ -118,7 +118,7 @@ def measure(
 
 
 def table(rows: Sequence[Row], metric: str) -> list[list[str]]:
-    """A line for each contender: mean and paired gap to the first of its family, for each fraction of wrong labels."""
+    """A line for each contender: for each fraction of wrong labels its mean and paired gap to the family's first."""
     lines = []
     for (name,), of_contender in grouped(rows, "contender").items():
         cells = []

@@ -165,7 +165,7 @@ def multilabel(
             writer.writeheader()
             writer.writerows(rows)
     gaps = ["over bce", "few over bce", "over asymmetric", "few over asymmetric", "comic over it"]
-    titles = ["hidden", "way", "lr", *METRICS, *gaps, "restored: right", "found"]
+    titles = ["hidden", "way", "lr", *METRICS, *gaps, "restored: precision", "recall"]
     print_table(titles, table(chosen(rows)), texts=2)
 
 

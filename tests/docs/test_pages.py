@@ -14,12 +14,13 @@ from typing import ClassVar
 
 import numpy as np
 import pytest
+import typer
 from typer.main import get_command
 
 from ulfine_fast.cache.io.errors import InputError
 from ulfine_fast.cli.main import app
 from ulfine_fast.cli.options import MethodCommand
-from ulfine_fast.config import options_of, own_options, shared_options
+from ulfine_fast.config import all_options, options_of, own_options, shared_options
 from ulfine_fast.methods import registry
 
 ROOT = Path(__file__).parents[2]
@@ -116,6 +117,32 @@ def test_the_check_of_commands_finds_errors():
         method = ["--method", "ulfine_plus"] if "probe-weight" in right else []
         refuse_unknown([*shlex.split(right), *method])
     assert sum(len(commands(page)) for page in PAGES) > 50
+
+
+def test_benchmarks_exist_with_their_options():
+    """Every `python -m benchmarks...` of the pages, and every option that `--set` names."""
+    calls = [
+        call
+        for page in PAGES
+        for call in re.findall(
+            r"python -m (benchmarks\.[a-z_]+\.[a-z_]+)([^`\n]*)", page.read_text(encoding="utf-8").replace("\\\n", " ")
+        )
+    ]
+    assert len(calls) > 40
+    for module, text in calls:
+        path = ROOT / f"{module.replace('.', '/')}.py"
+        assert path.exists(), f"there is no {module}"
+        match = re.search(r"typer\.run\(guarded\((\w+)\)\)", path.read_text(encoding="utf-8"))
+        assert match, f"{module} is no command"
+        program = typer.Typer()
+        program.command()(getattr(importlib.import_module(module), match[1]))
+        params = get_command(program).params
+        known = {text for param in params for text in [*param.opts, *param.secondary_opts]}
+        for option in re.findall(r"(?:^|\s)(--[a-z0-9-]+)", text.partition("  #")[0]):
+            assert option in known, f"{module} has no {option}"
+    for page in PAGES:
+        for name in re.findall(r"--set (\w+)=", page.read_text(encoding="utf-8")):
+            assert name in all_options(), f"{page.name} sets {name}, which is no option"
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import torch
 
 from ulfine_fast.core.features import DeviceFeatures
 from ulfine_fast.engine import validation
-from ulfine_fast.engine.fit import _splits
+from ulfine_fast.engine.fit import draw_splits
 from ulfine_fast.engine.history import plain
 from ulfine_fast.engine.trial_batch import TrialBatch
 from ulfine_fast.metrics import classification as metrics
@@ -25,7 +25,7 @@ def batch(request, clusters, quick, monkeypatch):
     configs = [
         quick(seed=s, split_seed=s // 2, n1=10 + 5 * s, val_fraction=0.1 * (s % 3), threshold=0.5) for s in range(5)
     ]
-    splits = _splits(clusters, configs, None)
+    splits = draw_splits(clusters, configs)
     made = TrialBatch(clusters, DeviceFeatures.load(clusters, torch.device("cpu")), configs, splits)
     torch.manual_seed(0)
     made.state.parameters["linear"] += 0.3 * torch.randn(5, 4, 16)

@@ -16,7 +16,13 @@ from ulfine_fast.ops.prototypes import normalize
 if TYPE_CHECKING:
     from ulfine_fast.cache.store import FeatureCache
 
+# caches up to this size are kept as float32 on a processor
 _WIDENED_BYTES = 1 << 29
+
+
+def encoder_tokens(cache: FeatureCache) -> list[str]:
+    """Kinds of the last block's tokens that trials can train on; none without the encoder's end, or without texts."""
+    return cache.token_kinds if "projection" in cache.head and cache.prototypes is not None else []
 
 
 @dataclass(frozen=True)

@@ -151,6 +151,15 @@ class Method(ABC):
         """Class probabilities (T, N, K) of the pool's unlabelled images; None to take :meth:`pseudo_logits`."""
         return None
 
+    def threshold(self, trials: Trials) -> Tensor:
+        """Smallest probability (T,) with which pseudo-labels count in their metrics; 0 where all predictions do."""
+        by_threshold = self.uses_unlabeled and self.uses_threshold
+        return trials.values.get("threshold", trials.zeros()) if by_threshold else trials.zeros()
+
+    def temperature(self, trials: Trials) -> Tensor | None:
+        """What divides :meth:`pseudo_logits` (T,); None for 1."""
+        return trials.values.get("sharpen")
+
     def pseudo_logits(self, trials: Trials, tensors: Tensors, features: Tensor) -> Tensor:
         """Logits (T, B, K) of pseudo-labels, for unit features (T, B, D); by default those of the prediction."""
         return self.logits(trials, tensors, features)

@@ -1,8 +1,8 @@
 """CLIP-Adapter: a bottleneck blended with the feature, in front of the text's classifier (arXiv 2110.04544).
 
 The visual adapter alone, as in the paper's main results; `adapter_scale` is its residual ratio alpha (0.2 there) and
-`rank` its width (a quarter of D there). Different here: the loss is adjusted by tau, 0 in the
-paper. Not reproduced over a cache: fresh crops.
+`rank` its width (a quarter of D there). Different here: the loss is adjusted by tau, 0 in the paper. Not reproduced
+over a cache: fresh crops.
 """
 
 from __future__ import annotations

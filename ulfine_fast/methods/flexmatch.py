@@ -1,4 +1,4 @@
-"""FlexMatch (arXiv 2110.08263, sections 3.1 and 3.2): thresholds by how many images each class is confident about.
+"""FlexMatch (arXiv 2110.08263, sections 3.1 and 3.2): thresholds by the number of confident images of each class.
 
 Published: threshold 0.95, convex mapping b / (2 - b), lambda_u 1, plain cross-entropy (tau 0), 2^20 steps. Not
 reproduced over a cache: as for FixMatch.

@@ -9,20 +9,25 @@ AdaptFormer in all blocks but the last, where `adapter="adaptformer"` trains the
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from ulfine_fast.cache.io.errors import InputError
-from ulfine_fast.config import option
+from ulfine_fast.config import FitConfig, option
+from ulfine_fast.core.features import encoder_tokens
 from ulfine_fast.core.fused.step import FusedStep
 from ulfine_fast.core.heads import Tensors, cosine_logits, frozen_end, last_norm
 from ulfine_fast.core.types import State, Trials
+from ulfine_fast.data.splits import Split
 from ulfine_fast.methods.base import LabeledOptions
 from ulfine_fast.methods.lift import lift_settings
 from ulfine_fast.methods.linear_probe import LinearProbe
 from ulfine_fast.methods.registry import register
 from ulfine_fast.ops.prototypes import normalize
+
+if TYPE_CHECKING:
+    from ulfine_fast.cache.store import FeatureCache
 
 
 @dataclass(frozen=True)
@@ -35,6 +40,7 @@ class LiftHeadOptions(LabeledOptions):
         "made by extract --features last-block or pre-projection",
         choices=("projected", "pre-projection"),
         structural=True,
+        tokens="pre-projection",
     )
 
 
@@ -43,6 +49,14 @@ class LiftHead(LinearProbe):
     """CE(z + tau log pi, y) over a cosine head, with the feature that LIFT gives its head; labelled images alone."""
 
     takes_tokens = True
+
+    def check(self, cache: FeatureCache, config: FitConfig, split: Split) -> None:
+        """Refuse the feature before the projection where the cache does not hold it."""
+        if config.feature == "pre-projection" and not encoder_tokens(cache):
+            raise InputError(
+                "feature pre-projection trains on what the encoder has before its projection, which this cache does "
+                "not hold; extract again with --features last-block or pre-projection, or take feature projected"
+            )
 
     def start(self, trials: Trials) -> State:
         """A linear head at the texts, (T, K, D), or (T, K, W) before the projection; and an adapter where wanted."""

@@ -90,7 +90,7 @@ def register(
         name: the value of `FitConfig.method`; letters, digits and underscores.
         options: frozen dataclass of its own options, each made by :func:`ulfine_fast.config.option`.
         source: the paper that it comes from, such as "arXiv 2505.05062".
-        replaces: the method that it was an option of in version 0.1.
+        replaces: the method whose option it was in version 0.1, if any.
         searches: shared options that a sweep of it tries beside the usual ones.
 
     Raises:

@@ -32,7 +32,7 @@ _PROBES = ((10.0, True), (25.0, True), (25.0, False))
 _ROUNDS = 10
 _STEPS = 3
 _HELD_ROUNDS = 2
-# images whose views are widened to float32 together
+# images whose views are converted to float32 together
 _TOGETHER = 4096
 
 
@@ -236,9 +236,9 @@ def _space(pool: Pool, values: Tensors) -> Whitening:
         index = torch.cat([pool.labeled_rows, pool.unlabeled_rows], dim=1)
         total = present.sum(1).clamp(min=1)  # (T,)
         scatters = []
-        for part, there in zip(index.split(_TOGETHER, dim=1), present.split(_TOGETHER, dim=1), strict=True):
-            fraction = (there.sum(1) / total).view(-1, 1, 1)
-            scatters.append(view_scatter(pool.features.all_views(part), there) * fraction)
+        for part, part_present in zip(index.split(_TOGETHER, dim=1), present.split(_TOGETHER, dim=1), strict=True):
+            fraction = (part_present.sum(1) / total).view(-1, 1, 1)
+            scatters.append(view_scatter(pool.features.all_views(part), part_present) * fraction)
         nuisance = torch.stack(scatters).sum(0)
     return whitening(rows, present, nuisance, values["shrinkage"], values["view_weight"])
 

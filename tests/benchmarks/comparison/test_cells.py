@@ -22,10 +22,10 @@ def test_the_config_has_the_cells_counts_and_the_options():
     assert config.labeled_fraction == 1
 
 
-@pytest.mark.parametrize(("text", "share"), [("tux_paint::natural", 0.5), ("tux_paint:25%:natural", 0.25)])
-def test_without_n1_the_data_is_taken_as_it_is(text, share):
+@pytest.mark.parametrize(("text", "fraction"), [("tux_paint::natural", 0.5), ("tux_paint:25%:natural", 0.25)])
+def test_without_n1_the_data_is_taken_as_it_is(text, fraction):
     config = parse_cell(text).config()
-    assert (config.n1, config.labeled_fraction, config.shape) == (None, share, "natural")
+    assert (config.n1, config.labeled_fraction, config.shape) == (None, fraction, "natural")
 
 
 def test_a_folder_may_hold_colons_and_takes_any_n1():

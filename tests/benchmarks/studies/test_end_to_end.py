@@ -114,18 +114,18 @@ def test_control_agrees_with_the_cached_probe_before_training(world, tmp_path):
 
 def test_pseudo_labels_by_hand():
     logits = np.log(np.array([[0.9, 0.1], [0.95, 0.05], [0.4, 0.6], [0.3, 0.7]])).astype(np.float32)
-    found = pseudo_labels(logits, np.array([0, 1, 1, 0]), threshold=0.8)
-    assert (found["unlabeled"], found["kept"], found["false_kept"], found["false_guesses"]) == (4, 2, 1, 2)
-    assert found["pseudo_label_precision"] == 0.5
-    assert found["confidence_on_false"] == pytest.approx(0.95, abs=1e-6)
-    assert found["confidence_on_false_guesses"] == pytest.approx((0.95 + 0.7) / 2, abs=1e-6)
+    metrics = pseudo_labels(logits, np.array([0, 1, 1, 0]), threshold=0.8)
+    assert (metrics["unlabeled"], metrics["kept"], metrics["false_kept"], metrics["false_guesses"]) == (4, 2, 1, 2)
+    assert metrics["pseudo_label_precision"] == 0.5
+    assert metrics["confidence_on_false"] == pytest.approx(0.95, abs=1e-6)
+    assert metrics["confidence_on_false_guesses"] == pytest.approx((0.95 + 0.7) / 2, abs=1e-6)
 
 
 def test_pseudo_labels_where_nothing_is_sure():
-    found = pseudo_labels(np.zeros((3, 4), np.float32), np.array([0, 0, 0]), threshold=0.9)
-    assert found["kept"] == found["false_guesses"] == 0
-    assert found["pseudo_label_precision"] is None
-    assert found["confidence_on_false"] is found["confidence_on_false_guesses"] is None
+    metrics = pseudo_labels(np.zeros((3, 4), np.float32), np.array([0, 0, 0]), threshold=0.9)
+    assert metrics["kept"] == metrics["false_guesses"] == 0
+    assert metrics["pseudo_label_precision"] is None
+    assert metrics["confidence_on_false"] is metrics["confidence_on_false_guesses"] is None
 
 
 def test_metrics_of_an_oracle_and_of_a_liar(world):

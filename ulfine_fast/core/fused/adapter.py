@@ -1,7 +1,7 @@
 """The residual adapter without autograd: forward into buffers, gradients added to the velocity.
 
 The specification is :func:`ulfine_fast.core.heads.apply_adapter`. Inputs are cached features that need no gradient, so
-the normalised rows are never stored: with m and r a row's mean and inverse deviation, a and b the norm's scale and
+the normalised rows are never stored. With m and r a row's mean and inverse deviation, a and b the norm's scale and
 shift,
 
     LN(x) W = r (x (a W)) - m r sum_d (a W)_d + b W,
