@@ -221,4 +221,5 @@ def _numbered_lines(file: Path, content: str) -> list[tuple[int, str]]:
 
 
 def _first(names: Sequence[str], most: int = 5) -> str:
-    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
+    clipped = [name if len(name) <= 80 else f"{name[:77]}..." for name in names[:most]]
+    return ", ".join(clipped) + (", ..." if len(names) > most else "")

@@ -163,7 +163,7 @@ class HuggingFaceSource:
             labels = Labels(classes.names, order=classes.indices)
         else:
             values = {label for data in self._splits.values() for label in data.unique(self._label)}
-            names = class_names_from(values, self.where)
+            names = class_names_from(values, self.where, occurring=class_names_file is not None)
             classes, written = name_classes(names, class_names_file)
             labels = Labels(classes.names, written=written)
             self.notes += suspicious_labels(names)

@@ -89,25 +89,26 @@ class Labels:
             )
 
 
-def class_names_from(labels: Iterable[Any], where: str) -> list[str]:
+def class_names_from(labels: Iterable[Any], where: str, *, occurring: bool = False) -> list[str]:
     """Class names from the labels that occur: texts in their order, or all numbers up to the largest.
 
     Args:
         labels: as in `Labels.index`.
         where: the source, for messages.
+        occurring: whether to leave out numbers that do not occur.
 
     Raises:
         InputError: every label is unknown, or numbers too large for classes.
     """
     texts = {text for label in labels if (text := label_key(cell_text(label))) and whole_number(text) != UNKNOWN}
-    indices = [number for text in texts if (number := whole_number(text)) is not None]
-    if len(indices) < len(texts):
+    indices = {number for text in texts if (number := whole_number(text)) is not None}
+    if any(whole_number(text) is None for text in texts):
         return sorted(texts)
     if max(indices, default=UNKNOWN) < 0:
         raise InputError(f"{where} has no label in any row; give class names with --class-names FILE")
     if max(indices) >= _MAX_CLASSES:
         raise InputError(f"{where} has the label {max(indices)}, too large for a class; give names with --class-names")
-    return [str(number) for number in range(max(indices) + 1)]
+    return [str(number) for number in (sorted(indices) if occurring else range(max(indices) + 1))]
 
 
 def choose_column(source: str, columns: Sequence[str], preferred: Sequence[str], content: str, notes: list[str]) -> str:

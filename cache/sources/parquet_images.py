@@ -180,7 +180,7 @@ class ParquetSource:
             values: set[Any] = set()
             for file in self.files:
                 values.update(_open_file(file.url).read(columns=[self._label])[self._label].unique().to_pylist())
-            names = class_names_from(values, self.where)
+            names = class_names_from(values, self.where, occurring=class_names_file is not None)
             classes, written = name_classes(names, class_names_file)
             labels = Labels(classes.names, written=written)
             self.notes += suspicious_labels(names)
