@@ -131,8 +131,7 @@ def split_missing(values: Any) -> tuple[NDArray[Any], NDArray[np.bool_]]:
     # Polars and Arrow would make floats of whole numbers with missing ones, and pandas objects.
     to_list = getattr(values, "to_pylist", None) or getattr(values, "to_list", None)
     items = to_list() if to_list is not None and len(np.shape(values)) <= 1 else None
-    array = np.asarray(values) if items is None or len(items) == 0 else None
-    if array is None:
+    if items:
         missing = np.array([_is_missing(item) for item in items], dtype=np.bool_)
         if not missing.any():
             return np.asarray(values), missing
@@ -140,6 +139,7 @@ def split_missing(values: Any) -> tuple[NDArray[Any], NDArray[np.bool_]]:
         array = np.zeros(len(items), dtype=present.dtype)
         array[~missing] = present
         return array, missing
+    array = np.asarray(values)
     if array.dtype.kind == "O":
         return array, np.array([_is_missing(item) for item in array.ravel()], dtype=np.bool_).reshape(array.shape)
     return array, array != array
