@@ -84,7 +84,7 @@ def extract(
     ray_cpus: RayCpus = 1,
     ray_gpus: RayGpus = 0,
     append: Annotated[
-        bool, typer.Option("--append", help="Deprecated: use `ulfine-fast cache append CACHE SOURCE`.")
+        bool, typer.Option("--append", hidden=True, help="Deprecated: use `ulfine-fast cache append CACHE SOURCE`.")
     ] = False,
     as_json: AsJson = False,
 ) -> None:

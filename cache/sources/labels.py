@@ -164,10 +164,10 @@ def name_classes(
     """
     keys = [label_key(label) for label in labels]
     if class_names_file is None:
-        classes = ClassNames(keys, list(range(len(keys))))
+        matched = ClassNames(keys, list(range(len(keys))))
     else:
-        classes = match_class_names(class_names_file, keys, ordered=ordered)
-    return classes, dict(zip(keys, classes.indices, strict=True))
+        matched = match_class_names(class_names_file, keys, ordered=ordered)
+    return matched, dict(zip(keys, matched.indices, strict=True))
 
 
 def suspicious_labels(labels: Iterable[str]) -> list[str]:
