@@ -490,6 +490,13 @@ def read_records(folder: Path, manifest: Manifest) -> list[ShardRecord]:
             if record.shard != len(records) or not follows:
                 name = shard_path(folder, len(records)).stem
                 raise InputError(f"shard {name} does not follow the one before it; extract with --mode overwrite")
+            record.refuse_other_cache(manifest.identity_of(record.shard))
+            # What memory is allocated by must fit into the file.
+            if record.rows * manifest.layout(record.split).row_bytes > record.bytes:
+                raise InputError(
+                    f"shard {record.shard:05d} has {record.rows} rows in its record, more than fit into the "
+                    f"{record.bytes} bytes of its file; extract with --mode overwrite"
+                )
             records.append(record)
             next_row += record.rows_read
     return records
@@ -501,8 +508,17 @@ def _numbered_records(folder: Path) -> Generator[ShardRecord, None, None]:
     def read(number: int) -> ShardRecord:
         path = shard_path(folder, number)
         record = ShardRecord.read(path.with_suffix(".json"))
-        if not path.is_file():
+        try:
+            size = path.stat().st_size if path.is_file() else None
+        except OSError:
+            size = None
+        if size is None:
             raise InputError(f"shard {path.stem} is missing: no {path}; run the same extract command again to redo it")
+        if size != record.bytes:
+            raise InputError(
+                f"shard {path.stem} is damaged: {path} has {size} bytes and not the {record.bytes} of its record; run "
+                "the same extract command again to redo it"
+            )
         return record
 
     threads = _PARALLEL_REQUESTS if is_remote(folder) else 0

@@ -55,7 +55,7 @@ def write_named_cache(
     template = make_manifest(class_names=class_names, **changes)
     manifest = dataclasses.replace(template, source={**template.source, "rows": rows, "fingerprint": name})
     manifest.write(folder)
-    write_text(folder, class_text(manifest))
+    write_text(folder, class_text(manifest), manifest)
     first, written = 0, []
     for number, (split, n) in enumerate(parts):
         labels = np.arange(first, first + n, dtype=np.int32) % len(class_names)

@@ -57,7 +57,7 @@ def test_the_page_names_exactly_what_is_there(folder):
 
 def test_shards_read_by_the_page_alone(folder):
     manifest = json.loads((folder / "manifest.json").read_text())
-    assert (manifest["format"], manifest["version"]) == ("ulfine-fast-cache", 1)
+    assert (manifest["format"], manifest["version"]) == ("ulfine-fast-cache", 3)
     dim, weak, strong = manifest["model"]["dim"], manifest["views"]["weak"], manifest["views"]["strong"]
     reached, ids, order = 0, [], []
     for number, path in enumerate(sorted((folder / "shards").glob("*.json"))):
@@ -94,7 +94,7 @@ def test_bytes_and_tokens_read_by_the_page_alone(images, tiny_model, tmp_path):
     for dtype in ("float32", "int8"):
         extract(open_source(images), encoder, tmp_path / dtype, dtype=dtype, workers=0, shard_size=4)
     manifest = json.loads((tmp_path / "int8/manifest.json").read_text())
-    assert (manifest["version"], manifest["dtype"], manifest["tokens"]) == (2, "int8", ["pre", "post"])
+    assert (manifest["version"], manifest["dtype"], manifest["tokens"]) == (3, "int8", ["pre", "post"])
     with h5py.File(tmp_path / "int8/text.h5") as text:
         head = {name: text[name][()] for name in ("ln_post_weight", "ln_post_bias", "ln_post_eps", "projection")}
     read = []

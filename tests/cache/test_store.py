@@ -12,7 +12,7 @@ import torch
 from tests.cache.samples import LAYOUT, PARTS, make_manifest, make_shard, make_text, put_shard, write_cache
 from ulfine_fast.cache import store
 from ulfine_fast.cache.io.errors import InputError
-from ulfine_fast.cache.shard import Layout, shard_path
+from ulfine_fast.cache.shard import Layout, ShardRecord, shard_path
 from ulfine_fast.cache.store import FeatureCache
 from ulfine_fast.cache.text import average, read_text, write_text
 
@@ -78,7 +78,7 @@ def test_a_cache_overwritten_since_it_was_opened_is_refused(tmp_path, read):
             source={**make_manifest().source, "rows": 3}, views={"weak": 0, "strong": 0, "seed": 0}, **dtype
         )
         manifest.write(tmp_path / name)
-        write_text(tmp_path / name, make_text(manifest))
+        write_text(tmp_path / name, make_text(manifest), manifest)
         shard = make_shard(3, Layout(4, "float16"), seed=seed)
         tokens = shard.plain[:, :, None] if dtype else None  # (n, 1, 1, W)
         put_shard(tmp_path / name, dataclasses.replace(shard, labels=np.zeros(3, np.int32), tokens=tokens))
@@ -150,8 +150,15 @@ def test_an_unfinished_cache_names_the_first_unfinished_shard(folder):
 
 def test_records_that_do_not_join_up_are_refused(folder):
     path = shard_path(folder, 1).with_suffix(".json")
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"first_row": 9}))
+    dataclasses.replace(ShardRecord.read(path), first_row=9).write(path)
     with pytest.raises(InputError, match="shard 00001 does not follow"):
+        FeatureCache.open(folder)
+
+
+def test_a_record_whose_rows_cannot_be_in_the_file_is_refused(folder):
+    path = shard_path(folder, 1).with_suffix(".json")
+    dataclasses.replace(ShardRecord.read(path), rows=10**12, rows_read=10**12 + 1).write(path)
+    with pytest.raises(InputError, match="shard 00001 has 1000000000000 rows in its record, more than fit"):
         FeatureCache.open(folder)
 
 
@@ -195,7 +202,7 @@ def test_damaged_text_features_are_refused(folder):
     data = (folder / "text.h5").read_bytes()
     position = data.index(make_text(make_manifest()).features.tobytes())
     flip(folder / "text.h5", position)
-    with pytest.raises(InputError, match=r"text\.h5 cannot be used: features does not match its checksum"):
+    with pytest.raises(InputError, match=r"text\.h5 cannot be used: it is damaged: it does not match its checksum"):
         FeatureCache.open(folder)
     (folder / "text.h5").unlink()
     with pytest.raises(InputError, match=r"text\.h5 cannot be used"):
@@ -204,7 +211,7 @@ def test_damaged_text_features_are_refused(folder):
 
 def test_text_without_its_scale_or_with_nan_is_refused(folder):
     manifest = FeatureCache.open(folder).manifest
-    write_text(folder, dataclasses.replace(make_text(manifest), logit_scale=float("nan")))
+    write_text(folder, dataclasses.replace(make_text(manifest), logit_scale=float("nan")), manifest)
     with pytest.raises(InputError, match="not finite"):
         read_text(folder, manifest)
     with h5py.File(folder / "text.h5", "r+") as file:
@@ -216,7 +223,7 @@ def test_text_without_its_scale_or_with_nan_is_refused(folder):
 def test_text_keeps_the_vision_head(folder):
     head = {"ln_post_weight": np.ones(3, np.float32), "projection": np.ones((3, 4), np.float32)}
     manifest = FeatureCache.open(folder).manifest
-    write_text(folder, dataclasses.replace(make_text(manifest), head=head))
+    write_text(folder, dataclasses.replace(make_text(manifest), head=head), manifest)
     text = read_text(folder, manifest)
     assert sorted(text.head) == ["ln_post_weight", "projection"]
     assert text.head["projection"].shape == (3, 4)
@@ -225,7 +232,8 @@ def test_text_keeps_the_vision_head(folder):
 
 def test_text_bytes_are_a_function_of_the_features(folder):
     first = (folder / "text.h5").read_bytes()
-    write_text(folder, make_text(make_manifest()))
+    manifest = FeatureCache.open(folder).manifest
+    write_text(folder, make_text(manifest), manifest)
     assert (folder / "text.h5").read_bytes() == first
 
 

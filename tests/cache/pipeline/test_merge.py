@@ -203,7 +203,7 @@ def test_other_text_features_of_one_class_are_refused(two, tmp_path, monkeypatch
     manifest = FeatureCache.open(tmp_path / "odd").manifest
     text = class_text(manifest)
     text.features[0, 0, 0] += 0.1
-    write_text(tmp_path / "odd", text)
+    write_text(tmp_path / "odd", text, manifest)
     with pytest.raises(InputError, match=r"text features of class 'dog' differ by up to 0\.1 between .*pets and .*odd"):
         merge([two[0], tmp_path / "odd"], tmp_path / "all")
 
