@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 NAME = "text.h5"
 _HDF5 = b"\x89HDF\r\n\x1a\n"
 _USER_BLOCK = 512  # bytes before the HDF5 file itself, which HDF5 leaves aside
-_MOST_BYTES = 1 << 38
+_ROOM = 64 << 20  # bytes that the last layers of a model and the texts may take
 _HEAD = ("ln_post_weight", "ln_post_bias", "ln_post_eps", "projection")
 
 
@@ -112,7 +112,7 @@ def read_text(folder: Path, manifest: Manifest) -> TextFeatures:
     path = folder / NAME
     classes, prompts, dim = len(manifest.class_names), len(manifest.prompts), manifest.dim
     try:
-        data = path.read_bytes() if is_remote(path) else read_regular_file(path, _MOST_BYTES)
+        data = path.read_bytes() if is_remote(path) else read_regular_file(path, _most_bytes(manifest))
         _refuse_other_file(data, manifest)
         with hdf5.unpacked(data) as file:
             # The file has more classes than the manifest while more are being appended; the appended ones come last.
@@ -172,6 +172,11 @@ def _refuse_other_file(data: bytes, manifest: Manifest) -> None:
         raise InputError("it is damaged: it does not match its checksum")
     if header.manifest != identity:
         raise InputError("it was made for another cache: it does not name this manifest.json")
+
+
+def _most_bytes(manifest: Manifest) -> int:
+    """The size of the largest text.h5 that is read: with many more classes than the manifest, as in an append."""
+    return _ROOM + 8 * 4 * len(manifest.class_names) * (len(manifest.prompts) + 1) * manifest.dim
 
 
 def _logit_scale(file: h5py.File) -> float:

@@ -137,7 +137,7 @@ def remove_partial_files(cache: Path) -> None:
     """Removes the temporary files of killed writers; call it only while holding the cache's lock."""
     for folder in (cache, cache / "shards"):
         for path in folder.glob("*.tmp"):
-            if _PARTIAL.fullmatch(path.name):
+            if _PARTIAL.fullmatch(path.name) and (path.is_symlink() or not path.is_dir()):
                 path.unlink(missing_ok=True)
 
 

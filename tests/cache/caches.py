@@ -24,7 +24,7 @@ def class_text(manifest: Manifest) -> TextFeatures:
     raw = [[np.random.default_rng(seed).standard_normal(manifest.dim) for seed in row] for row in seeds]
     features = np.asarray(raw, dtype=np.float32)  # (K, P, D)
     features /= np.linalg.norm(features, axis=2, keepdims=True)
-    return TextFeatures(texts, features, average(features), 100.0)
+    return TextFeatures(texts, features, average(features), manifest.model["logit_scale"])
 
 
 def unit(shard: Shard) -> Shard:

@@ -109,7 +109,7 @@ def make_text(manifest: Manifest) -> TextFeatures:
     features = rng.standard_normal((classes, prompts, manifest.dim)).astype(np.float32)
     features /= np.linalg.norm(features, axis=2, keepdims=True)
     texts = [[prompt.replace("{}", name) for prompt in manifest.prompts] for name in manifest.class_names]
-    return TextFeatures(texts, features, average(features), 100.0)
+    return TextFeatures(texts, features, average(features), manifest.model["logit_scale"])
 
 
 # Rows of each shard: a second train shard, and one of each other split.

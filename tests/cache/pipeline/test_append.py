@@ -101,7 +101,7 @@ def test_the_manifest_says_what_was_appended(cache, grown, tiny_encoder):
     write_images(grown, {"train/bee": 1}, seed=5)
     append(open_source(grown), tiny_encoder, cache, workers=0)
     manifest = json.loads((cache / "manifest.json").read_text())
-    assert (manifest["version"], manifest["source"]["rows"]) == (2, 18)
+    assert (manifest["version"], manifest["source"]["rows"]) == (3, 18)
     appended = manifest["source"]["appended"]
     assert [(one["kind"], one["rows"], one["first_shard"], one["classes"]) for one in appended] == [
         ("folder", 6, 5, 1),

@@ -116,7 +116,7 @@ def test_tokens_and_whole_numbers_go_along(tiny_model, tmp_path, dtype):
     one, both = opened(tmp_path / "a"), opened(tmp_path / "all")
     assert np.array_equal(both.plain[:4], one.plain)
     assert both.manifest is not None
-    assert (both.manifest.tokens, both.manifest.dtype, both.manifest.version) == (["pre", "post"], dtype, 2)
+    assert (both.manifest.tokens, both.manifest.dtype, both.manifest.version) == (["pre", "post"], dtype, 3)
     whole, part = (read_shard(folder / "shards/00000.h5", one.manifest.layout("train")) for folder in (
         tmp_path / "all", tmp_path / "a"))  # fmt: skip
     assert whole.tokens.shape == (3, 3, 2, 16)
