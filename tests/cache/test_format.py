@@ -210,3 +210,37 @@ def put(path, datasets, **attributes):
             text = isinstance(content, list)
             made = file.create_dataset(name, data=content, dtype=h5py.string_dtype() if text else None)
             made.attrs["sha256"] = checksum(made)
+
+
+def digest(values: dict) -> str:
+    kept = {name: value for name, value in values.items() if name != "digest"}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def identity(manifest: dict) -> str:
+    left_out = ("version", "digest", "max_skipped", "libraries", "created_by")
+    values = {name: value for name, value in manifest.items() if name not in left_out}
+    return digest({**values, "source": {name: value for name, value in values["source"].items() if name != "path"}})
+
+
+def test_digests_are_as_the_page_says(folder, images, tiny_encoder, tmp_path):
+    from tests.cache.samples import write_images
+    from ulfine_fast.cache.pipeline.append import append
+
+    before = json.loads((folder / "manifest.json").read_text())
+    write_images(images, {"train/emu": 2}, seed=3)
+    append(open_source(images), tiny_encoder, folder, workers=0)
+    after = json.loads((folder / "manifest.json").read_text())
+    records = [json.loads(path.read_text()) for path in sorted((folder / "shards").glob("*.json"))]
+    assert all(values["digest"] == digest(values) for values in (before, after, *records))
+    wanted = [identity(before)] * 5 + [identity(after)]
+    assert [record["manifest"] for record in records] == wanted
+    assert wanted[0] != wanted[-1]
+    data = (folder / "text.h5").read_bytes()
+    header = json.loads(data[:512].rstrip(b"\0"))
+    content = hashlib.sha256(data[512:]).hexdigest()
+    assert header == {"manifest": identity(before), "sha256": content, "bytes": len(data)}
+    # the manifest of the earlier version, from the later one
+    source = {**after["source"], "rows": after["source"]["rows"] - after["source"]["appended"][0]["rows"]}
+    del source["appended"]
+    assert identity({**after, "source": source, "class_names": after["class_names"][:2]}) == identity(before)

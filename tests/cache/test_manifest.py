@@ -138,6 +138,17 @@ def test_a_damaged_manifest_says_what_is_wrong(tmp_path, text, message):
         {"views": {"weak": 1}},
         {"views": None},
         {"model": []},
+        {"model": {**make_manifest().model, "logit_scale": 10**400}},
+        {"model": {**make_manifest().model, "logit_scale": float("inf")}},
+        {"model": {**make_manifest().model, "dim": 10**12}},
+        {"views": {**make_manifest().views, "weak": 10**12}},
+        {"views": {**make_manifest().views, "seed": 2**64}},
+        {"source": {**make_manifest().source, "rows": 10**18}},
+        {"source": {**make_manifest().source, "parts": "x"}},
+        {"source": {**make_manifest().source, "appended": [{"rows": 1}]}},
+        {"class_names": "cat"},
+        {"mean": ["x"]},
+        {"shard_size": True},
     ],
 )
 def test_impossible_values_are_refused(change):

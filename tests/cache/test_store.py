@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
+from pathlib import Path
 
 import h5py
 import numpy as np
@@ -15,6 +17,8 @@ from ulfine_fast.cache.io.errors import InputError
 from ulfine_fast.cache.shard import Layout, ShardRecord, shard_path
 from ulfine_fast.cache.store import FeatureCache
 from ulfine_fast.cache.text import average, read_text, write_text
+
+V0_1 = Path(__file__).parents[1] / "fixtures/v0_1/cache"
 
 
 @pytest.fixture
@@ -235,6 +239,38 @@ def test_text_bytes_are_a_function_of_the_features(folder):
     manifest = FeatureCache.open(folder).manifest
     write_text(folder, make_text(manifest), manifest)
     assert (folder / "text.h5").read_bytes() == first
+
+
+def test_a_text_file_that_declares_more_than_it_holds_allocates_nothing(tmp_path):
+    folder = shutil.copytree(V0_1, tmp_path / "cache")
+    with h5py.File(folder / "text.h5", "r+") as file:
+        file.create_dataset("projection", (10**7, 384), "float32")
+        file.create_dataset("ln_post_weight", (10**13,), "float32")
+    with pytest.raises(InputError, match=r"text\.h5 cannot be used: ln_post_weight declares 40000000000000 bytes"):
+        FeatureCache.open(folder)
+
+
+def test_a_text_file_larger_than_any_is_not_read(folder):
+    with (folder / "text.h5").open("r+b") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(InputError, match=r"text\.h5 cannot be used: 1099511627776 bytes"):
+        FeatureCache.open(folder)
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "text.h5", "shards/00001.json", "shards/00001.h5"])
+def test_a_pipe_in_place_of_a_file_is_refused_and_not_waited_for(folder, name):
+    (folder / name).unlink()
+    os.mkfifo(folder / name)
+    with pytest.raises(InputError, match="not a regular file|is missing"):
+        FeatureCache.open(folder)
+
+
+def test_a_pipe_in_place_of_a_shard_that_was_there_on_opening(folder):
+    cache = FeatureCache.open(folder)
+    shard_path(folder, 4).unlink()
+    os.mkfifo(shard_path(folder, 4))
+    with pytest.raises(InputError, match=r"shard 00004 cannot be read: .*not a regular file"):
+        cache.plain  # noqa: B018 - the property reads the shards
 
 
 # -- the check and the summary
