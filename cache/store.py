@@ -6,9 +6,9 @@ import copy
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
@@ -282,7 +282,8 @@ class FeatureCache:
         if not self.token_kinds:
             raise InputError("this cache holds no tokens; extract again with --features last-block or pre-projection")
         if self._tokens is None:
-            self._tokens = self._load_tokens()
+            with self._refused_memory():
+                self._tokens = self._load_tokens()
         tokens: NDArray[Any] = getattr(self._tokens, kind)
         return tokens
 
@@ -321,8 +322,20 @@ class FeatureCache:
     @property
     def _arrays(self) -> Arrays:
         if self._loaded is None:
-            self._loaded = self._load()
+            with self._refused_memory():
+                self._loaded = self._load()
         return self._loaded
+
+    @contextmanager
+    def _refused_memory(self) -> Iterator[None]:
+        """Turns memory that the system refuses into one sentence."""
+        try:
+            yield
+        except MemoryError as error:
+            raise InputError(
+                f"the features of {len(self)} images in {self.path} do not fit into memory; end other programs or use "
+                "a machine with more"
+            ) from error
 
     def _load(self) -> Arrays:
         """Reads each shard once into arrays, whose sizes are known from the records."""

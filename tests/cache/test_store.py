@@ -261,7 +261,7 @@ def test_a_text_file_larger_than_any_is_not_read(folder):
 def test_a_pipe_in_place_of_a_file_is_refused_and_not_waited_for(folder, name):
     (folder / name).unlink()
     os.mkfifo(folder / name)
-    with pytest.raises(InputError, match="not a regular file|is missing"):
+    with pytest.raises(InputError, match=r"not a regular file|is missing"):
         FeatureCache.open(folder)
 
 
@@ -271,6 +271,25 @@ def test_a_pipe_in_place_of_a_shard_that_was_there_on_opening(folder):
     os.mkfifo(shard_path(folder, 4))
     with pytest.raises(InputError, match=r"shard 00004 cannot be read: .*not a regular file"):
         cache.plain  # noqa: B018 - the property reads the shards
+
+
+def test_features_that_do_not_fit_into_memory_are_one_sentence(folder):
+    cache = FeatureCache.open(folder)
+    path = shard_path(folder, 4)
+    with path.open("r+b") as file:
+        file.truncate(1 << 43)  # a file with a hole
+    record = ShardRecord.read(path.with_suffix(".json"))
+    rows = 10**11
+    dataclasses.replace(record, bytes=1 << 43, rows=rows, rows_read=rows + 1).write(path.with_suffix(".json"))
+    manifest = dataclasses.replace(cache.manifest, source={**cache.manifest.source, "rows": rows + 13})
+    identities = {number: manifest.identity_of(number) for number in range(5)}
+    manifest.write(folder)
+    write_text(folder, make_text(manifest), manifest)
+    for number, identity in identities.items():
+        path = shard_path(folder, number).with_suffix(".json")
+        dataclasses.replace(ShardRecord.read(path), manifest=identity).write(path)
+    with pytest.raises(InputError, match=r"images in .* do not fit into memory"):
+        FeatureCache.open(folder).plain  # noqa: B018 - the property allocates
 
 
 # -- the check and the summary
