@@ -75,8 +75,8 @@ class _MergedFields(msgspec.Struct):
 class _SourceFields(msgspec.Struct):
     kind: str
     fingerprint: str
-    rows: _Count | None = None
-    parts: _Count | None = None
+    rows: Annotated[int, msgspec.Meta(ge=1, le=2**48)] | None = None
+    parts: Annotated[int, msgspec.Meta(ge=1, le=2**48)] | None = None
     path: str = ""
     name: str = ""
     appended: list[_AppendFields] = []

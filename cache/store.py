@@ -512,6 +512,11 @@ def read_records(folder: Path, manifest: Manifest) -> list[ShardRecord]:
                 )
             records.append(record)
             next_row += record.rows_read
+    if not streamed and next_row != total:
+        raise InputError(
+            f"the shards of {folder} have {next_row} rows up to where manifest.json has {total}; extract with --mode "
+            "overwrite"
+        )
     return records
 
 

@@ -228,6 +228,7 @@ def test_a_damaged_cache_is_refused_or_unchanged(caches, name, tmp_path, request
             for part, value in wanted.items():
                 assert part in unchecked or found[part] == value, f"{what}: another {part} was accepted"
             outcomes["unchanged"] += 1
+    print(f"{name}: {dict(outcomes)}")  # shown with -rP
     assert outcomes["refused"] > count / 3
     assert sum(outcomes.values()) == count
 

@@ -159,6 +159,16 @@ def test_records_that_do_not_join_up_are_refused(folder):
         FeatureCache.open(folder)
 
 
+def test_shards_that_end_beyond_the_rows_of_the_manifest_are_refused(tmp_path):
+    folder = shutil.copytree(V0_1, tmp_path / "cache")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    for rows, message in ((43, "have 44 rows up to where manifest.json has 43"), (0, "source.rows")):
+        manifest["source"]["rows"] = rows
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+        with pytest.raises(InputError, match=message):
+            FeatureCache.open(folder)
+
+
 def test_a_record_whose_rows_cannot_be_in_the_file_is_refused(folder):
     path = shard_path(folder, 1).with_suffix(".json")
     dataclasses.replace(ShardRecord.read(path), rows=10**12, rows_read=10**12 + 1).write(path)
