@@ -271,7 +271,7 @@ class Manifest:
         """
         path = folder / NAME
         missing = f"{folder} is not a feature cache: it has no {NAME}; make one with extract"
-        values = read_json(path, Any, fix=_FIX, missing=missing)
+        values: Any = read_json(path, object, fix=_FIX, missing=missing)
         try:
             return cls.from_dict(values)
         except InputError as error:

@@ -9,7 +9,7 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import h5py
 import msgspec
@@ -26,6 +26,7 @@ from ulfine_fast.cache.quantized import quantized, restored
 from ulfine_fast.cache.sources.rows import SPLITS, Part
 
 _Count = Annotated[int, msgspec.Meta(ge=0, le=2**48)]
+_Split = Annotated[str, msgspec.Meta(pattern=rf"^({'|'.join(SPLITS)})\Z")]
 VIEWED_SPLITS = ("train", "unlabeled")  # val and test are not trained on, so they have the plain view only
 
 
@@ -125,7 +126,7 @@ class ShardRecord:
     """
 
     shard: _Count
-    split: Literal["train", "unlabeled", "val", "test"]
+    split: _Split
     first_row: _Count
     rows_read: _Count
     rows: _Count
