@@ -484,6 +484,21 @@ class FeatureCache:
         return counts, problems
 
 
+def count_classes(folder: Path) -> dict[str, dict[str, int]]:
+    """Rows of a finished cache by split and class name; every shard is read for it.
+
+    Raises:
+        InputError: the cache is damaged.
+    """
+    manifest = Manifest.read(folder)
+    names = {**dict(enumerate(manifest.class_names)), -1: UNKNOWN}
+    counts: dict[str, Counter[str]] = {}
+    for record in read_records(folder, manifest):
+        labels = read_shard(shard_path(folder, record.shard), manifest.layout(record.split), ids=False).labels
+        counts.setdefault(record.split, Counter()).update(names.get(label, UNKNOWN) for label in labels.tolist())
+    return {split: dict(counts[split]) for split in SPLITS if split in counts}
+
+
 def read_records(folder: Path, manifest: Manifest) -> list[ShardRecord]:
     """The records of all shards, in order.
 

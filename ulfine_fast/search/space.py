@@ -166,12 +166,14 @@ def default_space(method: str, settings: Mapping[str, Value] | None = None) -> S
     Raises:
         InputError: an unknown method, or one with nothing to search.
     """
-    kind = registry.find(method).method
+    registration = registry.find(method)
+    kind = registration.method
     shared = {
         "lr": kind.trains,
         "weight_decay": kind.trains,
         "warmup": kind.trains and kind.uses_unlabeled,
         "feature_noise": kind.trains and not kind.uses_unlabeled,
+        "adapter_scale": "adapter_scale" in registration.searches,
     }
     entries = {
         name: spec.metadata["search"]
