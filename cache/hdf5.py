@@ -32,6 +32,7 @@ def pack(
     attributes: Mapping[str, float | Sequence[str]] | None = None,
     *,
     dataset_attributes: Mapping[str, Mapping[str, Sequence[str]]] | None = None,
+    user_block: int = 0,
 ) -> bytes:
     """Makes an HDF5 file in memory.
 
@@ -39,12 +40,13 @@ def pack(
         datasets: path -> array (any shape), or a list of texts (n,); written in this order, each with its `sha256`.
         attributes: attributes of the file.
         dataset_attributes: further attributes by dataset path.
+        user_block: bytes before the file that HDF5 leaves to the user: 0, or a power of two from 512 on.
 
     Returns:
         The bytes of the file, a function of the arguments alone: no time stamps, no names of the machine.
     """
     buffer = io.BytesIO()
-    with h5py.File(buffer, "w", libver=_FILE_FORMAT) as file:
+    with h5py.File(buffer, "w", libver=_FILE_FORMAT, userblock_size=user_block) as file:
         for name, content in datasets.items():
             made = _create(file, name, content)
             _attach(made, {"sha256": content_sha256(content), **(dataset_attributes or {}).get(name, {})})

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ulfine_fast.cache import hdf5
+from ulfine_fast.cache.digests import is_storable
 from ulfine_fast.cache.io.errors import InputError
 from ulfine_fast.cache.shard import ShardRecord, read_shard_bytes, shard_path
 
@@ -116,10 +117,9 @@ def _hashes(ids: Iterable[str], size: int) -> bytes:
 
 def _storable(name: str) -> bytes:
     """The id in UTF-8, if HDF5 can hold it: half characters and zero bytes cannot be stored."""
-    try:
-        encoded = name.encode()
-    except UnicodeEncodeError as error:
-        raise InputError(f"the id {name!r} is not valid Unicode text and cannot be stored; rename it") from error
-    if not encoded or b"\0" in encoded:
-        raise InputError(f"the id {name!r} cannot be stored: ids are texts of at least one character, without NUL")
-    return encoded
+    if not name or not is_storable(name):
+        raise InputError(
+            f"the id {name!r} cannot be stored: ids are valid Unicode texts of at least one character, without NUL; "
+            "rename it"
+        )
+    return name.encode()

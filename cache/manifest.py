@@ -3,27 +3,108 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field, fields
+from bisect import bisect_right
+from dataclasses import asdict, dataclass, field, fields, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
+import msgspec
+
+from ulfine_fast.cache.digests import content_digest, is_storable, refuse_other_digest
 from ulfine_fast.cache.io.errors import CacheMismatch, InputError
 from ulfine_fast.cache.io.files import write_atomically
+from ulfine_fast.cache.io.json_files import check_schema, read_json
 from ulfine_fast.cache.shard import VIEWED_SPLITS, Layout
 
 FORMAT = "ulfine-fast-cache"
-# 2 adds int8 features, tokens, sources read as streams and appended parts; a cache has the lowest that covers it.
-VERSIONS = (1, 2)
+# 3 adds digests, and new caches have it. 2 adds int8 features, tokens, sources read as streams and appended parts to 1;
+# a cache of these two has the lowest that covers it.
+VERSIONS = (1, 2, 3)
 NAME = "manifest.json"
 DTYPES = ("float16", "float32", "int8")
 # Where the images are, what wrote the file and how much may be missing do not change what a feature is.
-_NOT_IDENTITY = ("version", "libraries", "created_by", "max_skipped")
+_NOT_IDENTITY = ("version", "digest", "libraries", "created_by", "max_skipped")
 _NOT_IDENTITY_OF_SOURCE = ("path",)
-_REQUIRED = {
-    "model": ("name", "pretrained", "sha256", "image_size", "dim", "logit_scale"),
-    "views": ("weak", "strong", "seed"),
-    "source": ("kind", "fingerprint"),
-}
+_FIX = "extract again into another folder"
+
+_Count = Annotated[int, msgspec.Meta(ge=0, le=2**48)]
+_Size = Annotated[int, msgspec.Meta(ge=0, le=2**24)]
+_Views = Annotated[int, msgspec.Meta(ge=0, le=2**16)]
+_Int64 = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
+_Texts = Annotated[list[str], msgspec.Meta(min_length=1)]
+
+
+class _ModelFields(msgspec.Struct):
+    name: str
+    pretrained: str | None
+    sha256: str
+    image_size: _Size
+    dim: _Size
+    logit_scale: Annotated[float, msgspec.Meta(ge=0, le=1e30)]
+    normalized: bool = True
+
+
+class _ViewFields(msgspec.Struct):
+    weak: _Views
+    strong: _Views
+    seed: _Int64
+    weak_scale: tuple[float, float] = (0.0, 1.0)
+    strong_ops: _Views = 0
+    strong_magnitude: _Views = 0
+
+
+class _AppendFields(msgspec.Struct):
+    kind: str
+    fingerprint: str
+    rows: _Count
+    first_shard: _Count
+    classes: _Count
+    path: str = ""
+    name: str = ""
+
+
+class _MergedFields(msgspec.Struct):
+    path: str
+    rows: _Count
+    batch_size: _Count
+    source: dict[str, Any]
+    prefix: str = ""
+
+
+class _SourceFields(msgspec.Struct):
+    kind: str
+    fingerprint: str
+    rows: Annotated[int, msgspec.Meta(ge=1, le=2**48)] | None = None
+    parts: Annotated[int, msgspec.Meta(ge=1, le=2**48)] | None = None
+    path: str = ""
+    name: str = ""
+    appended: list[_AppendFields] = []
+    caches: list[_MergedFields] = []
+
+
+class _Fields(msgspec.Struct):
+    """What manifest.json must hold, in the order in which a problem is named."""
+
+    model: _ModelFields
+    preprocessing: str
+    mean: list[float]
+    std: list[float]
+    views: _ViewFields
+    dtype: Literal["float16", "float32", "int8"]
+    precision: str
+    batch_size: _Count
+    shard_size: _Count
+    class_names: _Texts
+    prompts: _Texts
+    source: _SourceFields
+    tokens: list[str] = []
+    token_width: _Size = 0
+    exact: bool = True
+    compiled: bool = False
+    max_skipped: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.01
+    libraries: dict[str, str] = {}
+    created_by: str = ""
 
 
 @dataclass(frozen=True)
@@ -52,6 +133,7 @@ class Manifest:
         max_skipped: fraction of images that may be unreadable, 0..1.
         libraries: versions of what computed the features.
         created_by: this tool and its version.
+        with_digests: whether the cache has version 3, in which digests tie its files together; not in the file itself.
     """
 
     model: dict[str, Any]
@@ -73,6 +155,7 @@ class Manifest:
     max_skipped: float = 0.01
     libraries: dict[str, str] = field(default_factory=dict)
     created_by: str = ""
+    with_digests: bool = True
 
     @property
     def dim(self) -> int:
@@ -91,7 +174,9 @@ class Manifest:
 
     @property
     def version(self) -> int:
-        """The lowest version of the format that covers the cache."""
+        """3 with digests, else the lowest version of the format that covers the cache."""
+        if self.with_digests:
+            return 3
         return 2 if self.parts or self.tokens or self.dtype == "int8" or "appended" in self.source else 1
 
     def layout(self, split: str) -> Layout:
@@ -110,7 +195,41 @@ class Manifest:
         """The content of the file, in JSON's types."""
         # Through JSON, so that a new manifest equals the same one read from a file (tuples become lists).
         values: dict[str, Any] = json.loads(json.dumps(asdict(self)))
-        return {"format": FORMAT, "version": self.version, **values}
+        del values["with_digests"]
+        values = {"format": FORMAT, "version": self.version, **values}
+        return values | {"digest": content_digest(values)} if self.with_digests else values
+
+    def identity_of(self, shard: int) -> str | None:
+        """Hex digest of what the features of a shard are, which its record repeats; None where there are no digests.
+
+        Rows and classes that were appended later do not count, so that finished shards stay as they are.
+        """
+        if not self.with_digests:
+            return None
+        first_shards = [part["first_shard"] for part in self.source.get("appended", [])]
+        return self._identities[bisect_right(first_shards, shard)]
+
+    @cached_property
+    def _identities(self) -> list[str]:
+        """The digest of the cache as it was made, then of that after each append."""
+        appended = self.source.get("appended", [])
+        return [content_digest(_identity(self._as_of(count))) for count in range(len(appended) + 1)]
+
+    def _as_of(self, count: int) -> Manifest:
+        """The manifest as it was after the first `count` appends."""
+        appended = self.source.get("appended", [])
+        later = appended[count:]
+        if not later:
+            return self
+        source = {name: value for name, value in self.source.items() if name != "appended"}
+        if count:
+            source["appended"] = appended[:count]
+        if self.parts:
+            source["parts"] = later[0]["first_shard"]
+        else:
+            source["rows"] = self.source["rows"] - sum(part["rows"] for part in later)
+        classes = len(self.class_names) - sum(part["classes"] for part in later)
+        return replace(self, source=source, class_names=self.class_names[: max(classes, 0)])
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Manifest:
@@ -121,24 +240,26 @@ class Manifest:
         """
         if not isinstance(values, dict) or values.get("format") != FORMAT:
             raise InputError(f"this is no manifest of a feature cache (format must be {FORMAT!r})")
-        if values.get("version") not in VERSIONS:
-            versions = " and ".join(map(str, VERSIONS))
-            raise InputError(f"the cache has format version {values.get('version')!r}, this program reads {versions}")
+        version = values.get("version")
+        if type(version) is not int or version not in VERSIONS:
+            known = f"{', '.join(map(str, VERSIONS[:-1]))} and {VERSIONS[-1]}"
+            raise InputError(f"the cache has format version {version!r}, this program reads {known}")
+        if version == 3:
+            refuse_other_digest(values, "the manifest", _FIX)
         # A later program may add fields to this version; this one does not need them.
-        known = {field.name: values[field.name] for field in fields(cls) if field.name in values}
-        try:
-            manifest = cls(**known)
-        except TypeError as error:
-            raise InputError(f"the manifest is incomplete ({str(error).partition('__init__() ')[2]})") from error
-        manifest._check()
+        names = [field.name for field in fields(cls) if field.name in values and field.name != "with_digests"]
+        check_schema(values, _Fields, name="the manifest", fix=_FIX)
+        manifest = cls(**{name: values[name] for name in names}, with_digests=version == 3)
+        manifest._check_together()
         return manifest
 
     def write(self, folder: Path) -> None:
         """Writes FOLDER/manifest.json atomically.
 
         Raises:
-            InputError: the file system refused.
+            InputError: the file system refused, or a value that a reader would refuse.
         """
+        self.check()
         write_atomically(folder / NAME, (json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n").encode())
 
     @classmethod
@@ -149,12 +270,8 @@ class Manifest:
             InputError: no such folder or file, or not a manifest.
         """
         path = folder / NAME
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except (FileNotFoundError, NotADirectoryError) as error:
-            raise InputError(f"{folder} is not a feature cache: it has no {NAME}; make one with extract") from error
-        except (OSError, ValueError) as error:
-            raise InputError(f"{path} cannot be read ({error}); extract again into another folder") from error
+        missing = f"{folder} is not a feature cache: it has no {NAME}; make one with extract"
+        values: Any = read_json(path, object, fix=_FIX, missing=missing)
         try:
             return cls.from_dict(values)
         except InputError as error:
@@ -168,30 +285,37 @@ class Manifest:
         """
         _compare("", _identity(self), _identity(requested))
 
-    def _check(self) -> None:
-        """Refuses values that cannot be: the file may have been edited by hand, and nothing checks it later."""
-        for section, keys in _REQUIRED.items():
-            values = getattr(self, section)
-            missing = [key for key in keys if not isinstance(values, dict) or key not in values]
-            if missing:
-                raise InputError(f"the manifest is incomplete ({section}.{missing[0]} is missing)")
-        size = self.source.get("rows", self.source.get("parts"))
-        numbers = [self.model.get("dim"), size, self.views.get("weak"), self.views.get("strong")]
-        if not all(isinstance(value, int) and value >= 0 for value in numbers) or self.dtype not in DTYPES:
-            raise InputError("model.dim, source.rows, views.weak, views.strong or dtype has a value that cannot be")
-        kinds, width = self.tokens, self.token_width
-        if not isinstance(kinds, list) or not isinstance(width, int) or (width > 0) != (len(kinds) > 0):
+    def check(self) -> None:
+        """Refuses values that a reader would refuse; call it before anything is written.
+
+        Raises:
+            InputError: names the first such value.
+        """
+        check_schema(asdict(self), _Fields, name="the manifest", fix=_FIX)
+        self._check_together()
+
+    def _check_together(self) -> None:
+        """Refuses fields that do not go together, and texts that HDF5 cannot hold."""
+        if self.source.get("rows") is None and self.source.get("parts") is None:
+            raise InputError("the manifest is incomplete (source.rows is missing)")
+        if (self.token_width > 0) != (len(self.tokens) > 0):
             raise InputError("tokens must be a list of names, and token_width the length of a token")
-        for texts in (self.class_names, self.prompts):
-            if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
-                raise InputError("class_names and prompts must be lists of texts, with at least one each")
+        for name, texts in (("class name", self.class_names), ("prompt", self.prompts)):
+            bad = next((text for text in texts if not is_storable(text)), None)
+            if bad is not None:
+                raise InputError(f"the {name} {bad!r} is not valid Unicode text and cannot be stored; rename it")
+        appended = self.source.get("appended", [])
+        rows, classes = (sum(part[name] for part in appended) for name in ("rows", "classes"))
+        counted = self.source.get("rows")
+        if (counted is not None and not self.parts and rows > counted) or classes >= len(self.class_names):
+            raise InputError("source.appended has more rows or classes than the cache")
 
 
 def is_cache(folder: Path) -> bool:
     """Whether the folder holds a manifest of this format, of any version: only then may anything be deleted."""
     try:
-        return bool(json.loads((folder / NAME).read_text(encoding="utf-8"))["format"] == FORMAT)
-    except (OSError, ValueError, KeyError, TypeError):
+        return bool(read_json(folder / NAME, dict[str, Any], fix=_FIX).get("format") == FORMAT)
+    except InputError:
         return False
 
 

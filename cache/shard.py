@@ -9,19 +9,24 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import h5py
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from ulfine_fast.cache import hdf5
+from ulfine_fast.cache.digests import KEY, content_digest, refuse_other_digest
 from ulfine_fast.cache.io.errors import InputError
 from ulfine_fast.cache.io.files import read_regular_file, write_atomically
+from ulfine_fast.cache.io.json_files import check_schema, read_json
 from ulfine_fast.cache.io.paths import is_remote
 from ulfine_fast.cache.quantized import quantized, restored
 from ulfine_fast.cache.sources.rows import SPLITS, Part
 
+_Count = Annotated[int, msgspec.Meta(ge=0, le=2**48)]
+_Split = Annotated[str, msgspec.Meta(pattern=rf"^({'|'.join(SPLITS)})\Z")]
 VIEWED_SPLITS = ("train", "unlabeled")  # val and test are not trained on, so they have the plain view only
 
 
@@ -59,6 +64,12 @@ class Layout:
     def columns(self) -> int:
         """D + S W, numbers that the model computes for a view."""
         return self.dim + self.tokens * self.token_width
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of the features and tokens of a row in a shard's file, which holds more."""
+        size, token_size = np.dtype(self.dtype).itemsize, np.dtype(self.array_dtype).itemsize
+        return self.views * (self.dim * size + self.tokens * self.token_width * token_size)
 
     def split_columns(self, rows: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any] | None]:
         """Features (n, V, D) and tokens (n, V, S, W), None without, of rows (n, V, D + S W) that hold both."""
@@ -111,44 +122,64 @@ class ShardRecord:
         bytes: size of the HDF5 file.
         seconds: wall seconds spent on "read", "encode" and "write".
         skipped: {"id", "reason"} of each image left out.
+        manifest: hex digest of what its features are, see `Manifest.identity_of`; None in format versions 1 and 2.
     """
 
-    shard: int
-    split: str
-    first_row: int
-    rows_read: int
-    rows: int
+    shard: _Count
+    split: _Split
+    first_row: _Count
+    rows_read: _Count
+    rows: _Count
     sha256: str
-    bytes: int
+    bytes: _Count
     seconds: dict[str, float] = field(default_factory=dict)
     skipped: list[dict[str, str]] = field(default_factory=list)
+    manifest: str | None = None
 
     def write(self, path: Path) -> None:
         """Writes it to `path`, atomically; call this after the shard itself is on the disk."""
-        write_atomically(path, (json.dumps(asdict(self), indent=2, sort_keys=True) + "\n").encode(), concurrent=True)
+        values = asdict(self)
+        if self.manifest is None:
+            del values["manifest"]
+        else:
+            values[KEY] = content_digest(values)
+        write_atomically(path, (json.dumps(values, indent=2, sort_keys=True) + "\n").encode(), concurrent=True)
 
     @classmethod
     def read(cls, path: Path) -> ShardRecord:
         """Reads a record.
 
         Raises:
-            InputError: missing, truncated, or with other fields.
+            InputError: missing, not a regular file, damaged, with other fields, or changed since it was written.
         """
+        missing = f"shard {path.stem} is missing: no {path.name} in {path.parent}; {_REDO}"
+        name = f"shard {path.stem}: {path}"
         try:
-            record = cls(**json.loads(path.read_text(encoding="utf-8")))
-        except FileNotFoundError as error:
-            raise InputError(f"shard {path.stem} is missing: no {path.name} in {path.parent}; {_REDO}") from error
-        except (OSError, ValueError, TypeError) as error:
-            raise InputError(f"shard {path.stem}: {path} is damaged ({error}); {_REDO}") from error
-        counts = (record.shard, record.first_row, record.rows_read, record.rows, record.bytes)
-        plausible = all(isinstance(value, int) and value >= 0 for value in counts) and record.split in SPLITS
-        if (
-            not plausible
-            or not isinstance(record.skipped, list)
-            or record.rows + len(record.skipped) != record.rows_read
-        ):
-            raise InputError(f"shard {path.stem}: {path} holds values that cannot be; {_REDO}")
+            values = read_json(path, dict[str, Any], fix=_REDO, missing=missing)
+        except InputError as error:
+            raise InputError(missing if str(error) == missing else f"shard {path.stem}: {error}") from error
+        if values.get("manifest") is not None:
+            refuse_other_digest(values, name, _REDO)
+        record = check_schema(values, cls, name=name, fix=_REDO)
+        skipped_well = all({"id", "reason"} <= set(row) for row in record.skipped)
+        if not skipped_well or record.rows + len(record.skipped) != record.rows_read:
+            raise InputError(f"{name} holds values that cannot be; {_REDO}")
         return record
+
+    def refuse_other_cache(self, identity: str | None) -> None:
+        """Refuses a record of a shard that belongs to another cache.
+
+        Args:
+            identity: what the cache's manifest says of this shard, see `Manifest.identity_of`.
+
+        Raises:
+            InputError: the record says something else.
+        """
+        if self.manifest != identity:
+            raise InputError(
+                f"shard {self.shard:05d} was made for another cache: its record does not name this manifest.json; "
+                f"bring back the files that were made together, or {_REDO.replace('it redoes', 'which redoes')}"
+            )
 
     def covers(self, part: Part) -> bool:
         """Whether the shard has the planned rows; of a stream only number and split are known beforehand."""

@@ -6,9 +6,9 @@ import copy
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
@@ -282,7 +282,8 @@ class FeatureCache:
         if not self.token_kinds:
             raise InputError("this cache holds no tokens; extract again with --features last-block or pre-projection")
         if self._tokens is None:
-            self._tokens = self._load_tokens()
+            with self._refused_memory():
+                self._tokens = self._load_tokens()
         tokens: NDArray[Any] = getattr(self._tokens, kind)
         return tokens
 
@@ -321,8 +322,20 @@ class FeatureCache:
     @property
     def _arrays(self) -> Arrays:
         if self._loaded is None:
-            self._loaded = self._load()
+            with self._refused_memory():
+                self._loaded = self._load()
         return self._loaded
+
+    @contextmanager
+    def _refused_memory(self) -> Iterator[None]:
+        """Turns memory that the system refuses into one sentence."""
+        try:
+            yield
+        except MemoryError as error:
+            raise InputError(
+                f"the features of {len(self)} images in {self.path} do not fit into memory; end other programs or use "
+                "a machine with more"
+            ) from error
 
     def _load(self) -> Arrays:
         """Reads each shard once into arrays, whose sizes are known from the records."""
@@ -505,8 +518,20 @@ def read_records(folder: Path, manifest: Manifest) -> list[ShardRecord]:
             if record.shard != len(records) or not follows:
                 name = shard_path(folder, len(records)).stem
                 raise InputError(f"shard {name} does not follow the one before it; extract with --mode overwrite")
+            record.refuse_other_cache(manifest.identity_of(record.shard))
+            # What memory is allocated by must fit into the file.
+            if record.rows * manifest.layout(record.split).row_bytes > record.bytes:
+                raise InputError(
+                    f"shard {record.shard:05d} has {record.rows} rows in its record, more than fit into the "
+                    f"{record.bytes} bytes of its file; extract with --mode overwrite"
+                )
             records.append(record)
             next_row += record.rows_read
+    if not streamed and next_row != total:
+        raise InputError(
+            f"the shards of {folder} have {next_row} rows up to where manifest.json has {total}; extract with --mode "
+            "overwrite"
+        )
     return records
 
 
@@ -516,8 +541,17 @@ def _numbered_records(folder: Path) -> Generator[ShardRecord, None, None]:
     def read(number: int) -> ShardRecord:
         path = shard_path(folder, number)
         record = ShardRecord.read(path.with_suffix(".json"))
-        if not path.is_file():
+        try:
+            size = path.stat().st_size if path.is_file() else None
+        except OSError:
+            size = None
+        if size is None:
             raise InputError(f"shard {path.stem} is missing: no {path}; run the same extract command again to redo it")
+        if size != record.bytes:
+            raise InputError(
+                f"shard {path.stem} is damaged: {path} has {size} bytes and not the {record.bytes} of its record; run "
+                "the same extract command again to redo it"
+            )
         return record
 
     threads = _PARALLEL_REQUESTS if is_remote(folder) else 0

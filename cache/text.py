@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import h5py
 import numpy as np
 from numpy.typing import NDArray
 
 from ulfine_fast.cache import hdf5
 from ulfine_fast.cache.io.errors import InputError
-from ulfine_fast.cache.io.files import write_atomically
+from ulfine_fast.cache.io.files import read_regular_file, write_atomically
+from ulfine_fast.cache.io.json_files import parse_json
+from ulfine_fast.cache.io.paths import is_remote
+from ulfine_fast.cache.models.prompts import fill_prompts, readable
 
 if TYPE_CHECKING:
     from ulfine_fast.cache.manifest import Manifest
     from ulfine_fast.cache.models.encoder import Encoder
 
 NAME = "text.h5"
+_HDF5 = b"\x89HDF\r\n\x1a\n"
+_USER_BLOCK = 512  # bytes before the HDF5 file itself, which HDF5 leaves aside
+_ROOM = 64 << 20  # bytes that the last layers of a model and the texts may take
 _HEAD = ("ln_post_weight", "ln_post_bias", "ln_post_eps", "projection")
 
 
@@ -87,27 +96,43 @@ def _clip(text: str, most: int = 60) -> str:
     return repr(text if len(text) <= most else f"{text[: most // 2]} ... {text[-most // 2 :]}")
 
 
-def write_text(folder: Path, text: TextFeatures) -> None:
+def write_text(folder: Path, text: TextFeatures, manifest: Manifest) -> None:
     """Writes FOLDER/text.h5 atomically.
+
+    Args:
+        folder: of the cache.
+        text: features of all classes.
+        manifest: of the cache; from format version 3 on, its digest and the file's own come first.
 
     Raises:
         InputError: the file system refused.
     """
     prompts = np.asarray(text.prompts, dtype=object)  # (K, P)
     datasets: dict[str, hdf5.Content] = {"prompts": prompts, "features": text.features, "prototypes": text.prototypes}
-    write_atomically(folder / NAME, hdf5.pack(datasets | text.head, {"logit_scale": float(text.logit_scale)}))
+    identity = manifest.identity_of(0)
+    data = hdf5.pack(
+        datasets | text.head,
+        {"logit_scale": float(text.logit_scale)},
+        user_block=0 if identity is None else _USER_BLOCK,
+    )
+    if identity is not None:
+        content = data[_USER_BLOCK:]
+        header = {"manifest": identity, "sha256": hashlib.sha256(content).hexdigest(), "bytes": len(data)}
+        data = json.dumps(header, sort_keys=True).encode().ljust(_USER_BLOCK, b"\0") + content
+    write_atomically(folder / NAME, data)
 
 
 def read_text(folder: Path, manifest: Manifest) -> TextFeatures:
     """Reads FOLDER/text.h5 and checks it against its checksums and the manifest.
 
     Raises:
-        InputError: missing or damaged.
+        InputError: missing, damaged, of another cache, or of other classes or prompts.
     """
     path = folder / NAME
     classes, prompts, dim = len(manifest.class_names), len(manifest.prompts), manifest.dim
     try:
-        data = path.read_bytes()
+        data = path.read_bytes() if is_remote(path) else read_regular_file(path, _most_bytes(manifest))
+        _refuse_other_file(data, manifest)
         with hdf5.unpacked(data) as file:
             # The file has more classes than the manifest while more are being appended; the appended ones come last.
             # A declared shape costs nothing in a file, so one that is larger than the file is not believed.
@@ -117,7 +142,7 @@ def read_text(folder: Path, manifest: Manifest) -> TextFeatures:
 
             features = hdf5.take(file, "features", shape=(stored, prompts, dim), dtype="float32")
             prototypes = hdf5.take(file, "prototypes", shape=(stored, dim), dtype="float32")
-            scale = float(file.attrs["logit_scale"])
+            scale = _logit_scale(file)
             if not (np.isfinite(features).all() and np.isfinite(prototypes).all() and np.isfinite(scale)):
                 raise InputError("it holds values that are not finite")
             head = {
@@ -126,6 +151,72 @@ def read_text(folder: Path, manifest: Manifest) -> TextFeatures:
                 if (shape := hdf5.shape_of(file, name)) is not None
             }
             texts = hdf5.take(file, "prompts", shape=(stored, prompts)).tolist()
-    except (OSError, InputError) as error:
-        raise InputError(f"{path} cannot be used: {error}; run the same extract command again to redo it") from error
+        _refuse_other_texts(texts[:classes], scale, manifest)
+    except (OSError, MemoryError, InputError) as error:
+        reason = getattr(error, "strerror", None) or str(error) or "not enough memory"
+        raise InputError(f"{path} cannot be used: {reason}; run the same extract command again to redo it") from error
     return TextFeatures(texts[:classes], features[:classes], prototypes[:classes], scale, head)
+
+
+@dataclass(frozen=True)
+class _Header:
+    """What comes before the HDF5 file in text.h5, from format version 3 on.
+
+    Attributes:
+        manifest: see `Manifest.identity_of`; of the cache as it was before any append.
+        sha256: hex digest of the HDF5 file.
+        bytes: size of text.h5.
+    """
+
+    manifest: str
+    sha256: str
+    bytes: int
+
+
+def _refuse_other_file(data: bytes, manifest: Manifest) -> None:
+    """Compares the file's bytes with the digests before it, as far as the format version has them.
+
+    Raises:
+        InputError: they differ.
+    """
+    identity = manifest.identity_of(0)
+    if identity is None:
+        if not data.startswith(_HDF5):
+            raise InputError(f"it is not an HDF5 file, which a cache of format version {manifest.version} has")
+        return
+    header = parse_json(
+        data[:_USER_BLOCK].rstrip(b"\0"), _Header, name="its header", fix="it is damaged or of another format version"
+    )
+    if header.bytes != len(data) or header.sha256 != hashlib.sha256(memoryview(data)[_USER_BLOCK:]).hexdigest():
+        raise InputError("it is damaged: it does not match its checksum")
+    if header.manifest != identity:
+        raise InputError("it was made for another cache: it does not name this manifest.json")
+
+
+def _most_bytes(manifest: Manifest) -> int:
+    """The size of the largest text.h5 that is read: with many more classes than the manifest, as in an append."""
+    return _ROOM + 8 * 4 * len(manifest.class_names) * (len(manifest.prompts) + 1) * manifest.dim
+
+
+def _logit_scale(file: h5py.File) -> float:
+    value = np.asarray(file.attrs["logit_scale"])
+    if value.dtype.kind != "f" or value.size != 1:
+        raise InputError("logit_scale is not a number")
+    return float(value.reshape(-1)[0])
+
+
+def _refuse_other_texts(texts: list[list[str]], scale: float, manifest: Manifest) -> None:
+    """Compares the (K, P) texts with the classes and prompts of the manifest, and the logit scale with the model's.
+
+    Raises:
+        InputError: they differ; names the first.
+    """
+    for name, row, filled in zip(
+        manifest.class_names, texts, fill_prompts(manifest.class_names, manifest.prompts), strict=True
+    ):
+        for text, wanted in zip(row, filled, strict=True):
+            # Another program may have left class names as they are.
+            if text != wanted and readable(text) != readable(wanted):
+                raise InputError(f"it holds {text!r} where manifest.json has {wanted!r} for class {name!r}")
+    if scale != manifest.model["logit_scale"]:
+        raise InputError(f"its logit scale is {scale!r}, that of manifest.json {manifest.model['logit_scale']!r}")

@@ -72,9 +72,10 @@ def write_cache(folder: Path, rows: int, dim: int, shard_size: int) -> None:
     manifest.write(folder)
     rng = np.random.default_rng(0)
     text = _unit(rng, _CLASSES, dim).astype(np.float32)[:, None]  # (K, 1, D)
-    write_text(folder, TextFeatures([[name] for name in names], text, average(text), 100.0))
+    write_text(folder, TextFeatures([[name] for name in names], text, average(text), 100.0), manifest)
     for number, first in enumerate(range(0, rows, shard_size)):
-        _write_shard(folder, number, first, _unit(rng, min(shard_size, rows - first), dim))
+        features = _unit(rng, min(shard_size, rows - first), dim)
+        _write_shard(folder, number, first, features, manifest.identity_of(number))
 
 
 def _unit(rng: np.random.Generator, rows: int, dim: int) -> np.ndarray:
@@ -82,7 +83,7 @@ def _unit(rng: np.random.Generator, rows: int, dim: int) -> np.ndarray:
     return (values / np.linalg.norm(values, axis=1, keepdims=True)).astype(np.float16)
 
 
-def _write_shard(folder: Path, number: int, first: int, features: np.ndarray) -> None:
+def _write_shard(folder: Path, number: int, first: int, features: np.ndarray, identity: str | None) -> None:
     n, dim = features.shape
     no_views = np.empty((n, 0, dim), np.float16)
     shard = Shard(
@@ -97,7 +98,8 @@ def _write_shard(folder: Path, number: int, first: int, features: np.ndarray) ->
     )
     path = shard_path(folder, number)
     digest, size = write_shard(path, shard)
-    ShardRecord(number, "train", first, n, n, digest, size).write(path.with_suffix(".json"))
+    record = ShardRecord(number, "train", first, n, n, digest, size, manifest=identity)
+    record.write(path.with_suffix(".json"))
 
 
 def read_files(folder: Path) -> int:

@@ -99,7 +99,7 @@ def read_regular_file(path: Path, max_bytes: int) -> bytes:
         size = os.fstat(file.fileno()).st_size
         if size > max_bytes:
             raise OSError(errno.EFBIG, f"{size} bytes, at most {max_bytes} are read", str(path))
-        return file.read(max_bytes)
+        return file.read(size)  # not max_bytes, which python would allocate
 
 
 @contextmanager
@@ -137,7 +137,7 @@ def remove_partial_files(cache: Path) -> None:
     """Removes the temporary files of killed writers; call it only while holding the cache's lock."""
     for folder in (cache, cache / "shards"):
         for path in folder.glob("*.tmp"):
-            if _PARTIAL.fullmatch(path.name):
+            if _PARTIAL.fullmatch(path.name) and (path.is_symlink() or not path.is_dir()):
                 path.unlink(missing_ok=True)
 
 

@@ -7,18 +7,38 @@ import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import Annotated
 
+import msgspec
 from filelock import FileLock, Timeout
 
 from ulfine_fast.cache.io.errors import InputError
-from ulfine_fast.cache.io.files import make_folder, refused_writes, remove_partial_files, write_error
+from ulfine_fast.cache.io.files import make_folder, remove_partial_files, write_atomically, write_error
+from ulfine_fast.cache.io.json_files import read_json
 from ulfine_fast.cache.io.paths import RemotePath
+from ulfine_fast.cache.io.terminal import printable
 
 NAME = ".writer"
 _NOTE = ".writer.json"
 FILES = (NAME, _NOTE)
+
+
+@dataclass(frozen=True)
+class _Holder:
+    """What the note says.
+
+    Attributes:
+        host: name of the writer's machine.
+        process: its process id.
+        since: when it began.
+    """
+
+    host: str
+    process: Annotated[int, msgspec.Meta(ge=1, le=2**31 - 1)]
+    since: str
 
 
 @contextmanager
@@ -43,6 +63,9 @@ def writer(cache: Path) -> Iterator[None]:
         return
     make_folder(cache)
     note = cache / _NOTE
+    # The lock's file is emptied, and a link would empty another one.
+    if (cache / NAME).is_symlink():
+        raise InputError(f"{cache / NAME} is a symbolic link, which a cache does not have; remove it")
     lock = FileLock(cache / NAME, timeout=0)
     try:
         lock.acquire()
@@ -54,12 +77,13 @@ def writer(cache: Path) -> Iterator[None]:
         raise write_error(cache / NAME, error) from error
     try:
         remove_partial_files(cache)
-        with refused_writes(note):
-            note.write_bytes(_this_process())
+        # A link of the note's name is replaced, not written through.
+        write_atomically(note, _this_process())
         yield
     finally:
         # The lock's own file stays: removing it would let two processes lock two files of one name.
-        note.unlink(missing_ok=True)
+        with suppress(OSError):
+            note.unlink(missing_ok=True)
         lock.release()
 
 
@@ -87,13 +111,13 @@ def _remote_writer(note: RemotePath) -> Iterator[None]:
 def _is_stale(note: RemotePath) -> bool:
     """Whether the note was left by a process of this machine that is gone."""
     try:
-        holder = json.loads(note.read_text())
-        if holder["host"] != socket.gethostname() or int(holder["process"]) == os.getpid():
+        holder = _read(note)
+        if holder.host != socket.gethostname() or holder.process == os.getpid():
             return False
-        os.kill(int(holder["process"]), 0)
+        os.kill(holder.process, 0)
     except ProcessLookupError:
         return True
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, InputError):
         return False
     return False
 
@@ -107,7 +131,11 @@ def _this_process() -> bytes:
 def _writer_in(note: Path | RemotePath) -> str:
     """The process that a note names, as part of a sentence; "" where the note cannot be read."""
     try:
-        holder = json.loads(note.read_text(encoding="utf-8"))
-        return f" (process {int(holder['process'])} on {holder['host']}, since {holder['since']})"
-    except (OSError, ValueError, KeyError, TypeError):
+        holder = _read(note)
+    except InputError:
         return ""
+    return f" (process {holder.process} on {printable(holder.host)}, since {printable(holder.since)})"
+
+
+def _read(note: Path | RemotePath) -> _Holder:
+    return read_json(note, _Holder, fix="remove it")

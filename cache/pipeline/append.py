@@ -10,7 +10,6 @@ import itertools
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,11 +20,12 @@ from ulfine_fast.cache.ids import KnownIds, read_ids
 from ulfine_fast.cache.io import lock
 from ulfine_fast.cache.io.errors import CacheMismatch, InputError
 from ulfine_fast.cache.io.files import refused_writes, write_atomically
+from ulfine_fast.cache.io.json_files import read_json
 from ulfine_fast.cache.io.paths import to_path
 from ulfine_fast.cache.io.tables import label_key
 from ulfine_fast.cache.manifest import Manifest
 from ulfine_fast.cache.models.prompts import fill_prompts
-from ulfine_fast.cache.pipeline.encode import EncodeJob, Engine, encode_parts
+from ulfine_fast.cache.pipeline.encode import Engine, image_shards
 from ulfine_fast.cache.pipeline.extract import make_manifest
 from ulfine_fast.cache.pipeline.fill import FillSummary, SkipLimit, fill_shards
 from ulfine_fast.cache.pipeline.plan import describe_source, is_listed, refuse_bad_rows, rows_of, split_rows
@@ -90,15 +90,15 @@ def append(
             refuse_same_texts(encoder, fill_prompts(after.class_names, after.prompts))
         grows = bool(new_rows.parts or new_rows.class_count)
         if grows:
+            after.check()
             _write_pending(out, after, len(earlier))
 
         # Its shards, then its texts.
-        job = EncodeJob(new_rows, recipe, out, after)
         summary = fill_shards(
             out,
             after,
             new_rows.parts,
-            partial(engine or encode_parts, job, encoder, workers=workers),
+            image_shards(out, new_rows, recipe, encoder, workers=workers, engine=engine),
             label="append",
             earlier=earlier,
             skip_limit=SkipLimit(before.max_skipped, before.shard_size, fix="fix or remove them and append again"),
@@ -108,7 +108,7 @@ def append(
             # Readers of the old manifest take the first classes alone.
             new_classes = after.class_names[len(before.class_names) :]
             more = encode_classes(encoder, fill_prompts(new_classes, after.prompts))
-            write_text(out, _joined_text(read_text(out, before), more))
+            write_text(out, _joined_text(read_text(out, before), more), after)
 
         # The one step in which readers change over; killed before it, nothing has happened for them.
         if grows:
@@ -277,12 +277,13 @@ def _joined_text(text: TextFeatures, more: TextFeatures) -> TextFeatures:
 
 def _read_pending(out: Path) -> Manifest | None:
     path = out / PENDING
-    try:
-        return Manifest.from_dict(json.loads(path.read_text(encoding="utf-8")))
-    except FileNotFoundError:
+    if not path.exists():
         return None
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read ({error}); remove it and append again") from error
+    fix = "remove it and append again"
+    try:
+        return Manifest.from_dict(read_json(path, dict[str, Any], fix=fix))
+    except InputError as error:
+        raise InputError(f"{path} cannot be used ({error}); {fix}") from error
 
 
 def _write_pending(out: Path, after: Manifest, first_shard: int) -> None:
@@ -292,7 +293,7 @@ def _write_pending(out: Path, after: Manifest, first_shard: int) -> None:
         if _is_same(pending, after):
             return
         # An append whose source has changed since is begun anew.
-        earlier, wanted = (manifest.source["appended"][-1] for manifest in (pending, after))
+        earlier, wanted = ((manifest.source.get("appended") or [{}])[-1] for manifest in (pending, after))
         if any(earlier.get(name) != wanted.get(name) for name in ("kind", "path", "name")):
             raise InputError(
                 f"an append of {earlier.get('path') or earlier.get('name')} to {out} is unfinished; run its command "

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
 from ulfine_fast.cache.io.errors import InputError
-from ulfine_fast.cache.pipeline.fill import RowsDone, ShardContent, ShardWriter
+from ulfine_fast.cache.pipeline.fill import MakeShards, RowsDone, ShardContent, ShardWriter
 from ulfine_fast.cache.pipeline.plan import batches_of, is_listed, open_parts
 from ulfine_fast.cache.pipeline.read import Batch, ImageReader
 from ulfine_fast.cache.pipeline.threads import cores, map_on_cores
@@ -79,6 +79,39 @@ class Engine(Protocol):
         """See `encode_parts`."""
 
 
+def image_shards(
+    out: Path,
+    source: Source,
+    recipe: ViewRecipe,
+    encoder: Encoder,
+    *,
+    workers: int | None = None,
+    engine: Engine | None = None,
+) -> MakeShards:
+    """Makes shards of images.
+
+    Args:
+        out: the cache's folder.
+        source: of the images.
+        recipe: of the drawn views.
+        encoder: the frozen model.
+        workers: see `encoded`.
+        engine: what encodes the parts; by default this process (`encode_parts`).
+    """
+
+    def make(
+        parts: Sequence[Part],
+        *,
+        manifest: Manifest,
+        on_rows: Callable[[RowsDone], None],
+        on_shard: Callable[[ShardRecord], None],
+    ) -> None:
+        job = EncodeJob(source, recipe, out, manifest)
+        (engine or encode_parts)(job, encoder, parts, workers=workers, on_rows=on_rows, on_shard=on_shard)
+
+    return make
+
+
 def encode_parts(
     job: EncodeJob,
     encoder: Encoder,
@@ -123,7 +156,7 @@ def encode_parts(
             writer.write(finished.part, partial(finished.content, job.manifest))
 
     try:
-        with ShardWriter(job.out, on_shard) as writer:
+        with ShardWriter(job.out, job.manifest, on_shard) as writer:
             with closing(encoded(reader, encoder, batches(), workers=workers)) as stream:
                 for batch in stream:
                     # a part without a single row brings no batch

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
-from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,9 +17,8 @@ from ulfine_fast.cache.io.errors import InputError
 from ulfine_fast.cache.io.paths import to_path
 from ulfine_fast.cache.manifest import DTYPES, Manifest
 from ulfine_fast.cache.models.prompts import DEFAULT_PROMPTS, fill_prompts
-from ulfine_fast.cache.pipeline.encode import EncodeJob, Engine, encode_parts
+from ulfine_fast.cache.pipeline.encode import Engine, image_shards
 from ulfine_fast.cache.pipeline.fill import FillSummary, SkipLimit, create_cache
-from ulfine_fast.cache.pipeline.folder import recorded_shard
 from ulfine_fast.cache.pipeline.plan import (
     describe_source,
     is_listed,
@@ -29,7 +27,7 @@ from ulfine_fast.cache.pipeline.plan import (
     refuse_empty_class,
 )
 from ulfine_fast.cache.pipeline.views import ViewRecipe
-from ulfine_fast.cache.shard import shard_path, verify_shard
+from ulfine_fast.cache.shard import ShardRecord, shard_path, verify_shard
 
 if TYPE_CHECKING:
     from ulfine_fast.cache.models.encoder import Encoder
@@ -114,6 +112,7 @@ def extract(
         shard_size=shard_size,
         max_skipped=max_skipped,
     )
+    manifest.check()
     path = to_path(out)
     if mode == "verify":
         return _verify(path, manifest, parts)
@@ -121,12 +120,11 @@ def extract(
         texts.refuse_same_texts(encoder, fill_prompts(manifest.class_names, manifest.prompts))
 
     # The shards.
-    job = EncodeJob(source, recipe, path, manifest)
     summary = create_cache(
         path,
         manifest,
         parts,
-        partial(engine or encode_parts, job, encoder, workers=workers),
+        image_shards(path, source, recipe, encoder, workers=workers, engine=engine),
         text=lambda: texts.encode_classes(encoder, fill_prompts(manifest.class_names, manifest.prompts)),
         overwrite=mode == "overwrite",
         label="extract",
@@ -189,12 +187,19 @@ def _verify(out: Path, manifest: Manifest, parts: Sequence[Part]) -> FillSummary
         texts.read_text(out, cached)
     except InputError as error:
         problems.append(str(error))
+    records: list[ShardRecord] = []
     for part in parts:
-        problems += verify_shard(shard_path(out, part.number), cached.layout(part.split))[1]
-    records = [record for part in parts if (record := recorded_shard(out, part)) is not None]
-    if not problems:  # a missing record is a problem already; what it says of its rows is known only of the others
-        recorded = {record.shard for record in records}
-        problems = [f"shard {part.number:05d} covers other rows" for part in parts if part.number not in recorded]
+        path = shard_path(out, part.number)
+        try:
+            record = ShardRecord.read(path.with_suffix(".json"))
+            record.refuse_other_cache(cached.identity_of(part.number))
+        except InputError as error:
+            problems.append(str(error))
+            continue
+        records.append(record)
+        problems += verify_shard(path, cached.layout(part.split), record)[1]
+        if not record.covers(part):
+            problems.append(f"shard {part.number:05d} covers other rows")
     if problems:
         raise InputError(f"{out} has {len(problems)} problem{'s' * (len(problems) > 1)}: " + "; ".join(problems))
     return FillSummary(

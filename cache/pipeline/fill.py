@@ -86,9 +86,17 @@ class MakeShards(Protocol):
     """Makes the shards of some parts, in order, and writes each, its record last."""
 
     def __call__(
-        self, parts: Sequence[Part], *, on_rows: Callable[[RowsDone], None], on_shard: Callable[[ShardRecord], None]
+        self,
+        parts: Sequence[Part],
+        *,
+        manifest: Manifest,
+        on_rows: Callable[[RowsDone], None],
+        on_shard: Callable[[ShardRecord], None],
     ) -> None:
-        """Calls `on_rows` as rows are done, and `on_shard` with the record of each finished shard."""
+        """Calls `on_rows` as rows are done, and `on_shard` with the record of each finished shard.
+
+        `manifest` is that of the folder, in its format version.
+        """
 
 
 @dataclass(frozen=True)
@@ -150,7 +158,7 @@ def create_cache(
     refuse_foreign_folder(out)
     with lock.writer(out):
         try:
-            prepare_folder(out, manifest, text, overwrite=overwrite)
+            manifest = prepare_folder(out, manifest, text, overwrite=overwrite)
         except CacheMismatch as error:
             if mismatch_fix is None:
                 raise
@@ -183,7 +191,7 @@ def fill_shards(
     """
     # Shards that an earlier call finished stay, and the images that it skipped count: a continued run has the same
     # limit as an undisturbed one.
-    records = {part.number: record for part in parts if (record := finished_shard(out, part)) is not None}
+    records = {part.number: record for part in parts if (record := finished_shard(out, part, manifest)) is not None}
     missing = [part for part in parts if part.number not in records]
     kept = len(records)
     skipped = [row for record in records.values() for row in record.skipped]
@@ -219,7 +227,7 @@ def fill_shards(
         if missing:
             with progress_bar(progress) as bar:
                 task = bar.add_task(label, total=total, completed=rows_done, unit="images", note="")
-                make_shards(missing, on_rows=on_rows, on_shard=on_shard)
+                make_shards(missing, manifest=manifest, on_rows=on_rows, on_shard=on_shard)
     except KeyboardInterrupt:
         new = "new " if earlier else ""
         raise KeyboardInterrupt(
@@ -264,11 +272,13 @@ class ShardWriter:
 
     Args:
         out: the cache's folder.
+        manifest: of the cache, which the records name.
         on_shard: called with the record of each finished shard, from the thread that calls `write`.
     """
 
-    def __init__(self, out: Path, on_shard: Callable[[ShardRecord], None]) -> None:
+    def __init__(self, out: Path, manifest: Manifest, on_shard: Callable[[ShardRecord], None]) -> None:
         self.out = out
+        self.manifest = manifest
         self.on_shard = on_shard
         self._pool = ThreadPoolExecutor(1)
         self._writing: Future[None] | None = None
@@ -318,6 +328,7 @@ class ShardWriter:
             bytes=size,
             seconds=seconds,
             skipped=made.skipped,
+            manifest=self.manifest.identity_of(part.number),
         )
         record.write(path.with_suffix(".json"))
         # An interrupt of the caller may lose the future, but not this.
@@ -333,13 +344,17 @@ def ready_shards(out: Path, content: Callable[[Part], ShardContent]) -> MakeShar
     """
 
     def make(
-        parts: Sequence[Part], *, on_rows: Callable[[RowsDone], None], on_shard: Callable[[ShardRecord], None]
+        parts: Sequence[Part],
+        *,
+        manifest: Manifest,
+        on_rows: Callable[[RowsDone], None],
+        on_shard: Callable[[ShardRecord], None],
     ) -> None:
         def finished(record: ShardRecord) -> None:
             on_rows(RowsDone(record.rows_read, record.skipped, {}))
             on_shard(record)
 
-        with ShardWriter(out, finished) as writer:
+        with ShardWriter(out, manifest, finished) as writer:
             for part in parts:
                 writer.write(part, partial(content, part))
 

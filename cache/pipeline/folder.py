@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from ulfine_fast.cache import manifest as manifests
@@ -34,7 +35,7 @@ def refuse_foreign_folder(out: Path) -> None:
 
 def prepare_folder(
     out: Path, manifest: Manifest, text: Callable[[], texts.TextFeatures], *, overwrite: bool = False
-) -> None:
+) -> Manifest:
     """Leaves `out` with this manifest and its text features, and nothing of another cache.
 
     Args:
@@ -42,6 +43,9 @@ def prepare_folder(
         manifest: what the features are.
         text: makes the text features; called only where they are missing or damaged.
         overwrite: whether a cache that is there is deleted; else it must have this manifest.
+
+    Returns:
+        The manifest in the format version that the folder has: a cache that was begun in an older one stays in it.
 
     Raises:
         InputError: the file system refuses.
@@ -53,28 +57,32 @@ def prepare_folder(
     if known and overwrite:
         _remove_features(out)
     elif known:
-        Manifest.read(out).refuse_mismatch(manifest)
+        stored = Manifest.read(out)
+        stored.refuse_mismatch(manifest)
+        manifest = replace(manifest, with_digests=stored.with_digests)
     if not known or overwrite:
         manifest.write(out)
     # Text takes a second, so a missing or damaged file is written anew without a question.
     try:
         texts.read_text(out, manifest)
     except InputError:
-        texts.write_text(out, text())
+        texts.write_text(out, text(), manifest)
+    return manifest
 
 
-def recorded_shard(out: Path, part: Part) -> ShardRecord | None:
-    """The record of a shard that covers what the plan says; its HDF5 file is not read."""
+def recorded_shard(out: Path, part: Part, manifest: Manifest) -> ShardRecord | None:
+    """The record of a shard of this cache that covers what the plan says; its HDF5 file is not read."""
     try:
         record = ShardRecord.read(shard_path(out, part.number).with_suffix(".json"))
-    except InputError:  # missing or damaged: either way the shard does not count
+        record.refuse_other_cache(manifest.identity_of(part.number))
+    except InputError:  # missing, damaged or of another cache: either way the shard does not count
         return None
     return record if record.covers(part) else None
 
 
-def finished_shard(out: Path, part: Part) -> ShardRecord | None:
+def finished_shard(out: Path, part: Part, manifest: Manifest) -> ShardRecord | None:
     """The record of a shard that is complete, intact and what the plan says; None where it must be made."""
-    record = recorded_shard(out, part)
+    record = recorded_shard(out, part, manifest)
     return record if record is not None and is_intact(shard_path(out, part.number), record) else None
 
 

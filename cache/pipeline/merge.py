@@ -22,7 +22,17 @@ from ulfine_fast.cache.store import read_records
 from ulfine_fast.cache.text import TextFeatures, read_text
 
 # What two caches may differ in and still be merged: where the rows come from, and how they were counted.
-_MAY_DIFFER = ("class_names", "source", "batch_size", "shard_size", "max_skipped", "libraries", "created_by", "version")
+_MAY_DIFFER = (
+    "class_names",
+    "source",
+    "batch_size",
+    "shard_size",
+    "max_skipped",
+    "libraries",
+    "created_by",
+    "version",
+    "digest",
+)
 # The same weights may be in another folder on another machine; their digest tells.
 _MODEL_MAY_DIFFER = ("name", "pretrained")
 # Largest difference between two encodings of one text by one model: they may come from different machines.
@@ -251,4 +261,5 @@ def _merged_manifest(inputs: Sequence[_Input], class_names: list[str]) -> Manife
         shard_size=max(manifest.shard_size for manifest in manifests),
         max_skipped=max(manifest.max_skipped for manifest in manifests),
         created_by=f"ulfine-fast {__version__}",
+        with_digests=True,
     )

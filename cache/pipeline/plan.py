@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Generator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from ulfine_fast.cache.digests import is_storable
 from ulfine_fast.cache.io.errors import InputError
 from ulfine_fast.cache.io.prefetch import prefetch
 from ulfine_fast.cache.sources.rows import ListedSource, Part, Row, Source, fingerprint
@@ -96,7 +97,7 @@ def refuse_bad_rows(rows: Sequence[Row]) -> None:
             raise InputError(f"two images have the id {row.id!r}; ids must differ, so remove or rename one")
         seen.add(row.id)
     for name in seen:
-        if not _is_storable(name):
+        if not name or not is_storable(name):
             raise InputError(f"the name {name!r} is not valid Unicode text and cannot be stored; rename the image")
 
 
@@ -116,11 +117,3 @@ def refuse_empty_class(source: ListedSource, missing: set[str]) -> None:
         if labelled and label not in remaining:
             why = "none of its labelled images can be read" if missing else "it has no labelled image in train"
             raise InputError(f"class {name!r} cannot be learned: {why}; add some, or leave the class out")
-
-
-def _is_storable(name: str) -> bool:
-    """Whether HDF5 can hold the text: it cannot hold half characters and zero bytes."""
-    try:
-        return bool(name) and b"\0" not in name.encode()
-    except UnicodeEncodeError:
-        return False

@@ -24,7 +24,7 @@ def class_text(manifest: Manifest) -> TextFeatures:
     raw = [[np.random.default_rng(seed).standard_normal(manifest.dim) for seed in row] for row in seeds]
     features = np.asarray(raw, dtype=np.float32)  # (K, P, D)
     features /= np.linalg.norm(features, axis=2, keepdims=True)
-    return TextFeatures(texts, features, average(features), 100.0)
+    return TextFeatures(texts, features, average(features), manifest.model["logit_scale"])
 
 
 def unit(shard: Shard) -> Shard:
@@ -55,7 +55,7 @@ def write_named_cache(
     template = make_manifest(class_names=class_names, **changes)
     manifest = dataclasses.replace(template, source={**template.source, "rows": rows, "fingerprint": name})
     manifest.write(folder)
-    write_text(folder, class_text(manifest))
+    write_text(folder, class_text(manifest), manifest)
     first, written = 0, []
     for number, (split, n) in enumerate(parts):
         labels = np.arange(first, first + n, dtype=np.int32) % len(class_names)

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from ulfine_fast.cache.manifest import Manifest
+from ulfine_fast.cache.manifest import Manifest, is_cache
 from ulfine_fast.cache.shard import Layout, Shard, ShardRecord, shard_path, write_shard
 from ulfine_fast.cache.text import TextFeatures, average, write_text
 
@@ -109,7 +109,7 @@ def make_text(manifest: Manifest) -> TextFeatures:
     features = rng.standard_normal((classes, prompts, manifest.dim)).astype(np.float32)
     features /= np.linalg.norm(features, axis=2, keepdims=True)
     texts = [[prompt.replace("{}", name) for prompt in manifest.prompts] for name in manifest.class_names]
-    return TextFeatures(texts, features, average(features), 100.0)
+    return TextFeatures(texts, features, average(features), manifest.model["logit_scale"])
 
 
 # Rows of each shard: a second train shard, and one of each other split.
@@ -122,7 +122,7 @@ def write_cache(folder: Path, parts: list[tuple[str, int]] = PARTS, skipped: int
     rows = sum(n + skipped for _, n in parts)
     manifest = make_manifest(source={**make_manifest().source, "rows": rows})
     manifest.write(folder)
-    write_text(folder, make_text(manifest))
+    write_text(folder, make_text(manifest), manifest)
     first, written = 0, []
     for number, (split, n) in enumerate(parts):
         shard = dataclasses.replace(
@@ -141,5 +141,6 @@ def put_shard(folder: Path, shard: Shard, number: int = 0, first: int = 0, skipp
     digest, size = write_shard(shard_path(folder, number), shard)
     lost = [{"id": f"{shard.split}/{number}/lost{k}", "reason": "cut"} for k in range(skipped)]
     n = len(shard.ids)
-    record = ShardRecord(number, shard.split, first, n + skipped, n, digest, size, {}, lost)
+    identity = Manifest.read(folder).identity_of(number) if is_cache(folder) else None
+    record = ShardRecord(number, shard.split, first, n + skipped, n, digest, size, {}, lost, identity)
     record.write(shard_path(folder, number).with_suffix(".json"))

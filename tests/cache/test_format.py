@@ -57,7 +57,7 @@ def test_the_page_names_exactly_what_is_there(folder):
 
 def test_shards_read_by_the_page_alone(folder):
     manifest = json.loads((folder / "manifest.json").read_text())
-    assert (manifest["format"], manifest["version"]) == ("ulfine-fast-cache", 1)
+    assert (manifest["format"], manifest["version"]) == ("ulfine-fast-cache", 3)
     dim, weak, strong = manifest["model"]["dim"], manifest["views"]["weak"], manifest["views"]["strong"]
     reached, ids, order = 0, [], []
     for number, path in enumerate(sorted((folder / "shards").glob("*.json"))):
@@ -94,7 +94,7 @@ def test_bytes_and_tokens_read_by_the_page_alone(images, tiny_model, tmp_path):
     for dtype in ("float32", "int8"):
         extract(open_source(images), encoder, tmp_path / dtype, dtype=dtype, workers=0, shard_size=4)
     manifest = json.loads((tmp_path / "int8/manifest.json").read_text())
-    assert (manifest["version"], manifest["dtype"], manifest["tokens"]) == (2, "int8", ["pre", "post"])
+    assert (manifest["version"], manifest["dtype"], manifest["tokens"]) == (3, "int8", ["pre", "post"])
     with h5py.File(tmp_path / "int8/text.h5") as text:
         head = {name: text[name][()] for name in ("ln_post_weight", "ln_post_bias", "ln_post_eps", "projection")}
     read = []
@@ -210,3 +210,37 @@ def put(path, datasets, **attributes):
             text = isinstance(content, list)
             made = file.create_dataset(name, data=content, dtype=h5py.string_dtype() if text else None)
             made.attrs["sha256"] = checksum(made)
+
+
+def digest(values: dict) -> str:
+    kept = {name: value for name, value in values.items() if name != "digest"}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def identity(manifest: dict) -> str:
+    left_out = ("version", "digest", "max_skipped", "libraries", "created_by")
+    values = {name: value for name, value in manifest.items() if name not in left_out}
+    return digest({**values, "source": {name: value for name, value in values["source"].items() if name != "path"}})
+
+
+def test_digests_are_as_the_page_says(folder, images, tiny_encoder, tmp_path):
+    from tests.cache.samples import write_images
+    from ulfine_fast.cache.pipeline.append import append
+
+    before = json.loads((folder / "manifest.json").read_text())
+    write_images(images, {"train/emu": 2}, seed=3)
+    append(open_source(images), tiny_encoder, folder, workers=0)
+    after = json.loads((folder / "manifest.json").read_text())
+    records = [json.loads(path.read_text()) for path in sorted((folder / "shards").glob("*.json"))]
+    assert all(values["digest"] == digest(values) for values in (before, after, *records))
+    wanted = [identity(before)] * 5 + [identity(after)]
+    assert [record["manifest"] for record in records] == wanted
+    assert wanted[0] != wanted[-1]
+    data = (folder / "text.h5").read_bytes()
+    header = json.loads(data[:512].rstrip(b"\0"))
+    content = hashlib.sha256(data[512:]).hexdigest()
+    assert header == {"manifest": identity(before), "sha256": content, "bytes": len(data)}
+    # the manifest of the earlier version, from the later one
+    source = {**after["source"], "rows": after["source"]["rows"] - after["source"]["appended"][0]["rows"]}
+    del source["appended"]
+    assert identity({**after, "source": source, "class_names": after["class_names"][:2]}) == identity(before)

@@ -8,10 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from tests.cache.samples import make_manifest
+from tests.cache.samples import make_manifest, write_cache
+from ulfine_fast.cache.digests import content_digest
 from ulfine_fast.cache.io.errors import CacheMismatch, InputError
 from ulfine_fast.cache.manifest import Manifest, is_cache
 from ulfine_fast.cache.shard import Layout
+from ulfine_fast.cache.store import FeatureCache
+
+V0_1 = Path(__file__).parents[1] / "fixtures/v0_1/cache"
 
 
 def test_round_trip_and_exact_form(tmp_path):
@@ -20,7 +24,7 @@ def test_round_trip_and_exact_form(tmp_path):
     text = (tmp_path / "manifest.json").read_text(encoding="utf-8")
     assert Manifest.read(tmp_path).to_dict() == manifest.to_dict()
     assert text == json.dumps(manifest.to_dict(), indent=2, sort_keys=True) + "\n"
-    assert (json.loads(text)["format"], json.loads(text)["version"]) == ("ulfine-fast-cache", 1)
+    assert (json.loads(text)["format"], json.loads(text)["version"]) == ("ulfine-fast-cache", 3)
     assert [path.name for path in tmp_path.iterdir()] == ["manifest.json"]
 
 
@@ -111,8 +115,8 @@ def test_a_folder_without_a_manifest_is_no_cache(tmp_path):
         ('{"format": "ulfine', "cannot be read"),
         ("[]", "no manifest of a feature cache"),
         ('{"format": "other"}', "no manifest of a feature cache"),
-        ('{"format": "ulfine-fast-cache", "version": 3}', "format version 3, this program reads 1 and 2"),
-        ('{"format": "ulfine-fast-cache", "version": 1}', "incomplete .*model"),
+        ('{"format": "ulfine-fast-cache", "version": 4}', "format version 4, this program reads 1, 2 and 3"),
+        ('{"format": "ulfine-fast-cache", "version": 1}', "missing required field model"),
     ],
 )
 def test_a_damaged_manifest_says_what_is_wrong(tmp_path, text, message):
@@ -134,16 +138,101 @@ def test_a_damaged_manifest_says_what_is_wrong(tmp_path, text, message):
         {"views": {"weak": 1}},
         {"views": None},
         {"model": []},
+        {"model": {**make_manifest().model, "logit_scale": 10**400}},
+        {"model": {**make_manifest().model, "logit_scale": float("inf")}},
+        {"model": {**make_manifest().model, "dim": 10**12}},
+        {"views": {**make_manifest().views, "weak": 10**12}},
+        {"views": {**make_manifest().views, "seed": 2**64}},
+        {"source": {**make_manifest().source, "rows": 10**18}},
+        {"source": {**make_manifest().source, "parts": "x"}},
+        {"source": {**make_manifest().source, "appended": [{"rows": 1}]}},
+        {"class_names": "cat"},
+        {"mean": ["x"]},
+        {"shard_size": True},
     ],
 )
 def test_impossible_values_are_refused(change):
-    values = make_manifest().to_dict() | change
-    with pytest.raises(InputError):
-        Manifest.from_dict(values)
+    for base in (make_manifest(), make_manifest(with_digests=False)):
+        values = base.to_dict() | change
+        if base.with_digests:
+            with pytest.raises(InputError, match="does not match its own digest"):
+                Manifest.from_dict(values)
+            values["digest"] = content_digest(values)
+        with pytest.raises(InputError, match="the manifest cannot be read"):
+            Manifest.from_dict(values)
 
 
 def test_fields_of_a_later_program_are_left_aside():
-    assert Manifest.from_dict(make_manifest().to_dict() | {"later": 1}).to_dict() == make_manifest().to_dict()
+    for base in (make_manifest(), make_manifest(with_digests=False)):
+        values = base.to_dict() | {"later": 1}
+        if base.with_digests:
+            values["digest"] = content_digest(values)
+        assert Manifest.from_dict(values).to_dict() == base.to_dict()
+
+
+def test_a_manifest_of_an_older_version_stays_as_it_was():
+    """Sweeps and checkpoints know a cache by this content."""
+    older = json.loads((V0_1 / "manifest.json").read_text())
+    assert Manifest.read(V0_1).to_dict() == older
+    grown = dataclasses.replace(Manifest.read(V0_1), source={**older["source"], "appended": []})
+    assert grown.to_dict()["version"] == 2
+
+
+# -- digests
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"model": {**make_manifest().model, "logit_scale": 50.0}},
+        {"mean": [0.5, 0.5, 0.4]},
+        {"prompts": ["a picture of a {}."]},
+        {"class_names": ["dog", "cat"]},
+        {"source": {**make_manifest().source, "rows": 10}},
+        {"max_skipped": 0.5},
+        {"created_by": "another"},
+        {"digest": None},
+        {"version": 2},
+        {"more": 1},
+    ],
+)
+def test_a_changed_manifest_is_refused(tmp_path, change):
+    write_cache(tmp_path / "cache")
+    path = tmp_path / "cache/manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(InputError):
+        FeatureCache.open(tmp_path / "cache")
+
+
+def test_a_shard_is_known_by_the_manifest_of_its_time():
+    first = make_manifest(class_names=["cat"], source={**make_manifest().source, "rows": 4})
+    images = {"kind": "folder", "fingerprint": "1", "rows": 7, "first_shard": 2, "classes": 0}
+    second = dataclasses.replace(first, source={**first.source, "rows": 11, "appended": [images]})
+    names = {"kind": "folder", "fingerprint": "2", "rows": 0, "first_shard": 3, "classes": 1}
+    third = dataclasses.replace(
+        second, class_names=["cat", "dog"], source={**second.source, "appended": [images, names]}
+    )
+    assert third.identity_of(0) == third.identity_of(1) == second.identity_of(1) == first.identity_of(0)
+    assert third.identity_of(2) == second.identity_of(2) != first.identity_of(0)
+    assert third.identity_of(3) not in (first.identity_of(0), second.identity_of(2))
+    stream = dataclasses.replace(first, source={"kind": "tar", "fingerprint": "1", "parts": 2})
+    longer = dataclasses.replace(stream, source={**stream.source, "parts": 3, "appended": [images]})
+    assert longer.identity_of(1) == stream.identity_of(0) != longer.identity_of(2)
+    assert dataclasses.replace(first, with_digests=False).identity_of(0) is None
+
+
+def test_what_is_no_identity_leaves_shards_valid():
+    source = {**make_manifest().source, "path": "/moved/pets"}
+    other = make_manifest(libraries={"torch": "9"}, created_by="ulfine-fast 9", max_skipped=0.5, source=source)
+    assert other.identity_of(0) == make_manifest().identity_of(0) != make_manifest(batch_size=1).identity_of(0)
+
+
+@pytest.mark.parametrize("name", ["NUL \0", "half \ud800"])
+def test_texts_that_cannot_be_stored_are_refused_before_anything_is_written(tmp_path, name):
+    for change in ({"class_names": ["cat", name]}, {"prompts": [name]}):
+        with pytest.raises(InputError):
+            make_manifest(**change).write(tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_is_cache(tmp_path):

@@ -103,14 +103,14 @@ def test_a_cache_hands_out_float16(tmp_path):
     manifest = make_manifest(dtype="int8", source={**make_manifest().source, "rows": 7})
     (tmp_path / "shards").mkdir()
     manifest.write(tmp_path)
-    write_text(tmp_path, make_text(manifest))
+    write_text(tmp_path, make_text(manifest), manifest)
     shards = [int8_shard(4), int8_shard(3, "test", 1, manifest.layout("test"))]
     for number, shard in enumerate(shards):
         named = dataclasses.replace(
             shard, ids=[f"{number}/{row}" for row in range(len(shard.ids))], labels=np.zeros(len(shard.ids), np.int32)
         )
         put_shard(tmp_path, named, number, first=4 * number)
-    assert manifest.version == 2
+    assert manifest.version == 3
     cache = FeatureCache.open(tmp_path)
     assert cache.plain.dtype == cache.views("strong").dtype == np.float16
     wanted = [restored(*quantized(shard.plain))[:, 0] for shard in shards]

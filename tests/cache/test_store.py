@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
+from pathlib import Path
 
 import h5py
 import numpy as np
@@ -12,9 +14,11 @@ import torch
 from tests.cache.samples import LAYOUT, PARTS, make_manifest, make_shard, make_text, put_shard, write_cache
 from ulfine_fast.cache import store
 from ulfine_fast.cache.io.errors import InputError
-from ulfine_fast.cache.shard import Layout, shard_path
+from ulfine_fast.cache.shard import Layout, ShardRecord, shard_path
 from ulfine_fast.cache.store import FeatureCache
 from ulfine_fast.cache.text import average, read_text, write_text
+
+V0_1 = Path(__file__).parents[1] / "fixtures/v0_1/cache"
 
 
 @pytest.fixture
@@ -78,7 +82,7 @@ def test_a_cache_overwritten_since_it_was_opened_is_refused(tmp_path, read):
             source={**make_manifest().source, "rows": 3}, views={"weak": 0, "strong": 0, "seed": 0}, **dtype
         )
         manifest.write(tmp_path / name)
-        write_text(tmp_path / name, make_text(manifest))
+        write_text(tmp_path / name, make_text(manifest), manifest)
         shard = make_shard(3, Layout(4, "float16"), seed=seed)
         tokens = shard.plain[:, :, None] if dtype else None  # (n, 1, 1, W)
         put_shard(tmp_path / name, dataclasses.replace(shard, labels=np.zeros(3, np.int32), tokens=tokens))
@@ -150,8 +154,25 @@ def test_an_unfinished_cache_names_the_first_unfinished_shard(folder):
 
 def test_records_that_do_not_join_up_are_refused(folder):
     path = shard_path(folder, 1).with_suffix(".json")
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"first_row": 9}))
+    dataclasses.replace(ShardRecord.read(path), first_row=9).write(path)
     with pytest.raises(InputError, match="shard 00001 does not follow"):
+        FeatureCache.open(folder)
+
+
+def test_shards_that_end_beyond_the_rows_of_the_manifest_are_refused(tmp_path):
+    folder = shutil.copytree(V0_1, tmp_path / "cache")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    for rows, message in ((43, "have 44 rows up to where manifest.json has 43"), (0, "source.rows")):
+        manifest["source"]["rows"] = rows
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+        with pytest.raises(InputError, match=message):
+            FeatureCache.open(folder)
+
+
+def test_a_record_whose_rows_cannot_be_in_the_file_is_refused(folder):
+    path = shard_path(folder, 1).with_suffix(".json")
+    dataclasses.replace(ShardRecord.read(path), rows=10**12, rows_read=10**12 + 1).write(path)
+    with pytest.raises(InputError, match="shard 00001 has 1000000000000 rows in its record, more than fit"):
         FeatureCache.open(folder)
 
 
@@ -195,7 +216,7 @@ def test_damaged_text_features_are_refused(folder):
     data = (folder / "text.h5").read_bytes()
     position = data.index(make_text(make_manifest()).features.tobytes())
     flip(folder / "text.h5", position)
-    with pytest.raises(InputError, match=r"text\.h5 cannot be used: features does not match its checksum"):
+    with pytest.raises(InputError, match=r"text\.h5 cannot be used: it is damaged: it does not match its checksum"):
         FeatureCache.open(folder)
     (folder / "text.h5").unlink()
     with pytest.raises(InputError, match=r"text\.h5 cannot be used"):
@@ -204,7 +225,7 @@ def test_damaged_text_features_are_refused(folder):
 
 def test_text_without_its_scale_or_with_nan_is_refused(folder):
     manifest = FeatureCache.open(folder).manifest
-    write_text(folder, dataclasses.replace(make_text(manifest), logit_scale=float("nan")))
+    write_text(folder, dataclasses.replace(make_text(manifest), logit_scale=float("nan")), manifest)
     with pytest.raises(InputError, match="not finite"):
         read_text(folder, manifest)
     with h5py.File(folder / "text.h5", "r+") as file:
@@ -216,7 +237,7 @@ def test_text_without_its_scale_or_with_nan_is_refused(folder):
 def test_text_keeps_the_vision_head(folder):
     head = {"ln_post_weight": np.ones(3, np.float32), "projection": np.ones((3, 4), np.float32)}
     manifest = FeatureCache.open(folder).manifest
-    write_text(folder, dataclasses.replace(make_text(manifest), head=head))
+    write_text(folder, dataclasses.replace(make_text(manifest), head=head), manifest)
     text = read_text(folder, manifest)
     assert sorted(text.head) == ["ln_post_weight", "projection"]
     assert text.head["projection"].shape == (3, 4)
@@ -225,8 +246,60 @@ def test_text_keeps_the_vision_head(folder):
 
 def test_text_bytes_are_a_function_of_the_features(folder):
     first = (folder / "text.h5").read_bytes()
-    write_text(folder, make_text(make_manifest()))
+    manifest = FeatureCache.open(folder).manifest
+    write_text(folder, make_text(manifest), manifest)
     assert (folder / "text.h5").read_bytes() == first
+
+
+def test_a_text_file_that_declares_more_than_it_holds_allocates_nothing(tmp_path):
+    folder = shutil.copytree(V0_1, tmp_path / "cache")
+    with h5py.File(folder / "text.h5", "r+") as file:
+        file.create_dataset("projection", (10**7, 384), "float32")
+        file.create_dataset("ln_post_weight", (10**13,), "float32")
+    with pytest.raises(InputError, match=r"text\.h5 cannot be used: ln_post_weight declares 40000000000000 bytes"):
+        FeatureCache.open(folder)
+
+
+def test_a_text_file_larger_than_any_is_not_read(folder):
+    with (folder / "text.h5").open("r+b") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(InputError, match=r"text\.h5 cannot be used: 1099511627776 bytes"):
+        FeatureCache.open(folder)
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "text.h5", "shards/00001.json", "shards/00001.h5"])
+def test_a_pipe_in_place_of_a_file_is_refused_and_not_waited_for(folder, name):
+    (folder / name).unlink()
+    os.mkfifo(folder / name)
+    with pytest.raises(InputError, match=r"not a regular file|is missing"):
+        FeatureCache.open(folder)
+
+
+def test_a_pipe_in_place_of_a_shard_that_was_there_on_opening(folder):
+    cache = FeatureCache.open(folder)
+    shard_path(folder, 4).unlink()
+    os.mkfifo(shard_path(folder, 4))
+    with pytest.raises(InputError, match=r"shard 00004 cannot be read: .*not a regular file"):
+        cache.plain  # noqa: B018 - the property reads the shards
+
+
+def test_features_that_do_not_fit_into_memory_are_one_sentence(folder):
+    cache = FeatureCache.open(folder)
+    path = shard_path(folder, 4)
+    with path.open("r+b") as file:
+        file.truncate(1 << 43)  # a file with a hole
+    record = ShardRecord.read(path.with_suffix(".json"))
+    rows = 10**11
+    dataclasses.replace(record, bytes=1 << 43, rows=rows, rows_read=rows + 1).write(path.with_suffix(".json"))
+    manifest = dataclasses.replace(cache.manifest, source={**cache.manifest.source, "rows": rows + 13})
+    identities = {number: manifest.identity_of(number) for number in range(5)}
+    manifest.write(folder)
+    write_text(folder, make_text(manifest), manifest)
+    for number, identity in identities.items():
+        path = shard_path(folder, number).with_suffix(".json")
+        dataclasses.replace(ShardRecord.read(path), manifest=identity).write(path)
+    with pytest.raises(InputError, match=r"images in .* do not fit into memory"):
+        FeatureCache.open(folder).plain  # noqa: B018 - the property allocates
 
 
 # -- the check and the summary

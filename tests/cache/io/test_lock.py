@@ -92,3 +92,31 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     with pytest.raises(InputError, match=r"cannot write .*file"), writer(tmp_path / "file/cache"):
         pass
     assert NAME not in os.listdir(tmp_path)
+
+
+def test_links_of_the_lock_and_its_note_are_not_written_through(tmp_path):
+    mine = tmp_path / "mine.txt"
+    mine.write_text("mine")
+    (tmp_path / "cache").mkdir()
+    for name in (".writer.json", ".writer.json.tmp"):
+        (tmp_path / "cache" / name).symlink_to(mine)
+    with writer(tmp_path / "cache"):
+        assert json.loads((tmp_path / "cache/.writer.json").read_text())["process"] == os.getpid()
+    (tmp_path / "cache" / NAME).unlink()
+    (tmp_path / "cache" / NAME).symlink_to(mine)
+    with pytest.raises(InputError, match=r"\.writer is a symbolic link"), writer(tmp_path / "cache"):
+        pass
+    assert mine.read_text() == "mine"
+
+
+def test_a_pipe_or_a_folder_in_place_of_the_note_blocks_nothing(tmp_path, holder):
+    note = tmp_path / "cache/.writer.json"
+    note.unlink()
+    os.mkfifo(note)
+    with pytest.raises(InputError, match="another process writes to"), writer(tmp_path / "cache"):
+        pass
+    holder.communicate()
+    note.unlink(missing_ok=True)
+    note.mkdir()
+    with pytest.raises(InputError, match=r"cannot write .*\.writer\.json"), writer(tmp_path / "cache"):
+        pass

@@ -101,7 +101,7 @@ def test_the_manifest_says_what_was_appended(cache, grown, tiny_encoder):
     write_images(grown, {"train/bee": 1}, seed=5)
     append(open_source(grown), tiny_encoder, cache, workers=0)
     manifest = json.loads((cache / "manifest.json").read_text())
-    assert (manifest["version"], manifest["source"]["rows"]) == (2, 18)
+    assert (manifest["version"], manifest["source"]["rows"]) == (3, 18)
     appended = manifest["source"]["appended"]
     assert [(one["kind"], one["rows"], one["first_shard"], one["classes"]) for one in appended] == [
         ("folder", 6, 5, 1),
@@ -165,10 +165,13 @@ def test_a_merged_cache_can_grow(cache, grown, tiny_encoder, tmp_path):
     names = ("model", "preprocessing", "exact", "mean", "std", "views", "prompts")
     kept = {name: getattr(manifest, name) for name in names}
     write_named_cache(tmp_path / "zoo", ["yak"], **kept)
-    (tmp_path / "zoo/text.h5").unlink()
     from ulfine_fast.cache.text import encode_classes, write_text
 
-    write_text(tmp_path / "zoo", encode_classes(tiny_encoder, [["a photo of a yak.", "yak"]]))
+    write_text(
+        tmp_path / "zoo",
+        encode_classes(tiny_encoder, [["a photo of a yak.", "yak"]]),
+        opened(tmp_path / "zoo").manifest,
+    )
     merge([cache, tmp_path / "zoo"], tmp_path / "all")
     assert append(open_source(grown), tiny_encoder, tmp_path / "all", workers=0).images == 11 + 12 + 6
     assert opened(tmp_path / "all").class_names == ["cat", "dog", "yak", "ant"]

@@ -22,6 +22,7 @@ from ulfine_fast.cache.models.encoder import load_encoder
 from ulfine_fast.cache.pipeline.extract import extract
 from ulfine_fast.cache.pipeline.plan import batches_of, split_rows
 from ulfine_fast.cache.pipeline.views import ViewRecipe, draw
+from ulfine_fast.cache.shard import ShardRecord
 from ulfine_fast.cache.sources import open_source
 from ulfine_fast.cache.sources.rows import Row
 from ulfine_fast.cache.store import FeatureCache
@@ -210,6 +211,7 @@ import os, sys, threading
 from pathlib import Path
 from ulfine_fast.cache.models.encoder import load_encoder
 from ulfine_fast.cache.pipeline.extract import extract
+from ulfine_fast.cache.shard import ShardRecord
 from ulfine_fast.cache.sources import open_source
 
 images, model, out, name, reached, workers = sys.argv[1:]
@@ -282,7 +284,7 @@ def _cut(path):
 
 def _other_rows(path):
     record = path.with_suffix(".json")
-    record.write_text(json.dumps(json.loads(record.read_text()) | {"first_row": 0}))
+    dataclasses.replace(ShardRecord.read(record), first_row=0).write(record)
 
 
 @pytest.mark.parametrize(

@@ -88,7 +88,7 @@ def test_a_shard_that_is_being_written_when_an_interrupt_comes_is_finished_and_r
         return content(PARTS[0])
 
     def write():
-        with ShardWriter(tmp_path, records.append) as writer:
+        with ShardWriter(tmp_path, MANIFEST, records.append) as writer:
             writer.write(PARTS[0], interrupting)
             submitted.set()
             writer.write(PARTS[1], lambda: content(PARTS[1]))

@@ -116,7 +116,7 @@ def test_tokens_and_whole_numbers_go_along(tiny_model, tmp_path, dtype):
     one, both = opened(tmp_path / "a"), opened(tmp_path / "all")
     assert np.array_equal(both.plain[:4], one.plain)
     assert both.manifest is not None
-    assert (both.manifest.tokens, both.manifest.dtype, both.manifest.version) == (["pre", "post"], dtype, 2)
+    assert (both.manifest.tokens, both.manifest.dtype, both.manifest.version) == (["pre", "post"], dtype, 3)
     whole, part = (read_shard(folder / "shards/00000.h5", one.manifest.layout("train")) for folder in (
         tmp_path / "all", tmp_path / "a"))  # fmt: skip
     assert whole.tokens.shape == (3, 3, 2, 16)
@@ -203,7 +203,7 @@ def test_other_text_features_of_one_class_are_refused(two, tmp_path, monkeypatch
     manifest = FeatureCache.open(tmp_path / "odd").manifest
     text = class_text(manifest)
     text.features[0, 0, 0] += 0.1
-    write_text(tmp_path / "odd", text)
+    write_text(tmp_path / "odd", text, manifest)
     with pytest.raises(InputError, match=r"text features of class 'dog' differ by up to 0\.1 between .*pets and .*odd"):
         merge([two[0], tmp_path / "odd"], tmp_path / "all")
 

@@ -478,7 +478,7 @@ def test_a_tar_file_and_a_folder_give_the_same_features(images, tiny_encoder, na
     assert np.array_equal(one.plain, two.plain)
     assert one.labels.tolist() == two.labels.tolist()
     assert one.splits.tolist() == two.splits.tolist()
-    assert two.manifest.to_dict()["version"] == 2
+    assert two.manifest.to_dict()["version"] == 3
     assert two.verify() == []
     assert extract(source, tiny_encoder, tmp_path / "b", views=ViewRecipe(**views), **SMALL, mode="verify").shards == 4
 
