@@ -259,6 +259,27 @@ def write_runs(
             raise write_error(folder, error) from error
 
 
+def as_unicode(text: str) -> str:
+    """The text; what is no Unicode in it, such as a byte of a folder's name, as an escape."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def write_tensors(run: Run, file: Path) -> None:
+    """Write the tensors of a run as safetensors.
+
+    Raises:
+        OSError: the file system refused.
+    """
+    # imports torch, which a report does without
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        save_file({name: tensor.contiguous() for name, tensor in run.tensors.items()}, file)
+    except SafetensorError as error:
+        raise OSError(_one_line(error)) from error
+
+
 def may_replace(folder: Path) -> bool:
     """Whether a folder is empty, holds a run, or what a killed save left."""
     if not folder.is_dir():
@@ -270,14 +291,7 @@ def may_replace(folder: Path) -> bool:
 
 def _write_files(run: Run, folder: Path) -> None:
     """Write the files of a run, config.json last, with the digests of the others."""
-    # imports torch, which a report does without
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
-    try:
-        save_file({name: tensor.contiguous() for name, tensor in run.tensors.items()}, folder / "heads.safetensors")
-    except SafetensorError as error:  # a full disk, among others
-        raise OSError(str(error)) from error
+    write_tensors(run, folder / "heads.safetensors")
     _write_json(folder / "split.json", run.split)
     _write_json(folder / "metrics.json", run.metrics)
     _write_history(folder / "history.csv", run.history, len(run.class_names))
@@ -286,9 +300,9 @@ def _write_files(run: Run, folder: Path) -> None:
         "format": RUN_FORMAT,
         "version": VERSIONS[-1],
         "config": run.config.to_dict(),
-        "cache": None if run.cache_path is None else _as_unicode(str(run.cache_path)),
+        "cache": None if run.cache_path is None else as_unicode(str(run.cache_path)),
         "encoder": run.encoder,
-        "class_names": [_as_unicode(name) for name in run.class_names],
+        "class_names": [as_unicode(name) for name in run.class_names],
         "status": run.status,
         "relabeled": run.relabeled,
         "created_by": f"ulfine-fast {__version__}",
@@ -427,11 +441,6 @@ def _write_json(file: Path, value: Any) -> None:
 
 def _json_bytes(value: Any) -> bytes:
     return (json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n").encode()
-
-
-def _as_unicode(text: str) -> str:
-    """The text; what is no Unicode in it, such as a byte of a folder's name, as an escape."""
-    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def _read_bytes(file: Path, max_bytes: int) -> bytes:
