@@ -22,6 +22,7 @@ from ulfine_fast.cache.io.digests import BLANK, file_digest, is_sealed, sealed
 from ulfine_fast.cache.io.errors import InputError
 from ulfine_fast.cache.io.files import opened_regular_file, read_regular_file
 from ulfine_fast.cache.io.json_files import MAX_BYTES, check_schema, parse_json
+from ulfine_fast.data.splits import MAX_SPLIT_BYTES, SavedSplit
 from ulfine_fast.runs.folder import (
     CONFIG,
     FILES,
@@ -35,7 +36,7 @@ from ulfine_fast.runs.folder import (
     swap_in,
     write_error,
 )
-from ulfine_fast.runs.schemas import Config, Metrics, Split
+from ulfine_fast.runs.schemas import Config, Metrics
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -47,7 +48,7 @@ RUN_FORMAT, VERSIONS = "ulfine-fast-run", (1, 2)
 _SPLIT_FORMAT, _SPLIT_VERSIONS = "ulfine-fast-split", (1,)
 _REQUIRED = ("config.json", "split.json", "metrics.json", "predictions.parquet")
 _FIX = "fit the run again"
-_MAX_TABLE_BYTES = 4 << 30  # of split.json and history.csv: a hundred million image ids
+_MAX_HISTORY_BYTES = 1 << 30
 _ROLES = ("labeled", "unlabeled", "val", "test")
 # columns of history.csv; those of class K are "rate_K" and so on
 _HISTORY = (
@@ -190,7 +191,7 @@ class RunFiles:
         Raises:
             InputError: the file is missing, cut or of another version.
         """
-        return _read_object(self.path / "split.json", _SPLIT_FORMAT, _SPLIT_VERSIONS, _MAX_TABLE_BYTES)
+        return _read_object(self.path / "split.json", _SPLIT_FORMAT, _SPLIT_VERSIONS, MAX_SPLIT_BYTES)
 
     def heads(self) -> dict[str, Tensor]:
         """Read heads.safetensors: the trained tensors by name.
@@ -345,8 +346,8 @@ def load_run(folder: Path) -> RunFiles:
     # split.json; in the digest the order of the ids does not count
     split_file = folder / "split.json"
     split = check_schema(
-        _read_object(split_file, _SPLIT_FORMAT, _SPLIT_VERSIONS, _MAX_TABLE_BYTES),
-        Split,
+        _read_object(split_file, _SPLIT_FORMAT, _SPLIT_VERSIONS, MAX_SPLIT_BYTES),
+        SavedSplit,
         name=str(split_file),
         fix=_FIX,
     )
@@ -503,7 +504,7 @@ def _read_history(file: Path, *, needed: bool) -> dict[str, np.ndarray]:
     """The columns of history.csv; a method that takes no step (zero shot) may have none."""
     if not needed and not os.path.lexists(file):
         return {}
-    data = _read_bytes(file, _MAX_TABLE_BYTES)
+    data = _read_bytes(file, _MAX_HISTORY_BYTES)
     try:
         text = data.decode("utf-8")
         rows = list(csv.reader(text.splitlines()))

@@ -44,17 +44,6 @@ class Config(msgspec.Struct):
     digests: dict[str, str] | None = None
 
 
-class Split(msgspec.Struct):
-    """split.json."""
-
-    class_order: list[_Count]
-    labeled: list[str]
-    unlabeled: list[str]
-    val: list[str]
-    test: list[str]
-    rule: str = "not recorded"
-
-
 class SplitMetrics(msgspec.Struct):
     """The metrics that both parts of metrics.json have; any other number is read where it is asked for."""
 
