@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import io
-import json
+import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 from PIL import Image
 
 from ulfine_fast.cache.io.errors import InputError
+from ulfine_fast.cache.io.json_files import check_schema, read_json
 from ulfine_fast.cache.io.paths import to_path
 from ulfine_fast.cache.io.tables import read_table
 from ulfine_fast.runs.files import RunFiles
@@ -30,9 +33,12 @@ def find_images(
 ) -> tuple[Callable[[str], Image.Image] | None, str]:
     """Open the images of the runs.
 
+    Nothing is fetched that a file names: a manifest of another person could make this machine send requests. Images of
+    a cache or a source on another machine are shown only where the user names their location.
+
     Args:
         runs: the runs; the manifests of their caches say where the images came from.
-        location: a folder, table or data set name to use instead.
+        location: a folder, table, URL or data set name to use instead.
 
     Returns:
         A function from row id to image, which raises KeyError for an unknown id and OSError for a damaged image, or
@@ -50,9 +56,13 @@ def find_images(
     for cache in dict.fromkeys(run.cache for run in runs):
         try:
             for prefix, description in _source_parts(_source_description(cache)):
+                _refuse_remote(description)
                 sources.append((prefix, reopen_source(description)))
         except (InputError, OSError) as error:
             reasons.append(str(error))
+        # a manifest of another program: its description may hold anything
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            reasons.append(f"the manifest of {cache} describes no source of images ({error})")
     return (_image_reader(sources), "") if sources else (None, reasons[0])
 
 
@@ -87,27 +97,79 @@ def encode_preview(image: Image.Image, side: int, quality: int) -> tuple[bytes, 
     return buffer.getvalue(), kind
 
 
+class _SourcePart(msgspec.Struct):
+    """What a manifest says about a source: its kind, and those that a merge or an append added."""
+
+    kind: str
+    caches: list[dict[str, Any]] = []
+    appended: list[dict[str, Any]] = []
+
+
+class _MergedCache(msgspec.Struct):
+    """A cache that was merged, as the manifest of the merged one describes it."""
+
+    source: dict[str, Any]
+    prefix: str = ""
+
+
+class _Manifest(msgspec.Struct):
+    """manifest.json of a cache, as far as the images are concerned."""
+
+    source: dict[str, Any]
+
+
+def is_remote_address(location: str) -> bool:
+    """Whether a location of a file is on another machine, by a URL or by a chain of them; of a folder it is not."""
+    # a path has lost a slash of its URL
+    return re.match(r"(?!file:|local:)[A-Za-z][A-Za-z0-9+.-]+:(/|.*::)", location) is not None or "::" in location
+
+
 def _source_description(cache: str | None) -> dict[str, Any]:
     """What a cache's manifest says about the source of its images."""
     if cache is None:
         raise InputError("the run was made from features in memory, without a cache")
+    if is_remote_address(cache):
+        raise InputError(f"the cache {cache} is on another machine, from which a report fetches nothing")
     file = to_path(cache) / "manifest.json"
-    try:
-        return dict(json.loads(file.read_text(encoding="utf-8"))["source"])
-    except FileNotFoundError as error:
-        raise InputError(f"the cache {cache} is gone") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{file} is truncated or not a cache's manifest") from error
+    fix = "it is truncated or not a cache's manifest"
+    return read_json(file, _Manifest, fix=fix, missing=f"the cache {cache} is gone").source
 
 
 def _source_parts(description: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
     """The prefix of the row ids and the description of each source: of every merged cache, of every append."""
-    for cache in description.get("caches", []):
-        yield from _source_parts(cache["source"], prefix + cache.get("prefix", ""))
-    if description["kind"] != "merged":
+    name, fix = "the manifest", "it is not a cache's manifest"
+    known = check_schema(description, _SourcePart, name=name, fix=fix)
+    for cache in known.caches:
+        merged = check_schema(cache, _MergedCache, name=name, fix=fix)
+        yield from _source_parts(merged.source, prefix + merged.prefix)
+    if known.kind != "merged":
         yield prefix, description
-    for appended in description.get("appended", []):
+    for appended in known.appended:
         yield prefix, appended
+
+
+def _refuse_remote(description: dict[str, Any]) -> None:
+    """Refuse a source that is opened by a request to another machine.
+
+    Raises:
+        InputError: names it.
+    """
+    kind, path = description.get("kind"), description.get("path")
+    named = path if isinstance(path, str) else ""
+    # a data set by name is loaded from a hub, unless it is a folder here
+    if kind == "huggingface" and not os.path.isdir(named):
+        raise InputError(f"the images are those of {named!r} on the Hugging Face Hub, from which a report fetches nothing")
+    if is_remote_address(named):
+        raise InputError(f"the images are at {named}, from which a report fetches nothing")
+    if kind == "torchvision":
+        # loaded on use: importing the list of data sets takes seconds
+        from ulfine_fast.cache.sources.torchvision_sets import is_downloaded
+
+        if not is_downloaded(str(description.get("name")), named):
+            raise InputError(
+                f"the images are those of {description.get('name')!r}, which is not on this machine, and a report fetches "
+                "nothing"
+            )
 
 
 def _image_reader(sources: Sequence[tuple[str, Source]]) -> Callable[[str], Image.Image]:
