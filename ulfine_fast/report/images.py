@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import os
-import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,8 +12,9 @@ import msgspec
 from PIL import Image
 
 from ulfine_fast.cache.io.errors import InputError
+from ulfine_fast.cache.io.home import cache_home
 from ulfine_fast.cache.io.json_files import check_schema, read_json
-from ulfine_fast.cache.io.paths import to_path
+from ulfine_fast.cache.io.paths import names_another_machine, to_path
 from ulfine_fast.cache.io.tables import read_table
 from ulfine_fast.runs.files import RunFiles
 
@@ -24,6 +24,15 @@ if TYPE_CHECKING:
 UNREADABLE = (OSError, ValueError, KeyError, Image.DecompressionBombError)
 """What a reader of images may raise for one that is missing or damaged."""
 
+# what torchvision leaves of each data set in its folder
+_DOWNLOADED = {
+    "cifar10": "cifar-10-batches-py",
+    "cifar100": "cifar-100-python",
+    "fashion_mnist": "FashionMNIST/raw",
+    "food101": "food-101",
+    "stl10": "stl10_binary",
+    "svhn": "train_32x32.mat",
+}
 _PART_ROWS = 1024  # rows opened together to find an image of a stream
 _FEW_PIXELS = 64  # longer side up to which an image is kept lossless
 
@@ -118,17 +127,11 @@ class _Manifest(msgspec.Struct):
     source: dict[str, Any]
 
 
-def is_remote_address(location: str) -> bool:
-    """Whether a location of a file is on another machine, by a URL or by a chain of them; of a folder it is not."""
-    # a path has lost a slash of its URL
-    return re.match(r"(?!file:|local:)[A-Za-z][A-Za-z0-9+.-]+:(/|.*::)", location) is not None or "::" in location
-
-
 def _source_description(cache: str | None) -> dict[str, Any]:
     """What a cache's manifest says about the source of its images."""
     if cache is None:
         raise InputError("the run was made from features in memory, without a cache")
-    if is_remote_address(cache):
+    if names_another_machine(cache):
         raise InputError(f"the cache {cache} is on another machine, from which a report fetches nothing")
     file = to_path(cache) / "manifest.json"
     fix = "it is truncated or not a cache's manifest"
@@ -158,18 +161,16 @@ def _refuse_remote(description: dict[str, Any]) -> None:
     named = path if isinstance(path, str) else ""
     # a data set by name is loaded from a hub, unless it is a folder here
     if kind == "huggingface" and not os.path.isdir(named):
-        raise InputError(f"the images are those of {named!r} on the Hugging Face Hub, from which a report fetches nothing")
-    if is_remote_address(named):
+        raise InputError(f"the images are those of {named!r} on a hub, from which a report fetches nothing")
+    if names_another_machine(named):
         raise InputError(f"the images are at {named}, from which a report fetches nothing")
     if kind == "torchvision":
-        # loaded on use: importing the list of data sets takes seconds
-        from ulfine_fast.cache.sources.torchvision_sets import is_downloaded
-
-        if not is_downloaded(str(description.get("name")), named):
-            raise InputError(
-                f"the images are those of {description.get('name')!r}, which is not on this machine, and a report fetches "
-                "nothing"
-            )
+        name = str(description.get("name"))
+        folders = [cache_home() / "datasets" / _DOWNLOADED.get(name, name)]
+        if name == "fashion_mnist":
+            folders.append(Path(named or "/usr/share/datasets/fashion-mnist"))
+        if not any(folder.exists() for folder in folders):
+            raise InputError(f"the images are those of {name}, not on this machine, and a report fetches nothing")
 
 
 def _image_reader(sources: Sequence[tuple[str, Source]]) -> Callable[[str], Image.Image]:

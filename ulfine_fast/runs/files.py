@@ -22,6 +22,7 @@ from ulfine_fast.cache.io.digests import BLANK, file_digest, is_sealed, sealed
 from ulfine_fast.cache.io.errors import InputError
 from ulfine_fast.cache.io.files import opened_regular_file, read_regular_file
 from ulfine_fast.cache.io.json_files import MAX_BYTES, check_schema, parse_json
+from ulfine_fast.cache.io.paths import names_another_machine
 from ulfine_fast.data.splits import MAX_SPLIT_BYTES, SavedSplit
 from ulfine_fast.runs.folder import (
     CONFIG,
@@ -135,6 +136,11 @@ class RunFiles:
     def seed(self) -> object:
         """Seed of the run, or None where the config has none."""
         return self.config.get("seed")
+
+    @property
+    def local_cache(self) -> str | None:
+        """Path of the cache, where it is on this machine: what a file names is not asked for over a network."""
+        return None if self.cache is None or names_another_machine(self.cache) else self.cache
 
     def number(self, key: str) -> float:
         """One metric as a float; NaN where it is null or absent, `val.` looks into the validation metrics."""

@@ -37,7 +37,7 @@ class Config(msgspec.Struct):
     config: Method
     class_names: Annotated[list[str], msgspec.Meta(min_length=1)]
     encoder: Encoder | None = None
-    cache: str | None = None
+    cache: Annotated[str, msgspec.Meta(pattern="^[^\0]*$")] | None = None
     created_by: str = "unknown"
     status: str = "done"
     relabeled: str | None = None
