@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import json
+import re
 import runpy
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -147,6 +149,24 @@ def test_the_card_shows_names_as_they_are(fitted, tmp_path):
     assert escaped("a|b\n# c") == "a\\|b \\# c"
     assert card.startswith("---\nlibrary_name: ulfine-fast\n")
     assert card.count("\n---\n") == 1
+
+
+HTML = "<img src=x onerror=alert(1)>|<b>`\n</td>&#60;\x1b[31m"
+
+
+def test_nothing_of_a_run_is_markup_in_the_card(fitted, tmp_path):
+    run = fitted("ulfine")
+    encoder = {"name": HTML, "pretrained": HTML, "sha256": HTML, "image_size": HTML, "preprocessing": HTML}
+    counts = {"class_counts": [HTML] * 4, "accuracy": HTML, "per_class_accuracy": [HTML] * 4}
+    hostile = replace(run, class_names=[HTML] * 4, encoder=encoder, metrics={**run.metrics, **counts})
+    card = (export(hostile, tmp_path / "out") / "README.md").read_text()
+    text = card.split("---\n", 2)[2].replace("```", "")
+    assert "<" not in text
+    assert "\x1b" not in text
+    # in the tables nothing of it adds a cell or a line
+    rows = [line for line in text.splitlines() if line.startswith("|")]
+    assert {re.sub(r"\\\|", "", row).count("|") for row in rows} == {3, 4}
+    assert len([row for row in rows if "img" in row]) == 4
 
 
 def test_the_example_runs(capsys):
