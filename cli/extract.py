@@ -23,7 +23,7 @@ from ulfine_fast.cli.filling import (
     print_encoded,
 )
 
-# What an append takes from the cache, so that it cannot be given.
+# Options that an append takes from the cache.
 _SETTINGS_OF_CACHE = (
     *("model", "pretrained", "precision", "features", "prompts", "weak", "strong", "view_seed", "smallest_crop"),
     *("dtype", "batch_size", "shard_size", "mode", "max_skipped", "exact", "compiled"),

@@ -1,6 +1,6 @@
 """What the commands that fill a cache share: options, the engine that encodes, and the printed summary.
 
-Heavy modules are imported inside the commands, so that `--help` answers at once.
+Heavy modules are imported inside the commands, so that `--help` answers quickly.
 """
 
 from __future__ import annotations

@@ -56,7 +56,7 @@ def command_options(context: typer.Context, options: Mapping[str, Any]) -> dict[
     return {**options, **own}
 
 
-def given_options(context: typer.Context, options: Mapping[str, Any]) -> dict[str, Any]:
+def explicit_options(context: typer.Context, options: Mapping[str, Any]) -> dict[str, Any]:
     """The options of a call that were given, on the line, in the environment or in a file; others are defaults."""
     return {
         name: value for name, value in command_options(context, options).items() if _source(context, name) != "DEFAULT"
@@ -117,9 +117,12 @@ class MethodCommand(TyperCommand):
         try:
             named = _named_methods(ctx, args, self.name)
             methods = named or [FitConfig.method]
-            # the default method's options work, and help shows them when the method is named
-            ctx.meta[_METHODS] = _method_params(methods, self._shared(), hidden=not named)
-            self._refuse_unread(ctx, args, methods[0])
+            # the default method's options work, and help shows them when the method is named; help of no method
+            # need not import one
+            ctx.meta[_METHODS] = []
+            if named or not {"-h", "--help"} & set(args):
+                ctx.meta[_METHODS] = _method_params(methods, self._shared(), hidden=not named)
+                self._refuse_unread(ctx, args, methods[0])
         except InputError as error:
             print(f"error: {error}", file=sys.stderr)
             raise typer.Exit(2) from None

@@ -162,8 +162,8 @@ class FeatureClassifier(ClassifierMixin, BaseEstimator):
     def predict(self, X: ArrayLike) -> NDArray[Any]:
         """Classes (n,)."""
         logits = self._logits(X)
-        found: NDArray[Any] = self.classes_[logits.argmax(axis=1)]
-        return found
+        predicted: NDArray[Any] = self.classes_[logits.argmax(axis=1)]
+        return predicted
 
     def _logits(self, X: ArrayLike) -> NDArray[np.float64]:
         check_is_fitted(self, "run_")
@@ -172,13 +172,13 @@ class FeatureClassifier(ClassifierMixin, BaseEstimator):
 
     def _labels(self, y: ArrayLike, weights: NDArray[np.float64]) -> tuple[NDArray[Any], NDArray[np.int64]]:
         """The known classes of rows that count, and which rows these are."""
-        given: NDArray[Any] = column_or_1d(y, warn=True, dtype=None)
-        if len(given) != len(weights):
-            raise InputError(f"X has {len(weights)} rows and y {len(given)}; they must be as many")
-        known = np.flatnonzero(_is_known(given) & (weights > 0))
-        if given.dtype.kind == "f":
-            check_classification_targets(given[known])
-        return given[known], known
+        labels: NDArray[Any] = column_or_1d(y, warn=True, dtype=None)
+        if len(labels) != len(weights):
+            raise InputError(f"X has {len(weights)} rows and y {len(labels)}; they must be as many")
+        known = np.flatnonzero(_is_known(labels) & (weights > 0))
+        if labels.dtype.kind == "f":
+            check_classification_targets(labels[known])
+        return labels[known], known
 
     def _config(self) -> FitConfig:
         """The options as the engine takes them."""
@@ -197,7 +197,7 @@ class FeatureClassifier(ClassifierMixin, BaseEstimator):
 
     def _cache(self, features: NDArray[np.float64], classes: NDArray[np.int64], weak: Any, strong: Any) -> FeatureCache:
         # rows without views of their own are their own views
-        views = [features[:, None] if given is None else np.asarray(given) for given in (weak, strong)]
+        views = [features[:, None] if rows is None else np.asarray(rows) for rows in (weak, strong)]
         return FeatureCache.from_arrays(
             features.astype(np.float32),
             classes,
@@ -260,8 +260,8 @@ def _multiplicity(weights: NDArray[np.float64]) -> NDArray[np.int64]:
     """How often each row counts: its weight where all are whole, else in proportion, at least once unless it is 0."""
     if (weights == np.round(weights)).all():
         return weights.astype(np.int64)
-    shares = np.round(weights / weights.sum() * (_FINENESS * len(weights)))
-    return np.where(weights > 0, np.maximum(shares, 1), 0).astype(np.int64)
+    fractions = np.round(weights / weights.sum() * (_FINENESS * len(weights)))
+    return np.where(weights > 0, np.maximum(fractions, 1), 0).astype(np.int64)
 
 
 def _sorted_rows(
@@ -290,17 +290,17 @@ def _split(rows: NDArray[np.int64], classes: NDArray[np.int64], count: int, val_
 
 
 def _texts(
-    given: ArrayLike | None, features: NDArray[np.float64], classes: NDArray[np.int64], count: int
+    text_features: ArrayLike | None, features: NDArray[np.float64], classes: NDArray[np.int64], count: int
 ) -> NDArray[np.float32] | None:
     """Text features (K, P, D) with means of labelled rows for classes that have none; None where all lack them."""
-    if given is None:
+    if text_features is None:
         return None
-    texts = np.array(given, dtype=np.float32)
+    texts = np.array(text_features, dtype=np.float32)
     texts = texts[:, None] if texts.ndim == 2 else texts
     if texts.ndim != 3 or (texts.shape[0], texts.shape[2]) != (count, features.shape[1]):
         raise InputError(
             f"text_features must be ({count}, {features.shape[1]}) or ({count}, P, {features.shape[1]}) for the "
-            f"classes and features of this fit, got {np.shape(given)}"
+            f"classes and features of this fit, got {np.shape(text_features)}"
         )
     lengths = np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
     for k in np.flatnonzero(np.isnan(texts).any(axis=(1, 2))):

@@ -115,7 +115,7 @@ def _read_labels(labels: NDArray[Any] | None, n: int, path: Path) -> tuple[NDArr
         return np.full(n, UNKNOWN, np.int32), None
     if labels.dtype.kind == "U":
         return text_labels(check_texts(labels, n, f"labels of {path}"))
-    # Booleans and floats are refused: a mask or a score in place of labels would pass unseen.
+    # Booleans and floats are refused: a mask or a score would be taken for labels unseen.
     if labels.shape != (n,) or labels.dtype.kind not in "iu":
         raise InputError(f"labels of {path} must be {n} whole numbers or texts, got {labels.shape} of {labels.dtype}")
     return np.asarray(labels, dtype=np.int64).clip(-2, 2**31 - 1).astype(np.int32), None

@@ -202,7 +202,7 @@ def import_features(
         wanted = list(prompts or DEFAULT_PROMPTS)
         text = _encode_text(features, encoder, wanted, logit_scale)
     else:
-        text, wanted = _given_text(features, text_features, prompts, logit_scale)
+        text, wanted = _text_from_arguments(features, text_features, prompts, logit_scale)
     n = len(features.labels)
     starts = range(0, n, _IDS_AT_A_TIME)
     refuse_shared_ids(
@@ -257,7 +257,7 @@ def _encode_text(
     return text if logit_scale is None else replace(text, logit_scale=logit_scale)
 
 
-def _given_text(
+def _text_from_arguments(
     features: ExternalFeatures,
     text_features: NDArray[Any] | None,
     prompts: Sequence[str] | None,
@@ -306,7 +306,7 @@ def _import_manifest(
     if encoder is not None:
         model_fields = asdict(encoder.spec)
     else:
-        # An empty digest: the weights are unknown, so nothing may pass for the same model but by its name.
+        # An empty digest: the weights are unknown, so only the name can tell that two models are the same.
         model_fields = {"name": model or UNKNOWN_MODEL, "pretrained": None, "sha256": "", "image_size": 0}
     fields: dict[str, Any] = {
         "model": model_fields,

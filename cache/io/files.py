@@ -107,7 +107,7 @@ def refused_writes(path: Path | RemotePath) -> Iterator[None]:
     """Turns a write that the system refuses inside the context into one sentence that names `path`.
 
     Raises:
-        InputError: in place of any OSError.
+        InputError: for any OSError.
     """
     try:
         yield

@@ -138,7 +138,7 @@ class _NewRows:
         self._labels = [*(index[name] for name in source.class_names), UNKNOWN]  # label -1 finds the last entry
         self._known_ids = known_ids
         self._listed: list[Row] = []  # new rows of a listed source
-        self._source_parts: dict[int, Part] = {}  # the source's own part of each part
+        self._source_parts: dict[int, Part] = {}  # of the source, by the number of the part
         self._digest = hashlib.sha256()
         first_row = before.rows  # None in the cache of a stream, whose shards stand alone
         for source_part, rows in self._parts_of_source(before.shard_size):
@@ -169,7 +169,7 @@ class _NewRows:
         return self.source.read(row)
 
     def describe(self) -> dict[str, Any]:
-        """The source's own description."""
+        """The description of the source."""
         return self.source.describe()
 
     def fingerprint(self) -> str:
@@ -306,7 +306,7 @@ def _write_pending(out: Path, after: Manifest, first_shard: int) -> None:
 
 
 def _remove_applied(out: Path) -> None:
-    """Removes the pending manifest where it is the cache's own already, and a kill came before its removal."""
+    """Removes the pending manifest where it has replaced the cache's already, and a kill came before its removal."""
     pending = _read_pending(out)
     if pending is not None and _is_same(pending, Manifest.read(out)):
         _remove_pending(out)

@@ -64,7 +64,7 @@ class FillSummary:
 
     def to_dict(self) -> dict[str, Any]:
         """The summary in JSON's types."""
-        values = {one.name: getattr(self, one.name) for one in fields(self)}
+        values = {item.name: getattr(self, item.name) for item in fields(self)}
         return {**values, "out": str(self.out), "images_per_second": self.images_per_second}
 
 

@@ -1,4 +1,4 @@
-"""Resizing and cropping many images at once on any device, to the pixels that PIL would give.
+"""Resizing and cropping many images together on any device, to the pixels that PIL would give.
 
 PIL resizes one side and then the other, each time by one small weighted sum for each pixel, rounded to a byte. The
 weights of a side are a matrix, so a batch of images is two batched matrix products: of a kind that a GPU is made for,

@@ -37,8 +37,8 @@ def run(*arguments, code=0):
 def test_merge_says_what_it_made(two, tmp_path):
     shown = run("cache", "merge", *two, "--out", tmp_path / "all")
     assert shown.strip() == f"{tmp_path / 'all'}: 24 images of 3 classes in 8 shards"
-    found = json.loads(run("cache", "merge", *two, "-o", tmp_path / "all", "--json"))
-    assert (found["images"], found["kept"], found["out"]) == (24, 8, str(tmp_path / "all"))
+    summary = json.loads(run("cache", "merge", *two, "-o", tmp_path / "all", "--json"))
+    assert (summary["images"], summary["kept"], summary["out"]) == (24, 8, str(tmp_path / "all"))
     assert "8 of them finished before and kept" in run("cache", "merge", *two, "-o", tmp_path / "all")
 
 
@@ -49,9 +49,9 @@ def test_merge_with_prefixes(two, tmp_path):
 
 def test_merge_ends_in_one_sentence(two, tmp_path):
     assert "at least two caches" in run("cache", "merge", two[0], "--out", tmp_path / "all", code=2)
-    said = run("cache", "merge", *two, tmp_path / "nowhere", "--out", tmp_path / "all", code=2)
-    assert said.startswith("error: ")
-    assert said.count("\n") == 1
+    message = run("cache", "merge", *two, tmp_path / "nowhere", "--out", tmp_path / "all", code=2)
+    assert message.startswith("error: ")
+    assert message.count("\n") == 1
 
 
 # -- there and back
@@ -87,18 +87,20 @@ def test_a_model_named_beside_text_features_is_not_loaded(tmp_path):
     np.savez(tmp_path / "all.npz", features=np.eye(4), labels=np.array([0, 1, 1, -1]), class_names=np.array(["a", "b"]))
     np.save(tmp_path / "text.npy", np.eye(2, 4))
     options = ["--text-features", tmp_path / "text.npy", "--model", "no such model", "--json"]
-    found = json.loads(run("cache", "import", tmp_path / "all.npz", "--out", tmp_path / "cache", *options))
-    assert (found["images"], found["classes"], found["normalised"]) == (4, 2, 0)
+    summary = json.loads(run("cache", "import", tmp_path / "all.npz", "--out", tmp_path / "cache", *options))
+    assert (summary["images"], summary["classes"], summary["normalised"]) == (4, 2, 0)
     manifest = FeatureCache.open(tmp_path / "cache").manifest
     assert manifest is not None
     assert (manifest.model["name"], manifest.model["sha256"]) == ("no such model", "")
 
 
 def test_a_wrong_path_loads_no_model(tmp_path):
-    said = run("cache", "import", tmp_path / "x.npz", "--out", tmp_path / "cache", "--model", "no such model", code=2)
-    assert "no such folder or file" in said
-    said = run("cache", "import", tmp_path, "--out", tmp_path / "cache", "--id-column", "key", code=2)
-    assert "leave out the names of columns" in said
+    message = run(
+        "cache", "import", tmp_path / "x.npz", "--out", tmp_path / "cache", "--model", "no such model", code=2
+    )
+    assert "no such folder or file" in message
+    message = run("cache", "import", tmp_path, "--out", tmp_path / "cache", "--id-column", "key", code=2)
+    assert "leave out the names of columns" in message
 
 
 # -- append
@@ -119,8 +121,8 @@ def test_append_takes_everything_from_the_cache(growing):
     assert "6 images in 4 shards" in shown
     assert "3 images encoded" in shown
     assert "2 images were there already and stay as they are\n1 new classes" in shown
-    found = json.loads(run(*arguments, "--json"))
-    assert (found["encoded"], found["known"], found["classes"]) == (0, 5, 0)
+    summary = json.loads(run(*arguments, "--json"))
+    assert (summary["encoded"], summary["known"], summary["classes"]) == (0, 5, 0)
     cache = FeatureCache.open(growing[0])
     assert (cache.class_names, cache.views("weak").shape) == (["cat", "dog", "emu"], (6, 2, 8))
 
@@ -137,15 +139,15 @@ def test_the_old_name_of_append_warns_and_does_the_same(growing):
 
 
 def test_the_old_name_of_append_leaves_settings_to_the_cache(two):
-    said = run("extract", "images", "--out", two[0], "--append", "--batch-size", 8, code=2)
-    assert "--append takes everything from the cache; leave out --batch-size" in said
+    message = run("extract", "images", "--out", two[0], "--append", "--batch-size", 8, code=2)
+    assert "--append takes everything from the cache; leave out --batch-size" in message
     for arguments in (
         ["extract", "images", "--out", two[0] / "shards", "--append"],
         ["cache", "append", *two[:1], "no"],
     ):
         assert run(*arguments, code=2)
-    said = run("cache", "append", two[0] / "shards", "images", code=2)
-    assert "is not a feature cache" in said
+    message = run("cache", "append", two[0] / "shards", "images", code=2)
+    assert "is not a feature cache" in message
 
 
 def test_every_command_that_fills_a_cache_prints_the_same_keys(growing, two, tmp_path):

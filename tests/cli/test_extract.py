@@ -73,10 +73,10 @@ def test_every_option_reaches_the_cache(images, model, tmp_path):
 
 
 def test_extract_json_is_one_object(images, model, tmp_path):
-    found = json.loads(run_extract(images, tmp_path / "cache", model, "--json"))
-    assert (found["images"], found["encoded"], found["shards"], found["skipped"]) == (5, 5, 3, [])
-    assert found["out"] == str(tmp_path / "cache")
-    assert found["images_per_second"] > 0
+    summary = json.loads(run_extract(images, tmp_path / "cache", model, "--json"))
+    assert (summary["images"], summary["encoded"], summary["shards"], summary["skipped"]) == (5, 5, 3, [])
+    assert summary["out"] == str(tmp_path / "cache")
+    assert summary["images_per_second"] > 0
 
 
 def test_skipped_images_are_listed(images, model, tmp_path):
@@ -201,9 +201,9 @@ def test_inspect_prints_what_is_in_a_cache(images, model, tmp_path, monkeypatch)
 
 def test_inspect_json_is_one_object(images, model, tmp_path):
     run_extract(images, tmp_path / "cache", model)
-    found = json.loads(run("inspect", tmp_path / "cache", "--json"))
-    assert found["counts"] == {"train": {"cat": 2, "dog": 1}, "unlabeled": {"(unknown)": 1}, "test": {"cat": 1}}
-    assert (found["problems"], found["images"], found["dim"]) == ([], 5, 8)
+    summary = json.loads(run("inspect", tmp_path / "cache", "--json"))
+    assert summary["counts"] == {"train": {"cat": 2, "dog": 1}, "unlabeled": {"(unknown)": 1}, "test": {"cat": 1}}
+    assert (summary["problems"], summary["images"], summary["dim"]) == ([], 5, 8)
 
 
 def test_inspect_of_a_damaged_cache_shows_the_rest_and_fails(images, model, tmp_path, capsys):

@@ -83,11 +83,11 @@ class SweepStudy:
             existing = optuna.load_study(study_name=plan.study, storage=storage)
             saved = _with_current_names(existing.user_attrs.get("sweep"), plan.space)
             trials = existing.get_trials(deepcopy=False)
-            own = all(trial.user_attrs.get(_BATCH, {}).get("owner") == plan.owner for trial in trials)
+            from_this_sweep = all(trial.user_attrs.get(_BATCH, {}).get("owner") == plan.owner for trial in trials)
             unfinished = bool(trials) and not any(trial.state.is_finished() for trial in trials)
             # after a first batch that was refused, say for a split the data cannot give, nothing is finished: the
             # corrected space must not need another folder
-            if not (saved != identity and own and unfinished):
+            if not (saved != identity and from_this_sweep and unfinished):
                 _refuse_other_sweep(plan, saved)
                 return cls(existing, storage, plan.space.searched)
             optuna.delete_study(study_name=plan.study, storage=storage)

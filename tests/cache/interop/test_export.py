@@ -102,9 +102,9 @@ def test_whole_numbers_come_out_as_float16(tiny_encoder, images, tmp_path):
     cache = FeatureCache.open(tmp_path / "cache")
     for to, name in (("npy", "features"), ("clip-retrieval", "img_emb/img_emb_0")):
         export(tmp_path / "cache", tmp_path / to, to=to)
-        found = np.load(tmp_path / to / f"{name}.npy")
-        assert found.dtype == np.float16
-        assert np.allclose(found, np.asarray(cache.plain, np.float32), atol=1e-3)
+        array = np.load(tmp_path / to / f"{name}.npy")
+        assert array.dtype == np.float16
+        assert np.allclose(array, np.asarray(cache.plain, np.float32), atol=1e-3)
 
 
 # -- again, and what is refused

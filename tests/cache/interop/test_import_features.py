@@ -139,17 +139,17 @@ def test_views_of_all_rows_or_of_those_that_are_trained_on(tmp_path, every_row):
 def test_an_npz_file(tmp_path, save):
     folder = write_arrays(tmp_path / "in", ids=np.array([f"image {k}" for k in range(10)]))
     save(tmp_path / "all.npz", **{path.stem: np.load(path) for path in folder.glob("*.npy")})
-    found = open_features(tmp_path / "all.npz")
-    assert isinstance(found.blocks[0].features, np.memmap) == (save is np.savez)
-    import_features(found, tmp_path / "a")
+    features = open_features(tmp_path / "all.npz")
+    assert isinstance(features.blocks[0].features, np.memmap) == (save is np.savez)
+    import_features(features, tmp_path / "a")
     import_features(open_features(folder), tmp_path / "b")
     same(opened(tmp_path / "a"), opened(tmp_path / "b"), views=True)
 
 
 def test_a_single_npy_file_is_unlabelled(tmp_path):
     np.save(tmp_path / "only.npy", np.asfortranarray(rows(4, dtype="float64")))
-    found = open_features(tmp_path / "only.npy", class_names=NAMES)
-    import_features(found, tmp_path / "cache", text_features=TEXT)
+    features = open_features(tmp_path / "only.npy", class_names=NAMES)
+    import_features(features, tmp_path / "cache", text_features=TEXT)
     cache = opened(tmp_path / "cache")
     assert (set(cache.splits), set(cache.labels.tolist())) == ({"unlabeled"}, {-1})
     assert np.allclose(cache.plain, rows(4, dtype="float64"), atol=1e-7)
@@ -172,8 +172,8 @@ def test_labels_may_be_texts_and_ids_numbers(tmp_path):
 
 def test_a_split_for_rows_that_have_none(tmp_path):
     folder = write_arrays(tmp_path / "in", splits=None)
-    found = open_features(folder, split="test")
-    import_features(found, tmp_path / "cache")
+    features = open_features(folder, split="test")
+    import_features(features, tmp_path / "cache")
     assert set(opened(tmp_path / "cache").splits) == {"test"}
     with pytest.raises(InputError, match="split must be one of train, unlabeled, val, test, got 'dev'"):
         open_features(folder, split="dev")
@@ -207,17 +207,17 @@ def test_other_lengths_become_1_and_are_counted(tmp_path):
 def test_rows_without_a_direction_are_named(tmp_path, name, value):
     array = rows(10) if name == "features" else rows(10)[:, None]
     array[3] = value
-    found = open_features(write_arrays(tmp_path / "in", **{name: array}))
+    features = open_features(write_arrays(tmp_path / "in", **{name: array}))
     with pytest.raises(InputError, match="features of '000000003' are not finite, or all zeros"):
-        import_features(found, tmp_path / "cache")
+        import_features(features, tmp_path / "cache")
 
 
 # -- clip-retrieval's own output
 
 
 def test_clip_retrieval_without_labels(tmp_path, tiny_encoder):
-    found = open_features(write_clip_retrieval(tmp_path / "in", [3] * 11), class_names=["cat", "dog"])
-    done = import_features(found, tmp_path / "cache", encoder=tiny_encoder, prompts=["a {}."], shard_size=8)
+    features = open_features(write_clip_retrieval(tmp_path / "in", [3] * 11), class_names=["cat", "dog"])
+    done = import_features(features, tmp_path / "cache", encoder=tiny_encoder, prompts=["a {}."], shard_size=8)
     cache = opened(tmp_path / "cache")
     # img_emb_10 comes last, not after img_emb_1
     assert cache.ids == [f"/data/{k}.jpg" for k in range(33)]
@@ -243,8 +243,8 @@ def test_labels_and_splits_from_metadata(tmp_path):
         split=lambda numbers: ["test" if k == 6 else None for k in numbers],
         key=lambda numbers: [f"k{k}" for k in numbers],
     )
-    found = open_features(folder, label_column="kind", id_column="key")
-    import_features(found, tmp_path / "cache", text_features=TEXT[:2, None])
+    features = open_features(folder, label_column="kind", id_column="key")
+    import_features(features, tmp_path / "cache", text_features=TEXT[:2, None])
     cache = opened(tmp_path / "cache")
     assert cache.class_names == ["cat", "dog"]
     assert cache.ids == ["k0", "k1", "k3", "k4", "k2", "k5", "k6"]
@@ -254,8 +254,8 @@ def test_labels_and_splits_from_metadata(tmp_path):
 
 def test_numbers_with_gaps_are_floats_in_metadata(tmp_path):
     folder = write_clip_retrieval(tmp_path / "in", [3], label=lambda numbers: [2.0, float("nan"), None])
-    found = open_features(folder, class_names=NAMES)
-    assert found.labels.tolist() == [2, -1, -1]
+    features = open_features(folder, class_names=NAMES)
+    assert features.labels.tolist() == [2, -1, -1]
 
 
 @pytest.mark.parametrize(
@@ -277,21 +277,23 @@ def test_without_metadata_rows_are_numbered(tmp_path):
     folder = write_clip_retrieval(tmp_path / "in", [2, 2])
     for path in (folder / "metadata").iterdir():
         path.unlink()
-    found = open_features(folder, class_names=NAMES)
-    assert found.ids(np.arange(4)) == ["0/000000000", "0/000000001", "1/000000000", "1/000000001"]
+    features = open_features(folder, class_names=NAMES)
+    assert features.ids(np.arange(4)) == ["0/000000000", "0/000000001", "1/000000000", "1/000000001"]
 
 
 # -- texts of the classes
 
 
 def test_what_is_not_known_of_the_model_is_said(tmp_path):
-    found = open_features(write_arrays(tmp_path / "in", text_features=None))
-    import_features(found, tmp_path / "a", text_features=np.stack([TEXT, TEXT], 1), model="my-clip", logit_scale=50.0)
+    features = open_features(write_arrays(tmp_path / "in", text_features=None))
+    import_features(
+        features, tmp_path / "a", text_features=np.stack([TEXT, TEXT], 1), model="my-clip", logit_scale=50.0
+    )
     manifest = opened(tmp_path / "a").manifest
     assert manifest is not None
     assert (manifest.model["name"], manifest.model["sha256"], manifest.model["logit_scale"]) == ("my-clip", "", 50.0)
     assert manifest.prompts == ["{} (text 1 of 2)", "{} (text 2 of 2)"]
-    import_features(found, tmp_path / "b", text_features=TEXT)
+    import_features(features, tmp_path / "b", text_features=TEXT)
     assert opened(tmp_path / "b").manifest.model["name"] == "unknown"
 
 
@@ -309,16 +311,16 @@ def test_what_is_not_known_of_the_model_is_said(tmp_path):
     ],
 )
 def test_texts_and_values_that_do_not_fit(tmp_path, options, message):
-    found = open_features(write_arrays(tmp_path / "in", text_features=None))
+    features = open_features(write_arrays(tmp_path / "in", text_features=None))
     with pytest.raises(InputError, match=message):
-        import_features(found, tmp_path / "cache", **options)
+        import_features(features, tmp_path / "cache", **options)
     assert not (tmp_path / "cache").exists()
 
 
 def test_a_model_of_another_length_is_refused(tmp_path, tiny_encoder):
-    found = open_features(write_arrays(tmp_path / "in", features=np.ones((10, 5)), text_features=None))
+    features = open_features(write_arrays(tmp_path / "in", features=np.ones((10, 5)), text_features=None))
     with pytest.raises(InputError, match=r"gives features of length 8, those of .* have 5"):
-        import_features(found, tmp_path / "cache", encoder=tiny_encoder)
+        import_features(features, tmp_path / "cache", encoder=tiny_encoder)
 
 
 # -- files that cannot be imported
@@ -393,9 +395,9 @@ def test_a_cut_array_is_named(tmp_path):
 
 
 def test_ids_that_occur_twice(tmp_path):
-    found = open_features(write_arrays(tmp_path / "in", ids=np.array(["a", "b"] * 5)))
+    features = open_features(write_arrays(tmp_path / "in", ids=np.array(["a", "b"] * 5)))
     with pytest.raises(InputError, match="two rows have the id 'a'; give another --id-column"):
-        import_features(found, tmp_path / "cache")
+        import_features(features, tmp_path / "cache")
     assert not (tmp_path / "cache").exists()
 
 
@@ -491,8 +493,10 @@ def test_memory_is_that_of_one_shard(tmp_path):
         np.save(folder / "features.npy", features.astype(np.float16))
         del features
         tracemalloc.start()
-        found = open_features(folder, class_names=["cat"])
-        import_features(found, tmp_path / f"cache{n}", text_features=np.eye(1, 512, dtype=np.float32), shard_size=500)
+        features = open_features(folder, class_names=["cat"])
+        import_features(
+            features, tmp_path / f"cache{n}", text_features=np.eye(1, 512, dtype=np.float32), shard_size=500
+        )
         top = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         return top

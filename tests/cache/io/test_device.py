@@ -14,7 +14,7 @@ def test_auto_and_cpu_are_always_there():
 
 
 @pytest.mark.parametrize("name", ["tpu", "", "cuda:99", "cuda:x", "cpu:-1x"])
-def test_what_is_not_there_is_named_with_the_way_out(name):
+def test_a_missing_device_is_named_with_the_fix(name):
     with pytest.raises(InputError, match=r"is not available here .*; use auto or cpu") as error:
         pick_device(name)
     assert repr(name) in str(error.value)

@@ -38,7 +38,7 @@ def holder(tmp_path):
     child.communicate()
 
 
-def test_a_second_writer_is_told_who_holds_the_cache(tmp_path, holder, images, tiny_encoder):
+def test_a_second_writer_learns_which_process_holds_the_cache(tmp_path, holder, images, tiny_encoder):
     with pytest.raises(InputError, match=rf"another process writes to .*cache \(process {holder.pid} on .*, since 20"):
         extract(open_source(images), tiny_encoder, tmp_path / "cache", **SMALL)
     assert not (tmp_path / "cache/manifest.json").exists()
@@ -46,7 +46,7 @@ def test_a_second_writer_is_told_who_holds_the_cache(tmp_path, holder, images, t
     assert extract(open_source(images), tiny_encoder, tmp_path / "cache", **SMALL).images == 11
 
 
-def test_what_a_killed_writer_leaves_holds_nobody_back(tmp_path, holder, images, tiny_encoder):
+def test_what_a_killed_writer_leaves_blocks_no_other(tmp_path, holder, images, tiny_encoder):
     holder.send_signal(signal.SIGKILL)
     holder.wait()
     assert json.loads((tmp_path / "cache/.writer.json").read_text())["process"] == holder.pid

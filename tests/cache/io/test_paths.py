@@ -32,7 +32,7 @@ SMALL = {"batch_size": 2, "shard_size": 3, "workers": 0, "prompts": ["a photo of
 
 @pytest.fixture
 def memory():
-    """The URL of an empty place in this process's memory."""
+    """The URL of an empty folder in this process's memory."""
     system = fsspec.filesystem("memory")
     system.store.clear()
     system.pseudo_dirs[:] = [""]
@@ -46,10 +46,9 @@ def undisturbed(images, tiny_encoder, tmp_path):
     return content(tmp_path / "here")
 
 
-def content(place) -> dict[str, bytes]:
+def content(location) -> dict[str, bytes]:
     """Bytes by name, of all but what says when and how long."""
-    place = to_path(place)
-    files = {path.name: path for path in place.rglob("*") if path.is_file()}
+    files = {path.name: path for path in to_path(location).rglob("*") if path.is_file()}
     return {name: path.read_bytes() for name, path in files.items() if name.endswith(".h5") or name == "manifest.json"}
 
 
@@ -64,18 +63,18 @@ def content(place) -> dict[str, bytes]:
         (Path("memory://shelf/cache"), "memory:///shelf/cache"),
     ],
 )
-def test_urls_are_places_elsewhere(text, shown):
-    place = to_path(text)
-    assert is_remote(place)
-    assert str(place).replace("memory:////", "memory:///").replace("memory://shelf", "memory:///shelf") == shown
-    assert to_path(place) is place
+def test_urls_are_remote_paths(text, shown):
+    path = to_path(text)
+    assert is_remote(path)
+    assert str(path).replace("memory:////", "memory:///").replace("memory://shelf", "memory:///shelf") == shown
+    assert to_path(path) is path
 
 
 @pytest.mark.parametrize("text", ["cache", "/abs/cache", "c:/cache", "with:colon", "file:///abs/cache"])
 def test_other_texts_are_folders(text):
-    place = to_path(text)
-    assert isinstance(place, Path)
-    assert str(place) == text.removeprefix("file://")
+    path = to_path(text)
+    assert isinstance(path, Path)
+    assert str(path) == text.removeprefix("file://")
 
 
 def test_an_unknown_kind_of_store_is_named():
@@ -107,17 +106,17 @@ def test_a_remote_path_does_what_a_path_does(memory, tmp_path):
 
 
 def test_a_store_with_errors_of_its_own_raises_oserror():
-    class Strange:
-        protocol = "strange"
+    class OddStore:
+        protocol = "odd"
 
         def exists(self, path):
             raise ZeroDivisionError("the store\nis odd")
 
         def unstrip_protocol(self, path):
-            return f"strange://{path}"
+            return f"odd://{path}"
 
-    with pytest.raises(OSError, match="strange://a: the store is odd"):
-        RemotePath(Strange(), "a").exists()
+    with pytest.raises(OSError, match="odd://a: the store is odd"):
+        RemotePath(OddStore(), "a").exists()
 
 
 # -- caches
@@ -155,7 +154,7 @@ def test_another_model_is_refused_and_overwrite_starts_anew(memory, images, tiny
     assert content(memory) == undisturbed
 
 
-def test_a_place_with_other_files_is_left_alone(memory, images, tiny_encoder):
+def test_a_folder_with_other_files_is_left_alone(memory, images, tiny_encoder):
     (to_path(memory) / "thesis.txt").write_bytes(b"mine")
     with pytest.raises(InputError, match=r"thesis\.txt"):
         extract(open_source(images), tiny_encoder, memory, **SMALL)
@@ -192,13 +191,13 @@ def test_a_store_that_refuses_ends_in_a_sentence(memory, images, tiny_encoder, m
 
 def holder(memory: str, process: int, host: str | None = None) -> Path:
     note = to_path(memory) / ".writer.json"
-    told = {"host": host or socket.gethostname(), "process": process, "since": "2026-01-01T00:00:00+00:00"}
-    note.write_bytes(json.dumps(told).encode())
+    content = {"host": host or socket.gethostname(), "process": process, "since": "2026-01-01T00:00:00+00:00"}
+    note.write_bytes(json.dumps(content).encode())
     return note
 
 
 @pytest.mark.parametrize(("process", "host"), [(os.getppid(), None), (1, "another-machine")])
-def test_a_second_writer_is_told_who_holds_the_place(memory, images, tiny_encoder, process, host):
+def test_a_second_writer_learns_which_process_holds_the_folder(memory, images, tiny_encoder, process, host):
     note = holder(memory, process, host)
     with pytest.raises(InputError, match=rf"process {process} on .*remove .*\.writer\.json"):
         extract(open_source(images), tiny_encoder, memory, **SMALL)
@@ -207,7 +206,7 @@ def test_a_second_writer_is_told_who_holds_the_place(memory, images, tiny_encode
     assert not note.exists()
 
 
-def test_the_note_of_a_killed_process_of_this_machine_holds_nobody_back(memory, images, tiny_encoder):
+def test_the_note_of_a_killed_process_of_this_machine_blocks_no_other(memory, images, tiny_encoder):
     child = subprocess.Popen([sys.executable, "-c", ""])
     child.wait()
     holder(memory, child.pid)
@@ -300,9 +299,9 @@ def test_s3_holds_tars_and_caches(bucket, tmp_path, tiny_model):
     with tarfile.open(fileobj=buffer, mode="w") as tar:
         for number, path in enumerate(sorted(root.rglob("*.png"))):
             for suffix, data in (("png", path.read_bytes()), ("cls", str(number % 2).encode())):
-                told = tarfile.TarInfo(f"{number}.{suffix}")
-                told.size = len(data)
-                tar.addfile(told, io.BytesIO(data))
+                member = tarfile.TarInfo(f"{number}.{suffix}")
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
     (to_path(bucket) / "in/train-000.tar").write_bytes(buffer.getvalue())
     (tmp_path / "names.txt").write_text("cat\ndog")
     arguments = ["extract", f"{bucket}/in/*.tar", "--out", f"{bucket}/out", "--model", tiny_model, "--workers", "0"]

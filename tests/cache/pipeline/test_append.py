@@ -47,9 +47,9 @@ def grown(images) -> Path:
 
 
 def opened(folder: Path) -> FeatureCache:
-    found = FeatureCache.open(folder)
-    assert found.verify() == []
-    return found
+    cache = FeatureCache.open(folder)
+    assert cache.verify() == []
+    return cache
 
 
 # -- what comes out
@@ -86,12 +86,12 @@ def test_features_are_those_of_one_extraction(cache, grown, tiny_encoder, tmp_pa
     extract(open_source(grown), tiny_encoder, tmp_path / "at-once", **SMALL)
     one, other = opened(cache), opened(tmp_path / "at-once")
     rows = [one.ids.index(name) for name in other.ids]
-    # batches are cut elsewhere, which may move the last bits
+    # batches begin at other rows, which may move the last bits
     assert np.allclose(one.plain[rows], other.plain, atol=2e-3)
     names = [one.class_names[label] for label in one.labels[rows] if label >= 0]
     assert names == [other.class_names[label] for label in other.labels if label >= 0]
-    places = [other.class_names.index(name) for name in one.class_names]
-    assert np.allclose(one.text_features, other.text_features[places], atol=1e-6)
+    order = [other.class_names.index(name) for name in one.class_names]
+    assert np.allclose(one.text_features, other.text_features[order], atol=1e-6)
     view = np.searchsorted(one.view_rows, np.asarray(rows)[other.view_rows])
     assert np.allclose(one.views("strong")[view], other.views("strong"), atol=2e-3)
 
@@ -100,9 +100,9 @@ def test_the_manifest_says_what_was_appended(cache, grown, tiny_encoder):
     append(open_source(grown), tiny_encoder, cache, workers=0)
     write_images(grown, {"train/bee": 1}, seed=5)
     append(open_source(grown), tiny_encoder, cache, workers=0)
-    found = json.loads((cache / "manifest.json").read_text())
-    assert (found["version"], found["source"]["rows"]) == (2, 18)
-    appended = found["source"]["appended"]
+    manifest = json.loads((cache / "manifest.json").read_text())
+    assert (manifest["version"], manifest["source"]["rows"]) == (2, 18)
+    appended = manifest["source"]["appended"]
     assert [(one["kind"], one["rows"], one["first_shard"], one["classes"]) for one in appended] == [
         ("folder", 6, 5, 1),
         ("folder", 1, 8, 1),
@@ -316,7 +316,7 @@ def test_ctrl_c_says_how_to_continue(cache, grown, tiny_encoder):
     assert append(source, tiny_encoder, cache, workers=0).images == 17
 
 
-def test_another_append_waits_for_the_first_or_takes_its_place(cache, grown, tiny_encoder, tmp_path, monkeypatch):
+def test_another_append_waits_for_the_first_or_replaces_it(cache, grown, tiny_encoder, tmp_path, monkeypatch):
     interrupted(cache, open_source(grown), tiny_encoder, "text.h5", monkeypatch)
     write_images(tmp_path / "other", {"train/cat": 9, "train/dog": 3}, seed=8)
     other = open_source(tmp_path / "other")

@@ -31,7 +31,7 @@ def reader(source, tiny_encoder):
 
 
 class Elsewhere:
-    """A real encoder on the CPU that says it is on a GPU, whose memory holds `most` images at once."""
+    """A real encoder on the CPU that says it is on a GPU, whose memory holds `most` images together."""
 
     def __init__(self, encoder, most=10**9):
         self._encoder, self.most, self.calls = encoder, most, []
@@ -72,9 +72,9 @@ def assert_same(one, two):
 
 
 def test_features_are_those_of_the_models_own_preprocessing(source, reader, tiny_encoder):
-    found = list(encoded(reader, tiny_encoder, train(source), workers=0))
-    assert [len(batch.kept) for batch in found] == [2, 2, 1]
-    for batch in found:
+    batches = list(encoded(reader, tiny_encoder, train(source), workers=0))
+    assert [len(batch.kept) for batch in batches] == [2, 2, 1]
+    for batch in batches:
         pixels = torch.stack([tiny_encoder.transform(source.read(row)) for row in batch.kept])  # (B, 3, H, W)
         wanted = tiny_encoder.encode_images(pixels).numpy()
         assert np.allclose(batch.features[:, 0], wanted, atol=1e-6)
@@ -124,20 +124,20 @@ def test_unreadable_images_are_left_out_and_a_batch_may_be_empty(images, tiny_en
     source = open_source(images)
     reader = ImageReader.for_encoder(source, tiny_encoder, ViewRecipe())
     encoder = tiny_encoder if where == "here" else Elsewhere(tiny_encoder)
-    found = list(encoded(reader, encoder, train(source), workers=0))
-    assert [[row.id for row in batch.kept] for batch in found] == [[], ["train/cat/002.png", "train/dog/000.png"], []]
-    assert [len(batch.skipped) for batch in found] == [2, 0, 1]
-    assert all("not an image" in reason for batch in found for _, reason in batch.skipped)
+    batches = list(encoded(reader, encoder, train(source), workers=0))
+    assert [[row.id for row in batch.kept] for batch in batches] == [[], ["train/cat/002.png", "train/dog/000.png"], []]
+    assert [len(batch.skipped) for batch in batches] == [2, 0, 1]
+    assert all("not an image" in reason for batch in batches for _, reason in batch.skipped)
 
 
-def test_where_memory_is_short_batches_are_halved_and_the_user_is_told_once(source, reader, tiny_encoder):
+def test_where_memory_is_short_batches_are_halved_and_the_user_is_warned_once(source, reader, tiny_encoder):
     alone = list(encoded(reader, tiny_encoder, train(source), workers=0))
     small = Elsewhere(tiny_encoder, most=2)
-    with pytest.warns(UserWarning, match="8 images together do not fit") as said:
-        found = list(encoded(reader, small, train(source), workers=0))
-    assert len(said) == 1
+    with pytest.warns(UserWarning, match="8 images together do not fit") as warned:
+        batches = list(encoded(reader, small, train(source), workers=0))
+    assert len(warned) == 1
     assert small.calls == [2] * 10
-    for one, two in zip(alone, found, strict=True):
+    for one, two in zip(alone, batches, strict=True):
         assert np.allclose(one.features, two.features, atol=1e-6)
 
 

@@ -130,14 +130,14 @@ def test_text_features_come_from_the_prompts(source, tiny_encoder, tmp_path):
 
 def test_the_manifest_says_what_was_done(source, tiny_encoder, tmp_path):
     extract(source, tiny_encoder, tmp_path / "cache", max_skipped=0.25, **SMALL)
-    found = json.loads((tmp_path / "cache/manifest.json").read_text())
-    assert found["model"]["sha256"] == tiny_encoder.spec.sha256
-    assert (found["model"]["dim"], found["model"]["normalized"], found["precision"]) == (8, True, "fp32")
-    assert (found["mean"], found["std"]) == ([0.5] * 3, [0.25] * 3)
-    assert "Resize" in found["preprocessing"]
-    assert (found["source"]["kind"], found["source"]["rows"]) == ("folder", 11)
-    assert (found["batch_size"], found["shard_size"], found["max_skipped"]) == (2, 3, 0.25)
-    assert {"torch", "open_clip_torch", "h5py", "hdf5"} <= set(found["libraries"])
+    manifest = json.loads((tmp_path / "cache/manifest.json").read_text())
+    assert manifest["model"]["sha256"] == tiny_encoder.spec.sha256
+    assert (manifest["model"]["dim"], manifest["model"]["normalized"], manifest["precision"]) == (8, True, "fp32")
+    assert (manifest["mean"], manifest["std"]) == ([0.5] * 3, [0.25] * 3)
+    assert "Resize" in manifest["preprocessing"]
+    assert (manifest["source"]["kind"], manifest["source"]["rows"]) == ("folder", 11)
+    assert (manifest["batch_size"], manifest["shard_size"], manifest["max_skipped"]) == (2, 3, 0.25)
+    assert {"torch", "open_clip_torch", "h5py", "hdf5"} <= set(manifest["libraries"])
 
 
 def test_records_count_rows_and_time(source, tiny_encoder, tmp_path):
@@ -180,13 +180,13 @@ def test_shards_never_cross_a_split():
 # -- stopped and continued
 
 
-@pytest.mark.parametrize("place", [0, 2, 4, 10])
-def test_a_stopped_run_continues_to_the_same_bytes(source, tiny_encoder, tmp_path, undisturbed, place):
-    wire = Tripwire(source, source.rows[place].id, stop)
+@pytest.mark.parametrize("index", [0, 2, 4, 10])
+def test_a_stopped_run_continues_to_the_same_bytes(source, tiny_encoder, tmp_path, undisturbed, index):
+    wire = Tripwire(source, source.rows[index].id, stop)
     with pytest.raises(KeyboardInterrupt, match=r"of 5 shards are finished in .* run the same command again"):
         extract(wire, tiny_encoder, tmp_path / "cache", **SMALL)
     before = finished(tmp_path / "cache")
-    assert len(before) == {0: 0, 2: 0, 4: 1, 10: 4}[place]
+    assert len(before) == {0: 0, 2: 0, 4: 1, 10: 4}[index]
     summary = extract(source, tiny_encoder, tmp_path / "cache", **SMALL)
     assert (summary.kept, summary.images) == (len(before), 11)
     assert summary.encoded == 11 - sum(FeatureCache.open(tmp_path / "cache").records[int(n)].rows for n in before)
@@ -258,7 +258,7 @@ def test_kill_9_and_continue_gives_the_same_bytes(
     assert list(out.rglob("*.tmp")) == []
 
 
-# -- what is found on resume
+# -- what is manifest on resume
 
 
 def test_nothing_is_done_twice(source, tiny_encoder, tmp_path, undisturbed):
@@ -398,7 +398,7 @@ def test_verify_is_content_with_a_sound_cache(source, tiny_encoder, tmp_path, un
     assert (summary.shards, summary.images, summary.encoded) == (5, 11, 0)
 
 
-def test_verify_lists_every_problem_and_mends_none(source, tiny_encoder, tmp_path, undisturbed):
+def test_verify_lists_every_problem_and_repairs_none(source, tiny_encoder, tmp_path, undisturbed):
     out = tmp_path / "undisturbed"
     _flip(out / "shards/00001.h5")
     (out / "shards/00003.json").unlink()
@@ -627,6 +627,6 @@ def test_a_bar_is_drawn_when_asked_for(source, tiny_encoder, tmp_path, capsys):
     assert all(stage in shown for stage in ("read", "encode", "write"))
 
 
-def test_nothing_is_drawn_where_nobody_watches(source, tiny_encoder, tmp_path, capfd):
+def test_nothing_is_drawn_where_there_is_no_terminal(source, tiny_encoder, tmp_path, capfd):
     extract(source, tiny_encoder, tmp_path / "cache", **SMALL)
     assert capfd.readouterr() == ("", "")

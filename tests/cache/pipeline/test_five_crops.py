@@ -14,17 +14,17 @@ from ulfine_fast.cache.pipeline.five_crops import NUM_CROPS, Cropped, crop_box
 def test_the_boxes_are_those_of_five_crop_after_a_resize_to_248(size):
     # every pixel tells where it stands
     x, y = np.meshgrid(np.arange(size[0]), np.arange(size[1]))
-    places = Image.fromarray(np.stack([x * 255 // size[0], y * 255 // size[1], 0 * x], axis=-1).astype(np.uint8))
-    theirs = v2.FiveCrop(224)(v2.Resize(248, interpolation=v2.InterpolationMode.BICUBIC)(places))
+    coordinates = Image.fromarray(np.stack([x * 255 // size[0], y * 255 // size[1], 0 * x], axis=-1).astype(np.uint8))
+    expected = v2.FiveCrop(224)(v2.Resize(248, interpolation=v2.InterpolationMode.BICUBIC)(coordinates))
     # torchvision: top left, top right, bottom left, bottom right, middle
-    for place, crop in enumerate(theirs):
-        ours = Cropped(lambda one: one.resize((224, 224), Image.Resampling.BICUBIC), place)(places)
-        assert np.abs(np.asarray(ours).astype(int) - np.asarray(crop)).max() <= 2
+    for number, crop in enumerate(expected):
+        actual = Cropped(lambda one: one.resize((224, 224), Image.Resampling.BICUBIC), number)(coordinates)
+        assert np.abs(np.asarray(actual).astype(int) - np.asarray(crop)).max() <= 2
 
 
 def test_crops_lie_inside_and_are_square():
     for size in ((1, 1), (2, 9), (31, 20), (333, 500)):
-        boxes = [crop_box(size, place) for place in range(NUM_CROPS)]
+        boxes = [crop_box(size, number) for number in range(NUM_CROPS)]
         for left, top, right, bottom in boxes:
             assert 0 <= left < right <= size[0]
             assert 0 <= top < bottom <= size[1]

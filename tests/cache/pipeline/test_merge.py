@@ -27,7 +27,7 @@ from ulfine_fast.cache.store import FeatureCache
 
 @pytest.fixture
 def two(tmp_path):
-    """Two caches with one class in common, in another place."""
+    """Two caches with one class in common, under another index."""
     write_named_cache(tmp_path / "pets", ["cat", "dog"], skipped=1)
     write_named_cache(tmp_path / "zoo", ["emu", "dog", "yak"])
     return tmp_path / "pets", tmp_path / "zoo"
@@ -58,9 +58,9 @@ def test_rows_come_split_by_split_and_keep_every_bit(two, tmp_path):
         assert both.splits[rows].tolist() == cache.splits.tolist()
         names, merged_names = [*cache.class_names, None], [*both.class_names, None]
         assert [merged_names[k] for k in both.labels[rows]] == [names[k] for k in cache.labels]
-        places = np.searchsorted(both.view_rows, np.asarray(rows)[cache.view_rows])
+        view_indices = np.searchsorted(both.view_rows, np.asarray(rows)[cache.view_rows])
         for kind in ("weak", "strong"):
-            assert np.array_equal(both.views(kind)[places], cache.views(kind))
+            assert np.array_equal(both.views(kind)[view_indices], cache.views(kind))
 
 
 def test_texts_of_each_class_come_from_a_cache_that_has_it(two, tmp_path):

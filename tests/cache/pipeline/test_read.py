@@ -62,11 +62,11 @@ def test_large_images_look_the_same_however_they_are_read(large, tiny_encoder):
     exact, reduced, later = readers(large, tiny_encoder)
     wanted = exact.read(large.rows)
     for reader in (reduced, later):
-        found = reader.read(large.rows)
-        pixels = reader.pixels_on(HERE, found).unflatten(0, (4, 4)).numpy()
-        assert found.kept == wanted.kept
-        assert np.array_equal(found.scale, wanted.scale)
-        assert np.array_equal(found.flip, wanted.flip)
+        batch = reader.read(large.rows)
+        pixels = reader.pixels_on(HERE, batch).unflatten(0, (4, 4)).numpy()
+        assert batch.kept == wanted.kept
+        assert np.array_equal(batch.scale, wanted.scale)
+        assert np.array_equal(batch.flip, wanted.flip)
         difference = np.abs(pixels.astype(int) - wanted.pixels)[:, :2]  # plain and weak: no operation makes edges
         assert difference.max() <= 6
         assert difference.mean() < 0.7
@@ -95,12 +95,12 @@ def test_strong_views_on_a_device_are_the_drawn_ones(large, tiny_encoder):
     exact, later = (replace(one, recipe=ViewRecipe(weak=0, strong=12, seed=1)) for one in (exact, later))
     rows = [row for row in large.rows if row.id.endswith("d.png")]
     batch = later.read(rows)
-    wanted, found = exact.read(rows).pixels[0], later.pixels_on(HERE, batch).numpy()
+    wanted, pixels = exact.read(rows).pixels[0], later.pixels_on(HERE, batch).numpy()
     kinds = [{name for name, _ in one.operations} for one in batch.drawn]
     same = [i for i, names in enumerate(kinds) if names <= {"Identity", "Posterize", "Solarize", "Brightness"}]
     assert len(same) > 1
     for view in same:
-        assert np.quantile(np.abs(found[view].astype(int) - wanted[view]), 0.95) <= 8, kinds[view]
+        assert np.quantile(np.abs(pixels[view].astype(int) - wanted[view]), 0.95) <= 8, kinds[view]
 
 
 def test_rows_without_views_have_the_plain_one(images, tiny_encoder):
@@ -166,10 +166,10 @@ def test_a_source_may_make_images_of_others(large, tiny_encoder, tmp_path, later
     files = open_source(tmp_path / "cut")
     one = replace(readers(CutOuts(large), tiny_encoder)[1], on_device=later)
     two = replace(one, source=files)
-    found = [one.pixels_on(HERE, one.read([row])) for row in rows]
+    made = [one.pixels_on(HERE, one.read([row])) for row in rows]
     # the views are drawn by a row's id, and a file of another suffix has another: the plain view is the same
     by_name = {row.id.rsplit(".")[0]: row for row in files.rows}
-    for row, views in zip(rows, found, strict=True):
+    for row, views in zip(rows, made, strict=True):
         saved = two.pixels_on(HERE, two.read([by_name[row.id.rsplit(".")[0]]]))
         assert torch.equal(views[0], saved[0])
 

@@ -22,12 +22,12 @@ def images(count: int, *, wide: bool) -> list[Image.Image]:
     return [Image.fromarray(rng.integers(0, 256, (*shape, 3), dtype=np.uint8)) for shape in shapes]
 
 
-def flat(found: list[Image.Image]) -> torch.Tensor:
-    return torch.from_numpy(np.concatenate([np.asarray(one).reshape(-1) for one in found]))
+def flat(originals: list[Image.Image]) -> torch.Tensor:
+    return torch.from_numpy(np.concatenate([np.asarray(one).reshape(-1) for one in originals]))
 
 
-def sampled(found: list[Image.Image], windows: list, mirrored=None) -> Sampling:
-    sizes = np.array([(one.height, one.width) for one in found])
+def sampled(originals: list[Image.Image], windows: list, mirrored=None) -> Sampling:
+    sizes = np.array([(one.height, one.width) for one in originals])
     shape = np.array(windows).shape[:2]
     return Sampling(sizes, np.array(windows), np.zeros(shape, bool) if mirrored is None else mirrored)
 
@@ -46,9 +46,9 @@ def open_clips(squash: bool, filter_: str) -> Compose:
 @pytest.mark.parametrize("filter_", ["bicubic", "bilinear"])
 @pytest.mark.parametrize("squash", [False, True])
 def test_the_plain_view_is_torchvisions(way, filter_, squash):
-    found, how = images(40, wide=True), Resampling(SIDE, squash, filter_)
-    views = way(flat(found), sampled(found, [[how.whole(one.height, one.width)] for one in found]), how)
-    wanted = np.stack([np.asarray(open_clips(squash, filter_)(one)) for one in found])
+    originals, how = images(40, wide=True), Resampling(SIDE, squash, filter_)
+    views = way(flat(originals), sampled(originals, [[how.whole(one.height, one.width)] for one in originals]), how)
+    wanted = np.stack([np.asarray(open_clips(squash, filter_)(one)) for one in originals])
     difference = np.abs(bytes_of(views)[:, 0] - wanted)
     assert views.shape == (40, 1, 3, SIDE, SIDE)
     # PIL may go along the columns first, which rounds otherwise beside the sharpest edges
@@ -57,9 +57,11 @@ def test_the_plain_view_is_torchvisions(way, filter_, squash):
 
 
 def test_tall_images_differ_by_a_rounding_at_most_nearly_everywhere():
-    found, how = images(40, wide=False), Resampling(SIDE)
-    views = by_products(flat(found), sampled(found, [[how.whole(one.height, one.width)] for one in found]), how)
-    wanted = np.stack([np.asarray(open_clips(False, "bicubic")(one)) for one in found])
+    originals, how = images(40, wide=False), Resampling(SIDE)
+    views = by_products(
+        flat(originals), sampled(originals, [[how.whole(one.height, one.width)] for one in originals]), how
+    )
+    wanted = np.stack([np.asarray(open_clips(False, "bicubic")(one)) for one in originals])
     difference = np.abs(bytes_of(views)[:, 0] - wanted)
     assert np.quantile(difference, 0.97) <= 1
     assert difference.max() < 64
@@ -79,8 +81,8 @@ def test_a_slow_loop_by_the_definition_gives_the_same_bytes():
 def slow(line: np.ndarray, window: Window, side: int) -> np.ndarray:
     """One row of pixels (n, 3), resized: Keys' cubic, widened where it shrinks, rounded to bytes."""
     out = []
-    for place in range(side):
-        center, spread = window.start + (place + 0.5) * window.step, max(1.0, window.step)
+    for position in range(side):
+        center, spread = window.start + (position + 0.5) * window.step, max(1.0, window.step)
         weights = []
         for source in range(len(line)):
             x = abs((source + 0.5 - center) / spread)
@@ -104,15 +106,15 @@ def test_crops_and_mirrors(way):
 
 
 def test_images_worked_on_apart_are_the_same(monkeypatch):
-    found, how = images(30, wide=True), Resampling(SIDE)
-    sampling = sampled(found, [[how.whole(one.height, one.width)] for one in found])
-    together = by_products(flat(found), sampling, how)
+    originals, how = images(30, wide=True), Resampling(SIDE)
+    sampling = sampled(originals, [[how.whole(one.height, one.width)] for one in originals])
+    together = by_products(flat(originals), sampling, how)
     monkeypatch.setattr(resample, "_CHUNK_VALUES", 20_000)
-    assert torch.equal(by_products(flat(found), sampling, how), together)
+    assert torch.equal(by_products(flat(originals), sampling, how), together)
 
 
-def test_a_reduced_image_shows_the_same_place():
-    """A ramp halved along both sides, of an odd length, so that the last pixel stands for less than two."""
+def test_a_reduced_image_shows_the_same_part():
+    """A ramp halved along both sides, of an odd length, so that the last pixel covers less than two."""
     ramp = np.arange(201, dtype=np.uint8)[None, :, None]
     image = Image.fromarray(np.broadcast_to(ramp, (201, 201, 3)).copy())
     half, how = image.reduce(2), Resampling(SIDE)
@@ -124,7 +126,7 @@ def test_a_reduced_image_shows_the_same_place():
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 def test_a_gpu_gives_the_same_bytes():
-    found, how = images(40, wide=True), Resampling(SIDE)
-    sampling = sampled(found, [[how.whole(one.height, one.width)] for one in found])
-    there, here = resampled(flat(found).cuda(), sampling, how).cpu(), by_products(flat(found), sampling, how)
+    originals, how = images(40, wide=True), Resampling(SIDE)
+    sampling = sampled(originals, [[how.whole(one.height, one.width)] for one in originals])
+    there, here = resampled(flat(originals).cuda(), sampling, how).cpu(), by_products(flat(originals), sampling, how)
     assert (there.int() - here.int()).abs().max() <= 1

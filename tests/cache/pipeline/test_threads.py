@@ -25,9 +25,9 @@ def test_several_work_at_once_each_on_one_core():
         meeting.wait()
         return threading.get_ident(), torch.get_num_threads()
 
-    found = list(map_on_cores(work, range(4), 2))
-    assert len({ident for ident, _ in found}) == 2
-    assert {number for _, number in found} == {1}
+    results = list(map_on_cores(work, range(4), 2))
+    assert len({ident for ident, _ in results}) == 2
+    assert {number for _, number in results} == {1}
     assert torch.get_num_threads() == before
 
 
@@ -39,35 +39,35 @@ def test_items_are_drawn_only_a_few_ahead():
             drawn.append(item)
             yield item
 
-    found = map_on_cores(lambda item: item, items(), 2)
-    assert next(found) == 0
+    results = map_on_cores(lambda item: item, items(), 2)
+    assert next(results) == 0
     assert len(drawn) <= 4
-    found.close()
+    results.close()
     assert len(drawn) <= 5
 
 
 @pytest.mark.parametrize("threads", [0, 2])
-def test_an_error_comes_out_in_its_place(threads):
+def test_an_error_is_raised_at_its_items_turn(threads):
     def work(item):
         if item == 3:
             raise ValueError("no")
         return item
 
-    found = map_on_cores(work, range(10), threads)
-    assert [next(found) for _ in range(3)] == [0, 1, 2]
+    results = map_on_cores(work, range(10), threads)
+    assert [next(results) for _ in range(3)] == [0, 1, 2]
     with pytest.raises(ValueError, match="no"):
-        next(found)
+        next(results)
 
 
-def test_who_stops_listening_leaves_no_thread():
+def test_stopping_early_leaves_no_thread():
     alive, before = threading.active_count(), torch.get_num_threads()
-    found = map_on_cores(lambda item: item, range(1000), 3)
-    assert next(found) == 0
-    found.close()
+    results = map_on_cores(lambda item: item, range(1000), 3)
+    assert next(results) == 0
+    results.close()
     assert (threading.active_count(), torch.get_num_threads()) == (alive, before)
 
 
-def test_the_number_of_cores_is_put_back():
+def test_the_number_of_cores_is_restored():
     before = torch.get_num_threads()
     with one_core():
         assert torch.get_num_threads() == 1

@@ -437,7 +437,7 @@ def test_skipped_images_are_counted_and_listed(tmp_path, names, tiny_encoder):
 def test_too_many_skipped_images_stop_the_work(tmp_path, names, tiny_encoder):
     members = {f"{number}.png": b"no image" for number in range(6)}
     source = one(tmp_path, names, members, "train.tar")
-    with pytest.raises(InputError, match="more than the share of"):
+    with pytest.raises(InputError, match="more than the fraction of"):
         extract(source, tiny_encoder, tmp_path / "cache", **SMALL, shard_size=4)
 
 

@@ -59,11 +59,11 @@ def print_forecast(content: dict[str, Any]) -> None:
     from ulfine_fast.related.forecast.forecast import FORECASTERS  # start-up: it imports NumPy
 
     if content["forecast"] is None:
-        typer.echo(f"\nno forecast: {content['refused']}")
+        typer.echo(f"no forecast: {content['refused']}")
         return
     largest = content["curve"]["budgets"][-1]
     target = content["forecast"]["target"]
-    typer.echo(f"\n{content['metric']} on validation, forecast from {largest:g} to {target:g} {content['over']}:")
+    typer.echo(f"{content['metric']} on validation, forecast from {largest:g} to {target:g} {content['over']}:")
     for name, estimate in content["forecast"]["figures"].items():
         value, low, high = (100 * estimate[key] for key in ("value", "low", "high"))
         typer.echo(f"  {FORECASTERS[name]}: {value:.1f} ({low:.1f} to {high:.1f})")

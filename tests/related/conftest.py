@@ -1,0 +1,7 @@
+"""The small worlds of the methods' tests."""
+
+from __future__ import annotations
+
+from tests.methods.conftest import world
+
+__all__ = ["world"]
