@@ -99,7 +99,7 @@ def read_regular_file(path: Path, max_bytes: int) -> bytes:
         size = os.fstat(file.fileno()).st_size
         if size > max_bytes:
             raise OSError(errno.EFBIG, f"{size} bytes, at most {max_bytes} are read", str(path))
-        return file.read(max_bytes)
+        return file.read(size)  # not max_bytes, which python would allocate
 
 
 @contextmanager
