@@ -18,6 +18,7 @@ from sklearn.utils.validation import (
     validate_data,
 )
 
+from ulfine_fast.cache.arrays import refuse_masked, split_missing
 from ulfine_fast.cache.io.errors import InputError
 from ulfine_fast.cache.store import FeatureCache
 from ulfine_fast.config import FitConfig, own_options, shared_options
@@ -122,8 +123,8 @@ class FeatureClassifier(ClassifierMixin, BaseEstimator):
 
         Args:
             X: features (n, D).
-            y: (n,) classes of any type; -1 (or "-1", None or NaN among texts) marks rows without one. Where y is all
-                -1 and one other number, as in two-class problems of old, both are classes.
+            y: (n,) classes of any type; -1, "-1" and what is missing (None, NaN, `pandas.NA`, null, masked) mark rows
+                without one. Where y is all -1 and one other number, as in two-class problems of old, both are classes.
             sample_weight: (n,) at least 0; 0 leaves a row out. Weights that are not whole are approximated.
             weak: features of weakly augmented views (n, V, D); by default the rows themselves.
             strong: of strongly augmented views (n, V, D), likewise.
@@ -133,6 +134,7 @@ class FeatureClassifier(ClassifierMixin, BaseEstimator):
         """
         if y is None:
             raise InputError(f"{type(self).__name__} requires y to be passed, but the target y is None")
+        refuse_masked("X", X)
         rows: NDArray[np.float64] = validate_data(self, X, dtype=np.float64, ensure_min_samples=2)
         weights = _check_sample_weight(sample_weight, rows, dtype=np.float64, ensure_non_negative=True)
         names, known = self._labels(y, weights)
@@ -167,15 +169,17 @@ class FeatureClassifier(ClassifierMixin, BaseEstimator):
 
     def _logits(self, X: ArrayLike) -> NDArray[np.float64]:
         check_is_fitted(self, "run_")
+        refuse_masked("X", X)
         rows = validate_data(self, X, dtype=np.float64, reset=False)
         return self.run_.logits(rows, exact=True).astype(np.float64)
 
     def _labels(self, y: ArrayLike, weights: NDArray[np.float64]) -> tuple[NDArray[Any], NDArray[np.int64]]:
         """The known classes of rows that count, and which rows these are."""
-        labels: NDArray[Any] = column_or_1d(y, warn=True, dtype=None)
+        values, missing = split_missing(y)
+        labels: NDArray[Any] = column_or_1d(values, warn=True, dtype=None)
         if len(labels) != len(weights):
             raise InputError(f"X has {len(weights)} rows and y {len(labels)}; they must be as many")
-        known = np.flatnonzero(_is_known(labels) & (weights > 0))
+        known = np.flatnonzero(_is_known(labels, missing.reshape(-1)) & (weights > 0))
         if labels.dtype.kind == "f":
             check_classification_targets(labels[known])
         return labels[known], known
@@ -247,13 +251,15 @@ class FixMatchClassifier(FeatureClassifier):
     __init__ = _initializer(_method)
 
 
-def _is_known(y: NDArray[Any]) -> NDArray[np.bool_]:
-    """Which of (n,) are classes."""
+def _is_known(y: NDArray[Any], missing: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Which of (n,) are classes; of them, `missing` have no value."""
     if y.dtype.kind in "OUS":
-        return np.array([not (v is None or v != v or str(v) == str(UNLABELED)) for v in y], dtype=np.bool_)
-    known = (y != UNLABELED) & (y == y)
+        # Whatever a missing value is, it may be unable to say what it is equal to.
+        return np.array([not (gone or str(v) == str(UNLABELED)) for v, gone in zip(y, missing, strict=True)], np.bool_)
+    present = ~missing
+    known = (y != UNLABELED) & present
     # two classes may be called -1 and 1; with but one class beside it, -1 could mean nothing else
-    return y == y if len(np.unique(y[known])) == 1 else known
+    return present if len(np.unique(y[known])) == 1 else known
 
 
 def _multiplicity(weights: NDArray[np.float64]) -> NDArray[np.int64]:

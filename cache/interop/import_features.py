@@ -21,6 +21,7 @@ from ulfine_fast.cache.interop.export import FORMAT, NOTE
 from ulfine_fast.cache.interop.external_features import ExternalFeatures, OpenedFiles, RowLabels, check_texts
 from ulfine_fast.cache.io.errors import InputError
 from ulfine_fast.cache.io.paths import to_path
+from ulfine_fast.cache.io.tables import label_key
 from ulfine_fast.cache.manifest import Manifest
 from ulfine_fast.cache.models.prompts import DEFAULT_PROMPTS, fill_prompts
 from ulfine_fast.cache.pipeline.fill import FillSummary, ShardContent, create_cache, ready_shards
@@ -114,6 +115,7 @@ def _class_names(path: Path, opened: OpenedFiles, class_names: Sequence[str] | N
         names = check_texts(array, len(array) if array.ndim else 0, f"class_names of {path}")
     else:
         names = sorted(opened.rows.names or [])
+    names = [label_key(name) for name in names]
     if not names:
         raise InputError(
             f"nothing in {path} names the classes; give --class-names FILE, one name a line in label order"

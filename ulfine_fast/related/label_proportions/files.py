@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ulfine_fast.cache.io.errors import InputError
-from ulfine_fast.cache.io.tables import label_text, read_table
+from ulfine_fast.cache.io.tables import label_key, label_text, read_table
 from ulfine_fast.data.splits import Split
 from ulfine_fast.related.label_proportions.bags import Bags
 
@@ -115,9 +115,10 @@ def _proportions(path: Path, classes: list[str]) -> dict[str, NDArray[np.float64
         entries = [(bag, name, text) for name in columns for bag, text in zip(bags, table.texts(name), strict=True)]
 
     values: dict[str, dict[str, float]] = {bag: {} for bag in bags}
+    written = {label_key(name): name for name in classes}
     for bag, label, text in entries:
-        name = label if label in classes else label_text(label)
-        if name not in classes:
+        name = written.get(label_key(label), written.get(label_text(label)))
+        if name is None:
             raise InputError(f"{path} names class {label!r}, which is none of {', '.join(classes)}")
         if name in values[bag]:
             raise InputError(f"{path} gives two proportions of class {name!r} in bag {bag!r}; keep one")
