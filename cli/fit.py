@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from ulfine_fast.cache.io.terminal import printable
 from ulfine_fast.cli.options import options_with_file, print_warnings, with_method_options
 
 
@@ -80,5 +81,5 @@ def fit(
                 typer.echo(f"run: {out}")
         if failed:
             for run in failed:
-                typer.echo(f"error: {run.failure}", err=True)
+                typer.echo(f"error: {printable(run.failure)}", err=True)
             raise typer.Exit(1)
