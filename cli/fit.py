@@ -39,10 +39,9 @@ def fit(
 
     from ulfine_fast.cache.store import FeatureCache
     from ulfine_fast.data.corrections import corrected, corrected_split, read_corrections
-    from ulfine_fast.data.splits import read_split
     from ulfine_fast.engine.checkpoint import saved_step
     from ulfine_fast.engine.fit import fit_many
-    from ulfine_fast.runs.files import load_runs
+    from ulfine_fast.runs.files import load_runs, split_at
     from ulfine_fast.runs.folder import CHECKPOINT, locked
     from ulfine_fast.runs.loggers import log_run, refuse_unknown
     from ulfine_fast.runs.seeds import refuse_other_content, save_runs
@@ -54,7 +53,7 @@ def fit(
 
     # features and split, under corrected labels where there are any
     features = FeatureCache.open(cache)
-    saved_split = None if split is None else read_split(split, features.ids)
+    saved_split = None if split is None else split_at(split, features.ids)
     if labels is not None:
         corrections = read_corrections(labels)
         features = corrected(features, corrections)

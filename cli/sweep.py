@@ -66,7 +66,7 @@ def sweep(
     """Search for the best settings on validation; a setting given as an option holds for every trial."""
     # start-up: these import torch
     from ulfine_fast.cache.store import FeatureCache
-    from ulfine_fast.data.splits import read_split
+    from ulfine_fast.runs.files import split_at
     from ulfine_fast.search.on_ray import RayWorkers
     from ulfine_fast.search.sweep import sweep as run_sweep
 
@@ -89,7 +89,7 @@ def sweep(
         refit_seeds=refit_seeds,
         storage=storage,
         study=study,
-        split=None if split is None else read_split(split, features.ids),
+        split=None if split is None else split_at(split, features.ids),
         device=device,
         engine=engine,
         ray=None if ray is None else RayWorkers(ray, ray_cpus, ray_gpus),

@@ -23,7 +23,7 @@ from ulfine_fast.cache.io.errors import InputError
 from ulfine_fast.cache.io.files import opened_regular_file, read_regular_file
 from ulfine_fast.cache.io.json_files import MAX_BYTES, check_schema, parse_json
 from ulfine_fast.cache.io.paths import names_another_machine
-from ulfine_fast.data.splits import MAX_SPLIT_BYTES, SavedSplit
+from ulfine_fast.data.splits import MAX_SPLIT_BYTES, SavedSplit, Split, read_split
 from ulfine_fast.runs.folder import (
     CONFIG,
     FILES,
@@ -386,6 +386,21 @@ def load_run(folder: Path) -> RunFiles:
         metrics=metrics,
         history=_read_history(folder / "history.csv", needed=bool(numbers.steps)),
     )
+
+
+def split_at(path: Path, ids: list[str]) -> Split:
+    """The split in a file or a run folder, the run checked as a whole.
+
+    Args:
+        path: a split.json, or a folder that holds one.
+        ids: the cache's image ids, in row order.
+
+    Raises:
+        InputError: no split there, of a run that has changed since it was saved, or an image the cache lacks.
+    """
+    if (path / CONFIG).exists():
+        load_run(path)
+    return read_split(path, ids)
 
 
 def load_runs(paths: Sequence[Path]) -> list[RunFiles]:
