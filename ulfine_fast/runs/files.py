@@ -212,7 +212,8 @@ class RunFiles:
         from safetensors.torch import load_file
 
         try:
-            return load_file(file)
+            with opened_regular_file(file):  # a pipe would be waited for
+                return load_file(file)
         # the library has errors of its own for a header of other types
         except (SafetensorError, OSError, ValueError, TypeError, KeyError, RuntimeError, OverflowError) as error:
             raise InputError(f"{file} cannot be read ({_one_line(error)}); it is cut or damaged, {_FIX}") from error
