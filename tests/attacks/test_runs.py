@@ -5,12 +5,17 @@ A few hundred damages by default, as many as `--mutations N` says otherwise.
 
 from __future__ import annotations
 
+import errno
 import faulthandler
 import hashlib
 import json
+import os
 import random
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +26,8 @@ from tests.cache.samples import write_cache
 from tests.cli.test_bad_input import run as command
 from ulfine_fast import InputError, Run
 from ulfine_fast.cache.io.digests import BLANK, sealed
-from ulfine_fast.runs.files import load_run
+from ulfine_fast.runs.files import load_run, load_runs
+from ulfine_fast.runs.seeds import save_runs
 
 DEFAULT = 400
 HANG_SECONDS = 60
@@ -219,3 +225,128 @@ def test_a_history_of_other_texts_is_refused_though_the_digests_fit(world, tmp_p
     (tmp_path / "run" / "history.csv").write_bytes(text)
     reseal(tmp_path / "run")
     assert refuses(["eval", tmp_path / "run"])
+
+
+@pytest.mark.parametrize("seeds", [1, 2])
+def test_a_refit_killed_at_any_write_leaves_no_mixed_run(world, tmp_path, request, seeds):
+    """Old runs, new runs, or folders that are refused and that the same command finishes.
+
+    With `--mutations` the whole command is killed, without it the save at its end, where all writes to runs are.
+    """
+    what = "fit" if request.config.getoption("--mutations") else "save"
+    (tmp_path / "cache").symlink_to(world / "cache")
+    options = ["--seeds", str(seeds), "--steps", "2", "--eval-every", "2", "--method"]
+    (tmp_path / "after.json").write_text(json.dumps([*options, "lightweight"]))
+    done = command("fit", tmp_path / "cache", "--out", tmp_path / "before", *options, "linear_probe")
+    assert done.exit_code == 0, done.output
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.attacks.kills", str(tmp_path), str(seeds), what],
+        cwd=Path(__file__).parents[2],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    print(result)  # shown with -rP
+    assert result["points"] > 60
+    assert (result["mixed"], result["unfinished"], result["left"]) == ([], [], [])
+    assert min(result["old"], result["refused"], result["new"]) > 0
+
+
+def fit_into(world: Path, out: Path, *options: Any) -> Any:
+    return command("fit", world / "cache", "--out", out, "--steps", 2, "--eval-every", 2, *options)
+
+
+def test_the_second_fit_into_one_folder_is_refused(world, tmp_path):
+    """As long as the first one lives, which may end by a kill."""
+    out = tmp_path / "run"
+    assert fit_into(world, out, "--method", "linear_probe").exit_code == 0
+    before = files_of(out)
+    code = """
+import sys
+from pathlib import Path
+from ulfine_fast.runs.folder import locked
+with locked(Path(sys.argv[1])):
+    print("here", flush=True)
+    sys.stdin.read()
+"""
+    with subprocess.Popen(
+        [sys.executable, "-c", code, str(out)],
+        cwd=Path(__file__).parents[2],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as first:
+        assert first.stdout is not None
+        assert first.stdout.readline() == "here\n"
+        done = fit_into(world, out, "--method", "lightweight")
+        assert done.exit_code == 2
+        assert done.stderr == (
+            f"error: another process writes to {out}; wait for it or end it, or name another folder with --out\n"
+        )
+        with pytest.raises(InputError, match="another process writes to"):
+            Run.load(out).save(out)
+        first.kill()
+    assert {name: data for name, data in files_of(out).items() if name != ".lock"} == before
+    assert fit_into(world, out, "--method", "lightweight").exit_code == 0
+    assert Run.load(out).config.method == "lightweight"
+    assert not (out / ".lock").exists()
+
+
+def test_the_lock_is_not_written_through_a_link(world, tmp_path):
+    out, precious = tmp_path / "run", tmp_path / "precious"
+    precious.write_text("mine")
+    out.mkdir()
+    (out / ".lock").symlink_to(precious)
+    done = fit_into(world, out)
+    assert done.exit_code == 2
+    assert damages.is_sentence(done.stderr)
+    assert precious.read_text() == "mine"
+
+
+def test_a_full_disk_leaves_the_earlier_run(world, tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    assert fit_into(world, out, "--method", "linear_probe").exit_code == 0
+    before = files_of(out)
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("pyarrow.parquet.write_table", full)
+    done = fit_into(world, out, "--method", "lightweight")
+    assert (done.exit_code, done.stderr) == (2, f"error: cannot write the run to {out}: No space left on device\n")
+    assert files_of(out) == before
+
+
+def test_a_folder_of_another_program_is_not_replaced(world, tmp_path):
+    """Though it has a config.json as well."""
+    out = tmp_path / "model"
+    out.mkdir()
+    (out / "config.json").write_text('{"hidden_size": 384}')
+    (out / "model.safetensors").write_bytes(b"weights")
+    before = files_of(out)
+    done = fit_into(world, out)
+    assert done.exit_code == 2
+    assert "exists and is no run; name a new folder" in done.stderr
+    assert files_of(out) == before
+
+
+def test_the_run_of_a_seed_that_diverged_does_not_stay_beside_new_ones(world, tmp_path):
+    out = tmp_path / "runs"
+    assert fit_into(world, out, "--method", "linear_probe", "--seeds", 2).exit_code == 0
+    runs = [Run.load(out / f"seed-{seed}") for seed in range(2)]
+    runs[0].config = replace(runs[0].config, lr=0.7)
+    runs[1].status, runs[1].metrics = "failed", {"failed_at": 2}
+    save_runs(runs, out)
+    assert [run.config["lr"] for run in load_runs([out])] == [0.7]
+    assert json.loads((out / "summary.json").read_text())["seeds"] == [0]
+
+
+def test_a_class_name_that_is_no_unicode_is_saved_as_an_escape(world, tmp_path):
+    run = Run.load(world / "run")
+    run.class_names = ["cat", "d\udcffog"]
+    run.cache_path = Path("/data/\udcff")
+    again = Run.load(run.save(tmp_path / "run"))
+    assert (again.class_names, again.cache_path) == (["cat", r"d\udcffog"], Path(r"/data/\udcff"))
