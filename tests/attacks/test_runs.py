@@ -68,8 +68,8 @@ def as_version_1(files: dict[str, bytes]) -> dict[str, bytes]:
 
 def reseal(folder: Path) -> None:
     """Give the files of a run new digests, as a program would that means the change."""
-    if not all(path.is_file() for path in folder.iterdir()):
-        return  # a device would be read for ever
+    if not all(path.is_file() and not path.is_symlink() for path in folder.iterdir()):
+        return  # a device would be read for ever, and a link written through
     try:
         config = json.loads((folder / "config.json").read_bytes())
         config["digests"] = {
