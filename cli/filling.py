@@ -110,7 +110,7 @@ def print_copied(summary: FillSummary, as_json: bool) -> None:
         return
     kept = f", {summary.kept} of them finished before and kept" if summary.kept else ""
     shards = count_shards(summary.shards)
-    typer.echo(f"{summary.out}: {summary.images} images of {summary.classes} classes in {shards}{kept}")
+    typer.echo(f"{printable(summary.out)}: {summary.images} images of {summary.classes} classes in {shards}{kept}")
     if summary.normalised:
         typer.echo(f"{summary.normalised} rows had another length than 1 and got it")
 

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from ulfine_fast.cache.io.terminal import printable
 from ulfine_fast.cli.options import options_with_file, print_warnings, with_method_options
 
 
@@ -38,10 +39,9 @@ def fit(
 
     from ulfine_fast.cache.store import FeatureCache
     from ulfine_fast.data.corrections import corrected, corrected_split, read_corrections
-    from ulfine_fast.data.splits import read_split
     from ulfine_fast.engine.checkpoint import saved_step
     from ulfine_fast.engine.fit import fit_many
-    from ulfine_fast.runs.files import load_runs
+    from ulfine_fast.runs.files import load_runs, split_at
     from ulfine_fast.runs.folder import CHECKPOINT, locked
     from ulfine_fast.runs.loggers import log_run, refuse_unknown
     from ulfine_fast.runs.seeds import refuse_other_content, save_runs
@@ -53,7 +53,7 @@ def fit(
 
     # features and split, under corrected labels where there are any
     features = FeatureCache.open(cache)
-    saved_split = None if split is None else read_split(split, features.ids)
+    saved_split = None if split is None else split_at(split, features.ids)
     if labels is not None:
         corrections = read_corrections(labels)
         features = corrected(features, corrections)
@@ -80,5 +80,5 @@ def fit(
                 typer.echo(f"run: {out}")
         if failed:
             for run in failed:
-                typer.echo(f"error: {run.failure}", err=True)
+                typer.echo(f"error: {printable(run.failure)}", err=True)
             raise typer.Exit(1)

@@ -39,7 +39,7 @@ def inspect(
             console.print(_skipped(summary))
         console.print("check: every checksum, shape and value is right" if not summary["problems"] else "check: failed")
         if warning is not None:
-            console.print(f"warning: {warning}", style="yellow", markup=False, soft_wrap=True)
+            console.print(f"warning: {printable(warning)}", style="yellow", markup=False, soft_wrap=True)
     problems = summary["problems"]
     if problems:
         raise InputError(f"{cache} has {len(problems)} problem{'s' * (len(problems) > 1)}: {'; '.join(problems)}")
@@ -53,7 +53,7 @@ def _about(summary: dict[str, Any]) -> Table:
     model, views, source = summary["model"], summary["views"], summary["source"]
     tag = f" ({model['pretrained']})" if model["pretrained"] else ""
     tokens = f", tokens {' and '.join(summary['tokens'])}" if summary["tokens"] else ""
-    table = Table(title=escape(str(summary["path"])), show_header=False, title_justify="left")
+    table = Table(title=escape(printable(summary["path"])), show_header=False, title_justify="left")
     rows = {
         "model": f"{model['name']}{tag}, weights {model['sha256'][:12]}, {summary['precision']}",
         "images": f"{summary['images']} from {source['kind']} {source.get('path') or source.get('name')}",
@@ -64,7 +64,7 @@ def _about(summary: dict[str, Any]) -> Table:
         "made by": summary["created_by"],
     }
     for name, value in rows.items():
-        table.add_row(name, escape(value))
+        table.add_row(name, "\n".join(escape(printable(line)) for line in value.split("\n")))
     return table
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import io
+import os
 import pkgutil
 import signal
 import sys
@@ -19,6 +20,7 @@ from typer.main import get_command
 
 from ulfine_fast._version import __version__
 from ulfine_fast.cache.io.errors import InputError
+from ulfine_fast.cache.io.terminal import printable
 from ulfine_fast.cli.commands import COMMANDS, Command, Group
 from ulfine_fast.cli.config_file import defaults_from, printed
 
@@ -46,7 +48,7 @@ def guarded(command: Callable[..., Any]) -> Callable[..., Any]:
         try:
             return command(*args, **options)
         except (InputError, OSError) as error:
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {printable(error)}", file=sys.stderr)
             raise typer.Exit(2) from None
         except KeyboardInterrupt as stop:
             print(str(stop) or "interrupted", file=sys.stderr)
@@ -153,12 +155,29 @@ def _about(
         try:
             context.default_map = defaults_from(config, context.command)
         except InputError as error:
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {printable(error)}", file=sys.stderr)
             raise typer.Exit(2) from None
+
+
+def open_closed_streams() -> None:
+    """Connect stdin, stdout and stderr to nothing where the caller closed them, as `2>&-` does.
+
+    Python has no stream there, which the first print would trip over, and the next file that is opened would get the
+    number of stderr, so that messages of a library would be written into it.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            # the lowest free number, which is this one
+            os.open(os.devnull, os.O_RDWR)
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(number, "r" if number == 0 else "w", encoding="utf-8", closefd=False))  # noqa: SIM115
 
 
 def main() -> None:
     """Run the command line."""
+    open_closed_streams()
     # A name that the terminal's encoding lacks is no reason to end with a traceback.
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):

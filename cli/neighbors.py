@@ -8,6 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
+from ulfine_fast.cache.io.terminal import printable
+
 
 def neighbors(
     cache: Annotated[Path, typer.Argument(help="Folder of the cache.")],
@@ -63,8 +65,8 @@ def _print(summary: dict[str, Any], limit: int) -> None:
     table = Table("first", "second", "cosine", "splits", "labels")
     for pair in summary["near_duplicates"][:limit]:
         table.add_row(
-            escape(pair["first"]),
-            escape(pair["second"]),
+            escape(printable(pair["first"])),
+            escape(printable(pair["second"])),
             f"{pair['cosine']:.4f}",
             " - ".join(pair["splits"]),
             "differ" if pair["different_labels"] else "",

@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from ulfine_fast.cache.io.terminal import printable
+
 
 def predict(
     run: Annotated[Path, typer.Argument(help="Run folder that `fit` wrote.")],
@@ -37,4 +39,4 @@ def predict(
         return
     typer.echo(f"{len(predictions.ids)} images: {out}")
     for name, reason in predictions.skipped:
-        typer.echo(f"skipped {name}: {reason}", err=True)
+        typer.echo(f"skipped {printable(name)}: {printable(reason)}", err=True)

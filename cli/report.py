@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from ulfine_fast.cache.io.terminal import printable
 from ulfine_fast.cli.options import with_old_name
 from ulfine_fast.report.choices import Projection
 
@@ -66,5 +67,7 @@ def report(
         typer.echo(json.dumps(written))
         return
     if read_image is None:
-        typer.echo(f"no images in the page: {no_images_because}; name their location with --images", err=True)
+        typer.echo(
+            f"no images in the page: {printable(no_images_because)}; name their location with --images", err=True
+        )
     typer.echo(f"report: {page} ({len(loaded)} runs, {size / 1e3:,.0f} kB)")

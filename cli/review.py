@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from ulfine_fast.cache.io.terminal import printable
 from ulfine_fast.cli.options import with_old_name
 
 
@@ -52,7 +53,9 @@ def review(
     server = make_server(session, token, port)
     address = f"http://{HOST}:{server.port}/{token}/"
     if session.no_images:
-        typer.echo(f"no images on the page: {session.no_images}; name their location with --images", err=True)
+        typer.echo(
+            f"no images on the page: {printable(session.no_images)}; name their location with --images", err=True
+        )
     typer.echo(json.dumps({"address": address, "labels": str(labels)}) if as_json else f"review: {address}")
     if open_page:
         webbrowser.open(address)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from ulfine_fast.cache.io.terminal import printable
 from ulfine_fast.cli.options import explicit_options, with_method_options
 from ulfine_fast.search.choices import Metric, Pruning, Sampler
 
@@ -65,7 +66,7 @@ def sweep(
     """Search for the best settings on validation; a setting given as an option holds for every trial."""
     # start-up: these import torch
     from ulfine_fast.cache.store import FeatureCache
-    from ulfine_fast.data.splits import read_split
+    from ulfine_fast.runs.files import split_at
     from ulfine_fast.search.on_ray import RayWorkers
     from ulfine_fast.search.sweep import sweep as run_sweep
 
@@ -88,7 +89,7 @@ def sweep(
         refit_seeds=refit_seeds,
         storage=storage,
         study=study,
-        split=None if split is None else read_split(split, features.ids),
+        split=None if split is None else split_at(split, features.ids),
         device=device,
         engine=engine,
         ray=None if ray is None else RayWorkers(ray, ray_cpus, ray_gpus),
@@ -99,7 +100,7 @@ def sweep(
         instead = f"ulfine-fast forecast {out} --over {forecast} --times {forecast_times:g}"
         typer.echo(f"warning: sweep --forecast is deprecated; use `{instead}` after the sweep", err=True)
     for sentence in result.warnings:
-        typer.echo(f"warning: {sentence}", err=True)
+        typer.echo(f"warning: {printable(sentence)}", err=True)
     if as_json:
         typer.echo(json.dumps(result.to_dict()))
         return
@@ -115,6 +116,7 @@ def _print(result: SweepResult) -> None:
     # start-up: Rich is slow to import
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     from ulfine_fast.cli.tables import print_metrics
@@ -127,7 +129,9 @@ def _print(result: SweepResult) -> None:
     for trial in result.leaderboard[:_ROWS]:
         intervals = [trial.metrics[name] for name in result.metrics]
         metrics = [f"{100 * i.mean:.1f}" + (f" ±{100 * i.half:.1f}" if i.n > 1 else "") for i in intervals]
-        params = [f"{value:.4g}" if isinstance(value, float) else str(value) for value in trial.params.values()]
+        params = [
+            f"{value:.4g}" if isinstance(value, float) else escape(printable(value)) for value in trial.params.values()
+        ]
         table.add_row(str(trial.rank), str(trial.trial), *metrics, *params)
     # wide enough for every column, so that a log file holds whole numbers
     Console(width=max(60 + 20 * len(table.columns), Console().width)).print(table)

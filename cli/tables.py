@@ -8,6 +8,8 @@ from typing import Any
 
 import typer
 
+from ulfine_fast.cache.io.terminal import printable
+
 COLUMNS = {
     "accuracy": "overall",
     "balanced_accuracy": "balanced",
@@ -32,6 +34,7 @@ def print_metrics(rows: Mapping[str, Mapping[str, Any]], *, as_json: bool = Fals
         return
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
@@ -39,7 +42,7 @@ def print_metrics(rows: Mapping[str, Mapping[str, Any]], *, as_json: bool = Fals
         table.add_column(title, justify="left" if title == "method" else "right", no_wrap=True)
     for method, metrics in rows.items():
         seeds = max((metric["n"] for metric in metrics.values()), default=0)
-        table.add_row(method, str(seeds), *(_cell(metrics.get(name), name) for name in COLUMNS))
+        table.add_row(escape(printable(method)), str(seeds), *(_cell(metrics.get(name), name) for name in COLUMNS))
     # wide enough for every column, so that a log file holds whole numbers
     Console(width=max(130, Console().width)).print(table)
 

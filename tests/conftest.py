@@ -8,6 +8,10 @@ import pytest
 from ulfine_fast import FeatureCache, FitConfig
 
 
+def pytest_addoption(parser):
+    parser.addoption("--mutations", type=int, default=0, help="damages of each kind of folder; 0 for a few hundred")
+
+
 def unit(rows):
     return rows / np.linalg.norm(rows, axis=-1, keepdims=True)
 

@@ -42,6 +42,15 @@ def to_path(location: str | Path) -> Path:
     return cast(Path, _connect(f"{url[1]}://{url[2].rstrip('/')}"))
 
 
+def names_another_machine(location: str) -> bool:
+    """Whether opening a location may send a request to another machine: a URL, or a chain or pattern with one in it.
+
+    A location that a file names is asked so before it is opened; nothing is sent for the answer.
+    """
+    url = _URL.match(location)
+    return "::" in location or ("{" in location and ":" in location) or (url is not None and url[1] not in _LOCAL)
+
+
 def is_remote(path: Path) -> bool:
     """Whether a path leads to another machine's store."""
     return isinstance(path, RemotePath)

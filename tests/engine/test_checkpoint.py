@@ -15,6 +15,7 @@ import torch
 from tests.conftest import make_clusters
 from ulfine_fast import FitConfig, InputError, fit, fit_many
 from ulfine_fast.cache.io import files as atomic
+from ulfine_fast.data.splits import draw_split
 from ulfine_fast.engine import checkpoint, scheduling
 from ulfine_fast.engine.trial_batch import TrialBatch
 
@@ -29,6 +30,10 @@ def mixed():
         FitConfig(**WILD, seed=2, rank=5, patience=1),
         FitConfig(**WILD, seed=3, method="ulfine_plus"),
     ]
+
+
+def draw(cache, config):
+    return draw_split(cache.labels, cache.splits, cache.class_names, config)
 
 
 def same(runs, others):
@@ -194,10 +199,50 @@ def test_a_checkpoint_of_other_splits_or_another_version_is_refused(clusters, in
 def test_a_damaged_checkpoint_is_named(clusters, interrupted):
     path = next(interrupted.glob("batch-*"))
     path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(InputError, match=r"batch-0\.safetensors is damaged .*; remove .* to start anew"):
+    with pytest.raises(InputError, match=r"batch-0\.safetensors in .* is damaged .*; remove .* to start anew"):
         fit(clusters, FitConfig(**WILD), checkpoint=interrupted)
     (interrupted / "head.json").write_text("{")
-    with pytest.raises(InputError, match=r"head\.json is damaged"):
+    with pytest.raises(InputError, match=r"head\.json cannot be read .*; remove .* to start anew"):
+        fit(clusters, FitConfig(**WILD), checkpoint=interrupted)
+
+
+@pytest.mark.parametrize("name", ["head.json", "batch-0.safetensors"])
+def test_any_changed_byte_is_refused(clusters, interrupted, name):
+    random = np.random.default_rng(0)
+    whole = (interrupted / name).read_bytes()
+    for position in [*range(9), *random.integers(0, len(whole), 200)]:
+        changed = bytearray(whole)
+        changed[position] ^= random.integers(1, 256)
+        (interrupted / name).write_bytes(changed)
+        with pytest.raises(InputError, match=r"to start anew|no checkpoint"):
+            fit(clusters, FitConfig(**WILD), checkpoint=interrupted)
+
+
+@pytest.mark.parametrize("content", [b"[" * 100_000, b'{"a":' * 100_000, b'{"version": 3}', b"\xff", b"null"])
+def test_a_head_of_another_program_is_refused(clusters, interrupted, content):
+    (interrupted / "head.json").write_bytes(content)
+    with pytest.raises(InputError, match=r"head\.json cannot be read .*; remove .* to start anew"):
+        fit(clusters, FitConfig(**WILD), checkpoint=interrupted)
+
+
+def test_what_is_no_file_is_not_waited_for(clusters, interrupted):
+    for name in ("batch-0.safetensors", "head.json"):
+        (interrupted / name).unlink()
+        os.mkfifo(interrupted / name)
+        with pytest.raises(InputError, match="not a regular file"):
+            fit(clusters, FitConfig(**WILD), checkpoint=interrupted)
+
+
+def test_a_checkpoint_with_another_tensor_and_a_right_digest_is_refused(clusters, interrupted):
+    path = interrupted / "batch-0.safetensors"
+    begun = checkpoint.Checkpoint(
+        interrupted, clusters, [FitConfig(**WILD)], [draw(clusters, FitConfig(**WILD))], "auto"
+    )
+    [(trials, tensors, notes)] = begun.load()
+    tensors["history/loss"] = tensors.pop("score/best")
+    begun.save(trials, tensors, notes)
+    assert path.exists()
+    with pytest.raises(InputError, match=r"the checkpoint in .* is damaged .*; remove .* to start anew"):
         fit(clusters, FitConfig(**WILD), checkpoint=interrupted)
 
 

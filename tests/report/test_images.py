@@ -5,11 +5,15 @@ import tarfile
 from pathlib import Path
 
 import pytest
+from fsspec import AbstractFileSystem
+from fsspec.registry import _registry
 from PIL import Image
+from typer.testing import CliRunner
 
-from tests.report.writer import RunSpec, write_run
+from tests.report.writer import RunSpec, edit_json, write_run
 from ulfine_fast.cache.io.errors import InputError
 from ulfine_fast.cache.sources import TarSource, open_source
+from ulfine_fast.cli.main import app
 from ulfine_fast.report.images import find_images
 from ulfine_fast.runs.files import load_run
 
@@ -87,7 +91,7 @@ def test_a_truncated_manifest_gives_the_reason(tmp_path: Path) -> None:
     cache = write_cache(tmp_path / "cache", draw_folder(tmp_path / "images"))
     (cache / "manifest.json").write_text('{"source": ')
     _, reason = find_images([load_run(run_of(tmp_path / "run", cache))])
-    assert reason.endswith("manifest.json is truncated or not a cache's manifest")
+    assert "manifest.json cannot be read (Input data was truncated); it is truncated or not a cache's" in reason
 
 
 def test_a_named_location_wins(tmp_path: Path) -> None:
@@ -157,3 +161,104 @@ def test_images_of_merged_and_grown_caches(tmp_path: Path) -> None:
         assert read(row_id).getpixel((0, 0)) == color
     with pytest.raises(KeyError):
         read("train-0/late")
+
+
+@pytest.fixture
+def server(monkeypatch):
+    """An address, and what was asked of it or of any other machine."""
+    asked: list[str] = []
+
+    class Elsewhere(AbstractFileSystem):
+        """Files of another machine; every way to one is counted."""
+
+        protocol = ("http", "s3")
+        cachable = False
+
+        def info(self, path: str, **_: object) -> dict[str, object]:
+            asked.append(path)
+            raise FileNotFoundError(path)
+
+        def ls(self, path: str, detail: bool = True, **_: object) -> list[object]:
+            asked.append(path)
+            raise FileNotFoundError(path)
+
+    monkeypatch.setitem(_registry, "http", Elsewhere)
+    monkeypatch.setitem(_registry, "s3", Elsewhere)
+    monkeypatch.setattr("datasets.load_dataset", lambda name, **_: asked.append(name))
+    monkeypatch.setattr("torchvision.datasets.SVHN", lambda *_, **__: asked.append("svhn"))
+    return "http://127.0.0.1:9", asked
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        {"kind": "tar", "path": "URL/a.tar"},
+        {"kind": "tar", "path": "URL/{0..3}.tar"},
+        {"kind": "tar", "path": "{/tmp/a,URL/a}.tar"},
+        {"kind": "tar", "path": "simplecache::URL/a.tar"},
+        {"kind": "tar", "path": "file::URL/a.tar"},
+        {"kind": "parquet", "path": "URL/a.parquet"},
+        {"kind": "parquet", "path": "s3://bucket/a.parquet"},
+        {"kind": "huggingface", "path": "URL/data"},
+        {"kind": "huggingface", "path": "owner/name"},
+        {"kind": "folder", "path": "URL/images"},
+        {"kind": "table", "path": "URL/table.csv"},
+        {"kind": "torchvision", "name": "svhn"},
+        {"kind": "merged", "caches": [{"source": {"kind": "tar", "path": "URL/a.tar"}}]},
+        {"kind": "folder", "path": "IMAGES", "appended": [{"kind": "tar", "path": "URL/a.tar"}]},
+    ],
+)
+def test_nothing_is_fetched_that_a_manifest_names(tmp_path: Path, server, monkeypatch, source) -> None:
+    monkeypatch.setenv("ULFINE_FAST_HOME", str(tmp_path / "home"))
+    address, asked = server
+    images = draw_folder(tmp_path / "images")
+    cache = write_cache(tmp_path / "cache", images)
+    named = json.loads(json.dumps(source).replace("URL", address).replace("IMAGES", str(images)))
+    (cache / "manifest.json").write_text(json.dumps({"format": "ulfine-fast-cache", "version": 2, "source": named}))
+    _, reason = find_images([load_run(run_of(tmp_path / "run", cache))])
+    assert "fetches nothing" in reason or named["kind"] == "folder"
+    assert asked == []
+
+
+def test_nothing_is_fetched_from_a_cache_that_a_run_names(tmp_path: Path, server) -> None:
+    address, asked = server
+    run = run_of(tmp_path / "run", None)
+    for cache in (f"{address}/cache", f"{address}/cache".replace("//", "/"), f"simplecache::{address}/cache"):
+        edit_json(run / "config.json", cache=cache)
+        _, reason = find_images([load_run(run)])
+        assert "from which a report fetches nothing" in reason
+        done = CliRunner().invoke(app, ["report", str(run), "--out", str(tmp_path / "page.html")])
+        assert done.exit_code == 0, done.output
+    assert asked == []
+
+
+def test_what_the_user_names_is_fetched(tmp_path: Path, server) -> None:
+    address, asked = server
+    with pytest.raises(InputError):
+        find_images([load_run(run_of(tmp_path / "run", None))], f"{address}/a.parquet")
+    assert asked
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        None,
+        "x",
+        {},
+        {"kind": 3},
+        {"kind": "folder", "path": 3},
+        {"kind": "folder", "path": "a\0b"},
+        {"kind": "table", "path": ["x"]},
+        {"kind": "tar", "path": {}},
+        {"kind": "torchvision"},
+        {"kind": "merged", "caches": ["x"]},
+        {"kind": "merged", "caches": [{"source": 3}]},
+        {"kind": "folder", "appended": {"x": 1}},
+    ],
+)
+def test_a_manifest_of_other_types_gives_the_reason(tmp_path: Path, source) -> None:
+    cache = write_cache(tmp_path / "cache", draw_folder(tmp_path / "images"))
+    (cache / "manifest.json").write_text(json.dumps({"format": "ulfine-fast-cache", "version": 1, "source": source}))
+    read, reason = find_images([load_run(run_of(tmp_path / "run", cache))])
+    assert read is None
+    assert reason

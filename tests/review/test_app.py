@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import socket
+import threading
 
 import pytest
 from PIL import Image
@@ -89,6 +91,62 @@ def test_a_damaged_file_is_reported_and_not_overwritten(client, session):
     session.labels.write_text("mine\n")
     assert put(client).status_code == 422
     assert session.labels.read_text() == "mine\n"
+
+
+def send(client, data):
+    headers = {"Origin": HOME, "Content-Type": "application/json"}
+    return client.put(f"/{TOKEN}/labels/0", data=data, headers=headers, base_url=HOME)
+
+
+@pytest.mark.parametrize(
+    "data", [b"", b"{", b"[" * 100_000, b'{"a":' * 10_000, b"\xff", b'"\\ud800"', b"1" * 1000, b"NaN"]
+)
+def test_what_is_no_json_is_answered_with_400(client, session, data):
+    answer = send(client, data)
+    assert answer.status_code == 400
+    assert answer.get_json()["error"].startswith("the request cannot be read (")
+    assert not session.labels.exists()
+
+
+def test_a_long_body_is_not_read(client, session):
+    assert send(client, b'{"label": "' + b"a" * 300_000 + b'"}').status_code == 413
+    assert not session.labels.exists()
+
+
+def test_the_token_is_in_no_message(session, monkeypatch, capfd, caplog):
+    """Neither where the code fails nor where a request is malformed."""
+
+    def fail():
+        raise RuntimeError(f"cannot answer /{TOKEN}/state")
+
+    monkeypatch.setattr(session, "state", fail)
+    server = make_server(session, TOKEN)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    host = f"127.0.0.1:{server.port}"
+    requests = {
+        f"GET /{TOKEN}/state HTTP/1.1\r\nHost: {host}": b"500",
+        f"GET /{TOKEN}/state more HTTP/1.1\r\nHost: {host}": b"400",
+        f"GET /{TOKEN}/state HTTP/{TOKEN}\r\nHost: {host}": b"400",
+        f"{TOKEN} /{TOKEN}/ HTTP/1.1\r\nHost: {host}": b"403",
+        f"PUT /{TOKEN}/labels/{'9' * 5000} HTTP/1.1\r\nHost: {host}\r\nOrigin: http://{host}": b"4",
+        f"GET /{TOKEN}/{'a' * 70000} HTTP/1.1\r\nHost: {host}": b"414",
+    }
+    try:
+        for text, status in requests.items():
+            with socket.create_connection(("127.0.0.1", server.port), timeout=10) as connection:
+                connection.sendall(f"{text}\r\nConnection: close\r\n\r\n".encode())
+                with connection.makefile("rb") as answer:
+                    assert status in answer.read()[:600], text[:80]
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+    printed = capfd.readouterr()
+    messages = printed.out + printed.err + caplog.text
+    assert "a request failed" in messages
+    assert "RuntimeError" in messages
+    assert TOKEN not in messages
 
 
 def test_images_come_without_their_metadata(client, session):

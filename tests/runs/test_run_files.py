@@ -123,9 +123,9 @@ def test_a_metric_that_is_text(single: Path) -> None:
     edit_json(single / "metrics.json", accuracy="<b>high</b>")
     with pytest.raises(InputError, match=r"Expected float \| null, got str at accuracy"):
         load_run(single)
-    edit_json(single / "metrics.json", accuracy=0.5, few="<b>high</b>")
-    with pytest.raises(InputError, match="few should be a number or null"):
-        load_run(single).number("few")
+    edit_json(single / "metrics.json", accuracy=0.5, more="<b>high</b>")
+    with pytest.raises(InputError, match="more should be a number or null"):
+        load_run(single).number("more")
 
 
 def test_a_history_with_a_word_in_it(single: Path) -> None:

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import bisect
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from ulfine_fast.cache.ids import RowIndex
 from ulfine_fast.cache.io.errors import InputError
+from ulfine_fast.cache.io.json_files import check_schema, read_json
 from ulfine_fast.config import FitConfig
 
 Rows = NDArray[np.int64]
@@ -25,7 +26,19 @@ RULE = (
 )
 """The protocol in words, as split.json records it."""
 
+MAX_SPLIT_BYTES = 4 << 30  # a hundred million image ids
 _SPLIT_KEYS = ("format", "version", "rule", "class_order", "labeled", "unlabeled", "val", "test")
+
+
+class SavedSplit(msgspec.Struct):
+    """A split as a file holds it, by image id; single methods read further parts."""
+
+    class_order: list[Annotated[int, msgspec.Meta(ge=0, le=2**53)]]
+    labeled: list[str]
+    unlabeled: list[str]
+    val: list[str]
+    test: list[str]
+    rule: str = "not recorded"
 
 
 @dataclass(frozen=True)
@@ -66,19 +79,16 @@ def read_split(path: Path, ids: list[str]) -> Split:
         InputError: no such file, no split in it, or an image the cache lacks.
     """
     file = path / "split.json" if path.is_dir() else path
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-        roles = {role: content[role] for role in ("labeled", "unlabeled", "val", "test", "class_order")}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(
-            f"{file} is not a saved split ({type(error).__name__}); name the split.json of a run"
-        ) from error
+    fix = "it is not a saved split: name the split.json of a run"
+    content = read_json(file, dict[str, Any], fix=fix, max_bytes=MAX_SPLIT_BYTES)
+    saved = check_schema(content, SavedSplit, name=str(file), fix=fix)
     index = RowIndex(ids)
-    order = np.asarray(roles.pop("class_order"), dtype=np.int64)
-    extra = {name: value for name, value in content.items() if name not in _SPLIT_KEYS}
+    order = np.asarray(saved.class_order, dtype=np.int64)
+    # parts are lists; a program that adds a number or a text means no method
+    extra = {name: part for name, part in content.items() if name not in _SPLIT_KEYS and isinstance(part, list)}
     rows = {
-        role: index.rows(names, source=f"the {role} part of {file}", fix="use the cache it was made on")
-        for role, names in roles.items()
+        role: index.rows(getattr(saved, role), source=f"the {role} part of {file}", fix="use the cache it was made on")
+        for role in ("labeled", "unlabeled", "val", "test")
     }
     return Split(**rows, class_order=order, extra=extra)
 

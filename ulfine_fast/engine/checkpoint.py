@@ -1,7 +1,7 @@
 """Checkpoints of training: one file for each trial batch, replaced as a whole after each validation.
 
 The folder has head.json, which identifies configs, splits and cache, and batch-N.safetensors for the trial batch whose
-first trial is N, with its tensors and, as JSON in the file's header, its progress.
+first trial is N, with its tensors and, as JSON in the file's header, its progress and the file's digest.
 """
 
 from __future__ import annotations
@@ -13,11 +13,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import msgspec
 import numpy as np
 
 from ulfine_fast._version import __version__
+from ulfine_fast.cache.io.digests import BLANK, is_sealed, sealed
 from ulfine_fast.cache.io.errors import InputError
-from ulfine_fast.cache.io.files import make_folder, write_atomically
+from ulfine_fast.cache.io.files import make_folder, opened_regular_file, write_atomically
+from ulfine_fast.cache.io.json_files import MAX_BYTES, parse_json, read_json
 from ulfine_fast.config import FitConfig
 from ulfine_fast.core.heads import Tensors
 from ulfine_fast.data.splits import Split
@@ -28,6 +31,30 @@ if TYPE_CHECKING:
 _FORMAT = "ulfine-fast-checkpoint"
 _BATCHES = "batch-*.safetensors"
 _ROLES = ("labeled", "unlabeled", "val", "test")
+
+
+class _Head(msgspec.Struct):
+    """head.json."""
+
+    format: str
+    version: str
+    cache: str
+    engine: str
+    splits: str
+    configs: list[dict[str, Any]]
+
+
+class _Notes(msgspec.Struct):
+    """The progress of a trial batch, as far as it is read before the batch is restored."""
+
+    trials: list[int]
+    step: int
+
+
+class _Header(msgspec.Struct):
+    """The header of a batch file, but for its tensors."""
+
+    metadata: dict[str, str] = msgspec.field(name="__metadata__")
 
 
 class SavedBatch(NamedTuple):
@@ -77,12 +104,16 @@ class Checkpoint:
         Raises:
             InputError: a damaged file.
         """
-        from safetensors.torch import load_file
+        from safetensors.torch import load
 
         batches = []
         for path in sorted(self.folder.glob(_BATCHES)):
-            notes = _read_notes(path)
-            batches.append(SavedBatch(trials=notes.pop("trials"), tensors=load_file(path), notes=notes))
+            notes, data = _read_batch(path)
+            try:
+                tensors = load(data)
+            except Exception as error:  # the library has errors of its own for a damaged file
+                raise damaged(path.parent, error, path.name) from error
+            batches.append(SavedBatch(trials=notes.pop("trials"), tensors=tensors, notes=notes))
         return batches
 
     def save(self, trials: Sequence[int], tensors: Tensors, notes: dict[str, Any]) -> None:
@@ -96,8 +127,8 @@ class Checkpoint:
         if not any(self.folder.glob(_BATCHES)):
             make_folder(self.folder)
             write_atomically(self.folder / "head.json", json.dumps(self.head).encode())
-        content = save(tensors, {"notes": json.dumps({"trials": list(trials), **notes})})
-        write_atomically(self.folder / f"batch-{trials[0]}.safetensors", content)
+        content = save(tensors, {"notes": json.dumps({"trials": list(trials), **notes}), "digest": BLANK})
+        write_atomically(self.folder / f"batch-{trials[0]}.safetensors", sealed(content, _header_end(content)))
 
     def remove(self) -> None:
         """Remove the folder, once all trial batches are done."""
@@ -106,7 +137,7 @@ class Checkpoint:
 
 def saved_step(folder: Path) -> int | None:
     """The step that training continues from, None without a checkpoint; the last one of several trial batches."""
-    steps = [_read_notes(path)["step"] for path in folder.glob(_BATCHES)]
+    steps = [int(_read_batch(path)[0]["step"]) for path in folder.glob(_BATCHES)]
     return max(steps, default=None)
 
 
@@ -174,30 +205,40 @@ def _config_difference(saved: list[dict[str, Any]], wanted: list[dict[str, Any]]
 
 
 def _read_head(path: Path) -> dict[str, Any]:
+    head = read_json(path, _Head, fix=f"remove {path.parent} to start anew")
+    if head.format != _FORMAT:
+        raise InputError(f"{path.parent} exists and is no checkpoint; name a new folder")
+    return msgspec.structs.asdict(head)
+
+
+def _read_batch(path: Path) -> tuple[dict[str, Any], bytes]:
+    """The notes of a batch file, and all of its bytes, which are those that were written."""
     try:
-        head: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        if head["format"] != _FORMAT:
-            raise InputError(f"{path.parent} exists and is no checkpoint; name a new folder")
-        head["version"], head["cache"], head["engine"], head["splits"], head["configs"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise _damaged(path, error) from error
-    return head
+        with opened_regular_file(path) as file:
+            data = file.read()
+        end = _header_end(data)
+        if not is_sealed(data, end):
+            raise ValueError("it has changed since it was written")
+    except (OSError, ValueError) as error:
+        raise damaged(path.parent, error, path.name) from error
+    fix = f"remove {path.parent} to start anew"
+    text = parse_json(data[8:end], _Header, name=str(path), fix=fix).metadata.get("notes", "").encode()
+    parse_json(text, _Notes, name=str(path), fix=fix)
+    return parse_json(text, dict[str, Any], name=str(path), fix=fix), data
 
 
-def _read_notes(path: Path) -> dict[str, Any]:
-    from safetensors import safe_open
-
-    try:
-        with safe_open(path, framework="pt") as file:
-            notes: dict[str, Any] = json.loads(file.metadata()["notes"])
-        notes["trials"], notes["step"]
-    except Exception as error:  # the library raises its own errors for a damaged file
-        raise _damaged(path, error) from error
-    return notes
+def _header_end(data: bytes) -> int:
+    """Where the JSON at the beginning of a safetensors file ends."""
+    end = 8 + int.from_bytes(data[:8], "little")
+    if len(data) < 8 or not 8 < end <= min(len(data), MAX_BYTES):
+        raise ValueError("its header is cut")
+    return end
 
 
-def _damaged(path: Path, error: Exception) -> InputError:
-    return InputError(f"{path} is damaged ({type(error).__name__}); remove {path.parent} to start anew")
+def damaged(folder: Path, error: Exception, name: str = "the checkpoint") -> InputError:
+    """The sentence for a checkpoint, or a file in it, that training cannot continue from."""
+    reason = " ".join(str(error).split())[:200] or type(error).__name__
+    return InputError(f"{name} in {folder} is damaged ({reason}); remove {folder} to start anew")
 
 
 def _other_files(folder: Path) -> list[Path]:

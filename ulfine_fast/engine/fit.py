@@ -12,7 +12,7 @@ from ulfine_fast.cache.io.progress import progress_bar
 from ulfine_fast.config import FitConfig, own_options, split_key
 from ulfine_fast.core.features import DeviceFeatures
 from ulfine_fast.data.splits import Split, draw_split
-from ulfine_fast.engine.checkpoint import Checkpoint
+from ulfine_fast.engine.checkpoint import Checkpoint, damaged
 from ulfine_fast.engine.scheduling import schedule
 from ulfine_fast.engine.steps import ENGINES
 from ulfine_fast.engine.trial_batch import TrialBatch, Watch
@@ -120,8 +120,12 @@ def fit_many(
                 [splits[i] for i in trials],
                 engine,
             )
-            if trials in begun:
-                batch.restore(begun[trials].tensors, begun[trials].notes)
+            if saved is not None and trials in begun:
+                try:
+                    batch.restore(begun[trials].tensors, begun[trials].notes)
+                # written by another program: names, types and shapes may be anything
+                except Exception as error:
+                    raise damaged(saved.folder, error) from error
             task = bar.add_task(f"fit {batch.label}", total=batch.steps, unit="steps", note=f"{len(trials)} trials")
             for step in batch.train(_watch_of_batch(trials, watch), _save_of_batch(trials, saved)):
                 bar.update(task, completed=step)

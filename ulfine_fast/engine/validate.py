@@ -75,14 +75,15 @@ def check_held_out(cache: FeatureCache, split: Split) -> None:
     """Refuse to train on images that are for validation or testing in this cache, which have no views.
 
     Raises:
-        InputError: names the first such image, or a labelled one whose label the cache does not know.
+        InputError: names the first such image, or one of a labelled role whose label the cache does not know.
     """
     trained = np.concatenate([split.labeled, split.unlabeled])
     held_out = trained[np.isin(cache.splits[trained], ("val", "test"))]
     if len(held_out):
         name, role = cache.ids[held_out[0]], cache.splits[held_out[0]]
         raise InputError(f"the split trains on {name!r}, a {role} image of this cache; use the cache it was made on")
-    unknown = split.labeled[cache.labels[split.labeled] < 0]
-    if len(unknown):
-        name = cache.ids[unknown[0]]
-        raise InputError(f"the split takes {name!r} as labelled, and this cache knows no label for it")
+    for role, rows in (("labelled", split.labeled), ("val", split.val), ("test", split.test)):
+        unknown = rows[cache.labels[rows] < 0]
+        if len(unknown):
+            name = cache.ids[unknown[0]]
+            raise InputError(f"the split takes {name!r} as {role}, and this cache knows no label for it")

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import TYPE_CHECKING, Any
+
+from ulfine_fast.cache.io.terminal import printable
 
 if TYPE_CHECKING:
     from ulfine_fast.runs.run import Run
 
-_SPECIAL = "\\`*_{}[]<>()#+-.!|~&$:@\"'"
+_SPECIAL = "\\`*_{}[]()#+-.!|~$:@\"'"
+# not every reader of Markdown takes a backslash before these
+_ENTITIES = {"<": "&lt;", ">": "&gt;", "&": "&amp;"}
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 _METRICS = {
     "accuracy": "accuracy",
     "balanced_accuracy": "balanced accuracy",
@@ -31,7 +37,7 @@ _LIMITS = (
 def model_card(run: Run, config: dict[str, Any]) -> str:
     """The card in Markdown, with the front matter that the Hugging Face Hub reads.
 
-    Class names are untrusted text: they are escaped everywhere.
+    Whatever the run's files say is untrusted text: it is escaped everywhere.
 
     Args:
         run: the exported run.
@@ -55,18 +61,18 @@ def model_card(run: Run, config: dict[str, Any]) -> str:
     return "\n\n".join(sections) + "\n"
 
 
-def escaped(text: str) -> str:
-    """A text as Markdown shows it: no markup, no HTML, one line."""
-    line = " ".join(text.split())
-    return "".join(f"\\{sign}" if sign in _SPECIAL else sign for sign in line)
+def escaped(text: object) -> str:
+    """A text as Markdown shows it: no markup, no HTML, no control characters, one line."""
+    line = printable(" ".join(str(text).split()))
+    return "".join(_ENTITIES.get(sign) or (f"\\{sign}" if sign in _SPECIAL else sign) for sign in line)
 
 
 def _front_matter(config: dict[str, Any]) -> str:
     tags = ("image-classification", "long-tailed", "semi-supervised", "clip", config["to"])
     lines = ["---", "library_name: ulfine-fast", "pipeline_tag: image-classification", "tags:"]
     lines += [f"- {tag}" for tag in tags]
-    encoder = (config["encoder"] or {}).get("name") or ""
-    if "/" in encoder and ":" not in encoder:
+    encoder = str((config["encoder"] or {}).get("name"))
+    if _HUB_NAME.fullmatch(encoder):
         # a JSON text is a YAML text
         lines.append(f"base_model: {json.dumps(encoder)}")
     return "\n".join([*lines, "---"])
@@ -82,17 +88,18 @@ def _use(config: dict[str, Any]) -> list[str]:
     if encoder is None:
         parts.append("It was fitted on features of unknown origin.")
     else:
-        tag = f", {escaped(str(encoder['pretrained']))}" if encoder["pretrained"] else ""
+        tag = f", {escaped(encoder['pretrained'])}" if encoder["pretrained"] else ""
         parts.append(
-            f"Features are those of the open_clip model {escaped(str(encoder['name']))}{tag} (weights "
-            f"{encoder['sha256'][:12]}), images of {encoder['image_size']} pixels with its preprocessing."
+            f"Features are those of the open_clip model {escaped(encoder['name'])}{tag} (weights "
+            f"{escaped(str(encoder['sha256'])[:12])}), images of {escaped(encoder['image_size'])} pixels with its "
+            "preprocessing."
         )
     return parts
 
 
 def _data(run: Run) -> str:
     rows = {role: len(run.split.get(role, [])) for role in ("labeled", "unlabeled", "val", "test")}
-    counts = run.metrics.get("class_counts") or []
+    counts = [count for count in run.metrics.get("class_counts") or [] if isinstance(count, int)]
     spread = f", {max(counts)} of the largest class and {min(counts)} of the smallest" if counts else ""
     return (
         f"{rows['labeled']} labelled images{spread}; {rows['unlabeled']} unlabelled; {rows['val']} for validation and "
@@ -102,9 +109,9 @@ def _data(run: Run) -> str:
 
 def _results(run: Run) -> str:
     rows = [
-        f"| {name} | {run.metrics[key]:.3f} |"
+        f"| {name} | {_three_decimals(run.metrics[key])} |"
         for key, name in _METRICS.items()
-        if isinstance(run.metrics.get(key), (int, float))
+        if run.metrics.get(key) is not None
     ]
     if not rows:
         return "None: there were no test images."
@@ -116,7 +123,11 @@ def _classes(run: Run) -> str:
     counts = run.metrics.get("class_counts") or unknown
     accuracies = run.metrics.get("per_class_accuracy") or unknown
     rows = [
-        f"| {escaped(name)} | {'-' if count is None else count} | {'-' if accuracy is None else f'{accuracy:.3f}'} |"
+        f"| {escaped(name)} | {'-' if count is None else escaped(count)} | {_three_decimals(accuracy)} |"
         for name, count, accuracy in zip(run.class_names, counts, accuracies, strict=True)
     ]
     return "\n".join(["| class | labelled | accuracy |", "|---|---|---|", *rows])
+
+
+def _three_decimals(value: object) -> str:
+    return f"{value:.3f}" if isinstance(value, (int, float)) else "-"

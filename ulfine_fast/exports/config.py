@@ -5,16 +5,24 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import msgspec
 
 from ulfine_fast._version import __version__
+from ulfine_fast.cache.io.digests import BLANK, file_digest, is_sealed, sealed
 from ulfine_fast.cache.io.errors import InputError
+from ulfine_fast.cache.io.files import read_regular_file
+from ulfine_fast.cache.io.json_files import MAX_BYTES, check_schema, parse_json
+from ulfine_fast.runs.files import as_unicode
+from ulfine_fast.runs.schemas import Encoder as EncoderRecord
 
 if TYPE_CHECKING:
     from ulfine_fast.cache.models.encoder import Encoder
     from ulfine_fast.runs.run import Run
 
-FORMAT, VERSION = "ulfine-fast-model", 1
+# version 2 has a digest of config.json in itself
+FORMAT, VERSIONS = "ulfine-fast-model", (1, 2)
 CONFIG = "config.json"
 CARD = "README.md"
 # the model file of each format
@@ -27,10 +35,41 @@ FORMATS = {
 OPSET = 18
 # what the format calls images: the name of their input, and the key of their preprocessing
 IMAGES = "pictures"
+_FIX = "export the run again"
+
+
+class _Input(msgspec.Struct):
+    """What the model takes: the first axis of its shape is "n", the number of images."""
+
+    name: Literal["features", "pictures"]
+    shape: Annotated[list[int | str], msgspec.Meta(min_length=2)]
+    dtype: Literal["float32", "uint8"]
+
+
+class _Images(msgspec.Struct):
+    """How image files become images of the model's size."""
+
+    open_clip: dict[str, Any]
+    resampling: dict[str, Any] | None
+
+
+class _Config(msgspec.Struct):
+    """config.json, as far as it is read."""
+
+    to: Literal["safetensors", "onnx", "torchscript", "torch.export"]
+    file: str
+    sha256: str
+    input: _Input
+    class_names: Annotated[list[str], msgspec.Meta(min_length=1)]
+    method: str
+    temperature: Annotated[float, msgspec.Meta(gt=0)]
+    encoder: EncoderRecord | None
+    config: dict[str, Any]
+    pictures: _Images | None = None
 
 
 def export_config(run: Run, to: str, encoder: Encoder | None) -> dict[str, Any]:
-    """The content of config.json, but for the model file's digest "sha256".
+    """The content of config.json, but for two digests: that of the model file, "sha256", and its own, "digest".
 
     Args:
         run: the exported run.
@@ -44,12 +83,12 @@ def export_config(run: Run, to: str, encoder: Encoder | None) -> dict[str, Any]:
         inputs = {"name": IMAGES, "shape": ["n", side, side, 3], "dtype": "uint8"}
     config = {
         "format": FORMAT,
-        "version": VERSION,
+        "version": VERSIONS[-1],
         "to": to,
         "file": FORMATS[to],
         "input": inputs,
         "output": {"name": "probabilities", "shape": ["n", len(run.class_names)], "dtype": "float32"},
-        "class_names": run.class_names,
+        "class_names": [as_unicode(name) for name in run.class_names],
         "method": run.config.method,
         "temperature": float(run.metrics.get("temperature", 1.0)),
         "encoder": run.encoder,
@@ -71,27 +110,50 @@ def export_config(run: Run, to: str, encoder: Encoder | None) -> dict[str, Any]:
 
 
 def write_config(folder: Path, config: dict[str, Any]) -> None:
-    """Write an export folder's config.json."""
-    (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    """Write an export folder's config.json, whose model file is there."""
+    digests = {"sha256": file_digest(folder / config["file"]), "digest": BLANK}
+    text = json.dumps({**config, **digests}, indent=2, sort_keys=True, allow_nan=False) + "\n"
+    (folder / CONFIG).write_bytes(sealed(text.encode()))
 
 
 def read_config(folder: Path) -> dict[str, Any]:
     """The content of an export folder's config.json.
 
     Raises:
-        InputError: there is none, or another program wrote it.
+        InputError: there is none, another program wrote it, or it has changed since.
     """
     path = folder / CONFIG
     try:
-        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        known = config["format"] == FORMAT and config["version"] == VERSION and config["to"] in FORMATS
-        config["class_names"], config["input"]["shape"], config["encoder"], config["config"]
-    except FileNotFoundError as error:
+        data = read_regular_file(path, MAX_BYTES)
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise InputError(f"{folder} has no {CONFIG}; name a folder that `ulfine-fast export` wrote") from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path} cannot be read ({type(error).__name__}); export the run again") from error
-    if not known or config.get("file") != FORMATS[config["to"]]:
-        raise InputError(
-            f"{path} says {config['format']!r} version {config['version']!r}, which this program does not read"
-        )
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror or error}); {_FIX}") from error
+    config = parse_json(data, dict[str, Any], name=str(path), fix=_FIX)
+    written_as, version = config.get("format"), config.get("version")
+    if written_as != FORMAT or version not in VERSIONS or isinstance(version, bool):
+        raise InputError(f"{path} says {written_as!r} version {version!r}, which this program does not read")
+    # a file of version 1 has no digest: one with a digest had another version once
+    if ("digest" in config) if version == 1 else not is_sealed(data):
+        raise InputError(f"{path} has changed since it was written; {_FIX}")
+    known = check_schema(config, _Config, name=str(path), fix=_FIX)
+    takes_images = known.input.name == IMAGES
+    if known.file != FORMATS[known.to] or takes_images != (known.pictures is not None):
+        raise InputError(f"{path} names the file {known.file!r} and the input {known.input.name!r}; {_FIX}")
     return config
+
+
+def check_model_file(folder: Path, config: dict[str, Any]) -> Path:
+    """The model file, which must be the one that was exported.
+
+    Raises:
+        InputError: it is missing, or has changed since.
+    """
+    path = folder / config["file"]
+    try:
+        digest = file_digest(path)
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror or error}); {_FIX}") from error
+    if digest != config["sha256"]:
+        raise InputError(f"{path} is not the file that {CONFIG} names; {_FIX}")
+    return path

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ulfine_fast.cache.io.errors import InputError
-from ulfine_fast.exports.config import CARD, CONFIG, FORMATS, read_config
+from ulfine_fast.exports.config import CARD, CONFIG, FORMATS, check_model_file, read_config
 
 SCHEME = "hf://"
 
@@ -42,6 +42,7 @@ def push(
     from huggingface_hub import CommitOperationAdd, HfApi
 
     config = read_config(Path(folder))
+    check_model_file(Path(folder), config)
     files = [Path(folder) / name for name in (CARD, CONFIG, config["file"]) if (Path(folder) / name).is_file()]
     operations = [CommitOperationAdd(path_in_repo=path.name, path_or_fileobj=path) for path in files]
     message = message or f"{config['method']} over {len(config['class_names'])} classes, as {config['to']}"

@@ -40,13 +40,17 @@ def predict_without_encoder(model: Loaded, images: Path | Any, batch_size: int) 
 
     # the reader of the encoder; the last two transforms scale and normalise numbers, which the graph does
     preprocessing, resampling = model.config[IMAGES]["open_clip"], model.config[IMAGES]["resampling"]
-    reader = ImageReader(
-        source,
-        Compose(image_transform_v2(PreprocessCfg(**preprocessing), is_train=False).transforms[:-2]),
-        ViewRecipe(weak=0, strong=0),
-        model.config["input"]["shape"][1],
-        None if resampling is None else Resampling(**resampling),
-    )
+    try:
+        transform = Compose(image_transform_v2(PreprocessCfg(**preprocessing), is_train=False).transforms[:-2])
+        reduced = None if resampling is None else Resampling(**resampling)
+    # of another program: names and types may be anything
+    except Exception as error:
+        reason = " ".join(str(error).split())[:160] or type(error).__name__
+        raise InputError(
+            f"config.json in {model.folder} has a preprocessing that is not one of open_clip's ({reason}); export the "
+            "run again"
+        ) from error
+    reader = ImageReader(source, transform, ViewRecipe(weak=0, strong=0), model.config["input"]["shape"][1], reduced)
 
     ids: list[str] = []
     skipped: list[tuple[str, str]] = []

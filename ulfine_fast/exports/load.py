@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,9 +10,9 @@ from numpy.typing import ArrayLike, NDArray
 
 from ulfine_fast.cache.io.errors import InputError
 from ulfine_fast.config import FitConfig
-from ulfine_fast.exports.config import CONFIG, IMAGES, read_config
+from ulfine_fast.exports.config import IMAGES, check_model_file, read_config
 from ulfine_fast.exports.hub import SCHEME, pull
-from ulfine_fast.runs.run import Run
+from ulfine_fast.runs.run import Run, refuse_incomplete_encoder
 
 if TYPE_CHECKING:
     from ulfine_fast.runs.predict import Predictions
@@ -35,13 +34,16 @@ class Loaded:
         self.config = config
         self.class_names: list[str] = list(config["class_names"])
         self._session: Any = None
+        if config["encoder"] is not None:
+            refuse_incomplete_encoder(config["encoder"], folder)
+        file = folder / config["file"]
         tensors = {}
         if config["to"] == "onnx":
-            self._session = _onnx_session(folder / config["file"])
+            self._session = _onnx_session(file, config)
         else:
             from safetensors.torch import load_file
 
-            tensors = load_file(folder / config["file"])
+            tensors = load_file(file)
         # as far as predictions need it; an ONNX file holds its tensors itself
         self._run = Run(
             config=FitConfig.from_dict(config["config"], saved=True),
@@ -50,6 +52,10 @@ class Loaded:
             metrics={"temperature": config["temperature"]},
             encoder=config["encoder"],
         )
+        if self._session is None:
+            self._run.refuse_other_tensors(file)
+            if [*self._run.input_shape] != config["input"]["shape"][1:]:
+                raise ValueError(f"input.shape is {config['input']['shape']}, the tensors take {self._run.input_shape}")
 
     @property
     def takes_images(self) -> bool:
@@ -121,13 +127,7 @@ def load(folder: str | Path) -> Loaded:
     if config["to"] not in _READ_HERE:
         loader = "torch.jit.load" if config["to"] == "torchscript" else "torch.export.load"
         raise InputError(f"{folder} is for {loader}, which runs what is in the file: use that if you trust it")
-    file = folder / config["file"]
-    try:
-        digest = hashlib.sha256(file.read_bytes()).hexdigest()
-    except OSError as error:
-        raise InputError(f"{file} cannot be read ({error.strerror}); export the run again") from error
-    if digest != config.get("sha256"):
-        raise InputError(f"{file} is not the file that {CONFIG} names; export the run again")
+    check_model_file(folder, config)
     try:
         return Loaded(folder, config)
     except InputError:
@@ -138,9 +138,19 @@ def load(folder: str | Path) -> Loaded:
         raise InputError(f"{folder} is damaged or of another program ({reason}); export the run again") from error
 
 
-def _onnx_session(path: Path) -> Any:
+def _onnx_session(path: Path, config: dict[str, Any]) -> Any:
     try:
         import onnxruntime
     except ImportError as error:
         raise InputError('an ONNX folder needs onnxruntime; pip install "ulfine-fast[export]"') from error
-    return onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    for kind, graph, recorded in (
+        ("input", session.get_inputs(), config["input"]),
+        ("output", session.get_outputs(), config["output"]),
+    ):
+        names, shape = [each.name for each in graph], list(graph[0].shape[1:])
+        if names != [recorded["name"]] or shape != recorded["shape"][1:]:
+            raise ValueError(f"the graph has the {kind} {names} of shape {shape}")
+    if config["output"]["shape"][1:] != [len(config["class_names"])]:
+        raise ValueError(f"the graph has {config['output']['shape'][1:]} classes, not {len(config['class_names'])}")
+    return session

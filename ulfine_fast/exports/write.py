@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -18,6 +17,8 @@ from ulfine_fast.cache.io.errors import InputError
 from ulfine_fast.exports.card import model_card
 from ulfine_fast.exports.config import CARD, FORMATS, OPSET, export_config, write_config
 from ulfine_fast.exports.graphs import ImageScorer, Scorer
+from ulfine_fast.runs.files import write_tensors
+from ulfine_fast.runs.folder import flush_file
 
 if TYPE_CHECKING:
     from ulfine_fast.cache.models.encoder import Encoder
@@ -54,24 +55,27 @@ def export(run: Run, out: str | Path, *, to: str = "safetensors", encoder: Encod
     config = export_config(run, to, encoder)
 
     # written under another name beside it, so that the folder appears whole
-    folder.absolute().parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.absolute().parent))
+    try:
+        folder.absolute().parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.absolute().parent))
+    except OSError as error:
+        raise InputError(f"cannot write the model to {folder}: {error.strerror or error}") from error
     try:
         file = temporary / FORMATS[to]
         if to == "safetensors":
-            from safetensors.torch import save_file
-
-            save_file({name: tensor.contiguous() for name, tensor in run.tensors.items()}, file)
+            write_tensors(run, file)
         else:
             _write_graph(file, run, module, config)
-        config["sha256"] = hashlib.sha256(file.read_bytes()).hexdigest()
         write_config(temporary, config)
-        (temporary / CARD).write_text(model_card(run, config), encoding="utf-8")
+        (temporary / CARD).write_text(model_card(run, config), encoding="utf-8", errors="backslashreplace")
+        for path in temporary.iterdir():
+            flush_file(path)
         temporary.chmod(0o755)
         os.replace(temporary, folder)
-    except BaseException:
+    except OSError as error:
+        raise InputError(f"cannot write the model to {folder}: {error.strerror or error}") from error
+    finally:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise
     return folder
 
 

@@ -83,11 +83,11 @@ def _map_run(run: RunFiles, projection: str) -> FeatureMap | None:
     # loaded on use: the page itself needs no features
     from ulfine_fast.cache.store import FeatureCache
 
-    if run.cache is None:
+    if run.local_cache is None:
         return None
     ids = run.predictions().ids
     try:
-        cache = FeatureCache.open(run.cache)
+        cache = FeatureCache.open(run.local_cache)
         rows = cache.row_of(ids, source="the run", fix="use the cache it was fitted on")
         features = np.asarray(cache.plain[rows], dtype=np.float32)  # (n, D)
     except (InputError, OSError):

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import io
-import json
+import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 from PIL import Image
 
 from ulfine_fast.cache.io.errors import InputError
-from ulfine_fast.cache.io.paths import to_path
+from ulfine_fast.cache.io.home import cache_home
+from ulfine_fast.cache.io.json_files import check_schema, read_json
+from ulfine_fast.cache.io.paths import names_another_machine, to_path
 from ulfine_fast.cache.io.tables import read_table
 from ulfine_fast.runs.files import RunFiles
 
@@ -21,6 +24,15 @@ if TYPE_CHECKING:
 UNREADABLE = (OSError, ValueError, KeyError, Image.DecompressionBombError)
 """What a reader of images may raise for one that is missing or damaged."""
 
+# what torchvision leaves of each data set in its folder
+_DOWNLOADED = {
+    "cifar10": "cifar-10-batches-py",
+    "cifar100": "cifar-100-python",
+    "fashion_mnist": "FashionMNIST/raw",
+    "food101": "food-101",
+    "stl10": "stl10_binary",
+    "svhn": "train_32x32.mat",
+}
 _PART_ROWS = 1024  # rows opened together to find an image of a stream
 _FEW_PIXELS = 64  # longer side up to which an image is kept lossless
 
@@ -30,9 +42,12 @@ def find_images(
 ) -> tuple[Callable[[str], Image.Image] | None, str]:
     """Open the images of the runs.
 
+    Nothing is fetched that a file names: a manifest of another person could make this machine send requests. Images of
+    a cache or a source on another machine are shown only where the user names their location.
+
     Args:
         runs: the runs; the manifests of their caches say where the images came from.
-        location: a folder, table or data set name to use instead.
+        location: a folder, table, URL or data set name to use instead.
 
     Returns:
         A function from row id to image, which raises KeyError for an unknown id and OSError for a damaged image, or
@@ -50,9 +65,13 @@ def find_images(
     for cache in dict.fromkeys(run.cache for run in runs):
         try:
             for prefix, description in _source_parts(_source_description(cache)):
+                _refuse_remote(description)
                 sources.append((prefix, reopen_source(description)))
         except (InputError, OSError) as error:
             reasons.append(str(error))
+        # a manifest of another program: its description may hold anything
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            reasons.append(f"the manifest of {cache} describes no source of images ({error})")
     return (_image_reader(sources), "") if sources else (None, reasons[0])
 
 
@@ -87,27 +106,71 @@ def encode_preview(image: Image.Image, side: int, quality: int) -> tuple[bytes, 
     return buffer.getvalue(), kind
 
 
+class _SourcePart(msgspec.Struct):
+    """What a manifest says about a source: its kind, and those that a merge or an append added."""
+
+    kind: str
+    caches: list[dict[str, Any]] = []
+    appended: list[dict[str, Any]] = []
+
+
+class _MergedCache(msgspec.Struct):
+    """A cache that was merged, as the manifest of the merged one describes it."""
+
+    source: dict[str, Any]
+    prefix: str = ""
+
+
+class _Manifest(msgspec.Struct):
+    """manifest.json of a cache, as far as the images are concerned."""
+
+    source: dict[str, Any]
+
+
 def _source_description(cache: str | None) -> dict[str, Any]:
     """What a cache's manifest says about the source of its images."""
     if cache is None:
         raise InputError("the run was made from features in memory, without a cache")
+    if names_another_machine(cache):
+        raise InputError(f"the cache {cache} is on another machine, from which a report fetches nothing")
     file = to_path(cache) / "manifest.json"
-    try:
-        return dict(json.loads(file.read_text(encoding="utf-8"))["source"])
-    except FileNotFoundError as error:
-        raise InputError(f"the cache {cache} is gone") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{file} is truncated or not a cache's manifest") from error
+    fix = "it is truncated or not a cache's manifest"
+    return read_json(file, _Manifest, fix=fix, missing=f"the cache {cache} is gone").source
 
 
 def _source_parts(description: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
     """The prefix of the row ids and the description of each source: of every merged cache, of every append."""
-    for cache in description.get("caches", []):
-        yield from _source_parts(cache["source"], prefix + cache.get("prefix", ""))
-    if description["kind"] != "merged":
+    name, fix = "the manifest", "it is not a cache's manifest"
+    known = check_schema(description, _SourcePart, name=name, fix=fix)
+    for cache in known.caches:
+        merged = check_schema(cache, _MergedCache, name=name, fix=fix)
+        yield from _source_parts(merged.source, prefix + merged.prefix)
+    if known.kind != "merged":
         yield prefix, description
-    for appended in description.get("appended", []):
+    for appended in known.appended:
         yield prefix, appended
+
+
+def _refuse_remote(description: dict[str, Any]) -> None:
+    """Refuse a source that is opened by a request to another machine.
+
+    Raises:
+        InputError: names it.
+    """
+    kind, path = description.get("kind"), description.get("path")
+    named = path if isinstance(path, str) else ""
+    # a data set by name is loaded from a hub, unless it is a folder here
+    if kind == "huggingface" and not os.path.isdir(named):
+        raise InputError(f"the images are those of {named!r} on a hub, from which a report fetches nothing")
+    if names_another_machine(named):
+        raise InputError(f"the images are at {named}, from which a report fetches nothing")
+    if kind == "torchvision":
+        name = str(description.get("name"))
+        folders = [cache_home() / "datasets" / _DOWNLOADED.get(name, name)]
+        if name == "fashion_mnist":
+            folders.append(Path(named or "/usr/share/datasets/fashion-mnist"))
+        if not any(folder.exists() for folder in folders):
+            raise InputError(f"the images are those of {name}, not on this machine, and a report fetches nothing")
 
 
 def _image_reader(sources: Sequence[tuple[str, Source]]) -> Callable[[str], Image.Image]:

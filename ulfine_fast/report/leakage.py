@@ -18,7 +18,7 @@ def find_leakage(runs: Sequence[RunFiles]) -> list[str]:
     from ulfine_fast.cache.store import FeatureCache
 
     warnings = []
-    for path in dict.fromkeys(run.cache for run in runs if run.cache is not None):
+    for path in dict.fromkeys(run.local_cache for run in runs if run.local_cache is not None):
         try:
             warning = leakage_warning(FeatureCache.open(path))
         except InputError:

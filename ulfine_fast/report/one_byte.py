@@ -39,7 +39,7 @@ def rounder() -> Callable[[RunFiles], RoundingCost | None]:
     from ulfine_fast.cache.store import FeatureCache
 
     open_cache = lru_cache(maxsize=1)(FeatureCache.open)  # runs of one cache follow each other
-    return lambda run: None if run.cache is None else _rounding_cost(run, open_cache)
+    return lambda run: None if run.local_cache is None else _rounding_cost(run, open_cache)
 
 
 def one_byte_section(
@@ -75,9 +75,9 @@ def _rounding_cost(run: RunFiles, open_cache: Callable[[str], Any]) -> RoundingC
     from ulfine_fast.runs.evaluate import evaluate_inputs, own_rows, refuse_other_encoder
     from ulfine_fast.runs.run import Run
 
-    assert run.cache is not None
+    assert run.local_cache is not None
     try:
-        cache = open_cache(run.cache)
+        cache = open_cache(run.local_cache)
         if cache.manifest is None or cache.manifest.dtype == "int8":
             return None
         fitted = Run.load(run.path)

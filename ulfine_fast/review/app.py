@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+import traceback
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -12,6 +13,7 @@ from werkzeug.serving import WSGIRequestHandler
 from werkzeug.serving import make_server as _make_server
 
 from ulfine_fast.cache.io.errors import InputError
+from ulfine_fast.cache.io.json_files import parse_json
 from ulfine_fast.report.images import UNREADABLE, encode_preview
 from ulfine_fast.review.session import Conflict, Session
 
@@ -20,6 +22,8 @@ if TYPE_CHECKING:
 
 HOST = "127.0.0.1"
 _SIDE = 512  # pixels of the longer side of an image
+_MAX_BODY = 256 << 10  # bytes of a request; the page sends a class name
+_TIMEOUT = 30  # seconds that a request may take to arrive
 _HEADERS = {
     "Content-Security-Policy": (
         "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
@@ -50,12 +54,14 @@ def create_app(session: Session, token: str) -> Flask:
         session: the review.
         token: as :func:`new_token` returns it.
     """
-    app = Flask("ulfine_fast.review", static_folder=None)
+    app = _Application(token)
+    app.config["MAX_CONTENT_LENGTH"] = _MAX_BODY
     app.extensions["session"] = session
     app.before_request(_refuse_other_origins)
     app.after_request(_add_headers)
     app.register_error_handler(InputError, _bad_input)
     app.register_error_handler(Conflict, _conflict)
+    app.register_error_handler(500, _failure)
     app.register_blueprint(_page, url_prefix=f"/{token}")
     return app
 
@@ -73,10 +79,29 @@ def make_server(session: Session, token: str, port: int = 0) -> BaseWSGIServer:
         raise InputError(f"port {port} of {HOST} cannot be opened; name another with --port, or 0 for any") from error
 
 
-class _QuietHandler(WSGIRequestHandler):
-    """A handler that keeps addresses, and so the token, out of the terminal."""
+class _Application(Flask):
+    """An application that keeps the token out of its messages.
 
-    def log_request(self, *_: Any) -> None:
+    Args:
+        token: with which every address begins.
+    """
+
+    def __init__(self, token: str) -> None:
+        super().__init__("ulfine_fast.review", static_folder=None)
+        self._token = token
+
+    def log_exception(self, exc_info: Any) -> None:
+        """Write the traceback without the request's address."""
+        text = "".join(traceback.format_exception(*exc_info))
+        self.logger.error("a request failed\n%s", text.replace(self._token, "TOKEN"))
+
+
+class _QuietHandler(WSGIRequestHandler):
+    """A handler that keeps requests, whose addresses hold the token, out of the terminal."""
+
+    timeout = _TIMEOUT
+
+    def log(self, *_: Any) -> None:
         return
 
 
@@ -104,6 +129,10 @@ def _add_headers(response: Response) -> Response:
 
 def _bad_input(error: InputError) -> tuple[Response, int]:
     return jsonify(error=str(error)), 422
+
+
+def _failure(_error: Exception) -> tuple[Response, int]:
+    return jsonify(error="the request failed; the terminal of the review says why"), 500
 
 
 def _conflict(error: Conflict) -> tuple[Response, int]:
@@ -135,8 +164,11 @@ def _image(row: int) -> Response:
 
 
 @_page.put("/labels/<int:row>")
-def _put_label(row: int) -> Response:
-    body = request.get_json(silent=True)
+def _put_label(row: int) -> Response | tuple[Response, int]:
+    try:
+        body = parse_json(request.get_data(), object, name="the request", fix="send JSON")
+    except InputError as error:
+        return jsonify(error=str(error)), 400
     if not isinstance(body, dict) or set(body) != {"label", "expected"}:
         raise InputError("the request for a label must hold label and expected, each a text or null")
     for value in body.values():

@@ -47,8 +47,12 @@ def evaluate(run: Run, other: Path | None = None) -> dict[str, Any]:
 
 def evaluate_inputs(run: Run, inputs: NDArray[Any], labels: NDArray[np.int64]) -> dict[str, Any]:
     """Metrics (see `metrics.classification`) on what `Run.logits` takes (n, ...), labels (n,)."""
-    counts = np.asarray(run.metrics["class_counts"], dtype=np.int64)
-    return metrics.classification(run.logits(inputs), labels, counts, run.metrics.get("temperature", 1.0))
+    counts = run.metrics.get("class_counts")
+    if counts is None or None in counts:
+        raise InputError("the run's metrics.json does not count the labelled images of each class; fit the run again")
+    return metrics.classification(
+        run.logits(inputs), labels, np.asarray(counts, dtype=np.int64), run.metrics.get("temperature", 1.0)
+    )
 
 
 def open_cache(run: Run, path: Path | None = None) -> FeatureCache:

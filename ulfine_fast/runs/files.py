@@ -22,6 +22,8 @@ from ulfine_fast.cache.io.digests import BLANK, file_digest, is_sealed, sealed
 from ulfine_fast.cache.io.errors import InputError
 from ulfine_fast.cache.io.files import opened_regular_file, read_regular_file
 from ulfine_fast.cache.io.json_files import MAX_BYTES, check_schema, parse_json
+from ulfine_fast.cache.io.paths import names_another_machine
+from ulfine_fast.data.splits import MAX_SPLIT_BYTES, SavedSplit, Split, read_split
 from ulfine_fast.runs.folder import (
     CONFIG,
     FILES,
@@ -35,7 +37,7 @@ from ulfine_fast.runs.folder import (
     swap_in,
     write_error,
 )
-from ulfine_fast.runs.schemas import Config, Metrics, Split
+from ulfine_fast.runs.schemas import Config, Metrics
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -47,7 +49,7 @@ RUN_FORMAT, VERSIONS = "ulfine-fast-run", (1, 2)
 _SPLIT_FORMAT, _SPLIT_VERSIONS = "ulfine-fast-split", (1,)
 _REQUIRED = ("config.json", "split.json", "metrics.json", "predictions.parquet")
 _FIX = "fit the run again"
-_MAX_TABLE_BYTES = 4 << 30  # of split.json and history.csv: a hundred million image ids
+_MAX_HISTORY_BYTES = 1 << 30
 _ROLES = ("labeled", "unlabeled", "val", "test")
 # columns of history.csv; those of class K are "rate_K" and so on
 _HISTORY = (
@@ -135,6 +137,11 @@ class RunFiles:
         """Seed of the run, or None where the config has none."""
         return self.config.get("seed")
 
+    @property
+    def local_cache(self) -> str | None:
+        """Path of the cache, where it is on this machine: what a file names is not asked for over a network."""
+        return None if self.cache is None or names_another_machine(self.cache) else self.cache
+
     def number(self, key: str) -> float:
         """One metric as a float; NaN where it is null or absent, `val.` looks into the validation metrics."""
         values = self.metrics
@@ -190,7 +197,7 @@ class RunFiles:
         Raises:
             InputError: the file is missing, cut or of another version.
         """
-        return _read_object(self.path / "split.json", _SPLIT_FORMAT, _SPLIT_VERSIONS, _MAX_TABLE_BYTES)
+        return _read_object(self.path / "split.json", _SPLIT_FORMAT, _SPLIT_VERSIONS, MAX_SPLIT_BYTES)
 
     def heads(self) -> dict[str, Tensor]:
         """Read heads.safetensors: the trained tensors by name.
@@ -205,7 +212,8 @@ class RunFiles:
         from safetensors.torch import load_file
 
         try:
-            return load_file(file)
+            with opened_regular_file(file):  # a pipe would be waited for
+                return load_file(file)
         # the library has errors of its own for a header of other types
         except (SafetensorError, OSError, ValueError, TypeError, KeyError, RuntimeError, OverflowError) as error:
             raise InputError(f"{file} cannot be read ({_one_line(error)}); it is cut or damaged, {_FIX}") from error
@@ -259,6 +267,27 @@ def write_runs(
             raise write_error(folder, error) from error
 
 
+def as_unicode(text: str) -> str:
+    """The text; what is no Unicode in it, such as a byte of a folder's name, as an escape."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def write_tensors(run: Run, file: Path) -> None:
+    """Write the tensors of a run as safetensors.
+
+    Raises:
+        OSError: the file system refused.
+    """
+    # imports torch, which a report does without
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        save_file({name: tensor.contiguous() for name, tensor in run.tensors.items()}, file)
+    except SafetensorError as error:
+        raise OSError(_one_line(error)) from error
+
+
 def may_replace(folder: Path) -> bool:
     """Whether a folder is empty, holds a run, or what a killed save left."""
     if not folder.is_dir():
@@ -270,14 +299,7 @@ def may_replace(folder: Path) -> bool:
 
 def _write_files(run: Run, folder: Path) -> None:
     """Write the files of a run, config.json last, with the digests of the others."""
-    # imports torch, which a report does without
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
-    try:
-        save_file({name: tensor.contiguous() for name, tensor in run.tensors.items()}, folder / "heads.safetensors")
-    except SafetensorError as error:  # a full disk, among others
-        raise OSError(str(error)) from error
+    write_tensors(run, folder / "heads.safetensors")
     _write_json(folder / "split.json", run.split)
     _write_json(folder / "metrics.json", run.metrics)
     _write_history(folder / "history.csv", run.history, len(run.class_names))
@@ -286,9 +308,9 @@ def _write_files(run: Run, folder: Path) -> None:
         "format": RUN_FORMAT,
         "version": VERSIONS[-1],
         "config": run.config.to_dict(),
-        "cache": None if run.cache_path is None else _as_unicode(str(run.cache_path)),
+        "cache": None if run.cache_path is None else as_unicode(str(run.cache_path)),
         "encoder": run.encoder,
-        "class_names": [_as_unicode(name) for name in run.class_names],
+        "class_names": [as_unicode(name) for name in run.class_names],
         "status": run.status,
         "relabeled": run.relabeled,
         "created_by": f"ulfine-fast {__version__}",
@@ -331,8 +353,8 @@ def load_run(folder: Path) -> RunFiles:
     # split.json; in the digest the order of the ids does not count
     split_file = folder / "split.json"
     split = check_schema(
-        _read_object(split_file, _SPLIT_FORMAT, _SPLIT_VERSIONS, _MAX_TABLE_BYTES),
-        Split,
+        _read_object(split_file, _SPLIT_FORMAT, _SPLIT_VERSIONS, MAX_SPLIT_BYTES),
+        SavedSplit,
         name=str(split_file),
         fix=_FIX,
     )
@@ -365,6 +387,21 @@ def load_run(folder: Path) -> RunFiles:
         metrics=metrics,
         history=_read_history(folder / "history.csv", needed=bool(numbers.steps)),
     )
+
+
+def split_at(path: Path, ids: list[str]) -> Split:
+    """The split in a file or a run folder, the run checked as a whole.
+
+    Args:
+        path: a split.json, or a folder that holds one.
+        ids: the cache's image ids, in row order.
+
+    Raises:
+        InputError: no split there, of a run that has changed since it was saved, or an image the cache lacks.
+    """
+    if (path / CONFIG).exists():
+        load_run(path)
+    return read_split(path, ids)
 
 
 def load_runs(paths: Sequence[Path]) -> list[RunFiles]:
@@ -429,11 +466,6 @@ def _json_bytes(value: Any) -> bytes:
     return (json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n").encode()
 
 
-def _as_unicode(text: str) -> str:
-    """The text; what is no Unicode in it, such as a byte of a folder's name, as an escape."""
-    return text.encode("utf-8", "backslashreplace").decode()
-
-
 def _read_bytes(file: Path, max_bytes: int) -> bytes:
     _refuse_missing(file)
     try:
@@ -494,7 +526,7 @@ def _read_history(file: Path, *, needed: bool) -> dict[str, np.ndarray]:
     """The columns of history.csv; a method that takes no step (zero shot) may have none."""
     if not needed and not os.path.lexists(file):
         return {}
-    data = _read_bytes(file, _MAX_TABLE_BYTES)
+    data = _read_bytes(file, _MAX_HISTORY_BYTES)
     try:
         text = data.decode("utf-8")
         rows = list(csv.reader(text.splitlines()))

@@ -23,7 +23,6 @@ from ulfine_fast.runs.files import load_run, write_run
 if TYPE_CHECKING:
     from ulfine_fast.cache.store import FeatureCache
 
-# what predictions and model cards need of a run's encoder
 _ENCODER = ("name", "pretrained", "sha256", "image_size")
 
 
@@ -195,9 +194,8 @@ class Run:
                 raise InputError(f"{folder} holds {len(inner)} runs; name one, such as {inner[0].parent}")
             raise InputError(f"{folder} is no run: it has no config.json; name a folder that `ulfine-fast fit` wrote")
         files = load_run(folder)
-        missing = [name for name in _ENCODER if files.encoder and name not in files.encoder]
-        if missing:
-            raise InputError(f"config.json in {folder} does not say the encoder's {missing[0]}; fit the run again")
+        if files.encoder:
+            refuse_incomplete_encoder(files.encoder, folder)
         predictions = files.predictions()
         run = cls(
             config=FitConfig.from_dict(files.config, saved=True),
@@ -214,26 +212,25 @@ class Run:
             status=files.status,
             relabeled=files.relabeled,
         )
-        run._refuse_other_tensors(folder)
+        run.refuse_other_tensors(folder / "heads.safetensors")
         return run
 
-    def _refuse_other_tensors(self, folder: Path) -> None:
-        """Refuse tensors that are not those of the run's method and classes, by the logits of one row."""
+    def refuse_other_tensors(self, file: Path) -> None:
+        """Refuse tensors, read from a file, that are not those of the run's method and classes.
+
+        Raises:
+            InputError: the logits of one row cannot be computed, or are those of another number of classes.
+        """
         try:
             with torch.no_grad():
                 head = self.head()
-                shape = tuple(head.logits(head.rows(torch.zeros(1, *self.input_shape))).shape)
+                classes = head.logits(head.rows(torch.zeros(1, *self.input_shape))).shape[-1]
         # a tensor that is missing, of another shape or of another type, wherever the method uses it
         except Exception as error:
             reason = " ".join(str(error).split())[:160] or type(error).__name__
-            raise InputError(
-                f"{folder / 'heads.safetensors'} does not fit the run's settings ({reason}); fit the run again"
-            ) from error
-        if shape != (1, len(self.class_names)):
-            raise InputError(
-                f"{folder / 'heads.safetensors'} has {shape[-1]} classes, config.json names {len(self.class_names)}; "
-                "fit the run again"
-            )
+            raise InputError(f"{file} does not fit the settings beside it ({reason}); fit the run again") from error
+        if classes != len(self.class_names):
+            raise InputError(f"{file} is of {classes} classes, not {len(self.class_names)}; fit the run again")
 
     @property
     def failure(self) -> str | None:
@@ -253,6 +250,18 @@ class Run:
         """
         if self.failure is not None:
             raise InputError(self.failure)
+
+
+def refuse_incomplete_encoder(encoder: dict[str, Any], folder: Path) -> None:
+    """Refuse a record, read from config.json in `folder`, that predictions and model cards cannot be made of.
+
+    Raises:
+        InputError: names what is missing.
+    """
+    for name in _ENCODER:
+        # a model is not always one of several trainings
+        if name not in encoder or (encoder[name] is None and name != "pretrained"):
+            raise InputError(f"config.json in {folder} does not say the encoder's {name}; fit the run again")
 
 
 def describe_encoder(cache: FeatureCache) -> dict[str, Any] | None:

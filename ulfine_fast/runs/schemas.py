@@ -37,29 +37,25 @@ class Config(msgspec.Struct):
     config: Method
     class_names: Annotated[list[str], msgspec.Meta(min_length=1)]
     encoder: Encoder | None = None
-    cache: str | None = None
+    cache: Annotated[str, msgspec.Meta(pattern="^[^\0]*$")] | None = None
     created_by: str = "unknown"
     status: str = "done"
     relabeled: str | None = None
     digests: dict[str, str] | None = None
 
 
-class Split(msgspec.Struct):
-    """split.json."""
-
-    class_order: list[_Count]
-    labeled: list[str]
-    unlabeled: list[str]
-    val: list[str]
-    test: list[str]
-    rule: str = "not recorded"
-
-
 class SplitMetrics(msgspec.Struct):
-    """The metrics that both parts of metrics.json have; any other number is read where it is asked for."""
+    """The metrics that both parts of metrics.json have; a number that is not named is checked where it is asked for."""
 
     accuracy: float | None = None
     balanced_accuracy: float | None = None
+    many: float | None = None
+    medium: float | None = None
+    few: float | None = None
+    worst_class: float | None = None
+    macro_f1: float | None = None
+    ece: float | None = None
+    ece_temperature_scaled: float | None = None
     temperature: Annotated[float, msgspec.Meta(gt=0)] = 1.0
 
 
@@ -67,6 +63,10 @@ class Metrics(SplitMetrics):
     """metrics.json."""
 
     val: SplitMetrics | None = None
+    pseudo_label_rate: float | None = None
+    pseudo_label_precision: float | None = None
+    confidence_on_false: float | None = None
+    seconds: float | None = None
     steps: _Count | None = None
     stopped_at: _Count | None = None
     class_counts: list[_Count | None] | None = None

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from ulfine_fast.cache.io.terminal import printable
 from ulfine_fast.related.forecast import Budget
 
 
@@ -59,11 +60,12 @@ def print_forecast(content: dict[str, Any]) -> None:
     from ulfine_fast.related.forecast.forecast import FORECASTERS  # start-up: it imports NumPy
 
     if content["forecast"] is None:
-        typer.echo(f"no forecast: {content['refused']}")
+        typer.echo(f"no forecast: {printable(content['refused'])}")
         return
     largest = content["curve"]["budgets"][-1]
     target = content["forecast"]["target"]
-    typer.echo(f"{content['metric']} on validation, forecast from {largest:g} to {target:g} {content['over']}:")
+    metric, over = printable(content["metric"]), printable(content["over"])
+    typer.echo(f"{metric} on validation, forecast from {largest:g} to {target:g} {over}:")
     for name, estimate in content["forecast"]["figures"].items():
         value, low, high = (100 * estimate[key] for key in ("value", "low", "high"))
         typer.echo(f"  {FORECASTERS[name]}: {value:.1f} ({low:.1f} to {high:.1f})")

@@ -140,6 +140,9 @@ class _Task:
         if "realigned.bias" in run.tensors:
             raise InputError("the run is realigned already; name the run that it was made from")
         labeled, val, test = (rows_of(run.split[role], cache) for role in ("labeled", "val", "test"))
+        for role, rows in (("labeled", labeled), ("val", val), ("test", test)):
+            if (cache.labels[rows] < 0).any():
+                raise InputError(f"the run's split has an image in {role} whose label the cache does not know")
         counts = np.bincount(cache.labels[labeled], minlength=len(run.class_names)).astype(np.int64)
         return cls(run, cache, inputs_of(run, cache), labeled, val, test, counts)
 
