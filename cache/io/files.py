@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -65,6 +67,39 @@ def write_atomically(path: Path, data: bytes, *, concurrent: bool = False) -> No
         return
     with atomic_file(path, concurrent=concurrent) as file:
         file.write(data)
+
+
+@contextmanager
+def opened_regular_file(path: Path) -> Iterator[BinaryIO]:
+    """A regular file, or a link to one, open for reading.
+
+    A folder, a pipe or a device of that name is refused, and never waited for.
+
+    Raises:
+        OSError: no such file, or not a regular one.
+    """
+    # without the flag, opening a pipe waits for a writer
+    handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    try:
+        if not stat.S_ISREG(os.fstat(handle).st_mode):
+            raise OSError(errno.EINVAL, "not a regular file", str(path))
+        with open(handle, "rb", closefd=False) as file:
+            yield file
+    finally:
+        os.close(handle)
+
+
+def read_regular_file(path: Path, max_bytes: int) -> bytes:
+    """The whole content of a regular file, or of a link to one.
+
+    Raises:
+        OSError: no such file, not a regular one, or one of more than `max_bytes`.
+    """
+    with opened_regular_file(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > max_bytes:
+            raise OSError(errno.EFBIG, f"{size} bytes, at most {max_bytes} are read", str(path))
+        return file.read(max_bytes)
 
 
 @contextmanager
