@@ -35,14 +35,14 @@ class CmaEs(BaseSampler):
     as many trials of a generation are complete as its population has, they are told to the optimiser.
 
     Attributes:
-        generation: of the trials that are proposed; None before the first batch is recorded.
-        population: trials of a generation.
+        attributes: what a later batch must know of the trials that are proposed: their generation and its population;
+            nothing of those drawn at random.
     """
 
     def __init__(self, distributions: Mapping[str, BaseDistribution], *, seed: int, population: int) -> None:
         """Search the ranges among `distributions`; `population` counts unless the study has begun with another."""
-        self.generation: int | None = None
-        self.population = population
+        self.attributes: dict[str, int] = {}
+        self._population = population
         # in the order of their names, as Optuna has them
         self._ranges: dict[str, Numeric] = {
             name: entry
@@ -66,7 +66,7 @@ class CmaEs(BaseSampler):
             if not complete:
                 return {}
             self._optimizer = self._replay(complete, 1 if study.direction == StudyDirection.MINIMIZE else -1)
-            self.generation = self._optimizer.generation
+            self.attributes = {GENERATION: self._optimizer.generation, POPULATION: self._population}
             self._stored = any(trial.system_attrs.get(GENERATION, -1) > 0 for trial in complete)
         if not self._stored:
             # Optuna's sampler seeds the optimiser that it makes while no generation has been told
@@ -92,14 +92,14 @@ class CmaEs(BaseSampler):
             sign: 1 where small values are good, -1 where large ones are.
         """
         recorded = [trial.system_attrs[POPULATION] for trial in complete if POPULATION in trial.system_attrs]
-        self.population = recorded[0] if recorded else self.population
+        self._population = recorded[0] if recorded else self._population
         dimensions = len(self._ranges)
         optimizer = CMA(
             mean=np.full(dimensions, 0.5),
             sigma=1 / 6,
             bounds=np.tile([0.0, 1.0], (dimensions, 1)),
             n_max_resampling=10 * dimensions,
-            population_size=self.population,
+            population_size=self._population,
         )
         while True:
             members = [trial for trial in complete if trial.system_attrs.get(GENERATION) == optimizer.generation]
@@ -107,9 +107,9 @@ class CmaEs(BaseSampler):
                 # Optuna's sampler saves its state after the first trial of a generation is asked for, which makes the
                 # covariance symmetric to the last bit; a copy does the same
                 optimizer = copy.deepcopy(optimizer)
-            if len(members) < self.population:
+            if len(members) < self._population:
                 return optimizer
-            optimizer.tell([(self._to_unit(t.params), sign * t.values[0]) for t in members[: self.population]])
+            optimizer.tell([(self._to_unit(t.params), sign * t.values[0]) for t in members[: self._population]])
 
     def _to_unit(self, params: Mapping[str, Any]) -> NDArray[np.float64]:
         """The position of a trial (R,), each in 0..1."""

@@ -12,7 +12,7 @@ from ulfine_fast.search.trial_batches import run_batch
 
 if TYPE_CHECKING:
     from ulfine_fast.search.plan import Plan
-    from ulfine_fast.search.study import StudyBatch
+    from ulfine_fast.search.records import StudyBatch
 
 
 def run_on_ray(

@@ -15,6 +15,7 @@ from ulfine_fast.search.objective import check_metrics, direction
 from ulfine_fast.search.pruning import check_pruning
 from ulfine_fast.search.samplers import LEARNING, check_sampler, grid_size
 from ulfine_fast.search.space import Space
+from ulfine_fast.search.storage import database_url
 
 if TYPE_CHECKING:
     from ulfine_fast.cache.store import FeatureCache
@@ -69,6 +70,16 @@ class Plan:
     def directions(self) -> list[Literal["minimize", "maximize"]]:
         """Direction of each metric."""
         return [direction(metric) for metric in self.metrics]
+
+    @property
+    def trial_seeds(self) -> range:
+        """Seeds that each trial is averaged over."""
+        return range(self.seed, self.seed + self.seeds)
+
+    @property
+    def own_database(self) -> bool:
+        """Whether the study's database is that of the sweep's own folder."""
+        return self.storage == database_url(self.out)
 
     def identity(self) -> dict[str, Any]:
         """What must be equal for trials of two calls to belong to one study, in JSON's types."""

@@ -51,6 +51,20 @@ class Range:
             return self.high - self.low + 1 if self.whole else math.inf
         return math.floor((self.high - self.low) / self.step + 1e-9) + 1
 
+    @property
+    def grid_points(self) -> float:
+        """The most values that :meth:`grid` returns."""
+        return self.points if self.step is None else self.count
+
+    def holds(self, value: Value) -> bool:
+        """Whether the range has this value."""
+        if isinstance(value, bool) or not isinstance(value, int if self.whole else int | float):
+            return False
+        if not self.low <= value <= self.high:
+            return False
+        steps = 0.0 if self.step is None else (value - self.low) / self.step
+        return abs(steps - round(steps)) < 1e-8
+
     def grid(self) -> list[float]:
         """The values a grid search tries: by step where there is one, else `points` of them, evenly spread."""
         if self.step is not None:
@@ -82,6 +96,13 @@ class Space:
     fixed: dict[str, Value]
     searched: dict[str, Range | tuple[Value, ...]]
     warnings: list[str] = field(default_factory=list, compare=False)
+
+    def allows(self, name: str, value: Value) -> bool:
+        """Whether a searched option may have this value."""
+        entry = self.searched[name]
+        if isinstance(entry, Range):
+            return entry.holds(value)
+        return any(type(value) is type(choice) and value == choice for choice in entry)
 
     def settings(self, params: Mapping[str, Value]) -> dict[str, Value]:
         """The options of a trial with these searched values that its method reads, but for the seed."""

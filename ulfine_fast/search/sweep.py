@@ -25,7 +25,7 @@ from ulfine_fast.search.plan import Plan, check_options, check_search, default_b
 from ulfine_fast.search.result import DATABASE, SweepResult, collect, earlier_refits, sweep_folder, write_summary
 from ulfine_fast.search.samplers import quiet_optuna
 from ulfine_fast.search.space import Space, default_space, parse_space, read_space
-from ulfine_fast.search.study import StudyBatch, SweepStudy
+from ulfine_fast.search.study import SweepStudy
 from ulfine_fast.search.trial_batches import CHECKPOINTS, missing_batches, run_batch
 
 if TYPE_CHECKING:
