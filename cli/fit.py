@@ -42,8 +42,9 @@ def fit(
     from ulfine_fast.engine.checkpoint import saved_step
     from ulfine_fast.engine.fit import fit_many
     from ulfine_fast.runs.files import load_runs
+    from ulfine_fast.runs.folder import CHECKPOINT, locked
     from ulfine_fast.runs.loggers import log_run, refuse_unknown
-    from ulfine_fast.runs.seeds import CHECKPOINT, refuse_other_content, save_runs
+    from ulfine_fast.runs.seeds import refuse_other_content, save_runs
 
     # before minutes of training, not after
     refuse_other_content(out, [config.seed for config in configs])
@@ -59,27 +60,25 @@ def fit(
         if saved_split is not None:
             saved_split = corrected_split(saved_split, features, corrections)
 
-    # training, from where an interrupted fit of the same options stopped
-    checkpoint = out / CHECKPOINT
-    step = saved_step(checkpoint)
-    if step is not None:
-        typer.echo(f"continuing from step {step}", err=True)
-    runs = fit_many(features, configs, split=saved_split, device=device, checkpoint=checkpoint)
+    with locked(out):
+        # training, from where an interrupted fit of the same options stopped
+        checkpoint = out / CHECKPOINT
+        step = saved_step(checkpoint)
+        if step is not None:
+            typer.echo(f"continuing from step {step}", err=True)
+        runs = fit_many(features, configs, split=saved_split, device=device, checkpoint=checkpoint)
 
-    # results
-    summary = save_runs(runs, out)
-    failed = [run for run in runs if run.status == "failed"]
-    if len(failed) < len(runs):
-        for name in log or []:
-            for saved in load_runs([out]):
-                log_run(saved, name, Path("logs") / name)
-        print_metrics({first.method: summary}, as_json=as_json)
-        if not as_json:
-            typer.echo(f"run: {out}")
-    if failed:
-        for run in failed:
-            typer.echo(f"error: {run.failure}", err=True)
-        # no empty folder
-        if not any(out.iterdir()):
-            out.rmdir()
-        raise typer.Exit(1)
+        # results
+        summary = save_runs(runs, out)
+        failed = [run for run in runs if run.status == "failed"]
+        if len(failed) < len(runs):
+            for name in log or []:
+                for saved in load_runs([out]):
+                    log_run(saved, name, Path("logs") / name)
+            print_metrics({first.method: summary}, as_json=as_json)
+            if not as_json:
+                typer.echo(f"run: {out}")
+        if failed:
+            for run in failed:
+                typer.echo(f"error: {run.failure}", err=True)
+            raise typer.Exit(1)

@@ -41,7 +41,7 @@ def atomic_file(path: Path, *, concurrent: bool = False) -> Iterator[BinaryIO]:
             os.fsync(file.fileno())
             file.close()
             os.replace(temporary, path)
-            _flush_folder(path.parent)
+            flush_folder(path.parent)
         except BaseException:
             # On a full disk the partial file would take the room that the user is about to make.
             with suppress(OSError):
@@ -152,7 +152,7 @@ def _upload(path: Path, data: bytes) -> None:
         ) from error
 
 
-def _flush_folder(folder: Path) -> None:
+def flush_folder(folder: Path) -> None:
     """Makes the rename itself survive a power cut; Windows has no such call and needs none."""
     if os.name == "nt":
         return

@@ -11,7 +11,7 @@ _ESCAPED = {"Cc", "Cs", "Zl", "Zp"}
 
 
 def printable(text: object) -> str:
-    """A text on one line, with what would steer a terminal written as an escape such as \\\\x1b.
+    r"""A text on one line, with what would steer a terminal written as an escape such as \x1b.
 
     Names of classes, images and models come from files of other people: an escape code in one could hide lines, change
     the window's title or answer a prompt.

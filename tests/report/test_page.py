@@ -267,7 +267,7 @@ HOSTILE = (
     "{{ 7 * 7 }}",
     "</style><script>",
     "a\u202eb",
-    "\ud800",
+    "\x1b[31m",
     "&amp;",
     "x" * 300,
 )
@@ -294,6 +294,12 @@ def test_untrusted_text_stays_text(tmp_path: Path) -> None:
     assert "{{ 7 * 7 }}" in text
     assert text.count("<style>") == text.count("</style>") == 1
     assert "\u202e" in text, "kept, isolated by bdi"
+
+
+def test_half_a_surrogate_pair_is_refused(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", RunSpec(classes=2, names=("cat", "\ud800"), rows=80))
+    with pytest.raises(InputError, match=r"config\.json cannot be read \(.*surrogate pair"):
+        page(run)
 
 
 def test_many_untrusted_classes(tmp_path: Path) -> None:

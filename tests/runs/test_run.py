@@ -63,7 +63,7 @@ def test_the_length_of_a_feature_does_not_matter(run, clusters):
 
 def test_each_file_is_readable_by_other_programs(run, folder):
     config = json.loads((folder / "config.json").read_text())
-    assert (config["format"], config["version"]) == ("ulfine-fast-run", 1)
+    assert (config["format"], config["version"]) == ("ulfine-fast-run", 2)
     assert config["config"]["n1"] == 40
     assert config["cache"] is None
     assert json.loads((folder / "split.json").read_text())["labeled"] == run.split["labeled"]
@@ -155,9 +155,9 @@ def test_a_damaged_or_missing_file_is_one_sentence(folder, name):
 
 def test_a_run_of_a_later_version_is_refused(folder):
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "version": 2}))
+    (folder / "config.json").write_text(json.dumps({**config, "version": 3}))
     with pytest.raises(
-        InputError, match="is 'ulfine-fast-run' version 2, this program reads 'ulfine-fast-run' version 1"
+        InputError, match="is 'ulfine-fast-run' version 3, this program reads 'ulfine-fast-run' version 1 and 2"
     ):
         Run.load(folder)
 

@@ -6,8 +6,9 @@ import csv
 import hashlib
 import json
 import math
+import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,16 +18,36 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ulfine_fast._version import __version__
+from ulfine_fast.cache.io.digests import BLANK, file_digest, is_sealed, sealed
 from ulfine_fast.cache.io.errors import InputError
+from ulfine_fast.cache.io.files import opened_regular_file, read_regular_file
+from ulfine_fast.cache.io.json_files import MAX_BYTES, check_schema, parse_json
+from ulfine_fast.runs.folder import (
+    CONFIG,
+    FILES,
+    HIDDEN,
+    STAGING,
+    SUMMARY,
+    discard_staged,
+    flush_file,
+    locked,
+    staged,
+    swap_in,
+    write_error,
+)
+from ulfine_fast.runs.schemas import Config, Metrics, Split
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from ulfine_fast.runs.run import Run
 
-RUN_FORMAT, VERSION = "ulfine-fast-run", 1
-_SPLIT_FORMAT = "ulfine-fast-split"
-_FILES = ("config.json", "split.json", "metrics.json", "predictions.parquet")
+# version 2 has digests: of every other file in config.json, and of config.json in itself
+RUN_FORMAT, VERSIONS = "ulfine-fast-run", (1, 2)
+_SPLIT_FORMAT, _SPLIT_VERSIONS = "ulfine-fast-split", (1,)
+_REQUIRED = ("config.json", "split.json", "metrics.json", "predictions.parquet")
+_FIX = "fit the run again"
+_MAX_TABLE_BYTES = 4 << 30  # of split.json and history.csv: a hundred million image ids
 _ROLES = ("labeled", "unlabeled", "val", "test")
 # columns of history.csv; those of class K are "rate_K" and so on
 _HISTORY = (
@@ -41,6 +62,8 @@ _HISTORY = (
     "confidence_on_false",
 )
 _HISTORY_PER_CLASS = ("rate", "precision", "recall")
+# files that a run of version 2 has a digest of, beside summary.json where one was written
+_DIGESTED = tuple(name for name in FILES if name not in (CONFIG, SUMMARY))
 _METRICS_PER_CLASS = (
     "per_class_accuracy",
     "class_counts",
@@ -147,15 +170,19 @@ class RunFiles:
         try:
             table = pq.read_table(file, columns=["id", "split", "label", "predicted", "confidence", "probabilities"])
             table = table.filter(pa.compute.equal(table["split"], "test"))
-            labels, predicted = (table[name].to_numpy().astype(np.int64) for name in ("label", "predicted"))
+            ids = table["id"].cast(pa.string()).to_pylist()
+            labels, predicted = (table[name].cast(pa.int64()).to_numpy() for name in ("label", "predicted"))
+            confidence = table["confidence"].cast(pa.float64()).to_numpy()
             flat = table["probabilities"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
             probabilities = flat.astype(np.float32).reshape(len(labels), classes)  # (n, K)
-        except (pa.ArrowException, KeyError, OSError, ValueError, TypeError) as error:
-            raise InputError(f"{file} cannot be read ({error}); it is damaged, fit the run again") from error
+            missing = sum(table[name].null_count for name in ("id", "label", "predicted"))
+        except (pa.ArrowException, KeyError, OSError, ValueError, TypeError, AttributeError, MemoryError) as error:
+            raise InputError(f"{file} cannot be read ({_one_line(error)}); it is damaged, {_FIX}") from error
+        if missing or not np.isfinite(probabilities).all():
+            raise InputError(f"{file} has an empty cell or a probability that is no number; {_FIX}")
         if ((labels < -1) | (labels >= classes) | (predicted < 0) | (predicted >= classes)).any():
             raise InputError(f"{file} names a class outside 0..{classes - 1}; fit the run again")
-        confidence = table["confidence"].to_numpy().astype(np.float64)
-        return Predictions(table["id"].to_pylist(), labels, predicted, confidence, probabilities)
+        return Predictions(ids, labels, predicted, confidence, probabilities)
 
     def split(self) -> dict[str, Any]:
         """Read split.json: image ids by role, see :mod:`ulfine_fast.data.splits`.
@@ -163,7 +190,7 @@ class RunFiles:
         Raises:
             InputError: the file is missing, cut or of another version.
         """
-        return _read_json(self.path / "split.json", _SPLIT_FORMAT)
+        return _read_object(self.path / "split.json", _SPLIT_FORMAT, _SPLIT_VERSIONS, _MAX_TABLE_BYTES)
 
     def heads(self) -> dict[str, Tensor]:
         """Read heads.safetensors: the trained tensors by name.
@@ -172,92 +199,171 @@ class RunFiles:
             InputError: the file is missing or cut.
         """
         file = self.path / "heads.safetensors"
-        if not file.is_file():
-            raise _missing(file)
+        _refuse_missing(file)
         # imports torch, which a report does without
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
         try:
             return load_file(file)
-        except (SafetensorError, OSError) as error:
-            raise InputError(f"{file} cannot be read ({error}); it is cut or damaged, fit the run again") from error
+        # the library has errors of its own for a header of other types
+        except (SafetensorError, OSError, ValueError, TypeError, KeyError, RuntimeError, OverflowError) as error:
+            raise InputError(f"{file} cannot be read ({_one_line(error)}); it is cut or damaged, {_FIX}") from error
 
 
 def write_run(run: Run, folder: Path) -> None:
-    """Write the run folder, over an earlier run there.
+    """Write the run folder, in the place of an earlier run there.
 
     Raises:
-        InputError: the folder holds something else, or cannot be written.
+        InputError: the folder holds something else, another process writes there, or it cannot be written.
     """
-    if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not (folder / "config.json").exists())):
-        raise InputError(f"{folder} exists and is no run; name a new folder")
+    write_runs({folder: run})
+
+
+def write_runs(
+    runs: Mapping[Path, Run], summary: tuple[Path, bytes] | None = None, emptied: Sequence[Path] = ()
+) -> None:
+    """Write the runs of one fit, in the place of earlier runs there: all of them are complete before one of those goes.
+
+    Args:
+        runs: by folder.
+        summary: a folder, of a run or above the runs, and the content of its summary.json; None for no such file.
+        emptied: folders whose earlier runs go without a new one, such as those of seeds that diverged.
+
+    Raises:
+        InputError: a folder holds something else, another process writes there, or it cannot be written.
+    """
+    for folder in runs:
+        if folder.exists() and not may_replace(folder):
+            raise InputError(f"{folder} exists and is no run; name a new folder")
+    folders = list(dict.fromkeys([*runs, *([] if summary is None else [summary[0]])]))
+    with locked(*folders, *emptied):
+        folder = folders[0]
+        try:
+            for folder in folders:
+                staging = staged(folder)
+                if summary is not None and folder == summary[0]:
+                    (staging / SUMMARY).write_bytes(summary[1])
+                if folder in runs:
+                    _write_files(runs[folder], staging)
+                for path in staging.iterdir():
+                    flush_file(path)
+        except BaseException as error:
+            discard_staged(folders)
+            if isinstance(error, OSError):
+                raise write_error(folder, error) from error
+            raise
+        try:
+            swap_in(folders, emptied)
+        except OSError as error:
+            raise write_error(folder, error) from error
+
+
+def may_replace(folder: Path) -> bool:
+    """Whether a folder is empty, holds a run, or what a killed save left."""
+    if not folder.is_dir():
+        return False
+    if (folder / STAGING).is_dir() or _looks_like_run(folder):
+        return True
+    return all(path.name in HIDDEN for path in folder.iterdir())
+
+
+def _write_files(run: Run, folder: Path) -> None:
+    """Write the files of a run, config.json last, with the digests of the others."""
     # imports torch, which a report does without
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         save_file({name: tensor.contiguous() for name, tensor in run.tensors.items()}, folder / "heads.safetensors")
-        _write_json(folder / "split.json", run.split)
-        _write_json(folder / "metrics.json", run.metrics)
-        _write_history(folder / "history.csv", run.history, len(run.class_names))
-        _write_predictions(folder / "predictions.parquet", run)
-        config = {
-            "format": RUN_FORMAT,
-            "version": VERSION,
-            "config": run.config.to_dict(),
-            "cache": None if run.cache_path is None else str(run.cache_path),
-            "encoder": run.encoder,
-            "class_names": run.class_names,
-            "status": run.status,
-            "relabeled": run.relabeled,
-            "created_by": f"ulfine-fast {__version__}",
-        }
-        # last: a folder with config.json is a whole run
-        _write_json(folder / "config.json", config)
-    except OSError as error:
-        raise InputError(f"cannot write the run to {folder}: {error.strerror or error}") from error
+    except SafetensorError as error:  # a full disk, among others
+        raise OSError(str(error)) from error
+    _write_json(folder / "split.json", run.split)
+    _write_json(folder / "metrics.json", run.metrics)
+    _write_history(folder / "history.csv", run.history, len(run.class_names))
+    _write_predictions(folder / "predictions.parquet", run)
+    config = {
+        "format": RUN_FORMAT,
+        "version": VERSIONS[-1],
+        "config": run.config.to_dict(),
+        "cache": None if run.cache_path is None else _as_unicode(str(run.cache_path)),
+        "encoder": run.encoder,
+        "class_names": [_as_unicode(name) for name in run.class_names],
+        "status": run.status,
+        "relabeled": run.relabeled,
+        "created_by": f"ulfine-fast {__version__}",
+        "digests": {path.name: file_digest(path) for path in sorted(folder.iterdir())},
+        "digest": BLANK,
+    }
+    (folder / CONFIG).write_bytes(sealed(_json_bytes(config)))
 
 
 def load_run(folder: Path) -> RunFiles:
-    """Read one run folder.
+    """Read one run folder; of version 2, whose files have digests, only as it was written.
 
     Raises:
-        InputError: a file is missing, cut or of another format version.
+        InputError: a file is missing, cut, changed since or of another format version.
     """
     # config.json
-    content = _read_json(folder / "config.json", RUN_FORMAT)
-    class_names = _field(content, "class_names", list, folder)
-    config = _field(content, "config", dict, folder)
-    _field(config, "method", str, folder)
+    file = folder / CONFIG
+    data = _read_bytes(file, MAX_BYTES)
+    content = _object(data, file, RUN_FORMAT, VERSIONS)
+    known = check_schema(content, Config, name=str(file), fix=_FIX)
+    if content["version"] == 1:
+        # such a file has none: one with digests had another version once
+        sound = not {"digest", "digests"} & content.keys()
+    else:
+        sound = is_sealed(data) and known.digests is not None and set(_DIGESTED) <= known.digests.keys() <= set(FILES)
+    if not sound:
+        raise InputError(f"{file} has changed since the run was saved; {_FIX}")
+
+    # the other files are those that it names
+    for name, digest in sorted((known.digests or {}).items()):
+        path = folder / name
+        _refuse_missing(path)
+        try:
+            same = file_digest(path) == digest
+        except OSError as error:
+            raise InputError(f"{path} cannot be read ({error.strerror or error}); {_FIX}") from error
+        if not same:
+            raise InputError(f"{path} has changed since the run was saved; {_FIX}")
 
     # split.json; in the digest the order of the ids does not count
-    split = _read_json(folder / "split.json", _SPLIT_FORMAT)
-    members = [sorted(map(str, split.get(role) or [])) for role in ("labeled", "unlabeled", "test")]
+    split_file = folder / "split.json"
+    split = check_schema(
+        _read_object(split_file, _SPLIT_FORMAT, _SPLIT_VERSIONS, _MAX_TABLE_BYTES),
+        Split,
+        name=str(split_file),
+        fix=_FIX,
+    )
+    roles = {role: getattr(split, role) for role in _ROLES}
+    members = [sorted(roles[role]) for role in ("labeled", "unlabeled", "test")]
 
     # metrics.json
-    metrics = _read_json(folder / "metrics.json")
+    metrics_file = folder / "metrics.json"
+    metrics = _read_object(metrics_file)
+    numbers = check_schema(metrics, Metrics, name=str(metrics_file), fix=_FIX)
+    classes = len(known.class_names)
     for key in _METRICS_PER_CLASS:
-        values = metrics.get(key)
-        if values is not None and (not isinstance(values, list) or len(values) != len(class_names)):
-            got = len(values) if isinstance(values, list) else repr(values)
-            raise InputError(f"metrics.json in {folder}: {key} should have {len(class_names)} values, got {got}")
+        values = getattr(numbers, key)
+        if values is not None and len(values) != classes:
+            raise InputError(f"metrics.json in {folder}: {key} should have {classes} values, got {len(values)}; {_FIX}")
 
     _check_parquet(folder / "predictions.parquet")
     return RunFiles(
         path=folder,
-        config=config,
+        config=content["config"],
         encoder=content.get("encoder") or {},
-        cache=content.get("cache"),
-        class_names=[str(name) for name in class_names],
-        created_by=str(content.get("created_by", "unknown")),
-        status=str(content.get("status", "done")),
-        relabeled=content.get("relabeled"),
-        split_rule=str(split.get("rule", "not recorded")),
-        split_rows={role: len(split.get(role) or []) for role in _ROLES},
+        cache=known.cache,
+        class_names=known.class_names,
+        created_by=known.created_by,
+        status=known.status,
+        relabeled=known.relabeled,
+        split_rule=split.rule,
+        split_rows={role: len(ids) for role, ids in roles.items()},
         split_digest=hashlib.sha256(json.dumps(members).encode()).hexdigest(),
         metrics=metrics,
-        history=_read_history(folder / "history.csv", needed=bool(metrics.get("steps"))),
+        history=_read_history(folder / "history.csv", needed=bool(numbers.steps)),
     )
 
 
@@ -292,6 +398,8 @@ def find_runs(path: Path) -> list[Path]:
     if not path.is_dir():
         raise InputError(f"no folder at {path}; give a run folder written by `ulfine-fast fit`")
     folders = {file.parent for name in ("config.json", "metrics.json") for file in path.rglob(name)}
+    # a killed save leaves files that are no run yet
+    folders = {folder for folder in folders if folder.name != STAGING}
     runs = sorted((folder for folder in folders if _looks_like_run(folder)), key=_natural)
     if not runs:
         raise InputError(f"no run in {path}; give a folder written by `ulfine-fast fit`, or one above such folders")
@@ -300,10 +408,12 @@ def find_runs(path: Path) -> list[Path]:
 
 def _looks_like_run(folder: Path) -> bool:
     # other programs write a config.json too: that of a run has a second file beside it, or names the format
-    if sum((folder / name).is_file() for name in _FILES) > 1:
+    if sum((folder / name).is_file() for name in _REQUIRED) > 1:
         return True
-    config = folder / "config.json"
-    return config.is_file() and RUN_FORMAT.encode() in config.read_bytes()[:65536]
+    try:
+        return RUN_FORMAT.encode() in read_regular_file(folder / CONFIG, MAX_BYTES)
+    except OSError:
+        return False
 
 
 def _natural(path: Path) -> list[tuple[int, int, str]]:
@@ -312,37 +422,53 @@ def _natural(path: Path) -> list[tuple[int, int, str]]:
 
 
 def _write_json(file: Path, value: Any) -> None:
-    file.write_text(json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n", encoding="utf-8")
+    file.write_bytes(_json_bytes(value))
 
 
-def _read_json(file: Path, kind: str | None = None) -> dict[str, Any]:
-    """The object in a file, of the format `kind` where that is given."""
-    if not file.is_file():
-        raise _missing(file)
+def _json_bytes(value: Any) -> bytes:
+    return (json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n").encode()
+
+
+def _as_unicode(text: str) -> str:
+    """The text; what is no Unicode in it, such as a byte of a folder's name, as an escape."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def _read_bytes(file: Path, max_bytes: int) -> bytes:
+    _refuse_missing(file)
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise InputError(f"{file} cannot be read ({error}); it is cut or damaged, fit the run again") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{file} should hold a JSON object, got {type(content).__name__}; fit the run again")
+        return read_regular_file(file, max_bytes)
+    except OSError as error:
+        raise InputError(f"{file} cannot be read ({error.strerror or error}); {_FIX}") from error
+
+
+def _read_object(
+    file: Path, kind: str | None = None, versions: Sequence[int] = (), max_bytes: int = MAX_BYTES
+) -> dict[str, Any]:
+    """The object in a file, of the format `kind` where that is given."""
+    return _object(_read_bytes(file, max_bytes), file, kind, versions)
+
+
+def _object(data: bytes, file: Path, kind: str | None, versions: Sequence[int]) -> dict[str, Any]:
+    content = parse_json(data, dict[str, Any], name=str(file), fix=_FIX)
     written_as, version = content.get("format"), content.get("version")
-    if kind is not None and (written_as, version) != (kind, VERSION):
+    # true is equal to 1
+    known = written_as == kind and version in versions and not isinstance(version, bool)
+    if kind is not None and not known:
         raise InputError(
-            f"{file} is {written_as!r} version {version!r}, this program reads {kind!r} version {VERSION}; "
-            "use the version that wrote it, or fit the run again"
+            f"{file} is {written_as!r} version {version!r}, this program reads {kind!r} version "
+            f"{' and '.join(map(str, versions))}; use the version that wrote it, or fit the run again"
         )
     return content
 
 
-def _missing(file: Path) -> InputError:
-    return InputError(f"{file.name} is missing in {file.parent}; the run was not finished, fit it again")
+def _refuse_missing(file: Path) -> None:
+    if not os.path.lexists(file):
+        raise InputError(f"{file.name} is missing in {file.parent}; the run was not finished, fit it again")
 
 
-def _field(content: dict[str, Any], key: str, kind: type, folder: Path) -> Any:
-    value = content.get(key)
-    if not isinstance(value, kind):
-        raise InputError(f"config.json in {folder} has no {key} ({kind.__name__}); fit the run again")
-    return value
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def _number(value: object, key: str, file: Path) -> float:
@@ -366,23 +492,30 @@ def _write_history(file: Path, history: Sequence[dict[str, Any]], classes: int) 
 
 def _read_history(file: Path, *, needed: bool) -> dict[str, np.ndarray]:
     """The columns of history.csv; a method that takes no step (zero shot) may have none."""
-    if not file.is_file():
-        if needed:
-            raise _missing(file)
+    if not needed and not os.path.lexists(file):
         return {}
-    text = file.read_text(encoding="utf-8")
-    rows = list(csv.reader(text.splitlines()))
+    data = _read_bytes(file, _MAX_TABLE_BYTES)
+    try:
+        text = data.decode("utf-8")
+        rows = list(csv.reader(text.splitlines()))
+    except (ValueError, csv.Error) as error:
+        raise InputError(f"{file} cannot be read ({_one_line(error)}); {_FIX}") from error
     if not rows:
         return {}
     # a file cut in the middle of its last number has a whole row, but no end of line
-    if rows[0][0] != "step" or any(len(row) != len(rows[0]) for row in rows) or not text.endswith("\n"):
+    header = rows[0]
+    whole = all(len(row) == len(header) for row in rows) and text.endswith("\n")
+    if header[:1] != ["step"] or len(set(header)) < len(header) or not whole:
         raise InputError(f"{file} is cut or has other columns; fit the run again")
     try:
         cells = [[float(cell) if cell else math.nan for cell in row] for row in rows[1:]]
     except ValueError as error:
         raise InputError(f"{file} holds a cell that is not a number ({error}); fit the run again") from error
-    table = np.array(cells, dtype=np.float64).reshape(len(cells), len(rows[0]))  # (evaluations, columns)
-    return dict(zip(rows[0], table.T, strict=True))
+    table = np.array(cells, dtype=np.float64).reshape(len(cells), len(header))  # (evaluations, columns)
+    steps = table[:, 0]
+    if not (np.isfinite(steps) & (steps >= 0) & (steps < 2**53)).all():
+        raise InputError(f"{file} has a step that is no whole number; {_FIX}")
+    return dict(zip(header, table.T, strict=True))
 
 
 def _write_predictions(file: Path, run: Run) -> None:
@@ -400,9 +533,9 @@ def _write_predictions(file: Path, run: Run) -> None:
 
 def _check_parquet(file: Path) -> None:
     """Refuse a missing or cut file by its footer, which is cheap even for many runs."""
-    if not file.is_file():
-        raise _missing(file)
+    _refuse_missing(file)
     try:
-        pq.read_metadata(file)
-    except (pa.ArrowException, OSError) as error:
+        with opened_regular_file(file) as stream:
+            pq.read_metadata(stream)
+    except (pa.ArrowException, OSError, ValueError, MemoryError) as error:
         raise InputError(f"{file} is cut or not a parquet file; fit the run again") from error

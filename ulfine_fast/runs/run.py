@@ -23,6 +23,9 @@ from ulfine_fast.runs.files import load_run, write_run
 if TYPE_CHECKING:
     from ulfine_fast.cache.store import FeatureCache
 
+# what predictions and model cards need of a run's encoder
+_ENCODER = ("name", "pretrained", "sha256", "image_size")
+
 
 @dataclass(frozen=True)
 class Head:
@@ -168,10 +171,11 @@ class Run:
         return self.logits(features).argmax(axis=1).astype(np.int64)
 
     def save(self, folder: str | Path) -> Path:
-        """Write the run folder, over an earlier run there.
+        """Write the run folder, in the place of an earlier run there.
 
         Raises:
-            InputError: the folder holds something else, or cannot be written; or the run failed.
+            InputError: the folder holds something else, another process writes there, or it cannot be written; or the
+                run failed.
         """
         self.refuse_failed()
         write_run(self, Path(folder))
@@ -191,8 +195,11 @@ class Run:
                 raise InputError(f"{folder} holds {len(inner)} runs; name one, such as {inner[0].parent}")
             raise InputError(f"{folder} is no run: it has no config.json; name a folder that `ulfine-fast fit` wrote")
         files = load_run(folder)
+        missing = [name for name in _ENCODER if files.encoder and name not in files.encoder]
+        if missing:
+            raise InputError(f"config.json in {folder} does not say the encoder's {missing[0]}; fit the run again")
         predictions = files.predictions()
-        return cls(
+        run = cls(
             config=FitConfig.from_dict(files.config, saved=True),
             class_names=files.class_names,
             tensors=files.heads(),
@@ -207,6 +214,26 @@ class Run:
             status=files.status,
             relabeled=files.relabeled,
         )
+        run._refuse_other_tensors(folder)
+        return run
+
+    def _refuse_other_tensors(self, folder: Path) -> None:
+        """Refuse tensors that are not those of the run's method and classes, by the logits of one row."""
+        try:
+            with torch.no_grad():
+                head = self.head()
+                shape = tuple(head.logits(head.rows(torch.zeros(1, *self.input_shape))).shape)
+        # a tensor that is missing, of another shape or of another type, wherever the method uses it
+        except Exception as error:
+            reason = " ".join(str(error).split())[:160] or type(error).__name__
+            raise InputError(
+                f"{folder / 'heads.safetensors'} does not fit the run's settings ({reason}); fit the run again"
+            ) from error
+        if shape != (1, len(self.class_names)):
+            raise InputError(
+                f"{folder / 'heads.safetensors'} has {shape[-1]} classes, config.json names {len(self.class_names)}; "
+                "fit the run again"
+            )
 
     @property
     def failure(self) -> str | None:

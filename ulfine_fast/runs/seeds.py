@@ -9,10 +9,9 @@ from typing import Any
 
 from ulfine_fast.cache.io.errors import InputError
 from ulfine_fast.metrics.intervals import mean_interval
+from ulfine_fast.runs.files import may_replace, write_runs
+from ulfine_fast.runs.folder import CONFIG, HIDDEN, STAGING, SUMMARY
 from ulfine_fast.runs.run import Run
-
-CHECKPOINT = ".checkpoint"
-"""Folder inside a run's that an interrupted fit continues from."""
 
 HEADLINE = (
     "accuracy",
@@ -59,21 +58,22 @@ def save_runs(runs: Sequence[Run], out: Path) -> MeanMetrics:
         InputError: `out` cannot be written, or see :func:`refuse_other_content`.
     """
     seeds = [run.config.seed for run in runs]
+    folders = dict(zip(run_folders(out, seeds), runs, strict=True))
+    saved = {folder: run for folder, run in folders.items() if run.status != "failed"}
     refuse_other_content(out, seeds)
-    saved = [(run, folder) for run, folder in zip(runs, run_folders(out, seeds), strict=True) if run.status != "failed"]
     if not saved:
         return {}
-    for run, folder in saved:
-        run.save(folder)
-    means = mean_metrics([run.metrics for run, _ in saved])
+    means = mean_metrics([run.metrics for run in saved.values()])
     content = {
         "format": "ulfine-fast-summary",
         "version": 1,
         "method": runs[0].config.method,
-        "seeds": [run.config.seed for run, _ in saved],
+        "seeds": [run.config.seed for run in saved.values()],
         "metrics": means,
     }
-    (out / "summary.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    summary = (json.dumps(content, indent=2) + "\n").encode()
+    failed = [folder for folder in folders if folder not in saved and folder.exists()]
+    write_runs(saved, (out, summary), emptied=failed)
     return means
 
 
@@ -94,10 +94,16 @@ def refuse_other_content(out: Path, seeds: Sequence[int]) -> None:
         return
     if not out.is_dir():
         raise InputError(f"{out} is a file; name a folder for the run")
-    runs = {file.parent for file in (out / "config.json", *out.glob("*/config.json")) if file.exists()}
-    content = [path for path in out.iterdir() if path.name != CHECKPOINT]
-    if content and not (runs or (out / "summary.json").exists()):
-        raise InputError(f"{out} exists and is no run; name a new folder")
-    staying = sorted(runs - set(run_folders(out, seeds)))
+    folders = run_folders(out, seeds)
+    saving = [folder / STAGING for folder in (out, *folders)]  # left by a killed save of the same fit
+    runs = {file.parent for file in (out / CONFIG, *out.glob(f"*/{CONFIG}")) if file.exists()}
+    staying = sorted(runs - {*folders, *saving})
     if staying:
         raise InputError(f"{staying[0]} holds a run that this fit does not replace; name a new folder or remove it")
+
+    ours = bool(runs) or (out / SUMMARY).exists() or any(folder.is_dir() for folder in saving)
+    if not ours and any(path.name not in HIDDEN for path in out.iterdir()):
+        raise InputError(f"{out} exists and is no run; name a new folder")
+    for folder in folders:
+        if folder.exists() and not may_replace(folder):
+            raise InputError(f"{folder} exists and is no run; name a new folder")
