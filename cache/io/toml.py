@@ -20,14 +20,33 @@ def read_toml(path: Path) -> dict[str, Any]:
     """The content of a TOML file.
 
     Raises:
-        InputError: no such file, or not TOML; says where in the file.
+        InputError: no such file, not TOML, or nested too deep; says where in the file.
     """
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        data = path.read_bytes()
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror or error}; name a TOML file of settings") from error
-    except ValueError as error:  # broken syntax, or text that is not UTF-8
-        raise InputError(f"{path} is not TOML: {error}") from error
+    return parse_toml(data, str(path))
+
+
+def parse_toml(data: bytes, name: str) -> dict[str, Any]:
+    """The content of TOML in memory.
+
+    Args:
+        data: UTF-8.
+        name: of the file, for the sentence of a refusal.
+
+    Raises:
+        InputError: not TOML, or nested too deep; says where in the file.
+    """
+    try:
+        return tomllib.loads(data.decode())
+    except ValueError as error:  # broken syntax, text that is not UTF-8, or a number of thousands of digits
+        raise InputError(f"{name} is not TOML: {error}") from error
+    except RecursionError as error:
+        raise InputError(
+            f"{name} is not TOML of ours: it is nested too deep; write a value or a list a line"
+        ) from error
 
 
 def toml_text(values: Mapping[str, bool | int | float | str], heading: str) -> str:

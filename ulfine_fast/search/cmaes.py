@@ -140,7 +140,9 @@ def _from_unit(position: float, entry: Numeric) -> float:
         value = round(math.exp(scaled)) if entry.log else _nearest(scaled, entry) * entry.step + entry.low
         return min(max(value, entry.low), entry.high)
     if entry.step is not None:
-        return float(np.clip(np.round((scaled - entry.low) / entry.step) * entry.step + entry.low, entry.low, entry.high))
+        return float(
+            np.clip(np.round((scaled - entry.low) / entry.step) * entry.step + entry.low, entry.low, entry.high)
+        )
     # Optuna's floating ranges end below their upper end
     below = float(np.nextafter(entry.high, entry.high - 1))
     return float(np.clip(math.exp(scaled), entry.low, below)) if entry.log else min(scaled, below)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from ulfine_fast.cache.io.ray_cluster import RayWorkers, joined, result_of
 from ulfine_fast.cache.store import FeatureCache
 from ulfine_fast.search.samplers import quiet_optuna
+from ulfine_fast.search.storage import storage_failures
 from ulfine_fast.search.trial_batches import run_batch
 
 if TYPE_CHECKING:
@@ -50,5 +51,5 @@ def run_on_ray(
 
 def run_remotely(plan: Plan, cache: FeatureCache | str, batch: StudyBatch) -> int:
     """Run one batch on a worker; returns how many trials it recorded."""
-    with quiet_optuna():
+    with quiet_optuna(), storage_failures(plan.storage):
         return run_batch(plan, FeatureCache.open(cache) if isinstance(cache, str) else cache, batch)

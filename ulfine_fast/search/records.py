@@ -1,7 +1,7 @@
 """What the study records of a trial, and the check that a trial is what was recorded.
 
-A database holds no checksums of its own. A trial proposed has a digest of its batch and values; each of its seeds' records
-has one of these and of its metrics. The trial's state and values in the database follow from the records.
+A database has no checksums of its own. A proposed trial has a digest of its batch and its options; the record of each
+of its seeds has one of these and of its metrics. State and values in the database follow from the records.
 """
 
 from __future__ import annotations

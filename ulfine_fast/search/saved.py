@@ -26,11 +26,13 @@ from ulfine_fast.cache.io.toml import parse_toml
 from ulfine_fast.metrics.intervals import mean_interval
 from ulfine_fast.search.objective import METRICS
 from ulfine_fast.search.records import MOST_TRIALS, SEEDS
+from ulfine_fast.search.space import new_names
 from ulfine_fast.search.storage import RESTORE
 
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
 
+OWNER = ".owner"
 SUMMARY = "sweep.json"
 LEADERBOARD = "leaderboard.csv"
 RESULTS = "results.parquet"
@@ -46,7 +48,8 @@ _SUMMARY_LOST = "restore it from a copy, or remove it to refit the best once mor
 _Count = Annotated[int, msgspec.Meta(ge=0, le=MOST_TRIALS)]
 _Positive = Annotated[int, msgspec.Meta(ge=1, le=MOST_TRIALS)]
 _Seed = Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]
-_Number = Annotated[float, msgspec.Meta(ge=-1e18, le=1e18)]
+# a whole number stays one
+_Number = Annotated[int, msgspec.Meta(ge=0, le=10**18)] | Annotated[float, msgspec.Meta(ge=-1e18, le=1e18)]
 _Fraction = Annotated[float, msgspec.Meta(ge=0, le=1)]
 
 
@@ -146,6 +149,19 @@ def read_sweep(folder: Path) -> SavedSweep:
         raise InputError(f"{folder} is not a finished sweep ({reason}); {_GO_ON}") from error
 
 
+def is_of_another_program(folder: Path) -> bool:
+    """Whether the sweep.json in a folder is not of `sweep`.
+
+    Raises:
+        InputError: it cannot be read.
+        OSError: likewise.
+    """
+    if (folder / OWNER).exists():
+        return False
+    content = parse_json(read_regular_file(folder / SUMMARY, MAX_BYTES), Any, name=str(folder / SUMMARY), fix=_GO_ON)
+    return not isinstance(content, dict) or content.get("format") != FORMAT
+
+
 def earlier_summary(folder: Path) -> Summary | None:
     """What an earlier call left in sweep.json; None before the first is finished.
 
@@ -165,17 +181,21 @@ def refuse_changed_trials(folder: Path, trials: Sequence[FrozenTrial]) -> None:
 
     Args:
         folder: of the sweep.
-        trials: of its study, as the database has them.
+        trials: of its study, with today's names of settings.
 
     Raises:
         InputError: names the trial.
     """
     finished = [trial for trial in trials if trial.state.is_finished()]
     old = [trial for trial in finished if not all("digest" in record for record in trial.user_attrs[SEEDS])]
-    rows = _results(folder) if old else {}
+    results = _results(folder) if old else {}
+    names = new_names()
     for trial in old:
-        # a process that died may have left rows of the trials before
-        if trial.number in rows and rows[trial.number] != result_rows(trial):
+        # a process that died may have left the file without the last trials
+        rows = [{names.get(name, name): value for name, value in row.items()} for row in results.get(trial.number, [])]
+        own = result_rows(trial)
+        same = [all(row.get(name) == value for name, value in o.items()) for o, row in zip(own, rows, strict=False)]
+        if rows and (len(rows) != len(own) or not all(same)):
             raise InputError(f"trial {trial.number} of the study is not that of {folder / RESULTS}; {RESTORE}")
 
 
@@ -184,7 +204,7 @@ def result_rows(trial: FrozenTrial) -> list[dict[str, Any]]:
     rows = []
     for record in trial.user_attrs.get(SEEDS, []) if trial.state.is_finished() else []:
         row = {"trial": trial.number, "state": trial.state.name.lower(), **trial.params}
-        row.update({name: record[name] for name in ("seed", "status", "seconds", "failed_at")})
+        row.update({name: value for name, value in record.items() if name not in ("val", "rungs", "digest")})
         row.update({f"val_{name}": value for name, value in record["val"].items()})
         rows.append(row)
     return rows
@@ -219,7 +239,7 @@ def _read_summary(folder: Path, fix: str) -> Summary:
             raise InputError(f"{path} names no refit {name} in its place; {fix}")
         if refit["seeds"] != fresh or not fresh:
             raise InputError(f"{path} says that {name} was fitted with seeds {refit['seeds']}, not {fresh}; {fix}")
-        if summary.files is None:
+        if summary.files is None and refit["test"]:
             _compare_test_metrics(folder / name, refit, fix)
     return summary
 

@@ -57,9 +57,7 @@ def open_storage(url: str) -> RDBStorage:
             _check_sqlite(Path(parts.database))
     try:
         # Optuna fills in a URL as a format string
-        storage = optuna.storages.RDBStorage(
-            url.replace("{", "{{").replace("}", "}}"), engine_kwargs=arguments
-        )
+        storage = optuna.storages.RDBStorage(url.replace("{", "{{").replace("}", "}}"), engine_kwargs=arguments)
     # a driver, a server and a database of another program may each fail in its own way
     except Exception as error:
         raise InputError(
@@ -112,7 +110,9 @@ def reading_study(url: str) -> Iterator[None]:
     except (InputError, MemoryError, StorageInternalError, SQLAlchemyError):
         raise
     except Exception as error:
-        raise InputError(f"the study in {without_password(url)} cannot be read ({_reason(error)}); {RESTORE}") from error
+        raise InputError(
+            f"the study in {without_password(url)} cannot be read ({_reason(error)}); {RESTORE}"
+        ) from error
 
 
 def _check_sqlite(path: Path) -> None:

@@ -28,6 +28,7 @@ from ulfine_fast.search.records import (
     sealed_records,
 )
 from ulfine_fast.search.samplers import distributions, propose
+from ulfine_fast.search.saved import SUMMARY, Summary, refuse_changed_trials
 from ulfine_fast.search.space import Space, new_names
 from ulfine_fast.search.storage import RESTORE, open_storage, reading_study
 
@@ -92,9 +93,7 @@ class SweepStudy:
                 optuna.delete_study(study_name=plan.study, storage=storage)
             elif not empty:
                 _refuse_other_sweep(plan, saved, directions)
-                study = cls(existing, storage, plan)
-                study._refuse_other_owner()
-                return study
+                return cls(existing, storage, plan)
 
         # two workers may create it at the same moment
         created = optuna.create_study(
@@ -144,13 +143,28 @@ class SweepStudy:
         self._checked[trial.number] = trial, checked
         return checked
 
-    def _refuse_other_owner(self) -> None:
-        """Refuse trials of another sweep in the database of this folder."""
+    def refuse_changes(self, earlier: Summary | None) -> None:
+        """Refuse a study that is not the one that this folder was left with.
+
+        Args:
+            earlier: what sweep.json says; None before the first call is finished.
+
+        Raises:
+            InputError: trials of another sweep, fewer than there were, or not those of results.parquet.
+        """
         owners = {_owner(trial) for trial in self.trials()}
         if self.plan.own_database and owners and self.plan.owner not in owners:
             raise InputError(
-                f"{self.plan.out} is by its file .owner the sweep {self.plan.owner}, its trials are of another; {RESTORE}"
+                f"the trials of {self.plan.out} are not of the sweep {self.plan.owner} that its file .owner names; "
+                f"{RESTORE}"
             )
+        counted = 0 if earlier is None else sum(earlier.counts.values())
+        if counted > len(self._checked):
+            raise InputError(
+                f"{self.plan.out / SUMMARY} counts {counted} trials, the study {self.plan.study!r} has "
+                f"{len(self._checked)}; {RESTORE}"
+            )
+        refuse_changed_trials(self.plan.out, [checked for _, checked in self._checked.values()])
 
     def in_memory(self) -> Study:
         """A study of the same trials without a database, for Optuna's analyses."""
