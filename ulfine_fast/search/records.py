@@ -31,7 +31,7 @@ GENERATION = "cma:generation"
 POPULATION = "cma:population"
 
 MOST_TRIALS = 1_000_000
-"""Trials of a study; seeds of a trial are limited to as many."""
+"""Trials of a study."""
 
 State = Literal["complete", "pruned", "failed"]
 Owner = Annotated[str, Meta(pattern="^[0-9a-f]{12}$")]

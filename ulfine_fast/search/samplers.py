@@ -68,7 +68,9 @@ def grid_size(space: Space) -> int:
         InputError: more than `MOST_POINTS`.
     """
     # counted before they are listed: a range may have any number of them
-    most = math.prod(entry.grid_points if isinstance(entry, Range) else len(entry) for entry in space.searched.values())
+    most = math.prod(
+        float(entry.grid_points if isinstance(entry, Range) else len(entry)) for entry in space.searched.values()
+    )
     if most > MOST_POINTS:
         raise InputError(
             f"the grid of the space has {most:g} points, more than {MOST_POINTS:g}; give its ranges a larger step or "

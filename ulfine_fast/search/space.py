@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import math
 import warnings
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +21,9 @@ Value = bool | int | float | str
 
 MOST_STRUCTURES = 64
 """Values that a structural option may take: each makes trial batches of its own, hundreds would undo the batching."""
+
+MOST_STEPS = 10**9
+"""Steps of a range; where they are finer, a number cannot be told from its neighbours."""
 
 _GRID_POINTS = 5
 
@@ -248,9 +252,9 @@ def _choices(name: str, entry: Any) -> tuple[Value, ...]:
     if not entry:
         raise InputError(f"{name} has an empty list; give it values to choose from")
     values = tuple(_legal(name, value) for value in entry)
-    twice = [value for i, value in enumerate(values) if value in values[:i]]
-    if twice:
-        raise InputError(f"{name} has {twice[0]!r} twice in its list; name each value once")
+    if len(set(values)) < len(values):
+        twice = next(value for value, count in Counter(values).items() if count > 1)
+        raise InputError(f"{name} has {twice!r} twice in its list; name each value once")
     return values
 
 
@@ -302,8 +306,10 @@ def _refuse_empty_range(name: str, made: Range) -> None:
         if not 0 < made.step <= made.high - made.low or (made.whole and made.step != int(made.step)):
             kind = "whole number" if made.whole else "number"
             raise InputError(f"{name} needs as step a {kind} above 0 and at most high - low, got {made.step}")
-    if made.points < 2:
-        raise InputError(f"{name} needs at least 2 points on a grid, got {made.points}")
+        if made.count > MOST_STEPS:
+            raise InputError(f"{name} has {made.count:g} steps, more than {MOST_STEPS:g}; give a larger step, or none")
+    if not 2 <= made.points <= MOST_STEPS:
+        raise InputError(f"{name} needs 2 to {MOST_STEPS:g} points on a grid, got {made.points}")
 
 
 def _refuse_useless(space: Space) -> None:
