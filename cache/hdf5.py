@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import io
+import struct
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, BinaryIO
+from typing import Any
 
 import h5py
 import numpy as np
@@ -17,6 +18,10 @@ from ulfine_fast.cache.io.errors import InputError
 # One fixed format of the file itself: with a range, HDF5 would pick by its own version and the bytes would differ.
 _FILE_FORMAT = ("v110", "v110")
 _BLOCK = 1 << 17  # values checked together
+# A heap of texts in the file: signature, version, three zeros, its size, then objects with a header of 16 bytes each.
+_HEAP = b"GCOL\x01\0\0\0"
+_HEAP_HEADER = struct.Struct("<8sQ")
+_OBJECT_HEADER = struct.Struct("<HHxxxxQ")
 _TEXT = h5py.string_dtype("utf-8")
 
 Content = NDArray[Any] | Sequence[str]
@@ -57,22 +62,25 @@ def content_sha256(content: Content) -> str:
 
 
 @contextmanager
-def unpacked(data: bytes | BinaryIO) -> Iterator[h5py.File]:
+def unpacked(data: bytes, *, texts: bool = True) -> Iterator[h5py.File]:
     """Opens an HDF5 file.
 
     Args:
-        data: its bytes, or the open file where only a part of it is read.
+        data: its bytes; compare them with their checksum before, wherever there is one.
+        texts: whether texts or checksums of datasets will be read; their heaps are then checked too.
 
     Raises:
         InputError: not an HDF5 file, or its content is damaged.
     """
     try:
-        with h5py.File(io.BytesIO(data) if isinstance(data, bytes) else data, "r") as file:
+        if texts:
+            _refuse_endless_heap(data)
+        with h5py.File(io.BytesIO(data), "r") as file:
             yield file
     except InputError:
         raise
     # What h5py raises for damaged bytes depends on where the damage is.
-    except (OSError, RuntimeError, ValueError, KeyError, TypeError, UnicodeDecodeError) as error:
+    except (OSError, RuntimeError, ValueError, KeyError, TypeError, AttributeError, MemoryError) as error:
         raise InputError(f"not a readable HDF5 file ({' '.join(str(error).split())[:120]})") from error
 
 
@@ -105,14 +113,40 @@ def take(
     if dtype is None:
         if h5py.check_string_dtype(dataset.dtype) is None:
             raise InputError(f"{name} does not hold text")
+        _refuse_missing_data(file, dataset, name)
         content = dataset.asstr()[()]
     else:
         if dataset.dtype != np.dtype(dtype):
             raise InputError(f"{name} has type {dataset.dtype}, expected {dtype}")
+        _refuse_missing_data(file, dataset, name)
         content = dataset[()] if data is None else _view_or_copy(dataset, data)
     if check and dataset.attrs.get("sha256") != content_sha256(content):
         raise InputError(f"{name} does not match its checksum")
     return content
+
+
+def _refuse_missing_data(file: h5py.File, dataset: h5py.Dataset, name: str) -> None:
+    """Refuses a dataset that the file does not hold in full: reading it would allocate whatever size it declares."""
+    # Number of values times bytes of each; a text has a reference of 16 bytes here.
+    size = dataset.size * dataset.id.get_type().get_size()
+    if size > min(dataset.id.get_storage_size(), file.id.get_filesize()):
+        raise InputError(f"{name} declares {size} bytes, which the file does not hold")
+
+
+def _refuse_endless_heap(data: bytes) -> None:
+    """Refuses heaps of texts with free space of size 0, over which HDF5 would step for ever."""
+    start = data.find(_HEAP)
+    while start >= 0:
+        size = _HEAP_HEADER.unpack_from(data, start)[1] if start + _HEAP_HEADER.size <= len(data) else 0
+        end = min(start + size, len(data))
+        position = start + _HEAP_HEADER.size
+        while position + _OBJECT_HEADER.size <= end:
+            index, _, length = _OBJECT_HEADER.unpack_from(data, position)
+            if index == 0 and length == 0:
+                raise InputError("its texts are damaged")
+            # The free space counts its header, and an object is padded to eight bytes.
+            position += length if index == 0 else _OBJECT_HEADER.size + -(-length // 8) * 8
+        start = data.find(_HEAP, start + len(_HEAP))
 
 
 def _view_or_copy(dataset: h5py.Dataset, data: bytes) -> NDArray[Any]:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from ulfine_fast.cache import hdf5
 from ulfine_fast.cache.io.errors import InputError
-from ulfine_fast.cache.shard import ShardRecord, shard_path
+from ulfine_fast.cache.shard import ShardRecord, read_shard_bytes, shard_path
 
 
 class RowIndex:
@@ -44,18 +44,18 @@ class RowIndex:
 
 
 def read_ids(folder: Path, record: ShardRecord) -> list[str]:
-    """The n ids of one finished shard, compared with their checksum; its features are not read.
+    """The n ids of one finished shard; the whole file is read and compared with the record.
 
     Raises:
         InputError: missing or damaged; names the shard.
     """
     path = shard_path(folder, record.shard)
     try:
-        with path.open("rb") as data, hdf5.unpacked(data) as file:
+        with hdf5.unpacked(read_shard_bytes(path, record)) as file:
             ids: list[str] = hdf5.take(file, "id", shape=(record.rows,)).tolist()
             return ids
-    except (OSError, InputError) as error:
-        raise InputError(f"shard {path.stem} of {folder} cannot be used: {error}; extract it again") from error
+    except InputError as error:
+        raise InputError(f"the ids of {folder} cannot be used: {error}") from error
 
 
 def refuse_shared_ids(parts: Callable[[], Iterable[Sequence[str]]], fix: str) -> None:

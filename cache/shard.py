@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from ulfine_fast.cache import hdf5
 from ulfine_fast.cache.io.errors import InputError
-from ulfine_fast.cache.io.files import write_atomically
+from ulfine_fast.cache.io.files import read_regular_file, write_atomically
 from ulfine_fast.cache.io.paths import is_remote
 from ulfine_fast.cache.quantized import quantized, restored
 from ulfine_fast.cache.sources.rows import SPLITS, Part
@@ -225,30 +225,36 @@ def write_shard(path: Path, shard: Shard) -> tuple[str, int]:
     return hashlib.sha256(data).hexdigest(), len(data)
 
 
-def read_shard(path: Path, layout: Layout, *, check: bool = True, ids: bool = True) -> Shard:
+def read_shard(
+    path: Path, layout: Layout, record: ShardRecord | None = None, *, finite: bool = True, ids: bool = True
+) -> Shard:
     """Reads a finished shard; the file is read whole, once, and no handle is kept.
 
     Args:
-        path: CACHE/shards/NUMBER.h5, with its record beside it.
+        path: CACHE/shards/NUMBER.h5.
         layout: that the manifest gives for this split.
-        check: whether to compare the file with its checksum and to look for values that are not finite.
+        record: what the shard must be, as read when the cache was opened; by default the one beside the file.
+        finite: whether to look for values that are not finite.
         ids: whether to read the ids, which takes longer than many features; else the shard has none.
 
     Raises:
         InputError: missing, unfinished, damaged, of another layout, or with NaN; names the shard (and the image).
     """
-    record = ShardRecord.read(path.with_suffix(".json"))
-    data = _read_bytes(path)
-    if check:
-        _refuse_other_bytes(path, data, record)
+    record = record or ShardRecord.read(path.with_suffix(".json"))
+    data = read_shard_bytes(path, record)
     shard = _unpack(path, data, record, layout, check_datasets=False, ids=ids)
-    if check:
-        _refuse_not_finite(path, shard)
+    if finite:
+        _refuse_not_finite(path, data, shard)
     return shard
 
 
-def verify_shard(path: Path, layout: Layout) -> tuple[Shard | None, list[str]]:
+def verify_shard(path: Path, layout: Layout, record: ShardRecord | None = None) -> tuple[Shard | None, list[str]]:
     """Checks a finished shard in full: the file's checksum, each dataset's, the layout, finite values.
+
+    Args:
+        path: see `read_shard`.
+        layout: see `read_shard`.
+        record: see `read_shard`.
 
     Returns:
         The shard where it could be read, and one sentence for each problem.
@@ -256,15 +262,10 @@ def verify_shard(path: Path, layout: Layout) -> tuple[Shard | None, list[str]]:
     problems: list[str] = []
     shard = None
     try:
-        record = ShardRecord.read(path.with_suffix(".json"))
-        data = _read_bytes(path)
-        # Goes on after a wrong checksum, because the damaged dataset is more precise.
-        try:
-            _refuse_other_bytes(path, data, record)
-        except InputError as error:
-            problems.append(str(error))
+        record = record or ShardRecord.read(path.with_suffix(".json"))
+        data = read_shard_bytes(path, record)
         shard = _unpack(path, data, record, layout, check_datasets=True, ids=True)
-        _refuse_not_finite(path, shard)
+        _refuse_not_finite(path, data, shard)
     except InputError as error:
         problems.append(str(error))
     return shard, problems
@@ -277,24 +278,35 @@ def is_intact(path: Path, record: ShardRecord) -> bool:
         if is_remote(path):
             return path.stat().st_size == record.bytes
         # The size first: it shows a truncated file without reading it.
-        return path.stat().st_size == record.bytes and hashlib.sha256(path.read_bytes()).hexdigest() == record.sha256
-    except OSError:
+        if path.stat().st_size != record.bytes:
+            return False
+        return hashlib.sha256(read_regular_file(path, record.bytes)).hexdigest() == record.sha256
+    except (OSError, MemoryError):
         return False
 
 
-def _read_bytes(path: Path) -> bytes:
+def read_shard_bytes(path: Path, record: ShardRecord) -> bytes:
+    """The bytes of a shard's file, once they match its record: HDF5 may loop for ever over damaged ones.
+
+    Raises:
+        InputError: missing, not a regular file, or with other bytes than its record says.
+    """
     try:
-        return path.read_bytes()
-    except OSError as error:
-        raise InputError(f"shard {path.stem} is missing: {path} ({error.strerror}); {_REDO}") from error
-
-
-def _refuse_other_bytes(path: Path, data: bytes, record: ShardRecord) -> None:
+        data = path.read_bytes() if is_remote(path) else read_regular_file(path, record.bytes)
+    except FileNotFoundError as error:
+        raise InputError(f"shard {path.stem} is missing: there is no {path}; {_REDO}") from error
+    except (OSError, MemoryError) as error:
+        reason = getattr(error, "strerror", None) or str(error) or "not enough memory"
+        raise InputError(f"shard {path.stem} cannot be read: {path} ({reason}); {_REDO}") from error
     if hashlib.sha256(data).hexdigest() != record.sha256:
-        raise InputError(f"shard {path.stem} is damaged: {path} does not match the checksum in its record; {_REDO}")
+        raise InputError(
+            f"shard {path.stem} is damaged, or was replaced after the cache was opened: {path} does not match the "
+            f"checksum in its record; {_REDO}"
+        )
+    return data
 
 
-def _refuse_not_finite(path: Path, shard: Shard) -> None:
+def _refuse_not_finite(path: Path, data: bytes, shard: Shard) -> None:
     arrays = {f"{name} features": getattr(shard, name) for name in ("plain", "weak", "strong")}
     if shard.tokens is not None:
         arrays["tokens"] = shard.tokens
@@ -302,7 +314,7 @@ def _refuse_not_finite(path: Path, shard: Shard) -> None:
         row = hdf5.first_not_finite(array)
         if row is not None:
             # The shard may have been read without its ids.
-            with path.open("rb") as data, hdf5.unpacked(data) as file:
+            with hdf5.unpacked(data) as file:
                 image = hdf5.take(file, "id", shape=(len(shard.labels),), check=False)[row]
             raise InputError(
                 f"shard {path.stem}: the {name} of image {image!r} are not finite; "
@@ -322,7 +334,7 @@ def _unpack(path: Path, data: bytes, record: ShardRecord, layout: Layout, *, che
         ids: whether to read the ids.
     """
     try:
-        with hdf5.unpacked(data) as file:
+        with hdf5.unpacked(data, texts=check_datasets or ids) as file:
             return _read_datasets(file, data, record, layout, check_datasets, ids)
     except InputError as error:
         raise InputError(f"shard {path.stem} cannot be used: {error}; {_REDO}") from error

@@ -399,7 +399,7 @@ class FeatureCache:
             layout = manifest.layout(record.split)
             # Tokens that are not needed are not read from the file, so that they need no memory.
             shard = read_shard(
-                shard_path(path, record.shard), layout if tokens else replace(layout, tokens=0), ids=False
+                shard_path(path, record.shard), layout if tokens else replace(layout, tokens=0), record, ids=False
             )
             copy_shard(
                 shard,
@@ -417,10 +417,15 @@ class FeatureCache:
         assert self.path is not None
         if number >= len(self.records) or not hasattr(os, "posix_fadvise") or is_remote(self.path):
             return
-        with suppress(OSError), shard_path(self.path, number).open("rb") as file:
-            # Linux reads no more for one request than the disk reads together, so there are many.
-            for start in range(0, os.fstat(file.fileno()).st_size, _READ_AHEAD_BYTES):
-                os.posix_fadvise(file.fileno(), start, _READ_AHEAD_BYTES, os.POSIX_FADV_WILLNEED)
+        with suppress(OSError):
+            # A pipe of that name would be waited for without the flag.
+            file = os.open(shard_path(self.path, self.records[number].shard), os.O_RDONLY | os.O_NONBLOCK)
+            try:
+                # Linux reads no more for one request than the disk reads together, so there are many.
+                for start in range(0, self.records[number].bytes, _READ_AHEAD_BYTES):
+                    os.posix_fadvise(file, start, _READ_AHEAD_BYTES, os.POSIX_FADV_WILLNEED)
+            finally:
+                os.close(file)
 
     def _read_ids(self) -> list[str]:
         assert self.path is not None
@@ -443,7 +448,8 @@ class FeatureCache:
             ids: Counter[str] = Counter()
             with ThreadPoolExecutor(_threads()) as pool:
                 checked = pool.map(
-                    lambda one: verify_shard(shard_path(path, one.shard), manifest.layout(one.split)), self.records
+                    lambda one: verify_shard(shard_path(path, one.shard), manifest.layout(one.split), one),
+                    self.records,
                 )
                 for shard, shard_problems in checked:
                     problems += shard_problems
@@ -463,6 +469,21 @@ class FeatureCache:
         if wrong:
             problems.append(f"labels {wrong} name no class, there are {classes}")
         return counts, problems
+
+
+def count_classes(folder: Path) -> dict[str, dict[str, int]]:
+    """Rows of a finished cache by split and class name; every shard is read for it.
+
+    Raises:
+        InputError: the cache is damaged.
+    """
+    manifest = Manifest.read(folder)
+    names = {**dict(enumerate(manifest.class_names)), -1: UNKNOWN}
+    counts: dict[str, Counter[str]] = {}
+    for record in read_records(folder, manifest):
+        labels = read_shard(shard_path(folder, record.shard), manifest.layout(record.split), ids=False).labels
+        counts.setdefault(record.split, Counter()).update(names.get(label, UNKNOWN) for label in labels.tolist())
+    return {split: dict(counts[split]) for split in SPLITS if split in counts}
 
 
 def read_records(folder: Path, manifest: Manifest) -> list[ShardRecord]:

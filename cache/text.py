@@ -57,15 +57,34 @@ def encode_classes(encoder: Encoder, texts: Sequence[Sequence[str]]) -> TextFeat
         texts: (K, P), one row of filled prompts per class.
 
     Raises:
-        InputError: a feature that is not finite.
+        InputError: two classes that are the same to the model in every prompt, or a feature that is not finite.
     """
     flat = [text for row in texts for text in row]
+    refuse_same_texts(encoder, texts)
     features = encoder.encode_texts(flat).numpy().reshape(len(texts), -1, encoder.spec.dim)  # (K, P, D)
     if not np.isfinite(features).all():
         bad = int(np.flatnonzero(~np.isfinite(features).all(axis=2).reshape(-1))[0])
         raise InputError(f"the model gives a feature that is not finite for the text {flat[bad]!r}; use another model")
     rows = [list(row) for row in texts]
     return TextFeatures(rows, features, average(features), encoder.spec.logit_scale, encoder.vision_head())
+
+
+def refuse_same_texts(encoder: Encoder, texts: Sequence[Sequence[str]]) -> None:
+    """Refuses two classes of the same tokens in every prompt, whose prototypes would be equal."""
+    seen: dict[bytes, Sequence[str]] = {}
+    for row in texts:
+        tokens = encoder.tokenize(row)  # (P, L)
+        other = seen.setdefault(tokens.numpy().tobytes(), row)
+        if other is not row:
+            raise InputError(
+                f"two classes are one text to the model, which reads {tokens.shape[1]} tokens and may not tell capital "
+                f"letters: {_clip(other[0])} and {_clip(row[0])}; give shorter or other names with --class-names"
+            )
+
+
+def _clip(text: str, most: int = 60) -> str:
+    """The beginning and the end of a text in quotes."""
+    return repr(text if len(text) <= most else f"{text[: most // 2]} ... {text[-most // 2 :]}")
 
 
 def write_text(folder: Path, text: TextFeatures) -> None:

@@ -21,6 +21,7 @@ from ulfine_fast.cli.filling import (
     engine_for,
     print_copied,
     print_encoded,
+    print_notes,
 )
 
 
@@ -45,6 +46,7 @@ def append(
     options = ModelOptions.of_manifest(Manifest.read(cache))
     # The source first: a wrong path should not cost the loading of a model.
     images = open_source(source, class_names_file=class_names)
+    print_notes(images)
     summary = run(
         images,
         options.load(device),

@@ -36,16 +36,16 @@ def printed(context: Any) -> str:
         names.append(str(inner.info_name))
         inner = inner.parent
     known = _options(context.command, context)
-    given = {name: context.params[parameter] for name, parameter in known.items()}
-    rows = [f"{name} = {_toml(value)}" for name, value in given.items() if value is not None]
+    values = {name: context.params[parameter] for name, parameter in known.items()}
+    rows = [f"{name} = {_toml(value)}" for name, value in values.items() if value is not None]
     return "\n".join([f"[{'.'.join(reversed(names))}]", *rows])
 
 
-def _checked(found: dict[str, Any], group: Any, path: Path, where: str) -> dict[str, Any]:
+def _checked(content: dict[str, Any], group: Any, path: Path, where: str) -> dict[str, Any]:
     from ulfine_fast.cache.io.errors import InputError
 
     checked: dict[str, Any] = {}
-    for name, values in found.items():
+    for name, values in content.items():
         command = group.commands.get(name)
         if command is None or not isinstance(values, dict):
             known = ", ".join(f"[{where}{one}]" for one in group.commands)

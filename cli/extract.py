@@ -21,6 +21,7 @@ from ulfine_fast.cli.filling import (
     Workers,
     engine_for,
     print_encoded,
+    print_notes,
 )
 
 # Options that an append takes from the cache.
@@ -83,7 +84,7 @@ def extract(
     ray_cpus: RayCpus = 1,
     ray_gpus: RayGpus = 0,
     append: Annotated[
-        bool, typer.Option("--append", help="Deprecated: use `ulfine-fast cache append CACHE SOURCE`.")
+        bool, typer.Option("--append", hidden=True, help="Deprecated: use `ulfine-fast cache append CACHE SOURCE`.")
     ] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -117,6 +118,7 @@ def extract(
     options = ModelOptions(model, pretrained, precision, features, exact, compiled)
     # The source first: a wrong path should not cost the loading of a model.
     images = open_source(source, class_names_file=class_names)
+    print_notes(images)
     summary = run(
         images,
         options.load(device),

@@ -11,11 +11,16 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from ulfine_fast.cache.io.terminal import printable
+
 if TYPE_CHECKING:
     from ulfine_fast.cache.models.options import ModelOptions
     from ulfine_fast.cache.pipeline.encode import Engine
     from ulfine_fast.cache.pipeline.fill import FillSummary
+    from ulfine_fast.cache.sources.rows import Source
 
+# Classes whose counts are printed at the end; `inspect` prints all.
+_SHOWN_CLASSES = 30
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 SourceName = Annotated[
     str, typer.Argument(help="Folder, table, tar or parquet files, URL, hf:NAME, or a torchvision data set.")
@@ -48,6 +53,12 @@ def engine_for(model: ModelOptions, engine: str, ray: str | None, ray_cpus: floa
     return ray_engine(model, RayWorkers(ray or "local", ray_cpus, ray_gpus))
 
 
+def print_notes(source: Source) -> None:
+    """Prints what a source took for granted or passed over, to stderr."""
+    for note in getattr(source, "notes", ()):
+        typer.echo(f"note: {printable(note)}", err=True)
+
+
 def print_encoded(summary: FillSummary, as_json: bool, *, verified: bool = False, appended: bool = False) -> None:
     """Prints what extract or append did, as JSON or in a few lines."""
     shards = count_shards(summary.shards)
@@ -71,7 +82,25 @@ def print_encoded(summary: FillSummary, as_json: bool, *, verified: bool = False
         lines.append(f"{summary.known} images were there already and stay as they are")
     if appended and summary.classes:
         lines.append(f"{summary.classes} new classes")
-    typer.echo("\n".join(lines))
+    typer.echo("\n".join([printable(line) for line in lines] + _class_counts(summary.out)))
+
+
+def _class_counts(cache: Path) -> list[str]:
+    """Rows of each class by split, a line for a class, so that one sees what the source was taken for."""
+    from ulfine_fast.cache.io.paths import to_path
+    from ulfine_fast.cache.manifest import Manifest
+    from ulfine_fast.cache.store import count_classes
+
+    counts = count_classes(to_path(cache))
+    names = Manifest.read(to_path(cache)).class_names
+    others = {name for by_class in counts.values() for name in by_class} - set(names)
+    lines = ["rows of each class by split:"]
+    for name in [*names[:_SHOWN_CLASSES], *sorted(others)]:
+        cells = [f"{split} {by_class[name]}" for split, by_class in counts.items() if name in by_class]
+        lines.append(f"  {printable(name)}: {', '.join(cells) or 'none'}")
+    if len(names) > _SHOWN_CLASSES:
+        lines.append(f"  ... and {len(names) - _SHOWN_CLASSES} more classes; `ulfine-fast inspect {cache}` lists them")
+    return lines
 
 
 def print_copied(summary: FillSummary, as_json: bool) -> None:

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ulfine_fast.cache.io.terminal import printable
+
 if TYPE_CHECKING:
     from rich.table import Table
 
@@ -78,7 +80,7 @@ def _counts(summary: dict[str, Any]) -> Table:
     # Rows without a known class come last.
     others = {name for by_class in counts.values() for name in by_class} - set(summary["class_names"])
     for name in [*summary["class_names"], *sorted(others)]:
-        table.add_row(escape(name), *(str(by_class.get(name, 0)) for by_class in counts.values()))
+        table.add_row(escape(printable(name)), *(str(by_class.get(name, 0)) for by_class in counts.values()))
     table.add_section()
     table.add_row("all", *(str(sum(by_class.values())) for by_class in counts.values()))
     return table
@@ -91,5 +93,5 @@ def _skipped(summary: dict[str, Any]) -> Table:
 
     table = Table("image", "reason", title=f"{len(summary['skipped'])} images skipped", title_justify="left")
     for image in summary["skipped"]:
-        table.add_row(escape(image["id"]), escape(image["reason"]))
+        table.add_row(escape(printable(image["id"])), escape(printable(image["reason"])))
     return table

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import io
 import pkgutil
 import signal
 import sys
@@ -158,6 +159,10 @@ def _about(
 
 def main() -> None:
     """Run the command line."""
+    # A name that the terminal's encoding lacks is no reason to end with a traceback.
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     app()
 
 

@@ -56,7 +56,7 @@ def command_options(context: typer.Context, options: Mapping[str, Any]) -> dict[
     return {**options, **own}
 
 
-def given_options(context: typer.Context, options: Mapping[str, Any]) -> dict[str, Any]:
+def explicit_options(context: typer.Context, options: Mapping[str, Any]) -> dict[str, Any]:
     """The options of a call that were given, on the line, in the environment or in a file; others are defaults."""
     return {
         name: value for name, value in command_options(context, options).items() if _source(context, name) != "DEFAULT"

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from ulfine_fast.cli.options import given_options, with_method_options
+from ulfine_fast.cli.options import explicit_options, with_method_options
 from ulfine_fast.search.choices import Metric, Pruning, Sampler
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ def sweep(
 
     features = FeatureCache.open(cache)
     # an option left at its default is not fixed: the space may search it
-    fixed = given_options(context, {name: value for name, value in options.items() if name != "seed"})
+    fixed = explicit_options(context, {name: value for name, value in options.items() if name != "seed"})
     result = run_sweep(
         features,
         space,

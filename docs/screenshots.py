@@ -1,4 +1,4 @@
-"""Take the images of pages that stand in the documentation: `python docs/screenshots.py demo-output`."""
+"""Takes the screenshots of the documentation: `python docs/screenshots.py demo-output`."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ WIDE, PHONE = (1100, 800), (390, 844)
 
 
 @contextmanager
-def shown(browser: Browser, address: str, size: tuple[int, int], scheme: str) -> Iterator[Page]:
-    """The page at an address, in a window of a size and a colour scheme."""
+def open_page(browser: Browser, address: str, size: tuple[int, int], scheme: str) -> Iterator[Page]:
+    """Opens the page at an address in a window with this size in pixels and colour scheme."""
     context = browser.new_context(
         color_scheme="dark" if scheme == "dark" else "light", viewport={"width": size[0], "height": size[1]}
     )
@@ -33,15 +33,15 @@ def shown(browser: Browser, address: str, size: tuple[int, int], scheme: str) ->
 
 
 def take_review(browser: Browser, run: Path) -> None:
-    """The review's page, wide and light, narrow and dark."""
+    """Takes the page of the review: wide and light, narrow and dark."""
     with tempfile.TemporaryDirectory() as scratch:
-        # the page shows where its files are
+        # the page shows the paths of its files
         os.chdir(scratch)
         session = Session(run, Path("labels.csv"), Path("runs") / "reviewed")
         server = make_server(session, "screenshot")
         threading.Thread(target=server.serve_forever, daemon=True).start()
         for name, size, scheme in (("review-light", WIDE, "light"), ("review-dark", PHONE, "dark")):
-            with shown(browser, f"http://127.0.0.1:{server.port}/screenshot/", size, scheme) as page:
+            with open_page(browser, f"http://127.0.0.1:{server.port}/screenshot/", size, scheme) as page:
                 page.locator("#accept").wait_for()
                 page.wait_for_load_state("networkidle")
                 page.screenshot(path=IMAGES / f"{name}.png")
@@ -50,14 +50,14 @@ def take_review(browser: Browser, run: Path) -> None:
 
 
 def take_report(browser: Browser, report: Path) -> None:
-    """The report's top, wide and light, narrow and dark."""
+    """Takes the top of the report: wide and light, narrow and dark."""
     for name, size, scheme in (("report-light", WIDE, "light"), ("report-dark", PHONE, "dark")):
-        with shown(browser, report.resolve().as_uri(), size, scheme) as page:
+        with open_page(browser, report.resolve().as_uri(), size, scheme) as page:
             page.screenshot(path=IMAGES / f"{name}.png")
 
 
 def main(demo: Path) -> None:
-    """Take all images from the folder that `ulfine-fast demo` wrote."""
+    """Takes all screenshots from the folder that `ulfine-fast demo` wrote."""
     IMAGES.mkdir(exist_ok=True)
     chromium = shutil.which("chromium") or shutil.which("google-chrome")
     with sync_playwright() as play:

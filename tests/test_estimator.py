@@ -235,3 +235,28 @@ def test_example(capsys):
     said = capsys.readouterr().out
     alone, together = (float(line.split(": ")[1]) for line in said.splitlines()[:2])
     assert 0.6 < alone < together
+
+
+def test_missing_labels_of_every_type_are_unknown(digits):
+    import pandas as pd
+    import pyarrow as pa
+
+    features, labels = digits[0][:60], digits[1][:60] % 3
+    numbers = [None if row % 4 == 3 else int(label) for row, label in enumerate(labels)]
+    texts = [None if number is None else f"digit {number}" for number in numbers]
+    mask = [number is None for number in numbers]
+    wanted = LinearProbeClassifier(steps=5).fit(features, [-1 if number is None else number for number in numbers])
+    cases = [pd.Series(values, dtype=kind) for values, kind in ((texts, "string"), (numbers, "Int64"))]
+    cases += [pd.Series(values, dtype="category") for values in (texts, numbers)]
+    cases += [pa.array(texts), pa.array(numbers), np.ma.MaskedArray(labels, mask=mask)]
+    for y in cases:
+        fitted = LinearProbeClassifier(steps=5).fit(features, y)
+        assert fitted.classes_.tolist() in ([0, 1, 2], ["digit 0", "digit 1", "digit 2"])
+        assert np.array_equal(fitted.decision_function(features), wanted.decision_function(features))
+
+
+def test_masked_features_are_refused(digits):
+    masked = np.ma.MaskedArray(digits[0], mask=False)
+    masked[0, 0] = np.ma.masked
+    with pytest.raises(InputError, match="X has 1 masked value"):
+        LinearProbeClassifier().fit(masked, digits[1])

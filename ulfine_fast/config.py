@@ -10,12 +10,15 @@ import dataclasses
 import difflib
 import math
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ulfine_fast.cache.io.errors import InputError
 from ulfine_fast.methods import registry
+
+# methods that a message names; more of them are counted
+_MOST_NAMED = 6
 
 SHAPES = ("consistent", "uniform", "reversed", "middle", "head-tail", "shuffled", "natural")
 """How the unlabelled images are distributed over the classes, see docs/method.md."""
@@ -32,6 +35,7 @@ def option(
     search: Mapping[str, Any] | list[Any] | None = None,
     was: tuple[str, ...] = (),
     off: Any = None,
+    tokens: str | None = None,
     panel: str = "Method",
 ) -> Any:
     """A dataclass field that is an option.
@@ -43,9 +47,10 @@ def option(
         high: largest legal number.
         choices: all legal texts.
         structural: all trials of one trial batch must agree in it.
-        search: what a sweep tries unless it is told otherwise, as in a space file; None leaves the option at its value.
+        search: what a sweep tries by default, as in a space file; None leaves the option at its value.
         was: names that it had in earlier versions.
         off: value that switched the method off where it was an option of another one, see `Registration.replaces`.
+        tokens: the value with which a trial trains on tokens of the encoder's last block instead of features.
         panel: heading under which help shows it.
     """
     return field(
@@ -59,6 +64,7 @@ def option(
             "search": search,
             "was": was,
             "off": off,
+            "tokens": tokens,
             "panel": panel,
         },
     )
@@ -72,7 +78,7 @@ class _ByMethod(type):
         target = config_class(values.get("method", getattr(cls, "method", "ulfine")))
         legal = {spec.name for spec in dataclasses.fields(target)}
         if any(name not in legal for name in values):
-            values = _moved(values, legal)
+            values = _moved(values)
             target = config_class(values["method"])
         return type.__call__(target, **values)
 
@@ -156,10 +162,17 @@ class FitConfig(metaclass=_ByMethod):
         "adapter before the heads",
         choices=("residual", "none", "adaptformer"),
         structural=True,
+        tokens="adaptformer",
         panel="Heads",
     )
     rank: int = option(16, "width of the adapter's bottleneck", low=1, panel="Heads")
-    adapter_scale: float = option(0.1, "factor s of the adapter's output", low=0.0, panel="Heads")
+    adapter_scale: float = option(
+        0.1,
+        "factor s of the adapter's output",
+        low=0.0,
+        search={"low": 0.03, "high": 0.5, "log": True},
+        panel="Heads",
+    )
     feature_noise: float = option(
         0.0,
         "length of noise on training features; replaces strong views",
@@ -185,12 +198,16 @@ class FitConfig(metaclass=_ByMethod):
     @property
     def reads_tokens(self) -> bool:
         """Whether the trial trains on the last block's tokens instead of features."""
-        return self.adapter == "adaptformer" or getattr(self, "feature", "projected") == "pre-projection"
+        return bool(self.reads_tokens_for)
 
     @property
     def reads_tokens_for(self) -> str:
-        """The option that asks for tokens, for messages."""
-        return "adapter adaptformer" if self.adapter == "adaptformer" else f"feature {self.feature}"
+        """The option by which the trial trains on tokens, for messages, such as "adapter adaptformer"; else empty."""
+        for spec in dataclasses.fields(self):
+            value = spec.metadata["tokens"]
+            if value is not None and getattr(self, spec.name) == value:
+                return f"{spec.name} {value}"
+        return ""
 
     def to_dict(self) -> dict[str, Any]:
         """All options as JSON values."""
@@ -219,15 +236,15 @@ class FitConfig(metaclass=_ByMethod):
             warnings.simplefilter("ignore", FutureWarning)
             values = renamed(values)
             method = values.get("method", FitConfig.method)
-            method = _successor(method, values) or method
-            own = readable(method, values)
-            for name in values.keys() - own.keys():
+            values = renamed({**values, "method": _successor(method, values) or method})
+            read = readable(values["method"], values)
+            for name in values.keys() - read.keys():
                 if not registry.readers(name):
-                    raise _unknown(name, method)
-            return FitConfig(**{**own, "method": method})
+                    raise _unknown(name, values["method"])
+            return FitConfig(**read)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # the class of a method's configs is made when it is asked for, so it cannot be found by name
+        # the class of a method's configs is made at run time, so pickle cannot import it by name
         return _restored, (self.to_dict(),)
 
 
@@ -291,7 +308,7 @@ def renamed(values: Mapping[str, Any]) -> dict[str, Any]:
     old = {was: name for name, spec in known.items() for was in spec.metadata["was"]}
     for name in [name for name in values if name in old and name not in known]:
         message = f"the option {name} is now called {old[name]}; the old name will be refused in the next release"
-        warnings.warn(message, FutureWarning, stacklevel=4)
+        warnings.warn(message, FutureWarning, stacklevel=3)
     return {name if name in known else old.get(name, name): value for name, value in values.items()}
 
 
@@ -325,31 +342,34 @@ def per_trial_options(config: FitConfig) -> list[str]:
     return [spec.name for spec in dataclasses.fields(config) if not spec.metadata["structural"] and spec.type in types]
 
 
-def _moved(values: dict[str, Any], legal: Iterable[str]) -> dict[str, Any]:
+def _moved(values: dict[str, Any]) -> dict[str, Any]:
     """The values for the method that an option of version 0.1 has become, with a warning.
 
     Raises:
         InputError: an option that the method does not read.
     """
     method = values.get("method", FitConfig.method)
-    successor = _successor(method, values)
-    unread = [name for name in values if name not in legal]
-    if successor is None:
-        wrong = [name for name in unread if not _was_off(method, name, values[name])]
-        if wrong:
-            raise _unknown(wrong[0], method)
+    unread = [name for name in values if name not in options_of(method)]
+    target = _successor(method, values) or method
+    # the successor may have renamed options too
+    values = renamed({**values, "method": target})
+    legal = options_of(target)
+    for name, value in values.items():
+        if name not in legal and not _was_off(method, name, value):
+            raise _unknown(name, target)
+    if target == method:
         message = f"method {method} does not read {_listed(unread)} any more; leave it out"
     else:
-        message = f"method {method} with {_listed(unread)} is now the method {successor}"
-    warnings.warn(message, FutureWarning, stacklevel=4)
-    target = successor or method
-    return {**readable(target, values), "method": target}
+        message = f"method {method} with {_listed(unread)} is now the method {target}"
+    warnings.warn(message, FutureWarning, stacklevel=3)
+    return readable(target, values)
 
 
 def _successor(method: str, values: Mapping[str, Any]) -> str | None:
     """The method that an option among the values turned `method` into in version 0.1, if any."""
-    for name in values.keys() - options_of(method).keys():
-        for other in registry.readers(name):
+    options = options_of(method)
+    for name in values:
+        for other in () if name in options else registry.readers(name):
             spec = own_options(other).get(name)
             off = None if spec is None else spec.metadata["off"]
             if registry.find(other).replaces == method and off is not None and values[name] != off:
@@ -368,6 +388,8 @@ def _unknown(name: str, method: str) -> InputError:
     readers = registry.readers(name)
     if readers:
         verb = "reads" if len(readers) == 1 else "read"
+        if len(readers) > _MOST_NAMED:
+            readers = [*readers[: _MOST_NAMED - 1], f"{len(readers) - _MOST_NAMED + 1} others"]
         return InputError(f"method {method} does not read {name}, which {_listed(readers)} {verb}; leave it out")
     close = difflib.get_close_matches(name, all_options(), n=1)
     hint = f"did you mean {close[0]!r}?" if close else f"`ulfine-fast fit --method {method} --help` lists the options"

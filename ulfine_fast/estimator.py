@@ -18,6 +18,7 @@ from sklearn.utils.validation import (
     validate_data,
 )
 
+from ulfine_fast.cache.arrays import refuse_masked, split_missing
 from ulfine_fast.cache.io.errors import InputError
 from ulfine_fast.cache.store import FeatureCache
 from ulfine_fast.config import FitConfig, own_options, shared_options
@@ -122,8 +123,8 @@ class FeatureClassifier(ClassifierMixin, BaseEstimator):
 
         Args:
             X: features (n, D).
-            y: (n,) classes of any type; -1 (or "-1", None or NaN among texts) marks rows without one. Where y is all
-                -1 and one other number, as in two-class problems of old, both are classes.
+            y: (n,) classes of any type; -1, "-1" and what is missing (None, NaN, `pandas.NA`, null, masked) mark rows
+                without one. Where y is all -1 and one other number, as in two-class problems of old, both are classes.
             sample_weight: (n,) at least 0; 0 leaves a row out. Weights that are not whole are approximated.
             weak: features of weakly augmented views (n, V, D); by default the rows themselves.
             strong: of strongly augmented views (n, V, D), likewise.
@@ -133,6 +134,7 @@ class FeatureClassifier(ClassifierMixin, BaseEstimator):
         """
         if y is None:
             raise InputError(f"{type(self).__name__} requires y to be passed, but the target y is None")
+        refuse_masked("X", X)
         rows: NDArray[np.float64] = validate_data(self, X, dtype=np.float64, ensure_min_samples=2)
         weights = _check_sample_weight(sample_weight, rows, dtype=np.float64, ensure_non_negative=True)
         names, known = self._labels(y, weights)
@@ -162,23 +164,25 @@ class FeatureClassifier(ClassifierMixin, BaseEstimator):
     def predict(self, X: ArrayLike) -> NDArray[Any]:
         """Classes (n,)."""
         logits = self._logits(X)
-        found: NDArray[Any] = self.classes_[logits.argmax(axis=1)]
-        return found
+        predicted: NDArray[Any] = self.classes_[logits.argmax(axis=1)]
+        return predicted
 
     def _logits(self, X: ArrayLike) -> NDArray[np.float64]:
         check_is_fitted(self, "run_")
+        refuse_masked("X", X)
         rows = validate_data(self, X, dtype=np.float64, reset=False)
         return self.run_.logits(rows, exact=True).astype(np.float64)
 
     def _labels(self, y: ArrayLike, weights: NDArray[np.float64]) -> tuple[NDArray[Any], NDArray[np.int64]]:
         """The known classes of rows that count, and which rows these are."""
-        given: NDArray[Any] = column_or_1d(y, warn=True, dtype=None)
-        if len(given) != len(weights):
-            raise InputError(f"X has {len(weights)} rows and y {len(given)}; they must be as many")
-        known = np.flatnonzero(_is_known(given) & (weights > 0))
-        if given.dtype.kind == "f":
-            check_classification_targets(given[known])
-        return given[known], known
+        values, missing = split_missing(y)
+        labels: NDArray[Any] = column_or_1d(values, warn=True, dtype=None)
+        if len(labels) != len(weights):
+            raise InputError(f"X has {len(weights)} rows and y {len(labels)}; they must be as many")
+        known = np.flatnonzero(_is_known(labels, missing.reshape(-1)) & (weights > 0))
+        if labels.dtype.kind == "f":
+            check_classification_targets(labels[known])
+        return labels[known], known
 
     def _config(self) -> FitConfig:
         """The options as the engine takes them."""
@@ -197,7 +201,7 @@ class FeatureClassifier(ClassifierMixin, BaseEstimator):
 
     def _cache(self, features: NDArray[np.float64], classes: NDArray[np.int64], weak: Any, strong: Any) -> FeatureCache:
         # rows without views of their own are their own views
-        views = [features[:, None] if given is None else np.asarray(given) for given in (weak, strong)]
+        views = [features[:, None] if rows is None else np.asarray(rows) for rows in (weak, strong)]
         return FeatureCache.from_arrays(
             features.astype(np.float32),
             classes,
@@ -247,21 +251,23 @@ class FixMatchClassifier(FeatureClassifier):
     __init__ = _initializer(_method)
 
 
-def _is_known(y: NDArray[Any]) -> NDArray[np.bool_]:
-    """Which of (n,) are classes."""
+def _is_known(y: NDArray[Any], missing: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Which of (n,) are classes; of them, `missing` have no value."""
     if y.dtype.kind in "OUS":
-        return np.array([not (v is None or v != v or str(v) == str(UNLABELED)) for v in y], dtype=np.bool_)
-    known = (y != UNLABELED) & (y == y)
+        # Whatever a missing value is, it may be unable to say what it is equal to.
+        return np.array([not (gone or str(v) == str(UNLABELED)) for v, gone in zip(y, missing, strict=True)], np.bool_)
+    present = ~missing
+    known = (y != UNLABELED) & present
     # two classes may be called -1 and 1; with but one class beside it, -1 could mean nothing else
-    return y == y if len(np.unique(y[known])) == 1 else known
+    return present if len(np.unique(y[known])) == 1 else known
 
 
 def _multiplicity(weights: NDArray[np.float64]) -> NDArray[np.int64]:
     """How often each row counts: its weight where all are whole, else in proportion, at least once unless it is 0."""
     if (weights == np.round(weights)).all():
         return weights.astype(np.int64)
-    shares = np.round(weights / weights.sum() * (_FINENESS * len(weights)))
-    return np.where(weights > 0, np.maximum(shares, 1), 0).astype(np.int64)
+    fractions = np.round(weights / weights.sum() * (_FINENESS * len(weights)))
+    return np.where(weights > 0, np.maximum(fractions, 1), 0).astype(np.int64)
 
 
 def _sorted_rows(
@@ -290,17 +296,17 @@ def _split(rows: NDArray[np.int64], classes: NDArray[np.int64], count: int, val_
 
 
 def _texts(
-    given: ArrayLike | None, features: NDArray[np.float64], classes: NDArray[np.int64], count: int
+    text_features: ArrayLike | None, features: NDArray[np.float64], classes: NDArray[np.int64], count: int
 ) -> NDArray[np.float32] | None:
     """Text features (K, P, D) with means of labelled rows for classes that have none; None where all lack them."""
-    if given is None:
+    if text_features is None:
         return None
-    texts = np.array(given, dtype=np.float32)
+    texts = np.array(text_features, dtype=np.float32)
     texts = texts[:, None] if texts.ndim == 2 else texts
     if texts.ndim != 3 or (texts.shape[0], texts.shape[2]) != (count, features.shape[1]):
         raise InputError(
             f"text_features must be ({count}, {features.shape[1]}) or ({count}, P, {features.shape[1]}) for the "
-            f"classes and features of this fit, got {np.shape(given)}"
+            f"classes and features of this fit, got {np.shape(text_features)}"
         )
     lengths = np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
     for k in np.flatnonzero(np.isnan(texts).any(axis=(1, 2))):

@@ -21,11 +21,18 @@ from ulfine_fast.config import FitConfig
 
 Tensors = dict[str, Tensor]
 
-_DEFAULTS = ("adapter", "alpha", "prior", "orthogonality", "align", "paf", "dlf", "adjust_similarity", "sharpen")
+_SWITCHES = ("adapter", "alpha", "prior", "orthogonality", "align", "paf", "dlf", "adjust_similarity", "sharpen")
 
 
 class Views(NamedTuple):
-    """A mini-batch of unit float32 features: labelled (B, D) with labels (B,), weak and strong (U, D)."""
+    """A mini-batch of unit float32 features.
+
+    Attributes:
+        labeled: views of labelled images (B, D).
+        labels: their classes (B,).
+        weak: weak views of unlabelled images (U, D).
+        strong: strong views of the same images (U, D).
+    """
 
     labeled: Tensor
     labels: Tensor
@@ -38,31 +45,35 @@ class Images:
     """Features in memory, as unit float32 rows, view after view of each image.
 
     Attributes:
-        easy: plain and weak views of labelled images (L * V, D). labels: (L,).
-        weak: plain and weak views of unlabelled images (U * V, D). strong: their strong views (U * W, D).
-        counts: V and W.
+        easy: plain and weak views of labelled images (L * V, D).
+        labels: their classes (L,).
+        weak: plain and weak views of unlabelled images (U * V, D).
+        strong: their strong views (U * W, D).
+        easy_views: V.
+        strong_views: W.
     """
 
     easy: Tensor
     labels: Tensor
     weak: Tensor
     strong: Tensor
-    counts: tuple[int, int]
+    easy_views: int
+    strong_views: int
 
     def draw(self, labeled: int, unlabeled: int) -> Views:
-        """As many images and views, drawn with replacement."""
-        device, (easy, strong) = self.labels.device, self.counts
+        """So many images of each kind and a view of each, drawn with replacement."""
+        device = self.labels.device
         rows = torch.randint(len(self.labels), (labeled,), device=device)
-        hidden = torch.randint(len(self.weak) // easy, (unlabeled,), device=device)
-        # the view's number is drawn too, and an image's views stand side by side
-        first = rows * easy + torch.randint(easy, (labeled,), device=device)
-        weak = hidden * easy + torch.randint(easy, (unlabeled,), device=device)
-        hard = hidden * strong + torch.randint(strong, (unlabeled,), device=device)
+        unlabeled_rows = torch.randint(len(self.weak) // self.easy_views, (unlabeled,), device=device)
+        # an image's views are next to each other
+        easy = rows * self.easy_views + torch.randint(self.easy_views, (labeled,), device=device)
+        weak = unlabeled_rows * self.easy_views + torch.randint(self.easy_views, (unlabeled,), device=device)
+        strong = unlabeled_rows * self.strong_views + torch.randint(self.strong_views, (unlabeled,), device=device)
         return Views(
-            self.easy.index_select(0, first),
-            self.labels.index_select(0, rows),
-            self.weak.index_select(0, weak),
-            self.strong.index_select(0, hard),
+            labeled=self.easy.index_select(0, easy),
+            labels=self.labels.index_select(0, rows),
+            weak=self.weak.index_select(0, weak),
+            strong=self.strong.index_select(0, strong),
         )
 
 
@@ -72,54 +83,66 @@ def check_config(config: FitConfig) -> None:
     Raises:
         InputError: another method, or a switch of ULFine that is not at its default.
     """
-    plain = FitConfig()
-    changed = [name for name in ("method", *_DEFAULTS) if getattr(config, name) != getattr(plain, name)]
-    if changed:
-        raise InputError(f"the eager loop is ulfine with default switches, got {changed[0]}")
+    default = FitConfig()
+    if config.method != default.method:
+        raise InputError(f"the eager loop is ulfine with default switches, got method {config.method}")
+    for name in _SWITCHES:
+        if getattr(config, name) != getattr(default, name):
+            raise InputError(f"the eager loop is ulfine with default switches, got {name} {getattr(config, name)}")
 
 
-def adapt(parameters: Tensors, rows: Tensor, strength: float) -> Tensor:
+def adapted(parameters: Tensors, rows: Tensor, strength: float) -> Tensor:
     """Unit features (n, D) after the adapter."""
     standard = F.layer_norm(rows, rows.shape[-1:], parameters["scale"], parameters["shift"])
     hidden = torch.relu(standard @ parameters["down"])  # (n, r)
     return F.normalize(torch.addmm(rows, hidden, parameters["up"], alpha=strength), dim=-1)
 
 
-class Found(NamedTuple):
-    """What a forward pass gives.
+class ForwardPass(NamedTuple):
+    """What a forward pass of a mini-batch gives.
 
     Attributes:
-        parts: labelled, unlabelled and regularising loss (3,).
-        guesses: mean probability of each class on weak views (K,), without gradients.
-        rows: adapted labelled rows (B, D), without gradients.
+        losses: labelled, unlabelled and regularising loss (3,).
+        mean_probabilities: of each class on weak views (K,), without gradients.
+        labeled: adapted labelled rows (B, D), without gradients.
     """
 
-    parts: Tensor
-    guesses: Tensor
-    rows: Tensor
+    losses: Tensor
+    mean_probabilities: Tensor
+    labeled: Tensor
 
 
-def losses(parameters: Tensors, memory: Tensors, batch: Views, config: FitConfig) -> Found:
+def forward_pass(parameters: Tensors, memory: Tensors, batch: Views, config: FitConfig) -> ForwardPass:
     """The losses of a mini-batch."""
-    classes, size = memory["prior"].shape[-1], len(batch.labels)
+    classes = memory["prior"].shape[-1]
+    labeled = len(batch.labels)
     # one product for both heads, and one for all rows that get gradients
     heads = F.normalize(parameters["heads"], dim=-1)  # (2K, D)
+
+    # pseudo-labels
     with torch.no_grad():
-        weak = adapt(parameters, batch.weak, config.adapter_scale) @ heads.T * config.scale  # (U, 2K)
-        guesses = torch.softmax(_fused(weak[:, :classes], weak[:, classes:], config.eta), -1)  # (U, K)
-        confidence, labels = guesses.max(-1)
-        mask = (confidence >= config.threshold).to(guesses.dtype)
-    rows = adapt(parameters, torch.cat([batch.labeled, batch.strong]), config.adapter_scale)
+        weak = adapted(parameters, batch.weak, config.adapter_scale) @ heads.T * config.scale  # (U, 2K)
+        probabilities = torch.softmax(fused_logits(weak[:, :classes], weak[:, classes:], config.eta), -1)  # (U, K)
+        confidence, pseudo_labels = probabilities.max(-1)
+        mask = (confidence >= config.threshold).to(probabilities.dtype)
+
+    # logits of both heads
+    rows = adapted(parameters, torch.cat([batch.labeled, batch.strong]), config.adapter_scale)
     logits = (rows @ heads.T * config.scale).view(-1, 2, classes)  # (B + U, 2, K)
-    # both heads of a row are two rows with the same label
-    own = (logits[:size] + config.tau * memory["log_prior"]).flatten(0, 1)
-    labeled = 2 * F.cross_entropy(own, _twice(batch.labels))
-    hard = (logits[size:] + config.tau_u * torch.log(memory["prior"] + 1e-8)).flatten(0, 1)
-    each = F.cross_entropy(hard, _twice(labels), reduction="none")
-    unlabeled = 2 * config.lambda_u * (each * _twice(mask)).mean()
+
+    # losses; both heads of a row are two rows with the same label
+    labeled_logits = (logits[:labeled] + config.tau * memory["log_prior"]).flatten(0, 1)
+    labeled_loss = 2 * F.cross_entropy(labeled_logits, _twice(batch.labels))
+    strong_logits = (logits[labeled:] + config.tau_u * torch.log(memory["prior"] + 1e-8)).flatten(0, 1)
+    strong_losses = F.cross_entropy(strong_logits, _twice(pseudo_labels), reduction="none")
+    unlabeled_loss = 2 * config.lambda_u * (strong_losses * _twice(mask)).mean()
     gram = heads[classes:] @ heads[classes:].T  # (K, K)
-    penalty = (gram - memory["identity"]).square().mean()
-    return Found(torch.stack([labeled, unlabeled, config.lambda_o * penalty]), guesses.mean(0), rows[:size].detach())
+    penalty = config.lambda_o * (gram - memory["identity"]).square().mean()
+    return ForwardPass(
+        losses=torch.stack([labeled_loss, unlabeled_loss, penalty]),
+        mean_probabilities=probabilities.mean(0),
+        labeled=rows[:labeled].detach(),
+    )
 
 
 def _twice(values: Tensor) -> Tensor:
@@ -131,31 +154,42 @@ def _twice(values: Tensor) -> Tensor:
 def logits_of(parameters: Tensors, rows: Tensor, config: FitConfig) -> Tensor:
     """Fused logits (n, K) of unit features (n, D): what the trial predicts from."""
     heads = F.normalize(parameters["heads"], dim=-1)
-    both = adapt(parameters, rows, config.adapter_scale) @ heads.T * config.scale
-    return _fused(both[:, : len(heads) // 2], both[:, len(heads) // 2 :], config.eta)
+    classes = len(heads) // 2
+    both = adapted(parameters, rows, config.adapter_scale) @ heads.T * config.scale
+    return fused_logits(both[:, :classes], both[:, classes:], config.eta)
 
 
-def _fused(linear: Tensor, similarity: Tensor, eta: float) -> Tensor:
+def fused_logits(linear: Tensor, similarity: Tensor, eta: float) -> Tensor:
     """The linear head's logits (n, K) at the similarity head's mean and deviation, mixed with the latter's."""
+    level = similarity.mean(-1, keepdim=True)
+    centred = linear - linear.mean(-1, keepdim=True)
     # lengths of the centred rows, as torch.var_mean is slower on a processor
-    centred, level = linear - linear.mean(-1, keepdim=True), similarity.mean(-1, keepdim=True)
-    spread, wanted = (torch.linalg.vector_norm(one, dim=-1, keepdim=True) for one in (centred, similarity - level))
-    aligned = torch.addcmul(level, centred, (wanted + 1e-6) / (spread + 1e-6))
+    linear_length = torch.linalg.vector_norm(centred, dim=-1, keepdim=True)
+    similarity_length = torch.linalg.vector_norm(similarity - level, dim=-1, keepdim=True)
+    aligned = torch.addcmul(level, centred, (similarity_length + 1e-6) / (linear_length + 1e-6))
     return torch.lerp(similarity, aligned, eta)
 
 
-def fitted(parameters: Tensors, memory: Tensors, labels: Tensor, found: Found, config: FitConfig) -> Tensors:
-    """The prior, visual prototypes and textual prototypes after a step (PAF); `seen` too."""
-    sums = torch.zeros_like(memory["visual"]).index_add(0, labels, found.rows)  # (K, D)
-    counts = torch.zeros_like(memory["prior"]).index_add(0, labels, torch.ones_like(found.rows[:, 0]))
+def fitted_prototypes(
+    parameters: Tensors, memory: Tensors, labels: Tensor, forward: ForwardPass, config: FitConfig
+) -> Tensors:
+    """The prior, visual prototypes, textual prototypes and `seen` after a step (PAF)."""
+    # class means of the batch
+    sums = torch.zeros_like(memory["visual"]).index_add(0, labels, forward.labeled)  # (K, D)
+    counts = torch.zeros_like(memory["prior"]).index_add(0, labels, torch.ones_like(forward.labeled[:, 0]))
     means = sums / counts.clamp(min=1).unsqueeze(1)
-    # a first sighting takes the mean itself
+
+    # visual prototypes; the first mean of a class is taken as it is
     momentum = config.visual_momentum * memory["seen"].to(sums.dtype).unsqueeze(1)
     moved = F.normalize(momentum * memory["visual"] + (1 - momentum) * means, dim=-1)
     visual = torch.where((counts > 0).unsqueeze(1), moved, memory["visual"])
     seen = memory["seen"] | (counts > 0)
-    prior = torch.lerp(found.guesses, memory["prior"], config.rho)
+
+    # class prior
+    prior = torch.lerp(forward.mean_probabilities, memory["prior"], config.rho)
     prior = prior / prior.sum()
+
+    # textual prototypes move towards the visual ones
     pace = (config.mu * prior / prior.max() * seen).unsqueeze(1)
     textual = parameters["heads"][len(prior) :]
     pulled = F.normalize(torch.lerp(F.normalize(textual, dim=-1), visual, pace), dim=-1)
@@ -194,7 +228,7 @@ class EagerTrial:
         config: hyper-parameters; all numbers are honoured, switches must be the defaults.
         parameters: heads (2K, D), linear above prototypes; scale, shift (D,); down (D, r); up (r, D). Taken over.
         log_prior: log class frequencies of the labelled images (K,).
-        backend: of torch.compile for losses and PAF; None compiles nothing.
+        backend: of torch.compile for the forward pass and PAF; None compiles nothing.
         optimizer: implementation of torch.optim.SGD, "fused" or "foreach".
 
     Raises:
@@ -211,33 +245,36 @@ class EagerTrial:
         optimizer: str = "fused",
     ) -> None:
         check_config(config)
-        self.config, self.done = config, 0
+        self.config = config
+        self.done = 0
         self.parameters = {name: tensor.requires_grad_(True) for name, tensor in parameters.items()}
         self.memory = new_memory(log_prior, parameters["heads"].shape[1])
         self.optimizer = _sgd(config, self.parameters, optimizer)
-        self._losses, self._fitted = _compiled(losses, backend), _compiled(fitted, backend)
+        self._forward_pass = _compiled(forward_pass, backend)
+        self._fitted_prototypes = _compiled(fitted_prototypes, backend)
 
     def step(self, batch: Views) -> Tensor:
         """One optimiser step; the three losses (3,)."""
-        found = self._losses(self.parameters, self.memory, batch, self.config)
-        ramp = _schedule(self.optimizer, self.config, self.done)
-        (found.parts[0] + ramp * found.parts[1] + found.parts[2]).backward()
+        forward = self._forward_pass(self.parameters, self.memory, batch, self.config)
+        ramp = _set_schedule(self.optimizer, self.config, self.done)
+        (forward.losses[0] + ramp * forward.losses[1] + forward.losses[2]).backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.done += 1
         with torch.no_grad():
-            moved = self._fitted(self.parameters, self.memory, batch.labels, found, self.config)
-            self.parameters["heads"][len(found.guesses) :] = moved.pop("prototypes")
+            moved = self._fitted_prototypes(self.parameters, self.memory, batch.labels, forward, self.config)
+            self.parameters["heads"][len(forward.mean_probabilities) :] = moved.pop("prototypes")
         self.memory.update(moved)
-        return found.parts.detach()
+        losses: Tensor = forward.losses.detach()
+        return losses
 
 
 class VmapTrials:
-    """T trials of the same hyper-parameters, by torch.func.vmap over :func:`losses` and :func:`fitted`.
+    """T trials of the same hyper-parameters, by vmap over :func:`forward_pass` and :func:`fitted_prototypes`.
 
     Args:
         config: as :class:`EagerTrial` takes it.
-        parameters: as it takes them, each with a leading axis T.
+        parameters: as :class:`EagerTrial` takes them, each with a leading axis T.
         log_prior: log class frequencies of the labelled images, the same for all trials (K,).
 
     Raises:
@@ -246,53 +283,56 @@ class VmapTrials:
 
     def __init__(self, config: FitConfig, parameters: Tensors, log_prior: Tensor) -> None:
         check_config(config)
-        self.config, self.done, self.parameters = config, 0, parameters
-        trials = len(parameters["heads"])
-        own = new_memory(log_prior, parameters["heads"].shape[2])
-        self.shared = {name: own.pop(name) for name in ("log_prior", "identity")}
-        self.memory = {name: tensor.expand(trials, *tensor.shape).clone() for name, tensor in own.items()}
+        self.config = config
+        self.done = 0
+        self.parameters = parameters
+        trials, _, dim = parameters["heads"].shape
+        memory = new_memory(log_prior, dim)
+        self.shared = {name: memory.pop(name) for name in ("log_prior", "identity")}
+        self.memory = {name: tensor.expand(trials, *tensor.shape).clone() for name, tensor in memory.items()}
         self.optimizer = _sgd(config, parameters, "fused")
         self._gradients = torch.func.vmap(torch.func.grad_and_value(self._total, has_aux=True), in_dims=(0, 0, 0, None))
-        self._moves = torch.func.vmap(self._moved)
+        self._fitted_prototypes = torch.func.vmap(self._fit_one)
 
-    def _total(self, parameters: Tensors, memory: Tensors, batch: Views, ramp: float) -> tuple[Tensor, Found]:
-        found = losses(parameters, {**memory, **self.shared}, batch, self.config)
-        return found.parts[0] + ramp * found.parts[1] + found.parts[2], found
+    def _total(self, parameters: Tensors, memory: Tensors, batch: Views, ramp: float) -> tuple[Tensor, ForwardPass]:
+        forward = forward_pass(parameters, {**memory, **self.shared}, batch, self.config)
+        return forward.losses[0] + ramp * forward.losses[1] + forward.losses[2], forward
 
-    def _moved(self, parameters: Tensors, memory: Tensors, labels: Tensor, found: Found) -> Tensors:
-        return fitted(parameters, memory, labels, found, self.config)
+    def _fit_one(self, parameters: Tensors, memory: Tensors, labels: Tensor, forward: ForwardPass) -> Tensors:
+        return fitted_prototypes(parameters, memory, labels, forward, self.config)
 
     @torch.no_grad()
     def step(self, batch: Views) -> Tensor:
         """One optimiser step on a batch with a leading axis T; the three losses (3, T)."""
-        ramp = _schedule(self.optimizer, self.config, self.done)
-        gradients, (_, found) = self._gradients(self.parameters, self.memory, batch, ramp)
+        ramp = _set_schedule(self.optimizer, self.config, self.done)
+        gradients, (_, forward) = self._gradients(self.parameters, self.memory, batch, ramp)
         for name, tensor in self.parameters.items():
             tensor.grad = gradients[name]
         self.optimizer.step()
         self.done += 1
-        moved = self._moves(self.parameters, self.memory, batch.labels, found)
-        self.parameters["heads"][:, found.guesses.shape[1] :] = moved.pop("prototypes")
+        moved = self._fitted_prototypes(self.parameters, self.memory, batch.labels, forward)
+        self.parameters["heads"][:, forward.mean_probabilities.shape[1] :] = moved.pop("prototypes")
         self.memory.update(moved)
-        return found.parts.T
+        losses: Tensor = forward.losses.T
+        return losses
 
 
-def _sgd(config: FitConfig, parameters: Tensors, kind: str) -> torch.optim.SGD:
+def _sgd(config: FitConfig, parameters: Tensors, implementation: str) -> torch.optim.SGD:
     """PyTorch's optimiser, "fused" or "foreach"."""
     return torch.optim.SGD(
         list(parameters.values()),
         lr=config.lr,
         momentum=config.momentum,
         weight_decay=config.weight_decay,
-        fused=kind == "fused",
-        foreach=kind == "foreach",
+        fused=implementation == "fused",
+        foreach=implementation == "foreach",
     )
 
 
-def _schedule(optimizer: torch.optim.SGD, config: FitConfig, done: int) -> float:
-    """Set the cosine learning rate of a step, counted from 0; the factor of its unlabelled loss."""
-    optimizer.param_groups[0]["lr"] = config.lr * 0.5 * (1 + math.cos(math.pi * done / config.steps))
-    return min(1.0, (done + 1) / config.steps / max(config.warmup, 1e-9))
+def _set_schedule(optimizer: torch.optim.SGD, config: FitConfig, step: int) -> float:
+    """Set the cosine learning rate of a step, counted from 0; returns the factor of its unlabelled loss."""
+    optimizer.param_groups[0]["lr"] = config.lr * 0.5 * (1 + math.cos(math.pi * step / config.steps))
+    return min(1.0, (step + 1) / config.steps / max(config.warmup, 1e-9))
 
 
 def _compiled(function: Callable[..., Any], backend: str | None) -> Callable[..., Any]:

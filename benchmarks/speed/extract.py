@@ -1,10 +1,11 @@
-"""Images per second of an extraction: ours, a script as one writes it, and what the machine allows.
+"""Images per second of an extraction: by ulfine-fast, by a script as one writes it, and what the machine allows.
 
     python -m benchmarks.speed.extract --json extract.json
 
-Every contender runs in a process of its own, in turns; medians over rounds. The clock starts once the model is loaded
-and warm and stops when the features are on the disk. The bound is the rate of all stages together, each measured alone
-with all cores at it. With `--memory` ours runs over 10,000 and 100,000 images with a tiny model, for its peak memory.
+Every contender runs in a process of its own, one after the other in each round; rates are medians over rounds. The
+clock starts once the model is loaded and warm and stops when the features are on the disk. The bound is the rate of all
+stages together, each measured alone with all cores. With `--memory` ulfine-fast runs over 10,000 and 100,000 images
+with a tiny model, for its peak memory.
 """
 
 from __future__ import annotations
@@ -14,22 +15,20 @@ import statistics
 import subprocess
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from benchmarks.images import SHAPES, TINY, model_name
-from benchmarks.options import parse_names
-from benchmarks.parts import write_json
+from benchmarks.images import SHAPES, TINY, VIT, model_name
+from benchmarks.options import JsonOption, parse_names
+from benchmarks.results import Row, print_table, write_rows
 from benchmarks.speed.stages import stage_rates
-from benchmarks.tables import print_table
 from ulfine_fast.cache.io.errors import InputError
 from ulfine_fast.cache.models.encoder import load_encoder
 from ulfine_fast.cache.models.lite0_minilm import NAME as LITE0
 from ulfine_fast.cache.sources import FolderSource
 from ulfine_fast.cli.main import guarded
 
-Row = dict[str, Any]
 CONTENDERS = ("script", "clip_retrieval", "ulfine_fast")
 _MEMORY_COUNTS = (10_000, 100_000)
 
@@ -44,28 +43,43 @@ def measure(
         model: "lite0-minilm", "ViT-B-32" or "tiny".
         count: images.
         contenders: of `CONTENDERS`.
-        rounds: runs of each, in turns.
+        rounds: runs of each.
         peer: the Python that has clip-retrieval.
         precision: of the model while it runs, for all contenders; clip-retrieval knows fp32 alone on a processor.
     """
-    name, folder = model_name(model), SHAPES[shape](count)
+    name = model_name(model)
+    folder = SHAPES[shape](count)
     if model == LITE0 or precision != "fp32":  # clip-retrieval takes architectures that open_clip knows by name alone
         contenders = [contender for contender in contenders if contender != "clip_retrieval"]
+    commands = {
+        contender: _peer_command(peer, model, name)
+        if contender == "clip_retrieval"
+        else _command(contender, name, precision)
+        for contender in contenders
+    }
+
+    # runs, and the bound in each round, since a machine's rate changes with its load
     runs: dict[str, list[Row]] = {contender: [] for contender in contenders}
-    bounds: list[dict[str, float]] = []
+    rates: list[dict[str, float]] = []
     for _ in range(rounds):
-        # between the contenders of each round, since a machine's rate changes with its load
-        bounds.append(stage_rates(FolderSource(folder), load_encoder(name, device="cpu", precision=precision)))
-        for contender in contenders:
-            command = (
-                _peer_command(peer, model, name)
-                if contender == "clip_retrieval"
-                else _command(contender, name, precision)
-            )
+        rates.append(stage_rates(FolderSource(folder), load_encoder(name, device="cpu", precision=precision)))
+        for contender, command in commands.items():
             runs[contender].append(_run([*command, str(folder)]))
-    stages = {stage: statistics.median(found[stage] for found in bounds) for stage in bounds[0]}
+
+    stages = {stage: statistics.median(rate[stage] for rate in rates) for stage in rates[0]}
     return [
-        {**_row(shape, model, contender, runs[contender], stages), "precision": precision} for contender in contenders
+        {
+            "shape": shape,
+            "images": own[0]["images"],
+            "model": model,
+            "contender": contender,
+            "images_per_second": statistics.median(run["images"] / run["seconds"] for run in own),
+            "bound_images_per_second": stages["bound"],
+            "stages": stages,
+            "peak_rss_bytes": max(run["peak_rss_bytes"] for run in own),
+            "precision": precision,
+        }
+        for contender, own in runs.items()
     ]
 
 
@@ -85,36 +99,48 @@ def _run(command: list[str]) -> Row:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise InputError(f"{' '.join(command[1:])} failed: {done.stderr.strip().splitlines()[-1]}")
-    found: Row = json.loads(done.stdout.splitlines()[-1])
-    return found
+    row: Row = json.loads(done.stdout.splitlines()[-1])
+    return row
 
 
-def _row(shape: str, model: str, contender: str, runs: list[Row], stages: dict[str, float]) -> Row:
-    rate = statistics.median(run["images"] / run["seconds"] for run in runs)
-    return {
-        "shape": shape,
-        "images": runs[0]["images"],
-        "model": model,
-        "contender": contender,
-        "images_per_second": rate,
-        "bound_images_per_second": stages["bound"],
-        "stages": stages,
-        "peak_rss_bytes": max(run["peak_rss_bytes"] for run in runs),
-    }
-
-
-def memory() -> list[Row]:
-    """Ours over few and many images, with a model so small that reading is most of the work."""
-    name = model_name(TINY)
+def measure_memory() -> list[Row]:
+    """ulfine-fast over few and many images, with a model so small that reading is most of the work."""
+    command = _command("ulfine_fast", model_name(TINY))
     return [
         {
             "shape": "png28",
             "model": TINY,
             "contender": "ulfine_fast",
-            **_run([*_command("ulfine_fast", name), str(SHAPES["png28"](count))]),
+            **_run([*command, str(SHAPES["png28"](count))]),
         }
         for count in _MEMORY_COUNTS
     ]
+
+
+def table(rows: list[Row]) -> list[list[str]]:
+    """A line for each shape, model and contender."""
+    scripts = {(row["shape"], row["model"]): row["images_per_second"] for row in rows if row["contender"] == "script"}
+    lines = []
+    for row in rows:
+        rate = row["images_per_second"]
+        script_rate = scripts.get((row["shape"], row["model"]))
+        lines.append(
+            [
+                row["shape"],
+                row["model"],
+                row["contender"],
+                "  ".join(f"{stage} {row['stages'][stage]:,.0f}" for stage in ("read", "encode", "write")),
+                f"{rate:.1f}",
+                "-" if script_rate is None else f"{rate / script_rate:.2f}",
+                f"{rate / row['bound_images_per_second']:.2f}",
+                _megabytes(row),
+            ]
+        )
+    return lines
+
+
+def _megabytes(row: Row) -> str:
+    return f"{row['peak_rss_bytes'] / 1e6:,.0f}"
 
 
 def extract(
@@ -126,45 +152,25 @@ def extract(
     clip_retrieval: Annotated[Path | None, typer.Option(help="Python that has clip-retrieval.")] = None,
     precision: Annotated[str, typer.Option(help="fp32, bf16 or fp16, of the models while they run.")] = "fp32",
     peak: Annotated[bool, typer.Option("--memory", help="Peak memory over 10,000 and 100,000 images instead.")] = False,
-    as_json: Annotated[Path | None, typer.Option("--json", help="Write the rows to this file.")] = None,
+    as_json: JsonOption = None,
 ) -> None:
     """Measure images per second of extracting features on the processor, beside a script and the machine's bound."""
-    kinds = parse_names(shapes, tuple(SHAPES), "shapes")
-    nets = parse_names(models, (LITE0, "ViT-B-32", TINY), "models")
-    names = parse_names(contenders, CONTENDERS, "contenders")
+    shape_names = parse_names(shapes, SHAPES, "shapes")
+    model_names = parse_names(models, (LITE0, VIT, TINY), "models")
+    contender_names = parse_names(contenders, CONTENDERS, "contenders")
     if peak:
-        rows = memory()
-    else:
-        rows = [
-            row
-            for kind in kinds
-            for net in nets
-            for row in measure(kind, net, images, names, rounds, clip_retrieval, precision)
-        ]
-    if as_json is not None:
-        write_json(as_json, rows)
-    if peak:
-        print_table(["images", "seconds", "peak memory, MB"], [_memory_line(row) for row in rows], texts=0)
-    else:
-        _print(rows)
-
-
-def _memory_line(row: Row) -> list[str]:
-    return [f"{row['images']:,}", f"{row['seconds']:.0f}", f"{row['peak_rss_bytes'] / 1e6:,.0f}"]
-
-
-def _print(rows: list[Row]) -> None:
-    slowest = {(row["shape"], row["model"]): row["images_per_second"] for row in rows if row["contender"] == "script"}
-    lines = []
-    for row in rows:
-        rate, bound = row["images_per_second"], row["bound_images_per_second"]
-        base = slowest.get((row["shape"], row["model"]))
-        over = "-" if base is None else f"{rate / base:.2f}"
-        alone = "  ".join(f"{stage} {row['stages'][stage]:,.0f}" for stage in ("read", "encode", "write"))
-        figures = [f"{rate:.1f}", over, f"{rate / bound:.2f}", f"{row['peak_rss_bytes'] / 1e6:,.0f}"]
-        lines.append([row["shape"], row["model"], row["contender"], alone, *figures])
+        rows = measure_memory()
+        write_rows(as_json, rows)
+        lines = [[f"{row['images']:,}", f"{row['seconds']:.0f}", _megabytes(row)] for row in rows]
+        print_table(["images", "seconds", "peak memory, MB"], lines, texts=0)
+        return
+    rows = []
+    for shape in shape_names:
+        for model in model_names:
+            rows += measure(shape, model, images, contender_names, rounds, clip_retrieval, precision)
+    write_rows(as_json, rows)
     titles = ["shape", "model", "contender", "stages alone, images/s", "images/s", "over script", "of the bound"]
-    print_table([*titles, "peak memory, MB"], lines, texts=4)
+    print_table([*titles, "peak memory, MB"], table(rows), texts=4)
 
 
 if __name__ == "__main__":

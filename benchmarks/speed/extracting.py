@@ -26,10 +26,10 @@ _WARM = 4  # batches of the model before the clock starts: buffers and kernels a
 
 
 def script(model: str, precision: str, images: Path) -> Row:
-    """What one writes by hand: open_clip, torchvision's ImageFolder, a DataLoader on all cores, an array at last.
+    """What one writes by hand: open_clip, torchvision's ImageFolder, a DataLoader on all cores, an array in the end.
 
-    With autocast it is `no_grad` that stands around it: in `inference_mode` no weight is cached, and a ViT's attention
-    takes a way many times slower.
+    With autocast it runs in `no_grad`: in `inference_mode` no weight is cached, and a ViT's attention takes a path
+    many times slower.
     """
     import open_clip
 
@@ -52,7 +52,7 @@ def script(model: str, precision: str, images: Path) -> Row:
 
 
 def ulfine_fast(model: str, precision: str, images: Path) -> Row:
-    """Ours, with the plain view alone, as the script has it; text and manifest are not counted."""
+    """ulfine-fast with the plain view alone, as in the script; text and manifest are not counted."""
     from ulfine_fast.cache.models.encoder import load_encoder
     from ulfine_fast.cache.pipeline.extract import extract
     from ulfine_fast.cache.pipeline.views import ViewRecipe
@@ -67,7 +67,7 @@ def ulfine_fast(model: str, precision: str, images: Path) -> Row:
 
 
 def _open_clip_name(model: str) -> str:
-    """open_clip's own name of a model of ours."""
+    """open_clip's name of one of our models."""
     from ulfine_fast.cache.models import lite0_minilm
 
     return f"local-dir:{lite0_minilm.ensure_built()}" if model == lite0_minilm.NAME else model
@@ -81,14 +81,15 @@ def _warm(encode: Callable[[torch.Tensor], Any], batch: int, size: Any) -> None:
 
 def peak_bytes(readers: int) -> int:
     """Largest memory of this process, and of its largest reader once for each."""
-    own, child = (resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    return 1024 * (own + readers * child)  # Linux counts in KiB
+    own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    reader = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+    return 1024 * (own + readers * reader)  # Linux counts in KiB
 
 
 def main(contender: str, model: str, precision: str, images: str) -> None:
     """Runs one contender."""
-    run = {"script": script, "ulfine_fast": ulfine_fast}[contender]
-    row = run(model, precision, Path(images))
+    contenders = {"script": script, "ulfine_fast": ulfine_fast}
+    row = contenders[contender](model, precision, Path(images))
     print(json.dumps({**row, "peak_rss_bytes": peak_bytes(row.pop("readers"))}))
 
 

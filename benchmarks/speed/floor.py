@@ -6,9 +6,9 @@ Multiply-adds of one trial's step, with B labelled and U unlabelled images, feat
     backward    (B + U) (4 K D + 3 D r)     heads: weights and rows; adapter: up's weights, hidden rows, down's weights
     orthogonal  2 K D min(K, D)             the Gram matrix of the prototypes, and its product with them
 
-Inputs need no gradient, and scale and shift of the norm get theirs from down's: no product more. What is element by
-element (norms, softmax, PAF, optimiser, drawing and gathering of rows) is not counted, nor is the symmetry of the Gram
-matrix, nor that strong rows without a pseudo-label need no gradient; so no real step gets there.
+Inputs need no gradient, and scale and shift of the norm get theirs from down's without a further product. Work element
+by element (norms, softmax, PAF, optimiser, drawing and gathering of rows) is not counted, nor the symmetry of the Gram
+matrix, nor that strong rows without a pseudo-label need no gradient; so no real step is as fast.
 """
 
 from __future__ import annotations
@@ -20,8 +20,6 @@ from dataclasses import dataclass
 
 import torch
 
-from ulfine_fast.cache.io.errors import InputError
-
 _REPEATS = 7
 
 
@@ -30,7 +28,12 @@ class Shape:
     """Sizes of a step.
 
     Attributes:
-        name: of the shape. dim: D. classes: K. rank: r. labeled: B. unlabeled: U.
+        name: of the shape.
+        dim: width of the features D.
+        classes: K.
+        rank: width of the adapter's bottleneck r.
+        labeled: labelled images of a mini-batch B.
+        unlabeled: unlabelled images of a mini-batch U.
     """
 
     name: str
@@ -43,7 +46,8 @@ class Shape:
     @property
     def multiply_adds(self) -> int:
         """Of one trial's step, as this module's docstring has it."""
-        adapter, heads = self.dim * self.rank, 2 * self.classes * self.dim
+        adapter = self.dim * self.rank
+        heads = 2 * self.classes * self.dim
         forward = (self.labeled + 2 * self.unlabeled) * (2 * adapter + heads)
         backward = (self.labeled + self.unlabeled) * (2 * heads + 3 * adapter)
         return forward + backward + heads * min(self.classes, self.dim)
@@ -60,7 +64,7 @@ class Shape:
         return 4 * (4 * parameters + 2 * self.classes * self.dim) + 2 * rows * self.dim
 
     def memory(self, trials: int, *, graph: bool) -> int:
-        """About how many bytes T trials take at once; with a `graph`, gradients and what autograd keeps too."""
+        """About how many bytes T trials take together; with a `graph`, gradients and what autograd keeps too."""
         weights = 2 * self.dim * (self.classes + self.rank)
         if not graph:
             return 4 * trials * 4 * weights
@@ -69,24 +73,10 @@ class Shape:
 
 
 SHAPES = {
-    shape.name: shape
-    for shape in (
-        Shape("S1", 512, 100, 64, 64, 64),
-        Shape("S2", 384, 10, 16, 32, 32),
-        Shape("S3", 768, 1000, 64, 128, 128),
-    )
+    "S1": Shape("S1", dim=512, classes=100, rank=64, labeled=64, unlabeled=64),
+    "S2": Shape("S2", dim=384, classes=10, rank=16, labeled=32, unlabeled=32),
+    "S3": Shape("S3", dim=768, classes=1000, rank=64, labeled=128, unlabeled=128),
 }
-
-
-def shape_of(name: str) -> Shape:
-    """The shape of a name.
-
-    Raises:
-        InputError: no such shape.
-    """
-    if name not in SHAPES:
-        raise InputError(f"unknown shape {name!r}; the shapes are {', '.join(SHAPES)}")
-    return SHAPES[name]
 
 
 def floor_rate(shape: Shape, device: torch.device) -> float:
@@ -102,7 +92,7 @@ def product_rate(shape: Shape, device: torch.device) -> float:
     # large enough to be at the full rate, small enough to be repeated in every round
     side, trials = (8192, 64) if device.type == "cuda" else (1536, 16)
     rows = shape.labeled + 2 * shape.unlabeled
-    # which of them is fastest depends on caches and threads, and the fastest makes the hardest floor
+    # which of them is fastest depends on caches and threads; the fastest makes the hardest floor
     sizes = [
         (1, side, side, side),
         (trials, rows, shape.dim, 2 * shape.classes),
@@ -122,7 +112,8 @@ def bandwidth(device: torch.device) -> float:
 def _rate(size: tuple[int, int, int, int], device: torch.device) -> float:
     """Multiply-adds per second of a batched product."""
     trials, rows, inner, columns = size
-    left, right = torch.randn(trials, rows, inner, device=device), torch.randn(trials, inner, columns, device=device)
+    left = torch.randn(trials, rows, inner, device=device)
+    right = torch.randn(trials, inner, columns, device=device)
     out = torch.empty(trials, rows, columns, device=device)
     return trials * rows * inner * columns / _median_seconds(lambda: torch.bmm(left, right, out=out), device)
 

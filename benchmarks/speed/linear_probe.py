@@ -1,8 +1,8 @@
-"""A linear probe over a path of penalties: the engine's in one pass, and scikit-learn's logistic regression.
+"""A linear probe over a path of penalties: the engine's in one trial batch, and scikit-learn's logistic regression.
 
     python -m benchmarks.speed.linear_probe --penalties 45 --json linear_probe.json
 
-Both see the same unit features, split, and validation images, which choose the penalty; the chosen one's test
+Both have the same unit features, split, and validation images, which choose the penalty; the chosen one's test
 accuracy is read. scikit-learn's follows CLIP's protocol (arXiv 2103.00020, appendix A.3): l2 penalty, L-BFGS, at most
 1,000 iterations, here from the strongest penalty to the weakest, each from the solution before. The engine's probe is
 another estimator: a cosine classifier by SGD from the text's prototypes, of which no penalty but the weight decay is
@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Annotated, Any
 
 import numpy as np
@@ -22,9 +22,9 @@ import torch
 import typer
 from numpy.typing import NDArray
 
-from benchmarks.data import demo, open_data
-from benchmarks.parts import write_json
-from benchmarks.tables import print_table
+from benchmarks.data import open_features, unit_rows
+from benchmarks.options import DataOption, DeviceOption, JsonOption, ThreadsOption
+from benchmarks.results import Row, print_table, write_rows
 from ulfine_fast.cache.io.errors import InputError
 from ulfine_fast.cache.store import FeatureCache
 from ulfine_fast.cli.main import guarded
@@ -32,11 +32,9 @@ from ulfine_fast.config import FitConfig
 from ulfine_fast.data.splits import Split, draw_split
 from ulfine_fast.engine.fit import fit_many
 
-Row = dict[str, Any]
-
-# of weight decay, and of C: both ends are past what is ever chosen
-_DECAY, _INVERSE = (1e-6, 1e-1), (1e-6, 1e6)
-_FIGURES = ("accuracy", "balanced_accuracy")
+# both ends of each are beyond what is ever chosen
+_WEIGHT_DECAYS = (1e-6, 1e-1)
+_INVERSE_PENALTIES = (1e-6, 1e6)
 
 
 def path(low: float, high: float, count: int) -> list[float]:
@@ -45,15 +43,18 @@ def path(low: float, high: float, count: int) -> list[float]:
 
 
 def engine(cache: FeatureCache, split: Split, count: int, config: FitConfig, device: str) -> Row:
-    """The engine's probe with all penalties in one pass."""
-    configs = [FitConfig.from_dict({**config.to_dict(), "weight_decay": one}) for one in path(*_DECAY, count)]
+    """The engine's probe with all penalties in one trial batch."""
+    configs = [replace(config, weight_decay=decay) for decay in path(*_WEIGHT_DECAYS, count)]
     started = time.perf_counter()
     runs = fit_many(cache, configs, split=split, device=device, progress=False)
     seconds = time.perf_counter() - started
     scores = [run.metrics["val"]["accuracy"] for run in runs]
     best = int(np.argmax(scores))
-    figures = {name: runs[best].metrics[name] for name in _FIGURES}
-    return _row("engine", seconds, scores, configs[best].weight_decay, figures)
+    return {
+        **_row("engine", seconds, scores, configs[best].weight_decay),
+        "accuracy": runs[best].metrics["accuracy"],
+        "balanced_accuracy": runs[best].metrics["balanced_accuracy"],
+    }
 
 
 def sklearn(cache: FeatureCache, split: Split, count: int, iterations: int) -> Row:
@@ -62,36 +63,38 @@ def sklearn(cache: FeatureCache, split: Split, count: int, iterations: int) -> R
     from sklearn.linear_model import LogisticRegression
     from sklearn.metrics import accuracy_score, balanced_accuracy_score
 
-    features = np.asarray(cache.plain, dtype=np.float32)
-    features = features / np.linalg.norm(features, axis=1, keepdims=True).clip(1e-12)  # (n, D)
+    features = unit_rows(cache.plain)  # (n, D)
     labels = cache.labels
+    penalties = path(*_INVERSE_PENALTIES, count)
     model = LogisticRegression(solver="lbfgs", max_iter=iterations, warm_start=True)
-    scores, guesses = list[float](), list[NDArray[Any]]()
+    scores: list[float] = []
+    predictions: list[NDArray[Any]] = []
     started = time.perf_counter()
-    for inverse in path(*_INVERSE, count):
+    for inverse in penalties:
         with warnings.catch_warnings():
             # the weakest penalties may need more iterations than the protocol gives
             warnings.simplefilter("ignore", ConvergenceWarning)
             model.set_params(C=inverse).fit(features[split.labeled], labels[split.labeled])
         scores.append(float(model.score(features[split.val], labels[split.val])))
-        guesses.append(model.predict(features[split.test]))
-    seconds, best = time.perf_counter() - started, int(np.argmax(scores))
-    truth = labels[split.test]
-    judged: tuple[Callable[..., float], ...] = (accuracy_score, balanced_accuracy_score)
-    figures = {name: float(judge(truth, guesses[best])) for name, judge in zip(_FIGURES, judged, strict=True)}
-    return _row("scikit-learn", seconds, scores, path(*_INVERSE, count)[best], figures)
-
-
-def _row(name: str, seconds: float, scores: Sequence[float], chosen: float, figures: Row) -> Row:
-    """What is known of one contender; of equal penalties the first is chosen."""
+        predictions.append(model.predict(features[split.test]))
+    seconds = time.perf_counter() - started
+    best = int(np.argmax(scores))
     return {
-        "contender": name,
+        **_row("scikit-learn", seconds, scores, penalties[best]),
+        "accuracy": float(accuracy_score(labels[split.test], predictions[best])),
+        "balanced_accuracy": float(balanced_accuracy_score(labels[split.test], predictions[best])),
+    }
+
+
+def _row(contender: str, seconds: float, scores: Sequence[float], chosen: float) -> Row:
+    """What both contenders have in common; `scores` are accuracies on validation, one for each penalty."""
+    return {
+        "contender": contender,
         "penalties": len(scores),
         "seconds": seconds,
         "chosen": chosen,
         "val_accuracy": max(scores),
         "val_accuracy_lowest": min(scores),
-        **figures,
         "threads": torch.get_num_threads(),
     }
 
@@ -113,38 +116,43 @@ def measure(cache: FeatureCache, count: int, config: FitConfig, *, iterations: i
     if not len(split.val):
         raise InputError("a path needs validation images to choose from, and this split has none")
     # the first fit of a process pays for threads and buffers that others find ready
-    fit_many(cache, [FitConfig.from_dict({**config.to_dict(), "steps": 2})], split=split, device=device, progress=False)
+    fit_many(cache, [replace(config, steps=2)], split=split, device=device, progress=False)
     return [engine(cache, split, count, config, device), sklearn(cache, split, count, iterations)]
 
 
 def linear_probe(
     penalties: Annotated[int, typer.Option(help="Penalties on the path of each contender.", min=1)] = 45,
-    data: Annotated[str, typer.Option(help="demo, or a data set of benchmarks.studies.methods.")] = "demo",
+    data: DataOption = "demo",
     steps: Annotated[int, typer.Option(help="Steps of the engine's probe.", min=1)] = 1000,
     batch: Annotated[int, typer.Option(help="Images in its mini-batches.", min=1)] = 64,
     lr: Annotated[float, typer.Option(help="Its peak learning rate.", min=0.0)] = 0.3,
     iterations: Annotated[int, typer.Option(help="Most iterations of scikit-learn's, for each penalty.", min=1)] = 1000,
-    threads: Annotated[int, typer.Option(help="Threads of torch; 0 takes its own choice.", min=0)] = 0,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N; of the engine.")] = "auto",
-    as_json: Annotated[Path | None, typer.Option("--json", help="Write both rows to this file.")] = None,
+    threads: ThreadsOption = 0,
+    device: DeviceOption = "auto",
+    as_json: JsonOption = None,
 ) -> None:
     """Time a linear probe over a path of penalties, by the engine and by scikit-learn; print test accuracy."""
     if threads:
         torch.set_num_threads(threads)
-    cache = demo() if data == "demo" else open_data(data)
-    values = {"method": "linear_probe", "steps": steps, "eval_every": steps, "batch_labeled": batch, "lr": lr}
-    rows = measure(cache, penalties, FitConfig.from_dict(values), iterations=iterations, device=device)
+    config = FitConfig(method="linear_probe", steps=steps, eval_every=steps, batch_labeled=batch, lr=lr)
+    rows = measure(open_features(data), penalties, config, iterations=iterations, device=device)
     rows = [{"data": data, **row} for row in rows]
-    if as_json is not None:
-        write_json(as_json, rows)
+    write_rows(as_json, rows)
     titles = ["probe", "penalties", "seconds", "accuracy", "balanced accuracy", "validation, best to worst", "chosen"]
     print_table(titles, [_line(row) for row in rows])
 
 
 def _line(row: Row) -> list[str]:
-    shares = [f"{100 * row[name]:.1f}" for name in _FIGURES]
-    spread = f"{100 * row['val_accuracy']:.1f} to {100 * row['val_accuracy_lowest']:.1f}"
-    return [row["contender"], str(row["penalties"]), f"{row['seconds']:.1f}", *shares, spread, f"{row['chosen']:.2g}"]
+    """A line of the table; accuracies in percent."""
+    return [
+        row["contender"],
+        str(row["penalties"]),
+        f"{row['seconds']:.1f}",
+        f"{100 * row['accuracy']:.1f}",
+        f"{100 * row['balanced_accuracy']:.1f}",
+        f"{100 * row['val_accuracy']:.1f} to {100 * row['val_accuracy_lowest']:.1f}",
+        f"{row['chosen']:.2g}",
+    ]
 
 
 if __name__ == "__main__":

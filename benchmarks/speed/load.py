@@ -3,7 +3,8 @@
     python -m benchmarks.speed.load --rows 1000000 --json load.json
 
 Files are read cold (dropped from the system's memory before) and warm. Loading is `FeatureCache.open` with all checks,
-up to the whole arrays; with `--device` also up to the device. The rows are of the real format, their values random.
+until the whole arrays are in memory; with `--device` also on the device. The files have the real format, their values
+are random.
 """
 
 from __future__ import annotations
@@ -16,14 +17,14 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import numpy as np
 import torch
 import typer
 
-from benchmarks.parts import write_json
-from benchmarks.tables import print_table
+from benchmarks.options import DeviceOption, JsonOption
+from benchmarks.results import Row, print_table, write_rows
 from ulfine_fast.cache.io.device import pick_device
 from ulfine_fast.cache.manifest import Manifest
 from ulfine_fast.cache.pipeline.threads import cores
@@ -32,17 +33,16 @@ from ulfine_fast.cache.store import FeatureCache
 from ulfine_fast.cache.text import TextFeatures, average, write_text
 from ulfine_fast.cli.main import guarded
 
-Row = dict[str, Any]
 _CLASSES = 100
 
 
 def write_cache(folder: Path, rows: int, dim: int, shard_size: int) -> None:
-    """A cache of random unit rows without views, as `extract` would leave it.
+    """Write a cache of random unit rows without views, as `extract` would.
 
     Args:
-        folder: where, empty.
-        rows: how many, all of train.
-        dim: D.
+        folder: an empty one.
+        rows: how many, all in the split "train".
+        dim: width of the features D.
         shard_size: rows of each shard.
     """
     (folder / "shards").mkdir(parents=True)
@@ -84,14 +84,14 @@ def _unit(rng: np.random.Generator, rows: int, dim: int) -> np.ndarray:
 
 def _write_shard(folder: Path, number: int, first: int, features: np.ndarray) -> None:
     n, dim = features.shape
-    none = np.empty((n, 0, dim), np.float16)
+    no_views = np.empty((n, 0, dim), np.float16)
     shard = Shard(
         split="train",
         ids=[f"class/{row:08d}.jpg" for row in range(first, first + n)],
         labels=(np.arange(n) % _CLASSES).astype(np.int32),
         plain=features[:, None],
-        weak=none,
-        strong=none,
+        weak=no_views,
+        strong=no_views,
         scale=np.empty((n, 0), np.float32),
         flip=np.empty((n, 0), np.uint8),
     )
@@ -101,7 +101,7 @@ def _write_shard(folder: Path, number: int, first: int, features: np.ndarray) ->
 
 
 def read_files(folder: Path) -> int:
-    """Reads every shard into memory that is used again; as many threads as cores. Returns the bytes."""
+    """Read every shard into a buffer that is used again, with as many threads as cores; returns the bytes."""
     paths = sorted((folder / "shards").glob("*.h5"))
     with ThreadPoolExecutor(cores()) as pool:
         return sum(pool.map(_read_into_one_buffer, [paths[start :: cores()] for start in range(cores())]))
@@ -117,7 +117,7 @@ def _read_into_one_buffer(paths: list[Path]) -> int:
 
 
 def forget(folder: Path) -> None:
-    """Asks the system to drop its copies of the files."""
+    """Ask the system to drop its copies of the files."""
     for path in (folder / "shards").iterdir():
         handle = os.open(path, os.O_RDONLY)
         os.fsync(handle)
@@ -126,32 +126,34 @@ def forget(folder: Path) -> None:
 
 
 def load(folder: Path, device: torch.device) -> None:
-    """Opens a cache and brings its plain features to the device."""
+    """Open a cache and bring its plain features to the device."""
     torch.from_numpy(FeatureCache.open(folder).plain).to(device)
 
 
 def measure(folder: Path, device: torch.device, rounds: int) -> list[Row]:
-    """Both contenders, cold and warm, in turns.
+    """Both contenders, cold and warm.
 
     Args:
         folder: a cache.
         device: where the features go.
-        rounds: runs of each.
+        rounds: runs of each, one contender after the other.
     """
-    works: dict[str, Callable[[], object]] = {
+    contenders: dict[str, Callable[[], object]] = {
         "files": lambda: read_files(folder),
         "cache": lambda: load(folder, device),
     }
     size = sum(path.stat().st_size for path in (folder / "shards").glob("*.h5"))
     rows: list[Row] = []
     for state in ("cold", "warm"):
-        seconds: dict[str, list[float]] = {name: [] for name in works}
+        seconds: dict[str, list[float]] = {name: [] for name in contenders}
         for _ in range(rounds):
-            for name, work in works.items():
+            for name, work in contenders.items():
                 if state == "cold":
                     forget(folder)
-                seconds[name].append(_seconds(work))
-        rates = {name: size / statistics.median(found) for name, found in seconds.items()}
+                started = time.perf_counter()
+                work()
+                seconds[name].append(time.perf_counter() - started)
+        rates = {name: size / statistics.median(of_rounds) for name, of_rounds in seconds.items()}
         rows += [
             {"state": state, "contender": name, "bytes": size, "bytes_per_second": rate, "share": rate / rates["files"]}
             for name, rate in rates.items()
@@ -159,32 +161,26 @@ def measure(folder: Path, device: torch.device, rounds: int) -> list[Row]:
     return rows
 
 
-def _seconds(work: Callable[[], object]) -> float:
-    started = time.perf_counter()
-    work()
-    return time.perf_counter() - started
-
-
 def main(
     rows: Annotated[int, typer.Option(help="Rows of the cache.", min=1)] = 1_000_000,
     dim: Annotated[int, typer.Option(help="Length of a feature.", min=1)] = 512,
     shard_size: Annotated[int, typer.Option(help="Rows of a shard.", min=1)] = 8192,
     rounds: Annotated[int, typer.Option(help="Runs of each contender.", min=1)] = 3,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    as_json: Annotated[Path | None, typer.Option("--json", help="Write the rows to this file.")] = None,
+    device: DeviceOption = "auto",
+    as_json: JsonOption = None,
 ) -> None:
     """Measure how fast a cache is loaded beside how fast its files are read."""
-    target = pick_device(device)
+    torch_device = pick_device(device)
     root = Path(tempfile.mkdtemp(prefix="ulfine-fast-load-", dir=Path.cwd()))
     try:
         write_cache(root / "cache", rows, dim, shard_size)
-        found = measure(root / "cache", target, rounds)
+        results = measure(root / "cache", torch_device, rounds)
     finally:
         shutil.rmtree(root)
-    if as_json is not None:
-        write_json(as_json, found)
+    write_rows(as_json, results)
     lines = [
-        [row["state"], row["contender"], f"{row['bytes_per_second'] / 1e9:.2f}", f"{row['share']:.2f}"] for row in found
+        [row["state"], row["contender"], f"{row['bytes_per_second'] / 1e9:.2f}", f"{row['share']:.2f}"]
+        for row in results
     ]
     print_table(["files are", "contender", "GB/s", "of reading"], lines, texts=2)
 

@@ -26,10 +26,10 @@ def stage_rates(source: ListedSource, encoder: Encoder, *, device_shares_cores: 
     """Images per second of each stage, with all cores at it, and of the whole.
 
     Args:
-        source: images; each is read twice, so that all stages find the files in memory.
+        source: images; each is read twice, so that files are in memory for all stages.
         encoder: the model, on the processor.
-        device_shares_cores: whether the stages take the cores from one another, so that their times add up; else the
-            slowest stage is the bound.
+        device_shares_cores: whether the stages take the cores from one another, so that their times add up; otherwise
+            the slowest stage is the bound.
 
     Returns:
         "read" (open, decode, resize, crop), "encode", "write", and "bound".
@@ -55,18 +55,24 @@ def _encode_rate(encoder: Encoder, count: int) -> float:
         lambda: map_on_cores(encoder.encode_pixels, batches, cores()),
         lambda: map(encoder.encode_pixels, [torch.cat([pixels, pixels])] * (len(batches) // 2)),
     ]
-    for way in ways:  # once for nothing: buffers and kernels are chosen at the first
+    for way in ways:  # warm up: buffers and kernels are chosen in the first batches
         list(islice(way(), 2 * cores()))
     return max(_rate(way(), _BATCH * (len(batches) // 2 * 2)) for way in ways)
 
 
 def _write_rate(dim: int, count: int) -> float:
     """Of a shard with the plain view, flushed to the disk."""
-    rows = np.ones((count, 1, dim), np.float16)
-    none, labels = np.empty((count, 0, dim), np.float16), np.zeros(count, np.int32)
-    flags = np.empty((count, 0))
-    ids = [f"class/{number}" for number in range(count)]
-    shard = Shard("train", ids, labels, rows, none, none, flags.astype(np.float32), flags.astype(np.uint8))
+    no_views = np.empty((count, 0, dim), np.float16)
+    shard = Shard(
+        split="train",
+        ids=[f"class/{number}" for number in range(count)],
+        labels=np.zeros(count, np.int32),
+        plain=np.ones((count, 1, dim), np.float16),
+        weak=no_views,
+        strong=no_views,
+        scale=np.empty((count, 0), np.float32),
+        flip=np.empty((count, 0), np.uint8),
+    )
     with tempfile.TemporaryDirectory() as folder:
         return _rate((write_shard(path, shard) for path in [Path(folder) / "00000.h5"]), count)
 

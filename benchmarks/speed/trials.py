@@ -4,8 +4,8 @@
 
 `eager` is a well-written loop, one trial after another; `compiled` the same under torch.compile; `vmap` the same
 functions under torch.func.vmap; `specification` the engine through autograd; `fused` its path without an autograd
-graph. Only steps are timed, not evaluations. Contenders are measured in turn, several times over, and a figure is the
-median of its own measurements; the floor is that of `benchmarks.speed.floor`.
+graph. Only steps are timed, not validations. Contenders are measured one after the other, several times, and a rate is
+the median of a contender's own measurements; the floor is that of `benchmarks.speed.floor`.
 """
 
 from __future__ import annotations
@@ -15,73 +15,49 @@ import os
 import shutil
 import statistics
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import typer
 
-from benchmarks.parts import write_json
-from benchmarks.speed.floor import SHAPES, Shape, floor_rate, seconds_of, shape_of
-from benchmarks.speed.trial_steps import ALONE, CONTENDERS, Field, contender
-from benchmarks.tables import print_table
+from benchmarks.options import DeviceOption, JsonOption, ThreadsOption, parse_names, parse_numbers
+from benchmarks.results import Row, print_table, write_rows
+from benchmarks.speed.floor import SHAPES, Shape, floor_rate, seconds_of
+from benchmarks.speed.trial_steps import CONTENDERS, ONE_TRIAL, TrainingSet, contender
 from ulfine_fast.cache.io.device import pick_device
-from ulfine_fast.cache.io.errors import InputError
 from ulfine_fast.cli.main import guarded
-
-Row = dict[str, Any]
 
 # fewer steps would let a contender that keeps a block of trials in the processor's cache pay for loading it each time
 _LEAST_STEPS = 4
 _MOST_STEPS = 500
 
 
-def parse_counts(text: str) -> list[int]:
-    """Read numbers of trials such as 1,16,64.
-
-    Raises:
-        InputError: none, or one that is no positive whole number.
-    """
-    parts = [part.strip() for part in text.split(",") if part.strip()]
-    if not parts or not all(part.isdecimal() and int(part) > 0 for part in parts):
-        raise InputError(f"trials are positive whole numbers such as 1,16,64, got {text!r}")
-    return list(dict.fromkeys(int(part) for part in parts))
-
-
-def parse_contenders(text: str) -> list[str]:
-    """Read names separated by commas.
-
-    Raises:
-        InputError: none, or an unknown one.
-    """
-    wanted = [part.strip() for part in text.split(",") if part.strip()]
-    unknown = [name for name in wanted if name not in CONTENDERS]
-    if unknown or not wanted:
-        raise InputError(f"contenders are {', '.join(CONTENDERS)}, got {(unknown or [text])[0]!r}")
-    return list(dict.fromkeys(wanted))
-
-
 class Entry:
     """A contender that is ready to be measured.
 
     Attributes:
-        name: of the contender. trials: how many it trains at once. steps: in one measurement. rates: trial-steps per
-        second, one for each measurement.
+        name: of the contender.
+        trials: how many it trains together.
+        steps: in one measurement.
+        warm_up: seconds of the first steps, compilation included.
+        rates: trial-steps per second, one for each measurement.
     """
 
-    def __init__(self, name: str, field: Field, trials: int, seconds: float) -> None:
+    def __init__(self, name: str, training_set: TrainingSet, trials: int, seconds: float) -> None:
         """Build it, warm it up, and choose the steps of a measurement so that it takes about `seconds`."""
-        self.name, self.rates, self._device = name, list[float](), field.device
-        self._work, self.trials = contender(name, field, trials)
+        self.name = name
+        self.rates: list[float] = []
+        self._device = training_set.device
+        self._work, self.trials = contender(name, training_set, trials)
         # compiling, first touch of buffers, and threads that start
-        self.warm_up = seconds_of(lambda: self._work(3), field.device)
-        each = seconds_of(lambda: self._work(2), field.device) / 2
-        self.steps = min(_MOST_STEPS, max(_LEAST_STEPS, round(seconds / each)))
+        self.warm_up = seconds_of(lambda: self._work(3), self._device)
+        seconds_per_step = seconds_of(lambda: self._work(2), self._device) / 2
+        self.steps = min(_MOST_STEPS, max(_LEAST_STEPS, round(seconds / seconds_per_step)))
 
     def measure(self) -> None:
         """Make the steps once more, and note their rate."""
-        taken = seconds_of(lambda: self._work(self.steps), self._device)
-        self.rates.append(self.trials * self.steps / taken)
+        seconds = seconds_of(lambda: self._work(self.steps), self._device)
+        self.rates.append(self.trials * self.steps / seconds)
 
 
 def measure(
@@ -94,53 +70,46 @@ def measure(
         counts: numbers of trials.
         names: contenders.
         device: where they train.
-        rounds: measurements of each, taken in turn.
+        rounds: measurements of each, one contender after the other.
         seconds: about how long one takes.
     """
-    field, rows = Field.of(shape, device), list[Row]()
-    alone = {name: _entry(name, field, 1, seconds) for name in names if name in ALONE}
+    training_set = TrainingSet.of_shape(shape, device)
+    # those that train one trial after another are built once, and measured again beside each number of trials
+    one_trial = {name: _entry(name, training_set, 1, seconds) for name in names if name in ONE_TRIAL}
+    rows: list[Row] = []
     for count in counts:
-        # those that train one trial after another are measured anew beside each number of trials
-        entries = {name: alone.get(name) or _entry(name, field, count, seconds) for name in names}
-        floors = _play([one for one in entries.values() if isinstance(one, Entry)], field, rounds)
-        rows += [_row(field, count, name, entry, statistics.median(floors)) for name, entry in entries.items()]
+        entries = {name: one_trial.get(name) or _entry(name, training_set, count, seconds) for name in names}
+        measured = [entry for entry in entries.values() if isinstance(entry, Entry)]
+        for entry in measured:
+            entry.rates.clear()
+        floors = []
+        for _ in range(rounds):
+            floors.append(floor_rate(shape, device))
+            for entry in measured:
+                entry.measure()
+        rows += [_row(training_set, count, name, entry, statistics.median(floors)) for name, entry in entries.items()]
     return rows
 
 
-def _play(entries: Sequence[Entry], field: Field, rounds: int) -> list[float]:
-    """Measure everyone in turn, with the floor of the same moment."""
-    floors = []
-    for entry in entries:
-        entry.rates.clear()
-    for _ in range(rounds):
-        floors.append(floor_rate(field.shape, field.device))
-        for entry in entries:
-            entry.measure()
-    return floors
-
-
-def _entry(name: str, field: Field, trials: int, seconds: float) -> Entry | str:
+def _entry(name: str, training_set: TrainingSet, trials: int, seconds: float) -> Entry | str:
     """The contender, or why it does not take part."""
-    missing = _unavailable(name, field, trials)
-    return missing or Entry(name, field, trials, seconds)
-
-
-def _unavailable(name: str, field: Field, trials: int) -> str:
-    """Why a contender cannot take part; an empty text where it can."""
+    device = training_set.device
     if name == "compiled":
-        return _no_compiler(field.device)
-    need, free = field.shape.memory(trials, graph=name != "fused"), _free_bytes(field.device)
-    if name not in ALONE and need > free:
-        return f"about {need / 2**30:.0f} GiB are needed and {free / 2**30:.0f} GiB are free"
-    return ""
+        reason = _no_compiler(device)
+    else:
+        need = training_set.shape.memory(trials, graph=name != "fused")
+        free = _free_bytes(device)
+        too_large = name not in ONE_TRIAL and need > free
+        reason = f"about {need / 2**30:.0f} GiB are needed and {free / 2**30:.0f} GiB are free" if too_large else ""
+    return reason or Entry(name, training_set, trials, seconds)
 
 
 def _no_compiler(device: torch.device) -> str:
-    """What torch.compile lacks; an empty text where it has it."""
+    """What torch.compile lacks; an empty text where it has all."""
     if device.type == "cuda":
         return "" if importlib.util.find_spec("triton") else "torch.compile needs Triton and it is not installed"
-    there = shutil.which(os.environ.get("CXX", "g++"))
-    return "" if there else "torch.compile needs a C++ compiler and none was found"
+    compiler = shutil.which(os.environ.get("CXX", "g++"))
+    return "" if compiler else "torch.compile needs a C++ compiler and none was found"
 
 
 def _free_bytes(device: torch.device) -> int:
@@ -150,74 +119,75 @@ def _free_bytes(device: torch.device) -> int:
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
 
 
-def _row(field: Field, trials: int, name: str, entry: Entry | str, floor: float) -> Row:
+def _row(training_set: TrainingSet, trials: int, name: str, entry: Entry | str, floor: float) -> Row:
     """What is known of one contender; no rate but a reason where it does not take part."""
-    left_out = entry if isinstance(entry, str) else None
-    compiled = name == "compiled" and isinstance(entry, Entry)
-    return {
-        "shape": field.shape.name,
+    row: Row = {
+        "shape": training_set.shape.name,
         "trials": trials,
         "contender": name,
-        "trial_steps_per_second": statistics.median(entry.rates) if isinstance(entry, Entry) else None,
+        "trial_steps_per_second": None,
         "floor_trial_steps_per_second": floor,
-        "rates": entry.rates.copy() if isinstance(entry, Entry) else [],
-        "compile_seconds": entry.warm_up if compiled and isinstance(entry, Entry) else None,
-        "left_out": left_out,
-        "device": field.device.type,
+        "rates": [],
+        "compile_seconds": None,
+        "left_out": None,
+        "device": training_set.device.type,
         "threads": torch.get_num_threads(),
+    }
+    if isinstance(entry, str):
+        return {**row, "left_out": entry}
+    return {
+        **row,
+        "trial_steps_per_second": statistics.median(entry.rates),
+        "rates": entry.rates.copy(),
+        "compile_seconds": entry.warm_up if name == "compiled" else None,
     }
 
 
-def _lines(rows: Sequence[Row]) -> list[list[str]]:
-    """The table's lines: rates, and how they stand to the eager loop and the floor of the same rounds."""
+def table(rows: Sequence[Row]) -> list[list[str]]:
+    """A line for each row: rates, and their ratios to the eager loop and the floor of the same rounds."""
     eager = {row["trials"]: row["trial_steps_per_second"] for row in rows if row["contender"] == "eager"}
-    found = []
+    lines = []
     for row in rows:
-        rate, floor = row["trial_steps_per_second"], row["floor_trial_steps_per_second"]
-        line = [row["shape"], str(row["trials"]), row["contender"]]
+        rate = row["trial_steps_per_second"]
+        eager_rate = eager.get(row["trials"])
+        compile_seconds = row["compile_seconds"]
         if rate is None:
-            found.append([*line, "-", "-", "-", "-", row["left_out"]])
-            continue
-        first = eager.get(row["trials"])
-        note = f"compiled in {row['compile_seconds']:.0f} s" if row["compile_seconds"] else ""
-        ratio = f"{rate / first:.2f}" if first else "-"
-        found.append([*line, f"{rate:.0f}", f"{1000 / rate:.3f}", ratio, f"{floor / rate:.2f}", note])
-    return found
-
-
-_TITLES = [
-    "shape",
-    "trials",
-    "contender",
-    "trial-steps/s",
-    "ms per trial-step",
-    "over eager",
-    "times the floor",
-    "note",
-]
+            numbers = ["-", "-", "-", "-", row["left_out"]]
+        else:
+            numbers = [
+                f"{rate:.0f}",
+                f"{1000 / rate:.3f}",
+                f"{rate / eager_rate:.2f}" if eager_rate else "-",
+                f"{row['floor_trial_steps_per_second'] / rate:.2f}",
+                f"compiled in {compile_seconds:.0f} s" if compile_seconds else "",
+            ]
+        lines.append([row["shape"], str(row["trials"]), row["contender"], *numbers])
+    return lines
 
 
 def trials(
     shape: Annotated[str, typer.Option(help=f"Comma-separated: {', '.join(SHAPES)}.")] = "S1",
     counts: Annotated[str, typer.Option("--trials", help="Numbers of trials, comma-separated.")] = "1,4,16,64",
     contenders: Annotated[str, typer.Option(help="Who takes part, comma-separated.")] = ",".join(CONTENDERS),
-    threads: Annotated[int, typer.Option(help="Threads of torch; 0 takes its own choice.", min=0)] = 0,
+    threads: ThreadsOption = 0,
     rounds: Annotated[int, typer.Option(help="Measurements of each contender.", min=1)] = 5,
     seconds: Annotated[float, typer.Option(help="About how long one measurement takes.", min=0.0)] = 0.7,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    as_json: Annotated[Path | None, typer.Option("--json", help="Write all rows to this file.")] = None,
+    device: DeviceOption = "auto",
+    as_json: JsonOption = None,
 ) -> None:
     """Measure T trials of ULFine by a plain loop, torch.compile, vmap and the engine; print steps per second."""
-    shapes = [shape_of(name.strip()) for name in shape.split(",")]
-    numbers, names, place = parse_counts(counts), parse_contenders(contenders), pick_device(device)
+    shapes = parse_names(shape, SHAPES, "shapes")
+    trial_counts = parse_numbers(counts, "numbers of trials", 1, kind=int)
+    names = parse_names(contenders, CONTENDERS, "contenders")
+    torch_device = pick_device(device)
     if threads:
         torch.set_num_threads(threads)
     rows: list[Row] = []
-    for one in shapes:
-        rows += measure(one, numbers, names, place, rounds=rounds, seconds=seconds)
-        if as_json is not None:
-            write_json(as_json, rows)
-    print_table(_TITLES, _lines(rows), texts=3)
+    for name in shapes:
+        rows += measure(SHAPES[name], trial_counts, names, torch_device, rounds=rounds, seconds=seconds)
+        write_rows(as_json, rows)
+    titles = ["shape", "trials", "contender", "trial-steps/s", "ms per trial-step", "over eager", "times the floor"]
+    print_table([*titles, "note"], table(rows), texts=3)
 
 
 if __name__ == "__main__":

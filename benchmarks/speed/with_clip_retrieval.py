@@ -21,8 +21,11 @@ def main(model: str, checkpoint: str, images: str) -> None:
     from all_clip import load_clip
     from clip_retrieval.clip_inference.worker import worker
 
-    # its own way to name a checkpoint file; loaded and warm before the clock starts, as for the others
-    name, readers, batch = f"open_clip:{model}/{checkpoint}", os.cpu_count() or 1, 64
+    # its own way to name a checkpoint file
+    name = f"open_clip:{model}/{checkpoint}"
+    readers = os.cpu_count() or 1
+    batch = 64
+    # loaded and warm before the clock starts, as for the others
     load_clip(clip_model=name, use_jit=False, warmup_batch_size=batch, clip_cache_path=None)
     with tempfile.TemporaryDirectory() as folder:
         started = time.perf_counter()
@@ -43,9 +46,15 @@ def main(model: str, checkpoint: str, images: str) -> None:
         )
         seconds = time.perf_counter() - started
         count = _rows(folder)
-    own, child = (resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    told = {"images": count, "seconds": seconds, "peak_rss_bytes": 1024 * (own + readers * child)}
-    print(json.dumps({**told, "version": metadata.version("clip-retrieval")}))
+    own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    reader = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+    row = {
+        "images": count,
+        "seconds": seconds,
+        "peak_rss_bytes": 1024 * (own + readers * reader),
+        "version": metadata.version("clip-retrieval"),
+    }
+    print(json.dumps(row))
 
 
 def _rows(folder: str) -> int:

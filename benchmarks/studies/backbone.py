@@ -1,4 +1,4 @@
-"""FixMatch through an image tower: the losses that cached features get, with gradients into the tower's weights."""
+"""FixMatch through an image tower: the losses of cached features, with gradients into the tower's weights."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 
-from benchmarks.data import VIEWS
+from benchmarks.pixels import WEAK
 from ulfine_fast.cache.pipeline.views import ViewRecipe, draw
 from ulfine_fast.cache.store import FeatureCache
 from ulfine_fast.config import FitConfig, per_trial_options
@@ -37,16 +37,21 @@ _LOSSES = Lightweight()
 
 @dataclass(frozen=True)
 class World:
-    """Images and the tower they are seen through.
+    """Images and the tower that encodes them.
 
     Attributes:
         image: row number -> RGB image.
-        ids: (n,). labels: class of each row (n,). splits: "train" or "test" (n,). class_names: (K,).
+        ids: of the images (n,).
+        labels: class of each row (n,).
+        splits: "train" or "test" (n,).
+        class_names: (K,).
         text: textual features of the classes (K, P, D).
         prototypes: their unit means (K, D).
         tower: pixels (B, 3, size, size) to features (B, D); never changed.
         plain: image -> (3, size, size), the evaluation view.
-        mean, std: the tower's normalisation per channel. size: side of the square input in pixels.
+        mean: of the tower's normalisation, per channel.
+        std: of the tower's normalisation, per channel.
+        size: side of the square input in pixels.
     """
 
     image: Callable[[int], Image.Image]
@@ -70,13 +75,20 @@ class World:
         """Augmented views (n, V, 3, size, size), weak ones first, the same for the same rows and recipe."""
         drawn = [draw(self.image(row), self.ids[row], recipe, image_size=self.size).pixels for row in rows.tolist()]
         pixels = torch.from_numpy(np.stack(drawn)).permute(0, 1, 4, 2, 3).float()  # (n, V, 3, size, size)
-        center, spread = (torch.tensor(values).view(3, 1, 1) for values in (self.mean, self.std))
-        return pixels.div_(255.0).sub_(center).div_(spread)
+        mean = torch.tensor(self.mean).view(3, 1, 1)
+        std = torch.tensor(self.std).view(3, 1, 1)
+        return pixels.div_(255.0).sub_(mean).div_(std)
 
 
 @dataclass
 class Model:
-    """A tower, the head on it, and what the losses must know of the trial (T = 1)."""
+    """A tower and the head on it.
+
+    Attributes:
+        tower: pixels to features.
+        state: the head "linear" (1, K, D).
+        trials: what the losses read of the one trial.
+    """
 
     tower: nn.Module
     state: State
@@ -89,9 +101,8 @@ class Model:
 
     def trained(self) -> list[Tensor]:
         """The weights that get gradients, head included."""
-        return [weight for weight in self.tower.parameters() if weight.requires_grad] + [
-            self.state.parameters["linear"]
-        ]
+        weights: list[Tensor] = [weight for weight in self.tower.parameters() if weight.requires_grad]
+        return [*weights, self.state.parameters["linear"]]
 
     @torch.no_grad()
     def logits(self, world: World, rows: Rows) -> NDArray[np.float32]:
@@ -101,9 +112,9 @@ class Model:
         blocks = [rows[start : start + _BLOCK] for start in range(0, len(rows), _BLOCK)]
         features = torch.cat([self.features(world.plain_pixels(block)) for block in blocks], dim=1)  # (1, n, D)
         self.tower.train(training)
-        found = _LOSSES.logits(self.trials, self.state.tensors, features)[0]  # (n, K)
+        logits = _LOSSES.logits(self.trials, self.state.tensors, features)[0]  # (n, K)
         # a run that diverged must end as a bad row of the table, not as an error
-        return np.asarray(found.nan_to_num(0.0, 0.0, 0.0).numpy())
+        return np.asarray(logits.nan_to_num(0.0, 0.0, 0.0).numpy())
 
 
 def new_model(way: str, world: World, split: Split, config: FitConfig) -> Model:
@@ -118,7 +129,8 @@ def new_model(way: str, world: World, split: Split, config: FitConfig) -> Model:
         config: seed and hyper-parameters of the losses; the adapter must be "none".
     """
     torch.manual_seed(config.seed)
-    tower = copy.deepcopy(world.tower).requires_grad_(way in ("fft", "scratch")).train(way in ("fft", "scratch"))
+    trains_all = way in ("fft", "scratch")
+    tower = copy.deepcopy(world.tower).requires_grad_(trains_all).train(trains_all)
     head = torch.from_numpy(world.prototypes).float().unsqueeze(0)  # (1, K, D)
     if way == "scratch":
         forget(tower)
@@ -132,9 +144,10 @@ def new_model(way: str, world: World, split: Split, config: FitConfig) -> Model:
 
 
 def forget(tower: nn.Module) -> None:
-    """Give every layer the random weights, and every norm the statistics, that it was born with."""
+    """Reset every layer to random weights, and every norm to its first statistics."""
     for module in tower.modules():
-        if callable(reset := getattr(module, "reset_parameters", None)):
+        reset = getattr(module, "reset_parameters", None)
+        if callable(reset):
             reset()
 
 
@@ -149,33 +162,41 @@ def one_trial(config: FitConfig, prototypes: Tensor, counts: Rows) -> Trials:
     """What a method's losses read, for one trial with prototypes (1, K, D) and labelled counts (K,)."""
     values = {name: torch.tensor([float(getattr(config, name))]) for name in per_trial_options(config)}
     frequency = torch.from_numpy(counts / counts.sum()).float().unsqueeze(0)  # (1, K)
-    return Trials(config, values, torch.tensor([config.seed]), prototypes, torch.log(frequency.clamp(min=1e-8)))
+    return Trials(
+        config=config,
+        values=values,
+        seeds=torch.tensor([config.seed]),
+        prototypes=prototypes,
+        log_prior=torch.log(frequency.clamp(min=1e-8)),
+    )
 
 
 def drawn(rows: Rows, config: FitConfig, size: int, purposes: tuple[Purpose, Purpose]) -> tuple[Tensor, Tensor]:
     """Rows of every mini-batch and the view of each (S, size), as the engine for cached features draws them."""
-    seeds, steps = torch.tensor([config.seed]), torch.arange(config.steps)
-    index, _ = PaddedRows.of([rows], torch.device("cpu")).draw(seeds, steps, purposes[0], size)  # (S, 1, size)
-    view = integers(seeds, steps, purposes[1], size, torch.tensor([1 + VIEWS.weak]))  # (S, 1, size)
+    seeds = torch.tensor([config.seed])
+    steps = torch.arange(config.steps)
+    index, _ = PaddedRows.pad([rows], torch.device("cpu")).draw(seeds, steps, purposes[0], size)  # (S, 1, size)
+    view = integers(seeds, steps, purposes[1], size, torch.tensor([1 + WEAK]))  # (S, 1, size)
     return index[:, 0], view[:, 0]
 
 
 def batches(world: World, split: Split, config: FitConfig) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """The mini-batches of a trial: the images it would get from a cache, but views drawn anew each time.
+    """The mini-batches of a trial: the images that it would get from a cache, with views drawn anew each time.
 
-    As there, an easy view is the plain one as often as each of the cached weak ones.
+    An easy view is the plain one as often as each of the weak ones that a cache has.
 
     Yields:
         Easy views of labelled images (B, 3, H, W), their labels (1, B), easy and strong views of unlabelled ones
         (U, 3, H, W).
     """
     labeled, easy = drawn(split.labeled, config, config.batch_labeled, (Purpose.LABELED, Purpose.LABELED_VIEW))
-    hidden, weak = drawn(split.unlabeled, config, config.batch_unlabeled, (Purpose.UNLABELED, Purpose.WEAK_VIEW))
+    unlabeled, weak = drawn(split.unlabeled, config, config.batch_unlabeled, (Purpose.UNLABELED, Purpose.WEAK_VIEW))
     for step in range(config.steps):
-        rows, others = labeled[step].numpy(), hidden[step].numpy()
-        mine = views(world, rows, easy[step] == 0, recipe_of(config.seed, step, strong=0))
-        pair = views(world, others, weak[step] == 0, recipe_of(config.seed, step, strong=1))  # (U, 2, 3, H, W)
-        yield mine[:, 0], torch.from_numpy(world.labels[rows]).unsqueeze(0), pair[:, 0], pair[:, 1]
+        labeled_rows = labeled[step].numpy()
+        labeled_views = views(world, labeled_rows, easy[step] == 0, recipe_of(config.seed, step, strong=0))
+        pairs = views(world, unlabeled[step].numpy(), weak[step] == 0, recipe_of(config.seed, step, strong=1))
+        labels = torch.from_numpy(world.labels[labeled_rows]).unsqueeze(0)
+        yield labeled_views[:, 0], labels, pairs[:, 0], pairs[:, 1]
 
 
 def views(world: World, rows: Rows, plain: Tensor, recipe: ViewRecipe) -> Tensor:
@@ -187,8 +208,8 @@ def views(world: World, rows: Rows, plain: Tensor, recipe: ViewRecipe) -> Tensor
 
 
 def recipe_of(seed: int, step: int, strong: int) -> ViewRecipe:
-    """One weak view and `strong` strong ones; an image has 64 of each in a trial, more than it is drawn."""
-    # each recipe keeps its transforms in memory, so not one for every step
+    """One weak view and `strong` strong ones; a trial has 64 different views of an image, more than it draws."""
+    # each recipe keeps its transforms in memory, so there is not one for every step
     return ViewRecipe(weak=1, strong=strong, seed=64 * seed + step % 64)
 
 
@@ -224,10 +245,10 @@ def loss(model: Model, labeled: Tensor, labels: Tensor, weak: Tensor, strong: Te
         ramp: factor of the unlabelled part, 0..1.
     """
     with torch.no_grad():
-        sure = model.features(weak)  # (1, U, D)
-    # one pass, so that norm layers see labelled and strong images as one batch
+        weak_features = model.features(weak)  # (1, U, D)
+    # one forward pass, so that norm layers see labelled and strong images as one batch
     both = model.features(torch.cat([labeled, strong]))  # (1, B + U, D)
-    batch = Batch(both[:, : len(labeled)], labels, sure, both[:, len(labeled) :])
+    batch = Batch(both[:, : len(labeled)], labels, weak_features, both[:, len(labeled) :])
     losses = _LOSSES.losses(model.trials, model.state, batch)
     return (losses.labeled + ramp * losses.unlabeled).sum()
 
@@ -239,24 +260,33 @@ def cache_of(world: World, split: Split, recipe: ViewRecipe) -> tuple[FeatureCac
         The cache, the split in its row numbers, and the wall seconds that the training images took: plain view and
         augmented ones.
     """
-    seen = np.sort(np.concatenate([split.labeled, split.unlabeled, split.val]))
+    training = np.sort(np.concatenate([split.labeled, split.unlabeled, split.val]))
     started = time.perf_counter()
-    views = encoded(world, seen, recipe)  # (m, 1 + V, D)
+    views = encoded(world, training, recipe)  # (m, 1 + V, D)
     seconds = time.perf_counter() - started
-    rows = np.concatenate([seen, split.test])
-    arrays: dict[str, Any] = {"weak": views[:, 1 : 1 + recipe.weak], "strong": views[:, 1 + recipe.weak :]}
-    plain = np.concatenate([views[:, 0], encoded(world, split.test, ViewRecipe(weak=0, strong=0))[:, 0]])
-    splits, ids = world.splits[rows].tolist(), [world.ids[row] for row in rows]
-    arrays |= {"class_names": world.class_names, "text_features": world.text, "splits": splits, "ids": ids}
-    return FeatureCache.from_arrays(plain, world.labels[rows], **arrays), moved(split, rows), seconds
+    test_views = encoded(world, split.test, ViewRecipe(weak=0, strong=0))  # (E, 1, D)
+    rows = np.concatenate([training, split.test])
+    cache = FeatureCache.from_arrays(
+        np.concatenate([views[:, 0], test_views[:, 0]]),
+        world.labels[rows],
+        class_names=world.class_names,
+        text_features=world.text,
+        weak=views[:, 1 : 1 + recipe.weak],
+        strong=views[:, 1 + recipe.weak :],
+        splits=world.splits[rows].tolist(),
+        ids=[world.ids[row] for row in rows],
+    )
+    return cache, moved(split, rows), seconds
 
 
 def moved(split: Split, rows: Rows) -> Split:
-    """The split in places among `rows`."""
-    place = {int(row): i for i, row in enumerate(rows)}
-    parts = (split.labeled, split.unlabeled, split.val, split.test)
-    labeled, unlabeled, val, test = (np.array([place[int(row)] for row in part], dtype=np.int64) for part in parts)
-    return replace(split, labeled=labeled, unlabeled=unlabeled, val=val, test=test)
+    """The split in positions among `rows`."""
+    position = {int(row): i for i, row in enumerate(rows)}
+    parts: dict[str, Any] = {
+        role: np.array([position[int(row)] for row in getattr(split, role)], dtype=np.int64)
+        for role in ("labeled", "unlabeled", "val", "test")
+    }
+    return replace(split, **parts)
 
 
 @torch.inference_mode()

@@ -1,46 +1,46 @@
 """Training through the encoder beside training on its cached features: what the paper's claims C1 to C4 compare.
 
+    python -m benchmarks.studies.end_to_end --seeds 0,1 --lrs 0.003,0.01,0.03 --json end_to_end.json
+
 FixMatch with one loss, one split, the same mini-batches and test images, through Lite0's image tower at a small
 size: full fine-tuning (`fft`), norm layers only (`lft`), frozen tower (`lp`, a control of the cached one) and all
 weights from random ones (`scratch`); and on features cached from the same tower at the same size. The learning rate of
-each is chosen on validation images, over all seeds.
-
-    python -m benchmarks.studies.end_to_end --seeds 0,1 --lrs 0.003,0.01,0.03 --json end_to_end.json
-
-Every run is kept as one JSON file and not repeated, so the command can be interrupted, and two commands with different
-`--methods` may share a folder; the last one prints all.
+each is chosen on validation images, over all seeds. Every run is kept as one JSON file and not repeated, so the command
+can be interrupted, and two commands with different `--methods` may use one folder; the last one prints all.
 """
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import time
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache, lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import open_clip
 import torch
+import typer
 from numpy.typing import NDArray
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 
 from benchmarks.data import MODEL, VIEWS, FirstOfEachClass
+from benchmarks.options import JsonOption, parse_names, parse_numbers, parse_seeds, split_options
+from benchmarks.results import Row, grouped, print_table, write_json, write_rows
 from benchmarks.studies.backbone import WAYS, Model, Rows, World, cache_of, new_model, train
-from ulfine_fast.cache.io.errors import InputError
-from ulfine_fast.cache.io.files import make_folder, write_atomically
+from ulfine_fast.cache.io.files import make_folder
 from ulfine_fast.cache.io.home import cache_home
 from ulfine_fast.cache.models.encoder import Encoder, load_encoder
 from ulfine_fast.cache.models.prompts import DEFAULT_PROMPTS, fill_prompts
+from ulfine_fast.cache.pipeline.views import ViewRecipe
 from ulfine_fast.cache.sources import ListedSource, open_source
 from ulfine_fast.cache.store import FeatureCache
 from ulfine_fast.cache.text import encode_classes
+from ulfine_fast.cli.main import guarded
 from ulfine_fast.config import FitConfig
 from ulfine_fast.data.splits import Split, draw_split, labeled_counts
 from ulfine_fast.engine.fit import fit
@@ -59,7 +59,6 @@ CACHED: dict[str, dict[str, Any]] = {
 METHODS = (*WAYS, *CACHED)
 
 Logits = NDArray[np.float32]
-Row = dict[str, Any]
 
 _COLUMNS = {
     "lr": "{:g}",
@@ -80,14 +79,17 @@ _COLUMNS = {
 
 @dataclass(frozen=True)
 class Settings:
-    """What all runs of a table share.
+    """What is the same for all runs of a table.
 
     Attributes:
         size: side of the images in pixels.
-        steps: mini-batch steps. scratch_steps: those from random weights, twice as many where 0.
+        steps: mini-batch steps.
+        scratch_steps: mini-batch steps from random weights; 0 for twice as many.
         batch: images in a mini-batch, labelled and unlabelled alike.
-        n1, m1: labelled and unlabelled images of the largest class. gamma: imbalance of both.
-        val: share of the labelled images that choose the learning rate and the temperature.
+        n1: labelled images of the largest class.
+        m1: unlabelled images of the largest class.
+        gamma: imbalance of both.
+        val: fraction of the labelled images that choose the learning rate and the temperature.
         test: test images of each class.
         threads: of torch, for seconds that can be compared.
     """
@@ -105,7 +107,7 @@ class Settings:
 
     @property
     def digest(self) -> str:
-        """Eight hex digits that tell these settings from others."""
+        """Eight hex digits, others for other settings."""
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:8]
 
     def config(self, method: str, lr: float, seed: int) -> FitConfig:
@@ -114,11 +116,20 @@ class Settings:
         Raises:
             InputError: a value outside its range.
         """
-        own = CACHED.get(method, {"method": "lightweight", "adapter": "none"})
         steps = (self.scratch_steps or 2 * self.steps) if method == "scratch" else self.steps
-        counts = {"n1": self.n1, "m1": self.m1, "gamma_l": self.gamma, "gamma_u": self.gamma, "val_fraction": self.val}
-        batch = {"batch_labeled": self.batch, "batch_unlabeled": self.batch, "eval_every": steps}
-        return FitConfig.from_dict({**own, **counts, **batch, "steps": steps, "lr": lr, "seed": seed})
+        return FitConfig.from_dict(
+            {
+                **CACHED.get(method, {"method": "lightweight", "adapter": "none"}),
+                **split_options(self.n1, self.m1, self.gamma),
+                "val_fraction": self.val,
+                "batch_labeled": self.batch,
+                "batch_unlabeled": self.batch,
+                "eval_every": steps,
+                "steps": steps,
+                "lr": lr,
+                "seed": seed,
+            }
+        )
 
 
 def fashion_world(settings: Settings) -> World:
@@ -129,11 +140,12 @@ def fashion_world(settings: Settings) -> World:
 
 
 def world_of(source: ListedSource, encoder: Encoder, size: int) -> World:
-    """A source's images, kept in memory, seen through an encoder's image tower at another size.
+    """A source's images, kept in memory, for an encoder's image tower at another size.
 
     The evaluation view is the encoder's own preprocessing at that size.
     """
-    rows, names = source.rows, list(source.class_names)
+    rows = source.rows
+    names = list(source.class_names)
     text = encode_classes(encoder, fill_prompts(names, DEFAULT_PROMPTS))
     plain = image_transform_v2(
         PreprocessCfg(**{**open_clip.get_model_preprocess_cfg(encoder.model), "size": size}), is_train=False
@@ -162,22 +174,25 @@ def world_of(source: ListedSource, encoder: Encoder, size: int) -> World:
 # -- one run
 
 
-def figures(read: Callable[[Rows], Logits], labels: Rows, split: Split, config: FitConfig, classes: int) -> Row:
-    """What a fitted model is judged by, one forward pass over each part of the split.
+def evaluate(logits_of: Callable[[Rows], Logits], labels: Rows, split: Split, config: FitConfig, classes: int) -> Row:
+    """Metrics of a fitted model, by one forward pass over each part of the split.
 
     Args:
-        read: row numbers (n,) to logits (n, K) of plain views.
+        logits_of: row numbers (n,) to logits (n, K) of plain views.
         labels: of all rows, those of unlabelled ones included (N,).
-        split: validation gives the temperature of `ece` and the figures to choose by; test is read once.
+        split: validation gives the temperature of `ece` and the accuracy to choose by; test is read once.
         config: its threshold says which pseudo-labels train.
         classes: K.
 
     Returns:
-        Test figures, validation figures, and pseudo-labels of the unlabelled images: those `kept`, and all guesses.
+        Metrics on test and validation, and of the unlabelled images' pseudo-labels: those `kept`, and all guesses.
     """
     counts = labeled_counts(labels, split, classes)
-    val, test = read(split.val), read(split.test)
+    val = logits_of(split.val)
+    test = logits_of(split.test)
     temperature = fit_temperature(val, labels[split.val])
+    # of methods without pseudo-labels all that FixMatch would train on
+    threshold = getattr(config, "threshold", FitConfig(method="lightweight").threshold)
     on_val = metrics.classification(val, labels[split.val], counts, temperature)
     on_test = metrics.classification(test, labels[split.test], counts, temperature)
     return {
@@ -186,7 +201,7 @@ def figures(read: Callable[[Rows], Logits], labels: Rows, split: Split, config: 
         "ece": on_test.get("ece_temperature_scaled"),
         "val_balanced_accuracy": on_val.get("balanced_accuracy"),
         "temperature": temperature,
-        **pseudo_labels(read(split.unlabeled), labels[split.unlabeled], config.threshold),
+        **pseudo_labels(logits_of(split.unlabeled), labels[split.unlabeled], threshold),
     }
 
 
@@ -199,16 +214,17 @@ def pseudo_labels(logits: Logits, labels: Rows, threshold: float) -> Row:
         the same over all n, since a model that is sure of nothing keeps nothing.
     """
     probabilities = metrics.softmax(logits)  # (n, K)
-    sure, guess = probabilities.max(axis=1), probabilities.argmax(axis=1)
-    kept, false = sure >= threshold, guess != labels
+    confidence = probabilities.max(axis=1)
+    kept = confidence >= threshold
+    false = probabilities.argmax(axis=1) != labels
     return {
         "unlabeled": len(labels),
         "kept": int(kept.sum()),
         "false_kept": int((kept & false).sum()),
         "pseudo_label_precision": _mean(~false[kept]),
-        "confidence_on_false": _mean(sure[kept & false]),
+        "confidence_on_false": _mean(confidence[kept & false]),
         "false_guesses": int(false.sum()),
-        "confidence_on_false_guesses": _mean(sure[false]),
+        "confidence_on_false_guesses": _mean(confidence[false]),
     }
 
 
@@ -217,18 +233,27 @@ def _mean(values: NDArray[Any]) -> float | None:
 
 
 def run_through(world: World, way: str, config: FitConfig) -> Row:
-    """Train one of `WAYS` and judge it; `seconds` are those of training, views included."""
+    """Train one of `WAYS` and evaluate it; `seconds` are those of training, views included."""
     split = draw_split(world.labels, world.splits, world.class_names, config)
     model: Model = new_model(way, world, split, config)
     seconds = train(model, world, split, config)
-    judged = figures(lambda rows: model.logits(world, rows), world.labels, split, config, len(world.class_names))
-    weights = sum(weight.numel() for weight in model.trained())
-    return {**judged, "seconds": seconds, "extraction_seconds": 0.0, "trained_weights": weights}
+    return {
+        **evaluate(lambda rows: model.logits(world, rows), world.labels, split, config, len(world.class_names)),
+        "seconds": seconds,
+        "extraction_seconds": 0.0,
+        "trained_weights": sum(weight.numel() for weight in model.trained()),
+    }
 
 
 @dataclass(frozen=True)
 class Cached:
-    """A split's features in memory: the cache, the split in its rows, and the seconds they took."""
+    """A split's features in memory.
+
+    Attributes:
+        cache: features of the split's images.
+        split: in the cache's rows.
+        seconds: that they took.
+    """
 
     cache: FeatureCache
     split: Split
@@ -236,16 +261,18 @@ class Cached:
 
 
 def run_cached(cached: Cached, config: FitConfig) -> Row:
-    """Fit heads on cached features and judge them as `run_through` does."""
+    """Fit heads on cached features and evaluate them as `run_through` does."""
     started = time.perf_counter()
     run = fit(cached.cache, config, split=cached.split, device="cpu", progress=False)
     seconds = time.perf_counter() - started
-    features = cached.cache
-    judged = figures(
-        lambda rows: run.logits(features.plain[rows]), features.labels, cached.split, config, len(features.class_names)
-    )
-    weights = sum(tensor.numel() for tensor in run.tensors.values())
-    return {**judged, "seconds": seconds, "extraction_seconds": cached.seconds, "trained_weights": weights}
+    plain = cached.cache.plain
+    classes = len(cached.cache.class_names)
+    return {
+        **evaluate(lambda rows: run.logits(plain[rows]), cached.cache.labels, cached.split, config, classes),
+        "seconds": seconds,
+        "extraction_seconds": cached.seconds,
+        "trained_weights": sum(tensor.numel() for tensor in run.tensors.values()),
+    }
 
 
 # -- all runs
@@ -263,7 +290,7 @@ def measure(
 
     Args:
         open_world: called once, and not at all where nothing is left to run.
-        settings: shared by all runs; runs of other settings in the folder are left alone.
+        settings: shared by all runs; runs of other settings in the folder are not touched.
         methods: of `METHODS`.
         rates: learning rates; a method that does not train has none.
         seeds: of split, weights and mini-batches.
@@ -277,20 +304,32 @@ def measure(
         # which images a seed gives does not depend on the method
         config = settings.config("cached-probe", rates[0], seed)
         split = draw_split(world().labels, world().splits, world().class_names, config)
-        return Cached(*cache_of(world(), split, VIEWS))
+        return Cached(*cache_of(world(), split, ViewRecipe(**VIEWS)))
 
     rows = []
-    for seed, method, lr in cells(methods, rates, seeds):
+    for seed, method, lr in planned_runs(methods, rates, seeds):
         path = folder / f"{method}-lr{lr:g}-seed{seed}-{settings.digest}.json"
         if not path.exists():
             config = settings.config(method, lr, seed)
-            found = run_cached(cached(seed), config) if method in CACHED else run_through(world(), method, config)
-            keep(path, {**labelled(settings, method, lr, config), **found})
+            results = run_cached(cached(seed), config) if method in CACHED else run_through(world(), method, config)
+            row = {
+                "data": "fashion_mnist",
+                "shape": config.shape,
+                "method": method,
+                "lr": lr,
+                "seed": seed,
+                **split_options(settings.n1, settings.m1, settings.gamma),
+                "tuned": True,
+                "settings": {**asdict(settings), "steps": config.steps},
+                **results,
+            }
+            write_json(path, row)
+            typer.echo(f"{path.name}: {row['balanced_accuracy']:.1%} balanced, {row['seconds']:.1f} s")
         rows.append(json.loads(path.read_text(encoding="utf-8")))
     return rows
 
 
-def cells(methods: Iterable[str], rates: Sequence[float], seeds: Iterable[int]) -> list[tuple[int, str, float]]:
+def planned_runs(methods: Iterable[str], rates: Sequence[float], seeds: Iterable[int]) -> list[tuple[int, str, float]]:
     """Seed, method and learning rate of every run; 0 for the one method without steps."""
     methods = list(methods)
     return [
@@ -301,19 +340,6 @@ def cells(methods: Iterable[str], rates: Sequence[float], seeds: Iterable[int]) 
     ]
 
 
-def labelled(settings: Settings, method: str, lr: float, config: FitConfig) -> Row:
-    """The part of a row that says what was run."""
-    cell = {"data": "fashion_mnist", "shape": config.shape, "method": method, "lr": lr, "seed": config.seed}
-    counts = {"n1": config.n1, "m1": config.m1, "gamma_l": config.gamma_l, "gamma_u": config.gamma_u}
-    return {**cell, **counts, "tuned": True, "settings": {**asdict(settings), "steps": config.steps}}
-
-
-def keep(path: Path, row: Row) -> None:
-    """Write a run and say so."""
-    write_atomically(path, (json.dumps(row, indent=1, allow_nan=False) + "\n").encode())
-    print(f"{path.name}: {row['balanced_accuracy']:.1%} balanced, {row['seconds']:.1f} s", flush=True)
-
-
 # -- choosing and showing
 
 
@@ -322,107 +348,83 @@ def choose(rows: Sequence[Row]) -> list[Row]:
 
     The mean over the seeds decides, since one seed has a few dozen validation images; of equal ones the smaller rate.
     """
-    scores: dict[str, dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for row in rows:
-        scores[row["method"]][row["lr"]].append(row["val_balanced_accuracy"] or 0.0)
-    best = {
-        method: max(sorted(by_rate), key=lambda lr: float(np.mean(by_rate[lr]))) for method, by_rate in scores.items()
-    }
+    scores: dict[str, dict[float, float]] = {}
+    for (method, lr), own in sorted(grouped(rows, "method", "lr").items()):
+        score = float(np.mean([row["val_balanced_accuracy"] or 0.0 for row in own]))
+        scores.setdefault(method, {})[lr] = score
+    best = {method: max(by_rate, key=by_rate.__getitem__) for method, by_rate in scores.items()}
     return [{**row, "chosen": row["lr"] == best[row["method"]]} for row in rows]
 
 
-def table(rows: Sequence[Row], *, chosen: bool = True) -> str:
-    """Means over seeds as a Markdown table, a line per method, or per method and learning rate.
+def table(rows: Sequence[Row], *, chosen: bool = True) -> list[list[str]]:
+    """Means over seeds, a line per method, or per method and learning rate.
 
     Args:
         rows: of :func:`choose`.
         chosen: show the chosen learning rates only. A rate at the end of those tried is marked with an asterisk.
     """
-    groups: dict[tuple[str, float], list[Row]] = {}
-    for row in rows:
-        if row["chosen"] or not chosen:
-            groups.setdefault((row["method"], row["lr"]), []).append(row)
-    lines = ["| method | " + " | ".join(_COLUMNS).replace("_", " ") + " |", "|---" * (len(_COLUMNS) + 1) + "|"]
-    for (method, lr), group in groups.items():
+    lines = []
+    for (method, lr), own in grouped((row for row in rows if row["chosen"] or not chosen), "method", "lr").items():
         rates = {row["lr"] for row in rows if row["method"] == method}
-        edge = "*" if len(rates) > 1 and lr in (min(rates), max(rates)) else ""
-        cells = [_cell(group, name, form) + (edge if name == "lr" else "") for name, form in _COLUMNS.items()]
-        lines.append(f"| {method} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        is_at_the_end = len(rates) > 1 and lr in (min(rates), max(rates))
+        cells = {}
+        for name, form in _COLUMNS.items():
+            values = [row[name] for row in own if row[name] is not None]
+            cells[name] = form.format(float(np.mean(values))) if values else "-"
+        cells["lr"] += "*" if is_at_the_end else ""
+        lines.append([method, *cells.values()])
+    return lines
 
 
-def _cell(group: Sequence[Row], name: str, form: str) -> str:
-    """The mean of the seeds that have the figure."""
-    values = [row[name] for row in group if row[name] is not None]
-    return form.format(float(np.mean(values))) if values else "-"
-
-
-# -- the command
-
-
-def numbers(text: str, kind: Callable[[str], Any]) -> list[Any]:
-    """Numbers separated by commas, ranges of whole ones such as 0-4 among them, each once.
-
-    Raises:
-        InputError: none, or a part that is no number of the kind.
-    """
-    found: list[Any] = []
-    for part in filter(None, (part.strip() for part in text.split(","))):
-        low, _, high = part.partition("-")
-        try:
-            # the minus of 3e-3 makes no range
-            whole = low.isdecimal() and high.isdecimal()
-            found += range(int(low), int(high) + 1) if whole else [kind(part)]
-        except ValueError:
-            raise InputError(f"expected numbers such as 0,1 or 0-4, got {text!r}") from None
-    if not found:
-        raise InputError(f"expected at least one number, got {text!r}")
-    return list(dict.fromkeys(found))
-
-
-def named_methods(text: str) -> list[str]:
-    """Methods separated by commas.
-
-    Raises:
-        InputError: one that is not among `METHODS`.
-    """
-    found = [part.strip() for part in text.split(",") if part.strip()]
-    for name in found:
-        if name not in METHODS:
-            raise InputError(f"unknown method {name!r}; the methods are {', '.join(METHODS)}")
-    return found or list(METHODS)
-
-
-def parser() -> argparse.ArgumentParser:
-    """The command line; an option for every field of `Settings`."""
-    made = argparse.ArgumentParser(prog="python -m benchmarks.studies.end_to_end", description=__doc__.split("\n")[0])
-    made.add_argument("--methods", default=",".join(METHODS), help="of %(default)s")
-    made.add_argument("--lrs", default="0.003,0.01,0.03", help="peak learning rates to choose from (%(default)s)")
-    made.add_argument("--seeds", default="0,1", help="of split, weights and mini-batches (%(default)s)")
-    made.add_argument("--out", type=Path, help="folder of the runs; default: in the cache home")
-    made.add_argument("--json", type=Path, help="write the list of all rows here")
-    made.add_argument("--all", action="store_true", help="show every learning rate, not the chosen ones only")
-    for name, default in asdict(Settings()).items():
-        made.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default, help="%(default)s")
-    return made
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
+def end_to_end(
+    methods: Annotated[str, typer.Option(help=f"Of {', '.join(METHODS)}.")] = ",".join(METHODS),
+    lrs: Annotated[str, typer.Option(help="Peak learning rates to choose from.")] = "0.003,0.01,0.03",
+    seeds: Annotated[str, typer.Option(help="Seeds of split, weights and mini-batches.")] = "0,1",
+    out: Annotated[Path | None, typer.Option(help="Folder of the runs.", show_default="in the cache home")] = None,
+    as_json: JsonOption = None,
+    show_all: Annotated[
+        bool, typer.Option("--all", help="Show every learning rate, not only the chosen ones.")
+    ] = False,
+    size: Annotated[int, typer.Option(help="Side of the images in pixels.")] = Settings.size,
+    steps: Annotated[int, typer.Option(help="Mini-batch steps.")] = Settings.steps,
+    scratch_steps: Annotated[
+        int, typer.Option(help="Mini-batch steps from random weights; 0 for twice as many.")
+    ] = Settings.scratch_steps,
+    batch: Annotated[int, typer.Option(help="Images in a mini-batch, of each kind.")] = Settings.batch,
+    n1: Annotated[int, typer.Option(help="Labelled images of the largest class.")] = Settings.n1,
+    m1: Annotated[int, typer.Option(help="Unlabelled images of the largest class.")] = Settings.m1,
+    gamma: Annotated[float, typer.Option(help="Imbalance of both.")] = Settings.gamma,
+    val: Annotated[float, typer.Option(help="Fraction of the labelled images for validation.")] = Settings.val,
+    test: Annotated[int, typer.Option(help="Test images of each class.")] = Settings.test,
+    threads: Annotated[int, typer.Option(help="Threads of torch.", min=1)] = Settings.threads,
+) -> None:
     """Run what is missing, print the table, write the rows."""
-    given = parser().parse_args(arguments)
-    settings = Settings(**{name: getattr(given, name) for name in asdict(Settings())})
-    torch.set_num_threads(settings.threads)
-    folder = given.out or cache_home() / "benchmarks" / "end-to-end"
-    try:
-        methods, rates, seeds = named_methods(given.methods), numbers(given.lrs, float), numbers(given.seeds, int)
-        found = measure(lambda: fashion_world(settings), settings, methods, rates, seeds, folder)
-        rows = choose(found)
-        if given.json:
-            write_atomically(given.json, (json.dumps(rows, indent=1, allow_nan=False) + "\n").encode())
-    except InputError as error:
-        raise SystemExit(f"error: {error}") from None
-    print(table(rows, chosen=not given.all))
+    settings = Settings(
+        size=size,
+        steps=steps,
+        scratch_steps=scratch_steps,
+        batch=batch,
+        n1=n1,
+        m1=m1,
+        gamma=gamma,
+        val=val,
+        test=test,
+        threads=threads,
+    )
+    torch.set_num_threads(threads)
+    rows = choose(
+        measure(
+            lambda: fashion_world(settings),
+            settings,
+            parse_names(methods, METHODS, "methods"),
+            parse_numbers(lrs, "learning rates", 0),
+            parse_seeds(seeds),
+            out or cache_home() / "benchmarks" / "end-to-end",
+        )
+    )
+    write_rows(as_json, rows)
+    print_table(["method", *(name.replace("_", " ") for name in _COLUMNS)], table(rows, chosen=not show_all))
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(guarded(end_to_end))

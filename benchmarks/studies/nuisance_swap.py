@@ -14,7 +14,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
@@ -23,27 +22,22 @@ from numpy.typing import NDArray
 from PIL import Image, ImageFilter, ImageOps
 from scipy.special import softmax
 
-from benchmarks.data import MODEL, _named, demo, extracted
-from benchmarks.options import parse_seeds
-from benchmarks.parts import write_json
-from benchmarks.studies.adapt import Corrupted, _none
-from benchmarks.tables import print_table
-from ulfine_fast.cache.io.errors import InputError
-from ulfine_fast.cache.io.home import cache_home
+from benchmarks.data import MODEL, NO_VIEWS, ChangedImages, demo, demo_source, extracted
+from benchmarks.options import JsonOption, SeedsOption, parse_names, parse_numbers, parse_seeds
+from benchmarks.results import Row, gap_text, grouped, mean_text, print_table, where, write_rows
 from ulfine_fast.cache.models.prompts import readable
 from ulfine_fast.cli.main import guarded
-from ulfine_fast.demo import unpack_images
-from ulfine_fast.metrics.intervals import mean_interval
 
 if TYPE_CHECKING:
-    from ulfine_fast.cache.sources import Row as ImageRow
     from ulfine_fast.cache.sources import Source
 
-_SCALE, _RATE, _MOMENTUM, _BATCH = 10.0, 0.05, 0.9, 256
-_WITHIN = ("attribute", "classes")
-_APART, _VALIDATION = 20, 50  # images of each class in both forms, without labels; and those that choose the rank
+_SCALE = 10.0
+_RATE = 0.05
+_MOMENTUM = 0.9
+_BATCH = 256
+_PAIRED = 20  # images of each class known in both forms, without labels
+_VALIDATION = 50  # images of each class that the rank is chosen on
 
-Row = dict[str, Any]
 Rows = NDArray[Any]
 Change = Callable[[Rows, Rows], Rows]  # features (B, D), rows that give (B,) -> features (B, D)
 
@@ -53,7 +47,7 @@ ATTRIBUTES: dict[str, Callable[[Image.Image], Image.Image]] = {
     "rotated": lambda image: image.transpose(Image.Transpose.ROTATE_90),
     "blurred": lambda image: image.filter(ImageFilter.GaussianBlur(1.5)),
 }
-# without and with the attribute, {} being the class; written once, before any of their figures was seen
+# without and with the attribute, {} being the class; written once, before any of their results was seen
 PROMPTS = {
     "red": [("a photo of a {}.", "a photo of a red {}."), ("a {}", "a red {}"), ("a {}", "a {} in red")],
     "inverted": [
@@ -74,31 +68,24 @@ PROMPTS = {
 }
 
 
-class Changed(Corrupted):
-    """A source whose images all have an attribute; ids, labels and splits are the source's."""
-
-    def read(self, row: ImageRow) -> Image.Image:
-        """The image of `row` with the attribute."""
-        return ATTRIBUTES[self._corruption](self._source.read(row))
-
-    def describe(self) -> dict[str, Any]:
-        """The source's description, and the attribute."""
-        return {**self._source.describe(), "attribute": self._corruption}
+def with_attribute(source: Source, attribute: str) -> ChangedImages:
+    """A source whose images all have an attribute."""
+    return ChangedImages(source, lambda image, _: ATTRIBUTES[attribute](image), {"attribute": attribute})
 
 
 @dataclass(frozen=True)
 class Shift:
-    """Images in two forms, and the form in which each is seen.
+    """Images in two forms, and the form that each has in training and validation.
 
     Attributes:
         forms: (N, 2, D) features, plain and with the attribute.
         labels: (N,).
         seen: (N,) 0 or 1, the form in training and validation.
         usual: (K,) the form that most images of a class have.
-        train: rows to learn from.
-        val: rows the rank is chosen on.
-        apart: rows that are known in both forms and have no label.
-        test: rows to judge on, in both forms.
+        train: training rows.
+        val: rows that the rank is chosen on.
+        paired: rows that are known in both forms and have no label.
+        test: rows of the results, in both forms.
     """
 
     forms: Rows
@@ -107,33 +94,40 @@ class Shift:
     usual: Rows
     train: Rows
     val: Rows
-    apart: Rows
+    paired: Rows
     test: Rows
 
-    def of(self, rows: Rows) -> Rows:
-        """Features (n, D) of rows in the form they are seen in."""
+    def features(self, rows: Rows) -> Rows:
+        """Features (n, D) of rows in their form of training and validation."""
         return self.forms[rows, self.seen[rows]]
 
 
-def drawn(forms: Rows, labels: Rows, splits: Rows, share: float, seed: int) -> Shift:
-    """Draw each class's usual form, and for each image, with probability `share`, that form.
+def draw_shift(forms: Rows, labels: Rows, splits: Rows, fraction: float, seed: int) -> Shift:
+    """Draw each class's usual form, and for each image, with probability `fraction`, that form.
 
     Args:
         forms: (N, 2, D).
         labels: (N,).
         splits: (N,) train or test.
-        share: of images in their class's usual form.
+        fraction: of images in their class's usual form.
         seed: of all draws.
     """
-    random, classes = np.random.default_rng([seed, 0x5A9]), int(labels.max()) + 1
+    random = np.random.default_rng([seed, 0x5A9])
+    classes = int(labels.max()) + 1
     usual = random.permutation(np.arange(classes) % 2)
-    seen = np.where(random.random(len(labels)) < share, usual[labels], 1 - usual[labels])
-    theirs = [random.permutation(np.flatnonzero((splits == "train") & (labels == k))) for k in range(classes)]
-    apart, val, train = (
-        np.sort(np.concatenate([rows[cut] for rows in theirs]))
-        for cut in (slice(_APART), slice(_APART, _APART + _VALIDATION), slice(_APART + _VALIDATION, None))
+    seen = np.where(random.random(len(labels)) < fraction, usual[labels], 1 - usual[labels])
+    train_rows = [random.permutation(np.flatnonzero((splits == "train") & (labels == k))) for k in range(classes)]
+    held_out = _PAIRED + _VALIDATION
+    return Shift(
+        forms=forms,
+        labels=labels,
+        seen=seen,
+        usual=usual,
+        train=np.sort(np.concatenate([rows[held_out:] for rows in train_rows])),
+        val=np.sort(np.concatenate([rows[_PAIRED:held_out] for rows in train_rows])),
+        paired=np.sort(np.concatenate([rows[:_PAIRED] for rows in train_rows])),
+        test=np.flatnonzero(splits == "test"),
     )
-    return Shift(forms, labels, seen, usual, train, val, apart, np.flatnonzero(splits == "test"))
 
 
 def principal(differences: Rows, rank: int) -> Rows:
@@ -147,37 +141,41 @@ def swapped(rows: Rows, givers: Rows, basis: Rows, sign: float = 1.0) -> Rows:
 
     With `sign` -1 the difference is subtracted where it should be added.
     """
-    own = rows @ basis  # (B, r)
-    changed: Rows = rows + sign * (own[givers] - own) @ basis.T
+    components = rows @ basis  # (B, r)
+    changed: Rows = rows + sign * (components[givers] - components) @ basis.T
     return changed
 
 
 def without(rows: Rows, basis: Rows) -> Rows:
     """Features (..., D) less their component in the span of an orthonormal basis (D, r)."""
-    left: Rows = rows - rows @ basis @ basis.T
-    return left
+    remaining: Rows = rows - rows @ basis @ basis.T
+    return remaining
 
 
 def group_differences(shift: Shift) -> Rows:
     """Of each class, the mean of training images with the attribute less that of those without: at most (K, D)."""
     means = _group_means(shift)
-    return (means[:, 1] - means[:, 0])[np.isfinite(means).all((1, 2))]
+    in_both_forms = np.isfinite(means).all((1, 2))
+    return (means[:, 1] - means[:, 0])[in_both_forms]
 
 
 def class_differences(shift: Shift) -> Rows:
-    """Class means of training images, both forms counted the same, less their mean: (K, D)."""
+    """Class means of training images, both forms with the same weight, less their mean: (K, D)."""
     means = np.nanmean(_group_means(shift), axis=1)
     centred: Rows = means - means.mean(0)
     return centred
 
 
 def _group_means(shift: Shift) -> Rows:
-    """Mean training features (K, 2, D) by class and form; NaN for a form that a class was never seen in."""
-    features, labels, seen = shift.of(shift.train), shift.labels[shift.train], shift.seen[shift.train]
+    """Mean training features (K, 2, D) by class and form; NaN for a form that no training image of a class has."""
+    features = shift.features(shift.train)
+    labels = shift.labels[shift.train]
+    seen = shift.seen[shift.train]
     means = np.full((len(shift.usual), *shift.forms.shape[1:]), np.nan, dtype=shift.forms.dtype)
     for k, form in np.ndindex(means.shape[:2]):
-        if (own := (labels == k) & (seen == form)).any():
-            means[k, form] = features[own].mean(0)
+        of_group = (labels == k) & (seen == form)
+        if of_group.any():
+            means[k, form] = features[of_group].mean(0)
     return means
 
 
@@ -190,20 +188,23 @@ def probe(features: Rows, labels: Rows, change: Change, chances: Rows | None, st
         change: what is done to each mini-batch.
         chances: (N,) with which rows are drawn, evenly by default.
         steps: mini-batches.
-        seed: of mini-batches and of who gives to whom; the same for all contenders.
+        seed: of mini-batches and of which image gives to which; the same for all contenders.
 
     Returns:
-        Weights, and in the last column what they make of the centre, with the sign of a bias.
+        Weights, and a bias in the last column.
     """
-    random, centre = np.random.default_rng([seed, 0x9B0]), features.mean(0)
-    ready = _SCALE * (features - centre)
+    random = np.random.default_rng([seed, 0x9B0])
+    center = features.mean(0)
+    scaled = _SCALE * (features - center)
     weights = np.zeros((int(labels.max()) + 1, features.shape[1]), dtype=features.dtype)
-    speed = np.zeros_like(weights)
+    velocity = np.zeros_like(weights)
     for _ in range(steps):
-        picked, givers = random.choice(len(ready), _BATCH, p=chances), random.permutation(_BATCH)
-        speed = _MOMENTUM * speed - _RATE * _gradient(weights, change(ready[picked], givers), labels[picked])
-        weights += speed
-    return np.column_stack([_SCALE * weights, -_SCALE * weights @ centre])
+        batch = random.choice(len(scaled), _BATCH, p=chances)
+        givers = random.permutation(_BATCH)
+        velocity = _MOMENTUM * velocity - _RATE * _gradient(weights, change(scaled[batch], givers), labels[batch])
+        weights += velocity
+    # logits of features that are neither scaled nor centred
+    return np.column_stack([_SCALE * weights, -_SCALE * weights @ center])
 
 
 def _gradient(weights: Rows, rows: Rows, labels: Rows) -> Rows:
@@ -215,66 +216,71 @@ def _gradient(weights: Rows, rows: Rows, labels: Rows) -> Rows:
 
 
 def accuracies(weights: Rows, shift: Shift, forms: Rows) -> Row:
-    """Shares of right predictions, apart for images in their class's usual and unusual form.
+    """Accuracy on test images, also of those in their class's usual and unusual form alone, and on validation.
 
     Args:
         weights: (K, D + 1).
-        shift: labels, forms seen, and rows.
+        shift: labels, forms, and rows.
         forms: (N, 2, D) features to predict from.
     """
     right = (forms @ weights[:, :-1].T + weights[:, -1]).argmax(2) == shift.labels[:, None]  # (N, 2)
     usual = np.arange(2) == shift.usual[shift.labels][:, None]  # (N, 2)
-    test, chosen = np.zeros_like(right), np.zeros_like(right)
-    test[shift.test], chosen[shift.val, shift.seen[shift.val]] = True, True
+    test = np.zeros_like(right)
+    test[shift.test] = True
+    val = np.zeros_like(right)
+    val[shift.val, shift.seen[shift.val]] = True
     return {
         "accuracy": float(right[test].mean()),
         "usual": float(right[test & usual].mean()),
         "unusual": float(right[test & ~usual].mean()),
-        "validation": float((right[chosen & usual].mean() + right[chosen & ~usual].mean()) / 2),
+        "validation": float((right[val & usual].mean() + right[val & ~usual].mean()) / 2),
     }
 
 
-def share_within(differences: Rows, basis: Rows) -> float:
-    """Which share of the squared length of differences (m, D) lies in the span of an orthonormal basis (D, r)."""
+def fraction_within(differences: Rows, basis: Rows) -> float:
+    """Fraction of the squared length of differences (m, D) in the span of an orthonormal basis (D, r)."""
     return float(((differences @ basis) ** 2).sum() / (differences**2).sum())
 
 
-def estimates(shift: Shift, words: Rows, most: int) -> dict[str, Rows]:
-    """What the subspaces are spanned by, by name.
+def estimates(shift: Shift, text_differences: Rows, largest_rank: int) -> dict[str, Rows]:
+    """Differences (m, D) that subspaces are spanned by, by name.
 
     Args:
         shift: images.
-        words: (m, D) differences of texts with and without the attribute.
-        most: rows of the random subspace, which is the same for all ranks up to it.
+        text_differences: of texts with and without the attribute (m, D).
+        largest_rank: of the random subspace, which is the same for all ranks up to it.
     """
+    random = np.random.default_rng(0xD1CE).normal(size=(largest_rank, shift.forms.shape[2]))
     return {
-        "prompts": words,
+        "prompts": text_differences,
         "groups": group_differences(shift),
-        "pairs": shift.forms[shift.apart, 1] - shift.forms[shift.apart, 0],
-        "random": np.random.default_rng(0xD1CE).normal(size=(most, shift.forms.shape[2])).astype(shift.forms.dtype),
+        "pairs": shift.forms[shift.paired, 1] - shift.forms[shift.paired, 0],
+        "random": random.astype(shift.forms.dtype),
         "classes": class_differences(shift),
     }
 
 
-def measure(shift: Shift, words: Rows, ranks: Sequence[int], steps: int, seed: int) -> list[Row]:
-    """One row for each contender and rank; `chosen` is the rank that validation prefers, the smallest among equals."""
+def measure(shift: Shift, text_differences: Rows, ranks: Sequence[int], steps: int, seed: int) -> list[Row]:
+    """One row for each contender and rank; `chosen` is the first rank that is best on validation."""
     rows = [
         {"contender": name, "rank": 0, "chosen": True, **accuracies(weights, shift, shift.forms)}
         for name, weights in _without_subspace(shift, steps, seed)
     ]
-    for source, differences in estimates(shift, words, max(ranks)).items():
-        bases = [principal(differences, rank) for rank in ranks]
-        found = [_in_subspace(shift, source, basis, steps, seed) for basis in bases]
-        for same in zip(*found, strict=True):
-            best = max(range(len(ranks)), key=lambda i: same[i]["validation"])
-            rows += [{**row, "chosen": i == best} for i, row in enumerate(same)]
+    for source, differences in estimates(shift, text_differences, max(ranks)).items():
+        of_source = [
+            row for rank in ranks for row in _in_subspace(shift, source, principal(differences, rank), steps, seed)
+        ]
+        for of_contender in grouped(of_source, "contender").values():
+            best = max(of_contender, key=lambda row: row["validation"])
+            rows += [{**row, "chosen": row is best} for row in of_contender]
     return rows
 
 
 def _without_subspace(shift: Shift, steps: int, seed: int) -> Iterator[tuple[str, Rows]]:
-    """Plain training; batches with as many images of each class and form; and forms that tell nothing of classes."""
-    features, labels, seen = shift.of(shift.train), shift.labels[shift.train], shift.seen[shift.train]
-    groups = 2 * labels + seen
+    """Plain training; batches with as many images of each class and form; and forms independent of classes."""
+    features = shift.features(shift.train)
+    labels = shift.labels[shift.train]
+    groups = 2 * labels + shift.seen[shift.train]
     chances = 1 / np.bincount(groups)[groups]
     yield "plain", probe(features, labels, _same, None, steps, seed)
     yield "groups drawn evenly", probe(features, labels, _same, chances / chances.sum(), steps, seed)
@@ -288,19 +294,23 @@ def _same(rows: Rows, givers: Rows) -> Rows:
 
 def _in_subspace(shift: Shift, source: str, basis: Rows, steps: int, seed: int) -> list[Row]:
     """Swapped, removed, and, where the directions are right, swapped with the wrong sign."""
-    features, labels = shift.of(shift.train), shift.labels[shift.train]
+    features = shift.features(shift.train)
+    labels = shift.labels[shift.train]
+    test_differences = shift.forms[shift.test, 1] - shift.forms[shift.test, 0]
     about = {
         "rank": basis.shape[1],
-        "attribute_within": share_within(shift.forms[shift.test, 1] - shift.forms[shift.test, 0], basis),
-        "classes_within": share_within(class_differences(shift), basis),
+        "attribute_within": fraction_within(test_differences, basis),
+        "classes_within": fraction_within(class_differences(shift), basis),
     }
+    signs = {"swap": 1.0, "swap, opposite sign": -1.0} if source == "groups" else {"swap": 1.0}
     rows = []
-    for name, sign in [("swap", 1.0), ("swap, opposite sign", -1.0)][: 1 + (source == "groups")]:
+    for name, sign in signs.items():
         weights = probe(features, labels, partial(swapped, basis=basis, sign=sign), None, steps, seed)
         rows.append({"contender": f"{name}: {source}", **about, **accuracies(weights, shift, shift.forms)})
     weights = probe(without(features, basis), labels, _same, None, steps, seed)
-    left = without(shift.forms, basis)
-    return [*rows, {"contender": f"removed: {source}", **about, **accuracies(weights, shift, left)}]
+    remaining = without(shift.forms, basis)
+    rows.append({"contender": f"removed: {source}", **about, **accuracies(weights, shift, remaining)})
+    return rows
 
 
 def table(rows: Sequence[Row]) -> list[list[str]]:
@@ -310,47 +320,37 @@ def table(rows: Sequence[Row]) -> list[list[str]]:
         rows: one for each attribute, contender and seed.
     """
     lines = []
-    for attribute, contender in dict.fromkeys((row["attribute"], row["contender"]) for row in rows):
-        there = [row for row in rows if row["attribute"] == attribute]
-        own, plain = _of(there, contender), _of(there, "plain")
-        removed = _of(there, contender.replace("swap", "removed"))
-        cells = [_mean(own, "accuracy")]
-        cells += [_gap(own, other, "accuracy") for other in (plain, removed, _of(there, "groups drawn evenly"))]
-        cells += [_mean(own, "unusual"), _gap(own, plain, "unusual"), _mean(own, "usual")]
-        ranks = ",".join(str(row["rank"]) for row in own) if own[0]["rank"] else ""
-        lines.append([attribute, contender, ranks, *cells, *(_mean(own, f"{name}_within") for name in _WITHIN)])
+    for (attribute, contender), own in grouped(rows, "attribute", "contender").items():
+        others = where(rows, attribute=attribute)
+        plain = where(others, contender="plain")
+        removed = where(others, contender=contender.replace("swap", "removed"))
+        even = where(others, contender="groups drawn evenly")
+        lines.append(
+            [
+                attribute,
+                contender,
+                ",".join(str(row["rank"]) for row in own) if own[0]["rank"] else "",
+                mean_text(own, "accuracy"),
+                *(gap_text(own, other, "accuracy") for other in (plain, removed, even)),
+                mean_text(own, "unusual"),
+                gap_text(own, plain, "unusual"),
+                mean_text(own, "usual"),
+                mean_text(own, "attribute_within"),
+                mean_text(own, "classes_within"),
+            ]
+        )
     return lines
-
-
-def _of(rows: Sequence[Row], contender: str) -> list[Row]:
-    return [row for row in rows if row["contender"] == contender]
-
-
-def _gap(own: Sequence[Row], other: Sequence[Row], name: str) -> str:
-    """How far a figure is above another contender's, seed by seed; empty beside none, and beside itself."""
-    if not other or own[0]["contender"] == other[0]["contender"]:
-        return ""
-    gap = mean_interval(a[name] - b[name] for a, b in zip(own, other, strict=True))
-    return "-" if gap is None else f"{100 * gap.mean:+.1f} ±{100 * gap.half:.1f}"
-
-
-def _mean(rows: Sequence[Row], name: str) -> str:
-    found = mean_interval(row[name] for row in rows if name in row)
-    return "" if found is None else f"{100 * found.mean:.1f}"
 
 
 def both_forms(attribute: str) -> Rows:
     """The demo's features without and with an attribute, (N, 2, D); extracted on the first call."""
-
-    def source() -> Source:
-        return Changed(_named(unpack_images(cache_home() / "datasets" / "demo")), attribute)
-
-    changed = extracted(f"demo-attribute-{attribute}", source, views=_none)
+    changed = extracted(f"demo-attribute-{attribute}", lambda: with_attribute(demo_source(), attribute), views=NO_VIEWS)
     return np.stack([demo().plain, changed.plain], axis=1).astype(np.float32)
 
 
-def word_differences(attribute: str, classes: Sequence[str]) -> Rows:
+def text_differences_of(attribute: str, classes: Sequence[str]) -> Rows:
     """Of each class and pair of prompts, the text with the attribute less that without: (K P, D)."""
+    # takes seconds to import
     from ulfine_fast.cache.models.encoder import load_encoder
 
     texts = [prompt.format(readable(name)) for name in classes for pair in PROMPTS[attribute] for prompt in pair]
@@ -360,44 +360,37 @@ def word_differences(attribute: str, classes: Sequence[str]) -> Rows:
 
 def nuisance_swap(
     attributes: Annotated[str, typer.Option(help="Separated by commas.")] = ",".join(ATTRIBUTES),
-    share: Annotated[
-        float, typer.Option(help="Of training images, those in the usual form.", min=0.5, max=0.99)
+    fraction: Annotated[
+        float, typer.Option("--share", help="Fraction of training images in the usual form.", min=0.5, max=0.99)
     ] = 0.95,
     ranks: Annotated[str, typer.Option(help="What validation chooses from.")] = "1,2,4,8",
-    seeds: Annotated[str, typer.Option(help="Such as 0-4.")] = "0-4",
+    seeds: SeedsOption = "0-4",
     steps: Annotated[int, typer.Option(help="Mini-batches of 256 images.", min=1)] = 500,
-    as_json: Annotated[Path | None, typer.Option("--json", help="Write all rows to this file.")] = None,
+    as_json: JsonOption = None,
 ) -> None:
-    """Train on features whose nuisance was exchanged; print accuracies where the attribute tells nothing of classes."""
-    names, sizes, draws = attributes.split(","), _parse_ranks(ranks), parse_seeds(seeds)
-    if unknown := set(names) - set(ATTRIBUTES):
-        raise InputError(f"attributes are {', '.join(ATTRIBUTES)}, got {', '.join(sorted(unknown))}")
+    """Train on features whose nuisance was exchanged; print accuracies where the attribute says nothing of classes."""
+    names = parse_names(attributes, ATTRIBUTES, "attributes")
+    # ten classes span no more
+    tried = sorted(parse_numbers(ranks, "ranks", 1, 9, kind=int))
+    seed_numbers = parse_seeds(seeds)
+    cache = demo()
     rows: list[Row] = []
     for name in names:
-        forms, words, cache = both_forms(name), word_differences(name, demo().class_names), demo()
-        for seed in draws:
-            shift = drawn(forms, cache.labels, cache.splits, share, seed)
-            rows += [{"attribute": name, "seed": seed, **row} for row in measure(shift, words, sizes, steps, seed)]
-    if as_json is not None:
-        write_json(as_json, rows)
-    print_tables(rows, max(sizes))
+        forms = both_forms(name)
+        text_differences = text_differences_of(name, cache.class_names)
+        for seed in seed_numbers:
+            shift = draw_shift(forms, cache.labels, cache.splits, fraction, seed)
+            results = measure(shift, text_differences, tried, steps, seed)
+            rows += [{"attribute": name, "seed": seed, **row} for row in results]
+    write_rows(as_json, rows)
 
-
-def print_tables(rows: Sequence[Row], most: int) -> None:
-    """What comes of the ranks that validation chose, and of the largest for all."""
+    # the ranks that validation chose, and the largest for all
     titles = ["attribute", "training", "ranks", "accuracy", "above plain", "above removed", "above evenly"]
     titles += ["unusual", "above plain", "usual", "attribute within", "classes within"]
     typer.echo("\nrank chosen on validation")
-    print_table(titles, table([row for row in rows if row["chosen"]]), texts=3)
-    typer.echo(f"\nrank {most}")
-    print_table(titles, table([row for row in rows if row["rank"] in (0, most)]), texts=3)
-
-
-def _parse_ranks(text: str) -> list[int]:
-    parts = text.split(",")
-    if not all(part.isdecimal() and 0 < int(part) <= 9 for part in parts):
-        raise InputError(f"--ranks must be numbers from 1 to 9, as ten classes span no more, got {text!r}")
-    return sorted({int(part) for part in parts})
+    print_table(titles, table(where(rows, chosen=True)), texts=3)
+    typer.echo(f"\nrank {max(tried)}")
+    print_table(titles, table([row for row in rows if row["rank"] in (0, max(tried))]), texts=3)
 
 
 if __name__ == "__main__":

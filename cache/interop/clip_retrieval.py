@@ -117,6 +117,9 @@ def _read_labels(table: Path, name: str, n: int) -> tuple[NDArray[np.int32], lis
     column = _read_column(table, name, n)
     if pa.types.is_dictionary(column.type):
         column = column.dictionary_decode()
+    if pa.types.is_dictionary(column.type):
+        # As pandas writes categories.
+        column = column.dictionary_decode()
     if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
         return text_labels([value or "" for value in column.to_pylist()])
     if not (pa.types.is_integer(column.type) or pa.types.is_floating(column.type) or pa.types.is_null(column.type)):

@@ -140,7 +140,7 @@ class _FinishedCache:
         return np.dtype("float32" if self.manifest.dtype == "float32" else "float16")
 
     def shard(self, record: ShardRecord) -> Shard:
-        shard = read_shard(shard_path(self.folder, record.shard), self.manifest.layout(record.split))
+        shard = read_shard(shard_path(self.folder, record.shard), self.manifest.layout(record.split), record)
         if ((shard.labels < -1) | (shard.labels >= len(self.manifest.class_names))).any():
             raise InputError(f"shard {record.shard:05d} of {self.folder} has a label that names no class")
         return shard

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ulfine_fast.cache.io.errors import InputError
+from ulfine_fast.cache.io.tables import label_key, whole_number
 from ulfine_fast.cache.manifest import Manifest
 from ulfine_fast.cache.shard import VIEWED_SPLITS
 from ulfine_fast.cache.sources.rows import SPLITS, UNKNOWN
@@ -158,9 +159,10 @@ def check_features(array: NDArray[Any], file: str, dim: int | None) -> NDArray[A
 
 
 def text_labels(texts: Iterable[str]) -> tuple[NDArray[np.int32], list[str]]:
-    """Labels that are texts, as indices into the list of those that occur; an empty text is unknown."""
+    """Labels that are texts, as indices into the list of those that occur; an empty text and -1 are unknown."""
     index: dict[str, int] = {}
-    labels = [index.setdefault(text, len(index)) if text else UNKNOWN for text in texts]
+    keys = [label_key(text) for text in texts]
+    labels = [index.setdefault(key, len(index)) if key and whole_number(key) != UNKNOWN else UNKNOWN for key in keys]
     return np.asarray(labels, dtype=np.int32), list(index)
 
 

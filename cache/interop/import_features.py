@@ -21,6 +21,7 @@ from ulfine_fast.cache.interop.export import FORMAT, NOTE
 from ulfine_fast.cache.interop.external_features import ExternalFeatures, OpenedFiles, RowLabels, check_texts
 from ulfine_fast.cache.io.errors import InputError
 from ulfine_fast.cache.io.paths import to_path
+from ulfine_fast.cache.io.tables import label_key
 from ulfine_fast.cache.manifest import Manifest
 from ulfine_fast.cache.models.prompts import DEFAULT_PROMPTS, fill_prompts
 from ulfine_fast.cache.pipeline.fill import FillSummary, ShardContent, create_cache, ready_shards
@@ -114,6 +115,7 @@ def _class_names(path: Path, opened: OpenedFiles, class_names: Sequence[str] | N
         names = check_texts(array, len(array) if array.ndim else 0, f"class_names of {path}")
     else:
         names = sorted(opened.rows.names or [])
+    names = [label_key(name) for name in names]
     if not names:
         raise InputError(
             f"nothing in {path} names the classes; give --class-names FILE, one name a line in label order"
@@ -202,7 +204,7 @@ def import_features(
         wanted = list(prompts or DEFAULT_PROMPTS)
         text = _encode_text(features, encoder, wanted, logit_scale)
     else:
-        text, wanted = _given_text(features, text_features, prompts, logit_scale)
+        text, wanted = _text_from_arguments(features, text_features, prompts, logit_scale)
     n = len(features.labels)
     starts = range(0, n, _IDS_AT_A_TIME)
     refuse_shared_ids(
@@ -257,7 +259,7 @@ def _encode_text(
     return text if logit_scale is None else replace(text, logit_scale=logit_scale)
 
 
-def _given_text(
+def _text_from_arguments(
     features: ExternalFeatures,
     text_features: NDArray[Any] | None,
     prompts: Sequence[str] | None,

@@ -6,6 +6,7 @@ import csv
 import difflib
 import io
 import re
+import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,7 +72,7 @@ class Table:
 
         Where all labels are whole numbers, 3.0 is 3: tables with missing numbers hold floats.
         """
-        labels = ["" if whole_number(text) == -1 else text for text in self.texts(name)]
+        labels = ["" if whole_number(text) == -1 else label_key(text) for text in self.texts(name)]
         if all(whole_number(label) is not None for label in labels if label):
             return [label.partition(".")[0] for label in labels]
         return labels
@@ -170,11 +171,19 @@ def whole_number(text: str) -> int | None:
     return None if match is None else int(match[1])
 
 
+def label_key(text: str) -> str:
+    """A label or class name as it is compared and stored: in Unicode's form NFC, without blanks around it.
+
+    Programs write "é" as one character (NFC) or as a letter and an accent (NFD, as file names of macOS).
+    """
+    return unicodedata.normalize("NFC", text).strip()
+
+
 def label_text(text: str) -> str:
     """A single label as text: "3.0" is "3" and "-1", which means unknown, is ""; see `Table.labels` for a column."""
     number = whole_number(text)
     if number is None:
-        return text.strip()
+        return label_key(text)
     return "" if number == -1 else str(number)
 
 

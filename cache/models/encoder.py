@@ -257,9 +257,13 @@ class Encoder:
         """
         if not texts:
             return torch.empty(0, self.spec.dim)
-        parts = self._tokenizer(list(texts)).split(_TEXT_BATCH)
+        parts = self.tokenize(texts).split(_TEXT_BATCH)
         features = torch.cat([self.model.encode_text(part.to(self.device)) for part in parts])  # (n, D)
         return functional.normalize(features.float(), dim=-1).cpu()
+
+    def tokenize(self, texts: Sequence[str]) -> torch.Tensor:
+        """What the text tower reads: (n, L) token numbers, truncated to the L tokens of its context."""
+        return self._tokenizer(list(texts))
 
     def vision_head(self) -> dict[str, np.ndarray]:
         """The last layers of an open_clip ViT for the class token, or of a timm trunk whose output is kept.

@@ -22,6 +22,7 @@ from ulfine_fast.cache.io import lock
 from ulfine_fast.cache.io.errors import CacheMismatch, InputError
 from ulfine_fast.cache.io.files import refused_writes, write_atomically
 from ulfine_fast.cache.io.paths import to_path
+from ulfine_fast.cache.io.tables import label_key
 from ulfine_fast.cache.manifest import Manifest
 from ulfine_fast.cache.models.prompts import fill_prompts
 from ulfine_fast.cache.pipeline.encode import EncodeJob, Engine, encode_parts
@@ -32,7 +33,7 @@ from ulfine_fast.cache.pipeline.views import ViewRecipe
 from ulfine_fast.cache.shard import ShardRecord, shard_path
 from ulfine_fast.cache.sources.rows import UNKNOWN, Part, Row, fingerprint
 from ulfine_fast.cache.store import read_records
-from ulfine_fast.cache.text import TextFeatures, encode_classes, read_text, write_text
+from ulfine_fast.cache.text import TextFeatures, encode_classes, read_text, refuse_same_texts, write_text
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -85,6 +86,8 @@ def append(
         recipe = _view_recipe(before)
         _refuse_other_model(before, encoder, recipe, new_rows)
         after = _grown_manifest(before, new_rows, len(earlier))
+        if new_rows.class_count:
+            refuse_same_texts(encoder, fill_prompts(after.class_names, after.prompts))
         grows = bool(new_rows.parts or new_rows.class_count)
         if grows:
             _write_pending(out, after, len(earlier))
@@ -130,12 +133,15 @@ class _NewRows:
     def __init__(self, source: Source, before: Manifest, earlier: Sequence[ShardRecord], known_ids: KnownIds) -> None:
         self.source = source
         self.kind = source.kind
-        self.class_names = list(dict.fromkeys([*before.class_names, *source.class_names]))
+        # A cache may hold a name in another form of Unicode than sources give it.
+        stored = {label_key(name): name for name in before.class_names}
+        source_names = [stored.get(name, name) for name in source.class_names]
+        self.class_names = list(dict.fromkeys([*before.class_names, *source_names]))
         self.class_count = len(self.class_names) - len(before.class_names)
         self.parts: list[Part] = []
         self.known = 0
         index = {name: label for label, name in enumerate(self.class_names)}
-        self._labels = [*(index[name] for name in source.class_names), UNKNOWN]  # label -1 finds the last entry
+        self._labels = [*(index[name] for name in source_names), UNKNOWN]  # label -1 finds the last entry
         self._known_ids = known_ids
         self._listed: list[Row] = []  # new rows of a listed source
         self._source_parts: dict[int, Part] = {}  # of the source, by the number of the part

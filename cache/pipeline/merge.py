@@ -130,7 +130,7 @@ def merge(
 
     def content(part: Part) -> ShardContent:
         cache, record = origin[part.number]
-        shard = read_shard(shard_path(cache.folder, record.shard), cache.manifest.layout(record.split))
+        shard = read_shard(shard_path(cache.folder, record.shard), cache.manifest.layout(record.split), record)
         # label -1 finds the last entry
         new_labels = np.array([*(index[name] for name in cache.manifest.class_names), UNKNOWN], np.int32)
         if ((shard.labels < UNKNOWN) | (shard.labels >= len(new_labels) - 1)).any():

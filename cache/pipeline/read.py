@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from ulfine_fast.cache.sources import Row, Source
 
 # A large image that travels whole keeps at least this many times the model's side: less than twice that, so that a
-# batch has a largest size, and what is lost can hardly be seen in the features (`benchmarks.speed.agreement`).
+# batch has a largest size, and what is lost can hardly be seen in the features (`benchmarks.studies.agreement`).
 _REDUCED_SIDES = 2
 _PLAIN_ALONE = ViewRecipe(weak=0, strong=0)
 _NOT_DRAWN = Drawing((0, 0, 0, 0), False, ())

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ulfine_fast.cache.io.errors import InputError
-from ulfine_fast.cache.sources.folder import FolderSource, ImageFolder
+from ulfine_fast.cache.sources.folder import FolderSource, ImageFolder, holds_labelled_images
 from ulfine_fast.cache.sources.huggingface import PREFIX as HF
 from ulfine_fast.cache.sources.huggingface import HuggingFaceSource, is_saved
 from ulfine_fast.cache.sources.image import UnreadableImage, load_image
@@ -59,6 +59,10 @@ def open_source(where: str | Path, *, class_names_file: Path | None = None) -> S
     """
     name, path = str(where), Path(where).expanduser()
     # os.path says False where pathlib raises, such as for a name that is too long.
+    left_over = is_saved(path) or _is_parquet_with_images(name) or _is_tar(name)
+    if left_over and os.path.isdir(path) and holds_labelled_images(path):
+        # Files that were left in class folders do not turn these into something else; the source names them.
+        return FolderSource(path, class_names_file=class_names_file)
     if name.startswith(HF) or is_saved(path):
         return HuggingFaceSource(name.removeprefix(HF), class_names_file=class_names_file)
     if _is_parquet_with_images(name):

@@ -3,26 +3,27 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
 from ulfine_fast.cache.io.errors import InputError
-from ulfine_fast.cache.models.prompts import read_class_names
+from ulfine_fast.cache.io.tables import label_key, whole_number
 from ulfine_fast.cache.sources.image import image_suffixes, load_image
+from ulfine_fast.cache.sources.labels import name_classes
 from ulfine_fast.cache.sources.rows import SPLITS, UNKNOWN, Row, sorted_rows
+from ulfine_fast.cache.sources.streams import is_hidden, split_named
 
 LAYOUT = "expected CLASS/image, or train/CLASS/image beside unlabeled/, val/CLASS/ and test/CLASS/"
-# Other names of splits; taken for classes they would spoil a run without a warning.
-_MISNAMED_SPLITS = {
-    "training": "train",
-    "valid": "val",
-    "validation": "val",
-    "dev": "val",
-    "testing": "test",
-    "unlabelled": "unlabeled",
+# Archives and tables of images, which are sources of their own.
+_ARCHIVES = (".tar", ".tgz", ".gz", ".zip", ".parquet", ".7z", ".rar")
+# Images that PIL, or this build of it, may be unable to decode.
+_UNDECODED = {
+    **dict.fromkeys((".heic", ".heif", ".hif"), 'pip install "ulfine-fast[heif]" reads them'),
+    **dict.fromkeys((".avif", ".avifs"), "a newer Pillow reads them"),
+    **dict.fromkeys((".jxl", ".svg", ".eps", ".raw", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2"), ""),
 }
 
 
@@ -30,14 +31,15 @@ class FolderSource:
     """A folder with one folder per class, or with `train`, `unlabeled`, `val`, `test` folders above those.
 
     The class is the first folder below the root (or below the split); images nested deeper belong to it. Under
-    `unlabeled` images may be at any depth. Hidden files and files without an image's suffix do not count. Without split
-    folders every row is in "train". The classes are the union over the splits, sorted by name.
+    `unlabeled` images may be at any depth. Hidden files, folders without images and files without an image's suffix do
+    not count. Without split folders every row is in "train". The classes are the union over the splits, sorted by name.
 
     Attributes:
         kind: "folder".
         path: the root, absolute.
         class_names: names for the text tower; the folders' names unless a file gives others.
         rows: see `Source`; a row's id is its path below the root with forward slashes.
+        notes: see `Source`.
     """
 
     kind = "folder"
@@ -53,22 +55,31 @@ class FolderSource:
             raise InputError(f"no such folder: {path}")
 
         # Images, sorted because file systems list in any order
-        images = sorted(_images(self.path))
-        has_splits = _has_splits(self.path)
+        passed_over: list[str] = []
+        images = sorted(_images(self.path, passed_over))
+        tops = {relative.partition("/")[0] for relative, _ in images if "/" in relative}
+        deep = {relative.partition("/")[0] for relative, _ in images if relative.count("/") > 1}
+        self.notes: list[str] = []
+        has_splits = _has_splits(self.path, tops, deep, self.notes)
         split_and_class = [_split_and_class(relative, has_splits) for relative, _ in images]
 
-        # Classes
+        # Classes; one name in two forms of Unicode is one class
         folders = sorted({name for _, name in split_and_class if name is not None})
         if not folders:
-            raise InputError(f"no images in class folders under {path}; {LAYOUT}")
-        indices: dict[str | None, int] = {name: index for index, name in enumerate(folders)}
-        indices[None] = UNKNOWN
-        self.class_names = [_as_utf8(name) for name in folders]
-        if class_names_file is not None:
-            self.class_names = read_class_names(class_names_file, self.class_names)
+            raise InputError(f"no images in class folders under {path}{_in_brackets(passed_over)}; {LAYOUT}")
+        if class_names_file is not None and all(whole_number(name) is not None for name in folders):
+            # As text 10 would come before 9.
+            folders.sort(key=int)
+        classes, indices = name_classes(folders, class_names_file)
+        self.class_names = classes.names
+        self.notes += [classes.note] if classes.note else []
+        self.notes += passed_over_notes(passed_over)
+        shown = {entry.name for entry in _entries(self.path) if entry.is_dir() and not is_hidden(entry.name)}
+        if shown - tops:
+            self.notes.append(f"folders without images are passed over: {_first(sorted(shown - tops))}")
 
         self.rows = sorted_rows(
-            Row(_as_utf8(relative), indices[name], split, str(self.path / relative), size)
+            Row(_as_utf8(relative), UNKNOWN if name is None else indices[name], split, str(self.path / relative), size)
             for (relative, size), (split, name) in zip(images, split_and_class, strict=True)
         )
 
@@ -89,6 +100,7 @@ class ImageFolder:
         path: the folder or the image, absolute.
         class_names: always empty.
         rows: all in the split "test" with label -1; a row's id is its path below the folder.
+        notes: see `Source`.
     """
 
     kind = "pictures"
@@ -100,15 +112,17 @@ class ImageFolder:
             InputError: no such folder or image, or no images in the folder.
         """
         self.path = root = path.absolute()
+        passed_over: list[str] = []
         if os.path.isfile(self.path):
             root = self.path.parent
             images = [(self.path.name, self.path.stat().st_size)]
         elif os.path.isdir(self.path):
-            images = list(_images(self.path))
+            images = list(_images(self.path, passed_over))
         else:
             raise InputError(f"no such folder or image: {path}")
+        self.notes = passed_over_notes(passed_over)
         if not images:
-            raise InputError(f"no images under {path}")
+            raise InputError(f"no images under {path}{_in_brackets(passed_over)}")
         self.rows = sorted_rows(Row(_as_utf8(name), UNKNOWN, "test", str(root / name), size) for name, size in images)
         self.class_names: list[str] = []
 
@@ -121,16 +135,66 @@ class ImageFolder:
         return {"kind": self.kind, "path": str(self.path)}
 
 
-def _has_splits(root: Path) -> bool:
-    """Whether every folder at the top is named like a split; refuses names that only look like one."""
-    folders = {entry.name for entry in _entries(root) if entry.is_dir() and not entry.name.startswith(".")}
-    misnamed = sorted(name for name in folders if name.lower() in _MISNAMED_SPLITS)
-    if misnamed and folders & set(SPLITS):
+def holds_labelled_images(root: Path) -> bool:
+    """Whether a folder has an image in a class folder, as `FolderSource` takes it."""
+    for relative, _ in _images(root):
+        parts = relative.split("/")
+        if len(parts) > 1 + (parts[0] in SPLITS):
+            return True
+    return False
+
+
+def _has_splits(root: Path, folders: set[str], deep: set[str], notes: list[str]) -> bool:
+    """Whether the folders at the top are splits; refuses names that only look like ones.
+
+    Args:
+        root: the folder, for messages.
+        folders: at the top, that hold images.
+        deep: those of them that hold images in folders.
+        notes: gets a line where a class is called like a split.
+    """
+    meanings = {name: split for name in sorted(folders) if (split := split_named(name)) is not None}
+    classes = sorted(folders - set(meanings))
+    right = sorted(folders & set(SPLITS))
+    for name, split in meanings.items():
+        if name != split and right:
+            raise InputError(f"{root} holds a folder {name} beside {', '.join(right)}; rename it to {split}")
+    if meanings and classes and not deep & set(meanings):
+        names = " and ".join(meanings)
+        notes.append(f"{names} beside {_first(classes)}: taken as a class, since there is no class folder in it")
+        return False
+    if meanings and classes:
         raise InputError(
-            f"{root} holds a folder {misnamed[0]} beside {', '.join(sorted(folders & set(SPLITS)))}; "
-            f"rename it to {_MISNAMED_SPLITS[misnamed[0].lower()]}"
+            f"{root} mixes splits ({', '.join(meanings)}) with other folders of images ({_first(classes)}); put class "
+            "folders below train/, and remove what is none"
         )
-    return bool(folders) and folders <= set(SPLITS)
+    for name, split in meanings.items():
+        if name != split:
+            raise InputError(f"{root} holds {', '.join(meanings)}, which look like splits; rename {name} to {split}")
+    return bool(meanings)
+
+
+def passed_over_notes(names: Sequence[str]) -> list[str]:
+    """Notes on archives and images that were passed over, a line for each suffix."""
+    by_suffix: dict[str, list[str]] = {}
+    for name in sorted(names):
+        by_suffix.setdefault(os.path.splitext(name)[1].lower(), []).append(name)
+    notes = []
+    for suffix, files in sorted(by_suffix.items()):
+        fix = f"; {_UNDECODED[suffix]}" if _UNDECODED.get(suffix) else ""
+        count = f"{len(files)} {suffix} file{'s' * (len(files) > 1)}"
+        notes.append(f"{count} passed over beside the images: {_first(files)}{fix}")
+    return notes
+
+
+def _in_brackets(passed_over: Sequence[str]) -> str:
+    """The notes on what was passed over, for a message; empty where nothing was."""
+    notes = passed_over_notes(passed_over)
+    return f" ({'; '.join(notes)})" if notes else ""
+
+
+def _first(names: Sequence[str], most: int = 3) -> str:
+    return ", ".join(map(_as_utf8, names[:most])) + (", ..." if len(names) > most else "")
 
 
 def _split_and_class(relative: str, has_splits: bool) -> tuple[str, str | None]:
@@ -143,11 +207,16 @@ def _split_and_class(relative: str, has_splits: bool) -> tuple[str, str | None]:
     depth = 1 if has_splits else 0
     if len(parts) < depth + 2:
         raise InputError(f"the image {_as_utf8(relative)} is in no class folder; {LAYOUT}")
-    return split, parts[depth]
+    return split, label_key(_as_utf8(parts[depth]))
 
 
-def _images(root: Path) -> Iterator[tuple[str, int]]:
-    """Path below the root, with forward slashes, and size of every image; never enters a folder inside itself."""
+def _images(root: Path, passed_over: list[str] | None = None) -> Iterator[tuple[str, int]]:
+    """Path below the root, with forward slashes, and size of every image; never enters a folder inside itself.
+
+    Args:
+        root: the folder.
+        passed_over: gets the paths of archives and of images that cannot be decoded.
+    """
     suffixes = image_suffixes()
     stack: list[tuple[str, frozenset[tuple[int, int]]]] = [("", frozenset())]
     while stack:
@@ -160,13 +229,16 @@ def _images(root: Path) -> Iterator[tuple[str, int]]:
             continue
         for entry in _entries(folder):
             name = f"{below}/{entry.name}" if below else entry.name
-            if entry.name.startswith("."):
+            if is_hidden(entry.name):
                 continue
+            suffix = os.path.splitext(entry.name)[1].lower()
             if entry.is_dir():
                 # Only the ancestors, not all folders seen: two links to one folder are two classes.
                 stack.append((name, ancestors | {identity}))
-            elif entry.is_file() and os.path.splitext(entry.name)[1].lower() in suffixes:
+            elif entry.is_file() and suffix in suffixes:
                 yield name, entry.stat().st_size
+            elif passed_over is not None and (suffix in _ARCHIVES or suffix in _UNDECODED):
+                passed_over.append(name)
 
 
 def _entries(folder: Path) -> list[os.DirEntry[str]]:

@@ -11,10 +11,17 @@ from typing import Any
 from PIL import Image
 
 from ulfine_fast.cache.io.errors import InputError
-from ulfine_fast.cache.io.tables import find_column
-from ulfine_fast.cache.models.prompts import read_class_names
 from ulfine_fast.cache.sources.image import UnreadableImage, load_image
-from ulfine_fast.cache.sources.labels import LABEL_COLUMNS, Labels, class_names_from, read_needed_class_names
+from ulfine_fast.cache.sources.labels import (
+    IMAGE_COLUMNS,
+    Labels,
+    choose_column,
+    class_names_from,
+    find_label_column,
+    name_classes,
+    needed_labels,
+    suspicious_labels,
+)
 from ulfine_fast.cache.sources.rows import SPLITS, Part, Row
 from ulfine_fast.cache.sources.streams import split_named
 
@@ -25,14 +32,15 @@ _MARKS = ("dataset_dict.json", "dataset_info.json")
 class HuggingFaceSource:
     """`hf:FOLDER`, as `save_to_disk` leaves it, or `hf:OWNER/NAME`, which `datasets` downloads once.
 
-    The first column of images is used, and the column `label`, `class`, `cls` or `fine_label`. Splits are known by
-    their names (train, validation, test, unlabeled and their usual synonyms); others are ignored. An image's id is its
-    split and its number there.
+    Of several columns of images the one called `image`, `img` or like a format is used, else the first; labels are in
+    the column `label`, `class`, `cls` or `fine_label`. Splits are known by their names (train, validation, test,
+    unlabeled and their usual synonyms); others are passed over. An image's id is its split and its number there.
 
     Attributes:
         kind: "huggingface".
         where: the folder or the name, without `hf:`.
         class_names: names for the text tower: from the user's file, else from the data set, else the labels.
+        notes: see `Source`.
     """
 
     kind = "huggingface"
@@ -53,10 +61,13 @@ class HuggingFaceSource:
         """
         self.where = str(Path(where).expanduser().absolute()) if os.path.isdir(os.path.expanduser(where)) else where
         first = next(iter(self._splits.values()))
-        self._image = _image_column(self.where, first)
-        self._label = find_column(self.where, first.column_names, LABEL_COLUMNS)
-        self.class_names = self._read_class_names(class_names_file) if class_names is None else class_names
-        self._labels = Labels(self.class_names)
+        self.notes: list[str] = list(self._split_notes)
+        self._image = choose_column(self.where, _image_columns(self.where, first), IMAGE_COLUMNS, "images", self.notes)
+        self._label = find_label_column(self.where, first.column_names, self.notes)
+        if class_names is None:
+            self.class_names, self._labels = self._read_class_names(class_names_file)
+        else:
+            self.class_names, self._labels = class_names, Labels(class_names)
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the open data set: readers open it again, which costs a moment."""
@@ -108,16 +119,28 @@ class HuggingFaceSource:
         return digest.hexdigest()
 
     @cached_property
+    def _split_notes(self) -> list[str]:
+        return []
+
+    @cached_property
     def _splits(self) -> dict[str, Any]:
         """The data set's splits by our names; images stay as they were stored, and are decoded by `load_image`."""
         opened = _open(self.where)
         import datasets
 
         named = opened.items() if hasattr(opened, "items") else [(str(opened.split or "train"), opened)]
-        splits = {}
+        splits: dict[str, Any] = {}
+        names: dict[str, str] = {}
         for name, data in named:
             split = split_named(name)
-            if split is not None and len(data):
+            if split in names:
+                raise InputError(
+                    f"{self.where} has the splits {names[split]} and {name}, which are both {split}; keep one"
+                )
+            if split is None:
+                self._split_notes.append(f"the split {name} is passed over; known are {', '.join(SPLITS)}")
+            elif len(data):
+                names[split] = name
                 for column, feature in data.features.items():
                     if isinstance(feature, datasets.Image):
                         data = data.cast_column(column, datasets.Image(decode=False))
@@ -126,16 +149,26 @@ class HuggingFaceSource:
             raise InputError(f"{self.where} has no split called train, unlabeled, val or test that holds images")
         return splits
 
-    def _read_class_names(self, class_names_file: Path | None) -> list[str]:
+    def _read_class_names(self, class_names_file: Path | None) -> tuple[list[str], Labels]:
         """Class names from the data set or the labels that occur; those of the user's file in place of them."""
         if self._label is None:
-            return read_needed_class_names(class_names_file, f"{self.where}, which has no column of labels,")
-        feature = next(iter(self._splits.values())).features[self._label]
-        names = list(getattr(feature, "names", None) or [])
-        if not names:
-            labels = {label for data in self._splits.values() for label in data.unique(self._label)}
-            names = class_names_from(labels, self.where)
-        return names if class_names_file is None else read_class_names(class_names_file, names)
+            return needed_labels(class_names_file, f"{self.where}, which has no column of labels,")
+
+        # A column of class labels declares its numbers as indices.
+        declared = [_declared_names(data, self._label) for data in self._splits.values()]
+        if any(names != declared[0] for names in declared):
+            raise InputError(f"the splits of {self.where} have other class names, or in another order; save them alike")
+        if declared[0]:
+            classes, _ = name_classes(declared[0], class_names_file, ordered=True)
+            labels = Labels(classes.names, order=classes.indices)
+        else:
+            values = {label for data in self._splits.values() for label in data.unique(self._label)}
+            names = class_names_from(values, self.where, occurring=class_names_file is not None)
+            classes, written = name_classes(names, class_names_file)
+            labels = Labels(classes.names, written=written)
+            self.notes += suspicious_labels(names)
+        self.notes += [classes.note] if classes.note else []
+        return classes.names, labels
 
 
 def is_saved(folder: Path) -> bool:
@@ -157,11 +190,15 @@ def _open(where: str) -> Any:
         raise InputError(f"the data set {where} cannot be opened ({reason}); name a folder it is saved in") from error
 
 
-def _image_column(where: str, data: Any) -> str:
+def _declared_names(data: Any, label: str) -> list[str]:
+    """Names of a column of class labels; empty for other columns."""
+    return list(getattr(data.features.get(label), "names", None) or [])
+
+
+def _image_columns(where: str, data: Any) -> list[str]:
     import datasets
 
     columns = [name for name, feature in data.features.items() if isinstance(feature, datasets.Image)]
     if not columns:
         raise InputError(f"{where} has no column of images; found {', '.join(data.column_names) or 'none'}")
-    first: str = columns[0]
-    return first
+    return columns

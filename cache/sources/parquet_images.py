@@ -16,7 +16,16 @@ from pyarrow import parquet
 from ulfine_fast.cache.io.errors import InputError
 from ulfine_fast.cache.io.tables import find_column
 from ulfine_fast.cache.sources.image import UnreadableImage, load_image
-from ulfine_fast.cache.sources.labels import LABEL_COLUMNS, Labels, class_names_from, read_needed_class_names
+from ulfine_fast.cache.sources.labels import (
+    IMAGE_COLUMNS,
+    Labels,
+    choose_column,
+    class_names_from,
+    find_label_column,
+    name_classes,
+    needed_labels,
+    suspicious_labels,
+)
 from ulfine_fast.cache.sources.rows import SPLITS, Part, Row
 from ulfine_fast.cache.sources.streams import (
     File,
@@ -46,6 +55,7 @@ class ParquetSource:
         where: what the user named: a file, a folder, a pattern, or any URL that fsspec knows.
         class_names: names for the text tower: from the user's file, else from the files' metadata, else the labels.
         files: the parquet files.
+        notes: see `Source`.
     """
 
     kind = "parquet"
@@ -76,16 +86,24 @@ class ParquetSource:
                 f"{source} has no column of encoded images (bytes, or pairs of bytes and path); found "
                 f"{', '.join(schema.names) or 'none'}"
             )
-        self._image = images[0]
-        self._label = find_column(source, schema.names, LABEL_COLUMNS)
+        self.notes: list[str] = []
+        self._image = choose_column(source, images, IMAGE_COLUMNS, "images", self.notes)
+        self._label = find_label_column(source, schema.names, self.notes)
         self._split = find_column(source, schema.names, ["split"])
         self._id = next((name for name in _ID_COLUMNS if name in schema.names), None)
 
+        unnamed = [file.name for file in self.files if file.split is None]
+        if self._split is None and unnamed:
+            has = "there is a column" if self._label else "there is no column"
+            self.notes.append(
+                f"the name of {unnamed[0]} says no split; taken as {self._default_split}, since {has} of labels"
+            )
+
         # Classes
         if class_names is None:
-            class_names = self._read_class_names(class_names_file, schema)
-        self.class_names = class_names
-        self._labels = Labels(self.class_names)
+            self.class_names, self._labels = self._read_class_names(class_names_file, schema)
+        else:
+            self.class_names, self._labels = class_names, Labels(class_names)
 
     def plan(self, shard_size: int) -> list[Part]:
         """Runs of row groups, none much longer than a shard unless a single group is."""
@@ -145,17 +163,29 @@ class ParquetSource:
     def _file_parts(self) -> list[Part]:
         return [Part(number, file.split or "", None, None, file.name) for number, file in enumerate(self.files)]
 
-    def _read_class_names(self, class_names_file: Path | None, schema: pa.Schema) -> list[str]:
-        """Class names from the user's file, the files' metadata, or the labels that occur."""
-        if class_names_file is not None or self._label is None:
-            return read_needed_class_names(class_names_file, "a parquet file without a column of labels")
-        names = _names_in_metadata(schema, self._label)
-        if names:
-            return names
-        labels: set[Any] = set()
-        for file in self.files:
-            labels.update(_open_file(file.url).read(columns=[self._label])[self._label].unique().to_pylist())
-        return class_names_from(labels, self.where)
+    def _read_class_names(self, class_names_file: Path | None, schema: pa.Schema) -> tuple[list[str], Labels]:
+        """Class names from the files' metadata or the labels that occur; those of the user's file in place of them."""
+        if self._label is None:
+            return needed_labels(class_names_file, "a parquet file without a column of labels")
+
+        # What the files' writer says declares numbers as indices.
+        declared = _names_in_metadata(schema, self._label)
+        if declared:
+            classes, _ = name_classes(declared, class_names_file, ordered=True)
+            labels = Labels(classes.names, order=classes.indices)
+        # Whole numbers are indices, and a file may name classes that do not occur.
+        elif class_names_file is not None and not _is_text(schema.field(self._label).type):
+            return needed_labels(class_names_file, "")
+        else:
+            values: set[Any] = set()
+            for file in self.files:
+                values.update(_open_file(file.url).read(columns=[self._label])[self._label].unique().to_pylist())
+            names = class_names_from(values, self.where, occurring=class_names_file is not None)
+            classes, written = name_classes(names, class_names_file)
+            labels = Labels(classes.names, written=written)
+            self.notes += suspicious_labels(names)
+        self.notes += [classes.note] if classes.note else []
+        return classes.names, labels
 
     def _splits_in(self, file: File, first: int, last: int) -> list[str]:
         """The splits that occur in a run of row groups, in the order of `SPLITS`."""
@@ -222,6 +252,11 @@ def _is_image(kind: pa.DataType) -> bool:
     if pa.types.is_struct(kind):
         return any(field.name == "bytes" and _is_image(field.type) for field in kind)
     return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    value = kind.value_type if pa.types.is_dictionary(kind) else kind
+    return bool(pa.types.is_string(value) or pa.types.is_large_string(value) or pa.types.is_string_view(value))
 
 
 def _names_in_metadata(schema: pa.Schema, label: str) -> list[str]:

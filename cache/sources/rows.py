@@ -59,6 +59,8 @@ class ListedSource(Protocol):
         kind: "folder", "table" or "torchvision".
         class_names: K names for the text tower, in class order.
         rows: all rows, split by split in the order of `SPLITS`, by id inside a split.
+
+    A source may also have `notes`: lines that say what it took something for where that is not certain, or passed over.
     """
 
     kind: str

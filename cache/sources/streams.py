@@ -63,6 +63,11 @@ class File:
         return None
 
 
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder is one that its system hides, or what a Mac's archive leaves beside the content."""
+    return (name.startswith(".") and name not in (".", "..")) or name == "__MACOSX"
+
+
 def split_named(word: str) -> str | None:
     """The split that a word means ("validation" is val), None for any other word."""
     split = _SPLIT_SYNONYMS.get(word.lower(), word.lower())
@@ -115,7 +120,7 @@ def _list_one(location: str, suffix: str) -> list[File]:
         files = []
         for path, info in infos.items():
             name = path.removeprefix(folder) if folder else PurePosixPath(path).name
-            if not PurePosixPath(name).name.startswith("."):
+            if not any(is_hidden(part) for part in PurePosixPath(name).parts):
                 # Listings of web servers have no sizes.
                 size = int(info.get("size") or system.size(path) or 0)
                 files.append(File(name, system.unstrip_protocol(path), size))

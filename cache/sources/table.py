@@ -12,8 +12,9 @@ from PIL import Image
 
 from ulfine_fast.cache.io.errors import InputError
 from ulfine_fast.cache.io.tables import SUFFIXES, Table, read_frame, read_table, whole_number
-from ulfine_fast.cache.models.prompts import count_names, read_class_names
+from ulfine_fast.cache.models.prompts import ClassNames
 from ulfine_fast.cache.sources.image import load_image
+from ulfine_fast.cache.sources.labels import name_classes, suspicious_labels
 from ulfine_fast.cache.sources.rows import SPLITS, UNKNOWN, Row, sorted_rows
 
 __all__ = ["SUFFIXES", "ImageTable", "TableSource"]
@@ -31,6 +32,7 @@ class TableSource:
         path: the table, absolute.
         class_names: names for the text tower; the labels unless a file gives others.
         rows: see `Source`; a row's id is its path as written in the table.
+        notes: see `Source`.
     """
 
     kind = "table"
@@ -62,7 +64,10 @@ class TableSource:
                 )
 
         # Classes
-        self.class_names, indices = _classes(table, labels, class_names_file)
+        classes, indices = _classes(table, labels, class_names_file)
+        self.class_names = classes.names
+        self.notes = [classes.note] if classes.note else []
+        self.notes += suspicious_labels(labels)
         indices[""] = UNKNOWN
 
         # Rows, last because asking for every file's size is the only slow part.
@@ -150,11 +155,11 @@ def _file_sizes(table: Table, paths: Sequence[str], folder: Path) -> list[int]:
     return [os.stat(folder / path).st_size for path in paths]
 
 
-def _classes(table: Table, labels: Sequence[str], class_names_file: Path | None) -> tuple[list[str], dict[str, int]]:
+def _classes(table: Table, labels: Sequence[str], class_names_file: Path | None) -> tuple[ClassNames, dict[str, int]]:
     """Class names, and the class index of every known label.
 
-    Without a file the labels are the names. A file with one name a line lists all classes by number where the labels
-    are whole numbers below its length, so that a class without a row here has its name as well.
+    Without a file the labels are the names, whole numbers in numeric order. For files see `match_class_names`: a class
+    without a row here may have its name in one as well.
     """
     known = sorted({label for label in labels if label})
     if not known:
@@ -163,13 +168,7 @@ def _classes(table: Table, labels: Sequence[str], class_names_file: Path | None)
         _refuse_bad_numbers(table, known)
         # As text 10 would come before 9.
         known.sort(key=int)
-        if class_names_file is not None and class_names_file.suffix.lower() not in SUFFIXES:
-            count = count_names(class_names_file)
-            if int(known[-1]) < count:
-                numbers = [str(number) for number in range(count)]
-                return read_class_names(class_names_file, numbers), {label: int(label) for label in known}
-    names = known if class_names_file is None else read_class_names(class_names_file, known)
-    return names, {label: index for index, label in enumerate(known)}
+    return name_classes(known, class_names_file)
 
 
 def _refuse_bad_numbers(table: Table, labels: Sequence[str]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Container, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cached_property
@@ -17,13 +17,14 @@ from PIL import Image
 
 from ulfine_fast.cache.io.errors import InputError
 from ulfine_fast.cache.sources.image import UnreadableImage, image_suffixes, load_image
-from ulfine_fast.cache.sources.labels import Labels, read_needed_class_names
+from ulfine_fast.cache.sources.labels import Labels, needed_labels
 from ulfine_fast.cache.sources.rows import UNKNOWN, Part, Row
 from ulfine_fast.cache.sources.streams import (
     PARALLEL_REQUESTS,
     File,
     fetch,
     files_sha256,
+    is_hidden,
     is_local,
     list_files,
     local_path,
@@ -42,8 +43,9 @@ _PEEK_BYTES = 2**16  # requested together for that, of a remote file
 class TarSource:
     """Tar files of samples: consecutive files that share their name up to the first dot are one sample.
 
-    A sample's image is its first file with an image's suffix; its label is in `.cls` (a class index or name) or in
-    `.json` as `label` or `class`; other files are ignored. A file's split is in its folder or the beginning of its
+    A sample's image is its file with an image's suffix; of several, the one with a single suffix (`0.jpg` beside
+    `0.depth.png`). Its label is in `.cls` (a class index or name) or in `.json` as `label` or `class`; hidden and other
+    files are ignored. A file's split is in its folder or the beginning of its
     name, else it is "train" where its first sample has a label and "unlabeled" where not. Members are never written to
     the disk. A remote file is copied whole to a temporary one while its part is open.
 
@@ -52,6 +54,7 @@ class TarSource:
         where: what the user named: a file, a folder, a pattern with braces or stars, or any URL that fsspec knows.
         class_names: names for the text tower, in the order of the class indices.
         files: the tar files.
+        notes: see `Source`.
     """
 
     kind = "tar"
@@ -70,18 +73,30 @@ class TarSource:
             InputError: no such files, or no class names.
         """
         self.where = where if not is_local(where) else os.path.abspath(os.path.expanduser(local_path(where)))
-        self.class_names = (
-            read_needed_class_names(class_names_file, "a tar file") if class_names is None else class_names
-        )
+        if class_names is None:
+            self.class_names, self._labels = needed_labels(class_names_file, "a tar file")
+        else:
+            self.class_names, self._labels = class_names, Labels(class_names)
         self.files = list_files(self.where, SUFFIX)
         self._by_name = {file.name: file for file in self.files}
-        self._labels = Labels(self.class_names)
         self._copies: dict[int, str] = {}
 
     @cached_property
     def _parts(self) -> list[Part]:
         with ThreadPoolExecutor(PARALLEL_REQUESTS) as pool:
             return parts_of_files(self.files, pool.map(self._split_of, self.files))
+
+    @cached_property
+    def notes(self) -> list[str]:
+        """Which split the files have whose names say none."""
+        unnamed = {file.name for file in self.files if file.split is None}
+        notes = []
+        for split, has in (("train", "has a"), ("unlabeled", "has no")):
+            names = [part.name for part in self._parts if part.name in unnamed and part.split == split]
+            if names:
+                what = f"{names[0]} says" if len(names) == 1 else f"{names[0]} and {len(names) - 1} more say"
+                notes.append(f"the name of {what} no split; taken as {split}, since the first sample {has} label")
+        return notes
 
     def plan(self, shard_size: int) -> list[Part]:
         """One part for each tar file, however many images it holds."""
@@ -95,7 +110,16 @@ class TarSource:
         path = self._copies.get(part.number, local_path(file.url))
         rows: list[Row] = []
         with _tar_errors(file), tarfile.open(path, "r:") as tar, open(path, "rb") as data:
+            seen: set[str] = set()
             for members in _samples(_complete_members(tar, data)):
+                if any(_is_read(member.name) for member in members):
+                    key, _ = _split_name(members[0].name)
+                    if key in seen:
+                        raise InputError(
+                            f"{file.url}: the files of the sample {key!r} are not in a row, or it is there twice; sort "
+                            "the tar by name (tar --sort=name), and keep one"
+                        )
+                    seen.add(key)
                 row = self._row(members, file, path, part.split, data)
                 if row is not None:
                     rows.append(row)
@@ -131,7 +155,8 @@ class TarSource:
         texts: dict[str, bytes] = {}
         with store_errors(file), _tar_errors(file), _open_beginning(file) as tar:
             first = None
-            for _, member in zip(range(_PEEKED_MEMBERS), tar, strict=False):
+            members = (member for member in tar if not _is_hidden(member.name))
+            for _, member in zip(range(_PEEKED_MEMBERS), members, strict=False):
                 key, suffix = _split_name(member.name)
                 first = key if first is None else first
                 if key != first:
@@ -151,7 +176,7 @@ class TarSource:
             split: of its rows.
             data: the open file.
         """
-        image = next((member for member in members if _split_name(member.name)[1] in image_suffixes()), None)
+        image = _choose(members, image_suffixes(), file)
         if image is None:
             return None
 
@@ -162,9 +187,9 @@ class TarSource:
             return Row(f"{file.stem}/member-{image.offset}", UNKNOWN, split, f"\0\0{reason}", 0)
 
         texts = {}
-        for member in members:
-            suffix = _split_name(member.name)[1]
-            if suffix in _LABEL_SUFFIXES and member.isreg():
+        for suffix in _LABEL_SUFFIXES:
+            member = _choose(members, {suffix}, file)
+            if member is not None and member.isreg():
                 data.seek(member.offset_data)
                 texts[suffix] = data.read(member.size)
         label = self._labels.index(_label_in(texts), f"{file.name}, {image.name}")
@@ -179,14 +204,45 @@ def _split_name(name: str) -> tuple[str, str]:
     return folder + slash + stem, f".{rest.rpartition('.')[2]}".lower() if dot else ""
 
 
+def _is_hidden(name: str) -> bool:
+    """Whether a member, or a folder it is in, is hidden."""
+    return any(is_hidden(part) for part in name.split("/"))
+
+
+def _is_read(name: str) -> bool:
+    """Whether a member is an image or a label."""
+    suffix = _split_name(name)[1]
+    return suffix in _LABEL_SUFFIXES or suffix in image_suffixes()
+
+
+def _choose(members: Sequence[tarfile.TarInfo], suffixes: Container[str], file: File) -> tarfile.TarInfo | None:
+    """The member of a sample with one of these suffixes; None without any.
+
+    Raises:
+        InputError: there are several, and not exactly one has a single suffix.
+    """
+    fitting = [member for member in members if _split_name(member.name)[1] in suffixes]
+    if len(fitting) > 1:
+        plain = [member for member in fitting if member.name.rpartition("/")[2].count(".") == 1]
+        if len(plain) != 1:
+            names = ", ".join(member.name for member in fitting)
+            raise InputError(
+                f"{file.url}: the sample {_split_name(fitting[0].name)[0]!r} holds {names}, and it is not known which "
+                "is meant; keep one, or one whose name has a single suffix"
+            )
+        fitting = plain
+    return fitting[0] if fitting else None
+
+
 def _samples(members: Iterator[tarfile.TarInfo]) -> Iterator[list[tarfile.TarInfo]]:
     """Consecutive members that share a key.
 
-    A name that comes again begins another sample; the id that the two share is refused later.
+    A name that comes again begins another sample; the key that the two share is refused later. Hidden files, such as
+    the `._0.jpg` that a Mac puts beside each `0.jpg`, and folders are left out.
     """
     sample: list[tarfile.TarInfo] = []
     for member in members:
-        if member.isdir():
+        if member.isdir() or _is_hidden(member.name):
             continue
         if sample:
             other_key = _split_name(member.name)[0] != _split_name(sample[0].name)[0]

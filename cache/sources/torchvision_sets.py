@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,8 @@ from torchvision import datasets
 
 from ulfine_fast.cache.io.errors import InputError
 from ulfine_fast.cache.io.home import cache_home
-from ulfine_fast.cache.models.prompts import read_class_names
 from ulfine_fast.cache.sources.image import UnreadableImage, load_image
+from ulfine_fast.cache.sources.labels import name_classes
 from ulfine_fast.cache.sources.rows import UNKNOWN, Row, sorted_rows
 
 NAMES = ("cifar10", "cifar100", "fashion_mnist", "food101", "stl10", "svhn")
@@ -55,6 +56,7 @@ class TorchvisionSource:
         name: one of `NAMES`.
         class_names: names for the text tower.
         rows: see `Source`; ids are like "train/00012", by the data set's own order.
+        notes: see `Source`.
     """
 
     kind = "torchvision"
@@ -72,8 +74,14 @@ class TorchvisionSource:
         self.name = name
         self._idx_folder = idx_folder
         classes, self._splits = self._open()
-        self.class_names = classes if class_names_file is None else read_class_names(class_names_file, classes)
-        self.rows = sorted_rows(row for split, content in self._splits.items() for row in content.rows(split))
+        named, _ = name_classes(classes, class_names_file, ordered=True)
+        self.class_names = named.names
+        self.notes = [named.note] if named.note else []
+        self.rows = sorted_rows(
+            replace(row, label=named.indices[row.label]) if row.label >= 0 else row
+            for split, content in self._splits.items()
+            for row in content.rows(split)
+        )
 
     def read(self, row: Row) -> Image.Image:
         """The image of `row` as RGB; raises UnreadableImage."""

@@ -1,6 +1,6 @@
 """scikit-learn's own tools over features in memory: 1,797 digits, 100 of them labelled, the others -1.
 
-Any features do; here the pixels themselves stand for them.
+Features of any encoder work; here they are the pixels themselves.
 """
 
 import numpy as np
@@ -26,4 +26,4 @@ print(f"and the unlabelled ones: {plus.score(test, y_test):.3f}")
 
 search = GridSearchCV(LinearProbeClassifier(steps=200), {"lr": [0.01, 0.03, 0.1], "tau": [0.0, 1.0]}, cv=3)
 search.fit(train[known], y[known])
-print("best settings:", search.best_params_)
+print("best options:", search.best_params_)

@@ -20,6 +20,6 @@ run = ulfine_fast.fit(
 with tempfile.TemporaryDirectory() as folder:
     for to in ("safetensors", "onnx"):
         model = ulfine_fast.load(export(run, Path(folder) / to, to=to))
-        away = np.abs(model.predict_proba(features) - run.predict_proba(features)).max()
-        assert away < 1e-4
-        print(f"{to}: at most {away:.0e} from the run")
+        difference = np.abs(model.predict_proba(features) - run.predict_proba(features)).max()
+        assert difference < 1e-4
+        print(f"{to}: at most {difference:.0e} from the run")

@@ -15,8 +15,8 @@ run, images = Run.load(sys.argv[1]), Path(sys.argv[2])
 
 # a data frame of pandas or Polars, or an Arrow table, with a column `path`
 table = pa.table({"path": [str(path) for path in sorted(images.rglob("*.png"))[:20]]})
-found = predict_images(run, table)
+predictions = predict_images(run, table)
 
-# and back: .to_pandas() of it, or polars.from_arrow(it)
-answer = found.to_arrow()
-print(answer.num_rows, "rows:", ", ".join(answer.column_names))
+# and back: result.to_pandas(), or polars.from_arrow(result)
+result = predictions.to_arrow()
+print(result.num_rows, "rows:", ", ".join(result.column_names))

@@ -1,7 +1,7 @@
 import pytest
 
-from benchmarks.options import parse_methods, parse_seeds, parse_settings
-from benchmarks.speed.contenders import names
+from benchmarks.comparison.contenders import contender_names
+from benchmarks.options import parse_methods, parse_names, parse_numbers, parse_seeds, split_options, trial_configs
 from ulfine_fast.cache.io.errors import InputError
 
 
@@ -18,7 +18,7 @@ def test_other_seeds_are_refused(text):
 
 def test_methods_are_separated_by_commas_and_each_counts_once():
     assert parse_methods("ulfine, oracle,ulfine") == ("ulfine", "oracle")
-    assert parse_methods("all") == names()
+    assert parse_methods("all") == contender_names()
 
 
 @pytest.mark.parametrize("text", ["", "nope", "ulfine,all"])
@@ -27,12 +27,30 @@ def test_other_methods_are_refused(text):
         parse_methods(text)
 
 
-def test_settings_have_the_type_of_their_value():
-    given = ["steps=300", "lr=0.1", "dlf=false", "adapter=none"]
-    assert parse_settings(given) == {"steps": 300, "lr": 0.1, "dlf": False, "adapter": "none"}
+def test_numbers_are_separated_by_commas_and_each_counts_once():
+    assert parse_numbers("0.01, 3e-3,0.01", "rates", 0) == [0.01, 0.003]
+    assert parse_numbers("1, 16,64,1", "counts", 1, kind=int) == [1, 16, 64]
 
 
-@pytest.mark.parametrize(("pair", "words"), [("lr", "NAME=VALUE"), ("seed=3", "decided"), ("n1=3", "decided")])
-def test_other_settings_are_refused(pair, words):
-    with pytest.raises(InputError, match=words):
-        parse_settings([pair])
+@pytest.mark.parametrize("text", ["", ",", "x", "1.5", "0", "10"])
+def test_other_numbers_are_refused(text):
+    with pytest.raises(InputError, match=f"ranks are whole numbers from 1 to 9, separated by commas, got '{text}'"):
+        parse_numbers(text, "ranks", 1, 9, kind=int)
+
+
+def test_names_are_known_ones():
+    assert parse_names("b, a,b", ("a", "b", "c"), "letters") == ["b", "a"]
+    for text in ("", "a,d"):
+        with pytest.raises(InputError, match=r"letters are a, b, c, got '(d|)'"):
+            parse_names(text, ("a", "b", "c"), "letters")
+
+
+def test_trials_differ_in_method_and_seed():
+    configs = trial_configs(["linear_probe", "ulfine"], [3, 1], split_options(20, None, 5.0))
+    assert [(config.method, config.seed) for config in configs] == [
+        ("linear_probe", 3),
+        ("linear_probe", 1),
+        ("ulfine", 3),
+        ("ulfine", 1),
+    ]
+    assert {(config.n1, config.m1, config.gamma_l, config.gamma_u) for config in configs} == {(20, None, 5.0, 5.0)}

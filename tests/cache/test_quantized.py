@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 
 import h5py
 import numpy as np
@@ -12,7 +13,7 @@ from tests.cache.samples import make_manifest, make_shard, make_text, put_shard
 from ulfine_fast.cache import shard as shards
 from ulfine_fast.cache.io.errors import InputError
 from ulfine_fast.cache.quantized import quantized, restored
-from ulfine_fast.cache.shard import Layout, pack_shard, read_shard, shard_path, verify_shard
+from ulfine_fast.cache.shard import Layout, ShardRecord, pack_shard, read_shard, shard_path, verify_shard
 from ulfine_fast.cache.store import FeatureCache
 from ulfine_fast.cache.text import write_text
 
@@ -83,10 +84,12 @@ def test_a_damaged_scale_is_refused(tmp_path):
     path = shard_path(tmp_path, 0)
     with h5py.File(path, "r+") as file:
         file["weak_scale"][3, 0] = 1e30
+    record = ShardRecord.read(path.with_suffix(".json"))
+    dataclasses.replace(record, sha256=hashlib.sha256(path.read_bytes()).hexdigest()).write(path.with_suffix(".json"))
     problems = " ".join(verify_shard(path, LAYOUT)[1])
     assert "weak_scale does not match its checksum" in problems
     with pytest.raises(InputError, match=r"the weak features of image 'train/катя/3.png' are not finite"):
-        shards._refuse_not_finite(path, read_shard(path, LAYOUT, check=False))
+        shards._refuse_not_finite(path, path.read_bytes(), read_shard(path, LAYOUT, finite=False))
 
 
 def test_a_shard_of_another_type_is_refused(tmp_path):

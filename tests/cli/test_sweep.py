@@ -59,7 +59,7 @@ def swept(cache, space, tmp_path_factory):
 def test_the_tables(swept):
     _, out, done = swept
     assert done.exit_code == 0, done.output
-    # nothing but the table where nobody watches
+    # no progress bar where stderr is not a terminal
     assert done.stderr == ""
     for words in ("rank", "balanced_accuracy", "lr", "tau", "±", "on the test split", "trials: 4 complete"):
         assert words in done.stdout
@@ -73,7 +73,7 @@ def test_json_of_a_finished_sweep_continued(swept):
     result = json.loads(done.stdout)
     assert result["counts"] == {"complete": 4}
     assert result["out"] == str(out)
-    assert [place["rank"] for place in result["leaderboard"]] == [1, 2, 3, 4]
+    assert [trial["rank"] for trial in result["leaderboard"]] == [1, 2, 3, 4]
     assert result["best"][0]["seeds"] == [2, 3, 4, 5, 6]
     assert 0 <= result["best"][0]["test"]["accuracy"]["mean"] <= 1
 
@@ -155,7 +155,7 @@ def test_an_option_wins_over_the_file(cache, tmp_path):
     done = run("fit", cache, "--config", path, "--steps", 6, "--lr", 0.03, "--out", tmp_path / "run")
     assert done.exit_code == 0, done.output
     config = json.loads((tmp_path / "run" / "config.json").read_text())["config"]
-    # 0.03 is the default of lr too: given is given
+    # 0.03 is the default of lr too: an option on the command line wins all the same
     assert (config["method"], config["steps"], config["lr"]) == ("linear_probe", 6, 0.03)
 
 

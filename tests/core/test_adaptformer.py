@@ -101,27 +101,27 @@ def test_features_and_gradients_are_those_of_the_patched_encoder(tower):
     strength = torch.tensor([0.1, 1.5], dtype=torch.float64)
     adapters = {name: tensor.requires_grad_(True) for name, tensor in random_adapters(2, 16, 4).items()}
     tokens = tokens_of(tower, pixels).expand(2, -1, -1)  # (T, B, 2 W)
-    found = apply_adapter({**adapters, **frozen_end(head_of(tower), 2)}, tokens, strength)
-    logits = cosine_logits(found, weights, torch.full((2,), 7.0, dtype=torch.float64))
+    result = apply_adapter({**adapters, **frozen_end(head_of(tower), 2)}, tokens, strength)
+    logits = cosine_logits(result, weights, torch.full((2,), 7.0, dtype=torch.float64))
     ours = torch.autograd.grad(cross_entropy(logits.flatten(0, 1), labels.repeat(2)), list(adapters.values()))
     losses = []
     for t in range(2):
         own = {name: tensor[t] for name, tensor in adapters.items()}
         features = with_adapter_inside(tower, pixels, own, strength[t])
-        torch.testing.assert_close(found[t], features, atol=1e-9, rtol=0)
+        torch.testing.assert_close(result[t], features, atol=1e-9, rtol=0)
         losses.append(cross_entropy(7.0 * features @ normalize(weights[t], dim=-1).T, labels))
     theirs = torch.autograd.grad(sum(losses) / 2, list(adapters.values()))
     assert all(gradient.abs().max() > 1e-4 for gradient in theirs)
-    for mine, wanted in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(mine, wanted, atol=1e-9, rtol=1e-7)
+    for gradient, wanted in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(gradient, wanted, atol=1e-9, rtol=1e-7)
 
 
 def test_it_starts_as_the_frozen_encoder(tower):
     pixels = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     fresh = {name: t.double() for name, t in new_adapter(torch.tensor([5]), 16, torch.tensor([4])).items()}
     strength = torch.ones(1, dtype=torch.float64)
-    found = apply_adapter({**fresh, **frozen_end(head_of(tower), 1)}, tokens_of(tower, pixels)[None], strength)
-    torch.testing.assert_close(found[0], normalize(tower(pixels), dim=-1), atol=1e-9, rtol=0)
+    result = apply_adapter({**fresh, **frozen_end(head_of(tower), 1)}, tokens_of(tower, pixels)[None], strength)
+    torch.testing.assert_close(result[0], normalize(tower(pixels), dim=-1), atol=1e-9, rtol=0)
 
 
 def test_a_cache_without_its_own_epsilon_takes_the_usual_one(tower):
@@ -146,8 +146,8 @@ def test_a_fitted_run_is_the_patched_encoder(world, tmp_path):
     ids, logits = patched_logits(run, encoder, images)
     assert run.test_ids == ids
     rows = np.flatnonzero(cache.splits == "test")
-    found = run.logits(cache.tokens("plain")[rows])
-    np.testing.assert_allclose(found, logits.numpy(), atol=1e-3)
+    result = run.logits(cache.tokens("plain")[rows])
+    np.testing.assert_allclose(result, logits.numpy(), atol=1e-3)
     np.testing.assert_allclose(run.predict_proba(cache.tokens("plain")[rows]), run.test_probabilities, atol=1e-4)
     # the frozen end is the cache's, untouched by training
     np.testing.assert_array_equal(run.tensors["backbone.projection"], cache.head["projection"])

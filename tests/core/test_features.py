@@ -28,14 +28,14 @@ def features(request, monkeypatch):
 
 def test_slots_count_through_the_views_of_all_rows(features):
     cache = make_clusters(train=10, test=4)
-    found = features.at(features.slots(ROWS, VIEWS))
-    place = {row: i for i, row in enumerate(cache.view_rows.tolist())}
+    result = features.at(features.slots(ROWS, VIEWS))
+    position = {row: i for i, row in enumerate(cache.view_rows.tolist())}
     for t in range(2):
         for i in range(3):
             row = int(ROWS[t, i])
-            kinds = [cache.plain[row], *cache.views("weak")[place[row]], *cache.views("strong")[place[row]]]
+            kinds = [cache.plain[row], *cache.views("weak")[position[row]], *cache.views("strong")[position[row]]]
             wanted = normalize(torch.from_numpy(kinds[VIEWS[t, i]]).float())
-            torch.testing.assert_close(found[t, i], wanted)
+            torch.testing.assert_close(result[t, i], wanted)
 
 
 def test_reading_into_memory_is_reading(features):
@@ -47,8 +47,8 @@ def test_reading_into_memory_is_reading(features):
 
 
 def test_rows_have_length_one(features):
-    for found in (features.rows(ROWS), features.all_views(ROWS)):
-        torch.testing.assert_close(found.norm(dim=-1), torch.ones(found.shape[:-1]))
+    for result in (features.rows(ROWS), features.all_views(ROWS)):
+        torch.testing.assert_close(result.norm(dim=-1), torch.ones(result.shape[:-1]))
 
 
 def test_widening_changes_nothing_but_rounding(features):

@@ -94,8 +94,8 @@ def test_orthogonality_gradient(size):
     wanted = orthogonality(c)
     (weight * wanted).sum().backward()
     velocity = torch.full_like(vectors, 2.0)
-    found = add_orthogonality_gradient(vectors, inverse_lengths(vectors), weight, velocity, Buffers(vectors))
-    torch.testing.assert_close(found, wanted.detach())
+    result = add_orthogonality_gradient(vectors, inverse_lengths(vectors), weight, velocity, Buffers(vectors))
+    torch.testing.assert_close(result, wanted.detach())
     torch.testing.assert_close(velocity - 2.0, c.grad, rtol=1e-7, atol=1e-9)
 
 
@@ -111,15 +111,15 @@ def test_cross_entropy_and_its_gradient(size, heads):
     each = [adjusted_cross_entropy(logits[:, :, h], labels, prior, none) for h in range(heads)]
     (weights * sum(each)).sum().backward()
     buffer = logits.detach().clone()
-    found = cross_entropy_gradient_(buffer, labels, weights)
-    torch.testing.assert_close(-found, torch.stack(each, dim=2).detach())
+    result = cross_entropy_gradient_(buffer, labels, weights)
+    torch.testing.assert_close(-result, torch.stack(each, dim=2).detach())
     torch.testing.assert_close(buffer, logits.grad, rtol=1e-7, atol=1e-12)
 
 
 def test_a_hopeless_row_has_a_finite_loss():
     logits = torch.tensor([[[[0.0, 500.0]]]])
-    found = cross_entropy_gradient_(logits, torch.tensor([[0]]), torch.ones(1, 1))
-    assert torch.isfinite(found).all()
+    result = cross_entropy_gradient_(logits, torch.tensor([[0]]), torch.ones(1, 1))
+    assert torch.isfinite(result).all()
     assert logits.flatten().tolist() == [-1.0, 1.0]
 
 

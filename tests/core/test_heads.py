@@ -44,12 +44,12 @@ def test_without_adapter_tensors_features_pass():
 @pytest.mark.parametrize("length", [0.1, 1.0, 30.0])
 def test_logits_are_scaled_cosines_whatever_the_weights_length(length):
     features, weights = unit(2, 3, 5), unit(2, 4, 5)
-    found = cosine_logits(features, length * weights, torch.tensor([25.0, 1.0]))
+    result = cosine_logits(features, length * weights, torch.tensor([25.0, 1.0]))
     for t, scale in enumerate([25.0, 1.0]):
         for b in range(3):
             for k in range(4):
                 wanted = scale * torch.nn.functional.cosine_similarity(features[t, b], weights[t, k], dim=0)
-                torch.testing.assert_close(found[t, b, k], wanted, rtol=1e-4, atol=1e-4)
+                torch.testing.assert_close(result[t, b, k], wanted, rtol=1e-4, atol=1e-4)
 
 
 def test_a_zero_weight_gives_zero_logits_and_finite_gradients():

@@ -21,9 +21,9 @@ def test_each_work_has_a_thread_and_a_core_of_its_own():
         meeting.wait()  # both are running at once
         yield threading.get_ident(), torch.get_num_threads()
 
-    found = list(interleaved([work(), work()]))
-    assert len({ident for ident, _ in found}) == 2
-    assert {cores for _, cores in found} == {1}
+    result = list(interleaved([work(), work()]))
+    assert len({ident for ident, _ in result}) == 2
+    assert {cores for _, cores in result} == {1}
     assert torch.get_num_threads() == before
 
 
@@ -43,14 +43,14 @@ def test_an_error_comes_out_once_all_have_ended():
     assert ended == [True]
 
 
-def test_who_stops_listening_stops_the_works():
+def test_a_caller_that_stops_reading_stops_the_threads():
     alive = threading.active_count()
 
     def endless():
         while True:
             yield 0
 
-    listening = interleaved([endless(), endless()])
-    assert next(listening) == 0
-    listening.close()
+    items = interleaved([endless(), endless()])
+    assert next(items) == 0
+    items.close()
     assert threading.active_count() == alive

@@ -84,7 +84,7 @@ def test_split_seed_overrides_the_seed():
     np.testing.assert_array_equal(one.unlabeled, two.unlabeled)
 
 
-def test_classes_keep_their_order_when_told_to():
+def test_classes_keep_their_order_on_request():
     labels, splits = rows()
     split = draw_split(labels, splits, NAMES, FitConfig(n1=50, permute_classes=False))
     assert split.class_order.tolist() == [0, 1, 2, 3, 4]
@@ -229,31 +229,31 @@ def test_shuffled_takes_as_many_as_the_data_allow():
     assert (more > left[ranked]).any()
 
 
-def told(share, seed=0, split=None, classes=5):
+def noisy(fraction, seed=0, split=None, classes=5):
     labels, splits = rows()
-    config = FitConfig(n1=60, gamma_l=20, label_noise=share, seed=seed, split_seed=seed, val_fraction=0.1)
+    config = FitConfig(n1=60, gamma_l=20, label_noise=fraction, seed=seed, split_seed=seed, val_fraction=0.1)
     split = draw_split(labels, splits, NAMES, config) if split is None else split
     return labels[split.labeled], training_labels(labels, split, classes, config), split
 
 
-@pytest.mark.parametrize("share", [0.0, 0.25, 0.6, 1.0])
-def test_so_many_labelled_images_are_told_a_wrong_class(share):
-    right, found, split = told(share)
-    assert (right != found).sum() == round(share * len(right))
-    assert set(found.tolist()) <= set(range(5))
-    assert found.shape == split.labeled.shape
+@pytest.mark.parametrize("fraction", [0.0, 0.25, 0.6, 1.0])
+def test_so_many_labelled_images_get_a_wrong_class(fraction):
+    right, result, split = noisy(fraction)
+    assert (right != result).sum() == round(fraction * len(right))
+    assert set(result.tolist()) <= set(range(5))
+    assert result.shape == split.labeled.shape
 
 
 def test_wrong_labels_follow_the_split_seed_and_nest():
-    _, some, split = told(0.2)
-    right, more, _ = told(0.5)
+    _, some, split = noisy(0.2)
+    right, more, _ = noisy(0.5)
     wrong = some != right
     assert np.array_equal(some[wrong], more[wrong])
-    assert np.array_equal(told(0.2)[1], some)
-    assert not np.array_equal(told(0.2, seed=1, split=split)[1], some)
+    assert np.array_equal(noisy(0.2)[1], some)
+    assert not np.array_equal(noisy(0.2, seed=1, split=split)[1], some)
 
 
-def test_wrong_classes_are_all_as_likely():
+def test_wrong_classes_are_equally_likely():
     labels = np.zeros(4000, dtype=np.int64)
     split = Split(np.arange(4000), *[np.empty(0, np.int64)] * 3, np.arange(5))
     counts = np.bincount(training_labels(labels, split, 5, FitConfig(label_noise=1.0)), minlength=5)

@@ -11,6 +11,8 @@ import shutil
 import pytest
 from PIL import Image
 
+from ulfine_fast.cache.io.digests import BLANK, sealed
+
 METHODS = ["zero_shot", "linear_probe", "lightweight", "ulfine", "ulfine_plus"]
 
 
@@ -121,12 +123,17 @@ def test_a_split_file_of_one_run_serves_another(demo, ulfine, tmp_path):
     assert json.loads((tmp_path / "run" / "split.json").read_text()) == json.loads(given.read_text())
 
 
+def rewrite_config(run, **values):
+    """Other values in the config.json of a run, sealed again."""
+    config = {**json.loads((run / "config.json").read_text()), **values, "digest": BLANK}
+    (run / "config.json").write_bytes(sealed(json.dumps(config).encode()))
+
+
 def test_a_run_whose_cache_is_gone_still_predicts_and_says_so_in_eval(demo, ulfine, tmp_path):
     folder, _ = demo
     run = tmp_path / "run"
     shutil.copytree(folder / "runs" / "linear_probe" / "seed-0", run)
-    head = json.loads((run / "config.json").read_text())
-    (run / "config.json").write_text(json.dumps({**head, "cache": str(tmp_path / "gone")}))
+    rewrite_config(run, cache=str(tmp_path / "gone"))
     done = ulfine("eval", run, code=2)
     assert "is gone" in done.stderr
     ulfine("predict", run, folder / "images" / "test" / "bag", "--out", tmp_path / "out.csv")
@@ -138,9 +145,8 @@ def test_heads_meet_only_the_encoder_they_were_fitted_with(demo, ulfine, tmp_pat
     folder, _ = demo
     run = tmp_path / "run"
     shutil.copytree(folder / "runs" / "linear_probe" / "seed-0", run)
-    head = json.loads((run / "config.json").read_text())
-    head["encoder"]["sha256"] = "0" * 64
-    (run / "config.json").write_text(json.dumps(head))
+    encoder = json.loads((run / "config.json").read_text())["encoder"]
+    rewrite_config(run, encoder={**encoder, "sha256": "0" * 64})
     done = ulfine("predict", run, folder / "images" / "test" / "bag", "--out", tmp_path / "out.csv", code=2)
     assert "model.sha256" in done.stderr
     done = ulfine("eval", run, "--cache", folder / "cache", code=2)

@@ -66,7 +66,7 @@ def test_predictions_from_and_to_tables(place):
 
 def test_many_trials_from_python(place):
     said = program(place, EXAMPLES / "many_trials.py")
-    assert [line.split(":")[0] for line in said.splitlines()] == ["by hand", "best settings", "by search", "report"]
+    assert [line.split(":")[0] for line in said.splitlines()] == ["by hand", "best options", "by search", "report"]
 
 
 def test_the_command_line_with_options_from_a_file(place, tmp_path, ulfine):

@@ -143,7 +143,7 @@ def test_without_text_the_class_means_are_the_prototypes(quick):
     assert run.metrics["balanced_accuracy"] > 0.5
 
 
-def test_strong_views_are_needed_or_noise_in_their_place(quick):
+def test_strong_views_are_needed_or_noise_instead(quick):
     cache = make_clusters(views=False)
     with pytest.raises(InputError, match=r"views\.strong = 0; extract again with --strong 1"):
         fit(cache, quick(method="lightweight"))
@@ -289,7 +289,7 @@ def test_adapters_of_different_rank_share_a_trial_batch(clusters, quick, method)
     """Padding beyond a trial's rank stays zero to the bit, and its run is as wide as its own rank."""
     configs = [quick(method=method, rank=rank, seed=rank, lr=0.2) for rank in (4, 16, 7)]
     features = DeviceFeatures.load(clusters, torch.device("cpu"))
-    splits = fitting._splits(clusters, configs, None)
+    splits = fitting.draw_splits(clusters, configs)
     together = TrialBatch(clusters, features, configs, splits)
     for _ in together.train():
         pass

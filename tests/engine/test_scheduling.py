@@ -8,7 +8,7 @@ from tests.conftest import make_clusters
 from ulfine_fast import FitConfig, fit_many
 from ulfine_fast.core.features import DeviceFeatures
 from ulfine_fast.engine import scheduling
-from ulfine_fast.engine.fit import _splits
+from ulfine_fast.engine.fit import draw_splits
 from ulfine_fast.engine.memory import peak_bytes
 from ulfine_fast.engine.trial_batch import TrialBatch
 from ulfine_fast.methods import ulfine_plus
@@ -24,7 +24,7 @@ def brief(monkeypatch):
 
 
 def prepared(cache, configs):
-    return DeviceFeatures.load(cache, CPU), configs, _splits(cache, configs, None)
+    return DeviceFeatures.load(cache, CPU), configs, draw_splits(cache, configs)
 
 
 def train_batch(cache, features, configs, splits):

@@ -8,7 +8,7 @@ import torch
 
 from ulfine_fast.core.features import DeviceFeatures
 from ulfine_fast.engine import validation
-from ulfine_fast.engine.fit import _splits
+from ulfine_fast.engine.fit import draw_splits
 from ulfine_fast.engine.history import plain
 from ulfine_fast.engine.trial_batch import TrialBatch
 from ulfine_fast.metrics import classification as metrics
@@ -25,7 +25,7 @@ def batch(request, clusters, quick, monkeypatch):
     configs = [
         quick(seed=s, split_seed=s // 2, n1=10 + 5 * s, val_fraction=0.1 * (s % 3), threshold=0.5) for s in range(5)
     ]
-    splits = _splits(clusters, configs, None)
+    splits = draw_splits(clusters, configs)
     made = TrialBatch(clusters, DeviceFeatures.load(clusters, torch.device("cpu")), configs, splits)
     torch.manual_seed(0)
     made.state.parameters["linear"] += 0.3 * torch.randn(5, 4, 16)
@@ -41,29 +41,29 @@ def logits_of(made, t, role, pseudo=False):
 
 
 def test_accuracies_are_those_of_each_trial_alone(batch, clusters):
-    found = batch._validation().accuracy(batch.inputs.val)
+    result = batch._validation().accuracy(batch.inputs.val)
     for t, split in enumerate(batch.splits):
         if not len(split.val):
-            assert np.isnan(found["balanced_accuracy"][t])
+            assert np.isnan(result["balanced_accuracy"][t])
             continue
         wanted = metrics.classification(logits_of(batch, t, "val"), clusters.labels[split.val], np.ones(4))
         for name in ("accuracy", "balanced_accuracy"):
-            assert plain(found[name][t]) == pytest.approx(wanted[name])
+            assert plain(result[name][t]) == pytest.approx(wanted[name])
 
 
 def test_health_is_that_of_each_trial_alone(batch, clusters):
-    found = batch._validation().health(batch.inputs.unlabeled)
+    result = batch._validation().health(batch.inputs.unlabeled)
     for t, split in enumerate(batch.splits):
         probabilities = metrics.softmax(logits_of(batch, t, "unlabeled", pseudo=True))
         wanted = metrics.pseudo_label_health(probabilities, clusters.labels[split.unlabeled], 0.5, 4)
         for name in NAMES:
-            assert plain(found[name][t]) == pytest.approx(wanted[name], abs=1e-6)
+            assert plain(result[name][t]) == pytest.approx(wanted[name], abs=1e-6)
 
 
 def test_logits_are_in_the_order_of_the_rows(batch):
-    found = batch._validation().logits(batch.inputs.test).numpy()
+    result = batch._validation().logits(batch.inputs.test).numpy()
     for t, split in enumerate(batch.splits):
-        np.testing.assert_allclose(found[t, : len(split.test)], logits_of(batch, t, "test"), atol=1e-4)
+        np.testing.assert_allclose(result[t, : len(split.test)], logits_of(batch, t, "test"), atol=1e-4)
 
 
 def test_finite_is_asked_of_each_trial():

@@ -30,20 +30,20 @@ def pool_of(features, labeled, labels, unlabeled, present):
 def world():
     """Build two trials of three classes, their method, its state and one batch of random unit features."""
 
-    def make(seed=0, trials=2, classes=3, dim=5, labeled=6, unlabeled=8, pool=20, **values):
+    def make(seed=0, count=2, classes=3, dim=5, labeled=6, unlabeled=8, pool=20, **values):
         torch.manual_seed(seed)
         usual = {"adapter": "none", "scale": 8.0, "tau": 1.0, "threshold": 0.5}
         config = FitConfig(**{**readable(values["method"], usual), **values})
-        log_prior = torch.log_softmax(torch.randn(trials, classes), -1)
-        told = trials_of(config, normalize(torch.randn(classes, dim)).repeat(trials, 1, 1), log_prior)
+        log_prior = torch.log_softmax(torch.randn(count, classes), -1)
+        trials = trials_of(config, normalize(torch.randn(classes, dim)).repeat(count, 1, 1), log_prior)
         batch = Batch(
-            normalize(torch.randn(trials, labeled, dim)),
-            torch.randint(classes, (trials, labeled)),
-            normalize(torch.randn(trials, unlabeled, dim)),
-            normalize(torch.randn(trials, unlabeled, dim)),
-            torch.randint(pool, (trials, unlabeled)),
+            normalize(torch.randn(count, labeled, dim)),
+            torch.randint(classes, (count, labeled)),
+            normalize(torch.randn(count, unlabeled, dim)),
+            normalize(torch.randn(count, unlabeled, dim)),
+            torch.randint(pool, (count, unlabeled)),
         )
         method = method_of(config)
-        return told, method, method.start(told), batch
+        return trials, method, method.start(trials), batch
 
     return make

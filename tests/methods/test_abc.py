@@ -22,16 +22,16 @@ def test_the_auxiliary_head_is_balanced(world, done):
         assert losses.labeled[t].item() == pytest.approx(main.labeled[t].item() + own, rel=1e-4)
         total = 0.0
         for easy, hard in zip(logits_of(batch.weak[t], head), logits_of(batch.strong[t], head), strict=True):
-            guess = softmax(easy)
-            sure, k = best(guess)
+            probabilities = softmax(easy)
+            sure, k = best(probabilities)
             kinds.add(sure >= 0.7)
-            total += (1 - done * (1 - ratio[k])) * cross_entropy(hard, guess) if sure >= 0.7 else 0.0
+            total += (1 - done * (1 - ratio[k])) * cross_entropy(hard, probabilities) if sure >= 0.7 else 0.0
         wanted = main.unlabeled[t].item() + 0.5 * total / 8
         assert losses.unlabeled[t].item() == pytest.approx(wanted, rel=1e-4)
     assert kinds == {True, False}
 
 
-def test_the_step_is_counted_and_no_gradient_comes_from_the_guesses(world):
+def test_the_step_is_counted_and_no_gradient_comes_from_the_pseudo_labels(world):
     trials, method, state, batch = world(method="abc", steps=4, threshold=0.0)
     batch.weak.requires_grad_(True)
     for tensor in state.parameters.values():
@@ -44,7 +44,7 @@ def test_the_step_is_counted_and_no_gradient_comes_from_the_guesses(world):
     assert state.scratch["done"].tolist() == [0.75, 0.75]
 
 
-def test_it_predicts_from_the_auxiliary_head_and_guesses_from_the_first(world):
+def test_it_predicts_from_the_auxiliary_head_and_pseudo_labels_from_the_first(world):
     trials, method, state, batch = world(method="abc")
     state.parameters["auxiliary"] = normalize(torch.randn(2, 3, 5))
     wanted = 8.0 * batch.weak @ state.parameters["auxiliary"].transpose(1, 2)

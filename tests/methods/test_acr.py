@@ -31,11 +31,11 @@ def test_both_branches_are_taught_by_the_fairer_logits(world):
         heads = [state.parameters[name][t] for name in ("linear", "balanced")]
         log_prior = trials.log_prior[t].tolist()
         shifts = [[2.0 * distance[t].item() * p for p in log_prior], [2.0 * p for p in log_prior]]
-        told = [logits_of(batch.labeled[t], head) for head in heads]
+        labeled_logits = [logits_of(batch.labeled[t], head) for head in heads]
         labels = batch.labels[t].tolist()
-        labeled = mean(cross_entropy(row, y) for row, y in zip(told[0], labels, strict=True))
+        labeled = mean(cross_entropy(row, y) for row, y in zip(labeled_logits[0], labels, strict=True))
         adjust = [1.5 * p for p in log_prior]
-        labeled += mean(cross_entropy(row, y, adjust) for row, y in zip(told[1], labels, strict=True))
+        labeled += mean(cross_entropy(row, y, adjust) for row, y in zip(labeled_logits[1], labels, strict=True))
         assert losses.labeled[t].item() == pytest.approx(labeled, rel=1e-4)
         weak = [logits_of(batch.weak[t], head) for head in heads]
         strong = [logits_of(batch.strong[t], head) for head in heads]
@@ -49,7 +49,7 @@ def test_both_branches_are_taught_by_the_fairer_logits(world):
     assert len(kinds) == 4
 
 
-def test_the_estimate_moves_by_the_balanced_branchs_sure_guesses(world):
+def test_the_estimate_moves_by_the_balanced_branchs_confident_pseudo_labels(world):
     trials, method, state, batch = two_branches(world, rho=0.8, threshold=0.95)
     before = state.memory["estimated"].clone()
     losses = method.losses(trials, state, batch)
@@ -83,12 +83,12 @@ def test_with_balanced_labels_both_branches_are_fixmatch(world):
     trials, method, state, batch = world(method="acr", adapter="residual")
     trials.log_prior.fill_(-torch.log(torch.tensor(3.0)).item())
     plain, other, start, _ = world(method="fixmatch", adapter="residual")
-    found, wanted = method.losses(trials, state, batch), other.losses(plain, start, batch)
-    torch.testing.assert_close(found.labeled, 2 * wanted.labeled)
-    torch.testing.assert_close(found.unlabeled, 2 * wanted.unlabeled)
+    result, wanted = method.losses(trials, state, batch), other.losses(plain, start, batch)
+    torch.testing.assert_close(result.labeled, 2 * wanted.labeled)
+    torch.testing.assert_close(result.unlabeled, 2 * wanted.unlabeled)
 
 
-def test_it_predicts_from_the_balanced_branch_and_guesses_from_the_plain_one(world):
+def test_it_predicts_from_the_balanced_branch_and_pseudo_labels_from_the_plain_one(world):
     trials, method, state, batch = two_branches(world, tau_u=2.0)
     balanced = 8.0 * batch.weak @ state.parameters["balanced"].transpose(1, 2)
     torch.testing.assert_close(method.logits(trials, state.tensors, batch.weak), balanced)

@@ -19,7 +19,7 @@ def two_heads(world, **values):
     return trials, method, state, batch
 
 
-def slow_guess(trials, state, batch, t, tau):
+def slow_probabilities(trials, state, batch, t, tau):
     """Probabilities of the averaged heads for each unlabelled image of a trial."""
     hidden, counted = (state.memory[name][t].tolist() for name in ("hidden", "all"))
     prior = trials.log_prior[t].exp().tolist()
@@ -37,16 +37,16 @@ def test_both_heads_are_taught_by_their_adjusted_mean(world):
     losses, kinds = method.losses(trials, state, batch), set()
     for t in range(2):
         heads, labels = [state.parameters[name][t] for name in ("linear", "balanced")], batch.labels[t].tolist()
-        told = [logits_of(batch.labeled[t], head) for head in heads]
+        labeled_logits = [logits_of(batch.labeled[t], head) for head in heads]
         shift = [1.2 * p for p in trials.log_prior[t].tolist()]
-        labeled = mean(cross_entropy(row, y) for row, y in zip(told[0], labels, strict=True))
-        labeled += mean(cross_entropy(row, y, shift) for row, y in zip(told[1], labels, strict=True))
+        labeled = mean(cross_entropy(row, y) for row, y in zip(labeled_logits[0], labels, strict=True))
+        labeled += mean(cross_entropy(row, y, shift) for row, y in zip(labeled_logits[1], labels, strict=True))
         assert losses.labeled[t].item() == pytest.approx(labeled, rel=1e-4)
         counted = state.memory["all"][t].tolist()
         shift, total = [1.2 * math.log(a / sum(counted)) for a in counted], 0.0
         strong = [logits_of(batch.strong[t], head) for head in heads]
-        for i, guess in enumerate(slow_guess(trials, state, batch, t, 1.2)):
-            sure, k = best(guess)
+        for i, row in enumerate(slow_probabilities(trials, state, batch, t, 1.2)):
+            sure, k = best(row)
             kinds.add(sure >= 0.8)
             if sure >= 0.8:
                 total += cross_entropy(strong[0][i], k) + cross_entropy(strong[1][i], k, shift)
@@ -54,14 +54,14 @@ def test_both_heads_are_taught_by_their_adjusted_mean(world):
     assert kinds == {True, False}
 
 
-def test_both_distributions_move_by_sure_guesses(world):
+def test_both_distributions_move_by_confident_pseudo_labels(world):
     trials, method, state, batch = two_heads(world, tau=1.0, threshold=0.8, rho=0.75)
     before = {name: value.clone() for name, value in state.memory.items()}
-    guesses = [slow_guess(trials, state, batch, t, 1.0) for t in range(2)]
+    rows = [slow_probabilities(trials, state, batch, t, 1.0) for t in range(2)]
     method.after_step(trials, state, batch, method.losses(trials, state, batch))
     for t in range(2):
         for k in range(3):
-            counts = sum(p[k] for p in guesses[t] if max(p) >= 0.8)
+            counts = sum(p[k] for p in rows[t] if max(p) >= 0.8)
             for name, old in before.items():
                 wanted = 0.75 * old[t, k].item() + 0.25 * counts
                 assert state.memory[name][t, k].item() == pytest.approx(wanted, rel=1e-4)
@@ -72,9 +72,9 @@ def test_with_balanced_labels_it_starts_as_two_fixmatches(world):
     trials.log_prior.fill_(torch.tensor(1 / 3).log().item())
     state = method.start(trials)
     plain, other, start, _ = world(method="fixmatch")
-    found, wanted = method.losses(trials, state, batch), other.losses(plain, start, batch)
-    torch.testing.assert_close(found.labeled, 2 * wanted.labeled)
-    torch.testing.assert_close(found.unlabeled, 2 * wanted.unlabeled)
+    result, wanted = method.losses(trials, state, batch), other.losses(plain, start, batch)
+    torch.testing.assert_close(result.labeled, 2 * wanted.labeled)
+    torch.testing.assert_close(result.unlabeled, 2 * wanted.unlabeled)
 
 
 def test_the_balanced_head_predicts(world):

@@ -10,9 +10,9 @@ from ulfine_fast.ops.losses import adjusted_cross_entropy
 @pytest.mark.parametrize("ratio", [0.0, 0.2, 1.0])
 def test_logits_are_the_papers(world, ratio):
     trials, method, state, batch = world(method="clip_adapter", adapter_scale=ratio, rank=4)
-    found = method.logits(trials, state.tensors, batch.weak)
+    result = method.logits(trials, state.tensors, batch.weak)
     for t in range(2):
-        for row, logits in zip(batch.weak[t], found[t], strict=True):
+        for row, logits in zip(batch.weak[t], result[t], strict=True):
             bottleneck = F.relu(F.relu(row @ state.parameters["down"][t]) @ state.parameters["up"][t])
             blended = F.normalize(ratio * bottleneck + (1 - ratio) * row, dim=0)
             torch.testing.assert_close(logits, 8.0 * trials.prototypes[t] @ blended, rtol=1e-4, atol=1e-4)

@@ -25,8 +25,9 @@ def slow_enhanced(trials, batch, t, step, least):
     prior, rows, blended = trials.log_prior[t].exp().tolist(), [], 0
     for i, (x, y) in enumerate(zip(batch.labeled[t], batch.labels[t].tolist(), strict=True)):
         if drawn[i] < (max(prior) - prior[y]) / max(prior):
-            share = 1 - (1 - least) * drawn[6 + i]
-            x, blended = share * x + (1 - share) * batch.strong[t, i], blended + 1
+            kept = 1 - (1 - least) * drawn[6 + i]
+            x = kept * x + (1 - kept) * batch.strong[t, i]
+            blended += 1
         rows.append(x / x.norm())
     return torch.stack(rows), blended
 
@@ -52,14 +53,14 @@ def test_losses_are_fixmatchs_and_those_of_balanced_enhanced_rows(world):
     assert kinds == {True, False}
 
 
-def test_rarer_classes_are_blended_more_often_and_classes_count_alike():
+def test_rarer_classes_are_blended_more_often_and_classes_count_the_same():
     log_prior = torch.tensor([[0.8, 0.16, 0.04, 1e-8]]).log()
     torch.testing.assert_close(blend_chances(log_prior), torch.tensor([[0.0, 0.8, 0.95, 1.0]]))
     weights = balanced_weights(log_prior)
     torch.testing.assert_close(weights * log_prior.exp(), torch.tensor([[1 / 3, 1 / 3, 1 / 3, 0.0]]))
 
 
-def test_a_share_of_one_or_no_unlabelled_images_blends_nothing(world):
+def test_a_fraction_of_one_or_no_unlabelled_images_blends_nothing(world):
     trials, method, state, batch = apart(world, least_labeled=1.0)
     torch.testing.assert_close(method.enhanced(trials, state, batch), batch.labeled)
     torch.testing.assert_close(method.enhanced(trials, state, replace(batch, strong=None)), batch.labeled)
@@ -98,5 +99,5 @@ def test_averages_follow_the_weights_and_predict(world):
     state.memory["averaged.adapter.up"].zero_()
     wanted = 8.0 * batch.weak @ normalize(state.memory["averaged.balanced"]).transpose(1, 2)
     torch.testing.assert_close(method.logits(trials, state.tensors, batch.weak), wanted)
-    guessed = 8.0 * batch.weak @ normalize(state.parameters["balanced"]).transpose(1, 2)
-    torch.testing.assert_close(method.pseudo_logits(trials, state.tensors, batch.weak), guessed)
+    wanted = 8.0 * batch.weak @ normalize(state.parameters["balanced"]).transpose(1, 2)
+    torch.testing.assert_close(method.pseudo_logits(trials, state.tensors, batch.weak), wanted)

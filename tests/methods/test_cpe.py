@@ -16,7 +16,7 @@ def test_each_expert_is_fixmatch_with_its_own_adjustment(world):
     losses, kinds = method.losses(trials, state, batch), set()
     for t in range(2):
         prior, labels = trials.log_prior[t].tolist(), batch.labels[t].tolist()
-        # of three classes each is a third; the rarest one's guesses train three times
+        # of three classes each is a third; the rarest one's pseudo-labels train three times
         times = [1 + sorted(prior, reverse=True).index(p) for p in prior]
         labeled = unlabeled = 0.0
         for strength, name in enumerate(EXPERTS):
@@ -43,8 +43,8 @@ def test_where_nothing_is_sure_nothing_unlabelled_trains(world):
 def test_without_adjustment_all_experts_stay_one(world):
     trials, method, state, batch = world(method="cpe", tau=0.0)
     plain, other, start, _ = world(method="fixmatch")
-    found, wanted = method.losses(trials, state, batch), other.losses(plain, start, batch)
-    torch.testing.assert_close(found.labeled, 3 * wanted.labeled)
+    result, wanted = method.losses(trials, state, batch), other.losses(plain, start, batch)
+    torch.testing.assert_close(result.labeled, 3 * wanted.labeled)
     for tensor in state.parameters.values():
         tensor.requires_grad_(True)
     losses = method.losses(trials, state, batch)

@@ -19,12 +19,12 @@ def with_pool(world, step, **values):
     return trials, method, state, replace(batch, positions=batch.positions % 18), pool
 
 
-def test_late_guesses_are_those_of_the_table(world):
+def test_late_pseudo_labels_are_those_of_the_table(world):
     trials, method, state, batch, pool = with_pool(world, 50, threshold=0.6)
     raw = torch.softmax(method.logits(trials, state.tensors, pool.unlabeled), -1)
     totals = trials.log_prior.exp() * torch.tensor([[18.0], [20.0]])
     wanted = refine(prune(raw, pool.present, totals, torch.full((2,), 2.0)), pool.present, totals)
-    torch.testing.assert_close(method.drawn(trials, state), wanted)
+    torch.testing.assert_close(method.pool_probabilities(trials, state), wanted)
     torch.testing.assert_close(wanted.sum(1), totals, rtol=1e-2, atol=1e-2)
     losses = method.losses(trials, state, batch)
     for t in range(2):
@@ -33,14 +33,14 @@ def test_late_guesses_are_those_of_the_table(world):
             assert losses.pseudo.mask[t, i] == float(wanted[t, position].max() >= 0.6)
 
 
-def test_early_guesses_are_fixmatchs(world):
+def test_early_pseudo_labels_are_fixmatchs(world):
     trials, method, state, batch, pool = with_pool(world, 39, tau=0.0)
     plain, other, start, _ = world(method="fixmatch")
-    found, wanted = method.losses(trials, state, batch), other.losses(plain, start, batch)
-    torch.testing.assert_close(found.unlabeled, wanted.unlabeled)
-    torch.testing.assert_close(found.labeled, wanted.labeled)
+    result, wanted = method.losses(trials, state, batch), other.losses(plain, start, batch)
+    torch.testing.assert_close(result.unlabeled, wanted.unlabeled)
+    torch.testing.assert_close(result.labeled, wanted.labeled)
     raw = torch.softmax(method.logits(trials, state.tensors, pool.unlabeled), -1)
-    torch.testing.assert_close(method.drawn(trials, state), raw)
+    torch.testing.assert_close(method.pool_probabilities(trials, state), raw)
 
 
 def test_each_trial_has_its_own_start(world):

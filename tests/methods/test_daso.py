@@ -12,7 +12,7 @@ from ulfine_fast.ops.prototypes import normalize
 
 
 def with_means(world, **values):
-    """DASO's world with class means of its own and a guesses' distribution."""
+    """DASO's world with class means of its own and a distribution of pseudo-labels."""
     trials, method, state, batch = world(method="daso", **values)
     state.memory["visual"] = normalize(torch.randn(2, 3, 5))
     state.memory["seen"] = torch.ones(2, 3, dtype=torch.bool)
@@ -27,7 +27,7 @@ def slow_blend(linear, semantic, guessed, temperature):
 
 
 @pytest.mark.parametrize("temperature", [0.3, 1.5])
-def test_guesses_blend_both_classifiers(world, temperature):
+def test_pseudo_labels_blend_both_classifiers(world, temperature):
     trials, method, state, batch = with_means(world, blend_temperature=temperature, threshold=0.95, lambda_u=0.8)
     losses, kinds = method.losses(trials, state, batch), set()
     for t in range(2):
@@ -56,8 +56,8 @@ def test_semantic_alignment_pulls_the_strong_view_to_the_weak_ones_class_means(w
 
 def test_blend_weights_by_hand():
     guessed = torch.tensor([[0.8, 0.2, 0.05], [0.25, 0.25, 0.5]])
-    found = blend_weights(guessed, torch.tensor([2.0, 1.0]))
-    torch.testing.assert_close(found, torch.tensor([[1.0, 0.5, 0.25], [0.5, 0.5, 1.0]]))
+    result = blend_weights(guessed, torch.tensor([2.0, 1.0]))
+    torch.testing.assert_close(result, torch.tensor([[1.0, 0.5, 0.25], [0.5, 0.5, 1.0]]))
 
 
 def test_class_means_start_from_all_labelled_images_and_never_from_padding(world):
@@ -76,7 +76,7 @@ def test_class_means_start_from_all_labelled_images_and_never_from_padding(world
     torch.testing.assert_close(visual[0, 2], rows[2], rtol=1e-4, atol=1e-5)
 
 
-def test_a_class_without_labels_is_not_guessed_by_its_mean(world):
+def test_a_class_without_labels_is_not_predicted_by_its_mean(world):
     trials, method, state, batch = with_means(world, semantic_weight=1.0)
     state.memory["seen"][:, 1] = False
     chances = torch.softmax(method.semantic(trials, state.tensors, batch.weak), -1)
@@ -84,15 +84,15 @@ def test_a_class_without_labels_is_not_guessed_by_its_mean(world):
     assert torch.isfinite(method.losses(trials, state, batch).regularizer).all()
 
 
-def test_memories_move_by_labels_and_guesses(world):
+def test_memories_move_by_labels_and_pseudo_labels(world):
     trials, method, state, batch = with_means(world, visual_momentum=0.8, rho=0.6)
     visual, guessed = state.memory["visual"].clone(), state.memory["guessed"].clone()
     losses = method.losses(trials, state, batch)
     method.after_step(trials, state, batch, losses)
     for t in range(2):
         for k in range(3):
-            share = (losses.pseudo.labels[t] == k).float().mean()
-            torch.testing.assert_close(state.memory["guessed"][t, k], 0.6 * guessed[t, k] + 0.4 * share)
+            fraction = (losses.pseudo.labels[t] == k).float().mean()
+            torch.testing.assert_close(state.memory["guessed"][t, k], 0.6 * guessed[t, k] + 0.4 * fraction)
             members = batch.labeled[t][batch.labels[t] == k]
             wanted = visual[t, k]
             if len(members):
@@ -100,26 +100,26 @@ def test_memories_move_by_labels_and_guesses(world):
             torch.testing.assert_close(state.memory["visual"][t, k], wanted, rtol=1e-4, atol=1e-5)
 
 
-def test_where_only_unguessed_classes_would_blend_it_is_fixmatch(world):
+def test_where_only_unpredicted_classes_would_blend_it_is_fixmatch(world):
     trials, method, state, batch = with_means(world, blend_temperature=0.01, tau=0.0, semantic_weight=0.0)
     state.memory["guessed"] = torch.tensor([[0.0, 1.0, 0.5], [0.0, 1.0, 0.5]])
-    # no image is guessed as the one class that is blended
+    # no image is predicted as the one class that is blended
     far = normalize(trials.prototypes[:, 0] - trials.prototypes[:, 1]).unsqueeze(1)
     batch = replace(batch, weak=far.expand(-1, 8, -1))
     plain, other, start, _ = world(method="fixmatch")
-    found, wanted = method.losses(trials, state, batch), other.losses(plain, start, batch)
-    torch.testing.assert_close(found.pseudo.probabilities, wanted.pseudo.probabilities)
-    torch.testing.assert_close(found.unlabeled, wanted.unlabeled)
-    torch.testing.assert_close(found.labeled, wanted.labeled)
+    result, wanted = method.losses(trials, state, batch), other.losses(plain, start, batch)
+    torch.testing.assert_close(result.pseudo.probabilities, wanted.pseudo.probabilities)
+    torch.testing.assert_close(result.unlabeled, wanted.unlabeled)
+    torch.testing.assert_close(result.labeled, wanted.labeled)
 
 
 @pytest.mark.parametrize("sharpen", [0.5, 2.0])
 def test_pseudo_logits_give_the_blend_at_any_temperature(world, sharpen):
     trials, method, state, batch = with_means(world, sharpen=sharpen)
     logits = method.pseudo_logits(trials, state.tensors, batch.weak)
-    guesses = method.guess(trials, state, batch)
-    torch.testing.assert_close(torch.softmax(logits / sharpen, -1), guesses.probabilities)
+    pseudo = method.pseudo_labels(trials, state, batch)
+    torch.testing.assert_close(torch.softmax(logits / sharpen, -1), pseudo.probabilities)
     linear = torch.softmax(method.logits(trials, state.tensors, batch.weak) / sharpen, -1)
     semantic = torch.softmax(method.semantic(trials, state.tensors, batch.weak), -1)
     m = blend_weights(state.memory["guessed"], trials.values["blend_temperature"]).gather(1, linear.argmax(-1))
-    torch.testing.assert_close(guesses.probabilities, torch.lerp(linear, semantic, m.unsqueeze(-1)))
+    torch.testing.assert_close(pseudo.probabilities, torch.lerp(linear, semantic, m.unsqueeze(-1)))

@@ -11,8 +11,8 @@ from tests.methods.conftest import pool_of
 T, B, U, K, D = 2, 6, 8, 3, 5
 
 
-def prepared(world, given=None, **values):
-    """Two trials with heads apart from each other and some classes already given to the twenty unlabelled images."""
+def prepared(world, assigned=None, **values):
+    """Two trials with heads apart from each other and some classes already assigned to the twenty unlabelled images."""
     trials, method, state, batch = world(
         **{"method": "finessl", "lambda_u": 0.7, "smoothing": 0.4, "margin": 6.0, **values}
     )
@@ -21,8 +21,8 @@ def prepared(world, given=None, **values):
     with torch.no_grad():
         for name in ("linear", "auxiliary"):
             state.parameters[name].add_(0.3 * torch.randn(T, K, D))
-    if given is not None:
-        state.scratch["given"][:, : len(given)] = torch.tensor(given)
+    if assigned is not None:
+        state.scratch["assigned"][:, : len(assigned)] = torch.tensor(assigned)
     return trials, method, state, batch
 
 
@@ -35,10 +35,10 @@ def cosines(features, weights, scale):
     return [[scale * torch.nn.functional.cosine_similarity(x, w, dim=0).item() for w in weights] for x in features]
 
 
-def slow_margins(given, strength):
-    counts = [given.count(k) for k in range(K)]
-    share = [count / max(counts) for count in counts]
-    return [strength * (max(share) - min(share)) * (1 - s) / (1 + s) for s in share]
+def slow_margins(assigned, strength):
+    counts = [assigned.count(k) for k in range(K)]
+    beta = [count / max(counts) for count in counts]
+    return [strength * (max(beta) - min(beta)) * (1 - b) / (1 + b) for b in beta]
 
 
 def slow_loss(row, label, margin, shift=(0.0,) * K):
@@ -49,10 +49,10 @@ def slow_loss(row, label, margin, shift=(0.0,) * K):
 
 @pytest.mark.parametrize("tau", [0.0, 1.0])
 def test_losses_are_the_papers_row_by_row(world, tau):
-    given = [0, 0, 0, 0, 1, 1]
-    trials, method, state, batch = prepared(world, given, tau=tau, threshold=0.6)
+    assigned = [0, 0, 0, 0, 1, 1]
+    trials, method, state, batch = prepared(world, assigned, tau=tau, threshold=0.6)
     losses = method.losses(trials, state, batch)
-    margins = slow_margins(given, 6.0)
+    margins = slow_margins(assigned, 6.0)
     for t in range(T):
         heads = [state.parameters[name][t] for name in ("linear", "auxiliary")]
         main, auxiliary = (cosines(batch.labeled[t], head, 8.0) for head in heads)
@@ -95,7 +95,7 @@ def test_the_main_heads_scale_is_learned_and_predicts(world):
 
 
 def test_it_remembers_the_last_sure_class_of_each_image(world):
-    trials, method, state, batch = prepared(world, given=[2, 2, 2], threshold=0.5)
+    trials, method, state, batch = prepared(world, assigned=[2, 2, 2], threshold=0.5)
     batch = replace(batch, positions=torch.arange(U).repeat(T, 1))
     losses = method.losses(trials, state, batch)
     method.after_step(trials, state, batch, losses)
@@ -104,8 +104,8 @@ def test_it_remembers_the_last_sure_class_of_each_image(world):
             earlier = 2 if i < 3 else -1
             sure = bool(losses.pseudo.mask[t, i])
             wanted = int(losses.pseudo.labels[t, i]) if sure else earlier
-            assert int(state.scratch["given"][t, i]) == wanted
-    assert (state.scratch["given"][:, U:] == -1).all()
+            assert int(state.scratch["assigned"][t, i]) == wanted
+    assert (state.scratch["assigned"][:, U:] == -1).all()
 
 
 def test_a_image_drawn_twice_keeps_one_of_its_classes(world):
@@ -113,10 +113,10 @@ def test_a_image_drawn_twice_keeps_one_of_its_classes(world):
     batch = replace(batch, positions=torch.zeros_like(batch.positions))
     losses = method.losses(trials, state, batch)
     method.after_step(trials, state, batch, losses)
-    assert torch.equal(state.scratch["given"][:, 0], losses.pseudo.labels.amax(-1))
+    assert torch.equal(state.scratch["assigned"][:, 0], losses.pseudo.labels.amax(-1))
 
 
-def test_no_margin_while_nobody_was_given_a_class(world):
+def test_no_margin_while_no_image_has_a_class(world):
     trials, method, state, _ = prepared(world)
     assert method.margins(trials, state).abs().max() == 0
 
@@ -131,7 +131,7 @@ def test_no_unlabelled_images_no_unlabelled_loss(world):
 
 
 def test_margins_off_the_label_keep_rare_classes_alive(world):
-    # with the same logits, a class that few were given loses more until it wins by its margin
-    trials, method, state, batch = prepared(world, given=[0] * 9 + [1])
+    # with the same logits, a class that few were assigned loses more until it wins by its margin
+    trials, method, state, batch = prepared(world, assigned=[0] * 9 + [1])
     assert method.margins(trials, state)[0].tolist() == pytest.approx([0.0, 6 * (8 / 9) / (10 / 9), 6.0], rel=1e-5)
     assert torch.isfinite(method.losses(trials, state, batch).labeled).all()

@@ -28,13 +28,13 @@ def test_both_losses_are_the_published_ones(world, threshold):
 def test_it_is_lightweight_fine_tuning_without_the_adjustment(world):
     trials, method, state, batch = world(method="fixmatch", adapter="residual")
     plain, other, start, _ = world(method="lightweight", adapter="residual", tau=0.0)
-    found, wanted = method.losses(trials, state, batch), other.losses(plain, start, batch)
-    torch.testing.assert_close(found.labeled, wanted.labeled)
-    torch.testing.assert_close(found.unlabeled, wanted.unlabeled)
+    result, wanted = method.losses(trials, state, batch), other.losses(plain, start, batch)
+    torch.testing.assert_close(result.labeled, wanted.labeled)
+    torch.testing.assert_close(result.unlabeled, wanted.unlabeled)
     assert set(state.tensors) == set(start.tensors)
 
 
-def test_no_gradient_flows_through_the_guesses(world):
+def test_no_gradient_flows_through_the_pseudo_labels(world):
     trials, method, state, batch = world(method="fixmatch", threshold=0.0)
     for tensor in state.parameters.values():
         tensor.requires_grad_(True)

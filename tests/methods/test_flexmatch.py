@@ -9,12 +9,12 @@ from tests.methods.slow import best, cross_entropy, logits_of, softmax
 def with_pool(world, **values):
     """FlexMatch's world with classes noted for a pool of 20 images, four of them padding in the first trial."""
     trials, method, state, batch = world(method="flexmatch", **values)
-    given = torch.full((2, 20), -1)
-    given[0, :9] = torch.tensor([0, 0, 0, 0, 0, 0, 0, 1, 1])
-    given[1, :15] = torch.tensor([2] * 12 + [1] * 3)
+    assigned = torch.full((2, 20), -1)
+    assigned[0, :9] = torch.tensor([0, 0, 0, 0, 0, 0, 0, 1, 1])
+    assigned[1, :15] = torch.tensor([2] * 12 + [1] * 3)
     present = torch.ones(2, 20, dtype=torch.bool)
     present[0, 16:] = False
-    state.scratch = {"given": given, "present": present}
+    state.scratch = {"assigned": assigned, "present": present}
     return trials, method, state, batch
 
 
@@ -26,7 +26,7 @@ def test_thresholds_follow_the_learning_effect(world):
     torch.testing.assert_close(method.class_thresholds(trials, state), wanted)
 
 
-def test_guesses_train_over_their_classs_threshold(world):
+def test_pseudo_labels_train_over_their_classs_threshold(world):
     trials, method, state, batch = with_pool(world, threshold=0.9, tau=0.0, lambda_u=0.5)
     losses, thresholds, kinds = method.losses(trials, state, batch), method.class_thresholds(trials, state), set()
     for t in range(2):
@@ -42,7 +42,7 @@ def test_guesses_train_over_their_classs_threshold(world):
 
 def test_only_images_over_the_fixed_threshold_are_noted(world):
     trials, method, state, batch = with_pool(world, threshold=0.9)
-    before = state.scratch["given"].clone()
+    before = state.scratch["assigned"].clone()
     losses = method.losses(trials, state, batch)
     method.after_step(trials, state, batch, losses)
     for t in range(2):
@@ -56,15 +56,15 @@ def test_only_images_over_the_fixed_threshold_are_noted(world):
         assert noted
         for position, k in noted.items():
             wanted[position] = k
-        assert state.scratch["given"][t].tolist() == wanted
+        assert state.scratch["assigned"][t].tolist() == wanted
 
 
 def test_where_all_classes_are_learned_alike_it_is_fixmatch(world):
     trials, method, state, batch = with_pool(world, tau=0.0, threshold=0.8)
-    state.scratch["given"] = (torch.arange(18) % 3).repeat(2, 1)
+    state.scratch["assigned"] = (torch.arange(18) % 3).repeat(2, 1)
     state.scratch["present"] = torch.ones(2, 18, dtype=torch.bool)
     plain, other, start, _ = world(method="fixmatch", threshold=0.8)
-    found, wanted = method.losses(trials, state, batch), other.losses(plain, start, batch)
+    result, wanted = method.losses(trials, state, batch), other.losses(plain, start, batch)
     assert 0 < wanted.pseudo.mask.mean() < 1
-    torch.testing.assert_close(found.unlabeled, wanted.unlabeled)
-    torch.testing.assert_close(found.labeled, wanted.labeled)
+    torch.testing.assert_close(result.unlabeled, wanted.unlabeled)
+    torch.testing.assert_close(result.labeled, wanted.labeled)

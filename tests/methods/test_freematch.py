@@ -18,11 +18,11 @@ def test_thresholds_move_before_they_are_used(world):
         head = trials.prototypes[t]
         chances = [softmax(row) for row in logits_of(batch.weak[t], head)]
         overall = 0.6 * before["confidence"][t].item() + 0.4 * sum(max(p) for p in chances) / 8
-        shares = [0.6 * before["shares"][t, k].item() + 0.4 * sum(p[k] for p in chances) / 8 for k in range(3)]
+        running = [0.6 * before["shares"][t, k].item() + 0.4 * sum(p[k] for p in chances) / 8 for k in range(3)]
         total = 0.0
         for p, hard in zip(chances, logits_of(batch.strong[t], head), strict=True):
             sure, k = best(p)
-            kept.append(sure >= overall * shares[k] / max(shares))
+            kept.append(sure >= overall * running[k] / max(running))
             total += cross_entropy(hard, k) * kept[-1]
         assert losses.unlabeled[t].item() == pytest.approx(total / 8, rel=1e-4)
     # the case must tell images over their threshold from those under it
@@ -41,9 +41,9 @@ def test_running_means_are_those_that_the_loss_used(world):
         confidence = 0.9 / 3 + 0.1 * sum(max(p) for p in chances) / 8
         assert state.memory["confidence"][t].item() == pytest.approx(confidence, rel=1e-4)
         for k in range(3):
-            share = 0.9 / 3 + 0.1 * sum(p[k] for p in chances) / 8
+            wanted = 0.9 / 3 + 0.1 * sum(p[k] for p in chances) / 8
             count = 0.9 / 3 + 0.1 * sum(best(p)[1] == k for p in chances) / 8
-            assert state.memory["shares"][t, k].item() == pytest.approx(share, rel=1e-4)
+            assert state.memory["shares"][t, k].item() == pytest.approx(wanted, rel=1e-4)
             assert state.memory["histogram"][t, k].item() == pytest.approx(count, rel=1e-4)
 
 
@@ -57,10 +57,10 @@ def test_with_one_fixed_threshold_it_is_fixmatch(world):
     trials, method, state, batch = world(method="freematch", rho=0.9999, tau=0.0, fairness=0.0)
     state.memory["confidence"].fill_(0.7)
     plain, other, start, _ = world(method="fixmatch", threshold=0.7)
-    found, wanted = method.losses(trials, state, batch), other.losses(plain, start, batch)
-    assert torch.equal(found.pseudo.mask, wanted.pseudo.mask)
+    result, wanted = method.losses(trials, state, batch), other.losses(plain, start, batch)
+    assert torch.equal(result.pseudo.mask, wanted.pseudo.mask)
     assert 0 < wanted.pseudo.mask.mean() < 1
-    torch.testing.assert_close(found.unlabeled, wanted.unlabeled)
+    torch.testing.assert_close(result.unlabeled, wanted.unlabeled)
 
 
 def test_fairness_is_weighted_and_its_gradient_comes_from_the_strong_view_alone(world):
@@ -79,7 +79,7 @@ def test_fairness_is_weighted_and_its_gradient_comes_from_the_strong_view_alone(
 def test_fairness_enters_with_its_sign_and_the_moved_means(world):
     trials, method, state, batch = world(method="freematch", fairness=0.5, rho=0.5)
     losses = method.losses(trials, state, batch)
-    strong = method.linear(trials, state, batch.strong)
+    strong = method.linear_logits(trials, state, batch.strong)
     method.after_step(trials, state, batch, losses)
     memory = state.memory
     wanted = 0.5 * fairness_loss(strong, losses.pseudo.mask, memory["shares"], memory["histogram"])

@@ -47,8 +47,8 @@ def test_a_saved_run_predicts_what_the_fit_did(clusters, quick, tmp_path, method
     run = fit(clusters, quick(method=method, steps=20))
     loaded = Run.load(run.save(tmp_path / "run"))
     rows = [clusters.ids.index(name) for name in run.test_ids]
-    found = loaded.predict_proba(np.asarray(clusters.plain[rows], dtype=np.float32))
-    np.testing.assert_allclose(found, run.test_probabilities, atol=1e-4)
+    result = loaded.predict_proba(np.asarray(clusters.plain[rows], dtype=np.float32))
+    np.testing.assert_allclose(result, run.test_probabilities, atol=1e-4)
 
 
 @pytest.mark.parametrize("method", METHODS)

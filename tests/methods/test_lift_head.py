@@ -65,9 +65,9 @@ def test_logits_before_the_projection(world, encoder_end):
 
 def test_it_starts_from_the_texts_through_the_projection(world, encoder_end):
     trials, _, state = before(world, encoder_end)
-    for text, found in zip(trials.prototypes[0], state.parameters["linear"][0], strict=True):
+    for text, result in zip(trials.prototypes[0], state.parameters["linear"][0], strict=True):
         wanted = torch.stack([encoder_end["projection"][w] @ text for w in range(6)])
-        torch.testing.assert_close(found, wanted / wanted.norm())
+        torch.testing.assert_close(result, wanted / wanted.norm())
 
 
 def test_the_start_does_not_see_how_long_texts_are(encoder_end):

@@ -54,13 +54,13 @@ def model(tmp_path_factory):
 @pytest.fixture(scope="module")
 def caches(images, model, tmp_path_factory):
     """Float16 caches with the tokens of the last block, and with what is projected."""
-    found = {}
+    result = {}
     for features in ("last-block", "pre-projection"):
         folder = tmp_path_factory.mktemp(features) / "cache"
         encoder = load_encoder(model, device="cpu", features=features)
         extract(open_source(images), encoder, folder, views=CROPS, workers=0, progress=False)
-        found[features] = FeatureCache.open(folder)
-    return found
+        result[features] = FeatureCache.open(folder)
+    return result
 
 
 @pytest.fixture(scope="module")
@@ -144,9 +144,9 @@ def test_runs_are_saved_evaluated_and_predict_images(images, caches, features, t
 
 def test_five_crops_average_the_logits_of_corners_and_middle(images, tower, caches):
     run = fit(caches["pre-projection"], LIFT, device="cpu", progress=False)
-    found = predict_images(run, images / "test", device="cpu", five_crops=True)
+    result = predict_images(run, images / "test", device="cpu", five_crops=True)
     source = open_source(images)
-    (row,) = [row for row in source.rows if row.id == f"test/{found.ids[0]}"]
+    (row,) = [row for row in source.rows if row.id == f"test/{result.ids[0]}"]
     image, heads = source.read(row), run.tensors["linear"]
     side = round(20 * 224 / 248)  # of 24 x 20 pixels
     corners = [(left, top) for top in (0, 20 - side) for left in (0, 24 - side)]
@@ -155,8 +155,8 @@ def test_five_crops_average_the_logits_of_corners_and_middle(images, tower, cach
     with torch.no_grad():
         logits = 25 * normalize(tower.model.visual(pixels), dim=-1) @ normalize(heads, dim=-1).T  # (5, K)
     wanted = torch.softmax(logits.mean(0) / run.metrics["temperature"], 0)
-    np.testing.assert_allclose(found.probabilities[0], wanted, atol=1e-3)
-    assert np.abs(predict_images(run, images / "test", device="cpu").probabilities - found.probabilities).max() > 0
+    np.testing.assert_allclose(result.probabilities[0], wanted, atol=1e-3)
+    assert np.abs(predict_images(run, images / "test", device="cpu").probabilities - result.probabilities).max() > 0
 
 
 def test_the_schedule_takes_crops_that_are_large_enough(caches):

@@ -17,23 +17,23 @@ def loaded(**values):
 
 def test_all_views_are_the_plain_the_weak_and_the_strong_ones_in_turn():
     cache, features = loaded()
-    found = features.all_views(ROWS)
-    assert found.shape == (2, 3, 4, 16)
+    result = features.all_views(ROWS)
+    assert result.shape == (2, 3, 4, 16)
     order = cache.view_rows.tolist()
     for t in range(2):
         for i, row in enumerate(ROWS[t].tolist()):
-            place = order.index(row)
-            stored = [cache.plain[row], *cache.views("weak")[place], *cache.views("strong")[place]]
+            position = order.index(row)
+            stored = [cache.plain[row], *cache.views("weak")[position], *cache.views("strong")[position]]
             for view, wanted in enumerate(stored):
-                torch.testing.assert_close(found[t, i, view], normalize(torch.from_numpy(wanted).float()))
+                torch.testing.assert_close(result[t, i, view], normalize(torch.from_numpy(wanted).float()))
 
 
 def test_all_views_agree_with_the_views_by_kind():
     _, features = loaded()
-    found = features.all_views(ROWS)
-    torch.testing.assert_close(found[:, :, 0], features.rows(ROWS))
-    torch.testing.assert_close(found[:, :, 1], features.at(features.slots(ROWS, torch.ones_like(ROWS))))
-    torch.testing.assert_close(found[:, :, 3], features.at(features.slots(ROWS, torch.full_like(ROWS, 3))))
+    result = features.all_views(ROWS)
+    torch.testing.assert_close(result[:, :, 0], features.rows(ROWS))
+    torch.testing.assert_close(result[:, :, 1], features.at(features.slots(ROWS, torch.ones_like(ROWS))))
+    torch.testing.assert_close(result[:, :, 3], features.at(features.slots(ROWS, torch.full_like(ROWS, 3))))
 
 
 def test_without_views_the_plain_one_is_all():

@@ -11,12 +11,12 @@ from tests.methods.slow import best, cross_entropy, logits_of, softmax
 
 def slow_weights(chances, memory, t, rho):
     """Weights of one trial's guesses, and its running means after the batch."""
-    shares = [rho * memory["shares"][t, k].item() + (1 - rho) * sum(p[k] for p in chances) / 8 for k in range(3)]
-    moved = [[q / s for q, s in zip(p, shares, strict=True)] for p in chances]
+    running = [rho * memory["shares"][t, k].item() + (1 - rho) * sum(p[k] for p in chances) / 8 for k in range(3)]
+    moved = [[q / s for q, s in zip(p, running, strict=True)] for p in chances]
     sure = [max(p) / sum(p) for p in moved]
     mean = rho * memory["mean"][t].item() + (1 - rho) * statistics.mean(sure)
     variance = rho * memory["variance"][t].item() + (1 - rho) * statistics.variance(sure)
-    return [math.exp(-(min(c - mean, 0.0) ** 2) / (2 * variance / 4)) for c in sure], mean, variance, shares
+    return [math.exp(-(min(c - mean, 0.0) ** 2) / (2 * variance / 4)) for c in sure], mean, variance, running
 
 
 def with_means(world, **values):
@@ -27,9 +27,9 @@ def with_means(world, **values):
     return trials, method, state, batch
 
 
-def test_every_guess_trains_by_its_weight(world):
+def test_every_pseudo_label_trains_by_its_weight(world):
     trials, method, state, batch = with_means(world, rho=0.7, tau=0.0, lambda_u=1.0)
-    losses, found = method.losses(trials, state, batch), []
+    losses, result = method.losses(trials, state, batch), []
     for t in range(2):
         head = trials.prototypes[t]
         chances = [softmax(row) for row in logits_of(batch.weak[t], head)]
@@ -38,9 +38,9 @@ def test_every_guess_trains_by_its_weight(world):
         # the class is that of the probabilities before alignment
         total = sum(w * cross_entropy(z, best(p)[1]) for w, z, p in zip(weights, strong, chances, strict=True))
         assert losses.unlabeled[t].item() == pytest.approx(total / 8, rel=1e-4)
-        found += weights
-    assert min(found) < 0.5
-    assert max(found) == 1.0
+        result += weights
+    assert min(result) < 0.5
+    assert max(result) == 1.0
 
 
 def test_running_means_are_those_that_the_loss_used(world):
@@ -49,19 +49,19 @@ def test_running_means_are_those_that_the_loss_used(world):
     method.after_step(trials, state, batch, method.losses(trials, state, batch))
     for t in range(2):
         chances = [softmax(row) for row in logits_of(batch.weak[t], trials.prototypes[t])]
-        _, mean, variance, shares = slow_weights(chances, before, t, 0.7)
+        _, mean, variance, running = slow_weights(chances, before, t, 0.7)
         assert state.memory["mean"][t].item() == pytest.approx(mean, rel=1e-4)
         assert state.memory["variance"][t].item() == pytest.approx(variance, rel=1e-4)
-        assert state.memory["shares"][t].tolist() == pytest.approx(shares, rel=1e-4)
+        assert state.memory["shares"][t].tolist() == pytest.approx(running, rel=1e-4)
 
 
 def test_with_a_mean_under_all_it_is_fixmatch_without_a_threshold(world):
     trials, method, state, batch = with_means(world, rho=0.9999, tau=0.0)
     state.memory["mean"] = torch.zeros(2)
     plain, other, start, _ = world(method="fixmatch", threshold=0.0)
-    found, wanted = method.losses(trials, state, batch), other.losses(plain, start, batch)
-    torch.testing.assert_close(found.unlabeled, wanted.unlabeled)
-    torch.testing.assert_close(found.labeled, wanted.labeled)
+    result, wanted = method.losses(trials, state, batch), other.losses(plain, start, batch)
+    torch.testing.assert_close(result.unlabeled, wanted.unlabeled)
+    torch.testing.assert_close(result.labeled, wanted.labeled)
 
 
 def test_a_batch_of_one_image_moves_the_variance_towards_none(world):

@@ -36,9 +36,9 @@ def slow_logits(trials, pool, t, row, alpha, beta, tau):
 @pytest.mark.parametrize("tau", [0.0, 1.0])
 def test_logits_are_the_papers(world, method, tau):
     trials, chosen, state, batch, pool = filled(world, method, cache_weight=2.0, cache_sharpness=3.0, tau=tau)
-    found = chosen.logits(trials, state.tensors, batch.weak)
+    result = chosen.logits(trials, state.tensors, batch.weak)
     for t in range(2):
-        for row, logits in zip(batch.weak[t], found[t], strict=True):
+        for row, logits in zip(batch.weak[t], result[t], strict=True):
             assert logits.tolist() == pytest.approx(
                 slow_logits(trials, pool, t, row, 2.0, 3.0, tau), rel=1e-4, abs=1e-4
             )
@@ -52,9 +52,9 @@ def test_an_empty_weight_leaves_the_text_alone(world):
 
 def test_a_sharp_cache_gives_its_own_images_their_labels(world):
     trials, chosen, state, _, pool = filled(world, "tip_adapter", cache_weight=100.0, cache_sharpness=200.0)
-    found = chosen.logits(trials, state.tensors, pool.labeled).argmax(-1)
+    result = chosen.logits(trials, state.tensors, pool.labeled).argmax(-1)
     there = pool.labels >= 0
-    assert torch.equal(found[there], pool.labels[there])
+    assert torch.equal(result[there], pool.labels[there])
 
 
 def test_only_f_trains_and_only_its_keys(world):
@@ -67,7 +67,7 @@ def test_only_f_trains_and_only_its_keys(world):
     assert set(state.memory) == {"prototypes", "values"}
 
 
-def test_a_later_look_at_the_pool_leaves_trained_keys_alone(world):
+def test_a_later_refresh_leaves_trained_keys_as_they_are(world):
     trials, chosen, state, _, pool = filled(world, "tip_adapter_f")
     state.parameters["keys"] = torch.randn_like(state.parameters["keys"])
     before = state.parameters["keys"].clone()

@@ -28,12 +28,12 @@ def balanced(predicted, labels):
 
 def gains(cache, runs):
     """Balanced test accuracy of each run less that of its own probe."""
-    found = []
+    result = []
     for run in runs:
         rows = [cache.ids.index(name) for name in run.test_ids]
         probe = (unit_rows(cache, rows) @ run.tensors["linear"].numpy().T).argmax(1)
-        found.append(run.metrics["balanced_accuracy"] - balanced(probe, run.test_labels))
-    return np.array(found)
+        result.append(run.metrics["balanced_accuracy"] - balanced(probe, run.test_labels))
+    return np.array(result)
 
 
 def merged(cache, pairs):
@@ -216,7 +216,7 @@ def test_candidates_never_see_the_labels_of_their_fold(clusters, watched, monkey
     fit(lying, plus(), split=split)
     before, after = watched[:5], watched[5:]  # five folds each, counting the whole
     assert len(after) == 5
-    assert before[0][0].given.shape[2] == 5  # starts
+    assert before[0][0].label_weights.shape[2] == 5  # starting priors
     changed = []
     for (evidence, fitted), (other, refitted) in zip(before, after, strict=True):
         same = torch.equal(evidence.anchor, other.anchor)
@@ -227,9 +227,9 @@ def test_candidates_never_see_the_labels_of_their_fold(clusters, watched, monkey
 
 def test_every_fold_leaves_its_own_rows_out(clusters, watched):
     fit(clusters, plus(folds=3, label_weight=7.0))
-    given = torch.stack([evidence.given[0] for evidence, _ in watched], dim=1)  # (L, 1 + folds, S, K)
-    assert (given[:, 0].sum(-1) == 7).all()
-    left_out = (given.sum(-1) == 0).all(-1)[:, 1:]  # (L, folds)
+    weights = torch.stack([evidence.label_weights[0] for evidence, _ in watched], dim=1)  # (L, 1 + folds, S, K)
+    assert (weights[:, 0].sum(-1) == 7).all()
+    left_out = (weights.sum(-1) == 0).all(-1)[:, 1:]  # (L, folds)
     assert left_out.sum(1).max() == 1
     assert (left_out.sum(0) > 0).all()
 
@@ -238,7 +238,7 @@ def test_the_scatter_between_views_is_summed_over_parts_of_the_pool(clusters, wa
     fit(clusters, plus())
     monkeypatch.setattr(ulfine_plus, "_TOGETHER", 50)
     fit(clusters, plus())
-    torch.testing.assert_close(watched[0][0].hidden, watched[5][0].hidden, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(watched[0][0].unlabeled, watched[5][0].unlabeled, rtol=1e-3, atol=1e-3)
 
 
 def explicit_logits(run, features):
@@ -280,23 +280,23 @@ def test_without_probe_weight_clusters_forget_the_probe(clusters, watched):
     assert watched[0][0].anchor.abs().max() == 0
 
 
-def test_guesses_are_probabilities_and_mostly_right():
+def test_pseudo_labels_are_probabilities_and_mostly_right():
     cache = make_clusters(noise=1.2, train=100)
     run = fit(cache, plus(shape="uniform"))
     assert run.metrics["pseudo_label_rate"] == 1
     assert run.metrics["pseudo_label_precision"] > 0.9
     assert run.history == []
-    shares = run.tensors["shares"]
-    torch.testing.assert_close(shares.sum(-1), torch.ones(5))
+    prior = run.tensors["shares"]
+    torch.testing.assert_close(prior.sum(-1), torch.ones(5))
     # a uniform unlabelled set is seen as one, whatever a candidate began with
-    assert (shares - 0.25).abs().max() < 0.12
+    assert (prior - 0.25).abs().max() < 0.12
 
 
 def test_before_any_image_is_seen_the_text_predicts(world):
-    told, method, state, batch = world(method="ulfine_plus")
-    assert method.drawn(told, state) is None
-    wanted = batch.weak @ told.prototypes.transpose(1, 2)
-    torch.testing.assert_close(method.logits(told, state.tensors, batch.weak), wanted)
+    trials, method, state, batch = world(method="ulfine_plus")
+    assert method.pool_probabilities(trials, state) is None
+    wanted = batch.weak @ trials.prototypes.transpose(1, 2)
+    torch.testing.assert_close(method.logits(trials, state.tensors, batch.weak), wanted)
 
 
 @pytest.mark.usefixtures("brief")

@@ -71,8 +71,8 @@ def test_cross_entropy_and_gradient(size, heads):
     each = [adjusted_cross_entropy(logits[:, :, h], labels, prior, none) for h in range(heads)]
     (weights * sum(each)).sum().backward()
     buffer = logits.detach().clone()
-    found = kernels.cross_entropy_gradient_(buffer, labels, weights)
-    torch.testing.assert_close(-found, torch.stack(each, dim=2).detach(), rtol=1e-4, atol=1e-5)
+    result = kernels.cross_entropy_gradient_(buffer, labels, weights)
+    torch.testing.assert_close(-result, torch.stack(each, dim=2).detach(), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(buffer, logits.grad, rtol=1e-4, atol=1e-6)
 
 

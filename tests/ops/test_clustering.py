@@ -11,106 +11,108 @@ from ulfine_fast.ops.mixture import whitening
 from ulfine_fast.ops.prototypes import normalize
 from ulfine_fast.ops.transport import transport
 
-K, D, LABELED, HIDDEN = 3, 8, 15, 400
-SHARES = torch.tensor([0.6, 0.3, 0.1])
+K, D, LABELED, UNLABELED = 3, 8, 15, 400
+PRIOR = torch.tensor([0.6, 0.3, 0.1])
 
 
 def schedule(trials=1, **values):
-    told = {"blunt": 5.0, "sharp": 15.0, "pull": 0.0, "rounds": 8, "inner": 3, "held": 2, **values}
-    numbers = {name: torch.full((trials,), told.pop(name)) for name in ("blunt", "sharp", "pull")}
-    return Schedule(**told, **numbers)
+    values = {"sharpness_start": 5.0, "sharpness_end": 15.0, "prior_pseudo_count": 0.0, **values}
+    per_trial = {name: torch.full((trials,), value) for name, value in values.items() if isinstance(value, float)}
+    return Schedule(**{"rounds": 8, "steps": 3, "held_rounds": 2, **values, **per_trial})
 
 
 def gaussians(candidates=1, start=(0.1, 0.3, 0.6), seed=0):
-    """Round clusters of unequal size, five labelled rows of each that weigh ten, and shares the wrong way round."""
+    """Round clusters of unequal size, five labelled rows of each that weigh ten, and a prior the wrong way round."""
     torch.manual_seed(seed)
     labels = torch.arange(LABELED) % K
-    truth = torch.multinomial(SHARES, HIDDEN, replacement=True)
-    rows = torch.eye(K, D)[torch.cat([labels, truth])] + 0.2 * torch.randn(1, LABELED + HIDDEN, D)
-    everyone = torch.ones(1, LABELED + HIDDEN, dtype=torch.bool)
-    white = whitening(rows, everyone, None, torch.zeros(1), torch.zeros(1))(rows)
-    given = 10 * F.one_hot(labels, K).float().view(1, LABELED, 1, K)
+    truth = torch.multinomial(PRIOR, UNLABELED, replacement=True)
+    rows = torch.eye(K, D)[torch.cat([labels, truth])] + 0.2 * torch.randn(1, LABELED + UNLABELED, D)
+    present = torch.ones(1, LABELED + UNLABELED, dtype=torch.bool)
+    white = whitening(rows, present, None, torch.zeros(1), torch.zeros(1))(rows)
+    label_weights = 10 * F.one_hot(labels, K).float().view(1, LABELED, 1, K)
     evidence = Evidence(
         white[:, :LABELED],
-        given.repeat(1, 1, candidates, 1),
+        label_weights.repeat(1, 1, candidates, 1),
         white[:, LABELED:],
-        torch.ones(1, HIDDEN, dtype=torch.bool),
-        torch.zeros(1, HIDDEN, candidates, K),
+        torch.ones(1, UNLABELED, dtype=torch.bool),
+        torch.zeros(1, UNLABELED, candidates, K),
         torch.tensor(start).repeat(1, candidates, 1),
     )
     return evidence, truth
 
 
 def right(clusters, truth):
-    """Share of the hidden rows that the first candidate puts into their class."""
-    return float((clusters.plan[0, :, 0].argmax(-1) == truth).float().mean())
+    """Fraction of the unlabelled rows that the first candidate puts into their class."""
+    return float((clusters.probabilities[0, :, 0].argmax(-1) == truth).float().mean())
 
 
 def with_probe(evidence):
     """Anchored by the cosines with the labelled rows' own class means."""
-    means = normalize(evidence.given[:, :, 0].transpose(1, 2) @ evidence.labeled)
-    cosine = normalize(evidence.hidden) @ means.transpose(1, 2)
+    means = normalize(evidence.label_weights[:, :, 0].transpose(1, 2) @ evidence.labeled)
+    cosine = normalize(evidence.unlabeled) @ means.transpose(1, 2)
     return replace(evidence, anchor=cosine.unsqueeze(2).expand_as(evidence.anchor))
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_clusters_and_their_shares_are_found_from_a_wrong_start(seed):
+def test_clusters_and_their_prior_are_found_from_a_wrong_start(seed):
     evidence, truth = gaussians(seed=seed)
     clusters = fit_clusters(with_probe(evidence), schedule())
     assert right(clusters, truth) > 0.97
-    counts = torch.bincount(truth, minlength=K) / HIDDEN
-    torch.testing.assert_close(clusters.shares[0, 0], counts, rtol=0, atol=0.03)
+    counts = torch.bincount(truth, minlength=K) / UNLABELED
+    torch.testing.assert_close(clusters.prior[0, 0], counts, rtol=0, atol=0.03)
 
 
 def test_the_metric_forgets_what_varies_inside_classes():
     evidence, truth = gaussians()
     fitted = fit_clusters(with_probe(evidence), schedule())
-    flat = fit_clusters(with_probe(evidence), schedule(rounds=1, inner=24))
+    flat = fit_clusters(with_probe(evidence), schedule(rounds=1, steps=24))
     assert flat.metric.factors.abs().max() == 0
     assert right(fitted, truth) > right(flat, truth) + 0.1
 
 
-def test_shares_held_throughout_are_the_starts_and_the_plan_has_them():
+def test_a_prior_held_throughout_is_the_start_and_the_mean_probability():
     evidence, _ = gaussians(start=(0.2, 0.5, 0.3))
     evidence = with_probe(evidence)
-    clusters = fit_clusters(evidence, schedule(held=8, blunt=2.0, sharp=2.0))
-    torch.testing.assert_close(clusters.shares, evidence.start)
-    torch.testing.assert_close(clusters.plan.mean(1), evidence.start, rtol=0, atol=1e-3)
+    clusters = fit_clusters(evidence, schedule(held_rounds=8, sharpness_start=2.0, sharpness_end=2.0))
+    torch.testing.assert_close(clusters.prior, evidence.prior)
+    torch.testing.assert_close(clusters.probabilities.mean(1), evidence.prior, rtol=0, atol=1e-3)
 
 
-def test_a_strong_pull_keeps_the_starting_shares():
+def test_a_large_pseudo_count_keeps_the_starting_prior():
     evidence, _ = gaussians()
-    clusters = fit_clusters(with_probe(evidence), schedule(pull=1e4))
-    torch.testing.assert_close(clusters.shares, evidence.start, rtol=0, atol=1e-3)
+    clusters = fit_clusters(with_probe(evidence), schedule(prior_pseudo_count=1e4))
+    torch.testing.assert_close(clusters.prior, evidence.prior, rtol=0, atol=1e-3)
 
 
-def test_no_share_vanishes():
+def test_no_class_vanishes():
     evidence, _ = gaussians()
     against = replace(evidence, anchor=evidence.anchor - torch.tensor([0.0, 0.0, 1e3]))
     clusters = fit_clusters(against, schedule())
-    assert clusters.shares[0, 0, 2] == pytest.approx(1e-3, rel=0.01)
-    torch.testing.assert_close(clusters.shares.sum(-1), torch.ones(1, 1))
+    assert clusters.prior[0, 0, 2] == pytest.approx(1e-3, rel=0.01)
+    torch.testing.assert_close(clusters.prior.sum(-1), torch.ones(1, 1))
 
 
 def test_a_large_anchor_decides_alone():
     evidence, _ = gaussians()
     torch.manual_seed(9)
-    anchor = 1e4 * torch.randn(1, HIDDEN, 1, K)
-    clusters = fit_clusters(replace(evidence, anchor=anchor), schedule(held=0))
-    torch.testing.assert_close(clusters.plan, torch.softmax(anchor, -1))
+    anchor = 1e4 * torch.randn(1, UNLABELED, 1, K)
+    clusters = fit_clusters(replace(evidence, anchor=anchor), schedule(held_rounds=0))
+    torch.testing.assert_close(clusters.probabilities, torch.softmax(anchor, -1))
 
 
-def test_the_first_probabilities_are_the_anchors_on_the_starting_shares():
+def test_the_first_probabilities_are_the_anchors_on_the_starting_prior():
     evidence, _ = gaussians()
     evidence = with_probe(evidence)
     clusters = fit_clusters(evidence, schedule(rounds=0))
-    torch.testing.assert_close(clusters.plan, transport(evidence.anchor, evidence.start.log(), evidence.present))
+    torch.testing.assert_close(
+        clusters.probabilities, transport(evidence.anchor, evidence.prior.log(), evidence.present)
+    )
 
 
 def test_without_an_anchor_the_first_probabilities_are_the_start():
     evidence, _ = gaussians()
     clusters = fit_clusters(evidence, schedule(rounds=0))
-    torch.testing.assert_close(clusters.plan, evidence.start.unsqueeze(1).expand_as(clusters.plan))
+    torch.testing.assert_close(clusters.probabilities, evidence.prior.unsqueeze(1).expand_as(clusters.probabilities))
 
 
 def test_without_an_anchor_labels_alone_name_the_clusters():
@@ -118,43 +120,43 @@ def test_without_an_anchor_labels_alone_name_the_clusters():
     assert right(fit_clusters(evidence, schedule()), truth) > 0.97
 
 
-def slow_step(evidence, plan, kappa, shares):
+def slow_step(evidence, plan, kappa, prior):
     """One EM round of the only candidate under the flat metric, in plain tensors of one trial."""
-    rows = F.normalize(evidence.hidden[0], dim=-1)
+    rows = F.normalize(evidence.unlabeled[0], dim=-1)
     labeled = F.normalize(evidence.labeled[0], dim=-1)
     centers = torch.stack(
         [
             sum(w * x for w, x in zip(plan[:, k], rows, strict=True))
-            + sum(w * x for w, x in zip(evidence.given[0, :, 0, k], labeled, strict=True))
+            + sum(w * x for w, x in zip(evidence.label_weights[0, :, 0, k], labeled, strict=True))
             for k in range(K)
         ]
     )
     cosine = rows @ F.normalize(centers, dim=-1).T
-    return torch.softmax(kappa * cosine + evidence.anchor[0, :, 0] + shares.log(), -1)
+    return torch.softmax(kappa * cosine + evidence.anchor[0, :, 0] + prior.log(), -1)
 
 
 def test_steps_are_expectation_and_maximisation():
     evidence, _ = gaussians()
-    cut = replace(
+    short = replace(
         evidence,
-        hidden=evidence.hidden[:, :30],
+        unlabeled=evidence.unlabeled[:, :30],
         present=evidence.present[:, :30],
         anchor=2 * torch.randn(1, 30, 1, K),
     )
-    clusters = fit_clusters(cut, schedule(rounds=1, inner=2, held=0, pull=0.5))
-    plan = transport(cut.anchor, cut.start.log(), cut.present)[0, :, 0]
-    shares = cut.start[0, 0]
+    clusters = fit_clusters(short, schedule(rounds=1, steps=2, held_rounds=0, prior_pseudo_count=0.5))
+    plan = transport(short.anchor, short.prior.log(), short.present)[0, :, 0]
+    prior = short.prior[0, 0]
     for _ in range(2):
-        plan = slow_step(cut, plan, 5.0, shares)
-        shares = plan.mean(0) + 0.5 * cut.start[0, 0]
-        shares = shares / shares.sum()
-    torch.testing.assert_close(clusters.plan[0, :, 0], plan, rtol=1e-3, atol=1e-5)
-    torch.testing.assert_close(clusters.shares[0, 0], shares, rtol=1e-4, atol=1e-5)
+        plan = slow_step(short, plan, 5.0, prior)
+        prior = plan.mean(0) + 0.5 * short.prior[0, 0]
+        prior = prior / prior.sum()
+    torch.testing.assert_close(clusters.probabilities[0, :, 0], plan, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(clusters.prior[0, 0], prior, rtol=1e-4, atol=1e-5)
 
 
 def test_sharpness_grows_by_a_factor_a_round():
-    told = schedule(2, rounds=3, blunt=4.0, sharp=16.0)
-    assert [told.sharpness(n).flatten().tolist() for n in range(3)] == [[4.0, 4.0], [8.0, 8.0], [16.0, 16.0]]
+    two = schedule(2, rounds=3, sharpness_start=4.0, sharpness_end=16.0)
+    assert [two.sharpness(n).flatten().tolist() for n in range(3)] == [[4.0, 4.0], [8.0, 8.0], [16.0, 16.0]]
     assert schedule(1, rounds=1).sharpness(0).item() == 5.0
 
 
@@ -167,11 +169,11 @@ def padded(evidence, more):
 
     return Evidence(
         longer(evidence.labeled, 7.0),
-        longer(evidence.given),
-        longer(evidence.hidden),
+        longer(evidence.label_weights),
+        longer(evidence.unlabeled),
         longer(evidence.present, False),
         longer(evidence.anchor, 3.0),
-        evidence.start,
+        evidence.prior,
     )
 
 
@@ -181,61 +183,64 @@ def test_a_trial_alone_is_the_same_as_padded_among_others():
     neighbour = padded(second, 5)
     both = Evidence(*(torch.cat([getattr(long, n), getattr(neighbour, n)]) for n in Evidence.__dataclass_fields__))
     together, alone = fit_clusters(both, schedule(2)), fit_clusters(first, schedule())
-    torch.testing.assert_close(together.plan[:1, :HIDDEN], alone.plan, rtol=1e-3, atol=1e-4)
-    torch.testing.assert_close(together.shares[:1], alone.shares, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(together.probabilities[:1, :UNLABELED], alone.probabilities, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(together.prior[:1], alone.prior, rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(together.centers[:1], alone.centers, rtol=1e-3, atol=1e-3)
-    assert (together.plan[:, HIDDEN:] == 0).all()
+    assert (together.probabilities[:, UNLABELED:] == 0).all()
 
 
 def test_candidates_do_not_see_what_was_left_out_of_them():
     evidence, _ = gaussians(candidates=2)
-    evidence.given[:, :3, 1] = 0  # the second candidate has no labels of the first rows
-    evidence = replace(evidence, anchor=torch.randn(1, HIDDEN, 2, K))
-    other = replace(evidence, given=evidence.given.clone())
-    other.given[:, :3, 0] = other.given[:, :3, 0].roll(1, dims=-1)
+    evidence.label_weights[:, :3, 1] = 0  # the second candidate has no labels of the first rows
+    evidence = replace(evidence, anchor=torch.randn(1, UNLABELED, 2, K))
+    other = replace(evidence, label_weights=evidence.label_weights.clone())
+    other.label_weights[:, :3, 0] = other.label_weights[:, :3, 0].roll(1, dims=-1)
     before, after = fit_clusters(evidence, schedule()), fit_clusters(other, schedule())
-    torch.testing.assert_close(before.plan[:, :, 1], after.plan[:, :, 1], rtol=0, atol=1e-6)
+    torch.testing.assert_close(before.probabilities[:, :, 1], after.probabilities[:, :, 1], rtol=0, atol=1e-6)
     torch.testing.assert_close(before.centers[:, 1], after.centers[:, 1], rtol=0, atol=1e-6)
     assert not torch.allclose(before.centers[:, 0], after.centers[:, 0], atol=1e-4)
 
 
 def test_candidates_of_other_starts_do_not_mix():
     evidence, _ = gaussians(candidates=2)
-    evidence = replace(with_probe(evidence), start=torch.tensor([[[0.1, 0.3, 0.6], [0.4, 0.3, 0.3]]]))
-    both = fit_clusters(evidence, schedule(pull=0.5))
+    evidence = replace(with_probe(evidence), prior=torch.tensor([[[0.1, 0.3, 0.6], [0.4, 0.3, 0.3]]]))
+    both = fit_clusters(evidence, schedule(prior_pseudo_count=0.5))
     for s in range(2):
         one = Evidence(
             evidence.labeled,
-            evidence.given[:, :, s : s + 1],
-            evidence.hidden,
+            evidence.label_weights[:, :, s : s + 1],
+            evidence.unlabeled,
             evidence.present,
             evidence.anchor[:, :, s : s + 1],
-            evidence.start[:, s : s + 1],
+            evidence.prior[:, s : s + 1],
         )
         torch.testing.assert_close(
-            fit_clusters(one, schedule(pull=0.5)).plan, both.plan[:, :, s : s + 1], rtol=1e-3, atol=1e-4
+            fit_clusters(one, schedule(prior_pseudo_count=0.5)).probabilities,
+            both.probabilities[:, :, s : s + 1],
+            rtol=1e-3,
+            atol=1e-4,
         )
 
 
-def test_without_hidden_rows_the_centers_are_the_labelled_means():
+def test_without_unlabelled_rows_the_centers_are_the_labelled_means():
     evidence, _ = gaussians()
-    nobody = replace(
+    nothing = replace(
         evidence,
-        hidden=torch.zeros(1, 1, D),
+        unlabeled=torch.zeros(1, 1, D),
         present=torch.zeros(1, 1, dtype=torch.bool),
         anchor=torch.zeros(1, 1, 1, K),
     )
-    clusters = fit_clusters(nobody, schedule(rounds=1))
+    clusters = fit_clusters(nothing, schedule(rounds=1))
     rows = F.normalize(evidence.labeled[0], dim=-1)
     wanted = torch.stack([rows[k::K].sum(0) for k in range(K)])
     torch.testing.assert_close(clusters.centers[0, 0], F.normalize(wanted, dim=-1))
-    assert torch.isfinite(fit_clusters(nobody, schedule()).centers).all()
+    assert torch.isfinite(fit_clusters(nothing, schedule()).centers).all()
 
 
 def test_cosines_of_new_rows_are_those_of_the_last_metric():
     evidence, truth = gaussians()
     clusters = fit_clusters(with_probe(evidence), schedule())
-    found = clusters.cosines(evidence.hidden)
-    assert found.shape == (1, HIDDEN, 1, K)
-    assert found.abs().max() <= 1 + 1e-4
-    assert (found[0, :, 0].argmax(-1) == truth).float().mean() > 0.95
+    result = clusters.cosines(evidence.unlabeled)
+    assert result.shape == (1, UNLABELED, 1, K)
+    assert result.abs().max() <= 1 + 1e-4
+    assert (result[0, :, 0].argmax(-1) == truth).float().mean() > 0.95

@@ -8,7 +8,7 @@ import torch
 from ulfine_fast.ops.crops import choose_crops, smallest_crop
 
 
-def slow_share(step, total, epochs):
+def slow_fraction(step, total, epochs):
     if epochs == 0:
         return 0.0
     time = (step * epochs // total) / max(epochs - 1, 1)
@@ -17,24 +17,24 @@ def slow_share(step, total, epochs):
 
 def test_the_schedule_of_each_trial():
     epochs, total = torch.tensor([0.0, 1.0, 3.0, 5.0]), 20
-    found = smallest_crop(torch.arange(total), total, epochs)
-    wanted = [[slow_share(step, total, int(e)) for e in epochs.tolist()] for step in range(total)]
-    torch.testing.assert_close(found, torch.tensor(wanted, dtype=torch.float64), atol=1e-12, rtol=0)
+    result = smallest_crop(torch.arange(total), total, epochs)
+    wanted = [[slow_fraction(step, total, int(e)) for e in epochs.tolist()] for step in range(total)]
+    torch.testing.assert_close(result, torch.tensor(wanted, dtype=torch.float64), atol=1e-12, rtol=0)
 
 
 def test_it_goes_from_eight_percent_to_the_whole_image():
-    found = smallest_crop(torch.tensor([0, 9]), 10, torch.tensor([5.0]))
-    assert found[0, 0].item() == pytest.approx(0.08)
+    result = smallest_crop(torch.tensor([0, 9]), 10, torch.tensor([5.0]))
+    assert result[0, 0].item() == pytest.approx(0.08)
     # exactly, or a whole image would be too small
-    assert found[1, 0].item() == 1.0
+    assert result[1, 0].item() == 1.0
 
 
 def test_only_large_enough_views_are_drawn_and_each_as_often():
     areas = torch.tensor([1.0, 0.3, 0.7, 0.5]).expand(30_000, 4)
     numbers = torch.randint(2**32, (30_000,), generator=torch.Generator().manual_seed(0))
     chosen = choose_crops(areas, torch.full((30_000,), 0.5), numbers)
-    shares = torch.bincount(chosen, minlength=4) / 30_000
-    torch.testing.assert_close(shares, torch.tensor([1.0, 0.0, 1.0, 1.0]) / 3, atol=0.02, rtol=0)
+    fractions = torch.bincount(chosen, minlength=4) / 30_000
+    torch.testing.assert_close(fractions, torch.tensor([1.0, 0.0, 1.0, 1.0]) / 3, atol=0.02, rtol=0)
 
 
 def test_where_none_is_large_enough_it_is_the_largest():

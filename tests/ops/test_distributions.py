@@ -18,12 +18,12 @@ from ulfine_fast.ops.distributions import (
 def test_divergence_is_the_mean_of_both_directions():
     torch.manual_seed(0)
     one, other = torch.softmax(torch.randn(3, 5), -1), torch.softmax(torch.randn(3, 5), -1)
-    found = symmetric_divergence(one, other)
+    result = symmetric_divergence(one, other)
     for t in range(3):
         pairs = list(zip(one[t].tolist(), other[t].tolist(), strict=True))
         wanted = sum(p * math.log(p / q) + q * math.log(q / p) for p, q in pairs) / 2
-        assert found[t].item() == pytest.approx(wanted, rel=1e-4)
-    torch.testing.assert_close(found, symmetric_divergence(other, one))
+        assert result[t].item() == pytest.approx(wanted, rel=1e-4)
+    torch.testing.assert_close(result, symmetric_divergence(other, one))
     assert symmetric_divergence(one, one).abs().max() < 1e-7
 
 
@@ -31,7 +31,7 @@ def test_an_empty_class_gives_a_finite_divergence():
     assert torch.isfinite(symmetric_divergence(torch.tensor([[1.0, 0.0]]), torch.tensor([[0.5, 0.5]]))).all()
 
 
-def test_reversal_is_by_rank_and_not_by_place():
+def test_reversal_is_by_rank_and_not_by_position():
     prior = torch.tensor([[0.1, 0.6, 0.3], [0.2, 0.3, 0.5]])
     torch.testing.assert_close(reversed_ranks(prior), torch.tensor([[0.6, 0.1, 0.3], [0.5, 0.3, 0.2]]))
     torch.testing.assert_close(reversed_ranks(reversed_ranks(prior)), prior)
@@ -42,8 +42,8 @@ def test_distance_is_the_softmax_of_three_divergences():
     estimated = torch.tensor([[0.5, 0.2, 0.3]])
     uniform, reverse = torch.full((1, 3), 1 / 3), torch.tensor([[0.1, 0.2, 0.7]])
     powers = [math.exp(symmetric_divergence(estimated, anchor).item()) for anchor in (prior, uniform, reverse)]
-    found = distance_from_labeled(estimated, prior)
-    assert found.item() == pytest.approx(powers[0] / sum(powers), rel=1e-4)
+    result = distance_from_labeled(estimated, prior)
+    assert result.item() == pytest.approx(powers[0] / sum(powers), rel=1e-4)
 
 
 def test_distance_at_the_anchors():
@@ -59,16 +59,16 @@ def test_distance_at_the_anchors():
 
 def test_alignment_by_hand():
     probabilities = torch.tensor([[[0.5, 0.5], [0.8, 0.2]]])
-    found = aligned(probabilities, torch.tensor([[1.0, 3.0]]), torch.tensor([[0.5, 0.5]]))
-    torch.testing.assert_close(found, torch.tensor([[[0.25, 0.75], [4 / 7, 3 / 7]]]))
+    result = aligned(probabilities, torch.tensor([[1.0, 3.0]]), torch.tensor([[0.5, 0.5]]))
+    torch.testing.assert_close(result, torch.tensor([[[0.25, 0.75], [4 / 7, 3 / 7]]]))
     same = aligned(probabilities, torch.tensor([[2.0, 2.0]]), torch.tensor([[0.3, 0.3]]))
     torch.testing.assert_close(same, probabilities)
 
 
 def test_rarity_leaves_out_classes_without_labels():
     prior = torch.tensor([[0.8, 0.15, 0.05, 0.0], [0.25, 0.25, 0.25, 0.25]])
-    found = rarity(prior.clamp(min=1e-8).log())
-    torch.testing.assert_close(found, torch.tensor([[0.0625, 1 / 3, 1.0, 1.0], [1.0, 1.0, 1.0, 1.0]]))
+    result = rarity(prior.clamp(min=1e-8).log())
+    torch.testing.assert_close(result, torch.tensor([[0.0625, 1 / 3, 1.0, 1.0], [1.0, 1.0, 1.0, 1.0]]))
 
 
 def test_thirds_go_by_rank():

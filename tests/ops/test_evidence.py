@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.methods.slow import softmax
-from ulfine_fast.ops.evidence import fold_numbers, held_out_scores, starting_shares
+from ulfine_fast.ops.evidence import fold_numbers, held_out_scores, starting_priors
 
 SEEDS = torch.tensor([3, 4])
 K = 4
@@ -14,15 +14,15 @@ K = 4
 LABELS = torch.tensor([[0] * 9 + [1] * 4 + [2] * 2 + [3] + [-1] * 3, [3] * 5 + [0] * 8 + [1, 2] * 3])
 
 
-def test_folds_share_every_class_out_evenly():
+def test_folds_split_every_class_evenly():
     folds = fold_numbers(SEEDS, LABELS, K, 3)
     for t in range(2):
         for k in range(K):
-            mine = folds[t, LABELS[t] == k].tolist()
-            if len(mine) < 2:
+            own_folds = folds[t, LABELS[t] == k].tolist()
+            if len(own_folds) < 2:
                 continue
-            counts = [mine.count(j) for j in (1, 2, 3)]
-            assert sum(counts) == len(mine)
+            counts = [own_folds.count(j) for j in (1, 2, 3)]
+            assert sum(counts) == len(own_folds)
             assert max(counts) - min(counts) <= 1
 
 
@@ -54,13 +54,13 @@ def test_a_trial_alone_without_its_padding_has_the_same_folds():
 
 def test_the_order_within_a_class_is_drawn():
     labels = torch.zeros(1, 40, dtype=torch.int64)
-    found = fold_numbers(SEEDS[:1], labels, 1, 4)[0].tolist()
-    assert found != [1 + i % 4 for i in range(40)]
+    result = fold_numbers(SEEDS[:1], labels, 1, 4)[0].tolist()
+    assert result != [1 + i % 4 for i in range(40)]
 
 
-def test_starting_shares_by_hand():
-    found = starting_shares(torch.tensor([[50.0, 5.0, 20.0]]), gamma=100.0)[0]
-    # ranks 0, 2, 1: by exponent of 10, the largest share first
+def test_starting_priors_by_hand():
+    result = starting_priors(torch.tensor([[50.0, 5.0, 20.0]]), gamma=100.0)[0]
+    # ranks 0, 2, 1: by exponent of 10, the largest first
     wanted = {
         "falling": [100.0, 1.0, 10.0],
         "even": [1.0, 1.0, 1.0],
@@ -68,29 +68,29 @@ def test_starting_shares_by_hand():
         "peaked": [1.0, 1.0, 100.0],
         "hollow": [100.0, 100.0, 1.0],
     }
-    for row, shares in zip(found.tolist(), wanted.values(), strict=True):
-        assert row == pytest.approx([share / sum(shares) for share in shares], rel=1e-4)
+    for row, sizes in zip(result.tolist(), wanted.values(), strict=True):
+        assert row == pytest.approx([size / sum(sizes) for size in sizes], rel=1e-4)
 
 
-def test_starting_shares_sum_to_one_and_keep_to_gamma():
-    found = starting_shares(torch.tensor([[9.0, 3.0, 1.0, 4.0], [1.0, 1.0, 1.0, 1.0]]))
-    assert found.shape == (2, 5, 4)
-    torch.testing.assert_close(found.sum(-1), torch.ones(2, 5))
-    ratio = found.amax(-1) / found.amin(-1)
+def test_starting_priors_sum_to_one_and_keep_to_gamma():
+    result = starting_priors(torch.tensor([[9.0, 3.0, 1.0, 4.0], [1.0, 1.0, 1.0, 1.0]]))
+    assert result.shape == (2, 5, 4)
+    torch.testing.assert_close(result.sum(-1), torch.ones(2, 5))
+    ratio = result.amax(-1) / result.amin(-1)
     torch.testing.assert_close(ratio[:, [0, 2]], torch.full((2, 2), 30.0), rtol=1e-4, atol=0)
     assert ratio.max() < 30.01
 
 
 def test_classes_of_equal_count_keep_their_order():
-    falling = starting_shares(torch.tensor([[2.0, 2.0, 2.0]]))[0, 0].tolist()
+    falling = starting_priors(torch.tensor([[2.0, 2.0, 2.0]]))[0, 0].tolist()
     assert falling == sorted(falling, reverse=True)
 
 
 @pytest.mark.parametrize("classes", [1, 2])
-def test_starting_shares_of_few_classes(classes):
-    found = starting_shares(torch.ones(1, classes))
-    assert torch.isfinite(found).all()
-    torch.testing.assert_close(found[:, 1], torch.full((1, classes), 1 / classes))
+def test_starting_priors_of_few_classes(classes):
+    result = starting_priors(torch.ones(1, classes))
+    assert torch.isfinite(result).all()
+    torch.testing.assert_close(result[:, 1], torch.full((1, classes), 1 / classes))
 
 
 def slow_score(logits, labels, judged, temperature):
@@ -100,7 +100,7 @@ def slow_score(logits, labels, judged, temperature):
         if counts:
             likelihood = math.log(softmax([z / temperature for z in row])[label])
             by_class.setdefault(label, []).append(likelihood)
-    return sum(sum(found) / len(found) for found in by_class.values()) / len(by_class)
+    return sum(sum(rows) / len(rows) for rows in by_class.values()) / len(by_class)
 
 
 def judged_logits(length=3.0):
@@ -119,9 +119,9 @@ def test_scores_are_the_best_of_a_loop_over_temperatures():
     grid = [2.0 ** (i / 2) for i in range(-2, 9)]
     for t in range(2):
         for s in range(3):
-            found = [slow_score(logits[t, :, s].tolist(), LABELS[t].tolist(), judged[t].tolist(), g) for g in grid]
-            assert float(scores[t, s]) == pytest.approx(max(found), rel=1e-4)
-            assert float(temperatures[t, s]) == pytest.approx(grid[found.index(max(found))])
+            scores_of = [slow_score(logits[t, :, s].tolist(), LABELS[t].tolist(), judged[t].tolist(), g) for g in grid]
+            assert float(scores[t, s]) == pytest.approx(max(scores_of), rel=1e-4)
+            assert float(temperatures[t, s]) == pytest.approx(grid[scores_of.index(max(scores_of))])
     assert (scores[:, 1] > scores[:, 0]).all()
     assert (temperatures[:, 2] > temperatures[:, 1]).all()
 
@@ -129,13 +129,13 @@ def test_scores_are_the_best_of_a_loop_over_temperatures():
 def test_rows_not_held_out_and_padding_do_not_count():
     logits, judged = judged_logits()
     loud = torch.where(judged[:, :, None, None], logits, torch.full_like(logits, 50.0).cumsum(-1))
-    for found, wanted in zip(
+    for result, wanted in zip(
         held_out_scores(loud, LABELS, judged, K), held_out_scores(logits, LABELS, judged, K), strict=True
     ):
-        assert torch.equal(found, wanted)
+        assert torch.equal(result, wanted)
 
 
-def test_every_class_counts_alike():
+def test_every_class_counts_the_same():
     labels = torch.tensor([[0] * 9 + [1]])
     logits = torch.zeros(1, 10, 1, 2)
     logits[:, :9, :, 0] = 100.0  # sure and right nine times

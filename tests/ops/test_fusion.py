@@ -44,18 +44,18 @@ def test_align_keeps_the_order_of_classes(rule):
 def test_standardized_rows_have_the_similarity_rows_moments():
     torch.manual_seed(2)
     similarity = torch.randn(1, 4, 8)
-    found = align(100 * torch.randn(1, 4, 8) + 3, similarity, "standardize")
-    torch.testing.assert_close(found.mean(-1), similarity.mean(-1))
-    torch.testing.assert_close(found.std(-1), similarity.std(-1))
+    result = align(100 * torch.randn(1, 4, 8) + 3, similarity, "standardize")
+    torch.testing.assert_close(result.mean(-1), similarity.mean(-1))
+    torch.testing.assert_close(result.std(-1), similarity.std(-1))
 
 
 def test_eta_moves_each_trial_from_one_head_to_the_other():
     torch.manual_seed(3)
     linear, similarity = torch.randn(3, 2, 4), torch.randn(3, 2, 4)
-    found = fuse(linear, similarity, torch.tensor([0.0, 1.0, 0.25]), "none")
-    torch.testing.assert_close(found[0], similarity[0])
-    torch.testing.assert_close(found[1], linear[1])
-    torch.testing.assert_close(found[2], 0.25 * linear[2] + 0.75 * similarity[2])
+    result = fuse(linear, similarity, torch.tensor([0.0, 1.0, 0.25]), "none")
+    torch.testing.assert_close(result[0], similarity[0])
+    torch.testing.assert_close(result[1], linear[1])
+    torch.testing.assert_close(result[2], 0.25 * linear[2] + 0.75 * similarity[2])
 
 
 @pytest.mark.parametrize("rule", RULES)

@@ -15,7 +15,7 @@ def rows(seed=0, count=M):
     return normalize(torch.randn(T, count, D))
 
 
-def everyone(count=M):
+def all_present(count=M):
     return torch.ones(T, count, dtype=torch.bool)
 
 
@@ -29,52 +29,52 @@ def dense(matrix, nodes):
 def test_nearest_is_what_sorting_all_cosines_gives(skip_self):
     keys = rows()
     queries = keys if skip_self else rows(seed=1, count=7)
-    found = nearest(queries, keys, everyone(), 3, skip_self=skip_self)
+    result = nearest(queries, keys, all_present(), 3, skip_self=skip_self)
     for t in range(T):
         for i, query in enumerate(queries[t]):
             others = [j for j in range(M) if not (skip_self and i == j)]
             cosines = {j: float(query @ keys[t, j]) for j in others}
             wanted = sorted(cosines, key=cosines.get, reverse=True)[:3]
-            assert found.places[t, i].tolist() == wanted
-            assert found.weight[t, i].tolist() == pytest.approx([max(0.0, cosines[j]) for j in wanted], abs=1e-6)
+            assert result.indices[t, i].tolist() == wanted
+            assert result.weight[t, i].tolist() == pytest.approx([max(0.0, cosines[j]) for j in wanted], abs=1e-6)
 
 
-def test_padding_is_nobodys_neighbour():
-    keys, present = rows(), everyone()
+def test_padding_is_no_ones_neighbour():
+    keys, present = rows(), all_present()
     present[0, 2:] = False
-    found = nearest(keys, keys, present, 4)
-    assert (found.weight[0, :, 2:] == 0).all()
+    result = nearest(keys, keys, present, 4)
+    assert (result.weight[0, :, 2:] == 0).all()
     # the two that are there keep their weights, and other trials do not notice
-    assert found.weight[0, 0, 0] == pytest.approx(1.0, abs=1e-5)
-    assert torch.equal(found.weight[1:], nearest(keys, keys, everyone(), 4).weight[1:])
+    assert result.weight[0, 0, 0] == pytest.approx(1.0, abs=1e-5)
+    assert torch.equal(result.weight[1:], nearest(keys, keys, all_present(), 4).weight[1:])
 
 
 def test_a_image_alone_has_no_neighbour():
-    keys, present = rows(), everyone()
+    keys, present = rows(), all_present()
     present[0, 1:] = False
     assert (nearest(keys, keys, present, 3, skip_self=True).weight[0, 0] == 0).all()
 
 
 def test_fewer_keys_than_neighbours():
-    found = nearest(rows(), rows(count=2), everyone(2), 5)
-    assert found.places.shape == (T, M, 2)
+    result = nearest(rows(), rows(count=2), all_present(2), 5)
+    assert result.indices.shape == (T, M, 2)
 
 
 @pytest.mark.parametrize("skip_self", [False, True])
 def test_blocks_of_rows_give_what_one_block_gives(monkeypatch, skip_self):
     keys = rows()
-    whole = nearest(keys, keys, everyone(), 3, skip_self=skip_self)
+    whole = nearest(keys, keys, all_present(), 3, skip_self=skip_self)
     monkeypatch.setattr(graph, "_CELLS", 2 * T * M)
-    parts = nearest(keys, keys, everyone(), 3, skip_self=skip_self)
-    assert torch.equal(whole.places, parts.places)
+    parts = nearest(keys, keys, all_present(), 3, skip_self=skip_self)
+    assert torch.equal(whole.indices, parts.indices)
     torch.testing.assert_close(whole.weight, parts.weight)
 
 
 def slow_graph(links, nodes):
     matrix = torch.zeros(T, nodes, nodes)
     for t in range(T):
-        for i in range(links.places.shape[1]):
-            for j, weight in zip(links.places[t, i].tolist(), links.weight[t, i].tolist(), strict=True):
+        for i in range(links.indices.shape[1]):
+            for j, weight in zip(links.indices[t, i].tolist(), links.weight[t, i].tolist(), strict=True):
                 matrix[t, i, j] += weight
                 matrix[t, j, i] += weight
     return matrix
@@ -82,40 +82,40 @@ def slow_graph(links, nodes):
 
 @pytest.mark.parametrize("nodes", [M, M + 2])
 def test_the_graph_adds_both_directions_up_and_keeps_trials_apart(nodes):
-    links = nearest(rows(), rows(), everyone(), 3, skip_self=True)
+    links = nearest(rows(), rows(), all_present(), 3, skip_self=True)
     built = symmetric(links, nodes)
     torch.testing.assert_close(dense(built, nodes), slow_graph(links, nodes))
     assert built.to_dense().sum() == pytest.approx(float(dense(built, nodes).sum()), rel=1e-5)
 
 
 def test_spread_is_the_matrix_product():
-    built = symmetric(nearest(rows(), rows(), everyone(), 3, skip_self=True), M)
+    built = symmetric(nearest(rows(), rows(), all_present(), 3, skip_self=True), M)
     values = torch.randn(T, M, 2)
     torch.testing.assert_close(spread(built, values), dense(built, M) @ values)
 
 
 def test_normalisation_divides_by_both_ends_degrees():
-    links = nearest(rows(), rows(), everyone(), 3, skip_self=True)
+    links = nearest(rows(), rows(), all_present(), 3, skip_self=True)
     raw = slow_graph(links, M)
     degree = raw.sum(-1)
     wanted = raw / (degree.unsqueeze(-1) * degree.unsqueeze(-2)).sqrt()
-    found = dense(normalized(symmetric(links, M)), M)
-    torch.testing.assert_close(found, wanted)
-    assert torch.linalg.eigvalsh(found).abs().max() <= 1 + 1e-5
+    result = dense(normalized(symmetric(links, M)), M)
+    torch.testing.assert_close(result, wanted)
+    assert torch.linalg.eigvalsh(result).abs().max() <= 1 + 1e-5
 
 
 def test_a_node_without_edges_keeps_its_source_and_gives_nothing():
     lonely = Neighbors(torch.tensor([[[1], [0]]]).expand(T, -1, -1), torch.ones(T, 2, 1))
     matrix = normalized(symmetric(lonely, 3))
     sources = torch.eye(3).expand(T, -1, -1)
-    found = propagate(matrix, sources, torch.full((T,), 0.5))
+    result = propagate(matrix, sources, torch.full((T,), 0.5))
     # two linked nodes: 1 / (1 - a^2) at home, a / (1 - a^2) next door
     wanted = torch.tensor([[4 / 3, 2 / 3, 0.0], [2 / 3, 4 / 3, 0.0], [0.0, 0.0, 1.0]])
-    torch.testing.assert_close(found, wanted.expand(T, -1, -1))
+    torch.testing.assert_close(result, wanted.expand(T, -1, -1))
 
 
 def test_propagation_solves_the_linear_system_at_each_trials_alpha():
-    matrix = normalized(symmetric(nearest(rows(), rows(), everyone(), 3, skip_self=True), M))
+    matrix = normalized(symmetric(nearest(rows(), rows(), all_present(), 3, skip_self=True), M))
     sources, alpha = torch.rand(T, M, 2), torch.tensor([0.0, 0.3, 0.9])
     system = torch.eye(M) - alpha.view(-1, 1, 1) * dense(matrix, M)
     torch.testing.assert_close(
@@ -124,15 +124,15 @@ def test_propagation_solves_the_linear_system_at_each_trials_alpha():
 
 
 def test_propagation_of_nothing_is_nothing():
-    matrix = normalized(symmetric(nearest(rows(), rows(), everyone(), 3), M))
+    matrix = normalized(symmetric(nearest(rows(), rows(), all_present(), 3), M))
     assert (propagate(matrix, torch.zeros(T, M, 2), torch.full((T,), 0.9)) == 0).all()
 
 
 def test_labels_fade_along_a_chain():
-    places = torch.tensor([[[1], [2], [3], [2]]]).expand(T, -1, -1)
-    matrix = normalized(symmetric(Neighbors(places, torch.ones(T, 4, 1)), 4))
+    index = torch.tensor([[[1], [2], [3], [2]]]).expand(T, -1, -1)
+    matrix = normalized(symmetric(Neighbors(index, torch.ones(T, 4, 1)), 4))
     sources = torch.zeros(T, 4, 1)
     sources[:, 0] = 1
-    found = propagate(matrix, sources, torch.full((T,), 0.5))[0, :, 0]
-    assert (found > 0).all()
-    assert found.tolist() == sorted(found.tolist(), reverse=True)
+    result = propagate(matrix, sources, torch.full((T,), 0.5))[0, :, 0]
+    assert (result > 0).all()
+    assert result.tolist() == sorted(result.tolist(), reverse=True)

@@ -25,8 +25,8 @@ def test_adjusted_cross_entropy_equals_the_slow_one(trials, rows, classes):
     labels = torch.randint(classes, (trials, rows))
     log_prior = torch.log_softmax(torch.randn(trials, classes, dtype=torch.float64), -1)
     tau = torch.linspace(0, 2, trials, dtype=torch.float64)
-    found = adjusted_cross_entropy(logits, labels, log_prior, tau)
-    torch.testing.assert_close(found, slow_adjusted(logits, labels, log_prior, tau))
+    result = adjusted_cross_entropy(logits, labels, log_prior, tau)
+    torch.testing.assert_close(result, slow_adjusted(logits, labels, log_prior, tau))
 
 
 def test_adjusted_cross_entropy_gradcheck():
@@ -52,10 +52,10 @@ def test_pseudo_labels_at_the_very_threshold_are_kept():
 
 def test_pseudo_labels_use_each_trials_threshold_and_temperature():
     logits = torch.tensor([[[2.0, 0.0]]]).repeat(3, 1, 1)
-    found = pseudo_labels(logits, torch.tensor([0.8, 0.9, 0.8]), torch.tensor([1.0, 1.0, 4.0]))
-    assert found.mask.flatten().tolist() == [1, 0, 0]
-    assert found.labels.flatten().tolist() == [0, 0, 0]
-    torch.testing.assert_close(found.probabilities[2, 0, 0], torch.sigmoid(torch.tensor(0.5)))
+    result = pseudo_labels(logits, torch.tensor([0.8, 0.9, 0.8]), torch.tensor([1.0, 1.0, 4.0]))
+    assert result.mask.flatten().tolist() == [1, 0, 0]
+    assert result.labels.flatten().tolist() == [0, 0, 0]
+    torch.testing.assert_close(result.probabilities[2, 0, 0], torch.sigmoid(torch.tensor(0.5)))
 
 
 def test_pseudo_labels_carry_no_gradient():

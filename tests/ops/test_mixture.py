@@ -27,7 +27,7 @@ def rows(seed=0, count=N):
     return torch.randn(T, count, D, dtype=torch.double) @ mixing + 3.0
 
 
-def everyone(count=N):
+def all_present(count=N):
     return torch.ones(T, count, dtype=torch.bool)
 
 
@@ -45,7 +45,7 @@ def clustered():
     soft = memberships()
     # rows drift with their first candidate's class, so that the scatter between classes is worth removing
     lifted = rows() + 4 * soft[:, :, 0] @ torch.randn(T, K, D, dtype=torch.double)
-    white = whitening(lifted, everyone(), None, values(0.0), values(0.0))(lifted)
+    white = whitening(lifted, all_present(), None, values(0.0), values(0.0))(lifted)
     metric = Metric.within(sums(soft, white), soft.sum(1), values(float(N)))
     return white, soft, metric
 
@@ -67,14 +67,14 @@ def slow_within(white, soft):
 
 
 def test_products_and_sums_are_loops_over_rows_and_classes():
-    found, vectors = rows(), torch.randn(T, S, K, D, dtype=torch.double)
-    inner, totals, soft = products(found, vectors), sums(memberships(), found), memberships()
+    result, vectors = rows(), torch.randn(T, S, K, D, dtype=torch.double)
+    inner, totals, soft = products(result, vectors), sums(memberships(), result), memberships()
     for t in range(T):
         for s in range(S):
             for k in range(K):
-                wanted = torch.stack([x @ vectors[t, s, k] for x in found[t]])
+                wanted = torch.stack([x @ vectors[t, s, k] for x in result[t]])
                 torch.testing.assert_close(inner[t, :, s, k], wanted)
-                total = sum(soft[t, i, s, k] * found[t, i] for i in range(N))
+                total = sum(soft[t, i, s, k] * result[t, i] for i in range(N))
                 torch.testing.assert_close(totals[t, s, k], total)
 
 
@@ -87,11 +87,11 @@ def test_bend_takes_each_candidates_own_matrix():
 
 @pytest.mark.parametrize("padded", [False, True])
 def test_whitening_gives_unit_scatter(padded):
-    found, present = rows(), everyone()
+    result, present = rows(), all_present()
     if padded:
         present[1, 30:] = False
-        found[1, 30:] = 1e3
-    white = whitening(found, present, None, values(0.0), values(0.0))(found)
+        result[1, 30:] = 1e3
+    white = whitening(result, present, None, values(0.0), values(0.0))(result)
     for t in range(T):
         kept = white[t, present[t]].numpy()
         np.testing.assert_allclose(kept.mean(0), 0, atol=1e-9)
@@ -102,10 +102,10 @@ def test_whitening_gives_unit_scatter(padded):
 
 @pytest.mark.parametrize(("shrink", "weight"), [(0.0, 0.0), (0.3, 0.0), (0.1, 2.0)])
 def test_the_map_is_a_root_of_the_inverse_scatter(shrink, weight):
-    found, nuisance = rows(), torch.eye(D, dtype=torch.double).repeat(T, 1, 1) * torch.arange(1, D + 1)
-    space = whitening(found, everyone(), nuisance, values(shrink), values(weight))
+    result, nuisance = rows(), torch.eye(D, dtype=torch.double).repeat(T, 1, 1) * torch.arange(1, D + 1)
+    space = whitening(result, all_present(), nuisance, values(shrink), values(weight))
     for t in range(T):
-        scatter = np.cov(found[t].numpy().T, bias=True)
+        scatter = np.cov(result[t].numpy().T, bias=True)
         trace = np.trace(scatter)
         whole = scatter + max(shrink, 1e-4) * trace / D * np.eye(D)
         whole += weight * trace * nuisance[t].numpy() / np.trace(nuisance[t].numpy())
@@ -114,9 +114,9 @@ def test_the_map_is_a_root_of_the_inverse_scatter(shrink, weight):
 
 
 def test_much_shrinkage_only_scales():
-    found = rows()
-    white = whitening(found, everyone(), None, values(1e9), values(0.0))(found)
-    centred = found - found.mean(1, keepdim=True)
+    result = rows()
+    white = whitening(result, all_present(), None, values(1e9), values(0.0))(result)
+    centred = result - result.mean(1, keepdim=True)
     ratio = white.norm(dim=-1) / centred.norm(dim=-1)
     for t in range(T):
         torch.testing.assert_close(ratio[t], ratio[t, 0].expand(N), rtol=1e-6, atol=0)
@@ -124,40 +124,40 @@ def test_much_shrinkage_only_scales():
 
 
 def test_directions_that_views_change_count_less():
-    found = rows()
+    result = rows()
     moved = torch.zeros(T, D, D, dtype=torch.double)
     moved[:, 0, 0] = 1.0
-    before, after = (whitening(found, everyone(), moved, values(0.0), values(w)) for w in (0.0, 100.0))
+    before, after = (whitening(result, all_present(), moved, values(0.0), values(w)) for w in (0.0, 100.0))
     along = torch.zeros(T, 1, D, dtype=torch.double)
     along[..., 0] = 1.0
     assert ((along @ after.map).norm(dim=-1) < 0.2 * (along @ before.map).norm(dim=-1)).all()
 
 
 def test_fewer_rows_than_dimensions_have_a_whitening():
-    found = rows(count=3).float()
-    space = whitening(found, everyone(3), None, values(0.0).float(), values(0.0).float())
-    assert torch.isfinite(space(found)).all()
-    assert space(found).norm(dim=-1).max() < 3
+    result = rows(count=3).float()
+    space = whitening(result, all_present(3), None, values(0.0).float(), values(0.0).float())
+    assert torch.isfinite(space(result)).all()
+    assert space(result).norm(dim=-1).max() < 3
 
 
 def test_view_scatter_is_a_loop_over_images_and_views():
     torch.manual_seed(2)
-    views, present = torch.randn(T, 6, 3, D, dtype=torch.double), everyone(6)
+    views, present = torch.randn(T, 6, 3, D, dtype=torch.double), all_present(6)
     present[1, 4:] = False
-    found = view_scatter(views, present)
+    result = view_scatter(views, present)
     for t in range(T):
         wanted, images = np.zeros((D, D)), [i for i in range(6) if present[t, i]]
         for i in images:
             mean = views[t, i].numpy().mean(0)
             for view in views[t, i].numpy():
                 wanted += np.outer(view - mean, view - mean) / (3 * len(images))
-        np.testing.assert_allclose(found[t].numpy(), wanted, atol=1e-12)
+        np.testing.assert_allclose(result[t].numpy(), wanted, atol=1e-12)
 
 
-def test_view_scatter_of_nobody_and_of_one_view_is_zero():
+def test_view_scatter_of_no_rows_and_of_one_view_is_zero():
     views = torch.randn(T, 6, 3, D)
     assert (view_scatter(views, torch.zeros(T, 6, dtype=torch.bool)) == 0).all()
-    assert view_scatter(views[:, :, :1], everyone(6)).abs().max() == 0
+    assert view_scatter(views[:, :, :1], all_present(6)).abs().max() == 0
 
 
 def test_the_metric_is_the_inverse_of_the_scatter_inside_classes():
@@ -195,24 +195,24 @@ def test_lengths_and_cosines_are_the_explicit_ones():
     white, soft, metric = clustered()
     centers = unit(sums(soft, white), metric)
     seen = Rows.under(white, metric)
-    found = cosines(seen, centers, metric)
+    result = cosines(seen, centers, metric)
     for t in range(T):
         for s in range(S):
             matrix, x, c = explicit(metric, t, s), white[t].numpy(), centers[t, s].numpy()
             length = np.sqrt(np.einsum("nd,de,ne->n", x, matrix, x))
             np.testing.assert_allclose(1 / seen.inverse[t, :, s].numpy(), length, rtol=1e-6)
             np.testing.assert_allclose(np.einsum("kd,de,ke->k", c, matrix, c), 1, rtol=1e-6)
-            np.testing.assert_allclose(found[t, :, s].numpy(), x @ matrix @ c.T / length[:, None], atol=1e-6)
-    assert found.abs().max() <= 1 + 1e-6
+            np.testing.assert_allclose(result[t, :, s].numpy(), x @ matrix @ c.T / length[:, None], atol=1e-6)
+    assert result.abs().max() <= 1 + 1e-6
 
 
 def test_the_flat_metric_is_the_plain_cosine():
     white, soft, _ = clustered()
     metric = Metric.flat(S, white, K)
     centers = unit(sums(soft, white), metric)
-    found = cosines(Rows.under(white, metric), centers, metric)
+    result = cosines(Rows.under(white, metric), centers, metric)
     wanted = torch.einsum("tnd,tskd->tnsk", white / white.norm(dim=-1, keepdim=True), centers)
-    torch.testing.assert_close(found, wanted)
+    torch.testing.assert_close(result, wanted)
 
 
 def test_a_zero_vector_stays_zero():

@@ -36,15 +36,15 @@ def slow_philox(counter, key):
 
 
 def test_words_are_philox_of_block_step_purpose_and_seed():
-    found = words(SEEDS, STEPS, Purpose.UNLABELED, 6)
-    assert found.shape == (5, 4, 6)
+    result = words(SEEDS, STEPS, Purpose.UNLABELED, 6)
+    assert result.shape == (5, 4, 6)
     for s, step in enumerate(STEPS.tolist()):
         for t, seed in enumerate(SEEDS.tolist()):
             blocks = [slow_philox([n, step, int(Purpose.UNLABELED), 0], [seed, 0]) for n in range(2)]
-            assert found[s, t].tolist() == (blocks[0] + blocks[1])[:6]
+            assert result[s, t].tolist() == (blocks[0] + blocks[1])[:6]
 
 
-def test_a_trial_draws_the_same_whoever_its_neighbours_are():
+def test_a_trial_draws_the_same_whatever_its_neighbours():
     together = words(SEEDS, STEPS, Purpose.LABELED, 9)
     alone = words(SEEDS[2:3], STEPS[3:4], Purpose.LABELED, 9)
     torch.testing.assert_close(alone[0, 0], together[3, 2], rtol=0, atol=0)
@@ -61,9 +61,9 @@ def test_integers_stay_below_each_trials_bound_and_are_even():
     assert (drawn >= 0).all()
     assert (drawn < below.view(1, -1, 1)).all()
     assert set(drawn[:, 2].flatten().tolist()) == set(range(10))
-    shares = np.bincount(drawn[:, 2].flatten().numpy()) / 10_000
-    # a binomial share of 10,000 draws has deviation 0.003
-    np.testing.assert_allclose(shares, 0.1, atol=0.015)
+    fractions = np.bincount(drawn[:, 2].flatten().numpy()) / 10_000
+    # a binomial fraction of 10,000 draws has deviation 0.003
+    np.testing.assert_allclose(fractions, 0.1, atol=0.015)
 
 
 def test_normals_have_the_right_moments_and_repeat():

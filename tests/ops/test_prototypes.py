@@ -40,16 +40,16 @@ def test_visual_prototypes_start_at_the_mean_then_move_by_momentum():
     counts = torch.tensor([[1.0, 2.0, 0.0]])
     visual = torch.tensor([[[0.0, 1.0], [9.0, 9.0], [0.3, 0.4]]])
     seen = torch.tensor([[True, False, True]])
-    found = move_visual(visual, means, counts, seen, torch.tensor([0.5]))
-    torch.testing.assert_close(found[0, 0], torch.tensor([0.5, 0.5]) / 0.5**0.5)  # seen: halfway, then unit
-    torch.testing.assert_close(found[0, 1], torch.tensor([0.0, 1.0]))  # first sighting: the mean's direction
-    torch.testing.assert_close(found[0, 2], visual[0, 2])  # not in the batch: untouched
+    result = move_visual(visual, means, counts, seen, torch.tensor([0.5]))
+    torch.testing.assert_close(result[0, 0], torch.tensor([0.5, 0.5]) / 0.5**0.5)  # seen: halfway, then unit
+    torch.testing.assert_close(result[0, 1], torch.tensor([0.0, 1.0]))  # first sighting: the mean's direction
+    torch.testing.assert_close(result[0, 2], visual[0, 2])  # not in the batch: untouched
 
 
 def test_the_pace_is_mu_for_the_commonest_pseudo_label_and_less_for_others():
     prior = torch.tensor([[0.5, 0.25, 0.25], [0.1, 0.1, 0.8]])
-    found = fitting_pace(prior, torch.tensor([0.1, 0.4]), "pseudo-label")
-    torch.testing.assert_close(found, torch.tensor([[0.1, 0.05, 0.05], [0.05, 0.05, 0.4]]))
+    result = fitting_pace(prior, torch.tensor([0.1, 0.4]), "pseudo-label")
+    torch.testing.assert_close(result, torch.tensor([[0.1, 0.05, 0.05], [0.05, 0.05, 0.4]]))
     constant = fitting_pace(prior, torch.tensor([0.1, 0.4]), "constant")
     torch.testing.assert_close(constant, torch.tensor([[0.1] * 3, [0.4] * 3]))
 
@@ -57,9 +57,9 @@ def test_the_pace_is_mu_for_the_commonest_pseudo_label_and_less_for_others():
 def test_prototypes_move_by_alpha_and_unseen_classes_keep_theirs():
     textual = torch.tensor([[[1.0, 0.0], [1.0, 0.0]]])
     visual = torch.tensor([[[0.0, 1.0], [0.0, 1.0]]])
-    found = fit_prototypes(textual, visual, torch.tensor([[0.5, 0.5]]), torch.tensor([[True, False]]))
-    torch.testing.assert_close(found[0, 0], torch.tensor([1.0, 1.0]) / 2**0.5)
-    torch.testing.assert_close(found[0, 1], textual[0, 1])
+    result = fit_prototypes(textual, visual, torch.tensor([[0.5, 0.5]]), torch.tensor([[True, False]]))
+    torch.testing.assert_close(result[0, 0], torch.tensor([1.0, 1.0]) / 2**0.5)
+    torch.testing.assert_close(result[0, 1], textual[0, 1])
 
 
 def test_orthogonality_is_zero_for_an_orthogonal_set_and_known_for_equal_ones():
@@ -77,13 +77,13 @@ def test_orthogonality_gradcheck():
 def test_the_soft_prior_is_a_running_mean():
     prior = torch.tensor([[0.5, 0.5]])
     probabilities = torch.tensor([[[0.9, 0.1], [0.7, 0.3]]])
-    found = move_prior(prior, probabilities, torch.zeros(1, 2), torch.tensor([0.9]), "soft")
-    torch.testing.assert_close(found, torch.tensor([[0.9 * 0.5 + 0.1 * 0.8, 0.9 * 0.5 + 0.1 * 0.2]]))
+    result = move_prior(prior, probabilities, torch.zeros(1, 2), torch.tensor([0.9]), "soft")
+    torch.testing.assert_close(result, torch.tensor([[0.9 * 0.5 + 0.1 * 0.8, 0.9 * 0.5 + 0.1 * 0.2]]))
 
 
 def test_the_hard_prior_counts_kept_labels_and_stands_still_without_any():
     prior = torch.tensor([[0.5, 0.5], [0.5, 0.5]])
     probabilities = torch.tensor([[[0.9, 0.1], [0.2, 0.8], [0.7, 0.3]]]).repeat(2, 1, 1)
     mask = torch.tensor([[1.0, 0.0, 1.0], [0.0, 0.0, 0.0]])
-    found = move_prior(prior, probabilities, mask, torch.tensor([0.9, 0.9]), "hard")
-    torch.testing.assert_close(found, torch.tensor([[0.55, 0.45], [0.5, 0.5]]))
+    result = move_prior(prior, probabilities, mask, torch.tensor([0.9, 0.9]), "hard")
+    torch.testing.assert_close(result, torch.tensor([[0.55, 0.45], [0.5, 0.5]]))

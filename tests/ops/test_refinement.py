@@ -18,9 +18,9 @@ def case(seed, trials=2, rows=12, classes=3):
 @pytest.mark.parametrize("seed", range(5))
 def test_rows_and_columns_sum_as_they_must(seed):
     probabilities, present, totals = case(seed, rows=40, classes=5)
-    found = refine(probabilities, present, totals)
-    torch.testing.assert_close(found.sum(-1), torch.ones(2, 40).double())
-    torch.testing.assert_close(found.sum(1), totals, rtol=1e-4, atol=1e-4)
+    result = refine(probabilities, present, totals)
+    torch.testing.assert_close(result.sum(-1), torch.ones(2, 40).double())
+    torch.testing.assert_close(result.sum(1), totals, rtol=1e-4, atol=1e-4)
 
 
 def test_it_is_the_minimum_of_the_published_problem():
@@ -45,14 +45,14 @@ def test_it_is_the_minimum_of_the_published_problem():
 
 def test_probabilities_that_have_the_totals_stay():
     probabilities, present, _ = case(2)
-    found = refine(probabilities, present, probabilities.sum(1))
-    torch.testing.assert_close(found, probabilities)
+    result = refine(probabilities, present, probabilities.sum(1))
+    torch.testing.assert_close(result, probabilities)
 
 
 def test_unsure_rows_move_more():
     probabilities = torch.tensor([[[0.99, 0.01], [0.6, 0.4], [0.99, 0.01]]]).double()
-    found = refine(probabilities, torch.ones(1, 3, dtype=torch.bool), torch.tensor([[2.0, 1.0]]).double())
-    moved = (found - probabilities).abs().amax(-1)[0]
+    result = refine(probabilities, torch.ones(1, 3, dtype=torch.bool), torch.tensor([[2.0, 1.0]]).double())
+    moved = (result - probabilities).abs().amax(-1)[0]
     assert moved[1] > 5 * moved[0]
 
 
@@ -62,17 +62,17 @@ def test_padding_and_neighbours_change_nothing():
     there = torch.cat([present, torch.zeros(2, 4, dtype=torch.bool)], 1)
     keep = torch.tensor([1.0, 2.0]).double()
     for function in (refine, lambda p, there, c: prune(p, there, c, keep)):
-        found = function(padded, there, totals)
-        torch.testing.assert_close(found[:, :12], function(probabilities, present, totals))
+        result = function(padded, there, totals)
+        torch.testing.assert_close(result[:, :12], function(probabilities, present, totals))
     torch.testing.assert_close(refine(padded[:1], there[:1], totals[:1])[0], refine(padded, there, totals)[0])
     assert refine(padded, there, totals)[:, 12:].abs().max() == 0
 
 
 def test_pruning_by_hand():
     probabilities = torch.tensor([[[0.9, 0.1], [0.6, 0.4], [0.2, 0.8], [0.7, 0.3]]])
-    found = prune(probabilities, torch.ones(1, 4, dtype=torch.bool), torch.tensor([[2.0, 2.0]]), torch.tensor([1.0]))
+    result = prune(probabilities, torch.ones(1, 4, dtype=torch.bool), torch.tensor([[2.0, 2.0]]), torch.tensor([1.0]))
     # class 0 keeps its rows 0 and 3, class 1 its rows 2 and 1; the rest is all but nothing
-    torch.testing.assert_close(found.argmax(-1), torch.tensor([[0, 1, 1, 0]]))
-    assert found.amax(-1).min() > 0.999
+    torch.testing.assert_close(result.argmax(-1), torch.tensor([[0, 1, 1, 0]]))
+    assert result.amax(-1).min() > 0.999
     wide = prune(probabilities, torch.ones(1, 4, dtype=torch.bool), torch.tensor([[2.4, 1.6]]), torch.tensor([9.0]))
     torch.testing.assert_close(wide, probabilities, atol=1e-4, rtol=1e-4)

@@ -31,7 +31,10 @@ class Toy(Method):
         return State({}, {"prototypes": trials.prototypes.clone()})
 
     def refresh(self, trials: Trials, state: State, pool: Pool, step: int) -> None:
-        means, counts = class_means(pool.labeled, pool.labels.clamp(min=0), trials.prototypes.shape[1])
+        classes = trials.prototypes.shape[1]
+        # padding has label -1: it counts for a class of its own, which is dropped
+        labels = pool.labels.masked_fill(pool.labels < 0, classes)
+        means, counts = (part[:, :classes] for part in class_means(pool.labeled, labels, classes + 1))
         weight = trials.values["toy_weight"].view(-1, 1, 1) * (counts > 0).unsqueeze(-1)
         state.memory["prototypes"] = normalize(trials.prototypes + weight * means)
 

@@ -49,18 +49,18 @@ def slow_sinkhorn(logits, proportions, rounds):
 
 def test_the_loss_of_a_bag_is_that_of_its_mean_prediction():
     logits, proportions, present = problem()
-    found = proportion_loss(logits, proportions, present)
+    result = proportion_loss(logits, proportions, present)
     for t, g, _, own, target in bags_of(logits, proportions, present):
         wanted = -(target * np.log(softmax(own).mean(0))).sum()
-        assert found[t, g].item() == pytest.approx(wanted, rel=1e-9)
+        assert result[t, g].item() == pytest.approx(wanted, rel=1e-9)
 
 
 def test_a_bag_of_one_image_is_a_labelled_image():
     logits, labels = problem()[0].flatten(1, 2), torch.arange(T * G * M).view(T, -1) % K
     proportions = torch.nn.functional.one_hot(labels, K).double()
-    found = proportion_loss(logits.unsqueeze(2), proportions, torch.ones(T, G * M, 1, dtype=torch.bool))
+    result = proportion_loss(logits.unsqueeze(2), proportions, torch.ones(T, G * M, 1, dtype=torch.bool))
     zeros = torch.zeros(T, K, dtype=torch.double)
-    torch.testing.assert_close(found, adjusted_cross_entropy(logits, labels, zeros, zeros[:, 0]))
+    torch.testing.assert_close(result, adjusted_cross_entropy(logits, labels, zeros, zeros[:, 0]))
 
 
 def test_a_class_that_no_image_reaches_has_a_finite_gradient():
@@ -111,14 +111,14 @@ def test_sharp_logits_stay_finite_and_bags_apart():
     assert torch.equal(plan[0, 1:][present[0, 1:]], same[0, 1:][present[0, 1:]])
 
 
-def test_symmetric_cross_entropy_looks_both_ways():
+def test_symmetric_cross_entropy_has_both_directions():
     logits = torch.tensor([[[1.0, 0.0]], [[1.0, 0.0]]])
     targets = torch.tensor([[[1.0, 0.0]], [[0.75, 0.25]]])
     p, q = math.e / (1 + math.e), 1 / (1 + math.e)
-    found = symmetric_cross_entropy(logits, targets, torch.tensor([0.5, 2.0])).flatten().tolist()
-    assert found[0] == pytest.approx(-math.log(p) - 0.5 * q * math.log(1e-4))
+    result = symmetric_cross_entropy(logits, targets, torch.tensor([0.5, 2.0])).flatten().tolist()
+    assert result[0] == pytest.approx(-math.log(p) - 0.5 * q * math.log(1e-4))
     forward, backward = -0.75 * math.log(p) - 0.25 * math.log(q), -p * math.log(0.75) - q * math.log(0.25)
-    assert found[1] == pytest.approx(forward + 2 * backward)
+    assert result[1] == pytest.approx(forward + 2 * backward)
 
 
 @pytest.mark.parametrize("a", [1, 2, 8])

@@ -30,10 +30,10 @@ def moved(world, **values):
 
 def slow_heads(state, features):
     """Logits of every head, for one trial's rows: lists by head, row and class."""
-    found = []
+    result = []
     for weights, channels in zip(state["linear"], state["channels"], strict=True):
-        found.append(logits_of(normalize(features * channels), normalize(weights * channels)))
-    return found
+        result.append(logits_of(normalize(features * channels), normalize(weights * channels)))
+    return result
 
 
 def at(state, t):
@@ -41,7 +41,7 @@ def at(state, t):
 
 
 @pytest.mark.parametrize("threshold", [0.0, 0.6])
-def test_fixmatchs_losses_are_means_over_heads_with_the_ensembles_guesses(world, threshold):
+def test_fixmatchs_losses_are_means_over_heads_with_the_ensembles_pseudo_labels(world, threshold):
     values = {"threshold": threshold, "lambda_u": 0.7, "low_bias": 0.3, "low_variance": 0.4, "dim": 12}
     trials, method, state, batch = moved(world, method="channel_fixmatch", **values)
     losses = method.losses(trials, state, batch)
@@ -68,23 +68,23 @@ def test_fixmatchs_losses_are_means_over_heads_with_the_ensembles_guesses(world,
 @pytest.mark.parametrize("name", METHODS)
 def test_the_prediction_is_the_mean_of_heads_that_each_see_their_channels(world, name):
     trials, method, state, batch = moved(world, method=name, dim=12, **readable(name, {"predict_from": "linear"}))
-    found = method.logits(trials, state.tensors, batch.labeled)
+    result = method.logits(trials, state.tensors, batch.labeled)
     for t in range(2):
         heads = slow_heads(at(state, t), batch.labeled[t])
         for b in range(6):
             wanted = [mean(head[b][k] for head in heads) for k in range(3)]
-            assert found[t, b].tolist() == pytest.approx(wanted, rel=1e-3, abs=1e-4)
+            assert result[t, b].tolist() == pytest.approx(wanted, rel=1e-3, abs=1e-4)
 
 
 def test_ulfine_fuses_every_head_with_the_one_similarity_head(world):
     trials, method, state, batch = moved(world, method="channel_ulfine", dim=12, align="none", eta=0.25)
-    found = method.pseudo_logits(trials, state.tensors, batch.weak)
+    result = method.pseudo_logits(trials, state.tensors, batch.weak)
     for t in range(2):
         heads = slow_heads(at(state, t), batch.weak[t])
         text = logits_of(batch.weak[t], normalize(state.parameters["prototypes"][t]))
         for b in range(8):
             wanted = [0.25 * mean(head[b][k] for head in heads) + 0.75 * text[b][k] for k in range(3)]
-            assert found[t, b].tolist() == pytest.approx(wanted, rel=1e-3, abs=1e-4)
+            assert result[t, b].tolist() == pytest.approx(wanted, rel=1e-3, abs=1e-4)
 
 
 @pytest.mark.parametrize("name", METHODS)

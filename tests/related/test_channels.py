@@ -27,23 +27,23 @@ def softmax(row):
 
 def errors(logits, labels):
     """Of each head, over all rows and classes, for one trial's logits (B, M, K)."""
-    found = []
+    result = []
     for m in range(logits.shape[1]):
         rows = [softmax(logits[b, m]) - np.eye(logits.shape[2])[labels[b]] for b in range(len(labels))]
-        found.append(np.concatenate(rows))
-    return found
+        result.append(np.concatenate(rows))
+    return result
 
 
 def test_each_head_is_a_cosine_over_its_channels_alone():
     torch.manual_seed(2)
     features, weights = normalize(torch.randn(T, B, D)), torch.randn(T, M, K, D)
     channels = draw_channels(torch.arange(T), M, D, torch.full((T,), 0.5))
-    found = channel_logits(features, weights, channels, torch.tensor([2.0, 7.0]))
+    result = channel_logits(features, weights, channels, torch.tensor([2.0, 7.0]))
     for t, b, m, k in np.ndindex(T, B, M, K):
         seen = channels[t, m].numpy() > 0
         x, w = features[t, b].numpy()[seen], weights[t, m, k].numpy()[seen]
         wanted = (2.0, 7.0)[t] * (x @ w) / np.linalg.norm(x) / np.linalg.norm(w)
-        assert found[t, b, m, k].item() == pytest.approx(wanted, rel=1e-4, abs=1e-5)
+        assert result[t, b, m, k].item() == pytest.approx(wanted, rel=1e-4, abs=1e-5)
 
 
 def test_a_row_that_is_zero_on_a_heads_channels_has_finite_gradients():
@@ -68,11 +68,11 @@ def test_channels_do_not_depend_on_other_trials():
 
 
 def test_low_bias_is_the_squared_correlation_of_pairs(logits, labels):
-    found = low_bias(logits, labels)
+    result = low_bias(logits, labels)
     for t in range(T):
         apart = errors(logits[t].numpy(), labels[t].numpy())
         pairs = [np.corrcoef(apart[a], apart[b])[0, 1] ** 2 for a in range(M) for b in range(M) if a != b]
-        assert found[t].item() == pytest.approx(np.mean(pairs), rel=1e-4)
+        assert result[t].item() == pytest.approx(np.mean(pairs), rel=1e-4)
 
 
 def test_low_bias_is_one_for_identical_heads_and_nothing_for_one(logits, labels):
@@ -82,10 +82,10 @@ def test_low_bias_is_one_for_identical_heads_and_nothing_for_one(logits, labels)
 
 
 def test_low_variance_is_the_ensembles_squared_error(logits, labels):
-    found = low_variance(logits, labels)
+    result = low_variance(logits, labels)
     for t in range(T):
         total = 0.0
         for b in range(B):
             mean = sum(softmax(logits[t, b, m].numpy()) for m in range(M)) / M
             total += ((mean - np.eye(K)[labels[t, b]]) ** 2).sum()
-        assert found[t].item() == pytest.approx(total / B, rel=1e-4)
+        assert result[t].item() == pytest.approx(total / B, rel=1e-4)

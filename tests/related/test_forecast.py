@@ -60,8 +60,8 @@ def test_the_fits_are_numpys():
     assert predicted["exponent"] == pytest.approx(slope)
     assert predicted["loss"] == pytest.approx(loss)
     # only the line from loss to metric leaves points out
-    wanted = np.polyval(np.polyfit(losses[used, 0], values[used, 0], 1), loss)
-    assert predicted["flp"] == pytest.approx(np.clip(wanted, 0, 1))
+    expected = np.polyval(np.polyfit(losses[used, 0], values[used, 0], 1), loss)
+    assert predicted["flp"] == pytest.approx(np.clip(expected, 0, 1))
     error = np.polyval(np.polyfit(size, np.log(1 - values[:, 0]), 1), far)
     assert predicted["power_law"] == pytest.approx(1 - np.exp(error))
     assert predicted["log_line"] == pytest.approx(np.polyval(np.polyfit(size, values[:, 0], 1), far))

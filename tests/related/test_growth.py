@@ -49,8 +49,8 @@ def test_fewer_labels_are_nested_and_leave_the_rest_alone():
         less = fewer_labels(cache, split, size, seed=0)
         assert before <= set(less.labeled) <= set(split.labeled)
         before = set(less.labeled)
-        wanted = np.maximum(1, np.round(size * whole))
-        np.testing.assert_array_equal(labeled_counts(cache.labels, less, 5), wanted)
+        expected = np.maximum(1, np.round(size * whole))
+        np.testing.assert_array_equal(labeled_counts(cache.labels, less, 5), expected)
         for role in ("unlabeled", "val", "test"):
             np.testing.assert_array_equal(getattr(less, role), getattr(split, role))
     assert before == set(split.labeled)
@@ -69,26 +69,26 @@ def test_the_loss_is_that_of_a_loop():
     logits, labels = random.normal(size=(30, 4)), random.integers(0, 3, 30)
     each = [-log_softmax(row)[k] for row, k in zip(logits, labels, strict=True)]
     assert mean_loss(logits, labels, balanced=False) == pytest.approx(np.mean(each))
-    classes = [np.mean([one for one, k in zip(each, labels, strict=True) if k == wanted]) for wanted in range(3)]
+    classes = [np.mean([one for one, k in zip(each, labels, strict=True) if k == label]) for label in range(3)]
     assert mean_loss(logits, labels, balanced=True) == pytest.approx(np.mean(classes))
 
 
 def test_a_curve_is_of_fits_of_its_own_at_each_size():
-    cache, wanted = hard(), configs(n1=40)
-    curve = grow(cache, wanted, "steps", ["accuracy"], sizes=(0.5, 1.0))["accuracy"]
+    cache, trial = hard(), configs(n1=40)
+    curve = grow(cache, trial, "steps", ["accuracy"], sizes=(0.5, 1.0))["accuracy"]
     assert curve.budgets.tolist() == [30, 60]
     for index, steps in enumerate((30, 60)):
-        runs = fit_many(cache, [replace(one, steps=steps) for one in wanted], progress=False)
+        runs = fit_many(cache, [replace(one, steps=steps) for one in trial], progress=False)
         assert curve.values[index].tolist() == [run.metrics["val"]["accuracy"] for run in runs]
 
 
 def test_a_group_stays_the_group_of_all_labels():
-    cache, wanted = hard(), configs(n1=40, gamma_l=4.0)
-    curve = grow(cache, wanted, "labels", ["few", "few_shot"], sizes=(0.25, 1.0))
-    whole = fit_many(cache, wanted, progress=False)
-    splits = [draw_split(cache.labels, cache.splits, cache.class_names, one) for one in wanted]
-    less = [fewer_labels(cache, split, 0.25, one.data_seed) for split, one in zip(splits, wanted, strict=True)]
-    small = fit_many(cache, wanted, split=less, progress=False)
+    cache, trial = hard(), configs(n1=40, gamma_l=4.0)
+    curve = grow(cache, trial, "labels", ["few", "few_shot"], sizes=(0.25, 1.0))
+    whole = fit_many(cache, trial, progress=False)
+    splits = [draw_split(cache.labels, cache.splits, cache.class_names, one) for one in trial]
+    less = [fewer_labels(cache, split, 0.25, one.data_seed) for split, one in zip(splits, trial, strict=True)]
+    small = fit_many(cache, trial, split=less, progress=False)
     for runs, index in ((small, 0), (whole, 1)):
         for r, (run, split) in enumerate(zip(runs, splits, strict=True)):
             few = class_groups(labeled_counts(cache.labels, split, 5))["few_shot"]

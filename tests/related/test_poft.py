@@ -19,26 +19,26 @@ def with_texts(world, **values):
     """A world whose class names have two prompts, as long as the logit scale."""
     trials, method, state, batch = world(**{"reference_scale": 0.5, **values})
     texts = 4.0 * torch.nn.functional.normalize(torch.randn(2, K, D), dim=-1)
-    trials = dataclasses.replace(trials, inputs=Inputs(of_all={"references": texts}))
+    trials = dataclasses.replace(trials, inputs=Inputs(shared={"references": texts}))
     return trials, method, state, batch
 
 
 def log_g(trials, row, label):
     """Mean log-likelihood of a label by both prompts, their logits halved."""
-    return mean(math.log(softmax((0.5 * text @ row).tolist())[label]) for text in trials.inputs.of_all["references"])
+    return mean(math.log(softmax((0.5 * text @ row).tolist())[label]) for text in trials.inputs.shared["references"])
 
 
 def test_the_loss_row_by_row(world):
     trials, method, state, batch = with_texts(world, method="poft")
-    found = method.losses(trials, state, batch)
+    result = method.losses(trials, state, batch)
     for t in range(2):
         shift, total = trials.log_prior[t].tolist(), 0.0
         for row, x, y in zip(
             logits_of(batch.labeled[t], trials.prototypes[t]), batch.labeled[t], batch.labels[t].tolist(), strict=True
         ):
             total += math.log1p(math.exp(cross_entropy(row, y, shift) + log_g(trials, x, y)))
-        assert found.labeled[t].item() == pytest.approx(total / 6, rel=1e-4)
-        assert found.unlabeled[t] == found.regularizer[t] == 0
+        assert result.labeled[t].item() == pytest.approx(total / 6, rel=1e-4)
+        assert result.unlabeled[t] == result.regularizer[t] == 0
 
 
 def test_references_that_know_nothing_weigh_nothing(world):
@@ -54,9 +54,9 @@ def test_without_texts_the_start_is_the_reference(world):
 
 
 @pytest.mark.parametrize("threshold", [0.0, 0.9])
-def test_fixmatchs_guesses_by_preference(world, threshold):
+def test_fixmatchs_pseudo_labels_by_preference(world, threshold):
     trials, method, state, batch = with_texts(world, method="preference_fixmatch", threshold=threshold, lambda_u=1.0)
-    found = method.losses(trials, state, batch)
+    result = method.losses(trials, state, batch)
     for t in range(2):
         head, total = trials.prototypes[t], 0.0
         for x, easy, hard in zip(
@@ -65,7 +65,7 @@ def test_fixmatchs_guesses_by_preference(world, threshold):
             sure, k = best(softmax(easy))
             if sure >= threshold:
                 total += math.log1p(math.exp(cross_entropy(hard, k) + log_g(trials, x, k)))
-        assert found.unlabeled[t].item() == pytest.approx(total / 8, rel=1e-4, abs=1e-6)
+        assert result.unlabeled[t].item() == pytest.approx(total / 8, rel=1e-4, abs=1e-6)
 
 
 def test_fixmatch_has_its_quick_step_for_the_published_loss_alone(world):
@@ -87,7 +87,7 @@ def test_good_references_see_through_wrong_labels(quick, form):
     assert poft.metrics["balanced_accuracy"] > probe.metrics["balanced_accuracy"] + 0.05
 
 
-def test_guesses_by_preference_alone_and_among_others(clusters, quick):
+def test_pseudo_labels_by_preference_alone_and_among_others(clusters, quick):
     configs = [
         quick(method="preference_fixmatch", pseudo_loss="equal", threshold=0.3, seed=s, steps=15) for s in (0, 4)
     ]

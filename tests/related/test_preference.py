@@ -21,8 +21,8 @@ def weights(form, rows=ROWS, mask=None):
 
 
 def test_the_preference_by_hand():
-    found = preferred(ROWS, REFERENCE, "preference")
-    for loss, ce, log_g in zip(found.flatten(), ROWS.flatten().tolist(), REFERENCE.flatten().tolist(), strict=True):
+    result = preferred(ROWS, REFERENCE, "preference")
+    for loss, ce, log_g in zip(result.flatten(), ROWS.flatten().tolist(), REFERENCE.flatten().tolist(), strict=True):
         assert loss.item() == pytest.approx(-math.log(1 / (1 + math.exp(ce + log_g))), rel=1e-5, abs=1e-7)
 
 
@@ -42,8 +42,8 @@ def test_the_controls_weigh_one_on_average_over_what_counts(mask):
 
 def test_nothing_that_counts_trains_nothing():
     for form in ("preference", "equal", "weighted"):
-        found = preferred(ROWS, REFERENCE, form, torch.zeros(2, 3)) * torch.zeros(2, 3)
-        assert torch.equal(found, torch.zeros(2, 3)), form
+        result = preferred(ROWS, REFERENCE, form, torch.zeros(2, 3)) * torch.zeros(2, 3)
+        assert torch.equal(result, torch.zeros(2, 3)), form
 
 
 def test_references_that_rule_everything_out_leave_finite_losses():
@@ -55,11 +55,11 @@ def test_the_references_log_likelihood_by_hand():
     torch.manual_seed(0)
     heads, features = torch.randn(4, 2, 3, 5), torch.randn(2, 6, 5)
     labels = torch.randint(3, (2, 6))
-    found = mean_log_likelihood(heads.unbind(0), torch.tensor([1.0, 0.3]), features, labels)
+    result = mean_log_likelihood(heads.unbind(0), torch.tensor([1.0, 0.3]), features, labels)
     for t in range(2):
         for b in range(6):
             each = [softmax(((1.0, 0.3)[t] * heads[j, t] @ features[t, b]).tolist())[labels[t, b]] for j in range(4)]
-            assert found[t, b].item() == pytest.approx(sum(map(math.log, each)) / 4, rel=1e-4)
+            assert result[t, b].item() == pytest.approx(sum(map(math.log, each)) / 4, rel=1e-4)
 
 
 def test_one_reference_for_all_trials():

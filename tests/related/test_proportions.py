@@ -31,31 +31,31 @@ def cache():
 
 @pytest.fixture
 def read(tmp_path, cache):
-    def parse(bags=BAGS, shares=LONG):
+    def parse(bags=BAGS, proportions=LONG):
         (tmp_path / "bags.csv").write_text(bags)
-        (tmp_path / "shares.csv").write_text(shares)
-        return read_bags(tmp_path / "bags.csv", tmp_path / "shares.csv", cache)
+        (tmp_path / "proportions.csv").write_text(proportions)
+        return read_bags(tmp_path / "bags.csv", tmp_path / "proportions.csv", cache)
 
     return parse
 
 
 @pytest.mark.parametrize(
-    "shares", [LONG, "bag,a hen,cat,dog\ny,0,0,1\nx,.5,.5,0\n", "bag,a hen,dog,cat\nx,0.5,0,0.5\ny,0,1,0\n"]
+    "proportions", [LONG, "bag,a hen,cat,dog\ny,0,0,1\nx,.5,.5,0\n", "bag,a hen,dog,cat\nx,0.5,0,0.5\ny,0,1,0\n"]
 )
-def test_both_forms_of_the_table_say_the_same(read, shares):
-    bags = read(shares=shares)
+def test_both_forms_of_the_table_say_the_same(read, proportions):
+    bags = read(proportions=proportions)
     assert bags.names == ("x", "y")
     assert [rows.tolist() for rows in bags.members] == [[0, 2], [3]]
     assert bags.proportions.tolist() == [[0.5, 0, 0.5], [0, 1, 0]]
 
 
-def test_rounded_shares_are_made_to_sum_to_one(read):
-    bags = read(shares="bag,class,share\ny,dog,1\nx,cat,0.333\nx,dog,0.333\nx,a hen,0.333\n")
+def test_rounded_proportions_are_made_to_sum_to_one(read):
+    bags = read(proportions="bag,class,share\ny,dog,1\nx,cat,0.333\nx,dog,0.333\nx,a hen,0.333\n")
     np.testing.assert_allclose(bags.proportions[0], [1 / 3] * 3)
 
 
 @pytest.mark.parametrize(
-    ("bags", "shares", "words"),
+    ("bags", "proportions", "words"),
     [
         ("id,label\n0.png,x\n", LONG, "must have the columns id and bag, got id, label"),
         ("id,bag\n", LONG, "bags.csv has no line"),
@@ -70,29 +70,29 @@ def test_rounded_shares_are_made_to_sum_to_one(read):
         ("id,bag\n7.png,x\n", LONG, "holds '7.png', a test image of this cache"),
         ("id,bag\n6.png,x\n", LONG, "holds '6.png', a val image of this cache"),
         (BAGS + "0.png,y\n", LONG, "puts '0.png' into bag 'x' and again into 'y'; keep one line"),
-        (BAGS + "1.png,z\n", LONG, "has no shares of bag 'z'; add them, or take the bag out"),
+        (BAGS + "1.png,z\n", LONG, "has no proportions of bag 'z'; add them, or take the bag out"),
         (BAGS, LONG + "z,cat,1\n", "bag 'z' of .* has no image in .*bags.csv; add its images or remove it"),
         (BAGS, LONG + "y,cow,0\n", "names class 'cow', which is none of cat, dog, a hen"),
         (BAGS, "bag,cat,dog,cow\nx,1,0,0\ny,0,1,0\n", "names class 'cow', which is none of"),
-        (BAGS, LONG + "y,dog,1\n", "two shares of class 'dog' in bag 'y'; keep one"),
+        (BAGS, LONG + "y,dog,1\n", "two proportions of class 'dog' in bag 'y'; keep one"),
         (BAGS, "bag,cat,dog\nx,1,0\nx,1,0\n", "two lines for bag 'x'; keep one"),
-        (BAGS, LONG + "y,cat,0.25\n", "the shares of bag 'y' in .* sum to 1.25; give shares that sum to 1"),
+        (BAGS, LONG + "y,cat,0.25\n", "the proportions of bag 'y' in .* sum to 1.25; give proportions that sum to 1"),
         (
             BAGS,
             LONG.replace("dog,1", "dog,100"),
-            "gives bag 'y' the share '100' of class 'dog'; give a number from 0 to 1",
+            "gives bag 'y' the proportion '100' of class 'dog'; give a number from 0 to 1",
         ),
-        (BAGS, LONG.replace("dog,1", "dog,much"), "the share 'much'"),
-        (BAGS, LONG.replace("dog,1", "dog,nan"), "the share 'nan'"),
-        (BAGS, LONG.replace("dog,1", "dog,-0.5"), "the share '-0.5'"),
+        (BAGS, LONG.replace("dog,1", "dog,much"), "the proportion 'much'"),
+        (BAGS, LONG.replace("dog,1", "dog,nan"), "the proportion 'nan'"),
+        (BAGS, LONG.replace("dog,1", "dog,-0.5"), "the proportion '-0.5'"),
         (BAGS, "id,class\n0,cat\n", "must have the columns bag, class and share, or bag and one for each class"),
         (BAGS, "bag\nx\n", "must have the columns bag, class and share"),
     ],
 )
-def test_a_mistake_is_one_sentence(read, bags, shares, words):
-    with pytest.raises(InputError, match=words) as found:
-        read(bags, shares)
-    assert "\n" not in str(found.value)
+def test_a_mistake_is_one_sentence(read, bags, proportions, words):
+    with pytest.raises(InputError, match=words) as result:
+        read(bags, proportions)
+    assert "\n" not in str(result.value)
 
 
 def test_a_missing_file_is_named(tmp_path, cache):
@@ -125,7 +125,7 @@ def test_a_cache_without_any_label_but_the_tests_learns(quick):
     assert run.metrics["balanced_accuracy"] > zero.metrics["balanced_accuracy"] + 0.05
     with pytest.raises(InputError, match="method ulfine learns from labelled images and this split has none"):
         fit(cache, quick(method="ulfine"), split=split)
-    with pytest.raises(InputError, match="bag_size is 5 and the split has bags of its own; set it to 0"):
+    with pytest.raises(InputError, match="bag_size is 5 and the split has bags of its own; set bag_size to 0"):
         fit(cache, FitConfig(method="proportions", bag_size=5), split=split)
 
 
@@ -139,23 +139,23 @@ def folder(tmp_path_factory):
     ids = FeatureCache.open(root / "cache").ids
     train = [name for name in ids if name.startswith("train")]
     (root / "bags.csv").write_text("id,bag\n" + "".join(f"{name},{i % 3}\n" for i, name in enumerate(train)))
-    (root / "shares.csv").write_text("bag,cat,dog\n" + "".join(f"{bag},0.5,0.5\n" for bag in range(3)))
+    (root / "proportions.csv").write_text("bag,cat,dog\n" + "".join(f"{bag},0.5,0.5\n" for bag in range(3)))
     return root
 
 
 def test_the_command_fits_the_bags_of_two_files(folder, tmp_path):
-    files = ["--bags", folder / "bags.csv", "--proportions", folder / "shares.csv"]
+    files = ["--bags", folder / "bags.csv", "--proportions", folder / "proportions.csv"]
     fit_it = ["fit", folder / "cache", "--method", "proportions", "--steps", 6, "--eval-every", 2]
     done = run(*fit_it, *files, "--out", tmp_path / "run", "--json")
     assert done.exit_code == 0, done.output
     json.loads(done.stdout)
-    found = Run.load(tmp_path / "run")
-    assert (len(found.split["unlabeled"]), found.split["labeled"]) == (16, [])
-    assert [len(bag["ids"]) for bag in found.split["bags"]] == [6, 5, 5]
+    result = Run.load(tmp_path / "run")
+    assert (len(result.split["unlabeled"]), result.split["labeled"]) == (16, [])
+    assert [len(bag["ids"]) for bag in result.split["bags"]] == [6, 5, 5]
     # the run's own split brings its bags
     again = run(*fit_it, "--split", tmp_path / "run", "--out", tmp_path / "again")
     assert again.exit_code == 0, again.output
-    assert Run.load(tmp_path / "again").metrics["balanced_accuracy"] == found.metrics["balanced_accuracy"]
+    assert Run.load(tmp_path / "again").metrics["balanced_accuracy"] == result.metrics["balanced_accuracy"]
     judged = run("eval", tmp_path / "run")
     assert judged.exit_code == 0, judged.output
     message = refused("realign", tmp_path / "run", "--out", tmp_path / "r")
@@ -164,7 +164,7 @@ def test_the_command_fits_the_bags_of_two_files(folder, tmp_path):
 
 def test_options_that_do_not_go_together_are_refused(folder, tmp_path):
     command = ["fit", folder / "cache", "--out", tmp_path / "run"]
-    files = ["--bags", folder / "bags.csv", "--proportions", folder / "shares.csv"]
+    files = ["--bags", folder / "bags.csv", "--proportions", folder / "proportions.csv"]
     assert "method ulfine does not read bags, which proportions reads" in refused(*command, *files)
     command += ["--method", "proportions"]
     assert "bags says nothing without proportions; give both" in refused(*command, *files[:2])

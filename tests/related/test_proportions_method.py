@@ -46,20 +46,20 @@ def bagged(world, **values):
 
 def test_stage_one_is_the_proportions_cross_entropy_and_stage_two_the_labels(world):
     trials, method, state, batch = bagged(world, mixup=0, reverse_weight=0.3)
-    found = method.losses(trials, state, batch).labeled
+    result = method.losses(trials, state, batch).labeled
     rows = logits_of(batch.labeled[0], trials.prototypes[0])
     total = 0.0
     for g, size in enumerate((3, 2)):
         bag = [softmax(row) for row in rows[g * M : g * M + size]]
         proportions = batch.proportions[0, g].tolist()
         total -= sum(rho * math.log(mean(p[k] for p in bag)) for k, rho in enumerate(proportions))
-    assert found[0].item() == pytest.approx(total / 2, rel=1e-4)
+    assert result[0].item() == pytest.approx(total / 2, rel=1e-4)
     rows, labels = logits_of(batch.labeled[1], trials.prototypes[1]), state.scratch["labels"][1, 2].tolist()
     each = []
     for i, label in [(0, labels[0]), (1, labels[1]), (2, labels[2]), (3, labels[0]), (4, labels[1])]:
         wrong = 1 - softmax(rows[i])[label]
         each.append(cross_entropy(rows[i], label) - 0.3 * wrong * math.log(1e-4))
-    assert found[1].item() == pytest.approx(mean(each), rel=1e-4)
+    assert result[1].item() == pytest.approx(mean(each), rel=1e-4)
 
 
 def test_mixed_images_lie_between_two_present_ones_and_so_do_their_targets(world):
@@ -89,7 +89,7 @@ def test_labels_are_drawn_for_the_trials_in_stage_two(world):
     none = torch.zeros(2, 0, dtype=torch.int64)
     pool = Pool(device, none, none, none, none)
     padded = PaddedBags.pad([bags, bags], torch.device("cpu"))
-    trials = dataclasses.replace(trials, inputs=Inputs(of_trials={"bags": padded}))
+    trials = dataclasses.replace(trials, inputs=Inputs(per_trial={"bags": padded}))
     trials.values["stage_one"] = torch.tensor([0.5, 0.9])
     method.refresh(trials, state, pool, 4)
     assert (state.scratch["late"].tolist(), state.scratch["labels"].sum().item()) == ([False, False], 0)

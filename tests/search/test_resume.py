@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -63,7 +62,6 @@ def test_a_sweep_killed_in_its_second_batch_continues_there(search, tmp_path, mo
     done = subprocess.run(
         [sys.executable, "-c", KILLED.format(out=str(out))],
         cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])},
         capture_output=True,
         text=True,
         check=False,

@@ -152,6 +152,12 @@ def test_every_method_has_a_space_of_its_own_or_of_its_kind(method):
     assert space.warnings == []
 
 
+def test_shared_options_are_searched_where_they_matter():
+    assert "adapter_scale" in default_space("lightweight").searched
+    assert "adapter_scale" not in default_space("ulfine").searched
+    assert "warmup" not in default_space("linear_probe").searched
+
+
 def test_a_setting_given_takes_the_place_of_a_shipped_entry():
     space = default_space("ulfine", {"lr": 0.1, "n1": 30})
     assert space.fixed == {"method": "ulfine", "lr": 0.1, "n1": 30}

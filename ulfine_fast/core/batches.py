@@ -118,7 +118,7 @@ class BatchSource:
         unlabeled, positions = self.unlabeled.draw(seeds, steps, Purpose.UNLABELED, size)  # (S, T, U)
         weak_slots = features.slots(unlabeled, self._views(steps, Purpose.WEAK_VIEW, size, features.easy))
         strong_view = self._views(steps, Purpose.STRONG_VIEW, size, max(1, features.strong))
-        # without strong views the plain one, view 0, takes their part
+        # without strong views the plain one, view 0, replaces them
         strong_slots = features.slots(unlabeled, strong_view + (features.easy if features.strong else 0))
 
         tensors = (labeled_slots, labels, weak_slots, strong_slots, positions)
@@ -156,7 +156,7 @@ class BatchSource:
     @cached_property
     def any_noise(self) -> bool:
         """Whether some trial adds noise to its training features."""
-        # asked once: on a GPU each look at a value waits for all the work before it
+        # cached: reading a value from a GPU waits for all work before it
         return bool((self.trials.values["feature_noise"] > 0).any())
 
     def noisy(self, features: Tensor, step: int, purpose: Purpose) -> Tensor:

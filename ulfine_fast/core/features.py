@@ -1,4 +1,4 @@
-"""A cache's features on the device: float16 as stored, gathered and widened a mini-batch at a time."""
+"""A cache's features on the device: float16 as stored, gathered and converted a mini-batch at a time."""
 
 from __future__ import annotations
 
@@ -16,7 +16,13 @@ from ulfine_fast.ops.prototypes import normalize
 if TYPE_CHECKING:
     from ulfine_fast.cache.store import FeatureCache
 
+# caches up to this size are kept as float32 on a processor
 _WIDENED_BYTES = 1 << 29
+
+
+def encoder_tokens(cache: FeatureCache) -> list[str]:
+    """Kinds of the last block's tokens that trials can train on; none without the encoder's end, or without texts."""
+    return cache.token_kinds if "projection" in cache.head and cache.prototypes is not None else []
 
 
 @dataclass(frozen=True)
@@ -29,9 +35,9 @@ class DeviceFeatures:
         unit: whether all rows are float32 and of length one already; otherwise they are as stored.
         tokens: whether rows are the last block's tokens, D = 2 W wide and of any length, instead of features.
         easy: how many of the views are plain or weak; the other V - easy are strong, and may be none.
-        position: where each row stands among the rows with views, -1 for none, int64 (n,).
-        areas: share of the image that the plain (1) and weak views show (m, easy), 0 where nobody knows; None for
-            features that no cache gave.
+        position: index of each row among the rows with views, -1 for none, int64 (n,).
+        areas: fraction of the image that the plain (1) and weak views show (m, easy), 0 where it is not known; None for
+            features that do not come from a cache.
     """
 
     plain: Tensor
@@ -44,15 +50,17 @@ class DeviceFeatures:
 
     @classmethod
     def load(cls, cache: FeatureCache, device: torch.device, *, tokens: bool = False) -> DeviceFeatures:
-        """Move a cache's features to the device, once; or its tokens, the two of a view side by side."""
+        """Move a cache's features to the device; or its tokens, the two of a view side by side."""
         plain = torch.from_numpy(np.asarray(cache.tokens("plain") if tokens else cache.plain)).flatten(1).to(device)
         rows = torch.from_numpy(np.asarray(cache.view_rows)).to(device)
         position = torch.full((len(plain),), -1, dtype=torch.int64, device=device)
         position[rows] = torch.arange(len(rows), device=device)
-        drawn = cache.tokens if tokens else cache.views
-        weak, strong = (torch.from_numpy(np.asarray(drawn(kind))).flatten(2).to(device) for kind in ("weak", "strong"))
+        views_of = cache.tokens if tokens else cache.views
+        weak, strong = (
+            torch.from_numpy(np.asarray(views_of(kind))).flatten(2).to(device) for kind in ("weak", "strong")
+        )
         views = torch.cat([plain[rows].unsqueeze(1), weak, strong], dim=1)  # (m, V, D)
-        # a processor widens slowly and its memory holds a small cache twice; a GPU widens while it gathers
+        # a processor converts slowly, and a small cache fits in memory as float32; a GPU converts while it gathers
         unit = not tokens and device.type == "cpu" and 4 * (plain.numel() + views.numel()) <= _WIDENED_BYTES
         if unit:
             plain, views = normalize(plain.float()), normalize(views.float())
@@ -69,7 +77,7 @@ class DeviceFeatures:
         return self._unit(self.plain[index])
 
     def slots(self, index: Tensor, view: Tensor) -> Tensor:
-        """Where views of rows, both (...,), stand when the views of all rows are counted through, for :meth:`at`."""
+        """Index of views of rows, both (...,), when the views of all rows are counted, for :meth:`at`."""
         return self.position[index] * self.views.shape[1] + view
 
     def at(self, slots: Tensor) -> Tensor:
@@ -77,7 +85,7 @@ class DeviceFeatures:
         return self._unit(self.views.flatten(0, 1)[slots])
 
     def at_into(self, slots: Tensor, out: Tensor) -> None:
-        """As :meth:`at`, slots (T, n), into given memory (T, n, D)."""
+        """As :meth:`at`, for slots (T, n), written to `out` (T, n, D)."""
         store = self.views.flatten(0, 1)
         if kernels.usable(out):
             kernels.gather_rows(store, slots, out)

@@ -1,4 +1,4 @@
-"""The trainable tensors, each with a leading trials axis T, and the logits they give."""
+"""Adapters and cosine heads over a leading trials axis T."""
 
 from __future__ import annotations
 
@@ -40,13 +40,13 @@ def padded_normals(seeds: Tensor, draw: int, ranks: Tensor, shape: Callable[[int
 
 
 def unpadded(tensors: Tensors, rank: int) -> Tensors:
-    """One trial's tensors without padding: those of low rank, (D, R) and (R, D), cut to its own `rank`."""
-    found = dict(tensors)
+    """One trial's tensors without padding: those of low rank, (D, R) and (R, D), reduced to its `rank`."""
+    result = dict(tensors)
     for name, tensor in tensors.items():
         kind = name.rpartition(".")[2]
         if kind in ("down", "up"):
-            found[name] = (tensor[:, :rank] if kind == "down" else tensor[:rank]).contiguous()
-    return found
+            result[name] = (tensor[:, :rank] if kind == "down" else tensor[:rank]).contiguous()
+    return result
 
 
 def new_adapter(seeds: Tensor, dim: int, ranks: Tensor) -> Tensors:
@@ -54,7 +54,7 @@ def new_adapter(seeds: Tensor, dim: int, ranks: Tensor) -> Tensors:
 
     The layer norm before `down` has scale (T, D) and shift (T, D). R is the largest of the ranks (T,); a trial of a
     smaller one has zeros in the columns of `down` and rows of `up` beyond it. They stay zero to the bit: their hidden
-    values are relu(0), so that neither matrix gets a gradient there, and decay leaves zero alone.
+    values are relu(0), so that neither matrix gets a gradient there, and decay does not move zeros.
     """
     trials = len(seeds)
     down = padded_normals(seeds, 0, ranks, lambda rank: (dim, rank))
@@ -77,13 +77,13 @@ def frozen_end(head: Mapping[str, Tensor], trials: int) -> Tensors:
         "backbone.scale" and "backbone.shift" (T, W), "backbone.eps" (T, 1), "backbone.projection" (T, W, D).
     """
     weight = head["ln_post_weight"]
-    own = {
+    tensors = {
         "scale": weight,
         "shift": head["ln_post_bias"],
         "eps": head.get("ln_post_eps", torch.full_like(weight[:1], _LN_EPS)),
         "projection": head["projection"],
     }
-    return {f"backbone.{name}": tensor.expand(trials, *tensor.shape) for name, tensor in own.items()}
+    return {f"backbone.{name}": tensor.expand(trials, *tensor.shape) for name, tensor in tensors.items()}
 
 
 def apply_adapter(tensors: Tensors, features: Tensor, strength: Tensor) -> Tensor:
@@ -141,7 +141,7 @@ def last_norm(tensors: Tensors, tokens: Tensor, strength: Tensor) -> Tensor:
     if "adapter.up" in tensors:
         token = token + strength.view(-1, 1, 1) * _bottleneck(tensors, before)
     centred = token - token.mean(-1, keepdim=True)
-    # by hand: the trials of a pass might come from a norm each, which torch's does not take
+    # not by torch's layer norm, which takes one scale and shift for all trials
     spread = torch.rsqrt(centred.square().mean(-1, keepdim=True) + tensors["backbone.eps"].unsqueeze(1))
     return centred * spread * tensors["backbone.scale"].unsqueeze(1) + tensors["backbone.shift"].unsqueeze(1)
 
@@ -155,7 +155,7 @@ def _bottleneck(tensors: Tensors, rows: Tensor) -> Tensor:
 
 
 def _apply_folded(tensors: Tensors, features: Tensor, strength: Tensor) -> Tensor:
-    """The same with the norm folded into the product, which spares evaluations half of their reading and writing.
+    """The same with the norm folded into the product, which halves the memory traffic of evaluations.
 
     With m and r a row's mean and inverse deviation, a and b the norm's scale and shift:
     LN(x) W = r x (a W) - r m sum_d (a W)_d + b W.

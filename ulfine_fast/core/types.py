@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from ulfine_fast.config import FitConfig
@@ -20,12 +21,12 @@ class Inputs:
     """What a method reads beside features and labels, see `Method.inputs`.
 
     Attributes:
-        of_trials: values with a leading trials axis, by name.
-        of_all: tensors that all trials share, by name.
+        per_trial: values with a leading trials axis, by name.
+        shared: tensors that all trials share, by name.
     """
 
-    of_trials: Mapping[str, Any] = field(default_factory=dict)
-    of_all: Mapping[str, Tensor] = field(default_factory=dict, metadata=SHARED)
+    per_trial: Mapping[str, Any] = field(default_factory=dict)
+    shared: Mapping[str, Tensor] = field(default_factory=dict, metadata=SHARED)
 
 
 @dataclass(frozen=True)
@@ -33,14 +34,14 @@ class Trials:
     """T trials of one trial batch.
 
     Attributes:
-        config: the config of any of them; only structural options may be read from it.
+        config: of one of them; only structural options may be read from it.
         values: numeric options of each trial by name, float32 (T,).
         seeds: int64 (T,).
         prototypes: unit textual prototypes that each trial starts from (T, K, D).
         log_prior: log class frequencies of the labelled training images (T, K).
         head: the end of the encoder, see :func:`ulfine_fast.core.heads.frozen_end`; all trials share it, and it is
             empty where features are read.
-        inputs: what the method asked for.
+        inputs: what the method reads beside these.
     """
 
     config: FitConfig = field(metadata=SHARED)
@@ -60,7 +61,7 @@ class Trials:
         return self.log_prior.new_zeros(len(self.log_prior))
 
     def adapter(self) -> tuple[Tensors, Tensors]:
-        """A new adapter of the configured kind: what it learns, and what of the encoder it needs; both may be empty."""
+        """A new adapter: its parameters, and the frozen tensors of the encoder that it needs; both may be empty."""
         if self.config.adapter == "none":
             return {}, {}
         seeds, ranks = self.seeds, self.values["rank"]
@@ -92,7 +93,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class Pool:
-    """All training images of T trials at once, for methods that look at more than a mini-batch.
+    """All training images of T trials, for methods that read more than a mini-batch.
 
     Trials of different size are padded: padding has label -1, presence False, and the features of some other image.
 
@@ -133,10 +134,13 @@ class Pool:
 
 @dataclass
 class State:
-    """What T trials have learned: parameters get gradients, memory is moved by the method itself.
+    """What T trials have learned: tensors (T, ...) by name.
 
-    Scratch is memory that training needs and prediction does not, such as one value per unlabelled image; it is not
-    saved with the run.
+    Attributes:
+        parameters: get gradients.
+        memory: moved by the method itself.
+        scratch: what training needs and prediction does not, such as a value for each unlabelled image; not saved with
+            the run.
     """
 
     parameters: Tensors
@@ -156,7 +160,12 @@ class State:
 class Losses(NamedTuple):
     """Losses of each trial (T,), weighted by the method; the loop minimises their sum.
 
-    `pseudo` and `adapted`, the labelled rows (T, B, D) as the heads saw them, are for the method's use after the step.
+    Attributes:
+        labeled: of the labelled rows.
+        unlabeled: of the unlabelled rows.
+        regularizer: of neither.
+        pseudo: the mini-batch's pseudo-labels, for the method's use after the step.
+        adapted: labelled rows (T, B, D) as the heads saw them, likewise.
     """
 
     labeled: Tensor
@@ -164,3 +173,9 @@ class Losses(NamedTuple):
     regularizer: Tensor
     pseudo: PseudoLabels | None = None
     adapted: Tensor | None = None
+
+    @classmethod
+    def labeled_only(cls, labeled: Tensor) -> Losses:
+        """The losses of a step on labelled rows alone."""
+        zero = torch.zeros_like(labeled)
+        return cls(labeled, zero, zero)

@@ -13,7 +13,7 @@ import numpy as np
 
 from ulfine_fast.cache.io.errors import InputError
 from ulfine_fast.cache.io.files import write_atomically
-from ulfine_fast.cache.io.tables import delimiter, label_text, read_table
+from ulfine_fast.cache.io.tables import delimiter, label_key, label_text, read_table
 from ulfine_fast.data.splits import Rows, Split, labeled_counts
 
 if TYPE_CHECKING:
@@ -61,11 +61,11 @@ def corrected(cache: FeatureCache, labels: Mapping[str, str]) -> FeatureCache:
     Raises:
         InputError: an image or a class that the cache does not have.
     """
-    indices = {NOTHING: -1, **{name: k for k, name in enumerate(cache.class_names)}}
+    indices = {NOTHING: -1, **{label_key(name): k for k, name in enumerate(cache.class_names)}}
     new = cache.labels.copy()
     for row, (name, label) in zip(_rows_of(cache, labels), labels.items(), strict=True):
         # A class may itself be called "1.0", so the exact text comes first.
-        index = indices.get(label, indices.get(label_text(label)))
+        index = indices.get(label_key(label), indices.get(label_text(label)))
         if index is None:
             raise InputError(f"{name!r} has the label {label!r}, which is none of {', '.join(cache.class_names)}")
         new[row] = index

@@ -1,4 +1,4 @@
-"""Long-tailed semi-supervised splits of a cache's rows: drawn from a seed, saved by image id, loadable again."""
+"""Long-tailed semi-supervised splits of a cache's rows, drawn from a seed and saved by image id."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ RULE = (
     "unlabelled the same with M1, gamma_u and no lower bound; per class: labelled rows first, unlabelled next, of one "
     "seeded permutation"
 )
-
+"""The protocol in words, as split.json records it."""
 
 _SPLIT_KEYS = ("format", "version", "rule", "class_order", "labeled", "unlabeled", "val", "test")
 
@@ -34,11 +34,11 @@ class Split:
 
     Attributes:
         labeled: rows that train with their label (L,).
-        unlabeled: rows that train without (U,); their labels, where known, are used for health figures only.
+        unlabeled: rows that train without (U,); their labels, where known, are used for pseudo-label metrics only.
         val: rows held out of the labelled ones for selection and calibration (V,).
         test: rows read once, at the end (E,).
         class_order: class indices from head to tail (K,), by drawn rank or by labelled count.
-        extra: further parts that single methods read, by name, as JSON values with image ids.
+        extra: what methods add to it, by name, as JSON values with image ids.
     """
 
     labeled: Rows
@@ -67,15 +67,15 @@ def read_split(path: Path, ids: list[str]) -> Split:
     """
     file = path / "split.json" if path.is_dir() else path
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-        roles = {role: found[role] for role in ("labeled", "unlabeled", "val", "test", "class_order")}
+        content = json.loads(file.read_text(encoding="utf-8"))
+        roles = {role: content[role] for role in ("labeled", "unlabeled", "val", "test", "class_order")}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(
             f"{file} is not a saved split ({type(error).__name__}); name the split.json of a run"
         ) from error
     index = RowIndex(ids)
     order = np.asarray(roles.pop("class_order"), dtype=np.int64)
-    extra = {name: value for name, value in found.items() if name not in _SPLIT_KEYS}
+    extra = {name: value for name, value in content.items() if name not in _SPLIT_KEYS}
     rows = {
         role: index.rows(names, source=f"the {role} part of {file}", fix="use the cache it was made on")
         for role, names in roles.items()
@@ -92,7 +92,7 @@ def long_tail_counts(largest: int, gamma: float, classes: int, smallest: int = 0
     ranks = np.arange(classes) / max(classes - 1, 1)
     counts = (largest * gamma ** (-ranks)).astype(np.int64)  # (K,)
     if classes > 1:
-        # The power's rounding may land just below an exact quotient; the division does not.
+        # the power may be rounded to just below an exact quotient, the division is not
         counts[-1] = int(largest / gamma)
     return np.maximum(counts, smallest)
 
@@ -134,18 +134,22 @@ def draw_split(labels: Rows, splits: NDArray[Any], class_names: list[str], confi
         InputError: too few images for the counts asked for, or a class with no labelled image.
     """
     random = np.random.default_rng([config.data_seed, 0x5B11])
+
+    # test images, and the labelled images of each class in random order
     test = _rows(np.flatnonzero((splits == "test") & (labels >= 0)))
     pools = [
         _rows(random.permutation(np.flatnonzero((splits == "train") & (labels == k)))) for k in range(len(class_names))
     ]
     if not len(test):
-        test, pools = _carve(pools, config.test_fraction, keep=2)
+        test, pools = _held_out(pools, config.test_fraction, keep=2)
     for name, pool in zip(class_names, pools, strict=True):
         if not len(pool):
             raise InputError(f"class {name!r} has no labelled training image; add one or remove the class")
+
+    # labelled and unlabelled training images
     unknown = _rows(np.flatnonzero((splits == "unlabeled") | ((splits == "train") & (labels < 0))))
     if config.n1 is None:
-        order, labeled, unlabeled = _as_they_are(pools, config.labeled_fraction)
+        order, labeled, unlabeled = _natural(pools, config.labeled_fraction)
         unlabeled = np.concatenate([unlabeled, unknown])
     else:
         order = random.permutation(len(pools)) if config.permute_classes else np.arange(len(pools))
@@ -154,9 +158,18 @@ def draw_split(labels: Rows, splits: NDArray[Any], class_names: list[str], confi
             unlabeled = np.concatenate([unlabeled, unknown])
     if config.labeled_in_unlabeled:
         unlabeled = np.concatenate([unlabeled, *labeled])
-    given = _rows(np.flatnonzero((splits == "val") & (labels >= 0)))
-    carved, labeled = (given, labeled) if len(given) else _carve(labeled, config.val_fraction, keep=3)
-    return Split(np.sort(np.concatenate(labeled)), np.sort(unlabeled), np.sort(carved), np.sort(test), _rows(order))
+
+    # validation images: the cache's, else some of the labelled ones
+    val = _rows(np.flatnonzero((splits == "val") & (labels >= 0)))
+    if not len(val):
+        val, labeled = _held_out(labeled, config.val_fraction, keep=3)
+    return Split(
+        labeled=np.sort(np.concatenate(labeled)),
+        unlabeled=np.sort(unlabeled),
+        val=np.sort(val),
+        test=np.sort(test),
+        class_order=_rows(order),
+    )
 
 
 def labeled_counts(labels: Rows, split: Split, classes: int) -> Rows:
@@ -165,14 +178,14 @@ def labeled_counts(labels: Rows, split: Split, classes: int) -> Rows:
 
 
 def training_labels(labels: Rows, split: Split, classes: int, config: FitConfig) -> Rows:
-    """The classes that training is told: some wrong, as noisy labels are studied (symmetric noise).
+    """The labels that training sees: some of them wrong where `label_noise` is above 0 (symmetric noise).
 
-    round(`label_noise` L) labelled images, drawn from the split seed, get one of the other classes, each as likely.
-    Whoever is wrong at one share is wrong in the same way at every larger one.
+    round(`label_noise` L) labelled images, drawn from the split seed, get one of the other classes with equal
+    probability. Images that are wrong at one fraction are wrong in the same way at every larger one.
 
     Args:
         labels: class index of each row of the cache (n,).
-        split: whose labelled images are meant.
+        split: with the labelled images.
         classes: K.
         config: `label_noise` and the split seed decide.
 
@@ -180,34 +193,43 @@ def training_labels(labels: Rows, split: Split, classes: int, config: FitConfig)
         Classes of `split.labeled`, in its order (L,).
 
     Raises:
-        InputError: noise asked for where there is no other class.
+        InputError: noise where there is no other class.
     """
-    told = labels[split.labeled]
+    noisy = labels[split.labeled]
     if not config.label_noise:
-        return told
+        return noisy
     if classes < 2:
         raise InputError(f"label_noise = {config.label_noise:g} needs a second class; set it to 0")
     random = np.random.default_rng([config.data_seed, 0x401E])
-    order, steps = random.permutation(len(told)), random.integers(1, classes, len(told))
-    wrong = order[: round(config.label_noise * len(told))]
-    told[wrong] = (told[wrong] + steps[wrong]) % classes
-    return told
+    order = random.permutation(len(noisy))
+    shifts = random.integers(1, classes, len(noisy))
+    wrong = order[: round(config.label_noise * len(noisy))]
+    noisy[wrong] = (noisy[wrong] + shifts[wrong]) % classes
+    return noisy
 
 
 def _rows(values: Any) -> Rows:
     return np.asarray(values, dtype=np.int64)
 
 
-def _carve(pools: list[Rows], share: float, keep: int) -> tuple[Rows, list[Rows]]:
-    """Take `share` of each class, at least one where more than `keep` are there, none otherwise."""
-    sizes = [max(1, round(len(pool) * share)) if share > 0 and len(pool) > keep else 0 for pool in pools]
-    taken = np.concatenate([pool[:size] for pool, size in zip(pools, sizes, strict=True)])
-    return _rows(taken), [pool[size:] for pool, size in zip(pools, sizes, strict=True)]
+def _held_out(pools: list[Rows], fraction: float, keep: int) -> tuple[Rows, list[Rows]]:
+    """Hold out a fraction of each class: at least one row of classes with more than `keep`, none of others.
+
+    Returns:
+        The rows held out, and the rest of each class.
+    """
+    sizes = [max(1, round(len(pool) * fraction)) if fraction > 0 and len(pool) > keep else 0 for pool in pools]
+    held_out = np.concatenate([pool[:size] for pool, size in zip(pools, sizes, strict=True)])
+    return _rows(held_out), [pool[size:] for pool, size in zip(pools, sizes, strict=True)]
 
 
-def _as_they_are(pools: list[Rows], share: float) -> tuple[Rows, list[Rows], Rows]:
-    """Keep the data's own counts; `share` of each class, at least one image, stays labelled."""
-    sizes = [max(1, round(len(pool) * share)) for pool in pools]
+def _natural(pools: list[Rows], fraction: float) -> tuple[Rows, list[Rows], Rows]:
+    """Keep the class counts of the data; a fraction of each class, at least one image, stays labelled.
+
+    Returns:
+        Classes from head to tail, labelled rows of each class, and unlabelled rows.
+    """
+    sizes = [max(1, round(len(pool) * fraction)) for pool in pools]
     labeled = [pool[:size] for pool, size in zip(pools, sizes, strict=True)]
     hidden = [pool[size:] for pool, size in zip(pools, sizes, strict=True)]
     order = np.argsort([-len(rows) for rows in labeled], kind="stable")
@@ -233,7 +255,7 @@ def _long_tailed(
     if config.shape == "natural":
         return labeled, _rows(np.concatenate(rest))
     hidden = np.empty(classes, dtype=np.int64)
-    # an order of the unlabelled classes that the labelled one says nothing about
+    # shuffled: an order of the classes that is independent of the labelled one
     ranked = random.permutation(order) if config.shape == "shuffled" else order
     hidden[ranked] = _hidden_counts(sizes[ranked] - counts[ranked], config)
     for k in np.flatnonzero(hidden > sizes - counts)[:1]:
@@ -252,6 +274,6 @@ def _hidden_counts(left: Rows, config: FitConfig) -> Rows:
 
     if config.m1 is not None:
         return counts(config.m1)
-    # no count falls when M1 grows, so the feasible ones end at one place
+    # no count falls when M1 grows, so all feasible values are below all others
     feasible = bisect.bisect_left(range(int(left.max()) + 1), True, key=lambda m1: bool((counts(m1) > left).any()))
     return counts(max(0, feasible - 1))

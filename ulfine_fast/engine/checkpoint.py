@@ -1,7 +1,7 @@
-"""Interrupted training goes on: every trial batch is one file, replaced as a whole after each validation.
+"""Checkpoints of training: one file for each trial batch, replaced as a whole after each validation.
 
-The folder holds head.json, which says what is being trained on what, and batch-N.safetensors for the trial batch
-whose first trial is N, with its tensors and, as JSON in the file's own header, its progress.
+The folder has head.json, which identifies configs, splits and cache, and batch-N.safetensors for the trial batch whose
+first trial is N, with its tensors and, as JSON in the file's header, its progress.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ _BATCHES = "batch-*.safetensors"
 _ROLES = ("labeled", "unlabeled", "val", "test")
 
 
-class Begun(NamedTuple):
-    """A trial batch as far as it is saved.
+class SavedBatch(NamedTuple):
+    """A trial batch in the state of its last save.
 
     Attributes:
         trials: positions of its trials among all.
@@ -65,28 +65,28 @@ class Checkpoint:
             "configs": [config.to_dict() for config in configs],
         }
         path = folder / "head.json"
-        # a head alone was left by a fit that made no progress, and another fit may replace it
+        # a head alone is of a fit that made no progress, and another fit may replace it
         if path.exists() and any(folder.glob(_BATCHES)):
             _refuse_other(folder, _read_head(path), self.head)
         elif folder.exists() and (not folder.is_dir() or _other_files(folder)):
             raise InputError(f"{folder} exists and is no checkpoint; name a new folder")
 
-    def load(self) -> list[Begun]:
-        """The trial batches that were begun, as passed to :meth:`save`.
+    def load(self) -> list[SavedBatch]:
+        """The saved trial batches.
 
         Raises:
             InputError: a damaged file.
         """
         from safetensors.torch import load_file
 
-        found = []
+        batches = []
         for path in sorted(self.folder.glob(_BATCHES)):
             notes = _read_notes(path)
-            found.append(Begun(notes.pop("trials"), load_file(path), notes))
-        return found
+            batches.append(SavedBatch(trials=notes.pop("trials"), tensors=load_file(path), notes=notes))
+        return batches
 
     def save(self, trials: Sequence[int], tensors: Tensors, notes: dict[str, Any]) -> None:
-        """Replace what is saved of the trial batch of these trials.
+        """Save the trial batch of these trials, in place of its last save.
 
         Raises:
             InputError: the file system refused.
@@ -100,18 +100,18 @@ class Checkpoint:
         write_atomically(self.folder / f"batch-{trials[0]}.safetensors", content)
 
     def remove(self) -> None:
-        """Remove the folder: everything is done."""
+        """Remove the folder, once all trial batches are done."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
 def saved_step(folder: Path) -> int | None:
-    """The step that training would go on from, None without a checkpoint; of several trial batches the latest begun."""
+    """The step that training continues from, None without a checkpoint; the last one of several trial batches."""
     steps = [_read_notes(path)["step"] for path in folder.glob(_BATCHES)]
     return max(steps, default=None)
 
 
 def cache_fingerprint(cache: FeatureCache) -> str:
-    """Hex digest of what a cache holds: by its shards' own digests, or over all arrays of one in memory."""
+    """Hex digest of a cache's content: by the digests of its shards, or over all arrays of one in memory."""
     digest = hashlib.sha256()
     if cache.manifest is not None:
         digest.update(json.dumps(cache.manifest.to_dict(), sort_keys=True, default=str).encode())
@@ -132,9 +132,9 @@ def cache_fingerprint(cache: FeatureCache) -> str:
 def _splits_digest(splits: Sequence[Split]) -> str:
     digest = hashlib.sha256()
     # trials often share a split
-    own = {id(split): hashlib.sha256(_bytes(split)).digest() for split in splits}
+    digests = {id(split): hashlib.sha256(_bytes(split)).digest() for split in splits}
     for split in splits:
-        digest.update(own[id(split)])
+        digest.update(digests[id(split)])
     return digest.hexdigest()
 
 
@@ -146,32 +146,31 @@ def _bytes(split: Split) -> bytes:
     return b"".join(len(part).to_bytes(8, "little") + part for part in parts)
 
 
-def _refuse_other(folder: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
+def _refuse_other(folder: Path, saved: dict[str, Any], wanted: dict[str, Any]) -> None:
     """Name the first thing in which a checkpoint differs from what is to be trained."""
-    reason = next((reason for reason in _differences(found, wanted) if reason), None)
-    if reason is not None:
-        raise InputError(f"{folder} is the checkpoint of {reason}; finish that one, or remove the folder to start anew")
+    if saved["version"] != wanted["version"]:
+        reason = f"version {saved['version']}, not {wanted['version']}"
+    elif saved["cache"] != wanted["cache"]:
+        reason = "a fit of another cache"
+    elif saved["configs"] != wanted["configs"]:
+        reason = _config_difference(saved["configs"], wanted["configs"])
+    elif saved["splits"] != wanted["splits"]:
+        reason = "a fit of other splits"
+    elif saved["engine"] != wanted["engine"]:
+        reason = f"a fit with engine {saved['engine']}, not {wanted['engine']}"
+    else:
+        return
+    raise InputError(f"{folder} is the checkpoint of {reason}; finish that one, or remove the folder to start anew")
 
 
-def _differences(found: dict[str, Any], wanted: dict[str, Any]) -> list[str | None]:
-    other = {name: found[name] != wanted[name] for name in wanted}
-    return [
-        f"version {found['version']}, not {wanted['version']}" if other["version"] else None,
-        "a fit of another cache" if other["cache"] else None,
-        _other_setting(found["configs"], wanted["configs"]) if other["configs"] else None,
-        "a fit of other splits" if other["splits"] else None,
-        f"a fit with engine {found['engine']}, not {wanted['engine']}" if other["engine"] else None,
-    ]
-
-
-def _other_setting(found: list[dict[str, Any]], wanted: list[dict[str, Any]]) -> str:
-    if len(found) != len(wanted):
-        return f"a fit of {len(found)} trials, not {len(wanted)}"
-    for one, other in zip(found, wanted, strict=True):
-        for name in other:
-            if one.get(name) != other[name]:
-                return f"a fit with {name} = {one.get(name)}, not {other[name]}"
-    return "a fit of other settings"
+def _config_difference(saved: list[dict[str, Any]], wanted: list[dict[str, Any]]) -> str:
+    if len(saved) != len(wanted):
+        return f"a fit of {len(saved)} trials, not {len(wanted)}"
+    for old, new in zip(saved, wanted, strict=True):
+        for name in new:
+            if old.get(name) != new[name]:
+                return f"a fit with {name} = {old.get(name)}, not {new[name]}"
+    return "a fit of other options"
 
 
 def _read_head(path: Path) -> dict[str, Any]:
@@ -192,7 +191,7 @@ def _read_notes(path: Path) -> dict[str, Any]:
         with safe_open(path, framework="pt") as file:
             notes: dict[str, Any] = json.loads(file.metadata()["notes"])
         notes["trials"], notes["step"]
-    except Exception as error:  # the library has errors of its own for a damaged file
+    except Exception as error:  # the library raises its own errors for a damaged file
         raise _damaged(path, error) from error
     return notes
 
@@ -202,6 +201,6 @@ def _damaged(path: Path, error: Exception) -> InputError:
 
 
 def _other_files(folder: Path) -> list[Path]:
-    """Files that a checkpoint interrupted at its very start would not have left."""
-    own = ("head.json", "head.json.tmp")
-    return [path for path in folder.iterdir() if path.name not in own and not path.match(_BATCHES + ".tmp")]
+    """Files that no interrupted checkpoint leaves."""
+    known = ("head.json", "head.json.tmp")
+    return [path for path in folder.iterdir() if path.name not in known and not path.match(_BATCHES + ".tmp")]

@@ -1,4 +1,4 @@
-"""Fitting: trials are grouped into trial batches, each goes through the loop, and runs come back in order."""
+"""Fitting: trials are grouped into trial batches and trained, and their runs are returned in order."""
 
 from __future__ import annotations
 
@@ -61,8 +61,8 @@ def fit_many(
 ) -> list[Run]:
     """Fit many trials, those of the same structure together in trial batches, as many together as memory holds.
 
-    A trial whose loss or weights are no longer finite at a validation leaves its trial batch and comes back with the
-    status "failed"; its neighbours do not notice.
+    A trial whose loss or weights are no longer finite at a validation leaves its trial batch, and its run has the
+    status "failed"; the other trials are not affected.
 
     Args:
         cache: features of K classes, D wide.
@@ -70,14 +70,15 @@ def fit_many(
         split: use this split for all trials, or one for each, instead of drawing one from each config.
         device: "auto", "cpu", "cuda" or "cuda:N".
         progress: draw a progress bar; None draws it where stderr is a terminal.
-        engine: "fused" for steps written out by hand, of the methods that have them; "specification" for steps
-            through autograd, of every method; "auto" takes the fused steps where there are any.
+        engine: "specification" for steps through autograd; "fused" for steps without it, which some methods have;
+            "auto" for the fused steps where the method has them.
         read_test: whether test metrics and predictions are made; a search must not see them.
         checkpoint: folder that every trial batch is saved in after each validation. A later call with the same configs,
-            splits and cache goes on from there, repeating no finished trial batch; at the end the folder is removed.
+            splits and cache continues from there, without repeating finished trial batches; at the end the folder is
+            removed.
         watch: called after each validation with the step and, for every trial that still trains, its history row by
-            its position in `configs`; returns the positions to drop, which come back with the status "pruned", the
-            test split unread. After an interruption it may be asked about the same validation again.
+            its position in `configs`; returns the positions to drop, whose runs have the status "pruned" and no test
+            metrics. After an interruption it may be called for the same validation again.
 
     Returns:
         Fitted runs in the order of `configs`. A trial's mini-batches and results do not depend on its neighbours.
@@ -90,8 +91,9 @@ def fit_many(
         raise InputError(f"engine must be one of {', '.join(ENGINES)}, got {engine!r}")
     torch_device = pick_device(device)
     check_tokens(cache, configs)
+    splits = draw_splits(cache, configs) if split is None else _checked_splits(cache, configs, split)
+    splits = _prepared(cache, configs, splits)
     check_crops(cache, configs)
-    splits = _prepared(cache, configs, _splits(cache, configs, split))
 
     # features on the device: trials of one trial batch read the same memory
     features = {
@@ -99,26 +101,29 @@ def fit_many(
         for tokens in {config.reads_tokens for config in configs}
     }
 
-    # trial batches: those of a checkpoint go on, the other trials are grouped anew
+    # trial batches: those of a checkpoint continue, the other trials are grouped anew
     saved = None if checkpoint is None else Checkpoint(Path(checkpoint), cache, configs, splits, engine)
-    begun = {} if saved is None else {tuple(one.trials): one for one in saved.load()}
-    rest = sorted(set(range(len(configs))).difference(*begun))
+    begun = {} if saved is None else {tuple(batch.trials): batch for batch in saved.load()}
+    not_begun = sorted(set(range(len(configs))).difference(*begun))
     members = list(begun)
-    for tokens, own_features in sorted(features.items()):
-        chosen = [i for i in rest if configs[i].reads_tokens == tokens]
-        members += map(tuple, schedule(cache, own_features, configs, splits, chosen, engine))
+    for tokens, batch_features in sorted(features.items()):
+        chosen = [i for i in not_begun if configs[i].reads_tokens == tokens]
+        members += map(tuple, schedule(cache, batch_features, configs, splits, chosen, engine))
 
     runs: dict[int, Run] = {}
     with progress_bar(progress) as bar:
         for trials in members:
-            own_configs = [configs[i] for i in trials]
-            own_features = features[own_configs[0].reads_tokens]
-            batch = TrialBatch(cache, own_features, own_configs, [splits[i] for i in trials], engine)
+            batch = TrialBatch(
+                cache,
+                features[configs[trials[0]].reads_tokens],
+                [configs[i] for i in trials],
+                [splits[i] for i in trials],
+                engine,
+            )
             if trials in begun:
                 batch.restore(begun[trials].tensors, begun[trials].notes)
-            note = f"{len(trials)} trials"
-            task = bar.add_task(f"fit {batch.label}", total=batch.steps, unit="steps", note=note)
-            for step in batch.train(_watch_within(trials, watch), _save_to(saved, trials)):
+            task = bar.add_task(f"fit {batch.label}", total=batch.steps, unit="steps", note=f"{len(trials)} trials")
+            for step in batch.train(_watch_of_batch(trials, watch), _save_of_batch(trials, saved)):
                 bar.update(task, completed=step)
             runs.update(zip(trials, batch.finish(read_test=read_test), strict=True))
     if saved is not None:
@@ -126,27 +131,32 @@ def fit_many(
     return [runs[i] for i in range(len(configs))]
 
 
-def _splits(cache: FeatureCache, configs: Sequence[FitConfig], given: Split | Sequence[Split] | None) -> list[Split]:
-    """The split of each config: that of its method, drawn once for all configs that draw the same, or as given."""
-    if given is None:
-        # a search asks for one split many times, and drawing one takes longer than some trials
-        drawn: dict[tuple[Any, ...], Split] = {}
-        splits = []
-        for config in configs:
-            key = (*split_key(config), config.method, *_own_values(config))
-            if key not in drawn:
-                own = method_of(config).split(cache, config)
-                if own is None:
-                    key = split_key(config)
-                if key not in drawn:
-                    drawn[key] = own or draw_split(cache.labels, cache.splits, cache.class_names, config)
-            splits.append(drawn[key])
-        return splits
-    splits = [given] * len(configs) if isinstance(given, Split) else list(given)
+def draw_splits(cache: FeatureCache, configs: Sequence[FitConfig]) -> list[Split]:
+    """The split of each config, by its method or by the protocol, drawn once for all configs that draw the same."""
+    # a search draws one split many times, and drawing one takes longer than some trials
+    drawn: dict[tuple[Any, ...], Split] = {}
+    splits = []
+    for config in configs:
+        key = (*split_key(config), config.method, *_own_values(config))
+        if key not in drawn:
+            split = method_of(config).split(cache, config)
+            if split is None:
+                protocol_key = split_key(config)
+                if protocol_key not in drawn:
+                    drawn[protocol_key] = draw_split(cache.labels, cache.splits, cache.class_names, config)
+                split = drawn[protocol_key]
+            drawn[key] = split
+        splits.append(drawn[key])
+    return splits
+
+
+def _checked_splits(cache: FeatureCache, configs: Sequence[FitConfig], split: Split | Sequence[Split]) -> list[Split]:
+    """The caller's split for each config."""
+    splits = [split] * len(configs) if isinstance(split, Split) else list(split)
     if len(splits) != len(configs):
         raise InputError(f"{len(configs)} configs need as many splits, got {len(splits)}")
-    for split in {id(split): split for split in splits}.values():
-        check_held_out(cache, split)
+    for different in {id(split): split for split in splits}.values():
+        check_held_out(cache, different)
     for config in configs:
         if method_of(config).split(cache, config) is not None:
             raise InputError(
@@ -156,12 +166,12 @@ def _splits(cache: FeatureCache, configs: Sequence[FitConfig], given: Split | Se
 
 
 def _own_values(config: FitConfig) -> tuple[Any, ...]:
-    """The values of the options that lie beside the config's method."""
+    """The values of the method's own options."""
     return tuple(getattr(config, name) for name in own_options(config.method))
 
 
 def _prepared(cache: FeatureCache, configs: Sequence[FitConfig], splits: Sequence[Split]) -> list[Split]:
-    """The splits with what their methods add to them, made once for all trials that agree in it."""
+    """The splits with what their methods add to them, made once for all trials that add the same."""
     prepared: dict[tuple[Any, ...], Split] = {}
     result = []
     for config, split in zip(configs, splits, strict=True):
@@ -175,8 +185,8 @@ def _prepared(cache: FeatureCache, configs: Sequence[FitConfig], splits: Sequenc
     return result
 
 
-def _watch_within(trials: Sequence[int], watch: Watch | None) -> Watch | None:
-    """The watch of a trial batch, which knows its trials by their positions in it alone."""
+def _watch_of_batch(trials: Sequence[int], watch: Watch | None) -> Watch | None:
+    """The watch of a trial batch, which numbers its trials by their positions in it."""
     if watch is None:
         return None
 
@@ -187,8 +197,8 @@ def _watch_within(trials: Sequence[int], watch: Watch | None) -> Watch | None:
     return ask
 
 
-def _save_to(saved: Checkpoint | None, trials: Sequence[int]) -> Callable[[TrialBatch], None] | None:
-    """How the trial batch of these trials is saved."""
+def _save_of_batch(trials: Sequence[int], saved: Checkpoint | None) -> Callable[[TrialBatch], None] | None:
+    """The function that saves the trial batch of these trials."""
     if saved is None:
         return None
     return lambda batch: saved.save(trials, *batch.saved())

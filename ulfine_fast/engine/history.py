@@ -1,4 +1,4 @@
-"""Metrics of T trials at each validation, as arrays; and the rows that a run keeps of them."""
+"""Metrics of T trials at each validation: arrays, and rows for runs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class History:
     """Validations of T trials.
 
     Attributes:
-        steps: after which step each validation was.
+        steps: the step of each validation.
         metrics: by name, one array (T, ...) for each validation; NaN for None and for trials that had left.
         rows: how many validations each trial has seen (T,).
         judged: whether a trial has unlabelled rows, and so pseudo-label metrics (T,).
@@ -34,12 +34,12 @@ class History:
         self.steps.append(step)
         self.rows[list(members)] += 1
         for name, values in metrics.items():
-            whole = np.full((len(self.rows), *values.shape[1:]), np.nan)
-            whole[list(members)] = values
-            self.metrics.setdefault(name, []).append(whole)
+            padded = np.full((len(self.rows), *values.shape[1:]), np.nan)
+            padded[list(members)] = values
+            self.metrics.setdefault(name, []).append(padded)
 
     def row(self, trial: int, validation: int) -> dict[str, Any]:
-        """One trial's metrics at one validation, with None for what has no rows to compute it from."""
+        """One trial's metrics at one validation, with None where there are no rows to compute one from."""
         names = [name for name in self.metrics if name in _ALWAYS or self.judged[trial]]
         metrics = {name: plain(self.metrics[name][validation][trial]) for name in names}
         return {"step": self.steps[validation], **metrics}
@@ -64,4 +64,4 @@ def plain(value: Floats | float) -> Any:
     array = np.asarray(value)
     if not np.isnan(array).any():
         return array.tolist()
-    return [None if np.isnan(one) else float(one) for one in array] if array.ndim else None
+    return [None if np.isnan(item) else float(item) for item in array] if array.ndim else None

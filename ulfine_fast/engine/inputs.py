@@ -1,4 +1,4 @@
-"""What the trials of one trial batch train on: options, prototypes and rows, with a leading trials axis."""
+"""The inputs of one trial batch: options, prototypes and rows, with a leading trials axis."""
 
 from __future__ import annotations
 
@@ -72,15 +72,15 @@ class TrialInputs:
 def trial_inputs(
     cache: FeatureCache, features: DeviceFeatures, configs: Sequence[FitConfig], splits: Sequence[Split]
 ) -> TrialInputs:
-    """Put what T configs of one structure and their splits say on the device of the features."""
+    """The inputs of T configs of one structure and their splits, on the device of the features."""
     device = features.plain.device
     classes = len(cache.class_names)
 
-    # labels that training sees; trials that agree in split and noise share one array
+    # labels that training sees; trials with the same split and noise share one array
     by_key: dict[tuple[object, ...], Rows] = {}
     labels_of: list[Rows] = []
     for config, split in zip(configs, splits, strict=True):
-        # without noise nothing is drawn, whatever the seed
+        # without noise the seed does not matter
         key = (id(split), (config.label_noise, config.data_seed) if config.label_noise else None)
         if key not in by_key:
             by_key[key] = training_labels(cache.labels, split, classes, config)
@@ -92,7 +92,7 @@ def trial_inputs(
     # a trial that learns from no labels may have none
     frequency = torch.from_numpy(counts / counts.sum(1, keepdims=True).clip(min=1)).float().to(device)
 
-    # the end of the encoder, for adapters inside it; rows as wide as the projection is high come from behind its norm
+    # the end of the encoder, for adapters inside it; tokens from behind its norm need the projection alone
     after_norm = features.tokens and cache.token_kinds != ["pre", "post"]
     parts = ("projection",) if after_norm else cache.head if features.tokens else ()
 
@@ -109,7 +109,7 @@ def trial_inputs(
         inputs=method_of(configs[0]).inputs(cache, splits, device),
     )
 
-    # without validation images there is nothing to select or stop by
+    # without validation images no trial selects or stops
     validated = torch.tensor([len(split.val) > 0 for split in splits], device=device)
     return TrialInputs(
         training_labels=PaddedRows.pad(labels_of, device).index,
@@ -134,7 +134,7 @@ def _starting_prototypes(
         text = torch.from_numpy(np.asarray(cache.prototypes)).float().to(device)
         return normalize(text).repeat(len(splits), 1, 1)
     means = {}
-    # trials that share labels share a split
+    # trials with one array of labels have one split
     pairs = {id(labels): (split, labels) for split, labels in zip(splits, labels_of, strict=True)}
     for split, labels in pairs.values():
         rows = features.rows(torch.from_numpy(split.labeled).to(device))[None]  # (1, L, D)

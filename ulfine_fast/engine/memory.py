@@ -1,4 +1,4 @@
-"""How much memory there is, and how much some work needs: asked of the machine and measured, not guessed."""
+"""How much memory is free, and how much some work takes at its peak."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-# a trial batch larger than this is not faster, and a machine has other work to do
+# a larger trial batch is not faster, and leaves less for other programs
 _MOST_ON_PROCESSOR = 8 << 30
 _FRACTION = 0.5
 
@@ -22,21 +22,21 @@ _FRACTION = 0.5
 def budget(device: torch.device) -> int:
     """Bytes that one trial batch may take on the device: half of what is free now, on a processor at most 8 GiB."""
     if device.type == "cuda":
-        # what earlier work has let go of is kept by the allocator for the next
+        # memory that earlier work has freed is kept by the allocator
         kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int((torch.cuda.mem_get_info(device)[0] + kept) * _FRACTION)
     return min(int(free_memory() * _FRACTION), _MOST_ON_PROCESSOR)
 
 
 def free_memory(root: Path = Path("/")) -> int:
-    """Bytes of main memory that can be had without swapping, also inside a container that has less than all.
+    """Bytes of main memory that are free without swapping, within the limit of a container.
 
     Args:
-        root: where the system's files /proc/meminfo and /sys/fs/cgroup/memory.* are looked for.
+        root: folder of the system files proc/meminfo and sys/fs/cgroup/memory.*.
     """
     free = [_of_system(root)]
     group = root / "sys/fs/cgroup"
-    # a group without a limit says "max", which is no number
+    # a group without a limit has "max", which is no number
     with contextlib.suppress(OSError, ValueError):
         free.append(int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
     return max(0, min(free))
@@ -66,7 +66,7 @@ def peak_bytes(work: Callable[[], object], device: torch.device) -> int:
 
 
 class _LiveTensors(TorchDispatchMode):
-    """Counts the bytes behind all tensors that operations return, until nothing refers to them any more."""
+    """Counts the bytes of all tensors that operations return, until they are freed."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -75,9 +75,9 @@ class _LiveTensors(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        # most operations return one tensor, and looking for others takes longer than they do
+        # most operations return one tensor, and tree_leaves is slower than they are
         for tensor in (result,) if isinstance(result, Tensor) else tree_leaves(result):
-            # a sparse one has no storage of its own: its parts were counted when they were made
+            # a sparse tensor has no storage: its parts were counted when they were made
             if isinstance(tensor, Tensor) and tensor.layout == torch.strided:
                 self._note(tensor.untyped_storage())
         return result

@@ -1,4 +1,4 @@
-"""Which trials train together: those of one structure, and no more of them than memory holds."""
+"""Which trials train together: those of one structure, as many as memory holds."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ulfine_fast.methods.registry import method_of
 if TYPE_CHECKING:
     from ulfine_fast.cache.store import FeatureCache
 
-# what the allocator and the libraries below it take beside the tensors
+# factor for what the allocator and libraries take beside the tensors
 _MARGIN = 1.2
 
 
@@ -29,7 +29,7 @@ def schedule(
     chosen: Sequence[int],
     engine: str,
 ) -> list[list[int]]:
-    """The `chosen` trials in trial batches that fit in memory; results do not depend on how they are grouped."""
+    """Trial batches of the `chosen` trials that fit in memory; results do not depend on the grouping."""
     batches = []
     for members in group(configs, splits, chosen):
         size = trials_that_fit(cache, features, [configs[i] for i in members], [splits[i] for i in members], engine)
@@ -41,7 +41,7 @@ def schedule(
 
 
 def group(configs: Sequence[FitConfig], splits: Sequence[Split], chosen: Sequence[int]) -> list[list[int]]:
-    """The `chosen` trials, those of one structure together."""
+    """The `chosen` trials by structure: each group may train in one trial batch."""
     groups: dict[tuple[Any, ...], list[int]] = {}
     for i in chosen:
         # a trial without unlabelled images must not train on a neighbour's padding
@@ -51,7 +51,7 @@ def group(configs: Sequence[FitConfig], splits: Sequence[Split], chosen: Sequenc
     first: dict[int, int] = {}
     for i in chosen:
         first.setdefault(id(splits[i]), i)
-    # neighbours of one split read the same images in validation
+    # trials of one split come together, as validation reads their images once
     return [sorted(members, key=lambda i: first[id(splits[i])]) for members in groups.values()]
 
 
@@ -60,32 +60,35 @@ def trials_that_fit(
 ) -> int:
     """How many of these trials of one structure a trial batch may hold, at least 1 and at most all.
 
-    Where a generous estimate does not settle it, one and two of the largest trials go through a single step of all
-    that training does, and the most memory they take says what one more costs.
+    Where a generous estimate does not fit, one and two of the largest trials go through one step of training, and the
+    difference of their peaks is the memory of one more trial.
     """
     device = features.plain.device
     room = int(budget(device) / _MARGIN)
     if len(configs) * estimate(features, configs, splits, len(cache.class_names)) <= room:
         return len(configs)
     config, split = largest(configs, splits)
-    # trials of one split would share what they read
+    # two unlike splits, since trials of one split share what they read
     both = [split, replace(split, val=split.val[::-1], unlabeled=split.unlabeled[::-1])]
 
     def measured(count: int) -> int:
         """Peak bytes of a trial batch of so many."""
-        batch = lambda: TrialBatch(cache, features, [config] * count, both[:count], engine)  # noqa: E731
-        return peak_bytes(lambda: batch().rehearse(), device)
+
+        def rehearse() -> None:
+            TrialBatch(cache, features, [config] * count, both[:count], engine).rehearse()
+
+        return peak_bytes(rehearse, device)
 
     one = measured(1)
     if 2 * one > room:
         return 1
-    # a method that trains no steps does all its work in the rehearsal, too much to be done for two
+    # a method without steps does all its work in the rehearsal, too much to repeat for two
     slope = max(1, measured(2) - one) if method_of(config).trains else one
     return max(1, min(len(configs), (room - one) // slope + 1))
 
 
 def largest(configs: Sequence[FitConfig], splits: Sequence[Split]) -> tuple[FitConfig, Split]:
-    """A trial that needs at least as much memory as each of these: the most of everything that they have."""
+    """A trial that needs at least as much memory as each of these: with the most of everything that they have."""
     roles = ("labeled", "unlabeled", "val", "test")
     longest = {role: max((getattr(split, role) for split in splits), key=len) for role in roles}
     extra = max((split.extra for split in splits), key=lambda extra: sum(map(len, extra.values())))
@@ -95,12 +98,12 @@ def largest(configs: Sequence[FitConfig], splits: Sequence[Split]) -> tuple[FitC
 
 
 def estimate(features: DeviceFeatures, configs: Sequence[FitConfig], splits: Sequence[Split], classes: int) -> int:
-    """Bytes that one of these trials takes at the very most, by a count of what is kept of it."""
+    """Upper bound of the bytes that one of these trials takes, by a count of its tensors."""
     config, split = largest(configs, splits)
     method = method_of(config)
     dim, heads = features.plain.shape[1], method.heads(config)
     rows = max(config.batch_labeled, method.rows_together(split)) + 2 * config.batch_unlabeled
-    # some two dozen copies of the mini-batch in the autograd graph, and the numbers of its draws
+    # some two dozen copies of the mini-batch in the autograd graph, and its random numbers
     step = 24 * rows * (dim + classes * heads) + 50 * 30 * rows
     # heads and adapter with gradient, velocity, best and kept copies, and temporaries
     weights = 16 * (4 * classes * heads + 2 * config.rank + 4) * dim

@@ -1,4 +1,4 @@
-"""One optimiser step of a trial batch: through autograd, which is the specification of every faster path."""
+"""The optimiser steps of a trial batch; those through autograd are the specification of the fused ones."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ class Steps(Protocol):
     """The steps of a trial batch.
 
     Attributes:
-        parts: how many yields of :meth:`run` make one step of all trials.
+        parts: how many items of :meth:`run` make one step of all trials.
     """
 
     parts: int
 
     def run(self, start: int, stop: int) -> Iterator[Tensor]:
-        """Make steps [start, stop), yielding losses (3, T) as they come: labelled, unlabelled, regularizer.
+        """Make steps [start, stop), yielding losses (3, T): labelled, unlabelled, regularizer.
 
-        Yields are to be summed; a trial that had no part in one has zeros there.
+        The sum of all items is the sum over the steps; a trial without a part in an item has zeros in it.
         """
         ...
 
@@ -101,25 +101,33 @@ def make_stepper(
     *,
     threads: bool = True,
 ) -> Steps:
-    """The steps of a trial batch by the engine that was asked for, see :func:`ulfine_fast.fit_many`.
-
-    `threads` lets cores work on different trials; without it all is computed in the calling thread.
+    """The steps of a trial batch, by the chosen engine.
 
     Parameters and velocities may be replaced by other tensors of the same names and shapes. When trials leave a trial
-    batch, its steps are made anew.
+    batch, it needs a new stepper.
+
+    Args:
+        method: of the trial batch.
+        trials: of the trial batch.
+        state: of the trial batch.
+        velocity: momentum buffers by the names of `state.parameters`.
+        batches: the mini-batches.
+        steps: length of the schedule.
+        engine: see :func:`ulfine_fast.fit_many`.
+        threads: whether cores work on different trials; otherwise all is computed in the calling thread.
 
     Raises:
-        InputError: the engine is "fused" and the method has no such step, or half precision is asked of it.
+        InputError: the engine is "fused" and the method, its features or the precision allow no fused step.
     """
-    # tokens of the encoder's last block go through autograd
-    by_hand = engine != "specification" and trials.config.precision == "float32" and not trials.config.reads_tokens
-    fused = method.fused(trials, state) if by_hand else None
+    config = trials.config
+    # the fused steps are in float32, over features
+    possible = engine != "specification" and config.precision == "float32" and not config.reads_tokens
+    fused = method.fused(trials, state) if possible else None
     if fused is not None:
         return FusedSteps(fused, trials, state, velocity, batches, steps, threads)
     if engine == "fused":
-        config = trials.config
-        inside = f" with {config.reads_tokens_for}" if config.reads_tokens else ""
+        tokens = f" with {config.reads_tokens_for}" if config.reads_tokens else ""
         raise InputError(
-            f"method {config.method}{inside} at precision {config.precision} has no fused step; use engine auto"
+            f"method {config.method}{tokens} at precision {config.precision} has no fused step; use engine auto"
         )
     return AutogradSteps(method, trials, state, velocity, batches, steps)

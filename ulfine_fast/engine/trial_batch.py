@@ -33,9 +33,9 @@ if TYPE_CHECKING:
 Watch = Callable[[int, dict[int, dict[str, Any]]], Collection[int]]
 """Gets a step and each trial's history row, returns the trials to drop."""
 
-# mini-batches drawn together
+# steps whose mini-batches are drawn together
 _STRETCH = 50
-# logits held together when runs are made
+# logits in memory together when runs are made
 _LOGITS = 1 << 24
 
 
@@ -117,7 +117,7 @@ class TrialBatch:
             losses = yield from self._advance(stepper)
             trained = len(self.members)
             self._validate(losses, watch)
-            # other trials, or other tensors of the method's own, take other steps
+            # fewer trials, or tensors that the method has replaced, need a new stepper
             if self.method.uses_pool or len(self.members) < trained:
                 stepper = None
             clock = self._end_of_round(clock, save)
@@ -136,11 +136,11 @@ class TrialBatch:
         return now
 
     def rehearse(self) -> None:
-        """All that training does, once each and for a single step, to see what memory it takes."""
+        """Do everything that training does once, with a single step, to measure its memory."""
         self._refresh()
         if self.steps:
             stretch = min(_STRETCH, self.config.eval_every, self.steps)
-            # held until the end, as training holds it; memory is counted in this thread alone
+            # kept alive until the end, as in training; memory is counted in this thread alone
             stepper = self._stepper(threads=False)
             losses = next(iter(stepper.run(0, stretch)))
             self._refresh()
@@ -160,17 +160,17 @@ class TrialBatch:
         )
 
     def _refresh(self) -> None:
-        """Let the method look at all training images, where it asks for that."""
+        """Let the method read all training images, where it does, and add what it has made parameters."""
         if self.method.uses_pool:
             with torch.no_grad():
                 self.method.refresh(self.inputs.trials, self.state, self.inputs.pool(), self.step)
         for name, tensor in self.state.parameters.items():
-            # some parameters start from the pool, so they are there only now
+            # some parameters exist only after the first refresh
             if name not in self.velocity:
                 self.velocity[name] = torch.zeros_like(tensor)
 
     def _advance(self, stepper: Steps) -> Generator[int, None, Tensor]:
-        """Train up to the next evaluation, yielding the steps made; returns mean losses (3, t)."""
+        """Train up to the next validation, yielding the steps made; returns mean losses (3, t)."""
         start, every = self.step, self.config.eval_every
         stop = min((start // every + 1) * every, self.steps)
         sums = torch.zeros(3, len(self.members), device=self.best_score.device)
@@ -230,7 +230,7 @@ class TrialBatch:
             return
         for name, tensor in self.state.tensors.items():
             chosen = kept.view((-1,) + (1,) * (tensor.dim() - 1))
-            # the first validation is better than none, so that nothing is read before it exists
+            # the first validation sets all trials, so that no value is read before it exists
             self.best[name] = torch.where(chosen, tensor.detach(), self.best.get(name, tensor.detach()))
 
     def _keep_health(self, health: Metrics, members: Sequence[int]) -> None:
@@ -350,7 +350,7 @@ class TrialBatch:
             order = sorted(self.finished)
             names = self.finished[order[0]]
             groups["finished"] = {name: torch.stack([self.finished[t][name] for t in order]) for name in names}
-        # copies: views of one buffer cannot be told apart in a file
+        # copies, as a file must not hold views of one buffer
         tensors = {
             f"{group}/{name}": tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
             for group, named in groups.items()

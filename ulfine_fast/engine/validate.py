@@ -1,4 +1,4 @@
-"""What is refused before any training: trials that the cache or the split cannot serve."""
+"""Checks before training: trials that the cache or the split does not allow."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import numpy as np
 
 from ulfine_fast.cache.io.errors import InputError
 from ulfine_fast.config import FitConfig
+from ulfine_fast.core.features import encoder_tokens
 from ulfine_fast.data.splits import Split
 from ulfine_fast.methods import registry
 from ulfine_fast.methods.registry import method_of
@@ -18,24 +19,18 @@ if TYPE_CHECKING:
 
 
 def check_tokens(cache: FeatureCache, configs: Sequence[FitConfig]) -> None:
-    """Refuse adapters in the encoder's last block, and heads behind it, where something is missing for them.
+    """Refuse trials on tokens of the encoder's last block where something is missing for them.
 
     Raises:
         InputError: a cache without the tokens, a method that takes none, or noise on them.
     """
-    kinds = cache.token_kinds if "projection" in cache.head and cache.prototypes is not None else []
     for config in configs:
         if not config.reads_tokens:
             continue
-        if config.adapter == "adaptformer" and kinds != ["pre", "post"]:
+        if config.adapter == "adaptformer" and encoder_tokens(cache) != ["pre", "post"]:
             raise InputError(
                 "adapter adaptformer trains on the tokens of the encoder's last block, which this cache does not hold; "
                 "extract again with --features last-block, or take adapter residual"
-            )
-        if not kinds:
-            raise InputError(
-                "feature pre-projection trains on what the encoder has before its projection, which this cache does "
-                "not hold; extract again with --features last-block or pre-projection, or take feature projected"
             )
         if not method_of(config).takes_tokens:
             others = [name for name in registry.names() if registry.find(name).method.takes_tokens]
@@ -47,7 +42,7 @@ def check_tokens(cache: FeatureCache, configs: Sequence[FitConfig]) -> None:
 
 
 def check_crops(cache: FeatureCache, configs: Sequence[FitConfig]) -> None:
-    """Refuse a schedule of crops where there are none, or where no one recorded what they show.
+    """Refuse a schedule of crops where there are none, or where their areas are not recorded.
 
     Raises:
         InputError: says how to extract such crops.
@@ -71,12 +66,13 @@ def check_labels(config: FitConfig, split: Split) -> None:
     """
     if method_of(config).uses_labels and not len(split.labeled):
         raise InputError(
-            f"method {config.method} learns from labelled images and this split has none; label some, or use zero_shot"
+            f"method {config.method} learns from labelled images and this split has none; label some, or use one of "
+            f"{', '.join(name for name in registry.names() if not registry.find(name).method.uses_labels)}"
         )
 
 
 def check_held_out(cache: FeatureCache, split: Split) -> None:
-    """Refuse to train on images that this cache holds for validation or testing, which have no views.
+    """Refuse to train on images that are for validation or testing in this cache, which have no views.
 
     Raises:
         InputError: names the first such image, or a labelled one whose label the cache does not know.

@@ -1,4 +1,4 @@
-"""Metrics of T trials together: validation accuracy and pseudo-label health, a few trials' rows at a time."""
+"""Metrics of T trials: validation accuracy and pseudo-label health, computed a block of trials and rows at a time."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ Metrics = dict[str, NDArray[np.float64]]
 """Metrics by name, (T,) or (T, K); NaN where there are no rows to compute one from."""
 
 _ROWS = 4096
-# float32 values of a block's features: what a processor's cache holds, and what keeps a GPU busy
+# float32 values of a block's features: so many fit in a processor's cache, or keep a GPU busy
 _VALUES = 1 << 19
 _VALUES_GPU = 1 << 26
 
 
 @dataclass(frozen=True)
 class Validation:
-    """Computes metrics of T trials as fitted so far.
+    """Computes metrics of T trials.
 
     Attributes:
         method: of all trials.
         trials: their options.
-        state: what they have learned.
+        state: what they have learned so far.
         features: on the device.
         labels: class of each row of the cache (n,), -1 unknown.
     """
@@ -46,49 +46,48 @@ class Validation:
     def accuracy(self, rows: PaddedRows) -> Metrics:
         """`accuracy` and `balanced_accuracy` (mean recall over classes present) on each trial's rows, each (T,)."""
         classes = self.trials.log_prior.shape[1]
-        right, there = (torch.zeros_like(self.trials.log_prior, dtype=torch.int64) for _ in range(2))
+        correct = torch.zeros_like(self.trials.log_prior, dtype=torch.int64)  # (T, K)
+        total = torch.zeros_like(correct)
         for start, stop, first, logits in self._blocks(rows, pseudo=False):
             index, present = _block(rows, start, stop, first, logits.shape[1])
             labels = self.labels[index]
-            there[start:stop] += _tally(labels, present, classes)
-            right[start:stop] += _tally(labels, present & (logits.argmax(-1) == labels), classes)
-        recall = _fractions(right, there)
+            total[start:stop] += _class_counts(labels, present, classes)
+            correct[start:stop] += _class_counts(labels, present & (logits.argmax(-1) == labels), classes)
+        recall = _fractions(correct, total)
         seen = ~np.isnan(recall)
         balanced = _quotients(np.where(seen, recall, 0.0).sum(1), seen.sum(1))
-        return {"accuracy": _fractions(right.sum(1), there.sum(1)), "balanced_accuracy": balanced}
+        return {"accuracy": _fractions(correct.sum(1), total.sum(1)), "balanced_accuracy": balanced}
 
     def health(self, rows: PaddedRows) -> Metrics:
-        """Pseudo-label metrics over each trial's unlabelled rows, as :func:`metrics.pseudo_label_health` has them."""
-        # methods that draw no pseudo-labels, or draw soft ones, are judged on all their predictions
-        judged = self.method.uses_unlabeled and self.method.thresholds
-        threshold = self.trials.values["threshold"] if judged else self.trials.zeros()
+        """Pseudo-label metrics over each trial's unlabelled rows, those of :func:`metrics.pseudo_label_health`."""
+        threshold = self.method.threshold(self.trials)
         counts = torch.zeros(4, *self.trials.log_prior.shape, dtype=torch.int64, device=self.labels.device)
         false = torch.zeros(2, len(threshold), dtype=torch.float64, device=self.labels.device)
         for start, stop, first, probabilities in self._probabilities(rows):
             index, present = _block(rows, start, stop, first, probabilities.shape[1])
-            found = _health(probabilities, self.labels[index], present, threshold[start:stop])
-            counts[:, start:stop] += found[0]
-            false[:, start:stop] += found[1]
+            block_counts, block_false = _health(probabilities, self.labels[index], present, threshold[start:stop])
+            counts[:, start:stop] += block_counts
+            false[:, start:stop] += block_false
         return _health_metrics(counts, false, rows.count)
 
     def _probabilities(self, rows: PaddedRows) -> Iterator[tuple[int, int, int, Tensor]]:
         """Pseudo-label probabilities, in the blocks of :meth:`_blocks`."""
-        drawn = self.method.drawn(self.trials, self.state)
-        if drawn is not None:
-            yield 0, len(drawn), 0, drawn.float()
+        probabilities = self.method.pool_probabilities(self.trials, self.state)
+        if probabilities is not None:
+            yield 0, len(probabilities), 0, probabilities.float()
             return
+        temperature = self.method.temperature(self.trials)
         for start, stop, first, logits in self._blocks(rows, pseudo=True):
-            temperature = self.trials.values.get("sharpen")
             if temperature is not None:
                 logits = logits / temperature[start:stop].view(-1, 1, 1)
             yield start, stop, first, torch.softmax(logits, dim=-1)
 
     def logits(self, rows: PaddedRows) -> Tensor:
         """Logits of each trial's rows, padding included (T, N, K), in main memory."""
-        found = torch.zeros(*rows.index.shape, self.trials.log_prior.shape[1])
+        result = torch.zeros(*rows.index.shape, self.trials.log_prior.shape[1])
         for start, stop, first, logits in self._blocks(rows, pseudo=False):
-            found[start:stop, first : first + logits.shape[1]] = logits.cpu()
-        return found
+            result[start:stop, first : first + logits.shape[1]] = logits.cpu()
+        return result
 
     @torch.no_grad()
     def _blocks(self, rows: PaddedRows, *, pseudo: bool) -> Iterator[tuple[int, int, int, Tensor]]:
@@ -104,7 +103,7 @@ class Validation:
             tensors = self.state.part(start, stop).tensors
             shared = bool((rows.index[start:stop] == rows.index[start]).all())
             for first in range(0, total, width):
-                # trials of one split read the same images, which are widened once for all of a block
+                # trials of one split read the same images, which are gathered once for the whole block
                 index = rows.index[start : start + 1 if shared else stop, first : first + width]
                 features = self.features.rows(index).expand(stop - start, -1, -1)  # (t, n, D)
                 yield start, stop, first, forward(trials_part, tensors, features).float()
@@ -122,34 +121,46 @@ def _block(rows: PaddedRows, start: int, stop: int, first: int, count: int) -> t
 
 
 def _health(probabilities: Tensor, labels: Tensor, present: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor]:
-    """Counts (4, t, K) of labels drawn, judged, right, and there; sum and number (2, t) of false confidences."""
+    """Counts by class, and confidences, for :func:`_health_metrics`.
+
+    Returns:
+        Counts (4, t, K) of pseudo-labels, those of images with a known label, correct ones, and known labels; sum and
+        number (2, t) of the confidences of false pseudo-labels.
+    """
     classes = probabilities.shape[-1]
-    confidence, guess = probabilities.max(-1)  # (t, n)
+    confidence, predicted = probabilities.max(-1)  # (t, n)
     kept = present & (confidence >= threshold.unsqueeze(1))
     known = present & (labels >= 0)
-    right, false = kept & (guess == labels), kept & known & (guess != labels)
-    pairs = [(guess, kept), (guess, kept & known), (guess, right), (labels, known)]
-    counts = torch.stack([_tally(classes_of, mask, classes) for classes_of, mask in pairs])
+    correct = kept & (predicted == labels)
+    false = kept & known & (predicted != labels)
+    counts = torch.stack(
+        [
+            _class_counts(predicted, kept, classes),
+            _class_counts(predicted, kept & known, classes),
+            _class_counts(predicted, correct, classes),
+            _class_counts(labels, known, classes),
+        ]
+    )
     return counts, torch.stack([(confidence * false).double().sum(1), false.double().sum(1)])
 
 
 def _health_metrics(counts: Tensor, false: Tensor, rows: Tensor) -> Metrics:
-    drawn, judged, right, there = counts
-    every = rows.unsqueeze(1).expand_as(drawn)
+    kept, kept_known, correct, known = counts
+    confidence_sum, false_count = false
     return {
-        "pseudo_label_rate": _fractions(drawn.sum(1), rows),
-        "pseudo_label_precision": _fractions(right.sum(1), judged.sum(1)),
-        "confidence_on_false": _fractions(*false),
-        "per_class_pseudo_label_rate": _fractions(drawn, every),
-        "per_class_pseudo_label_precision": _fractions(right, judged),
-        "per_class_pseudo_label_recall": _fractions(right, there),
+        "pseudo_label_rate": _fractions(kept.sum(1), rows),
+        "pseudo_label_precision": _fractions(correct.sum(1), kept_known.sum(1)),
+        "confidence_on_false": _fractions(confidence_sum, false_count),
+        "per_class_pseudo_label_rate": _fractions(kept, rows.unsqueeze(1).expand_as(kept)),
+        "per_class_pseudo_label_precision": _fractions(correct, kept_known),
+        "per_class_pseudo_label_recall": _fractions(correct, known),
     }
 
 
-def _tally(classes_of: Tensor, mask: Tensor, classes: int) -> Tensor:
+def _class_counts(classes_of: Tensor, mask: Tensor, classes: int) -> Tensor:
     """How many masked rows (t, n) have each class: int64 (t, K)."""
     counts = torch.zeros(len(mask), classes, dtype=torch.int64, device=mask.device)
-    # unknown labels are masked, and counted as none of class 0
+    # unknown labels are masked: they add 0 to class 0
     return counts.scatter_add_(1, classes_of.clamp(min=0), mask.long())
 
 
@@ -158,5 +169,5 @@ def _fractions(part: Tensor, whole: Tensor) -> NDArray[np.float64]:
 
 
 def _quotients(part: NDArray[Any], whole: NDArray[Any]) -> NDArray[np.float64]:
-    """Part / whole, NaN where there is nothing."""
+    """Part / whole, NaN where the whole is 0."""
     return np.divide(part, whole, out=np.full(part.shape, np.nan), where=whole > 0)

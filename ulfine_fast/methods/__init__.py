@@ -1,1 +1,1 @@
-"""The methods, one file each: `base` is what a method is, `registry` finds methods by name."""
+"""The methods, one file each with its options; `base` has the abstract method, `registry` finds methods by name."""

@@ -1,7 +1,8 @@
 """ABC, auxiliary balanced classifier (arXiv 2110.10368; as its code has it).
 
-Published: threshold 0.95, weight of the auxiliary loss 1. Ours: images weigh by the probability that the paper keeps
-them with, which has the same expected gradient. Lost to the cache: what FixMatch loses, and a second strong view.
+Published: threshold 0.95, weight of the auxiliary loss 1. Different here: images weigh by the probability that the
+paper keeps them with, which has the same expected gradient. Not reproduced over a cache: as for FixMatch, and a second
+strong view.
 """
 
 from __future__ import annotations
@@ -20,29 +21,30 @@ from ulfine_fast.ops.losses import masked_mean, pseudo_labels
 
 @register("abc", options=PseudoLabelOptions, source="ABC, arXiv 2110.10368")
 class ABC(FixMatch):
-    """FixMatch, and a second head in which frequent classes weigh as little as the rarest; that one predicts."""
+    """FixMatch, and a second head that predicts, in which frequent classes weigh as little as the rarest."""
 
     def start(self, trials: Trials) -> State:
-        """Two heads (T, K, D) at the textual prototypes, the adapter, and the share of the steps done (T,)."""
+        """Two heads (T, K, D) at the textual prototypes, the adapter, and the fraction of the steps done (T,)."""
         state = super().start(trials)
         state.parameters["auxiliary"] = trials.prototypes.clone()
         state.scratch["done"] = trials.zeros()
         return state
 
     def losses(self, trials: Trials, state: State, batch: Batch) -> Losses:
-        """FixMatch's losses; the auxiliary head's with weights, its guesses soft."""
-        main, balance = super().losses(trials, state, batch), rarity(trials.log_prior)
-        own = plain_cross_entropy(self.logits(trials, state.tensors, batch.labeled), batch.labels)
-        labeled = main.labeled + masked_mean(own, balance.gather(1, batch.labels))
+        """FixMatch's losses, and the auxiliary head's, weighted by class and with soft pseudo-labels."""
+        main = super().losses(trials, state, batch)
+        balance = rarity(trials.log_prior)  # (T, K)
+        auxiliary = plain_cross_entropy(self.logits(trials, state.tensors, batch.labeled), batch.labels)
+        labeled = main.labeled + masked_mean(auxiliary, balance.gather(1, batch.labels))
         if batch.weak is None or batch.strong is None:
             return main._replace(labeled=labeled)
         with torch.no_grad():
             weak = self.logits(trials, state.tensors, batch.weak)
         pseudo = pseudo_labels(weak, trials.values["threshold"], trials.values["sharpen"])
-        # all classes weigh alike at first, when too few guesses are sure
+        # all classes weigh the same at first, when too few pseudo-labels are confident
         weights = 1 - state.scratch["done"].view(-1, 1) * (1 - balance)
-        own = soft_cross_entropy(self.logits(trials, state.tensors, batch.strong), pseudo.probabilities)
-        unlabeled = masked_mean(own, pseudo.mask * weights.gather(1, pseudo.labels))
+        auxiliary = soft_cross_entropy(self.logits(trials, state.tensors, batch.strong), pseudo.probabilities)
+        unlabeled = masked_mean(auxiliary, pseudo.mask * weights.gather(1, pseudo.labels))
         return main._replace(labeled=labeled, unlabeled=main.unlabeled + trials.values["lambda_u"] * unlabeled)
 
     def after_step(self, trials: Trials, state: State, batch: Batch, losses: Losses) -> None:

@@ -12,7 +12,7 @@ from ulfine_fast.ops.losses import adjusted_cross_entropy
 
 @register("balanced_softmax", source="arXiv 2007.10740")
 class BalancedSoftmax(CrossEntropy):
-    """Softmax over n_k exp(z_k) (arXiv 2007.10740, theorem 1): logit adjustment at tau = 1 whatever `tau` says."""
+    """Softmax over n_k exp(z_k) (arXiv 2007.10740, theorem 1): logit adjustment at tau = 1."""
 
     def row_losses(self, trials: Trials, state: State, logits: Tensor, labels: Tensor) -> Tensor:
         """Losses (T, B) of logits (T, B, K)."""

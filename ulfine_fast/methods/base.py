@@ -1,10 +1,11 @@
-"""What a method is: the tensors that it trains, its losses, and what it keeps between steps."""
+"""The abstract method: the tensors that it trains, its losses, and what it keeps between steps."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LabeledOptions:
-    """What methods with a logit-adjusted labelled loss read."""
+    """Options of methods with a logit-adjusted labelled loss."""
 
     tau: float = option(
         1.0,
@@ -34,9 +35,9 @@ class LabeledOptions:
 
 @dataclass(frozen=True)
 class SharpeningOptions:
-    """What methods read that weigh a loss on unlabelled images."""
+    """Options of methods with a loss on unlabelled images."""
 
-    sharpen: float = option(1.0, "temperature dividing the logits that pseudo-labels are drawn from", low=0.01)
+    sharpen: float = option(1.0, "temperature dividing the logits of pseudo-labels", low=0.01)
     lambda_u: float = option(
         0.5, "weight of the unlabelled loss", low=0.0, search={"low": 0.1, "high": 2.0, "log": True}
     )
@@ -44,7 +45,7 @@ class SharpeningOptions:
 
 @dataclass(frozen=True)
 class PseudoLabelOptions(SharpeningOptions):
-    """What methods read whose pseudo-labels count over a threshold."""
+    """Options of methods whose pseudo-labels train over a threshold."""
 
     threshold: float = option(
         0.9, "smallest probability of a pseudo-label that trains", low=0.0, high=1.0, search={"low": 0.5, "high": 0.98}
@@ -53,23 +54,25 @@ class PseudoLabelOptions(SharpeningOptions):
 
 @dataclass(frozen=True)
 class RunningOptions:
-    """What methods read that follow the distribution of their pseudo-labels."""
+    """Options of methods that follow the distribution of their pseudo-labels."""
 
     rho: float = option(0.9, "momentum of the running pseudo-label distribution P", low=0.0, high=0.9999)
 
 
-class Method(Protocol):
-    """The parts of training that differ between methods; the loop, sampling and optimiser are not theirs.
+class Method(ABC):
+    """The parts of training that differ between methods; the loop, sampling and optimiser are the engine's.
+
+    A method has no state of its own: what it learns is in a :class:`State`.
 
     Attributes:
-        trains: whether the loop's steps are run; a closed form needs none.
+        trains: whether steps are made; a closed form needs none.
         uses_labels: whether it learns from labelled images.
-        uses_texts: whether texts of the classes are of use to it; most heads start from them.
+        uses_texts: whether it reads texts of the classes; most heads start from them.
         uses_unlabeled: whether unlabelled images are drawn into mini-batches.
         uses_pool: whether :meth:`refresh` is called.
         uses_unlabeled_pool: whether :meth:`refresh` reads unlabelled images.
-        thresholds: whether pseudo-labels count only over `threshold`; False where all of them train, by weight.
-        takes_tokens: whether features are touched through the adapter alone, so that it may sit in the encoder.
+        uses_threshold: whether pseudo-labels train only over `threshold`; False where all train, by weight.
+        takes_tokens: whether it reads features through the adapter alone, so that the adapter may be in the encoder.
     """
 
     trains: bool = True
@@ -78,20 +81,20 @@ class Method(Protocol):
     uses_unlabeled: bool = True
     uses_pool: bool = False
     uses_unlabeled_pool: bool = False
-    thresholds: bool = True
+    uses_threshold: bool = True
     takes_tokens: bool = False
 
     # -- before training
 
     def split(self, cache: FeatureCache, config: FitConfig) -> Split | None:
-        """A split that the config names by an option of the method; None to draw the protocol's."""
+        """The split that options of the method name; None to draw one by the protocol."""
         return None
 
     def check(self, cache: FeatureCache, config: FitConfig, split: Split) -> None:
         """Refuse a trial that lacks what the method needs.
 
         Raises:
-            InputError: says what is missing and what to do.
+            InputError: says what is missing and how to fix it.
         """
         return
 
@@ -100,59 +103,67 @@ class Method(Protocol):
         return split
 
     def inputs(self, cache: FeatureCache, splits: Sequence[Split], device: torch.device) -> Inputs:
-        """What the method reads beside features and labels; see :class:`Inputs`."""
+        """What the method reads beside features and labels."""
         return Inputs()
 
     def batches(self, source: BatchSource) -> BatchSource:
-        """What draws the mini-batches."""
+        """The source of mini-batches, for methods with mini-batches of another kind."""
         return source
 
     def rows_together(self, split: Split) -> int:
-        """How many labelled rows are always drawn together; trials of one trial batch agree in it."""
+        """How many labelled rows are always drawn together; the same for all trials of a trial batch."""
         return 1
 
     def heads(self, config: FitConfig) -> int:
-        """How many linear heads it trains, to count memory."""
+        """How many linear heads it trains, to estimate memory."""
         return 1
 
     def pool_values(self, config: FitConfig, images: int, views: int, dim: int, classes: int) -> int:
-        """Numbers of float32 that :meth:`refresh` holds at most for so many training images, to count memory."""
+        """How many float32 values :meth:`refresh` holds at most for so many training images, to estimate memory."""
         return 2 * images * ((2 * views + 6) * dim + 8 * classes) + 8 * dim * dim
 
     # -- training
 
+    @abstractmethod
     def start(self, trials: Trials) -> State:
         """Tensors before the first step; "linear" or "prototypes" (T, K, D) is always among them."""
-        ...
 
     def refresh(self, trials: Trials, state: State, pool: Pool, step: int) -> None:
-        """Look at all training images: before the first step and after every `eval_every` steps."""
+        """Read all training images: before the first step and after every `eval_every` steps."""
         return
 
     def losses(self, trials: Trials, state: State, batch: Batch) -> Losses:
         """Losses of a mini-batch, with gradients to the parameters."""
-        zero = trials.zeros()
-        return Losses(zero, zero, zero)
+        return Losses.labeled_only(trials.zeros())
 
     def after_step(self, trials: Trials, state: State, batch: Batch, losses: Losses) -> None:
         """Move the memory after the optimiser's step."""
         return
 
     def fused(self, trials: Trials, state: State) -> type[FusedStep] | None:
-        """The same step without an autograd graph, where there is one.
+        """The same step without autograd, where there is one.
 
-        It stands for the losses of the very class that names it: a method that inherits and changes them has none.
+        It has the losses of the class that returns it: a method that inherits and changes them must return None.
         """
         return None
 
-    def drawn(self, trials: Trials, state: State) -> Tensor | None:
-        """Probabilities (T, N, K) given to the pool's unlabelled images; None to take :meth:`pseudo_logits`."""
+    def pool_probabilities(self, trials: Trials, state: State) -> Tensor | None:
+        """Class probabilities (T, N, K) of the pool's unlabelled images; None to take :meth:`pseudo_logits`."""
         return None
 
+    def threshold(self, trials: Trials) -> Tensor:
+        """Smallest probability (T,) with which pseudo-labels count in their metrics; 0 where all predictions do."""
+        by_threshold = self.uses_unlabeled and self.uses_threshold
+        return trials.values.get("threshold", trials.zeros()) if by_threshold else trials.zeros()
+
+    def temperature(self, trials: Trials) -> Tensor | None:
+        """What divides :meth:`pseudo_logits` (T,); None for 1."""
+        return trials.values.get("sharpen")
+
     def pseudo_logits(self, trials: Trials, tensors: Tensors, features: Tensor) -> Tensor:
-        """Logits (T, B, K) that pseudo-labels are drawn from, for unit features (T, B, D); those of the prediction."""
+        """Logits (T, B, K) of pseudo-labels, for unit features (T, B, D); by default those of the prediction."""
         return self.logits(trials, tensors, features)
 
+    @abstractmethod
     def logits(self, trials: Trials, tensors: Tensors, features: Tensor) -> Tensor:
         """Logits (T, B, K) of the prediction, for unit features (T, B, D)."""
-        ...

@@ -1,7 +1,8 @@
 """CLIP-Adapter: a bottleneck blended with the feature, in front of the text's classifier (arXiv 2110.04544).
 
 The visual adapter alone, as in the paper's main results; `adapter_scale` is its residual ratio alpha (0.2 there) and
-`rank` its width (a quarter of D there). Ours: the loss is adjusted by tau, 0 in the paper. Lost: fresh crops.
+`rank` its width (a quarter of D there). Different here: the loss is adjusted by tau, 0 in the paper. Not reproduced
+over a cache: fresh crops.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ class ClipAdapter(Method):
         """Adjusted cross-entropy of the labelled images."""
         logits = self.logits(trials, state.tensors, batch.labeled)  # (T, B, K)
         loss = adjusted_cross_entropy(logits, batch.labels, trials.log_prior, trials.values["tau"]).mean(-1)
-        return Losses(loss, torch.zeros_like(loss), torch.zeros_like(loss))
+        return Losses.labeled_only(loss)
 
     def logits(self, trials: Trials, tensors: Tensors, features: Tensor) -> Tensor:
         """Text logits (T, B, K) of the blended feature."""

@@ -1,10 +1,10 @@
 """CoSSL (arXiv 2112.04564; as its code has it): a balanced head learns on enhanced tail features and teaches FixMatch.
 
-Published: threshold 0.95, lambda_u 1, least labelled share 0.6, weights averaged by 0.999 over 50,000 steps (here
-`weight_average`, shorter). Ours: the balanced head starts at the textual prototypes, not from a training of its own;
-labelled images weigh by the inverse frequency of their class, which has the gradient of class-balanced sampling on
-average; an image is blended with the batch's strong views, which are of unlabelled images alone. Lost to the cache:
-what FixMatch loses, and a second strong view.
+Published: threshold 0.95, lambda_u 1, smallest labelled fraction 0.6, weights averaged by 0.999 over 50,000 steps (here
+`weight_average`, shorter). Different here: the balanced head starts at the textual prototypes, not from a training of
+its own; labelled images weigh by the inverse frequency of their class, which has the gradient of class-balanced
+sampling on average; an image is blended with the batch's strong views, which are of unlabelled images alone. Not
+reproduced over a cache: as for FixMatch, and a second strong view.
 """
 
 from __future__ import annotations
@@ -57,8 +57,8 @@ class CoSSL(FixMatch):
         rows = self.enhanced(trials, state, batch)
         logits = cosine_logits(rows, state.parameters["balanced"], trials.values["scale"])
         weights = balanced_weights(trials.log_prior).gather(1, batch.labels)
-        own = (weights * plain_cross_entropy(logits, batch.labels)).mean(-1)
-        return main._replace(labeled=main.labeled + own)
+        balanced = (weights * plain_cross_entropy(logits, batch.labels)).mean(-1)
+        return main._replace(labeled=main.labeled + balanced)
 
     @torch.no_grad()
     def enhanced(self, trials: Trials, state: State, batch: Batch) -> Tensor:
@@ -67,22 +67,24 @@ class CoSSL(FixMatch):
         x <- l x + (1 - l) u with probability (N_max - N_y) / N_max, l uniform in [least, 1]; the label stays
         (section 3.3, tail-class feature enhancement).
         """
-        own = self.averaged(trials, state.tensors, batch.labeled)
+        rows = self.averaged(trials, state.tensors, batch.labeled)
         if batch.strong is None:
-            return own
-        count = own.shape[1]
-        other = self.averaged(trials, state.tensors, batch.strong)
+            return rows
+        count = rows.shape[1]
+        partners = self.averaged(trials, state.tensors, batch.strong)
         # as many partners as labelled rows, whichever batch is the larger
-        other = other[:, torch.arange(count, device=own.device) % other.shape[1]]
-        drawn = words(trials.seeds, state.scratch["step"][:1], Purpose.BLEND, 2 * count)[0].to(own.dtype) / 2**32
+        partners = partners[:, torch.arange(count, device=rows.device) % partners.shape[1]]
+        drawn = words(trials.seeds, state.scratch["step"][:1], Purpose.BLEND, 2 * count)[0].to(rows.dtype) / 2**32
         chosen = drawn[:, :count] < blend_chances(trials.log_prior).gather(1, batch.labels)
         strength = (1 - trials.values["least_labeled"].view(-1, 1)) * drawn[:, count:] * chosen  # 1 - l, (T, B)
-        return normalize(own + strength.unsqueeze(-1) * (other - own))
+        return normalize(rows + strength.unsqueeze(-1) * (partners - rows))
 
     def averaged(self, trials: Trials, tensors: Tensors, features: Tensor) -> Tensor:
         """Unit features (T, B, D) by the averaged adapter."""
-        own = {name.removeprefix(_AVERAGED): tensor for name, tensor in tensors.items() if name.startswith(_AVERAGED)}
-        return apply_adapter(own, features, trials.values["adapter_scale"])
+        averages = {
+            name.removeprefix(_AVERAGED): tensor for name, tensor in tensors.items() if name.startswith(_AVERAGED)
+        }
+        return apply_adapter(averages, features, trials.values["adapter_scale"])
 
     @torch.no_grad()
     def after_step(self, trials: Trials, state: State, batch: Batch, losses: Losses) -> None:
@@ -108,10 +110,10 @@ def blend_chances(log_prior: Tensor) -> Tensor:
 
 
 def balanced_weights(log_prior: Tensor) -> Tensor:
-    """Weights (T, K) by which labelled classes count alike on average; 1 / (K' pi_k) with K' classes that have labels.
+    """Weights 1 / (K' pi_k) of the K' labelled classes, by which all count the same on average (T, K).
 
     Args:
         log_prior: log class frequencies (T, K); under 1e-7 a class counts as one without labels.
     """
-    there = log_prior.exp() > 1e-7
-    return torch.exp(-log_prior) * there / there.sum(-1, keepdim=True)
+    labeled = log_prior.exp() > 1e-7
+    return torch.exp(-log_prior) * labeled / labeled.sum(-1, keepdim=True)

@@ -1,8 +1,9 @@
 """CPE, complementary experts (arXiv 2312.15702; as its code has it).
 
-Published: logit adjustments of strength 0, 2 and 4 (here 0, tau and 2 tau), threshold 0.95, lambda_u 1. Ours: classes
-are parted into thirds, where the code cuts after given ranks. Lost to the cache: what FixMatch loses, and normalisation
-by groups of classes inside the encoder; of that the weights stay, by which a rarer guess trains two or three times.
+Published: logit adjustments of strength 0, 2 and 4 (here 0, tau and 2 tau), threshold 0.95, lambda_u 1. Different
+here: classes are split into thirds, where the code splits after given ranks. Not reproduced over a cache: as for
+FixMatch, and normalisation by groups of classes inside the encoder; of that the weights stay, by which pseudo-labels of
+rarer classes count two or three times.
 """
 
 from __future__ import annotations
@@ -40,29 +41,28 @@ class CPE(FixMatch):
         return state
 
     def losses(self, trials: Trials, state: State, batch: Batch) -> Losses:
-        """The sum of the experts' losses; the second one's guesses are reported."""
-        found = {name: self.expert(trials, state, batch, name) for name in _EXPERTS}
-        labeled = torch.stack([one.labeled for one in found.values()]).sum(0)
-        unlabeled = torch.stack([one.unlabeled for one in found.values()]).sum(0)
-        return Losses(labeled, unlabeled, torch.zeros_like(labeled), found["balanced"].pseudo)
+        """The sum of the experts' losses; the second one's pseudo-labels are reported."""
+        experts = {name: self.expert(trials, state, batch, name) for name in _EXPERTS}
+        labeled = torch.stack([losses.labeled for losses in experts.values()]).sum(0)
+        unlabeled = torch.stack([losses.unlabeled for losses in experts.values()]).sum(0)
+        return Losses(labeled, unlabeled, trials.zeros(), experts["balanced"].pseudo)
 
     def expert(self, trials: Trials, state: State, batch: Batch, name: str) -> Losses:
-        """FixMatch's losses of one head, adjusted by its share of tau, its guesses weighted by the class's third."""
+        """FixMatch's losses of one head, adjusted by its multiple of tau, pseudo-labels weighted by their class."""
         values, tensors = trials.values, state.tensors
         logits = _logits(trials, tensors, batch.labeled, name)
         tau = values["tau"] * _EXPERTS[name]
         labeled = adjusted_cross_entropy(logits, batch.labels, trials.log_prior, tau).mean(-1)
         if batch.weak is None or batch.strong is None:
-            return Losses(labeled, torch.zeros_like(labeled), torch.zeros_like(labeled))
+            return Losses.labeled_only(labeled)
         with torch.no_grad():
             weak = _logits(trials, tensors, batch.weak, name)
         pseudo = pseudo_labels(weak, values["threshold"], values["sharpen"])
-        times = 1 + rank_thirds(trials.log_prior).gather(1, pseudo.labels)
-        weights = pseudo.mask * times
+        weights = pseudo.mask * (1 + rank_thirds(trials.log_prior).gather(1, pseudo.labels))
         losses = plain_cross_entropy(_logits(trials, tensors, batch.strong, name), pseudo.labels)
         # a mean over what trains, as published, and not over the batch
         unlabeled = (losses * weights).sum(-1) / weights.sum(-1).clamp(min=1)
-        return Losses(labeled, values["lambda_u"] * unlabeled, torch.zeros_like(labeled), pseudo)
+        return Losses(labeled, values["lambda_u"] * unlabeled, trials.zeros(), pseudo)
 
     def logits(self, trials: Trials, tensors: Tensors, features: Tensor) -> Tensor:
         """The second expert's logits (T, B, K), those of balanced classes."""

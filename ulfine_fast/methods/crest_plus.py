@@ -1,9 +1,9 @@
-"""CReST+ (arXiv 2102.09559) in one pass: class-rebalanced guesses, aligned to an ever flatter labelled distribution.
+"""CReST+ (arXiv 2102.09559) in one generation: class-rebalanced pseudo-labels with distribution alignment.
 
 Published: sampling power 1/3, alignment power falling from 1 to 0.5, threshold 0.95, six generations of training, after
-each of which sure images join the labelled ones, rare classes at the higher rates. Ours: one generation; the rates
-are weights in the unlabelled loss, which start alike and are reached at the end, as is the alignment's power; the
-labelled loss is adjusted by tau, 0 in the paper. Lost to the cache: what FixMatch loses.
+each of which confident images join the labelled ones, rare classes at higher rates. Different here: one generation; the
+rates are weights in the unlabelled loss, which are 1 at first and reached at the end, as is the alignment's power; the
+labelled loss is adjusted by tau, 0 in the paper. Not reproduced over a cache: as for FixMatch.
 """
 
 from __future__ import annotations
@@ -40,20 +40,20 @@ class CReSTPlusOptions(PseudoLabelOptions, RunningOptions, LabeledOptions):
 
 @register("crest_plus", options=CReSTPlusOptions, source="CReST+, arXiv 2102.09559")
 class CReSTPlus(FixMatch):
-    """FixMatch with aligned guesses whose weight is larger the rarer their class is among the labels."""
+    """FixMatch with aligned pseudo-labels, which weigh more the rarer their class is among the labels."""
 
     adjusted = True
 
     def start(self, trials: Trials) -> State:
-        """Adapter and head; mean guess (T, K), uniform, and the share of the steps done (T,)."""
+        """Adapter and head; mean prediction (T, K), uniform, and the fraction of the steps done (T,)."""
         state = super().start(trials)
-        even = torch.full_like(trials.log_prior, 1.0 / trials.log_prior.shape[1])
-        state.memory |= {"shares": even, "done": trials.zeros()}
+        uniform = torch.full_like(trials.log_prior, 1.0 / trials.log_prior.shape[1])
+        state.memory |= {"shares": uniform, "done": trials.zeros()}
         return state
 
-    def guess(self, trials: Trials, state: State, batch: Batch) -> PseudoLabels:
-        """Sure guesses after alignment, weighted by their class's rate."""
-        pseudo = super().guess(trials, state, batch)
+    def pseudo_labels(self, trials: Trials, state: State, batch: Batch) -> PseudoLabels:
+        """Confident pseudo-labels after alignment, weighted by their class's rate."""
+        pseudo = super().pseudo_labels(trials, state, batch)
         rates = self.rates(trials, state.memory["done"])
         return pseudo._replace(mask=pseudo.mask * rates.gather(1, pseudo.labels))
 
@@ -66,21 +66,21 @@ class CReSTPlus(FixMatch):
 
     @torch.no_grad()
     def after_step(self, trials: Trials, state: State, batch: Batch, losses: Losses) -> None:
-        """Count the step and move the mean guess by the batch's, as they are before alignment."""
+        """Count the step, and move the mean prediction by the batch's predictions before alignment."""
         memory = state.memory
         memory["done"] += 1.0 / trials.config.steps
         if batch.weak is not None:
-            raw = self._raw(trials, state.tensors, batch.weak).mean(1)
-            memory["shares"].copy_(running(memory["shares"], raw, trials.values["rho"]))
+            mean = self._probabilities(trials, state.tensors, batch.weak).mean(1)
+            memory["shares"].copy_(running(memory["shares"], mean, trials.values["rho"]))
 
     def pseudo_logits(self, trials: Trials, tensors: Tensors, features: Tensor) -> Tensor:
         """Logits (T, B, K) of the probabilities aligned to the labelled distribution, to a power that falls."""
         power = 1 - tensors["done"] * (1 - trials.values["align_power"])
         target = torch.exp(power.view(-1, 1) * trials.log_prior)
-        probabilities = aligned(self._raw(trials, tensors, features), target, tensors["shares"])
-        # who asks for pseudo-labels divides by the temperature, and must be given back what was aligned
+        probabilities = aligned(self._probabilities(trials, tensors, features), target, tensors["shares"])
+        # the caller divides by the temperature, and must get the aligned probabilities back
         return trials.values["sharpen"].view(-1, 1, 1) * torch.log(probabilities + _EPS)
 
-    def _raw(self, trials: Trials, tensors: Tensors, features: Tensor) -> Tensor:
+    def _probabilities(self, trials: Trials, tensors: Tensors, features: Tensor) -> Tensor:
         """The head's probabilities (T, B, K)."""
         return torch.softmax(self.logits(trials, tensors, features) / trials.values["sharpen"].view(-1, 1, 1), -1)

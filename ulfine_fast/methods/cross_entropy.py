@@ -1,7 +1,7 @@
 """Plain cross-entropy on the head of `linear_probe`: labelled images alone, no adapter.
 
-It is also the frame of other losses for long-tailed labels; `linear_probe` is the logit-adjusted member of that family.
-Nothing is lost to the cache but fresh crops.
+Other losses for long-tailed labels inherit it; `linear_probe` is the logit-adjusted one. Not reproduced over a cache:
+fresh crops.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ulfine_fast.ops.losses import adjusted_cross_entropy
 
 @register("cross_entropy", source="softmax cross-entropy")
 class CrossEntropy(LinearProbe):
-    """Plain cross-entropy, whatever the class frequencies; `tau` is not read."""
+    """Plain cross-entropy, whatever the class frequencies."""
 
     def losses(self, trials: Trials, state: State, batch: Batch) -> Losses:
         """Mean of the rows' losses by their weights, as PyTorch weighs classes (T,)."""
@@ -27,10 +27,10 @@ class CrossEntropy(LinearProbe):
         rows = self.row_losses(trials, state, logits, batch.labels)
         # dividing by the weights, not by the rows, keeps the learning rate's meaning
         loss = (weights * rows).sum(-1) / weights.sum(-1)
-        return Losses(loss, torch.zeros_like(loss), torch.zeros_like(loss))
+        return Losses.labeled_only(loss)
 
     def fused(self, trials: Trials, state: State) -> type[FusedStep] | None:
-        """One head, by hand."""
+        """One head, without adjustment."""
         return UnadjustedStep if type(self) is CrossEntropy else None
 
     def row_losses(self, trials: Trials, state: State, logits: Tensor, labels: Tensor) -> Tensor:

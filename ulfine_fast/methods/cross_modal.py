@@ -1,7 +1,7 @@
 """Cross-modal linear probe: texts are labelled examples beside the images (arXiv 2301.06267, section 3).
 
-Ours: every step sees all K texts where the paper draws as many as images, and the images' loss is adjusted by tau,
-0 in the paper. Lost to the cache: fresh crops.
+Different here: every step sees all K texts where the paper draws as many as images, and the images' loss is adjusted by
+tau, 0 in the paper. Not reproduced over a cache: fresh crops.
 """
 
 from __future__ import annotations
@@ -27,4 +27,4 @@ class CrossModal(LinearProbe):
         labels = torch.arange(logits.shape[1], device=logits.device).expand(len(logits), -1)
         texts = adjusted_cross_entropy(logits, labels, trials.log_prior, trials.zeros())
         loss = (images + texts.mean(-1)) / 2
-        return Losses(loss, torch.zeros_like(loss), torch.zeros_like(loss))
+        return Losses.labeled_only(loss)

@@ -1,9 +1,9 @@
-"""DARP (arXiv 2007.08844): the guesses of all unlabelled images, refined to a given class distribution.
+"""DARP (arXiv 2007.08844): the pseudo-labels of all unlabelled images, refined to a class distribution.
 
 Published: refinement after 40% of the training, every 10 steps, twice a class's total kept, threshold 0.95; the
-distribution is that of the labels, or one estimated beforehand. Ours: the distribution of the labels; all images are
-guessed from their plain view and refined after every `eval_every` steps, where the code mixes guesses of different age;
-labelled losses are adjusted by tau, 0 in the paper. Lost to the cache: what FixMatch loses.
+distribution is that of the labels, or one estimated beforehand. Different here: the distribution of the labels; all
+images are predicted from their plain view and refined after every `eval_every` steps, where the code mixes predictions
+of different age; labelled losses are adjusted by tau, 0 in the paper. Not reproduced over a cache: as for FixMatch.
 """
 
 from __future__ import annotations
@@ -32,31 +32,32 @@ class DARPOptions(PseudoLabelOptions, LabeledOptions):
 
 @register("darp", options=DARPOptions, source="DARP, arXiv 2007.08844")
 class DARP(FixMatch):
-    """FixMatch whose guesses come, after a while, from a table of refined ones."""
+    """FixMatch whose pseudo-labels come, after some steps, from refined probabilities of all unlabelled images."""
 
     adjusted = True
     uses_pool = True
 
     def refresh(self, trials: Trials, state: State, pool: Pool, step: int) -> None:
-        """Guess all images (T, N, K), and refine them in trials that have come far enough."""
+        """Predict all unlabelled images (T, N, K); refine the predictions of trials that have come far enough."""
         logits = self.logits(trials, state.tensors, pool.unlabeled)
-        raw = torch.softmax(logits / trials.values["sharpen"].view(-1, 1, 1), -1)
+        predicted = torch.softmax(logits / trials.values["sharpen"].view(-1, 1, 1), -1)
         totals = trials.log_prior.exp() * pool.present.sum(-1, keepdim=True)  # (T, K)
-        refined = refine(prune(raw, pool.present, totals, trials.values["darp_keep"]), pool.present, totals)
+        refined = refine(prune(predicted, pool.present, totals, trials.values["darp_keep"]), pool.present, totals)
         late = step >= trials.values["darp_start"] * trials.config.steps
-        state.scratch = {"late": late, "table": torch.where(late.view(-1, 1, 1), refined, raw)}
+        state.scratch = {"late": late, "probabilities": torch.where(late.view(-1, 1, 1), refined, predicted)}
 
-    def guess(self, trials: Trials, state: State, batch: Batch) -> PseudoLabels:
-        """FixMatch's guesses at first, later those of the table."""
+    def pseudo_labels(self, trials: Trials, state: State, batch: Batch) -> PseudoLabels:
+        """FixMatch's pseudo-labels at first, later the refined ones."""
         assert batch.positions is not None
-        pseudo = super().guess(trials, state, batch)
-        late, table = state.scratch["late"].view(-1, 1), state.scratch["table"]
-        places = batch.positions.unsqueeze(-1).expand(-1, -1, table.shape[-1])
-        chosen = torch.where(late.unsqueeze(-1), table.gather(1, places), pseudo.probabilities)  # (T, U, K)
+        early = super().pseudo_labels(trials, state, batch)
+        refined = state.scratch["probabilities"]
+        index = batch.positions.unsqueeze(-1).expand(-1, -1, refined.shape[-1])
+        late = state.scratch["late"].view(-1, 1, 1)
+        chosen = torch.where(late, refined.gather(1, index), early.probabilities)  # (T, U, K)
         confidence, labels = chosen.max(-1)
-        sure = confidence >= trials.values["threshold"].view(-1, 1)
-        return PseudoLabels(labels, sure.to(chosen.dtype), chosen)
+        mask = confidence >= trials.values["threshold"].view(-1, 1)
+        return PseudoLabels(labels, mask.to(chosen.dtype), chosen)
 
-    def drawn(self, trials: Trials, state: State) -> Tensor | None:
-        """The table (T, N, K)."""
-        return state.scratch["table"]
+    def pool_probabilities(self, trials: Trials, state: State) -> Tensor | None:
+        """The probabilities of the last refresh (T, N, K)."""
+        return state.scratch["probabilities"]

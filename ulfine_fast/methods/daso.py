@@ -1,10 +1,10 @@
-"""DASO (arXiv 2106.05682): guesses of the head and of class means are blended, the more so for frequent classes.
+"""DASO (arXiv 2106.05682): predictions of the head and of class means are blended, more for frequent classes.
 
 Published: semantic temperature 0.05, blend temperature 1.5 (0.3 where the distributions differ), semantic weight 1,
-threshold 0.95; labelled losses plain or logit-adjusted (tau 0 or 1). Ours: the class means start from all labelled
-images and then move by `visual_momentum`, in place of a queue of an averaged encoder's features and 5,000 steps
-without any blending; the guesses' distribution starts as the labelled one and moves by `rho` at each step, not after
-every 100. Lost to the cache: what FixMatch loses.
+threshold 0.95; labelled losses plain or logit-adjusted (tau 0 or 1). Different here: the class means start from all
+labelled images and then move by `visual_momentum`, instead of a queue of an averaged encoder's features and 5,000 steps
+without any blending; the pseudo-labels' distribution starts as the labelled one and moves by `rho` at each step, not
+after every 100. Not reproduced over a cache: as for FixMatch.
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ class DASOOptions(PseudoLabelOptions, RunningOptions, LabeledOptions):
 
 @register("daso", options=DASOOptions, source="DASO, arXiv 2106.05682")
 class DASO(FixMatch):
-    """FixMatch with blended guesses, and strong views that are as near to the class means as their weak ones."""
+    """FixMatch with blended pseudo-labels, and strong views pulled to the class means near their weak views."""
 
     adjusted = True
     uses_pool = True
 
     def start(self, trials: Trials) -> State:
-        """Adapter and head; the guesses' distribution (T, K), class means (T, K, D), and which classes have one."""
+        """Adapter and head; the pseudo-labels' distribution (T, K), class means (T, K, D), which classes have one."""
         state = super().start(trials)
         state.memory |= {
             "guessed": trials.log_prior.exp(),
@@ -60,7 +60,7 @@ class DASO(FixMatch):
         """Class means of all labelled images, before the first step."""
         if step > 0:
             return
-        # padding counts as one class more, which is cut off
+        # padding counts as one more class, which is left out
         classes = trials.prototypes.shape[1]
         labels = torch.where(pool.labels < 0, classes, pool.labels)
         adapted = apply_adapter(state.tensors, pool.labeled, trials.values["adapter_scale"])
@@ -75,17 +75,17 @@ class DASO(FixMatch):
         semantic = torch.softmax(self.semantic(trials, tensors, features), -1)
         weights = blend_weights(tensors["guessed"], trials.values["blend_temperature"])
         m = weights.gather(1, linear.argmax(-1)).unsqueeze(-1)  # (T, B, 1)
-        # who asks for pseudo-labels divides by the temperature, and must be given back what was blended
+        # the caller divides by the temperature, and must get the blended probabilities back
         return sharpen * torch.log((1 - m) * linear + m * semantic + _EPS)
 
-    def beside(self, trials: Trials, state: State, batch: Batch, strong: Tensor, pseudo: PseudoLabels) -> Tensor:
-        """Semantic alignment: cross-entropy of the strong view's nearness to the means to the weak view's."""
+    def extra_loss(self, trials: Trials, state: State, batch: Batch, strong: Tensor, pseudo: PseudoLabels) -> Tensor:
+        """Semantic alignment: cross-entropy of the class means' predictions, weak view to strong view."""
         assert batch.weak is not None
         assert batch.strong is not None
         with torch.no_grad():
-            wanted = torch.softmax(self.semantic(trials, state.tensors, batch.weak), -1)
-        given = self.semantic(trials, state.tensors, batch.strong)
-        return trials.values["semantic_weight"] * soft_cross_entropy(given, wanted).mean(-1)
+            targets = torch.softmax(self.semantic(trials, state.tensors, batch.weak), -1)
+        logits = self.semantic(trials, state.tensors, batch.strong)
+        return trials.values["semantic_weight"] * soft_cross_entropy(logits, targets).mean(-1)
 
     def semantic(self, trials: Trials, tensors: Tensors, features: Tensor) -> Tensor:
         """Cosines with the class means over the semantic temperature (T, B, K); very low for classes without one."""
@@ -97,7 +97,7 @@ class DASO(FixMatch):
 
     @torch.no_grad()
     def after_step(self, trials: Trials, state: State, batch: Batch, losses: Losses) -> None:
-        """Move the class means by the batch's labels, the guesses' distribution by all of its guesses."""
+        """Move the class means by the batch's labels, the pseudo-labels' distribution by all of its predictions."""
         memory, values = state.memory, trials.values
         adapted = apply_adapter(state.tensors, batch.labeled, values["adapter_scale"])
         means, counts = class_means(adapted, batch.labels, memory["seen"].shape[1])
@@ -106,15 +106,16 @@ class DASO(FixMatch):
         if losses.pseudo is None:
             return
         rows = torch.full_like(losses.pseudo.mask, 1.0 / losses.pseudo.mask.shape[1])
-        guessed = histogram(losses.pseudo.labels, rows, memory["seen"].shape[1])
-        memory["guessed"].copy_(running(memory["guessed"], guessed, values["rho"]))
+        predicted = histogram(losses.pseudo.labels, rows, memory["seen"].shape[1])
+        memory["guessed"].copy_(running(memory["guessed"], predicted, values["rho"]))
 
 
-def blend_weights(guessed: Tensor, temperature: Tensor) -> Tensor:
-    """Weight of the class means in a guess (T, K): the class's share to 1 / temperature, 1 for the most frequent one.
+def blend_weights(predicted: Tensor, temperature: Tensor) -> Tensor:
+    """Weight of the class means for each predicted class: (p_k / max p)^(1 / temperature), (T, K).
 
     Args:
-        guessed: distribution of the guesses (T, K).
-        temperature: positive (T,); large, all classes have the weight 1, small, only the most frequent one has any.
+        predicted: distribution p of the pseudo-labels (T, K).
+        temperature: positive (T,); where it is large all weights are near 1, where it is small only the most frequent
+            class has any.
     """
-    return (guessed / guessed.amax(-1, keepdim=True)) ** (1 / temperature.view(-1, 1))
+    return (predicted / predicted.amax(-1, keepdim=True)) ** (1 / temperature.view(-1, 1))

@@ -1,9 +1,9 @@
 """FineSSL: balanced margin softmax and decoupled label smoothing (arXiv 2405.11756; formulas as its code has them).
 
 Published: threshold 0.7, margin 8, smoothing 0.5, lambda_u 1 or 3, scale 1 / 0.07, learning rate 0.03, 15,000 steps of
-32 + 32. Ours: both heads start at the text, and the labelled losses are logit-adjusted by tau, 0 in the paper. Lost to
-the cache: prompts inside the blocks (an adapter behind the encoder stands in for them) and a second strong view of each
-image in a step. An image's class is kept over the whole fit, where the paper forgets it after each epoch.
+32 + 32. Different here: both heads start at the text; the labelled losses are logit-adjusted by tau, 0 in the paper;
+an image's class is kept over the whole fit, where the paper forgets it after each epoch. Not reproduced over a cache:
+prompts inside the blocks (an adapter behind the encoder replaces them), and a second strong view of each image.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from ulfine_fast.core.heads import Tensors, apply_adapter, cosine_logits, new_ad
 from ulfine_fast.core.types import Batch, Losses, Pool, State, Trials
 from ulfine_fast.methods.base import LabeledOptions, Method, PseudoLabelOptions
 from ulfine_fast.methods.registry import register
-from ulfine_fast.ops.losses import PseudoLabels, adjusted_cross_entropy, pseudo_labels
+from ulfine_fast.ops.losses import adjusted_cross_entropy, pseudo_labels
 from ulfine_fast.ops.margins import balanced_margins, class_counts, smoothed_cross_entropy, with_margin
+from ulfine_fast.ops.thresholds import updated_classes
 
 
 @dataclass(frozen=True)
@@ -32,10 +33,10 @@ class FineSSLOptions(PseudoLabelOptions, LabeledOptions):
 
 @register("finessl", options=FineSSLOptions, source="FineSSL, arXiv 2405.11756")
 class FineSSL(Method):
-    """A head with margins for classes that few images are given to; an auxiliary one says how sure to be of each."""
+    """A head with margins for classes with few pseudo-labels, which an auxiliary head weighs by its confidence."""
 
     uses_pool = True
-    thresholds = False
+    uses_threshold = False
 
     def start(self, trials: Trials) -> State:
         """Both heads (T, K, D) at the textual prototypes, their scales (T,), and the adapter."""
@@ -47,41 +48,51 @@ class FineSSL(Method):
         return State({**heads, **scales, **adapter})
 
     def refresh(self, trials: Trials, state: State, pool: Pool, step: int) -> None:
-        """Room for the class each unlabelled image was last given, -1 for none (T, N)."""
+        """Start with no class for each unlabelled image: -1, (T, N)."""
         if step == 0:
-            state.scratch["given"] = torch.full_like(pool.unlabeled_rows, -1)
+            state.scratch["assigned"] = torch.full_like(pool.unlabeled_rows, -1)
 
     def losses(self, trials: Trials, state: State, batch: Batch) -> Losses:
         """Both heads' labelled losses; lambda_u times the main head's pseudo-labelled one, plus the auxiliary's."""
         margins = self.margins(trials, state)
         adapted = apply_adapter(state.tensors, batch.labeled, trials.values["adapter_scale"])  # (T, B, D)
-        main, auxiliary = _both(state.tensors, adapted)
+        main, auxiliary = _main_and_auxiliary(state.tensors, adapted)
         prior, tau = trials.log_prior, trials.values["tau"]
         labeled = adjusted_cross_entropy(with_margin(main, batch.labels, margins), batch.labels, prior, tau)
         labeled = (labeled + adjusted_cross_entropy(auxiliary, batch.labels, prior, tau)).mean(-1)
         if batch.weak is None or batch.strong is None:
-            return Losses(labeled, torch.zeros_like(labeled), torch.zeros_like(labeled))
+            return Losses.labeled_only(labeled)
         with torch.no_grad():
-            weak = _both(state.tensors, apply_adapter(state.tensors, batch.weak, trials.values["adapter_scale"]))
-        pseudo = pseudo_labels(weak[0], trials.values["threshold"], trials.values["sharpen"])
-        unlabeled = self._unlabeled(trials, state.tensors, batch.strong, pseudo, weak[1], margins)
-        return Losses(labeled, unlabeled, torch.zeros_like(labeled), pseudo)
+            adapted = apply_adapter(state.tensors, batch.weak, trials.values["adapter_scale"])
+            weak, auxiliary_weak = _main_and_auxiliary(state.tensors, adapted)
+            confidence = torch.softmax(auxiliary_weak, -1).amax(-1)  # (T, U)
+        pseudo = pseudo_labels(weak, trials.values["threshold"], trials.values["sharpen"])
+
+        # all images train the main head, by the auxiliary's confidence
+        adapted = apply_adapter(state.tensors, batch.strong, trials.values["adapter_scale"])
+        main, auxiliary = _main_and_auxiliary(state.tensors, adapted)
+        shifted = with_margin(main, pseudo.labels, margins)
+        main_losses = adjusted_cross_entropy(shifted, pseudo.labels, prior, trials.zeros())  # (T, U)
+        main_loss = trials.values["lambda_u"] * (main_losses * confidence).mean(-1)
+
+        # confident ones train the auxiliary head, smoothed; the mean is over these alone, as published
+        smoothed = smoothed_cross_entropy(auxiliary, pseudo.labels, trials.values["smoothing"]) * pseudo.mask
+        auxiliary_loss = smoothed.sum(-1) / pseudo.mask.sum(-1).clamp(min=1)
+        return Losses(labeled, main_loss + auxiliary_loss, trials.zeros(), pseudo)
 
     @torch.no_grad()
     def after_step(self, trials: Trials, state: State, batch: Batch, losses: Losses) -> None:
-        """Note the classes given to images of which the main head is sure."""
+        """Keep the classes of images that the main head is confident about."""
         if losses.pseudo is None or batch.positions is None:
             return
-        sure = torch.where(losses.pseudo.mask > 0, losses.pseudo.labels, -torch.ones_like(losses.pseudo.labels))
-        given = state.scratch["given"]
-        # an image drawn twice takes the larger class: any rule will do that does not depend on the device
-        news = torch.full_like(given, -1).scatter_reduce(1, batch.positions, sure, "amax")
-        given.copy_(torch.where(news >= 0, news, given))
+        pseudo = losses.pseudo
+        classes = torch.where(pseudo.mask > 0, pseudo.labels, -torch.ones_like(pseudo.labels))
+        state.scratch["assigned"].copy_(updated_classes(state.scratch["assigned"], batch.positions, classes))
 
     def margins(self, trials: Trials, state: State) -> Tensor:
-        """Balanced margins (T, K) by how many unlabelled images each class was given."""
-        # images given to no class yet are -1, which counts nowhere
-        counts = class_counts(state.scratch["given"], trials.log_prior.shape[1])
+        """Balanced margins (T, K) by how many unlabelled images each class has."""
+        # images without a class yet are -1, which counts nowhere
+        counts = class_counts(state.scratch["assigned"], trials.log_prior.shape[1])
         return balanced_margins(counts, trials.values["margin"])
 
     def logits(self, trials: Trials, tensors: Tensors, features: Tensor) -> Tensor:
@@ -89,30 +100,8 @@ class FineSSL(Method):
         adapted = apply_adapter(tensors, features, trials.values["adapter_scale"])
         return cosine_logits(adapted, tensors["linear"], tensors["linear.scale"])
 
-    def _unlabeled(
-        self,
-        trials: Trials,
-        tensors: Tensors,
-        strong: Tensor,
-        pseudo: PseudoLabels,
-        auxiliary_weak: Tensor,
-        margins: Tensor,
-    ) -> Tensor:
-        """All images train the main head, by the auxiliary's confidence; sure ones the auxiliary, smoothed (T,)."""
-        values = trials.values
-        main, auxiliary = _both(tensors, apply_adapter(tensors, strong, values["adapter_scale"]))
-        confidence = torch.softmax(auxiliary_weak, -1).amax(-1)  # (T, U)
-        none = trials.zeros()
-        losses = adjusted_cross_entropy(
-            with_margin(main, pseudo.labels, margins), pseudo.labels, trials.log_prior, none
-        )
-        smoothed = smoothed_cross_entropy(auxiliary, pseudo.labels, values["smoothing"]) * pseudo.mask
-        # the mean over kept images, as published, where the main loss has the whole batch
-        kept = pseudo.mask.sum(-1).clamp(min=1)
-        return values["lambda_u"] * (losses * confidence).mean(-1) + smoothed.sum(-1) / kept
 
-
-def _both(tensors: Tensors, adapted: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits (T, B, K) of the main head, and of the auxiliary one, which teaches the adapter nothing."""
+def _main_and_auxiliary(tensors: Tensors, adapted: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits (T, B, K) of the main head, and of the auxiliary one, which does not train the adapter."""
     main = cosine_logits(adapted, tensors["linear"], tensors["linear.scale"])
     return main, cosine_logits(adapted.detach(), tensors["auxiliary"], tensors["auxiliary.scale"])

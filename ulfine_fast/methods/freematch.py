@@ -1,7 +1,7 @@
 """FreeMatch (arXiv 2205.07246): thresholds that follow the model's own confidence, and a loss for fairness.
 
-Published: momentum 0.999 over 2^20 steps, fairness 0.001 to 0.05, plain cross-entropy (tau 0). Ours: the momentum is
-`rho`, as runs here are short. Lost to the cache: what FixMatch loses.
+Published: momentum 0.999 over 2^20 steps, fairness 0.001 to 0.05, plain cross-entropy (tau 0). Different here: the
+momentum is `rho`, as runs are short. Not reproduced over a cache: as for FixMatch.
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ class FreeMatchOptions(SharpeningOptions, RunningOptions, LabeledOptions):
 
 @register("freematch", options=FreeMatchOptions, source="FreeMatch, arXiv 2205.07246")
 class FreeMatch(FixMatch):
-    """FixMatch with one threshold for each class, none of them a setting."""
+    """FixMatch with an adaptive threshold for each class."""
 
     adjusted = True
-    thresholds = False
+    uses_threshold = False
 
     def start(self, trials: Trials) -> State:
-        """Adapter and head; mean confidence (T,), class shares and histogram of guesses (T, K), all at 1 / K."""
+        """Adapter and head; mean confidence (T,), probabilities and histogram of the classes (T, K), all at 1 / K."""
         state = super().start(trials)
-        even = torch.full_like(trials.log_prior, 1.0 / trials.log_prior.shape[1])
-        state.memory |= {"confidence": even[:, 0].clone(), "shares": even.clone(), "histogram": even.clone()}
+        uniform = torch.full_like(trials.log_prior, 1.0 / trials.log_prior.shape[1])
+        state.memory |= {"confidence": uniform[:, 0].clone(), "shares": uniform.clone(), "histogram": uniform.clone()}
         return state
 
-    def guess(self, trials: Trials, state: State, batch: Batch) -> PseudoLabels:
-        """Guesses over their class's threshold, which has already moved with this batch."""
+    def pseudo_labels(self, trials: Trials, state: State, batch: Batch) -> PseudoLabels:
+        """Pseudo-labels over their class's threshold, which has already moved with this batch."""
         assert batch.weak is not None
         logits = self.pseudo_logits(trials, state.tensors, batch.weak)
         probabilities = torch.softmax(logits / trials.values["sharpen"].view(-1, 1, 1), -1)  # (T, U, K)
@@ -52,7 +52,7 @@ class FreeMatch(FixMatch):
         mask = (confidence >= thresholds.gather(1, labels)).to(logits.dtype)
         return PseudoLabels(labels, mask, probabilities)
 
-    def beside(self, trials: Trials, state: State, batch: Batch, strong: Tensor, pseudo: PseudoLabels) -> Tensor:
+    def extra_loss(self, trials: Trials, state: State, batch: Batch, strong: Tensor, pseudo: PseudoLabels) -> Tensor:
         """The fairness loss (T,), weighted."""
         moved = moved_confidence(trials, state, pseudo.probabilities)
         return trials.values["fairness"] * fairness_loss(strong, pseudo.mask, moved["shares"], moved["histogram"])

@@ -1,8 +1,8 @@
 """A Gaussian mixture over all training images, held by the text and a graph, after TransCLIP (arXiv 2406.01837).
 
-Blocks of the objective are minimised in turn: assignments z, means mu, one diagonal covariance for all classes. Ours:
-neighbours are sought among labelled images too, and new images are judged by text and mixture, without the graph.
-Nothing is lost to the cache. Published: 3 neighbours, lambda 0.5, scale 100, gamma (`labeled_weight`) among 0.1, 0.5, 1
+Blocks of the objective are minimised one after the other: assignments z, means mu, one diagonal covariance for all
+classes. Different here: neighbours are searched among labelled images too, and new images are predicted by text and
+mixture, without the graph. Published: 3 neighbours, lambda 0.5, scale 100, gamma (`labeled_weight`) among 0.1, 0.5, 1
 and 10 by validation.
 """
 
@@ -32,13 +32,15 @@ class _Images(NamedTuple):
     """All M training images of T trials, labelled ones first.
 
     Attributes:
-        features: (T, M, D). given: one-hot labels (T, M, K), zero where not labelled.
-        present: bool (T, M). mass: what each counts in means and variance (T, M), 0 for padding.
+        features: (T, M, D).
+        labels: one-hot (T, M, K), zero where not labelled.
+        present: bool (T, M).
+        mass: weight of each in means and variance (T, M), 0 for padding.
         graph: W + W^T of their nearest neighbours (T M, T M).
     """
 
     features: Tensor
-    given: Tensor
+    labels: Tensor
     present: Tensor
     mass: Tensor
     graph: Tensor
@@ -64,13 +66,13 @@ class MixtureOptions:
 
 @register("gmm", options=MixtureOptions, source="after TransCLIP, arXiv 2406.01837")
 class Mixture(Method):
-    """z_i ~ text(x_i)^lambda exp(log p(x_i | mu_k, Sigma) / 50 + mean of its neighbours' z); labelled z_i are given."""
+    """z_i ~ text(x_i)^lambda exp(log p(x_i | mu_k, Sigma) / 50 + mean of its neighbours' z); labelled z_i are known."""
 
     uses_unlabeled_pool = True
     trains = False
     uses_unlabeled = False
     uses_pool = True
-    thresholds = False
+    uses_threshold = False
 
     def pool_values(self, config: FitConfig, images: int, views: int, dim: int, classes: int) -> int:
         """Rows and logits, and the neighbours of each row."""
@@ -84,8 +86,9 @@ class Mixture(Method):
 
     def refresh(self, trials: Trials, state: State, pool: Pool, step: int) -> None:
         """Ten rounds of assignments, means and variance, from the labelled class means on."""
-        images, memory = _images(trials, pool), state.memory
-        memory["means"] = _means(images.given, images.features, memory["means"])
+        images = _images(trials, pool)
+        memory = state.memory
+        memory["means"] = _means(images.labels, images.features, memory["means"])
         assigned = _clamp(torch.softmax(_text(trials, memory, images.features), -1), images)
         for _ in range(_ROUNDS):
             assigned = self._assign(trials, memory, images, assigned)
@@ -93,11 +96,11 @@ class Mixture(Method):
             memory["means"] = _means(weights, images.features, memory["means"])
             memory["variance"] = _variance(weights, images.features, memory["means"])
         assigned = self._assign(trials, memory, images, assigned)
-        state.scratch["drawn"] = assigned[:, pool.labels.shape[1] :]
+        state.scratch["assigned"] = assigned[:, pool.labels.shape[1] :]
 
-    def drawn(self, trials: Trials, state: State) -> Tensor | None:
+    def pool_probabilities(self, trials: Trials, state: State) -> Tensor | None:
         """Assignments z of the unlabelled images (T, N, K)."""
-        return state.scratch["drawn"]
+        return state.scratch["assigned"]
 
     def logits(self, trials: Trials, tensors: Tensors, features: Tensor) -> Tensor:
         """Lambda log text(x) + log p(x | mu_k, Sigma) / 50, up to a constant of the row, (T, B, K)."""
@@ -106,36 +109,42 @@ class Mixture(Method):
 
     def _assign(self, trials: Trials, tensors: Tensors, images: _Images, assigned: Tensor) -> Tensor:
         """Assignments (T, M, K) by a few fixed-point steps, since neighbours move together."""
-        own = self.logits(trials, tensors, images.features)
+        logits = self.logits(trials, tensors, images.features)
         for _ in range(_INNER):
-            around = spread(images.graph, assigned) / (2 * trials.config.neighbors)
-            assigned = _clamp(torch.softmax(own + around, -1), images)
+            neighbor_mean = spread(images.graph, assigned) / (2 * trials.config.neighbors)
+            assigned = _clamp(torch.softmax(logits + neighbor_mean, -1), images)
         return assigned
 
 
 def _images(trials: Trials, pool: Pool) -> _Images:
-    rows, labeled = torch.cat([pool.labeled_rows, pool.unlabeled_rows], 1), pool.labels >= 0
-    features, present = pool.features.rows(rows), torch.cat([labeled, pool.present], 1)
-    own = F.one_hot(pool.labels.clamp(min=0), trials.log_prior.shape[1]) * labeled.unsqueeze(-1)
-    given = F.pad(own.to(features.dtype), (0, 0, 0, pool.present.shape[1]))
-    # gamma / L for each labelled image, 1 / N for each of the others
-    shares = [part / part.sum(1, keepdim=True).clamp(min=1) for part in (labeled.float(), pool.present.float())]
-    mass = torch.cat([trials.values["labeled_weight"].view(-1, 1) * shares[0], shares[1]], 1)
+    # features and labels
+    rows = torch.cat([pool.labeled_rows, pool.unlabeled_rows], 1)  # (T, M)
+    labeled = pool.labels >= 0
+    present = torch.cat([labeled, pool.present], 1)
+    features = pool.features.rows(rows)
+    one_hot = F.one_hot(pool.labels.clamp(min=0), trials.log_prior.shape[1]) * labeled.unsqueeze(-1)
+    labels = F.pad(one_hot.to(features.dtype), (0, 0, 0, pool.present.shape[1]))
+
+    # weights: gamma / L for each labelled image, 1 / N for each of the others
+    parts = [part / part.sum(1, keepdim=True).clamp(min=1) for part in (labeled.float(), pool.present.float())]
+    mass = torch.cat([trials.values["labeled_weight"].view(-1, 1) * parts[0], parts[1]], 1)
+
+    # graph: padding is no one's neighbour already, and must have none either
     links = nearest(features, features, present, trials.config.neighbors, skip_self=True)
-    # padding is nobody's neighbour already, and must have none either
     links = links._replace(weight=links.weight * present.unsqueeze(-1))
-    return _Images(features, given, present, mass, symmetric(links, rows.shape[1]))
+    return _Images(features, labels, present, mass, symmetric(links, rows.shape[1]))
 
 
 def _clamp(assigned: Tensor, images: _Images) -> Tensor:
     """Labelled images keep their label, padding belongs to no class."""
-    known = images.given.sum(-1, keepdim=True) > 0
-    return torch.where(known, images.given, assigned) * images.present.unsqueeze(-1)
+    known = images.labels.sum(-1, keepdim=True) > 0
+    return torch.where(known, images.labels, assigned) * images.present.unsqueeze(-1)
 
 
 def _means(weights: Tensor, features: Tensor, before: Tensor) -> Tensor:
     """Unit means (T, K, D) of images (T, M, D) by weight (T, M, K); a class without weight keeps its mean."""
-    sums, total = weights.transpose(1, 2) @ features, weights.sum(1).unsqueeze(-1)
+    sums = weights.transpose(1, 2) @ features
+    total = weights.sum(1).unsqueeze(-1)
     return torch.where(total > _SMALLEST, normalize(sums / total.clamp(min=_SMALLEST)), before)
 
 

@@ -1,7 +1,7 @@
 """Weighted nearest neighbours among labelled images, without training (InstDisc, arXiv 1805.01978, section 3.4).
 
-DINO's evaluation has the same weights (arXiv 2104.14294, k = 20). Nothing is lost to the cache. Published: temperature
-0.07, k = 200 among a million labelled images.
+DINO's evaluation has the same weights (arXiv 2104.14294, k = 20). Published: temperature 0.07, k = 200 among a million
+labelled images.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ulfine_fast.ops.graph import nearest
 from ulfine_fast.ops.margins import balanced_one_hot
 from ulfine_fast.ops.prototypes import normalize
 
-_NO_VOTE = 1e-12  # what a class without a vote has; its logarithm is finite
+_NO_VOTE = 1e-12  # added to all votes, so that the logarithm of none is finite
 
 
 @dataclass(frozen=True)
@@ -46,8 +46,8 @@ class NearestNeighborsOptions:
 class NearestNeighbors(Method):
     """Logits log sum_i exp((x f_i - 1) / t) L_ik over the k labelled images i nearest to x.
 
-    The papers count votes of balanced data. In a long tail the head would outvote the others: here, for y_i = k,
-    L_ik = (L / (K n_k))^tau, which is one-hot in balanced data and for tau = 0.
+    The papers count votes of balanced data. In a long tail frequent classes would outvote the others: here, for
+    y_i = k, L_ik = (L / (K n_k))^tau, which is one-hot in balanced data and for tau = 0.
     """
 
     uses_texts = False
@@ -77,6 +77,6 @@ class NearestNeighbors(Method):
         votes = torch.zeros(
             *features.shape[:2], tensors["votes"].shape[-1], dtype=features.dtype, device=features.device
         )
-        for place, share in zip(near.places.unbind(-1), weight.unbind(-1), strict=True):
-            votes += share.unsqueeze(-1) * tensors["votes"][trial, place]  # (T, B, K)
+        for index, vote in zip(near.indices.unbind(-1), weight.unbind(-1), strict=True):
+            votes += vote.unsqueeze(-1) * tensors["votes"][trial, index]  # (T, B, K)
         return torch.log(votes + _NO_VOTE)

@@ -1,9 +1,8 @@
 """Label propagation over texts and images, after ZLaP (arXiv 2404.04072); nothing is trained.
 
-Nodes are the K textual prototypes and all training images. Ours: labelled images are sources beside the texts (the
-paper is zero-shot), a class's sources weighted against its frequency, and a new image is compared with images and
-texts by all their scores, not by sparsified ones. Nothing is lost to the cache. Published: 5
-neighbours, alpha 0.3, gamma 5.
+Nodes are the K textual prototypes and all training images. Different here: labelled images are sources beside the texts
+(the paper is zero-shot), a class's sources weighted against its frequency, and a new image is compared with images and
+texts by all their scores, not by sparsified ones. Published: 5 neighbours, alpha 0.3, gamma 5.
 """
 
 from __future__ import annotations
@@ -54,7 +53,7 @@ class LabelPropagation(Method):
     trains = False
     uses_unlabeled = False
     uses_pool = True
-    thresholds = False
+    uses_threshold = False
 
     def pool_values(self, config: FitConfig, images: int, views: int, dim: int, classes: int) -> int:
         """Rows and logits, and the neighbours of each row."""
@@ -71,7 +70,7 @@ class LabelPropagation(Method):
         # as stored, which halves what a run keeps
         state.memory |= {"pictures": pool.features.plain[rows], "present": present}
         links = self._links(trials, state.tensors, pool.features.rows(rows), skip_self=True)
-        # padding is nobody's neighbour already, and must have none either
+        # padding is no one's neighbour already, and must have none either
         links = links._replace(weight=links.weight * present.unsqueeze(-1))
         sources = _sources(trials, pool.labels, rows.shape[1])
         graph = normalized(symmetric(links, sources.shape[1]))
@@ -79,11 +78,11 @@ class LabelPropagation(Method):
         scores = propagate(graph, sources, trials.values["propagation"]).clamp(min=0)
         state.memory["scores"] = scores
         labeled = pool.labels.shape[1]
-        state.scratch["drawn"] = torch.softmax(_log(scores[:, labeled : rows.shape[1]]), -1)
+        state.scratch["probabilities"] = torch.softmax(_log(scores[:, labeled : rows.shape[1]]), -1)
 
-    def drawn(self, trials: Trials, state: State) -> Tensor | None:
+    def pool_probabilities(self, trials: Trials, state: State) -> Tensor | None:
         """Scores of the unlabelled images' own nodes as probabilities (T, N, K)."""
-        return state.scratch["drawn"]
+        return state.scratch["probabilities"]
 
     def logits(self, trials: Trials, tensors: Tensors, features: Tensor) -> Tensor:
         """Log of the scores summed over a new image's neighbours by weight (T, B, K), the paper's dual solution."""
@@ -91,25 +90,23 @@ class LabelPropagation(Method):
         trial = torch.arange(len(features), device=features.device).view(-1, 1)
         # one neighbour of every row at a time: all of them would take k times the logits' memory
         summed = sum(
-            weight.unsqueeze(-1) * tensors["scores"][trial, place]  # (T, B, K)
-            for place, weight in zip(links.places.unbind(-1), links.weight.unbind(-1), strict=True)
+            weight.unsqueeze(-1) * tensors["scores"][trial, index]  # (T, B, K)
+            for index, weight in zip(links.indices.unbind(-1), links.weight.unbind(-1), strict=True)
         )
         return _log(torch.as_tensor(summed))
 
     def _links(self, trials: Trials, tensors: Tensors, rows: Tensor, *, skip_self: bool = False) -> Neighbors:
         """The k nearest images and the k nearest texts of unit rows (T, B, D), as nodes of the graph."""
-        images, texts, count = (
-            normalize(tensors["pictures"].to(rows.dtype)),
-            tensors["prototypes"],
-            trials.config.neighbors,
-        )
-        near = nearest(rows, images, tensors["present"], count, skip_self=skip_self)
-        words = nearest(rows, texts, torch.ones_like(texts[..., 0], dtype=torch.bool), count)
-        # cosines of text and image live on another scale than those of two images
-        power = words.weight ** trials.values["text_power"].view(-1, 1, 1)
-        weight = torch.where(words.weight > 0, power, words.weight)  # 0^0 would be an edge
-        places = torch.cat([near.places, images.shape[1] + words.places], -1)
-        return Neighbors(places, torch.cat([near.weight, weight], -1))
+        images = normalize(tensors["pictures"].to(rows.dtype))
+        texts = tensors["prototypes"]
+        count = trials.config.neighbors
+        near_images = nearest(rows, images, tensors["present"], count, skip_self=skip_self)
+        near_texts = nearest(rows, texts, torch.ones_like(texts[..., 0], dtype=torch.bool), count)
+        # cosines of text and image are on another scale than those of two images; 0^0 would be an edge
+        power = near_texts.weight ** trials.values["text_power"].view(-1, 1, 1)
+        text_weight = torch.where(near_texts.weight > 0, power, near_texts.weight)
+        index = torch.cat([near_images.indices, images.shape[1] + near_texts.indices], -1)
+        return Neighbors(index, torch.cat([near_images.weight, text_weight], -1))
 
 
 def _sources(trials: Trials, labels: Tensor, images: int) -> Tensor:
@@ -120,5 +117,5 @@ def _sources(trials: Trials, labels: Tensor, images: int) -> Tensor:
 
 
 def _log(scores: Tensor) -> Tensor:
-    # so that a softmax gives the scores' shares back; an image without neighbours gets all classes alike
+    """Logits whose softmax is the scores over their sum; uniform for an image without neighbours."""
     return torch.log(scores + 1e-12)

@@ -41,7 +41,7 @@ class LDAM(ClassBalanced):
         return super().row_losses(trials, state, with_margin(logits, labels, scaled), labels)
 
     def weights(self, trials: Trials, state: State) -> Tensor:
-        """All alike for the first `reweight_after` of the steps, by effective number afterwards (T, K)."""
+        """Equal for the first `reweight_after` of the steps, by effective number afterwards (T, K)."""
         late = state.scratch["steps"] >= trials.values["reweight_after"] * trials.config.steps
         weights = super().weights(trials, state)
         return torch.where(late.unsqueeze(-1), weights, torch.ones_like(weights))

@@ -1,8 +1,8 @@
 """LIFT's recipe on cached features: lightweight supervised fine-tuning with logit adjustment (arXiv 2309.10019).
 
 Kept: cosine classifier of scale 25, semantic-aware initialisation, logit adjustment with tau 1, SGD with momentum 0.9
-and a half cosine. Lost to the cache: AdaptFormer inside every block (one adapter behind the encoder stands in for it),
-fresh crops for each step (an image has the plain and the weak views that were extracted), five-crop predictions.
+and a half cosine. Not reproduced over a cache: AdaptFormer inside every block (one adapter behind the encoder replaces
+it), fresh crops for each step (an image has the plain and the weak views that were extracted), five-crop predictions.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Lift(Lightweight):
 
 
 def lift_settings(labeled: int, classes: int, layers: int = 1) -> dict[str, Any]:
-    """LIFT's published settings as fields of FitConfig (arXiv 2309.10019, and its released code).
+    """LIFT's published settings as options of FitConfig (arXiv 2309.10019, and its released code).
 
     Args:
         labeled: labelled images trained on; 10 epochs of mini-batches of 128 are counted in them.
@@ -43,5 +43,14 @@ def lift_settings(labeled: int, classes: int, layers: int = 1) -> dict[str, Any]
     size = 128
     rank = 2 ** max(0, math.floor(math.log2(classes / (2 * layers))))
     steps = 10 * math.ceil(labeled / size)
-    settings = {"steps": steps, "batch_labeled": size, "lr": 0.01, "momentum": 0.9, "weight_decay": 5e-4, "rank": rank}
-    return {**settings, "scale": 25.0, "tau": 1.0, "feature_noise": 0.0}
+    return {
+        "steps": steps,
+        "batch_labeled": size,
+        "lr": 0.01,
+        "momentum": 0.9,
+        "weight_decay": 5e-4,
+        "rank": rank,
+        "scale": 25.0,
+        "tau": 1.0,
+        "feature_noise": 0.0,
+    }

@@ -1,28 +1,33 @@
 """LIFT-head: what LIFT and LIFT+ (arXiv 2309.10019, 2504.13282) train outside the encoder's blocks, over the cache.
 
 Kept: the cosine classifier of scale 25 on the output of the encoder's last norm, before its projection; its start from
-the texts; logit adjustment; the schedule of crops, over the crops that were extracted. Lost: AdaptFormer in all blocks
-but the last, where `adapter="adaptformer"` trains the same one. Over projected features it is `linear_probe` with
-LIFT+'s settings and crops. A residual adapter behind the encoder is not LIFT's: none is trained.
+the texts; logit adjustment; the schedule of crops, over the crops that were extracted. Not reproduced over a cache:
+AdaptFormer in all blocks but the last, where `adapter="adaptformer"` trains the same one. Over projected features it is
+`linear_probe` with LIFT+'s settings and crops. A residual adapter behind the encoder is not LIFT's: none is trained.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from ulfine_fast.cache.io.errors import InputError
-from ulfine_fast.config import option
+from ulfine_fast.config import FitConfig, option
+from ulfine_fast.core.features import encoder_tokens
 from ulfine_fast.core.fused.step import FusedStep
 from ulfine_fast.core.heads import Tensors, cosine_logits, frozen_end, last_norm
 from ulfine_fast.core.types import State, Trials
+from ulfine_fast.data.splits import Split
 from ulfine_fast.methods.base import LabeledOptions
 from ulfine_fast.methods.lift import lift_settings
 from ulfine_fast.methods.linear_probe import LinearProbe
 from ulfine_fast.methods.registry import register
 from ulfine_fast.ops.prototypes import normalize
+
+if TYPE_CHECKING:
+    from ulfine_fast.cache.store import FeatureCache
 
 
 @dataclass(frozen=True)
@@ -35,6 +40,7 @@ class LiftHeadOptions(LabeledOptions):
         "made by extract --features last-block or pre-projection",
         choices=("projected", "pre-projection"),
         structural=True,
+        tokens="pre-projection",
     )
 
 
@@ -44,17 +50,26 @@ class LiftHead(LinearProbe):
 
     takes_tokens = True
 
+    def check(self, cache: FeatureCache, config: FitConfig, split: Split) -> None:
+        """Refuse the feature before the projection where the cache does not hold it."""
+        if config.feature == "pre-projection" and not encoder_tokens(cache):
+            raise InputError(
+                "feature pre-projection trains on what the encoder has before its projection, which this cache does "
+                "not hold; extract again with --features last-block or pre-projection, or take feature projected"
+            )
+
     def start(self, trials: Trials) -> State:
-        """A linear head at the texts, (T, K, D), or (T, K, W) before the projection; an adapter where one is asked."""
-        config, texts = trials.config, trials.prototypes
-        inside = trials.adapter()[0] if config.adapter == "adaptformer" else {}
-        # tokens that have been through the norm already come without it
+        """A linear head at the texts, (T, K, D), or (T, K, W) before the projection; and an adapter where wanted."""
+        linear = trials.prototypes.clone()
+        if trials.config.feature == "pre-projection":
+            linear = text_start(trials.prototypes, trials.head["projection"])
+        adapter = trials.adapter()[0] if trials.config.adapter == "adaptformer" else {}
+        # a cache of tokens behind the norm has none to apply
         frozen = frozen_end(trials.head, len(trials.seeds)) if "ln_post_weight" in trials.head else {}
-        linear = text_start(texts, trials.head["projection"]) if config.feature == "pre-projection" else texts.clone()
-        return State({"linear": linear, **inside}, frozen)
+        return State({"linear": linear, **adapter}, frozen)
 
     def fused(self, trials: Trials, state: State) -> type[FusedStep] | None:
-        """One head, by hand; of features, not of tokens."""
+        """One head, over features; tokens go through autograd."""
         return FusedStep if type(self) is LiftHead else None
 
     def logits(self, trials: Trials, tensors: Tensors, features: Tensor) -> Tensor:
@@ -87,7 +102,7 @@ def text_start(prototypes: Tensor, projection: Tensor) -> Tensor:
 
 
 def lift_head_settings(labeled: int, classes: int, layers: int = 1, epochs: int = 5) -> dict[str, Any]:
-    """LIFT+'s published settings as fields of FitConfig (arXiv 2504.13282, and its released code).
+    """LIFT+'s published settings as options of FitConfig (arXiv 2504.13282, and its released code).
 
     Args:
         labeled: labelled images trained on; epochs of mini-batches of 128 are counted in them.
@@ -97,7 +112,7 @@ def lift_head_settings(labeled: int, classes: int, layers: int = 1, epochs: int 
 
     Returns:
         Those of :func:`ulfine_fast.methods.lift.lift_settings` at learning rate 0.02, with fewer steps, the schedule of
-        crops, no adapter, and the adapter's factor 1 for who adds one.
+        crops, no adapter, and factor 1 for an adapter that the caller adds.
 
     Raises:
         InputError: no labelled image, no class, no layer or no epoch.
@@ -105,6 +120,6 @@ def lift_head_settings(labeled: int, classes: int, layers: int = 1, epochs: int 
     if epochs < 1:
         raise InputError(f"epochs must be at least 1, got {epochs}")
     settings = lift_settings(labeled, classes, layers)
-    # ten epochs there
+    # LIFT's are for ten epochs
     steps = settings["steps"] // 10 * epochs
     return {**settings, "steps": steps, "lr": 0.02, "crop_epochs": epochs, "adapter": "none", "adapter_scale": 1.0}

@@ -20,12 +20,15 @@ class LightweightOptions(PseudoLabelOptions, LabeledOptions):
     """Options of :class:`Lightweight`."""
 
 
-@register("lightweight", options=LightweightOptions, source="FixMatch with logit adjustment, arXiv 2001.07685")
+@register(
+    "lightweight",
+    options=LightweightOptions,
+    searches=("adapter_scale",),
+    source="FixMatch with logit adjustment, arXiv 2001.07685",
+)
 class Lightweight(Method):
     """The baseline that ULFine starts from: labelled loss adjusted, pseudo-labels by a fixed threshold."""
 
-    trains = True
-    uses_unlabeled = True
     takes_tokens = True
 
     def start(self, trials: Trials) -> State:
@@ -34,27 +37,23 @@ class Lightweight(Method):
         return State({"linear": trials.prototypes.clone(), **adapter}, frozen)
 
     def losses(self, trials: Trials, state: State, batch: Batch) -> Losses:
-        """CE(z + tau log pi, y) + lambda_u CE(z(strong), argmax z(weak)) where the weak view is sure enough."""
+        """CE(z + tau log pi, y) + lambda_u CE(z(strong), argmax z(weak)) where the weak view is confident."""
         values = trials.values
         logits = self.logits(trials, state.tensors, batch.labeled)  # (T, B, K)
         labeled = adjusted_cross_entropy(logits, batch.labels, trials.log_prior, values["tau"]).mean(-1)
         if batch.weak is None or batch.strong is None:
-            return Losses(labeled, torch.zeros_like(labeled), torch.zeros_like(labeled))
+            return Losses.labeled_only(labeled)
         with torch.no_grad():
             weak = self.logits(trials, state.tensors, batch.weak)
         pseudo = pseudo_labels(weak, values["threshold"], values["sharpen"])
         strong = self.logits(trials, state.tensors, batch.strong)  # (T, U, K)
-        none = trials.zeros()
-        unlabeled = masked_mean(adjusted_cross_entropy(strong, pseudo.labels, trials.log_prior, none), pseudo.mask)
-        return Losses(labeled, values["lambda_u"] * unlabeled, torch.zeros_like(labeled), pseudo)
+        losses = adjusted_cross_entropy(strong, pseudo.labels, trials.log_prior, trials.zeros())
+        unlabeled = values["lambda_u"] * masked_mean(losses, pseudo.mask)
+        return Losses(labeled, unlabeled, trials.zeros(), pseudo)
 
     def fused(self, trials: Trials, state: State) -> type[FusedStep] | None:
-        """The adapter and one head, by hand."""
+        """The adapter and one head."""
         return FusedStep if type(self) is Lightweight else None
-
-    def pseudo_logits(self, trials: Trials, tensors: Tensors, features: Tensor) -> Tensor:
-        """The linear head's logits (T, B, K)."""
-        return self.logits(trials, tensors, features)
 
     def logits(self, trials: Trials, tensors: Tensors, features: Tensor) -> Tensor:
         """Sigma * cos(f(x), w_k), shape (T, B, K)."""

@@ -5,7 +5,6 @@ Semantic-aware initialisation, scale and logit adjustment follow LIFT (arXiv 230
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from ulfine_fast.core.fused.step import FusedStep
@@ -20,7 +19,6 @@ from ulfine_fast.ops.losses import adjusted_cross_entropy
 class LinearProbe(Method):
     """CE(z + tau log pi, y) over a linear head; no adapter, no unlabelled images."""
 
-    trains = True
     uses_unlabeled = False
 
     def start(self, trials: Trials) -> State:
@@ -31,15 +29,11 @@ class LinearProbe(Method):
         """Logit-adjusted cross-entropy of the labelled images."""
         logits = self.logits(trials, state.tensors, batch.labeled)  # (T, B, K)
         loss = adjusted_cross_entropy(logits, batch.labels, trials.log_prior, trials.values["tau"]).mean(-1)
-        return Losses(loss, torch.zeros_like(loss), torch.zeros_like(loss))
+        return Losses.labeled_only(loss)
 
     def fused(self, trials: Trials, state: State) -> type[FusedStep] | None:
-        """One head, by hand."""
+        """One head."""
         return FusedStep if type(self) is LinearProbe else None
-
-    def pseudo_logits(self, trials: Trials, tensors: Tensors, features: Tensor) -> Tensor:
-        """The probe's own logits (T, B, K): what its pseudo-labels would be, though it trains on none."""
-        return self.logits(trials, tensors, features)
 
     def logits(self, trials: Trials, tensors: Tensors, features: Tensor) -> Tensor:
         """Sigma * cos(x, w_k), shape (T, B, K)."""

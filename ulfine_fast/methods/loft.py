@@ -1,7 +1,7 @@
-"""LoFT: hard pseudo-labels where the model is sure, soft ones where it is not (arXiv 2509.09926, as its code has it).
+"""LoFT: hard pseudo-labels where the model is confident, soft ones elsewhere (arXiv 2509.09926, as its code has it).
 
-Published: threshold 0.6, lambda_u 3, 10,000 steps of 16 + 112. Lost to the cache: AdaptFormer inside the blocks (one
-adapter behind the encoder stands in for it). The filter of open-world data (LoFT-OW) is not part of this.
+Published: threshold 0.6, lambda_u 3, 10,000 steps of 16 + 112. Not reproduced over a cache: AdaptFormer inside the
+blocks (one adapter behind the encoder replaces it). The filter of open-world data (LoFT-OW) is not part of this.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ class LoFTOptions(PseudoLabelOptions, LabeledOptions):
 class LoFT(Lightweight):
     """The adapter and head of `lightweight`; every unlabelled image trains."""
 
-    thresholds = False
+    uses_threshold = False
 
     def losses(self, trials: Trials, state: State, batch: Batch) -> Losses:
         """CE(z + tau log pi, y) + lambda_u CE(z(strong), hard or soft label of z(weak))."""
         # without unlabelled views the parent's loss is the labelled one alone
         labeled = super().losses(trials, state, replace(batch, weak=None, strong=None)).labeled
         if batch.weak is None or batch.strong is None:
-            return Losses(labeled, torch.zeros_like(labeled), torch.zeros_like(labeled))
+            return Losses.labeled_only(labeled)
         with torch.no_grad():
             weak = self.logits(trials, state.tensors, batch.weak)
         pseudo = pseudo_labels(weak, trials.values["threshold"], trials.values["sharpen"])
         strong = self.logits(trials, state.tensors, batch.strong)  # (T, U, K)
         unlabeled = trials.values["lambda_u"] * _mixed(trials, strong, pseudo).mean(-1)
-        return Losses(labeled, unlabeled, torch.zeros_like(labeled), pseudo)
+        return Losses(labeled, unlabeled, trials.zeros(), pseudo)
 
 
 def _mixed(trials: Trials, strong: Tensor, pseudo: PseudoLabels) -> Tensor:

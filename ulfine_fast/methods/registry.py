@@ -1,8 +1,8 @@
 """Methods by name, imported when they are asked for.
 
-A method of this package is a file of `ulfine_fast/methods/` with the method's name. One from outside is named by an
-entry point of the group `ulfine_fast.methods`, or calls :func:`register` itself. This module imports no method and
-nothing that does, so that configs can look up a method's options.
+A method of this package is a file of `ulfine_fast/methods/` with the method's name. One from another package is named
+by an entry point of the group `ulfine_fast.methods`, or is imported and calls :func:`register`. This module imports no
+method before it is asked for, so that configs can look up a method's options.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ if TYPE_CHECKING:
 GROUP = "ulfine_fast.methods"
 """Entry points of this group name modules that register methods; the entry point has the method's name."""
 
-_NO_METHODS = ("__init__", "base", "registry")
+_NOT_METHODS = ("__init__", "base", "registry")
 _MethodClass = TypeVar("_MethodClass", bound="type[Method]")
 
 
 @dataclass(frozen=True)
 class NoOptions:
-    """The options of a method that has none of its own."""
+    """The options of a method that reads the shared ones alone."""
 
 
 @dataclass(frozen=True)
@@ -40,11 +40,12 @@ class Registration:
     """What is known of a method.
 
     Attributes:
-        name: as `FitConfig.method` has it.
+        name: the value of `FitConfig.method`.
         method: its class.
         options: dataclass of the options that it reads beside the shared ones, see :func:`ulfine_fast.config.option`.
         source: the paper that it comes from.
         replaces: the method that it was an option of in version 0.1, if any.
+        searches: shared options that a sweep of it tries beside the usual ones.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Registration:
     options: type[Any]
     source: str
     replaces: str | None = None
+    searches: tuple[str, ...] = ()
 
     @property
     def summary(self) -> str:
@@ -60,7 +62,7 @@ class Registration:
 
     @property
     def needs(self) -> list[str]:
-        """What it learns from: "labels", "texts", "unlabelled images", "strong views"."""
+        """What it needs to learn, of "labels", "texts", "unlabelled images" and "strong views"."""
         method = self.method
         needs = {
             "labels": method.uses_labels,
@@ -75,15 +77,21 @@ _REGISTERED: dict[str, Registration] = {}
 
 
 def register(
-    name: str, *, options: type[Any] = NoOptions, source: str = "", replaces: str | None = None
+    name: str,
+    *,
+    options: type[Any] = NoOptions,
+    source: str = "",
+    replaces: str | None = None,
+    searches: tuple[str, ...] = (),
 ) -> Callable[[_MethodClass], _MethodClass]:
     """A class decorator that makes a method known to fit, sweep, report, the estimators and the command line.
 
     Args:
-        name: by which it is chosen; letters, digits and underscores.
+        name: the value of `FitConfig.method`; letters, digits and underscores.
         options: frozen dataclass of its own options, each made by :func:`ulfine_fast.config.option`.
         source: the paper that it comes from, such as "arXiv 2505.05062".
-        replaces: the method that it was an option of in version 0.1.
+        replaces: the method whose option it was in version 0.1, if any.
+        searches: shared options that a sweep of it tries beside the usual ones.
 
     Raises:
         InputError: the name is taken by another class, or is no identifier; an option without help.
@@ -95,10 +103,15 @@ def register(
             raise InputError(f"option {option.name} of method {name} must be made by ulfine_fast.config.option")
 
     def add(method: _MethodClass) -> _MethodClass:
+        # a method of this package has its name before it is imported; a module that is loaded again registers again
         known = _REGISTERED.get(name)
-        if known is not None and known.method.__qualname__ != method.__qualname__:
-            raise InputError(f"method {name} is registered already, by {known.method.__module__}; choose another name")
-        _REGISTERED[name] = Registration(name, method, options, source, replaces)
+        owner = known.method.__module__ if known is not None else None
+        if name in _files():
+            owner = f"{__package__}.{name}"
+        same_class = known is None or known.method.__qualname__ == method.__qualname__
+        if owner is not None and (owner != method.__module__ or not same_class):
+            raise InputError(f"method {name} is registered already, by {owner}; choose another name")
+        _REGISTERED[name] = Registration(name, method, options, source, replaces, searches)
         return method
 
     return add
@@ -141,13 +154,13 @@ def readers(option: str) -> list[str]:
 def _files() -> frozenset[str]:
     """Methods of this package."""
     paths = Path(__file__).parent.glob("*.py")
-    return frozenset(path.stem for path in paths if path.stem not in _NO_METHODS)
+    return frozenset(path.stem for path in paths if path.stem not in _NOT_METHODS)
 
 
 @functools.cache
 def _entry_points() -> dict[str, metadata.EntryPoint]:
     """Methods of other packages and of related systems, by name."""
-    return {one.name: one for one in metadata.entry_points(group=GROUP)}
+    return {entry.name: entry for entry in metadata.entry_points(group=GROUP)}
 
 
 def method_of(config: FitConfig) -> Method:

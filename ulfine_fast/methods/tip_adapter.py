@@ -1,6 +1,6 @@
 """Tip-Adapter: a key-value cache of labelled images beside the text's logits, without training (arXiv 2111.03930).
 
-Nothing is lost to our cache, except that the paper averages each key over ten random crops and ours is the plain view.
+Different here: a key is the plain view, where the paper averages ten random crops.
 Published: alpha 1, beta 5.5, scale 100; alpha and beta searched on validation.
 """
 
@@ -45,8 +45,8 @@ class TipAdapterOptions:
 class TipAdapter(Method):
     """Logits sigma x t_k + alpha sum_i exp(-beta (1 - x f_i)) L_ik over labelled images i (its section 3).
 
-    The paper has as many images of each class, where L is one-hot. In a long tail the head would outvote the others:
-    here L_ik = (L / (K n_k))^tau for y_i = k, which is one-hot in balanced data and for tau = 0.
+    The paper has as many images of each class, where L is one-hot. In a long tail frequent classes would outvote the
+    others: here L_ik = (L / (K n_k))^tau for y_i = k, which is one-hot in balanced data and for tau = 0.
     """
 
     trains = False
@@ -59,7 +59,7 @@ class TipAdapter(Method):
 
     def refresh(self, trials: Trials, state: State, pool: Pool, step: int) -> None:
         """Fill keys (T, L, D) and values (T, L, K), which are zero for padding."""
-        # later looks would undo what a subclass has trained
+        # a later refresh would undo what a subclass has trained
         if step == 0:
             values = balanced_one_hot(pool.labels, trials.log_prior, trials.values["tau"])
             state.memory |= {"keys": pool.labeled, "values": values}

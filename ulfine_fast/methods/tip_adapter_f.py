@@ -1,11 +1,9 @@
 """Tip-Adapter-F: the cache's keys are trained, from the labelled features on (arXiv 2111.03930, section 3).
 
-Ours trains on cached plain and weak views in place of fresh crops, by SGD where the paper has AdamW.
+Different here: training on cached plain and weak views instead of fresh crops, by SGD instead of AdamW.
 """
 
 from __future__ import annotations
-
-import torch
 
 from ulfine_fast.core.types import Batch, Losses, Pool, State, Trials
 from ulfine_fast.methods.registry import register
@@ -20,7 +18,7 @@ class TipAdapterF(TipAdapter):
     trains = True
 
     def refresh(self, trials: Trials, state: State, pool: Pool, step: int) -> None:
-        """Fill the cache once and hand its keys (T, L, D) to the optimiser."""
+        """Fill the cache once, and make its keys (T, L, D) parameters."""
         super().refresh(trials, state, pool, step)
         if step == 0:
             state.parameters["keys"] = state.memory.pop("keys")
@@ -29,4 +27,4 @@ class TipAdapterF(TipAdapter):
         """Adjusted cross-entropy of the labelled images."""
         logits = self.logits(trials, state.tensors, batch.labeled)  # (T, B, K)
         loss = adjusted_cross_entropy(logits, batch.labels, trials.log_prior, trials.values["tau"]).mean(-1)
-        return Losses(loss, torch.zeros_like(loss), torch.zeros_like(loss))
+        return Losses.labeled_only(loss)

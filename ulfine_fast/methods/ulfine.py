@@ -1,6 +1,6 @@
 """ULFine (arXiv 2505.05062), reconstructed: prototype adaptive fitting (PAF) and dual logit fusion (DLF).
 
-What the paper's public parts say and what is our completion stands choice by choice in docs/method.md.
+docs/method.md says of each choice whether it is published or ours.
 """
 
 from __future__ import annotations
@@ -95,13 +95,11 @@ class ULFineOptions(PseudoLabelOptions, RunningOptions, LabeledOptions):
 class ULFine(Method):
     """Adapter, linear head, fitted textual prototypes; pseudo-labels and predictions from both heads' fused logits."""
 
-    trains = True
-    uses_unlabeled = True
     takes_tokens = True
 
     def start(self, trials: Trials) -> State:
         """Both heads (T, K, D) at the textual prototypes; P (T, K) uniform; visual prototypes (T, K, D) unseen."""
-        prototypes, config = trials.prototypes, trials.config
+        prototypes = trials.prototypes
         adapter, frozen = trials.adapter()
         parameters = {"linear": prototypes.clone(), **adapter}
         memory = {
@@ -110,94 +108,97 @@ class ULFine(Method):
             "seen": torch.zeros(prototypes.shape[:2], dtype=torch.bool, device=prototypes.device),
             "prior": torch.full_like(trials.log_prior, 1.0 / prototypes.shape[1]),
         }
-        learnable = config.orthogonality == "prototypes"
-        (parameters if learnable else memory)["prototypes"] = prototypes.clone()
+        learned = trials.config.orthogonality == "prototypes"
+        (parameters if learned else memory)["prototypes"] = prototypes.clone()
         return State(parameters, memory)
 
     def losses(self, trials: Trials, state: State, batch: Batch) -> Losses:
         """Adjusted cross-entropies of both heads, labelled and pseudo-labelled; lambda_o times the orthogonality."""
         values = trials.values
         adapted = apply_adapter(state.tensors, batch.labeled, values["adapter_scale"])  # (T, B, D)
-        linear, similarity = self._both(trials, state.tensors, adapted)
+        linear, similarity = self.both_logits(trials, state.tensors, adapted)
         labeled = _mean_loss(linear, batch.labels, trials.log_prior, values["tau"])
         tau_similarity = values["tau"] * values["adjust_similarity"]
         labeled = labeled + _mean_loss(similarity, batch.labels, trials.log_prior, tau_similarity)
-        regularizer = values["lambda_o"] * values["paf"] * self._orthogonality(trials, state, adapted, batch.labels)
+        penalty = self.orthogonality_penalty(trials, state, adapted, batch.labels)
+        regularizer = values["lambda_o"] * values["paf"] * penalty
         if batch.weak is None or batch.strong is None:
-            return Losses(labeled, torch.zeros_like(labeled), regularizer, adapted=adapted.detach())
+            return Losses(labeled, trials.zeros(), regularizer, adapted=adapted.detach())
         with torch.no_grad():
             weak = self.pseudo_logits(trials, state.tensors, batch.weak)
         pseudo = pseudo_labels(weak, values["threshold"], values["sharpen"])
         if trials.config.pseudo_labels == "sinkhorn":
             pseudo = _transported(pseudo, weak / values["sharpen"].view(-1, 1, 1), state.memory["prior"], values)
-        unlabeled = values["lambda_u"] * self._unlabeled(trials, state, batch.strong, pseudo)
+        unlabeled = values["lambda_u"] * self.unlabeled_loss(trials, state, batch.strong, pseudo)
         return Losses(labeled, unlabeled, regularizer, pseudo, adapted.detach())
 
     @torch.no_grad()
     def after_step(self, trials: Trials, state: State, batch: Batch, losses: Losses) -> None:
         """Move P, the visual prototypes and, by alpha_k = mu P_k / max P, the textual prototypes."""
         values, memory, config = trials.values, state.memory, trials.config
+
+        # the running pseudo-label distribution P
         if losses.pseudo is not None:
             pseudo = losses.pseudo
-            moved = move_prior(memory["prior"], pseudo.probabilities, pseudo.mask, values["rho"], config.prior)
-            memory["prior"].copy_(moved)
+            prior = move_prior(memory["prior"], pseudo.probabilities, pseudo.mask, values["rho"], config.prior)
+            memory["prior"].copy_(prior)
+
+        # the visual prototypes
         assert losses.adapted is not None
         means, counts = class_means(losses.adapted, batch.labels, memory["prior"].shape[-1])
-        moved = move_visual(memory["visual"], means, counts, memory["seen"], values["visual_momentum"])
-        memory["visual"].copy_(moved)
+        visual = move_visual(memory["visual"], means, counts, memory["seen"], values["visual_momentum"])
+        memory["visual"].copy_(visual)
         memory["seen"].logical_or_(counts > 0)
+
+        # the textual prototypes
         alpha = fitting_pace(memory["prior"], values["mu"] * values["paf"], config.alpha)
         prototypes = state.tensors["prototypes"]
         prototypes.copy_(fit_prototypes(prototypes, memory["visual"], alpha, memory["seen"]))
 
     def fused(self, trials: Trials, state: State) -> type[FusedStep] | None:
-        """By hand where the prototypes learn; the gradient through features and transport take autograd."""
-        by_hand = "prototypes" in state.parameters and trials.config.pseudo_labels == "argmax"
-        return FusedULFine if type(self) is ULFine and by_hand else None
+        """Only where the prototypes learn and pseudo-labels are not transported; other variants need autograd."""
+        covered = "prototypes" in state.parameters and trials.config.pseudo_labels == "argmax"
+        return FusedULFine if type(self) is ULFine and covered else None
 
     def pseudo_logits(self, trials: Trials, tensors: Tensors, features: Tensor) -> Tensor:
         """Fused logits (T, B, K); the linear head's alone (at the similarity head's scale) where DLF is off."""
         adapted = apply_adapter(tensors, features, trials.values["adapter_scale"])  # (T, B, D)
-        linear, similarity = self._both(trials, tensors, adapted)
-        return fuse(linear, similarity, self._eta(trials), trials.config.align)
+        linear, similarity = self.both_logits(trials, tensors, adapted)
+        return fuse(linear, similarity, fusion_weight(trials.values), trials.config.align)
 
     def logits(self, trials: Trials, tensors: Tensors, features: Tensor) -> Tensor:
         """Logits (T, B, K) of the fused, the linear or the similarity head, as `predict_from` says."""
         adapted = apply_adapter(tensors, features, trials.values["adapter_scale"])  # (T, B, D)
-        linear, similarity = self._both(trials, tensors, adapted)
+        linear, similarity = self.both_logits(trials, tensors, adapted)
         if trials.config.predict_from == "linear":
             return linear
         if trials.config.predict_from == "similarity":
             return similarity
-        return fuse(linear, similarity, self._eta(trials), trials.config.align)
+        return fuse(linear, similarity, fusion_weight(trials.values), trials.config.align)
 
-    def _both(self, trials: Trials, tensors: Tensors, adapted: Tensor) -> tuple[Tensor, Tensor]:
-        """z^l and z^s, each (T, B, K)."""
+    def both_logits(self, trials: Trials, tensors: Tensors, adapted: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits of the linear and the similarity head, each (T, B, K), for adapted rows (T, B, D)."""
         scale, fitted = trials.values["scale"], trials.values["paf"].view(-1, 1, 1)
         fixed = tensors["prototypes"].detach()
-        # without PAF no gradient reaches the prototypes: they stay where the text put them
+        # without PAF no gradient reaches the prototypes: they stay those of the text
         prototypes = fixed + fitted * (tensors["prototypes"] - fixed)
-        linear, similarity = cosine_logits(adapted, torch.cat([tensors["linear"], prototypes], dim=1), scale).chunk(
-            2, -1
-        )
+        both = cosine_logits(adapted, torch.cat([tensors["linear"], prototypes], dim=1), scale)
+        linear, similarity = both.chunk(2, -1)
         return linear, similarity
 
-    def _eta(self, trials: Trials) -> Tensor:
-        return torch.where(trials.values["dlf"] > 0, trials.values["eta"], torch.ones_like(trials.values["eta"]))
-
-    def _unlabeled(self, trials: Trials, state: State, strong: Tensor, pseudo: PseudoLabels) -> Tensor:
+    def unlabeled_loss(self, trials: Trials, state: State, strong: Tensor, pseudo: PseudoLabels) -> Tensor:
         """Both heads' cross-entropy on the strong view (T,), adjusted by the running distribution P."""
         values = trials.values
         adapted = apply_adapter(state.tensors, strong, values["adapter_scale"])
         log_prior = torch.log(state.memory["prior"] + 1e-8)
         losses = [
             masked_mean(adjusted_cross_entropy(logits, pseudo.labels, log_prior, values["tau_u"]), pseudo.mask)
-            for logits in self._both(trials, state.tensors, adapted)
+            for logits in self.both_logits(trials, state.tensors, adapted)
         ]
         return losses[0] + losses[1]
 
-    def _orthogonality(self, trials: Trials, state: State, adapted: Tensor, labels: Tensor) -> Tensor:
-        """The penalty (T,), by the gradient path that the config names."""
+    def orthogonality_penalty(self, trials: Trials, state: State, adapted: Tensor, labels: Tensor) -> Tensor:
+        """The penalty (T,); `orthogonality` says through what its gradient goes."""
         prototypes = state.tensors["prototypes"]
         if trials.config.orthogonality == "prototypes":
             return orthogonality(prototypes)
@@ -208,13 +209,18 @@ class ULFine(Method):
         return orthogonality(fit_prototypes(prototypes, visual, alpha, memory["seen"] | (counts > 0)))
 
 
-def _transported(pseudo: PseudoLabels, logits: Tensor, prior: Tensor, values: Tensors) -> PseudoLabels:
-    """Labels and mask from the mini-batch as one bag whose shares are P (T, K).
+def fusion_weight(values: Tensors) -> Tensor:
+    """Weight eta of the linear head in the fused logits (T,); 1 where DLF is off."""
+    return torch.where(values["dlf"] > 0, values["eta"], torch.ones_like(values["eta"]))
 
-    The probabilities, which move P, stay the model's own: those transported have the mean P already.
+
+def _transported(pseudo: PseudoLabels, logits: Tensor, prior: Tensor, values: Tensors) -> PseudoLabels:
+    """Pseudo-labels from the mini-batch as one bag with the class proportions P (T, K).
+
+    The probabilities, which move P, stay the model's: those transported have the mean P already.
     """
-    bag, there = logits.unsqueeze(1), torch.ones_like(pseudo.labels, dtype=torch.bool).unsqueeze(1)
-    confidence, labels = sinkhorn(bag, prior.unsqueeze(1), there).squeeze(1).max(-1)
+    present = torch.ones_like(pseudo.labels, dtype=torch.bool).unsqueeze(1)
+    confidence, labels = sinkhorn(logits.unsqueeze(1), prior.unsqueeze(1), present).squeeze(1).max(-1)
     return pseudo._replace(labels=labels, mask=(confidence >= values["threshold"].unsqueeze(-1)).to(logits.dtype))
 
 
@@ -240,20 +246,19 @@ class FusedULFine(FusedStep):
 
     def pseudo_labels(self, logits: Tensor) -> PseudoLabels:
         """From both heads' fused logits, or the linear head's alone where DLF is off."""
-        values = self.trials.values
-        eta = torch.where(values["dlf"] > 0, values["eta"], torch.ones_like(values["eta"]))
-        config = self.trials.config
+        values, config = self.trials.values, self.trials.config
+        eta = fusion_weight(values)
         if kernels.usable(logits) and (config.align, config.prior) == ("standardize", "soft"):
             labels, mask, mean = kernels.pseudo_labels(
                 logits[:, :, 0], logits[:, :, 1], eta, values["threshold"], values["sharpen"]
             )
-            # the running distribution asks for no more than the mean, here of one row
+            # the running distribution needs the mean alone, here as that of one row
             return PseudoLabels(labels, mask, mean.unsqueeze(1))
         fused = fuse(logits[:, :, 0], logits[:, :, 1], eta, config.align)
         return pseudo_labels(fused, values["threshold"], values["sharpen"])
 
     def learning(self) -> Tensor | None:
-        """Without PAF the similarity head stays where the text put it."""
+        """All vectors; without PAF those of the similarity head get no gradient."""
         paf = self.trials.values["paf"]
         if bool((paf > 0).all()):
             return None
@@ -272,15 +277,30 @@ class FusedULFine(FusedStep):
     def after_step(self, labeled: HeadRows, labels: Tensor, pseudo: PseudoLabels | None) -> None:
         """Move P, the visual prototypes and, by alpha_k = mu P_k / max P, the textual prototypes."""
         values, memory, config = self.trials.values, self.state.memory, self.trials.config
-        prior, visual, seen = memory["prior"], memory["visual"], memory["seen"]
+        prior = memory["prior"]
         if pseudo is not None:
             prior.copy_(move_prior(prior, pseudo.probabilities, pseudo.mask, values["rho"], config.prior))
-        textual = self.state.parameters["prototypes"]
         alpha = fitting_pace(prior, values["mu"] * values["paf"], config.alpha)
-        if kernels.usable(visual):
-            rows = labeled.adapted, labeled.inverse.squeeze(2), labels
-            kernels.move_prototypes_(visual, seen, textual, *rows, values["visual_momentum"], alpha)
+        textual = self.state.parameters["prototypes"]
+        if kernels.usable(memory["visual"]):
+            kernels.move_prototypes_(
+                visual=memory["visual"],
+                seen=memory["seen"],
+                textual=textual,
+                rows=labeled.adapted,
+                inverse=labeled.inverse.squeeze(2),
+                labels=labels,
+                momentum=values["visual_momentum"],
+                alpha=alpha,
+            )
             return
-        rows = labeled.adapted, labeled.inverse, labels
-        move_visual_(visual, seen, *rows, values["visual_momentum"], self.buffers)
-        fit_prototypes_(textual, visual, alpha, seen)
+        move_visual_(
+            visual=memory["visual"],
+            seen=memory["seen"],
+            rows=labeled.adapted,
+            inverse=labeled.inverse,
+            labels=labels,
+            momentum=values["visual_momentum"],
+            buffers=self.buffers,
+        )
+        fit_prototypes_(textual, memory["visual"], alpha, memory["seen"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ulfine_fast.core.heads import Tensors, cosine_logits
-from ulfine_fast.core.types import Batch, Losses, State, Trials
+from ulfine_fast.core.types import State, Trials
 from ulfine_fast.methods.base import Method
 from ulfine_fast.methods.registry import register
 
@@ -21,18 +21,6 @@ class ZeroShot(Method):
     def start(self, trials: Trials) -> State:
         """Keep the prototypes."""
         return State({}, {"prototypes": trials.prototypes.clone()})
-
-    def losses(self, trials: Trials, state: State, batch: Batch) -> Losses:
-        """No loss; the loop never asks."""
-        zero = trials.log_prior.new_zeros(len(trials.log_prior))
-        return Losses(zero, zero, zero)
-
-    def after_step(self, trials: Trials, state: State, batch: Batch, losses: Losses) -> None:
-        """Nothing to move."""
-
-    def pseudo_logits(self, trials: Trials, tensors: Tensors, features: Tensor) -> Tensor:
-        """Zero-shot logits (T, B, K)."""
-        return self.logits(trials, tensors, features)
 
     def logits(self, trials: Trials, tensors: Tensors, features: Tensor) -> Tensor:
         """Sigma * cos(x, t_k), shape (T, B, K)."""

@@ -1,4 +1,4 @@
-"""The loop over :mod:`ulfine_fast.ops.mixture`: anchored expectation maximisation from given class shares."""
+"""Anchored expectation maximisation over :mod:`ulfine_fast.ops.mixture`, started from given class priors."""
 
 from __future__ import annotations
 
@@ -10,26 +10,28 @@ from torch import Tensor
 from ulfine_fast.ops.mixture import Metric, Rows, cosines, sums, unit
 from ulfine_fast.ops.transport import transport
 
-_LEAST_SHARE = 1e-3
+_LEAST_PRIOR = 1e-3
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """What the clusters are made from, for T trials of S candidates.
+    """What the clusters are fitted to, for T trials of S candidates.
 
     Attributes:
-        labeled: whitened labelled rows (T, L, D). given: weight of each as a member of a class (T, L, S, K).
-        hidden: whitened unlabelled rows (T, N, D). present: bool (T, N).
-        anchor: logits that are added to the hidden rows' affinities (T, N, S, K).
-        start: class shares to begin with (T, S, K).
+        labeled: whitened labelled rows (T, L, D).
+        label_weights: weight of each labelled row as a member of each class (T, L, S, K).
+        unlabeled: whitened unlabelled rows (T, N, D).
+        present: bool (T, N), False for padding.
+        anchor: logits that are added to the unlabelled rows' affinities (T, N, S, K).
+        prior: class prior to start with (T, S, K).
     """
 
     labeled: Tensor
-    given: Tensor
-    hidden: Tensor
+    label_weights: Tensor
+    unlabeled: Tensor
     present: Tensor
     anchor: Tensor
-    start: Tensor
+    prior: Tensor
 
 
 @dataclass(frozen=True)
@@ -37,23 +39,26 @@ class Schedule:
     """How the rounds run.
 
     Attributes:
-        rounds: metrics fitted in turn. inner: EM steps in each.
-        held: rounds in which the start's class shares are kept, by transport.
-        blunt, sharp: sharpness kappa of the first and the last round, T values each.
-        pull: pseudo-count of the start's shares in the estimated ones, as a multiple of the rows (T,).
+        rounds: how often the metric is fitted.
+        steps: EM steps under each metric.
+        held_rounds: first rounds, in which the starting prior is kept by transport.
+        sharpness_start: sharpness kappa of the first round (T,).
+        sharpness_end: sharpness kappa of the last round (T,).
+        prior_pseudo_count: weight of the starting prior in the estimated one, as a multiple of the rows (T,).
     """
 
     rounds: int
-    inner: int
-    held: int
-    blunt: Tensor
-    sharp: Tensor
-    pull: Tensor
+    steps: int
+    held_rounds: int
+    sharpness_start: Tensor
+    sharpness_end: Tensor
+    prior_pseudo_count: Tensor
 
     def sharpness(self, number: int) -> Tensor:
         """Kappa in a round, geometric between both ends (T, 1, 1, 1)."""
-        share = number / max(self.rounds - 1, 1)
-        return (self.blunt * (self.sharp / self.blunt) ** share).view(-1, 1, 1, 1)
+        progress = number / max(self.rounds - 1, 1)
+        kappa = self.sharpness_start * (self.sharpness_end / self.sharpness_start) ** progress
+        return kappa.view(-1, 1, 1, 1)
 
 
 @dataclass(frozen=True)
@@ -61,15 +66,16 @@ class Clusters:
     """Fitted classes.
 
     Attributes:
-        centers: unit under the metric (T, S, K, D). metric: the last round's. shares: (T, S, K).
-        plan: class probabilities of the hidden rows (T, N, S, K). hidden: those rows as the metric sees them.
+        centers: unit under the metric (T, S, K, D).
+        metric: the last round's.
+        prior: estimated class prior (T, S, K).
+        probabilities: of the unlabelled rows' classes (T, N, S, K), zero for padding.
     """
 
     centers: Tensor
     metric: Metric
-    shares: Tensor
-    plan: Tensor
-    hidden: Rows
+    prior: Tensor
+    probabilities: Tensor
 
     def cosines(self, rows: Tensor) -> Tensor:
         """Cosines (T, n, S, K) of whitened rows (T, n, D)."""
@@ -77,68 +83,54 @@ class Clusters:
 
 
 def fit_clusters(evidence: Evidence, schedule: Schedule) -> Clusters:
-    """Alternate probabilities, class shares, centers and the metric between them.
+    """Alternate class probabilities, class prior, centers, and the metric between them.
 
-    The first probabilities are the anchor's, moved onto the starting shares; those shares are held for the first
-    rounds by transport of all rows at once, later they are re-estimated as mixture weights.
+    The first probabilities are the anchor's, moved onto the starting prior. That prior is held for the first rounds by
+    transport of all rows together; later it is re-estimated as mixture weights.
     """
-    clusters = _first(evidence)
-    for number in range(schedule.rounds):
-        clusters = _measured(evidence, clusters, number)
-        for _ in range(schedule.inner):
-            clusters = _step(evidence, schedule, clusters, number)
-    return clusters
-
-
-def _first(evidence: Evidence) -> Clusters:
-    """The anchor's own view of the hidden rows, under the flat metric."""
-    plan = transport(evidence.anchor, torch.log(evidence.start), evidence.present)
-    plan = plan * evidence.present[:, :, None, None]
-    candidates, classes = evidence.start.shape[1:]
-    metric = Metric.flat(candidates, evidence.hidden, classes)
-    return Clusters(evidence.hidden.new_zeros(0), metric, evidence.start, plan, Rows.under(evidence.hidden, metric))
-
-
-def _measured(evidence: Evidence, clusters: Clusters, number: int) -> Clusters:
-    """The clusters under the metric of their own scatter; the first round stays flat."""
-    metric, hidden = clusters.metric, clusters.hidden
-    if number > 0:
-        known = (evidence.given > 0).to(clusters.plan.dtype)
-        mass = known.sum(1) + clusters.plan.sum(1)  # (T, S, K)
-        total = evidence.present.sum(1) + (evidence.given.sum((2, 3)) > 0).sum(1)
-        metric = Metric.within(sums(known, evidence.labeled) + sums(clusters.plan, evidence.hidden), mass, total)
-        hidden = Rows.under(evidence.hidden, metric)
-    centers = _centers(evidence, metric, hidden, clusters.plan)
-    return Clusters(centers, metric, clusters.shares, clusters.plan, hidden)
-
-
-def _step(evidence: Evidence, schedule: Schedule, clusters: Clusters, number: int) -> Clusters:
-    """One EM step under a fixed metric."""
-    affinity = cosines(clusters.hidden, clusters.centers, clusters.metric)
-    scores = schedule.sharpness(number) * affinity + evidence.anchor
-    log_shares = torch.log(clusters.shares)
+    candidates, classes = evidence.prior.shape[1:]
     present = evidence.present[:, :, None, None]
-    if number < schedule.held:
-        plan, shares = transport(scores, log_shares, evidence.present) * present, clusters.shares
-    else:
-        plan = torch.softmax(scores + log_shares.unsqueeze(1), dim=-1) * present
-        shares = _shares(plan, evidence, schedule.pull)
-    centers = _centers(evidence, clusters.metric, clusters.hidden, plan)
-    return Clusters(centers, clusters.metric, shares, plan, clusters.hidden)
+    known = (evidence.label_weights > 0).to(evidence.anchor.dtype)  # (T, L, S, K)
+    count = evidence.present.sum(1) + (evidence.label_weights.sum((2, 3)) > 0).sum(1)  # (T,)
+
+    # the anchor alone, under the flat metric
+    prior = evidence.prior
+    probabilities = transport(evidence.anchor, torch.log(prior), evidence.present) * present  # (T, N, S, K)
+    metric = Metric.flat(candidates, evidence.unlabeled, classes)
+    centers = evidence.unlabeled.new_zeros(0)
+
+    for number in range(schedule.rounds):
+        # the metric of the clusters' own scatter; the first round stays flat
+        if number > 0:
+            scatter = sums(known, evidence.labeled) + sums(probabilities, evidence.unlabeled)  # (T, S, K, D)
+            metric = Metric.within(scatter, known.sum(1) + probabilities.sum(1), count)
+        labeled = Rows.under(evidence.labeled, metric)
+        unlabeled = Rows.under(evidence.unlabeled, metric)
+        labeled_sums = _unit_sums(labeled, evidence.label_weights)
+        centers = unit(labeled_sums + _unit_sums(unlabeled, probabilities), metric)
+
+        # EM steps under this metric
+        for _ in range(schedule.steps):
+            affinity = cosines(unlabeled, centers, metric)
+            scores = schedule.sharpness(number) * affinity + evidence.anchor
+            log_prior = torch.log(prior)
+            if number < schedule.held_rounds:
+                probabilities = transport(scores, log_prior, evidence.present) * present
+            else:
+                probabilities = torch.softmax(scores + log_prior.unsqueeze(1), dim=-1) * present
+                prior = _estimated_prior(probabilities, evidence, schedule.prior_pseudo_count)
+            centers = unit(labeled_sums + _unit_sums(unlabeled, probabilities), metric)
+    return Clusters(centers, metric, prior, probabilities)
 
 
-def _shares(plan: Tensor, evidence: Evidence, pull: Tensor) -> Tensor:
-    """Mixture weights (T, S, K), pulled towards the start; none vanishes, since a lost class never comes back."""
+def _estimated_prior(probabilities: Tensor, evidence: Evidence, pseudo_count: Tensor) -> Tensor:
+    """Mixture weights (T, S, K), smoothed with the starting prior; none vanishes, as a lost class would not return."""
     count = evidence.present.sum(1).clamp(min=1).view(-1, 1, 1)
-    shares = (plan.sum(1) / count + pull.view(-1, 1, 1) * evidence.start).clamp(min=_LEAST_SHARE)
-    return shares / shares.sum(-1, keepdim=True)
+    smoothed = probabilities.sum(1) / count + pseudo_count.view(-1, 1, 1) * evidence.prior
+    smoothed = smoothed.clamp(min=_LEAST_PRIOR)
+    return smoothed / smoothed.sum(-1, keepdim=True)
 
 
-def _centers(evidence: Evidence, metric: Metric, hidden: Rows, plan: Tensor) -> Tensor:
-    """Class means of unit rows, labelled ones by their weight, at length one (T, S, K, D)."""
-    labeled = Rows.under(evidence.labeled, metric)
-    return unit(_mass(labeled, evidence.given) + _mass(hidden, plan), metric)
-
-
-def _mass(rows: Rows, weights: Tensor) -> Tensor:
+def _unit_sums(rows: Rows, weights: Tensor) -> Tensor:
+    """Class sums (T, S, K, D) of rows at length one, by weights (T, n, S, K)."""
     return sums(weights * rows.inverse.unsqueeze(-1), rows.values)

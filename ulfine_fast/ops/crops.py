@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_FIRST = 0.08  # share of the image that the first epoch's crops show at least
+_FIRST = 0.08  # smallest fraction of the image that a crop of the first epoch shows
 
 
 def smallest_crop(steps: Tensor, total: int, epochs: Tensor) -> Tensor:
-    """Share of the image that a crop of each step shows at least.
+    """Smallest fraction of the image that a crop of each step shows.
 
     a(t) = 0.08 + 0.92 (1 - sqrt(1 - t^2)), with t = epoch / (epochs - 1): the last of several epochs has whole
     images (the convex schedule of arXiv 2504.13282).
@@ -20,7 +20,7 @@ def smallest_crop(steps: Tensor, total: int, epochs: Tensor) -> Tensor:
         epochs: of each trial (T,), whole numbers; 0 asks for no schedule.
 
     Returns:
-        Shares in [0.08, 1], 0 without a schedule: float64 (S, T).
+        Fractions in [0.08, 1], 0 without a schedule: float64 (S, T).
     """
     counted = epochs.double().unsqueeze(0)  # (1, T)
     epoch = torch.floor(steps.unsqueeze(1) * counted / total)  # (S, T)
@@ -31,11 +31,11 @@ def smallest_crop(steps: Tensor, total: int, epochs: Tensor) -> Tensor:
 
 
 def choose_crops(areas: Tensor, smallest: Tensor, words: Tensor) -> Tensor:
-    """One of each row's views that are large enough, each as likely; where none is, the largest.
+    """One of each row's views that are large enough, with equal probability; where none is, the largest.
 
     Args:
-        areas: share of the image that each view shows (..., V).
-        smallest: share asked for (...).
+        areas: fraction of the image that each view shows (..., V).
+        smallest: smallest fraction wanted (...).
         words: random numbers, int64 in [0, 2**32), (...).
 
     Returns:

@@ -1,4 +1,4 @@
-"""Class distributions: distances between them, and what a method concludes from them, over a trials axis."""
+"""Class distributions over a trials axis: distances between them, alignment, and how rare classes are."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def symmetric_divergence(one: Tensor, other: Tensor) -> Tensor:
 
 
 def reversed_ranks(prior: Tensor) -> Tensor:
-    """The distribution (T, K) in which the most frequent class has the rarest one's share, and so on down the ranks."""
+    """The distribution (T, K) with reversed ranks: the most frequent class gets the rarest one's prior, and so on."""
     ordered, order = prior.sort(stable=True, dim=-1, descending=True)
     return torch.empty_like(prior).scatter_(-1, order, ordered.flip(-1))
 
@@ -35,15 +35,15 @@ def distance_from_labeled(estimated: Tensor, prior: Tensor) -> Tensor:
     return torch.softmax(divergences, -1)[:, 0]
 
 
-def aligned(probabilities: Tensor, target: Tensor, shares: Tensor) -> Tensor:
-    """Probabilities (T, B, K) times target over shares, each row normalised (distribution alignment, arXiv 1911.09785).
+def aligned(probabilities: Tensor, target: Tensor, mean: Tensor) -> Tensor:
+    """Probabilities (T, B, K) times target over mean, each row normalised (distribution alignment, arXiv 1911.09785).
 
     Args:
         probabilities: (T, B, K).
         target: wanted class distribution, up to a factor (T, K).
-        shares: running mean of the probabilities (T, K).
+        mean: running mean of the probabilities (T, K).
     """
-    moved = probabilities * (target / shares.clamp(min=_EPS)).unsqueeze(1)
+    moved = probabilities * (target / mean.clamp(min=_EPS)).unsqueeze(1)
     return moved / moved.sum(-1, keepdim=True).clamp(min=_EPS)
 
 
@@ -53,10 +53,10 @@ def rarity(log_prior: Tensor) -> Tensor:
     Args:
         log_prior: log class frequencies (T, K); under 1e-7 a class counts as one without labels.
     """
-    there = log_prior.exp() > 1e-7
-    # an absent class must not set the measure for all others
-    least = log_prior.masked_fill(~there, torch.inf).amin(-1, keepdim=True)
-    return torch.where(there, torch.exp(least - log_prior), torch.ones_like(log_prior))
+    labeled = log_prior.exp() > 1e-7
+    # an absent class must not set the scale for all others
+    least = log_prior.masked_fill(~labeled, torch.inf).amin(-1, keepdim=True)
+    return torch.where(labeled, torch.exp(least - log_prior), torch.ones_like(log_prior))
 
 
 def rank_thirds(prior: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What held-out labels say about candidates: folds, class shares to start from, scores, and weights."""
+"""Folds of the labelled rows, class priors to start from, and scores of candidates on held-out labels."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from ulfine_fast.ops.philox import Purpose, uniforms
 
 
 def fold_numbers(seeds: Tensor, labels: Tensor, classes: int, folds: int) -> Tensor:
-    """Deal the labelled rows of every class into folds, in an order drawn from the trial's seed.
+    """Split the labelled rows of every class into folds, in an order drawn from the trial's seed.
 
     Args:
         seeds: (T,).
@@ -33,22 +33,22 @@ def fold_numbers(seeds: Tensor, labels: Tensor, classes: int, folds: int) -> Ten
     return torch.where(alone, torch.zeros_like(number), number)
 
 
-def starting_shares(counts: Tensor, gamma: float = 30.0) -> Tensor:
-    """Five guesses at the unlabelled classes' shares, exponential in the class's rank among the labelled ones.
+def starting_priors(counts: Tensor, gamma: float = 30.0) -> Tensor:
+    """Five candidate class priors of the unlabelled images, exponential in the class's rank among the labelled ones.
 
-    Falling, even, rising, peaked in the middle, and hollow there.
+    Falling, uniform, rising, peaked in the middle, and lowest in the middle.
 
     Args:
         counts: labelled rows of each class (T, K).
-        gamma: largest share over the smallest.
+        gamma: largest prior over the smallest.
 
     Returns:
-        Shares (T, 5, K), each summing to one.
+        Priors (T, 5, K), each summing to one.
     """
     last = max(counts.shape[1] - 1, 1)
     ranks = torch.argsort(torch.argsort(-counts, dim=1, stable=True), dim=1).to(counts.dtype) / last  # (T, K) in 0..1
-    hollow = (2 * ranks - 1).abs()
-    slopes = torch.stack([ranks, torch.zeros_like(ranks), 1 - ranks, hollow, 1 - hollow], dim=1)  # (T, 5, K)
+    from_middle = (2 * ranks - 1).abs()
+    slopes = torch.stack([ranks, torch.zeros_like(ranks), 1 - ranks, from_middle, 1 - from_middle], dim=1)  # (T, 5, K)
     return torch.softmax(-torch.log(torch.tensor(gamma)) * slopes, dim=-1)
 
 
@@ -70,11 +70,11 @@ def held_out_scores(logits: Tensor, labels: Tensor, judged: Tensor, classes: int
     counts = member.sum(1)  # (T, K)
     weight = (member / counts.clamp(min=1).unsqueeze(1)).sum(-1) / (counts > 0).sum(-1).clamp(min=1).view(-1, 1)
     grid = 2.0 ** torch.arange(-1.0, 4.5, 0.5, device=logits.device)
-    found = []
+    scores = []
     for temperature in grid:
         likelihood = torch.log_softmax(logits / temperature, -1).gather(-1, target).squeeze(-1)  # (T, L, S)
-        found.append((likelihood * weight.unsqueeze(-1)).sum(1))
-    best = torch.stack(found).max(0)  # (T, S)
-    # with nothing held out every temperature is as good, and the first of the grid would only make guesses sure
+        scores.append((likelihood * weight.unsqueeze(-1)).sum(1))
+    best = torch.stack(scores).max(0)  # (T, S)
+    # without held-out rows all temperatures score the same, and the first of the grid would sharpen for no reason
     known = judged.any(1, keepdim=True)  # (T, 1)
     return best.values, torch.where(known, grid[best.indices], torch.ones_like(best.values))

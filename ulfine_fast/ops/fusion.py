@@ -11,7 +11,7 @@ _EPS = 1e-6
 def align(linear: Tensor, similarity: Tensor, rule: str) -> Tensor:
     """Bring the linear head's logits to the similarity head's scale, row by row.
 
-    ULFine's abstract says that both logits are aligned; the rule is our completion.
+    ULFine's abstract says that both logits are aligned; the rule is ours.
 
     Args:
         linear: logits (T, B, K).

@@ -1,6 +1,6 @@
-"""Triton kernels for what is bound by memory: each reads and writes its rows once. The rest is left to the products.
+"""Triton kernels for steps that are bound by memory: each reads and writes its rows once.
 
-Every kernel stands for a function of plain PyTorch in this folder, which calls it where :func:`usable` says so. With
+Every kernel replaces a function in plain PyTorch, its specification, which calls it where :func:`usable` says so. With
 TRITON_INTERPRET=1 in the environment they run on a processor, one program after another: slow, for tests.
 """
 
@@ -22,7 +22,7 @@ _EPS = 1e-12
 
 
 def why_not(device: torch.device) -> str | None:
-    """Why kernels are not used on a device, in words; None where they are."""
+    """Why kernels are not used on a device, as a sentence; None where they are."""
     if triton is None:
         return "Triton is not installed here; the same steps run in plain PyTorch"
     if device.type != "cuda" and not _interpreted():
@@ -62,15 +62,15 @@ def gather_rows(store: Tensor, slots: Tensor, out: Tensor) -> None:
 def cross_entropy_gradient_(logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
     """See :func:`ulfine_fast.core.fused.loss.cross_entropy_gradient_`; logits (T, n, H, K), contiguous but for T."""
     trials, rows, heads, classes = logits.shape
-    found = torch.empty(trials, rows, heads, dtype=logits.dtype, device=logits.device)
+    log_probabilities = torch.empty(trials, rows, heads, dtype=logits.dtype, device=logits.device)
     labels, weights = labels.contiguous(), weights.contiguous()
     block = triton.next_power_of_2(classes)
     strides = logits.stride()[:3]
     tiny = torch.finfo(torch.float32).tiny
     _cross_entropy[(trials * rows * heads,)](
-        logits, labels, weights, found, rows, heads, classes, *strides, TINY=tiny, BLOCK=block
+        logits, labels, weights, log_probabilities, rows, heads, classes, *strides, TINY=tiny, BLOCK=block
     )
-    return found
+    return log_probabilities
 
 
 def pseudo_labels(
@@ -103,7 +103,7 @@ def pseudo_labels(
 
 
 def decay_velocity_(velocity: Tensor, parameters: Tensor, momentum: Tensor, decay: Tensor) -> None:
-    """Velocity <- m velocity + d parameters in one pass; see :func:`ulfine_fast.ops.sgd.decay_velocity_`."""
+    """Velocity <- m velocity + d parameters in one kernel; see :func:`ulfine_fast.ops.sgd.decay_velocity_`."""
     trials, size = velocity.shape
     grid = (trials, triton.cdiv(size, 1024))
     momentum, decay = momentum.contiguous(), decay.contiguous()
@@ -120,7 +120,7 @@ def move_prototypes_(
     momentum: Tensor,
     alpha: Tensor,
 ) -> None:
-    """Class means, moving averages and fitting in one pass over K x D; see :mod:`ulfine_fast.core.fused.prototypes`.
+    """Class means, moving averages and fitting in one kernel over K x D; see :mod:`ulfine_fast.core.fused.prototypes`.
 
     Args:
         visual: (T, K, D), contiguous, moved.
@@ -157,7 +157,7 @@ if triton is not None:
 
     @triton.jit
     def _cross_entropy(
-        logits, labels, weights, found, rows, heads, classes, at_trial, at_row, at_head,
+        logits, labels, weights, log_probabilities, rows, heads, classes, at_trial, at_row, at_head,
         TINY: tl.constexpr, BLOCK: tl.constexpr,
     ):  # fmt: skip
         program = tl.program_id(0)
@@ -170,7 +170,7 @@ if triton is not None:
         probability = z / tl.sum(z, axis=0)
         label, weight = tl.load(labels + row), tl.load(weights + row)
         picked = tl.sum(tl.where(columns == label, probability, 0.0), axis=0)
-        tl.store(found + program, tl.log(tl.maximum(picked, TINY)))
+        tl.store(log_probabilities + program, tl.log(tl.maximum(picked, TINY)))
         gradient = weight * (probability - tl.where(columns == label, 1.0, 0.0))
         tl.store(start + columns, gradient, mask=inside)
 
@@ -199,7 +199,7 @@ if triton is not None:
             confidence = tl.max(probability, axis=0)
             # the first of equal classes, as torch has it
             label = tl.min(tl.where(probability == confidence, columns, BLOCK), axis=0)
-            # a diverged trial's rows are equal to nothing; what reads the label must not read beyond the classes
+            # a diverged trial's rows are equal to nothing; its label must not point beyond the classes
             label = tl.where(label < classes, label, 0)
             tl.store(labels + trial * rows + u, label.to(tl.int64))
             tl.store(mask + trial * rows + u, tl.where(confidence >= least, 1.0, 0.0))
@@ -227,24 +227,24 @@ if triton is not None:
         total, count = tl.zeros((BLOCK,), dtype=tl.float32), tl.zeros((BLOCK,), dtype=tl.float32)
         for b in range(batch):
             # one label, as often as there are columns, so that rows of other classes are not read
-            mine = tl.load(labels + trial * batch + b + columns * 0) == k
-            row = tl.load(rows + trial * rows_trial + b * rows_row + columns, mask=inside & mine, other=0.0)
+            is_member = tl.load(labels + trial * batch + b + columns * 0) == k
+            row = tl.load(rows + trial * rows_trial + b * rows_row + columns, mask=inside & is_member, other=0.0)
             total += row * tl.load(inverse + trial * batch + b)
-            count += tl.where(mine, 1.0, 0.0)
-        place = trial * classes + k
-        met = tl.load(seen + place) != 0
-        v = tl.load(visual + place * dim + columns, mask=inside, other=0.0)
-        # a first sighting keeps nothing of what was there
+            count += tl.where(is_member, 1.0, 0.0)
+        index = trial * classes + k
+        met = tl.load(seen + index) != 0
+        v = tl.load(visual + index * dim + columns, mask=inside, other=0.0)
+        # a class that is met for the first time keeps nothing of its old vector
         keep = tl.where(met, tl.load(momentum + trial), 0.0)
         moved = keep * v + (1.0 - keep) * total / tl.maximum(count, 1.0)
         moved = moved * tl.rsqrt(tl.sum(moved * moved, axis=0) + EPS)
         v = tl.where(count > 0.0, moved, v)
         sighted = tl.maximum(met.to(tl.int32), tl.max((count > 0.0).to(tl.int32), axis=0))
-        tl.store(visual + place * dim + columns, v, mask=inside)
-        tl.store(seen + place, sighted.to(tl.int8))
+        tl.store(visual + index * dim + columns, v, mask=inside)
+        tl.store(seen + index, sighted.to(tl.int8))
         at = textual + trial * text_trial + k * dim + columns
         c = tl.load(at, mask=inside, other=0.0)
-        pace = tl.load(alpha + place)
+        pace = tl.load(alpha + index)
         unit = c * tl.rsqrt(tl.sum(c * c, axis=0) + EPS)
         fitted = (1.0 - pace) * unit + pace * v
         fitted = fitted * tl.rsqrt(tl.sum(fitted * fitted, axis=0) + EPS)

@@ -26,7 +26,13 @@ def adjusted_cross_entropy(logits: Tensor, labels: Tensor, log_prior: Tensor, ta
 
 
 class PseudoLabels(NamedTuple):
-    """Pseudo-labels of a batch: classes (T, B), whether each trains (T, B), and all probabilities (T, B, K)."""
+    """Pseudo-labels of a batch.
+
+    Attributes:
+        labels: classes, int64 (T, B).
+        mask: how much each row trains, mostly 0 or 1 (T, B).
+        probabilities: of all classes (T, B, K).
+    """
 
     labels: Tensor
     mask: Tensor

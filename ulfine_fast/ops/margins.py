@@ -1,4 +1,4 @@
-"""Margins, weights and targets that stand up for rare or hard classes, over a trials axis."""
+"""Margins, weights and targets in favour of rare or hard classes, over a trials axis."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ def with_margin(logits: Tensor, labels: Tensor, margins: Tensor) -> Tensor:
     Returns:
         Logits (T, B, K).
     """
-    own = F.one_hot(labels, logits.shape[-1])  # (T, B, K)
-    # a softmax cannot tell this from adding the margin to all other classes
-    return logits - own * margins.unsqueeze(1)
+    one_hot = F.one_hot(labels, logits.shape[-1])  # (T, B, K)
+    # for a softmax this is the same as adding the margin to all other classes
+    return logits - one_hot * margins.unsqueeze(1)
 
 
 def balanced_one_hot(labels: Tensor, log_prior: Tensor, tau: Tensor) -> Tensor:
-    """One-hot labels whose rows weigh (L / (K n_k))^tau, so that at tau = 1 all classes weigh the same together.
+    """One-hot labels whose rows weigh (L / (K n_k))^tau, so that at tau = 1 all classes have the same total weight.
 
     Args:
         labels: int64 (T, L), negative for padding, whose rows are zero.
@@ -43,8 +43,8 @@ def balanced_one_hot(labels: Tensor, log_prior: Tensor, tau: Tensor) -> Tensor:
         Rows (T, L, K).
     """
     classes = log_prior.shape[1]
-    own = F.one_hot(labels.clamp(min=0), classes) * (labels >= 0).unsqueeze(-1)  # (T, L, K)
-    return own * torch.exp(-tau.view(-1, 1) * (log_prior + math.log(classes))).unsqueeze(1)
+    one_hot = F.one_hot(labels.clamp(min=0), classes) * (labels >= 0).unsqueeze(-1)  # (T, L, K)
+    return one_hot * torch.exp(-tau.view(-1, 1) * (log_prior + math.log(classes))).unsqueeze(1)
 
 
 def ldam_margins(counts: Tensor, largest: Tensor) -> Tensor:
@@ -57,7 +57,7 @@ def ldam_margins(counts: Tensor, largest: Tensor) -> Tensor:
     Returns:
         Margins in cosines (T, K).
     """
-    # only ratios matter, so an empty class must not set the measure for all others
+    # only ratios matter, so an empty class must not set the scale for all others
     margins = counts.clamp(min=1) ** -0.25
     return largest.view(-1, 1) * margins / margins.amax(-1, keepdim=True)
 
@@ -67,7 +67,7 @@ def effective_weights(counts: Tensor, beta: Tensor) -> Tensor:
 
     Args:
         counts: labelled rows of each class (T, K); classes without any are treated as if they had one.
-        beta: in [0, 1), shape (T,); 0 weighs all classes alike, close to 1 by inverse frequency.
+        beta: in [0, 1), shape (T,); 0 weighs all classes the same, close to 1 by inverse frequency.
 
     Returns:
         Weights (T, K).
@@ -83,16 +83,16 @@ def balanced_margins(counts: Tensor, strength: Tensor) -> Tensor:
     beta_k = n_k / max n; alpha_k = strength (max beta - min beta) (1 - beta_k) / (1 + beta_k).
 
     Args:
-        counts: images each class has been given so far (T, K).
+        counts: images assigned to each class so far (T, K).
         strength: alpha in logits (T,).
 
     Returns:
         Margins in [0, strength], (T, K); all zero while no class has any, or all have the same.
     """
-    # without any image all shares are 0, their gap is 0, and so are the margins
-    share = counts / counts.amax(-1, keepdim=True).clamp(min=1)  # (T, K)
-    gap = share.amax(-1, keepdim=True) - share.amin(-1, keepdim=True)
-    return strength.view(-1, 1) * gap * (1 - share) / (1 + share)
+    # without any image all fractions are 0, their gap is 0, and so are the margins
+    beta = counts / counts.amax(-1, keepdim=True).clamp(min=1)  # (T, K)
+    gap = beta.amax(-1, keepdim=True) - beta.amin(-1, keepdim=True)
+    return strength.view(-1, 1) * gap * (1 - beta) / (1 + beta)
 
 
 def smoothed_cross_entropy(logits: Tensor, labels: Tensor, smoothing: Tensor) -> Tensor:
@@ -104,6 +104,6 @@ def smoothed_cross_entropy(logits: Tensor, labels: Tensor, smoothing: Tensor) ->
         smoothing: s in [0, 1], shape (T,).
     """
     negative = -torch.log_softmax(logits, dim=-1)  # (T, B, K)
-    own = negative.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
-    share = smoothing.view(-1, 1)
-    return (1 - share) * own + share * (negative.sum(-1) - own) / max(1, logits.shape[-1] - 1)
+    label_loss = negative.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
+    s = smoothing.view(-1, 1)
+    return (1 - s) * label_loss + s * (negative.sum(-1) - label_loss) / max(1, logits.shape[-1] - 1)

@@ -18,7 +18,12 @@ _EPS = 1e-9
 
 @dataclass(frozen=True)
 class Whitening:
-    """x -> (x - mean) map: unit scatter over all images and views. mean (T, 1, D), map (T, D, D)."""
+    """x -> (x - mean) map: unit scatter over all images and views.
+
+    Attributes:
+        mean: (T, 1, D).
+        map: (T, D, D).
+    """
 
     mean: Tensor
     map: Tensor
@@ -33,7 +38,8 @@ class Metric:
     """The inverse I + F G F^T of the whitened within-class scatter I - F F^T.
 
     Attributes:
-        factors: F (T, S, K, D), scaled class means. core: G (T, S, K, K).
+        factors: F, scaled class means (T, S, K, D).
+        core: G (T, S, K, K).
     """
 
     factors: Tensor
@@ -62,7 +68,9 @@ class Rows:
     """Whitened rows as one metric sees them.
 
     Attributes:
-        values: (T, n, D). shadow: their products with the metric's factors (T, n, S, K). inverse: 1 / length (T, n, S).
+        values: (T, n, D).
+        shadow: their products with the metric's factors (T, n, S, K).
+        inverse: 1 / length (T, n, S).
     """
 
     values: Tensor
@@ -116,14 +124,14 @@ def view_scatter(views: Tensor, present: Tensor) -> Tensor:
     return flat.transpose(1, 2) @ flat / (present.sum(1).clamp(min=1) * views.shape[2]).view(-1, 1, 1)
 
 
-def whitening(rows: Tensor, present: Tensor, nuisance: Tensor | None, shrink: Tensor, weight: Tensor) -> Whitening:
-    """Whiten by the rows' scatter, `shrink` of it spread evenly over all directions, and `weight` of the nuisance.
+def whitening(rows: Tensor, present: Tensor, nuisance: Tensor | None, shrinkage: Tensor, weight: Tensor) -> Whitening:
+    """Whiten by the rows' scatter, `shrinkage` of it spread evenly over all directions, and `weight` of the nuisance.
 
     Args:
         rows: (T, n, D).
         present: bool (T, n).
         nuisance: scatter between views (T, D, D), scaled here to the rows' trace; None without views.
-        shrink: in units of the mean eigenvalue, at least 0, shape (T,).
+        shrinkage: in units of the mean eigenvalue, at least 0, shape (T,).
         weight: of the nuisance, at least 0, shape (T,).
     """
     count = present.sum(1).clamp(min=1).view(-1, 1, 1).to(rows.dtype)
@@ -133,7 +141,7 @@ def whitening(rows: Tensor, present: Tensor, nuisance: Tensor | None, shrink: Te
     trace = _trace(scatter)
     identity = torch.eye(rows.shape[-1], device=rows.device, dtype=rows.dtype)
     # a floor under the shrinkage: fewer rows than dimensions leave directions without any scatter
-    scatter = scatter + (shrink.view(-1, 1, 1).clamp(min=1e-4) * trace / rows.shape[-1] + _EPS) * identity
+    scatter = scatter + (shrinkage.view(-1, 1, 1).clamp(min=1e-4) * trace / rows.shape[-1] + _EPS) * identity
     if nuisance is not None:
         scatter = scatter + weight.view(-1, 1, 1) * trace * nuisance / (_trace(nuisance) + _EPS)
     return Whitening(mean, inverse_root(scatter).transpose(1, 2))
@@ -143,7 +151,7 @@ def inverse_root(matrices: Tensor) -> Tensor:
     """L^-1 of positive definite matrices L L^T (..., D, D): a lower triangle R with R^T R their inverse.
 
     Not by `torch.linalg.inv`: once the number of threads has been set, its batched factorisation fails on processors
-    with MKL. Matrices that are not finite give what is not finite, and no error that would end their neighbours.
+    with MKL. A trial whose matrix is not finite gets values that are not finite, and no error ends the others.
     """
     lower = torch.linalg.cholesky_ex(matrices).L
     identity = torch.eye(matrices.shape[-1], device=matrices.device, dtype=matrices.dtype)

@@ -80,7 +80,7 @@ def words(seeds: Tensor, steps: Tensor, purpose: Purpose, count: int) -> Tensor:
 
 
 def integers(seeds: Tensor, steps: Tensor, purpose: Purpose, count: int, below: Tensor) -> Tensor:
-    """Uniform integers in [0, below), where each trial has a bound of its own.
+    """Uniform integers in [0, below), with a bound for each trial.
 
     Args:
         seeds: trial seeds, int64 (T,).

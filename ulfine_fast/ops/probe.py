@@ -1,4 +1,4 @@
-"""A cosine probe fitted to all its rows at once: the labelled-only classifier that other parts lean on."""
+"""A cosine probe fitted to all its rows together, on labelled images alone."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def fit_probe(
 ) -> Tensor:
     """Logit-adjusted cosine classifiers (arXiv 2007.07314, equation 10) by gradient descent with momentum 0.9.
 
-    Each step reads every row once, in one of its views in turn, so that all views count alike.
+    Each step reads every row once, the steps cycling through its views, so that all views count the same.
 
     Args:
         views: unit rows (T, n, V, D).
@@ -33,7 +33,7 @@ def fit_probe(
     total = counts.sum(-1, keepdim=True).clamp(min=1e-9)
     log_prior = torch.log((counts / total).clamp(min=1e-8)).unsqueeze(1)  # (T, 1, S, K)
     members = targets.sum(-1, keepdim=True)  # (T, n, S, 1)
-    share = 1.0 / total.unsqueeze(1)  # (T, 1, S, 1)
+    row_weight = 1.0 / total.unsqueeze(1)  # (T, 1, S, 1)
     weights = start.unsqueeze(1).repeat(1, counts.shape[1], 1, 1)  # (T, S, K, D)
     velocity = torch.zeros_like(weights)
     sigma = scale.view(-1, 1, 1, 1)
@@ -42,7 +42,7 @@ def fit_probe(
         unit, length = normalize(weights), weights.norm(dim=-1, keepdim=True).clamp(min=1e-6)
         flat = unit.flatten(1, 2)  # (T, S K, D)
         logits = sigma * (rows @ flat.transpose(1, 2)).unflatten(-1, counts.shape[1:])
-        error = (torch.softmax(logits + log_prior, -1) * members - targets) * share * sigma  # (T, n, S, K)
+        error = (torch.softmax(logits + log_prior, -1) * members - targets) * row_weight * sigma  # (T, n, S, K)
         gradient = (error.flatten(2).transpose(1, 2) @ rows).unflatten(1, counts.shape[1:])
         # the cosine does not see a vector's length, so neither does its gradient
         gradient = (gradient - (gradient * unit).sum(-1, keepdim=True) * unit) / length

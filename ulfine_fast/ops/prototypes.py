@@ -96,8 +96,8 @@ def move_prior(prior: Tensor, probabilities: Tensor, mask: Tensor, rho: Tensor, 
         probabilities: of unlabelled images (T, B, K).
         mask: 1 for pseudo-labels over the threshold (T, B).
         rho: momentum in [0, 1), shape (T,).
-        rule: "soft" takes p as the mean probability; "hard" as the share of each class among kept pseudo-labels,
-            and stands still where a batch keeps none.
+        rule: "soft" takes p as the mean probability; "hard" as the fraction of each class among kept
+            pseudo-labels, and leaves P as it is where a batch keeps none.
 
     Returns:
         P of shape (T, K), summing to one.

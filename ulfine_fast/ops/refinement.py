@@ -1,4 +1,4 @@
-"""Refinement of pseudo-labels to given class totals (DARP, arXiv 2007.08844, section 3), over a trials axis."""
+"""Refinement of pseudo-labels to wanted class totals (DARP, arXiv 2007.08844, section 3), over a trials axis."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ _EPS = 1e-6
 def refine(probabilities: Tensor, present: Tensor, totals: Tensor, rounds: int = 50) -> Tensor:
     """Rows that sum to one and columns that sum to the totals, least far from the probabilities.
 
-    Minimises the sum over rows of KL(x_n || p_n) / H(p_n), H the entropy, so that unsure rows move more (equation 2).
+    Minimises the sum over rows of KL(x_n || p_n) / H(p_n), H the entropy: uncertain rows move more (equation 2).
     The solution has the form x_nk ~ p_nk exp(-nu_k H_n); the paper's coordinate ascent finds nu class by class, here
-    all classes take a Newton step on the log of their column sum at once.
+    all classes take a Newton step on the log of their column sum together.
 
     Args:
         probabilities: p (T, N, K).
-        present: False for padding, which has no part (T, N).
+        present: False for padding, which does not count (T, N).
         totals: wanted column sums, non-negative, which sum to the number of rows (T, K).
         rounds: Newton steps.
 
@@ -27,7 +27,8 @@ def refine(probabilities: Tensor, present: Tensor, totals: Tensor, rounds: int =
     logs = torch.log(probabilities.clamp(min=1e-30))
     # a row without entropy would not move at all, and could leave totals out of reach
     entropy = (-(probabilities * logs).sum(-1)).clamp(min=1e-3)  # (T, N)
-    rows, nu = present.unsqueeze(-1).to(logs.dtype), torch.zeros_like(totals)
+    rows = present.unsqueeze(-1).to(logs.dtype)
+    nu = torch.zeros_like(totals)
     for _ in range(rounds):
         x = torch.softmax(logs - entropy.unsqueeze(-1) * nu.unsqueeze(1), -1) * rows  # (T, N, K)
         sums = x.sum(1).clamp(min=1e-12)

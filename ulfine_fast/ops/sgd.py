@@ -1,4 +1,4 @@
-"""Stochastic gradient descent with a learning rate, momentum and weight decay of each trial's own."""
+"""Stochastic gradient descent with a learning rate, momentum and weight decay for each trial."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def sgd_step(
     """One step of torch.optim.SGD's rule (no Nesterov, no dampening), in place, for T trials.
 
     Args:
-        parameters: leaf tensors of shape (T, ...) with gradients; one without a gradient is left alone.
+        parameters: leaf tensors of shape (T, ...) with gradients; one without a gradient is not moved.
         velocity: momentum buffers of the same names and shapes, zero before the first step.
         lr: learning rate of each trial (T,).
         momentum: in [0, 1), shape (T,).

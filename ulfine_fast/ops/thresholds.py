@@ -1,4 +1,4 @@
-"""Thresholds and weights of pseudo-labels that follow what a model is sure of, over a trials axis."""
+"""Thresholds and weights of pseudo-labels that follow the model's confidence, over a trials axis."""
 
 from __future__ import annotations
 
@@ -21,64 +21,65 @@ def running(old: Tensor, new: Tensor, momentum: Tensor) -> Tensor:
     return m * old + (1 - m) * new
 
 
-def adaptive_thresholds(overall: Tensor, shares: Tensor) -> Tensor:
-    """Threshold of each class (T, K), lower for classes that get less of the probability (FreeMatch, section 4.1).
+def adaptive_thresholds(overall: Tensor, mean: Tensor) -> Tensor:
+    """Threshold of each class (T, K), lower for classes of less probability (FreeMatch, section 4.1).
 
     Args:
         overall: running mean of the largest probability (T,).
-        shares: running mean probability of each class (T, K).
+        mean: running mean probability of each class (T, K).
     """
-    return overall.unsqueeze(-1) * shares / shares.amax(-1, keepdim=True)
+    return overall.unsqueeze(-1) * mean / mean.amax(-1, keepdim=True)
 
 
-def fairness_loss(logits: Tensor, mask: Tensor, shares: Tensor, counts: Tensor) -> Tensor:
-    """Negative cross-entropy of a batch's class shares to the running ones (FreeMatch, section 4.2), (T,).
+def fairness_loss(logits: Tensor, mask: Tensor, mean: Tensor, counts: Tensor) -> Tensor:
+    """Negative cross-entropy of a batch's mean probabilities to the running ones (FreeMatch, section 4.2), (T,).
 
-    Both shares are divided by the histograms of the predicted classes first, so that what is compared is how sure the
-    model is of each class and not how often it is met. The sign is that of the paper and of its code, by which even
-    shares give -log K and uneven ones less.
+    Both are divided by the histograms of the predicted classes first, so that they compare the confidence in each class
+    and not its frequency. The sign is that of the paper and of its code, by which a uniform distribution gives -log K
+    and others give less.
 
     Args:
         logits: of strong views (T, U, K).
         mask: 1 for rows that train (T, U); a trial without any has the loss 0.
-        shares: running mean probability of each class (T, K).
+        mean: running mean probability of each class (T, K).
         counts: running histogram of the predicted classes, positive (T, K).
     """
     probabilities = torch.softmax(logits, -1)
-    mean = (probabilities * mask.unsqueeze(-1)).sum(1) / mask.sum(-1, keepdim=True).clamp(min=1)  # (T, K)
+    batch_mean = (probabilities * mask.unsqueeze(-1)).sum(1) / mask.sum(-1, keepdim=True).clamp(min=1)  # (T, K)
     seen = histogram(logits.argmax(-1), mask, logits.shape[-1])
-    # a class that no row of the batch is predicted as has no say, as in the published code
-    batch = _share(torch.where(seen > 0, mean / seen.clamp(min=_EPS), torch.zeros_like(mean)))
-    return (_share(shares / counts.clamp(min=_EPS)) * torch.log(batch + _EPS)).sum(-1) * (mask.sum(-1) > 0)
+    # a class that no row of the batch is predicted as does not count, as in the published code
+    batch = torch.where(seen > 0, batch_mean / seen.clamp(min=_EPS), torch.zeros_like(batch_mean))
+    cross_entropy = _normalized(mean / counts.clamp(min=_EPS)) * torch.log(_normalized(batch) + _EPS)
+    return cross_entropy.sum(-1) * (mask.sum(-1) > 0)
 
 
-def _share(values: Tensor) -> Tensor:
+def _normalized(values: Tensor) -> Tensor:
     """Values (T, K) over their sum."""
     return values / values.sum(-1, keepdim=True).clamp(min=_EPS)
 
 
-def note_classes(given: Tensor, places: Tensor, classes: Tensor) -> Tensor:
-    """Classes of the pool's images (T, N) after a batch that stands at `places` (T, U) and was given `classes`.
+def updated_classes(assigned: Tensor, positions: Tensor, classes: Tensor) -> Tensor:
+    """Class of each image of the pool (T, N) after a batch of classes (T, U) at these positions (T, U).
 
-    A negative class leaves an image as it was; one drawn twice takes the larger class, on every device.
+    A negative class leaves an image as it was. An image drawn twice takes the larger class, on every device.
     """
-    news = torch.full_like(given, -1).scatter_reduce(1, places, classes, "amax")
-    return torch.where(news >= 0, news, given)
+    newest = torch.full_like(assigned, -1).scatter_reduce(1, positions, classes, "amax")
+    return torch.where(newest >= 0, newest, assigned)
 
 
-def learning_effect(given: Tensor, present: Tensor, classes: int) -> Tensor:
-    """Share of each class among the images given to it, over the largest one (FlexMatch, section 3.1), (T, K).
+def learning_effect(assigned: Tensor, present: Tensor, classes: int) -> Tensor:
+    """Images assigned to each class, over those of the largest class (FlexMatch, section 3.1), (T, K).
 
-    As long as more images are given to no class than to any, it is over those, so that all effects start at 0.
+    As long as more images have no class than any class has, it is over those, so that all effects start at 0.
 
     Args:
-        given: class of each unlabelled image, -1 for none (T, N).
+        assigned: class of each unlabelled image, -1 for none (T, N).
         present: False for padding (T, N).
         classes: K.
     """
     # images of no class are counted first, padding nowhere
-    counts = torch.zeros(len(given), classes + 1, device=given.device)
-    counts.scatter_add_(1, given + 1, present.to(counts.dtype))
+    counts = torch.zeros(len(assigned), classes + 1, device=assigned.device)
+    counts.scatter_add_(1, assigned + 1, present.to(counts.dtype))
     return counts[:, 1:] / counts.amax(-1, keepdim=True).clamp(min=1)
 
 

@@ -1,4 +1,4 @@
-"""Entropic transport of images onto classes: all rows at once, with the class shares given."""
+"""Entropic transport of images onto classes with a given class prior."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def transport(scores: Tensor, log_prior: Tensor, present: Tensor, rounds: int = 
 
     Args:
         scores: log affinities of rows and classes (T, N, S, K), for S candidates of each trial.
-        log_prior: log class shares (T, S, K).
+        log_prior: log class prior (T, S, K).
         present: bool (T, N); other rows have no weight.
         rounds: alternations of column and row scaling.
 

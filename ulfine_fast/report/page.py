@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import os
 from collections.abc import Callable, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -14,6 +13,7 @@ from PIL import Image
 
 from ulfine_fast._version import __version__
 from ulfine_fast.cache.io.errors import InputError
+from ulfine_fast.cache.io.files import make_folder, write_atomically
 from ulfine_fast.report.calibration import calibration_section
 from ulfine_fast.report.charts import SLOTS, legend_mark
 from ulfine_fast.report.classes import classes_section, pseudo_labels_section
@@ -95,7 +95,7 @@ def render_page(
 
 
 def write_page(text: str, out: Path) -> Path:
-    """Write the page to a temporary file and rename it, so that a reader never sees a part of it.
+    """Write the page, so that a reader never sees a part of it.
 
     Raises:
         InputError: `out` is a folder or cannot be written.
@@ -103,14 +103,9 @@ def write_page(text: str, out: Path) -> Path:
     out = Path(out)
     if out.is_dir():
         raise InputError(f"{out} is a folder; give the file to write, such as {out / 'report.html'}")
-    draft = out.with_name(out.name + ".tmp")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        # class names may hold unpaired surrogates, which utf-8 cannot write
-        draft.write_bytes(text.encode("utf-8", errors="replace"))
-        os.replace(draft, out)
-    except OSError as error:
-        raise InputError(f"cannot write {out} ({error.strerror}); choose another --out") from error
+    make_folder(out.parent)
+    # class names may hold unpaired surrogates, which utf-8 cannot write
+    write_atomically(out, text.encode("utf-8", errors="replace"))
     return out
 
 

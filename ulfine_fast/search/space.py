@@ -162,9 +162,9 @@ def parse_space(entries: Mapping[str, Any], settings: Mapping[str, Value] | None
     searched: dict[str, Range | tuple[Value, ...]] = {}
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", FutureWarning)
-        given = _with_new_names(settings or {})
+        fixed_values = _with_new_names(settings or {})
         entries = _with_new_names(entries)
-    fixed = dict(given)
+    fixed = dict(fixed_values)
     for name, entry in entries.items():
         _refuse_name(name, fixed)
         if isinstance(entry, Mapping):
@@ -173,7 +173,7 @@ def parse_space(entries: Mapping[str, Any], settings: Mapping[str, Value] | None
             searched[name] = _choices(name, entry)
         else:
             fixed[name] = _legal(name, entry)
-    for name, value in given.items():
+    for name, value in fixed_values.items():
         _legal(name, value)
     space = Space(fixed, searched, list(dict.fromkeys(str(one.message) for one in caught)))
     _refuse_unread(space)
@@ -191,12 +191,14 @@ def default_space(method: str, settings: Mapping[str, Value] | None = None) -> S
     Raises:
         InputError: an unknown method, or one with nothing to search.
     """
-    kind = registry.find(method).method
+    registration = registry.find(method)
+    kind = registration.method
     shared = {
         "lr": kind.trains,
         "weight_decay": kind.trains,
         "warmup": kind.trains and kind.uses_unlabeled,
         "feature_noise": kind.trains and not kind.uses_unlabeled,
+        "adapter_scale": "adapter_scale" in registration.searches,
     }
     entries = {
         name: spec.metadata["search"]

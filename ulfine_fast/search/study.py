@@ -82,13 +82,13 @@ class SweepStudy:
                 trials = existing.get_trials(deepcopy=False)
                 directions = [direction.name.lower() for direction in existing.directions]
             saved = _with_current_names(attributes.get("sweep"), plan.space)
-            own = all(_owner(trial) == plan.owner for trial in trials)
+            from_this_sweep = all(_owner(trial) == plan.owner for trial in trials)
             unfinished = bool(trials) and not any(trial.state.is_finished() for trial in trials)
             # a process that died between creating the study and saying what it is left nothing in it
             empty = not trials and not attributes and directions == plan.directions
             # after a first batch that was refused, say for a split the data cannot give, nothing is finished: the
             # corrected space must not need another folder
-            corrected = isinstance(saved, dict) and saved != identity and own and unfinished
+            corrected = isinstance(saved, dict) and saved != identity and from_this_sweep and unfinished
             if corrected:
                 optuna.delete_study(study_name=plan.study, storage=storage)
             elif not empty:

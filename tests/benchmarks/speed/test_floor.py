@@ -8,9 +8,8 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.speed import floor
-from benchmarks.speed.eager import Views, first_weights, losses, new_memory
-from benchmarks.speed.floor import SHAPES, Shape, floor_rate, product_rate, shape_of
-from ulfine_fast.cache.io.errors import InputError
+from benchmarks.speed.eager import Views, first_weights, forward_pass, new_memory
+from benchmarks.speed.floor import SHAPES, Shape, floor_rate, product_rate
 from ulfine_fast.config import FitConfig
 
 TINY = Shape("tiny", 24, 7, 4, 9, 6)
@@ -25,7 +24,7 @@ def counted(shape):
     labeled, weak, strong = rows
     with FlopCounterMode(display=False) as counter:
         memory = new_memory(torch.zeros(shape.classes), shape.dim)
-        losses(parameters, memory, Views(labeled, labels, weak, strong), FitConfig()).parts.sum().backward()
+        forward_pass(parameters, memory, Views(labeled, labels, weak, strong), FitConfig()).losses.sum().backward()
     return counter.get_total_flops() // 2
 
 
@@ -56,9 +55,7 @@ def test_shapes_are_those_of_the_docs():
         (384, 10, 16, 32, 32),
         (768, 1000, 64, 128, 128),
     ]
-    assert shape_of("S2") is SHAPES["S2"]
-    with pytest.raises(InputError, match="S1, S2, S3"):
-        shape_of("S4")
+    assert [shape.name for shape in SHAPES.values()] == list(SHAPES) == ["S1", "S2", "S3"]
 
 
 def test_the_floor_is_the_rate_over_the_count(monkeypatch):

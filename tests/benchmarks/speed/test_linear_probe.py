@@ -52,11 +52,11 @@ def test_scikit_learns_choice_is_the_best_of_fits_from_scratch(cache):
     assert row["accuracy"] == pytest.approx(model.score(rows[split.test], cache.labels[split.test]), abs=0.05)
 
 
-def test_the_engines_figures_are_those_of_the_chosen_penalty(cache, monkeypatch):
+def test_the_engines_accuracy_is_that_of_the_chosen_penalty(cache, monkeypatch):
     seen = []
     fit_many = linear_probe.fit_many
     monkeypatch.setattr(
-        linear_probe, "fit_many", lambda *given, **named: seen.append(fit_many(*given, **named)) or seen[0]
+        linear_probe, "fit_many", lambda *arguments, **named: seen.append(fit_many(*arguments, **named)) or seen[0]
     )
     split = draw_split(cache.labels, cache.splits, cache.class_names, CONFIG)
     row = engine(cache, split, 3, CONFIG, "cpu")
@@ -73,7 +73,7 @@ def test_a_split_without_validation_is_refused(cache):
 
 
 def test_the_command_prints_and_writes(cache, monkeypatch, tmp_path):
-    monkeypatch.setattr(linear_probe, "demo", lambda: cache)
+    monkeypatch.setattr(linear_probe, "open_features", lambda data: cache)
     app, file = typer.Typer(), tmp_path / "rows.json"
     app.command()(guarded(linear_probe.linear_probe))
     options = ["--penalties", "2", "--steps", "5", "--iterations", "20", "--json", str(file)]

@@ -49,10 +49,10 @@ def test_neither_search_looks_at_test_images(cache, space):
     blind.plain[np.flatnonzero(cache.splits == "test")] = np.nan
     other = make_clusters(classes=6, train=260, text_noise=2.0, noise=0.7)
     other._loaded = blind
-    found = [
+    medians = [
         [row["median_val_balanced_accuracy"] for row in measure(one, 2, 2, space, "cpu")] for one in (cache, other)
     ]
-    assert found[0] == found[1]
+    assert medians[0] == medians[1]
 
 
 def test_the_plain_loop_learns(cache):

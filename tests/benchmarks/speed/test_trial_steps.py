@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ import torch
 
 from benchmarks.speed.eager import EagerTrial, Views, VmapTrials
 from benchmarks.speed.floor import Shape
-from benchmarks.speed.trial_steps import CONTENDERS, Field, contender, plain_parameters
+from benchmarks.speed.trial_steps import CONTENDERS, TrainingSet, contender, plain_parameters
 from ulfine_fast.cache.io.errors import InputError
 from ulfine_fast.config import FitConfig
 from ulfine_fast.core.types import State, Trials
@@ -26,8 +26,8 @@ VALUES |= {"scale": 6.0, "adapter_scale": 0.5, "eta": 0.3}
 
 
 @pytest.fixture(scope="module")
-def field():
-    return Field.of(TINY, CPU)
+def training_set():
+    return TrainingSet.of_shape(TINY, CPU)
 
 
 @dataclass
@@ -52,19 +52,19 @@ def as_double(tensor):
     return tensor.double() if tensor.is_floating_point() else tensor
 
 
-def unit_rows(part):
+def in_double(batch):
     """Rows of length one to float64's rounding, which float32 rows are not; labels and absent parts as they are."""
-    if part is None or not part.is_floating_point():
-        return part
-    return torch.nn.functional.normalize(part.double(), dim=-1)
+    parts = {spec.name: getattr(batch, spec.name) for spec in fields(batch)}
+    rows = {name: part for name, part in parts.items() if part is not None and part.is_floating_point()}
+    return replace(batch, **{name: torch.nn.functional.normalize(part.double(), dim=-1) for name, part in rows.items()})
 
 
 @pytest.fixture(scope="module")
-def world(field):
-    configs = [FitConfig(**{**config.to_dict(), **VALUES}) for config in field.configs(TRIALS)]
-    given = field.given(configs)
-    trials = given.trials
-    batches = [type(batch)(*map(unit_rows, batch)) for _, batch in given.batches(pairs=True).draw(0, STEPS)]
+def world(training_set):
+    configs = [FitConfig(**{**config.to_dict(), **VALUES}) for config in training_set.configs(TRIALS)]
+    inputs = training_set.inputs(configs)
+    trials = inputs.trials
+    batches = [in_double(batch) for _, batch in inputs.batches(pairs=True).draw(0, STEPS)]
     # 0.7 is not the same number in float32
     values = {
         name: torch.full_like(one, getattr(configs[0], name), dtype=torch.float64)
@@ -83,8 +83,8 @@ def specified(world):
     return torch.stack(list(stepper.run(0, STEPS))), plain_parameters(state)
 
 
-def compare(found, parameters, losses, last):
-    torch.testing.assert_close(found.float(), losses, rtol=1e-5, atol=1e-7)
+def compare(own_losses, parameters, losses, last):
+    torch.testing.assert_close(own_losses.float(), losses, rtol=1e-5, atol=1e-7)
     for name, tensor in parameters.items():
         torch.testing.assert_close(tensor, last[name], rtol=1e-8, atol=1e-10, msg=name)
 
@@ -96,14 +96,16 @@ def test_the_plain_loop_follows_the_specification(world, specified, backend, opt
         own = {name: tensor[t].clone() for name, tensor in plain_parameters(world.state()).items()}
         config, log_prior = world.trials.config, world.trials.log_prior[t]
         trial = EagerTrial(config, own, log_prior, backend=backend, optimizer=optimizer)
-        found = [trial.step(Views(*(tensor[t] for tensor in batch))) for batch in world.views()]
-        compare(torch.stack(found), trial.parameters, losses[:, :, t], {name: one[t] for name, one in last.items()})
+        own_losses = [trial.step(Views(*(tensor[t] for tensor in batch))) for batch in world.views()]
+        compare(
+            torch.stack(own_losses), trial.parameters, losses[:, :, t], {name: one[t] for name, one in last.items()}
+        )
 
 
 def test_vmap_follows_the_specification(world, specified):
     trials = VmapTrials(world.trials.config, plain_parameters(world.state()), world.trials.log_prior[0])
-    found = torch.stack([trials.step(batch) for batch in world.views()])
-    compare(found, trials.parameters, *specified)
+    own_losses = torch.stack([trials.step(batch) for batch in world.views()])
+    compare(own_losses, trials.parameters, *specified)
 
 
 def test_the_specified_losses_are_worth_comparing(world, specified):
@@ -116,25 +118,25 @@ def test_the_specified_losses_are_worth_comparing(world, specified):
     assert 0 < pseudo.mask.mean() < 1
 
 
-def test_the_fused_path_follows_the_specification(field):
-    found = []
+def test_the_fused_path_follows_the_specification(training_set):
+    results = []
     for engine in ("fused", "specification"):
-        given = field.given(field.configs(TRIALS))
-        trials, method = given.trials, method_of(given.trials.config)
+        inputs = training_set.inputs(training_set.configs(TRIALS))
+        trials, method = inputs.trials, method_of(inputs.trials.config)
         state = method.start(trials)
         velocity = {name: torch.zeros_like(tensor) for name, tensor in state.parameters.items()}
-        stepper = make_stepper(method, trials, state, velocity, given.batches(pairs=True), 50, engine)
+        stepper = make_stepper(method, trials, state, velocity, inputs.batches(pairs=True), 50, engine)
         sums = sum(stepper.run(0, 5))
-        found.append((sums, plain_parameters(state)["heads"].detach()))
-    torch.testing.assert_close(found[0], found[1], rtol=1e-3, atol=1e-4)
+        results.append((sums, plain_parameters(state)["heads"].detach()))
+    torch.testing.assert_close(results[0], results[1], rtol=1e-3, atol=1e-4)
 
 
-def test_the_plain_loops_images_are_the_caches(field):
-    images, cache = field.images(), field.cache
+def test_the_plain_loops_images_are_the_caches(training_set):
+    images, cache = training_set.images(), training_set.cache
     torch.manual_seed(0)
     drawn = images.draw(500, 500)
     assert drawn.labeled.shape == (500, TINY.dim)
-    rows, hidden = field.split.labeled, field.split.unlabeled
+    rows, unlabeled = training_set.split.labeled, training_set.split.unlabeled
     easy = {tuple(np.round(row, 3)): label for label, row in zip(cache.labels, unit(cache.plain), strict=True)}
     weak = unit(cache.views("weak")[:, 0])
     easy |= {tuple(np.round(row, 3)): label for label, row in zip(cache.labels[cache.view_rows], weak, strict=True)}
@@ -142,10 +144,10 @@ def test_the_plain_loops_images_are_the_caches(field):
         assert easy[tuple(np.round(row, 3))] == label
     # weak and strong rows are views of the same image, and of unlabelled ones alone
     assert len(images.easy) == 2 * len(rows)
-    assert len(images.weak) == len(images.strong) == 2 * len(hidden)
+    assert len(images.weak) == len(images.strong) == 2 * len(unlabeled)
     assert (drawn.weak * drawn.strong).sum(1).mean() > 0.8
-    few = images.draw(2, 4 * len(hidden)).weak
-    assert len(torch.unique(few, dim=0)) > len(hidden)
+    few = images.draw(2, 4 * len(unlabeled)).weak
+    assert len(torch.unique(few, dim=0)) > len(unlabeled)
 
 
 def unit(rows):
@@ -155,15 +157,15 @@ def unit(rows):
 
 @pytest.mark.parametrize("values", [{"method": "lightweight"}, {"align": "none"}, {"paf": False}])
 def test_other_configs_are_refused(world, values):
-    changed = FitConfig(**{**world.trials.config.to_dict(), **values})
+    changed = world.trials.config.with_method(**{"method": "ulfine", **values})
     for made in (EagerTrial, VmapTrials):
         with pytest.raises(InputError, match=next(iter(values))):
             made(changed, plain_parameters(world.state()), world.trials.log_prior[0])
 
 
 @pytest.mark.parametrize("name", [name for name in CONTENDERS if name != "compiled"])
-def test_every_contender_works(field, name):
-    work, trials = contender(name, field, 2)
+def test_every_contender_works(training_set, name):
+    work, trials = contender(name, training_set, 2)
     work(1)
     work(2)
     assert trials == (1 if name == "eager" else 2)

@@ -11,8 +11,7 @@ from typer.testing import CliRunner
 
 from benchmarks.speed import trials
 from benchmarks.speed.floor import SHAPES, Shape
-from benchmarks.speed.trials import measure, parse_contenders, parse_counts
-from ulfine_fast.cache.io.errors import InputError
+from benchmarks.speed.trials import measure
 from ulfine_fast.cli.main import guarded
 
 TINY = Shape("tiny", 24, 7, 4, 9, 6)
@@ -63,12 +62,12 @@ def test_without_a_compiler_compiled_is_left_out_with_the_reason(monkeypatch):
     rows = measure(TINY, [1], ["eager", "compiled"], CPU, rounds=1, seconds=0.0)
     assert rows[1]["trial_steps_per_second"] is None
     assert "compiler" in rows[1]["left_out"]
-    assert trials._lines(rows)[1][-1] == rows[1]["left_out"]
+    assert trials.table(rows)[1][-1] == rows[1]["left_out"]
 
 
 def test_a_gpu_compiles_with_triton(monkeypatch):
-    for found, reason in ((None, "Triton"), (object(), "")):
-        monkeypatch.setattr(trials.importlib.util, "find_spec", lambda name, found=found: found)
+    for module, reason in ((None, "Triton"), (object(), "")):
+        monkeypatch.setattr(trials.importlib.util, "find_spec", lambda name, module=module: module)
         assert reason in (text := trials._no_compiler(torch.device("cuda")))
         assert bool(text) == bool(reason)
 
@@ -85,21 +84,26 @@ def test_free_memory_is_known():
     assert trials._free_bytes(CPU) > 2**20
 
 
-def test_numbers_and_names_are_separated_by_commas():
-    assert parse_counts("1, 16,64,1") == [1, 16, 64]
-    assert parse_contenders("fused, eager") == ["fused", "eager"]
+def test_numbers_and_names_are_separated_by_commas(invoke, tmp_path):
+    file = tmp_path / "rows.json"
+    options = ["--shape", "tiny", "--trials", "2, 1,2", "--contenders", "fused, eager"]
+    assert invoke(*options, "--rounds", "1", "--seconds", "0", "--json", str(file)).exit_code == 0
+    rows = json.loads(file.read_text())
+    assert [(row["trials"], row["contender"]) for row in rows] == [(t, n) for t in (2, 1) for n in ("fused", "eager")]
 
 
 @pytest.mark.parametrize("text", ["", "0", "-1", "1,x", "1.5"])
-def test_other_numbers_are_refused(text):
-    with pytest.raises(InputError, match="1,16,64"):
-        parse_counts(text)
+def test_other_numbers_are_refused(invoke, text):
+    done = invoke(f"--trials={text}")
+    assert done.exit_code == 2
+    assert "numbers of trials are whole numbers of at least 1" in done.output
 
 
 @pytest.mark.parametrize("text", ["", "eager,nobody"])
-def test_other_names_are_refused(text):
-    with pytest.raises(InputError, match="contenders"):
-        parse_contenders(text)
+def test_other_names_are_refused(invoke, text):
+    done = invoke(f"--contenders={text}")
+    assert done.exit_code == 2
+    assert "contenders are eager, compiled" in done.output
 
 
 @pytest.mark.parametrize("options", [["--shape", "S9"], ["--trials", "0"], ["--contenders", "x"], ["--device", "x"]])

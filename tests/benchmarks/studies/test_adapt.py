@@ -37,7 +37,7 @@ def test_corruptions_do_what_they_say():
     pixels = np.asarray(image, dtype=float)
     changed = {name: np.asarray(make(image, 7), dtype=float) for name, make in adapt.CORRUPTIONS.items()}
     assert np.array_equal(changed["clean"], pixels)
-    assert (changed["noise"] - pixels)[15:25, 15:25].std() == pytest.approx(50, rel=0.25)  # some is cut off at 255
+    assert (changed["noise"] - pixels)[15:25, 15:25].std() == pytest.approx(50, rel=0.25)  # some is clipped at 255
     assert np.array_equal(changed["noise"], np.asarray(adapt.noisy(image, 7)))
     assert not np.array_equal(changed["noise"], np.asarray(adapt.noisy(image, 8)))
     assert np.ptp(changed["contrast"]) == pytest.approx(0.3 * 72, abs=2)
@@ -48,9 +48,9 @@ def test_corruptions_do_what_they_say():
 
 def test_a_corrupted_source_is_another_one(tmp_path):
     source = open_source(write_images(tmp_path / "images", {"train/cat": 2, "test/cat": 1}))
-    noisy = adapt.Corrupted(source, "noise")
+    noisy = adapt.corrupted_source(source, "noise")
     assert [row.id for row in noisy.rows] == [row.id for row in source.rows]
-    assert noisy.describe() != source.describe() != adapt.Corrupted(source, "blur").describe()
+    assert noisy.describe() != source.describe() != adapt.corrupted_source(source, "blur").describe()
     first, second = (np.asarray(noisy.read(row), dtype=int) - np.asarray(source.read(row)) for row in source.rows[:2])
     assert np.abs(first - second).mean() > 20  # each image has noise of its own
 

@@ -108,7 +108,7 @@ def test_forget_resets_statistics():
 def test_norm_weights_are_scale_and_shift():
     net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.GroupNorm(2, 4), nn.Linear(4, 4), nn.LayerNorm(4))
     assert [id(weight) for weight in norm_weights(net)] == [
-        id(weight) for place in (1, 2, 4) for weight in (net[place].weight, net[place].bias)
+        id(weight) for i in (1, 2, 4) for weight in (net[i].weight, net[i].bias)
     ]
 
 
@@ -226,27 +226,35 @@ def test_logits_of_a_diverged_model_are_zero(world):
 def test_batches_are_those_of_the_cached_engine(world):
     settings = config(steps=4)
     split = split_of(world, settings)
-    cache, inside, _ = cache_of(world, split, VIEWS)
+    cache, inside, _ = cache_of(world, split, ViewRecipe(**VIEWS))
     model = new_model("lp", world, split, settings)
     features = DeviceFeatures.load(cache, torch.device("cpu"))
-    rows = [PaddedRows.of([part], torch.device("cpu")) for part in (inside.labeled, inside.unlabeled)]
+    labeled_rows, unlabeled_rows = (
+        PaddedRows.pad([part], torch.device("cpu")) for part in (inside.labeled, inside.unlabeled)
+    )
     source = BatchSource(
-        features, torch.from_numpy(cache.labels)[rows[0].index], *rows, model.trials, settings, pairs=True
+        labels=torch.from_numpy(cache.labels)[labeled_rows.index],
+        labeled=labeled_rows,
+        unlabeled=unlabeled_rows,
+        trials=model.trials,
+        features=features,
+        config=settings,
+        pairs=True,
     )
     number = {name: row for row, name in enumerate(world.ids)}
     world_row = np.array([number[name] for name in cache.ids])
     labeled, view = drawn(split.labeled, settings, 6, (Purpose.LABELED, Purpose.LABELED_VIEW))
-    hidden, _ = drawn(split.unlabeled, settings, 4, (Purpose.UNLABELED, Purpose.WEAK_VIEW))
+    unlabeled, _ = drawn(split.unlabeled, settings, 4, (Purpose.UNLABELED, Purpose.WEAK_VIEW))
     for step, batch in source.draw(0, 4):
         assert np.array_equal(world.labels[labeled[step]], batch.labels[0])
-        assert np.array_equal(world_row[inside.unlabeled][batch.places[0]], hidden[step])
+        assert np.array_equal(world_row[inside.unlabeled][batch.positions[0]], unlabeled[step])
         same = torch.isclose(batch.labeled[0], features.rows(rows_of(labeled[step], world_row)), atol=1e-6).all(-1)
         assert same[view[step] == 0].all()
 
 
 def rows_of(wanted, world_row):
-    place = {int(row): i for i, row in enumerate(world_row)}
-    return torch.tensor([place[int(row)] for row in wanted])
+    position = {int(row): i for i, row in enumerate(world_row)}
+    return torch.tensor([position[int(row)] for row in wanted])
 
 
 def test_batches_repeat_and_differ_by_seed(world):
@@ -255,8 +263,8 @@ def test_batches_repeat_and_differ_by_seed(world):
         return list(itertools.islice(batches(world, split_of(world, settings), settings), 2))
 
     first, again, other = first_two(0), first_two(0), first_two(1)
-    for mine, same in zip(first, again, strict=True):
-        assert all(torch.equal(a, b) for a, b in zip(mine, same, strict=True))
+    for batch, same in zip(first, again, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(batch, same, strict=True))
     assert not torch.equal(first[0][0], other[0][0])
     labeled, labels, weak, strong = first[0]
     assert labeled.shape == (6, 3, 12, 12)
@@ -270,7 +278,7 @@ def test_there_are_as_many_batches_as_steps(world):
     assert len(list(batches(world, split_of(world, settings), settings))) == 5
 
 
-def test_plain_views_stand_where_they_were_asked_for(world):
+def test_plain_views_are_where_they_were_asked_for(world):
     rows, recipe = np.array([3, 4, 5]), recipe_of(0, 0, strong=1)
     mixed = views(world, rows, torch.tensor([True, False, True]), recipe)
     fresh_ones, plain = world.views(rows, recipe), world.plain_pixels(rows)
@@ -297,7 +305,7 @@ def test_the_control_is_the_cached_head_where_views_are_equal(world, monkeypatch
     split = split_of(world, settings)
     model = new_model("lp", world, split, settings)
     train(model, world, split, settings)
-    cache, inside, _ = cache_of(world, split, VIEWS)
+    cache, inside, _ = cache_of(world, split, ViewRecipe(**VIEWS))
     run = fit(cache, settings, split=inside, device="cpu", progress=False)
     assert torch.allclose(model.state.parameters["linear"][0].detach(), run.tensors["linear"], atol=2e-3)
 

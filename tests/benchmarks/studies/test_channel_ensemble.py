@@ -36,46 +36,46 @@ def test_identical_heads_are_the_first_line_again():
 
 def test_voters_are_means_of_probabilities():
     cache, run, split = fitted()
-    found = bench.voters(cache, run, run, split.unlabeled)
-    one = found["one view"]
+    voters = bench.voters(cache, run, run, split.unlabeled)
+    one = voters["one view"]
     np.testing.assert_allclose(one, softmax(run.logits(cache.plain[split.unlabeled])))
     weak = cache.views("weak")[[list(cache.view_rows).index(row) for row in split.unlabeled]]
     total = one + sum(softmax(run.logits(weak[:, v])) for v in range(weak.shape[1]))
-    np.testing.assert_allclose(found["plain and weak views"], total / (1 + weak.shape[1]), atol=1e-6)
-    np.testing.assert_allclose(found["channel heads"], one)
-    assert all(np.allclose(voter.sum(1), 1, atol=1e-4) for voter in found.values())
+    np.testing.assert_allclose(voters["plain and weak views"], total / (1 + weak.shape[1]), atol=1e-6)
+    np.testing.assert_allclose(voters["channel heads"], one)
+    assert all(np.allclose(voter.sum(1), 1, atol=1e-4) for voter in voters.values())
 
 
 def test_prompts_are_zero_shot_classifiers():
     cache = make_clusters()
     rows = cache.plain[:3].astype(np.float64)
     texts = cache.text_features.astype(np.float64)
-    found = bench.prompt_probabilities(cache, cache.plain[:3])
-    assert found.shape == (texts.shape[1], 3, len(texts))
+    of_prompts = bench.prompt_probabilities(cache, cache.plain[:3])
+    assert of_prompts.shape == (texts.shape[1], 3, len(texts))
     for p in range(texts.shape[1]):
-        for x, probabilities in zip(rows, found[p], strict=True):
+        for x, probabilities in zip(rows, of_prompts[p], strict=True):
             cosines = [x @ t / np.linalg.norm(x) / np.linalg.norm(t) for t in texts[:, p]]
             wanted = softmax(cache.logit_scale * np.array([cosines]))[0]
             np.testing.assert_allclose(probabilities, wanted, atol=1e-3)
 
 
-def test_a_probe_is_taught_by_the_surest_guesses():
+def test_a_probe_learns_from_the_most_confident_guesses():
     cache, run, split = fitted()
     truth = np.eye(len(cache.class_names))[cache.labels[split.unlabeled]]
-    right = bench.taught(cache, split, run.config, truth, 1.0)
+    right = bench.probe_on_guesses(cache, split, run.config, truth, 1.0)
     assert right["guesses"] == right["kept"] == 1.0
-    # the sure half is wrong, the other half right
+    # the confident half is wrong, the other half right
     half = len(truth) // 2
     mixed = np.concatenate([np.roll(truth[:half], 1, axis=1), 0.9 * truth[half:]])
-    wrong = bench.taught(cache, split, run.config, mixed, half / len(truth))
+    wrong = bench.probe_on_guesses(cache, split, run.config, mixed, half / len(truth))
     assert wrong["kept"] == 0.0
     assert wrong["guesses"] == pytest.approx(1 - half / len(truth))
     assert wrong["balanced_accuracy"] < right["balanced_accuracy"]
 
 
 def test_the_command(tmp_path, monkeypatch):
-    monkeypatch.setattr(bench, "opened", lambda name: make_clusters())
-    monkeypatch.setattr(bench, "arms", lambda *told: {"one head": {}, "2 channel heads": {"ensemble_heads": 2}})
+    monkeypatch.setattr(bench, "open_features", lambda name: make_clusters())
+    monkeypatch.setattr(bench, "arms", lambda *_: {"one head": None, "2 channel heads": {"ensemble_heads": 2}})
     app = typer.Typer()
     app.command()(bench.channel_ensemble)
     out = tmp_path / "rows.json"

@@ -9,7 +9,7 @@ import typer
 from typer.testing import CliRunner
 
 from benchmarks.studies import bias_transfer, compression
-from tests.benchmarks.speed.test_storage import FAST, fine
+from tests.benchmarks.studies.test_storage import FAST, fine
 from tests.cache.samples import write_tiny_model
 from ulfine_fast.cache.models.encoder import load_encoder
 from ulfine_fast.cli.main import guarded
@@ -57,7 +57,7 @@ def run(command, *words):
 
 
 def test_the_command(tmp_path, monkeypatch):
-    monkeypatch.setattr(compression, "opened", lambda data: fine())
+    monkeypatch.setattr(compression, "open_features", lambda data: fine())
     out = tmp_path / "rows.json"
     done = run(compression.compression, "--methods", "zero_shot", "--json", str(out))
     assert done.exit_code == 0, done.output
@@ -70,7 +70,7 @@ def test_the_command(tmp_path, monkeypatch):
 
 
 def test_bias_transfer(tmp_path, monkeypatch):
-    monkeypatch.setattr(bias_transfer, "opened", lambda data: fine())
+    monkeypatch.setattr(bias_transfer, "open_features", lambda data: fine())
     out = tmp_path / "rows.json"
     done = run(bias_transfer.bias_transfer, "--methods", "tip_adapter,linear_probe", "--json", str(out))
     assert done.exit_code == 0, done.output

@@ -15,28 +15,28 @@ from ulfine_fast.related.forecast.forecast import Curve, predictions
 BUDGETS = np.array([20.0, 28.0, 40.0, 57.0, 80.0, 320.0])
 
 
-def world(seeds=3, figure=lambda loss: 0.9 - 0.2 * loss):
+def world(seeds=3, metric=lambda loss: 0.9 - 0.2 * loss):
     """FLP is right, to a little noise of each seed."""
     noise = 1 + 0.01 * np.random.default_rng(0).normal(size=(1, seeds))
     losses = 8 * BUDGETS[:, None] ** -0.4 * noise
-    return Curve(BUDGETS, losses, figure(losses))
+    return Curve(BUDGETS, losses, metric(losses))
 
 
 def test_the_held_out_point_is_not_looked_at():
     curve = world()
-    row = bench.judged(curve, "labels", 10)
+    row = bench.evaluate(curve, "labels", 10)
     values, losses = curve.values.copy(), curve.losses.copy()
     values[-1], losses[-1] = 0.123, 9.0
-    other = bench.judged(Curve(BUDGETS, losses, values), "labels", 10)
-    for told in ("of_mean", "by_seed", "refused", "budgets", "target"):
-        assert row[told] == other[told]
+    other = bench.evaluate(Curve(BUDGETS, losses, values), "labels", 10)
+    for name in ("of_mean", "by_seed", "refused", "budgets", "target"):
+        assert row[name] == other[name]
     assert row["truth"] == curve.values[-1].tolist()
     seen = Curve(BUDGETS[:-1], curve.losses[:-1], curve.values[:-1])
     assert row["by_seed"]["log_line"] == predictions(seen, 320.0, np.ones(5, bool))["log_line"].tolist()
 
 
 def test_the_right_law_has_the_smallest_error():
-    row = {**bench.judged(world(), "labels", 10), "over": "labels"}
+    row = {**bench.evaluate(world(), "labels", 10), "over": "labels"}
     assert row["refused"] is None
     assert row["inside"]["flp"]
     assert not row["inside"]["last"]
@@ -51,11 +51,11 @@ def test_the_right_law_has_the_smallest_error():
     assert {line[0] for line in lines} == {"labels", "not refused"}
 
 
-def test_refusals_stand_beside_the_figures():
+def test_refusals_are_shown_beside_the_errors():
     flat = Curve(BUDGETS, np.ones((6, 3)), world().values)
     low = Curve(BUDGETS, world().losses, np.full((6, 3), 0.1))
     rows = [
-        {**bench.judged(c, "labels", 10), **dict.fromkeys(("data", "method", "over", "metric"), "x")}
+        {**bench.evaluate(c, "labels", 10), **dict.fromkeys(("data", "method", "over", "metric"), "x")}
         for c in (flat, low)
     ]
     first, second = bench.table(rows)
@@ -79,7 +79,7 @@ def test_validation_counts_classes_the_same_and_has_no_views(cache):
 
 
 def test_the_command(tmp_path, monkeypatch):
-    monkeypatch.setattr(bench, "opened", lambda name: make_clusters(classes=5, noise=1.5))
+    monkeypatch.setattr(bench, "open_features", lambda name: make_clusters(classes=5, noise=1.5))
     app = typer.Typer()
     app.command()(bench.forecasts)
     arguments = ["--data", "demo", "--over", "steps,views", "--seeds", "0-2", "--n1", "30"]
@@ -87,7 +87,7 @@ def test_the_command(tmp_path, monkeypatch):
     assert done.exit_code == 0, done.output
     rows = json.loads((tmp_path / "rows.json").read_text())
     assert [(row["share"], row["metric"]) for row in rows] == [
-        (share, metric) for share in bench.SHARES for metric in bench.METRICS
+        (fraction, metric) for fraction in bench.FRACTIONS for metric in bench.METRICS
     ]
     assert rows[0]["budgets"][-1] == 125
     assert rows[0]["target"] == 500

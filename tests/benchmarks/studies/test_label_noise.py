@@ -8,7 +8,7 @@ import typer
 from typer.testing import CliRunner
 
 from benchmarks.studies import label_noise
-from tests.benchmarks.speed.test_storage import fine
+from tests.benchmarks.studies.test_storage import fine
 from ulfine_fast.cache.io.errors import InputError
 from ulfine_fast.cli.main import guarded
 
@@ -20,12 +20,12 @@ def run(*words):
 
 
 def test_the_command(tmp_path, monkeypatch):
-    monkeypatch.setattr(label_noise, "opened", lambda data: fine())
+    monkeypatch.setattr(label_noise, "open_features", lambda data: fine())
     out = tmp_path / "rows.json"
     done = run("--noise", "0,60", "--json", str(out), "--figure", "few")
     assert done.exit_code == 0, done.output
     rows = json.loads(out.read_text())
-    assert len(rows) == 2 * (len(label_noise.LABELED) + len(label_noise.GUESSED))
+    assert len(rows) == 2 * (len(label_noise.LABELED) + len(label_noise.PSEUDO_LABELED))
     assert {row["noise"] for row in rows} == {0.0, 0.6}
     assert "|fixmatch, preference" in done.output
     # texts are as they are whatever the labels say
@@ -36,14 +36,14 @@ def test_the_command(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("--noise", "0,120"), "--noise must be percentages"),
-        (("--noise", "some"), "--noise must be percentages"),
-        (("--figure", "ece"), "--figure must be one of balanced_accuracy"),
+        (("--noise", "0,120"), "percentages of --noise are numbers from 0 to 100"),
+        (("--noise", "some"), "percentages of --noise are numbers from 0 to 100"),
+        (("--figure", "ece"), "'few', 'worst_class'"),
         (("--trusted", "30"), "takes 60 images of each class"),
     ],
 )
 def test_refusals(monkeypatch, words, message):
-    monkeypatch.setattr(label_noise, "opened", lambda data: fine())
+    monkeypatch.setattr(label_noise, "open_features", lambda data: fine())
     done = run(*words)
     assert done.exit_code == 2
     assert message in " ".join(done.output.split())
@@ -65,8 +65,8 @@ def test_trusted_images_give_the_texts_and_leave_the_cache():
     own = np.flatnonzero(cache.labels == 2)[:5]
     mean = cache.plain[own].mean(0)
     np.testing.assert_allclose(other.text_features[2, 0], mean / np.linalg.norm(mean), atol=1e-6)
-    place = {name: row for row, name in enumerate(cache.ids)}
-    kept = [place[name] for name in other.ids]
+    row_of = {name: row for row, name in enumerate(cache.ids)}
+    kept = [row_of[name] for name in other.ids]
     assert not set(kept) & set(own.tolist())
     np.testing.assert_array_equal(other.plain, cache.plain[kept])
     seen = {row: n for n, row in enumerate(cache.view_rows)}
@@ -83,8 +83,8 @@ def test_the_scale_is_the_likeliest():
         logits = scale * cosines
         return (logits[np.arange(len(rows)), right] - np.log(np.exp(logits).sum(1))).mean()
 
-    found = likelihood(other.logit_scale)
-    assert found >= max(likelihood(factor * other.logit_scale) for factor in (0.9, 1.1))
+    likeliest = likelihood(other.logit_scale)
+    assert likeliest >= max(likelihood(factor * other.logit_scale) for factor in (0.9, 1.1))
 
 
 def test_a_class_too_small_for_trust():

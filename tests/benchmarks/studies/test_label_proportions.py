@@ -13,6 +13,7 @@ from ulfine_fast.cli.main import guarded
 from ulfine_fast.config import FitConfig
 from ulfine_fast.data.splits import draw_split
 from ulfine_fast.engine.fit import fit
+from ulfine_fast.related.label_proportions.bags import Bags
 
 VALUES = {"steps": 20, "eval_every": 5, "batch_labeled": 32, "lr": 0.1}
 
@@ -25,26 +26,28 @@ def world():
     return cache, split, bench.in_bags(cache, split, 4, 0)
 
 
-def test_shuffled_shares_are_those_of_another_bag(world):
-    _, split, bagged = world
-    wrong = bench.shuffled(bagged)
-    assert [rows.tolist() for rows in wrong.bags.members] == [rows.tolist() for rows in bagged.bags.members]
-    np.testing.assert_array_equal(wrong.bags.shares[1:], bagged.bags.shares[:-1])
-    assert bagged.bags.rows.tolist() == split.labeled.tolist()
+def test_wrong_proportions_are_those_of_another_bag(world):
+    cache, split, bagged = world
+    wrong, right = (
+        Bags.from_list(own.extra["bags"], cache.row_of) for own in (bench.with_wrong_proportions(bagged), bagged)
+    )
+    assert [rows.tolist() for rows in wrong.members] == [rows.tolist() for rows in right.members]
+    np.testing.assert_array_equal(wrong.proportions, np.roll(right.proportions, 1, axis=0))
+    assert right.rows.tolist() == split.labeled.tolist()
 
 
-def test_guesses_know_more_with_the_shares_of_small_bags(world):
+def test_guesses_know_more_with_the_proportions_of_small_bags(world):
     cache, split, bagged = world
     run = fit(cache, FitConfig(method="zero_shot"), split=split, device="cpu", progress=False)
-    found = bench.guesses(cache, run, bagged)
-    assert found["guessed"] == pytest.approx(
+    metrics = bench.guesses(cache, run, bagged)
+    assert metrics["guessed"] == pytest.approx(
         (run.predict(cache.plain[split.labeled]) == cache.labels[split.labeled]).mean()
     )
-    assert found["transported"] > found["guessed"]
+    assert metrics["transported"] > metrics["guessed"]
     # integer counts of four images, some of them 0, are the slowest to reach
-    assert found["missed"] < 0.01
-    alone = bench.guesses(cache, run, bench.in_bags(cache, split, 1, 0))
-    assert alone["transported"] == 1
+    assert metrics["missed"] < 0.01
+    of_single_images = bench.guesses(cache, run, bench.in_bags(cache, split, 1, 0))
+    assert of_single_images["transported"] == 1
 
 
 def test_every_arm_is_there_and_the_first_is_what_others_are_compared_with(world):
@@ -63,11 +66,11 @@ def test_every_arm_is_there_and_the_first_is_what_others_are_compared_with(world
 
 
 def test_the_command_prints_both_tables(monkeypatch, tmp_path):
-    monkeypatch.setattr(bench, "opened", lambda name: make_clusters(train=250))
+    monkeypatch.setattr(bench, "open_features", lambda name: make_clusters(train=250))
     app = typer.Typer()
     app.command()(guarded(bench.label_proportions))
-    told = ["--sizes", "4", "--seeds", "0-1", "--steps", "10", "--batch", "16", "--shapes", "uniform"]
-    done = CliRunner().invoke(app, [*told, "--json", str(tmp_path / "rows.json")])
+    options = ["--sizes", "4", "--seeds", "0-1", "--steps", "10", "--batch", "16", "--shapes", "uniform"]
+    done = CliRunner().invoke(app, [*options, "--json", str(tmp_path / "rows.json")])
     assert done.exit_code == 0, done.output
     assert "both stages" in done.stdout
     assert "sinkhorn" in done.stdout

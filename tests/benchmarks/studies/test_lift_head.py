@@ -10,8 +10,7 @@ import torch
 import typer
 from typer.testing import CliRunner
 
-from benchmarks.speed import through_encoder
-from benchmarks.studies import lift_head
+from benchmarks.studies import lift_head, through_encoder
 from benchmarks.studies.lift_head import CROPS, Pace, World
 from tests.cache.samples import write_images, write_tiny_model
 from tests.conftest import make_clusters
@@ -49,8 +48,8 @@ def command(*arguments):
     return CliRunner().invoke(app, [str(a) for a in arguments])
 
 
-def test_every_comparison_is_told(world, monkeypatch, tmp_path):
-    monkeypatch.setattr(World, "of", lambda name: world)
+def test_every_comparison_is_printed(world, monkeypatch, tmp_path):
+    monkeypatch.setattr(World, "open", lambda name: world)
     path = tmp_path / "rows.json"
     options = ("--n1", 24, "--gamma", 3, "--seeds", "0,1", "--paces", "0.02x1,0.5x3", "--encoder", "none")
     done = command(*options, "--json", path)
@@ -62,7 +61,7 @@ def test_every_comparison_is_told(world, monkeypatch, tmp_path):
         assert f"demo: {test}" in done.output
     same = [row for row in rows if row["arm"] in ("text", "whole", "by the schedule") and row["pace"] == "0.5 x 3"]
     by_seed = {seed: {row["balanced_accuracy"] for row in same if row["seed"] == seed} for seed in (0, 1)}
-    assert all(len(found) == 1 for found in by_seed.values())  # three names for one run
+    assert all(len(accuracies) == 1 for accuracies in by_seed.values())  # three names for one run
     lines = lift_head.table(rows, "starts")
     assert [line[:2] for line in lines[:2]] == [["0.02 x 1", "text"], ["0.02 x 1", "random"]]
     text, random = (
@@ -72,7 +71,7 @@ def test_every_comparison_is_told(world, monkeypatch, tmp_path):
     assert lines[1][6].startswith(f"{100 * np.mean(random - text):+.1f} ±")
 
 
-def test_good_texts_pay_at_a_light_hand_and_are_forgotten_by_a_heavy_one(world):
+def test_good_texts_pay_in_few_small_steps_and_are_forgotten_in_many_large_ones(world):
     rows = list(lift_head.starts(world, [Pace(0.001, 1), Pace(2.0, 40)], [0, 1, 2], VALUES))
     means = {
         (pace, arm): np.mean([r["balanced_accuracy"] for r in rows if (r["pace"], r["arm"]) == (pace, arm)])
@@ -122,8 +121,8 @@ def test_trusted_images_become_texts_and_nothing_else(world):
     unit = rows / np.linalg.norm(rows, axis=1, keepdims=True)
     np.testing.assert_allclose(cache.prototypes[2], unit.mean(0) / np.linalg.norm(unit.mean(0)), rtol=1e-5)
     (run,) = lift_head.fitted(cache, Pace(0.02, 1), [0], VALUES)
-    told = set(run.split["labeled"]) | set(run.split["val"]) | set(run.test_ids)
-    assert not told & {cache.ids[row] for row in np.flatnonzero(cache.labels == -1)}
+    used = set(run.split["labeled"]) | set(run.split["val"]) | set(run.test_ids)
+    assert not used & {cache.ids[row] for row in np.flatnonzero(cache.labels == -1)}
     with pytest.raises(InputError, match="--trusted 30 takes as many images of each class, one has 30"):
         lift_head.trusted_start(world.cache, 30)
 

@@ -10,9 +10,10 @@ import typer
 from typer.testing import CliRunner
 
 import benchmarks.studies.methods
-from benchmarks.speed.cells import parse_cells
-from benchmarks.studies.methods import FASHION, Plan, methods, run_plan
+from benchmarks.comparison.cells import parse_cells
+from benchmarks.studies.methods import FASHION, Plan, methods, parse_settings, run_plan
 from ulfine_fast import fit
+from ulfine_fast.cache.io.errors import InputError
 from ulfine_fast.cli.main import guarded
 
 ROOT = Path(__file__).parents[3]
@@ -94,22 +95,24 @@ def test_a_search_is_noted_and_not_worse_on_validation_than_the_defaults(tmp_pat
         assert row["settings"]["steps"] == 20
 
 
-def test_a_finished_part_is_taken_up_again(tmp_path, monkeypatch):
+def test_a_finished_part_is_not_repeated(tmp_path, monkeypatch):
     arguments = ("--cells", CELLS, "--methods", "linear_probe,sklearn_label_spreading", "--trials", 0)
     first, again = tmp_path / "a.json", tmp_path / "b.json"
     assert run(*arguments, "--json", first, "--out", tmp_path / "parts").exit_code == 0
     assert len(list((tmp_path / "parts").glob("*.json"))) == 4
-    monkeypatch.setattr(benchmarks.studies.methods, "fit_cell", lambda *given: pytest.fail("measured again"))
+    monkeypatch.setattr(benchmarks.studies.methods, "fit_cell", lambda *_: pytest.fail("measured again"))
     assert run(*arguments, "--json", again, "--out", tmp_path / "parts").exit_code == 0
     assert rows_of(first) == rows_of(again)
 
 
 @pytest.mark.parametrize("change", [("--seeds", "0-2"), ("--set", "lr=0.2"), ("--gamma-u", "9"), ("--trials", "2")])
-def test_a_part_of_other_settings_is_not(tmp_path, monkeypatch, change):
+def test_a_part_of_other_options_is_not(tmp_path, monkeypatch, change):
     arguments = ("--cells", CELLS, "--methods", "linear_probe", "--trials", 0, "--out", tmp_path)
     assert run(*arguments).exit_code == 0
     asked, real = [], benchmarks.studies.methods.fit_cell
-    monkeypatch.setattr(benchmarks.studies.methods, "fit_cell", lambda *given: asked.append(given) or real(*given))
+    monkeypatch.setattr(
+        benchmarks.studies.methods, "fit_cell", lambda *arguments: asked.append(arguments) or real(*arguments)
+    )
     assert run(*arguments, *change).exit_code == 0
     assert len(asked) == 2
 
@@ -122,20 +125,20 @@ from tests.conftest import make_clusters
 real, fitted = program.fit_cell, []
 
 
-def fit_cell(*given):
-    fitted.append(given)
+def fit_cell(*arguments):
+    fitted.append(arguments)
     if len(fitted) == 3:
         os.kill(os.getpid(), signal.SIGKILL)
-    return real(*given)
+    return real(*arguments)
 
 
-program.fit_cell, program.open_data = fit_cell, lambda *given: make_clusters()
+program.fit_cell, program.open_data = fit_cell, lambda *_: make_clusters()
 program.typer.run(program.methods)
 """
 
 
-def test_a_killed_run_goes_on_where_it_was(tmp_path, monkeypatch):
-    """Kill -9 while the third of four parts is measured; then the same command again, and one that nobody stopped."""
+def test_a_killed_run_goes_on(tmp_path, monkeypatch):
+    """Kill -9 while the third of four parts is measured; then the same command again, and one that runs through."""
     arguments = ["--cells", CELLS, "--methods", "linear_probe,ulfine", "--trials", "0"]
     file, whole = tmp_path / "rows.json", tmp_path / "whole.json"
     command = [sys.executable, "-c", KILLED, *QUICK, *arguments, "--json", str(file)]
@@ -148,7 +151,9 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path, monkeypatch):
     assert len(rows_of(file)) == 4
 
     fitted, real = [], benchmarks.studies.methods.fit_cell
-    monkeypatch.setattr(benchmarks.studies.methods, "fit_cell", lambda *given: fitted.append(given[0]) or real(*given))
+    monkeypatch.setattr(
+        benchmarks.studies.methods, "fit_cell", lambda *arguments: fitted.append(arguments[0]) or real(*arguments)
+    )
     assert run(*arguments, "--json", file).exit_code == 0
     assert fitted == ["linear_probe", "ulfine"]
     assert {name: (tmp_path / "rows.parts" / name).read_bytes() for name in before} == before
@@ -158,12 +163,21 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path, monkeypatch):
 
 def test_a_data_set_is_opened_once(clusters, monkeypatch):
     opened = []
-    monkeypatch.setattr(benchmarks.studies.methods, "open_data", lambda *given: opened.append(given) or clusters)
+    monkeypatch.setattr(
+        benchmarks.studies.methods, "open_data", lambda *arguments: opened.append(arguments) or clusters
+    )
     cells = parse_cells("folder=/a:20:uniform,folder=/b:20:uniform,folder=/a:20:reversed")
     plan = Plan(("zero_shot",), (0,), 0, {}, "lite0-minilm", "cpu", None)
-    found = [row["cell"] for rows in run_plan(plan, cells) for row in rows]
-    assert found == ["folder=/a:20:uniform", "folder=/a:20:reversed", "folder=/b:20:uniform"]
+    measured = [row["cell"] for rows in run_plan(plan, cells) for row in rows]
+    assert measured == ["folder=/a:20:uniform", "folder=/a:20:reversed", "folder=/b:20:uniform"]
     assert opened == [("folder=/a", "lite0-minilm", "cpu"), ("folder=/b", "lite0-minilm", "cpu")]
+
+
+def test_an_option_is_for_the_methods_that_read_it(tmp_path):
+    file = tmp_path / "rows.json"
+    done = run("--cells", CELLS, "--methods", "linear_probe,ulfine", "--trials", 0, "--set", "mu=0.2", "--json", file)
+    assert done.exit_code == 0, done.output
+    assert {row["method"]: row["settings"].get("mu") for row in rows_of(file)} == {"linear_probe": None, "ulfine": 0.2}
 
 
 def test_by_default_the_ten_cells_are_measured():
@@ -178,7 +192,8 @@ def test_by_default_the_ten_cells_are_measured():
         (("--methods", "nope"), "unknown method"),
         (("--seeds", "x"), "seeds"),
         (("--set", "lr=-1"), "lr must be at least 0"),
-        (("--set", "bogus=1"), "unknown setting"),
+        (("--set", "bogus=1"), "unknown option"),
+        (("--set", "mu=0.1", "--methods", "linear_probe"), "does not read mu"),
         (("--gamma-u", "0.5"), "gamma_u"),
         (("--methods", "oracle", "--against", "ulfine"), "--against"),
     ],
@@ -188,3 +203,14 @@ def test_bad_input_is_one_sentence_and_exit_code_two(arguments, words):
     assert done.exit_code == 2
     assert words in done.output
     assert "Traceback" not in done.output
+
+
+def test_settings_have_the_type_of_their_value():
+    pairs = ["steps=300", "lr=0.1", "dlf=false", "adapter=none"]
+    assert parse_settings(pairs) == {"steps": 300, "lr": 0.1, "dlf": False, "adapter": "none"}
+
+
+@pytest.mark.parametrize(("pair", "words"), [("lr", "NAME=VALUE"), ("seed=3", "decided"), ("n1=3", "decided")])
+def test_other_settings_are_refused(pair, words):
+    with pytest.raises(InputError, match=words):
+        parse_settings([pair])

@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 from benchmarks.studies import mosaics, multilabel
 from tests.cache.samples import write_images
 from tests.related.multilabel.worlds import make_images
+from ulfine_fast.cache.sources import open_source
 from ulfine_fast.cache.store import FeatureCache
 from ulfine_fast.cli.main import guarded
 
@@ -36,11 +37,11 @@ def test_a_mosaic_shows_what_its_labels_say(small_tiles):
     assert len(source.class_names) == shown.shape[1] == 20
     for row in (0, 7, len(shown) - 1):
         whole = np.asarray(source.read(source.rows[row]).convert("L"))
-        places = whole.reshape(2, 28, 2, 28).transpose(0, 2, 1, 3).reshape(4, 28, 28)
+        shown_tiles = whole.reshape(2, 28, 2, 28).transpose(0, 2, 1, 3).reshape(4, 28, 28)
         seen = set()
-        for place in places:
-            owners = [k for k, own in enumerate(small_tiles.images) if (own == place).all((1, 2)).any()]
-            assert bool(owners) == bool(place.any())
+        for tile in shown_tiles:
+            owners = [k for k, own in enumerate(small_tiles.images) if (own == tile).all((1, 2)).any()]
+            assert bool(owners) == bool(tile.any())
             seen |= set(owners)
         assert seen == set(np.flatnonzero(shown[row]))
         assert shown[row, source.rows[row].label] == 1
@@ -64,14 +65,14 @@ def test_hidden_labels():
     shown = (np.random.default_rng(0).random((200, 4)) < [0.5, 0.3, 0.1, 0.02]).astype(np.int8)
     shown[0] = 1
     train = np.arange(200) < 150
-    found = multilabel.hidden(shown, train, 0.4, 0)
-    np.testing.assert_array_equal(found[150:], shown[150:])
-    assert set(np.unique(found[:150])) == {-1, 1}
-    assert (shown[:150][found[:150] == 1] == 1).all()
-    whole, kept = (shown[:150] == 1).sum(0), (found[:150] == 1).sum(0)
+    labels = multilabel.hidden(shown, train, 0.4, 0)
+    np.testing.assert_array_equal(labels[150:], shown[150:])
+    assert set(np.unique(labels[:150])) == {-1, 1}
+    assert (shown[:150][labels[:150] == 1] == 1).all()
+    whole, kept = (shown[:150] == 1).sum(0), (labels[:150] == 1).sum(0)
     np.testing.assert_allclose(kept / whole, 0.6, atol=0.5 / whole.min())
     assert (multilabel.hidden(shown, train, 0.99, 0)[:150] == 1).sum(0).min() == 1
-    assert not np.array_equal(multilabel.hidden(shown, train, 0.4, 1), found)
+    assert not np.array_equal(multilabel.hidden(shown, train, 0.4, 1), labels)
 
 
 def test_learning_rates_are_chosen_on_validation():
@@ -81,7 +82,7 @@ def test_learning_rates_are_chosen_on_validation():
         for seed, val in enumerate(vals)
     ]
     assert [row["lr"] for row in multilabel.chosen(rows)] == [0.1, 0.1]
-    assert multilabel.grouped([1.0, 0.5, 0.0], np.array([3, 9, 1])) == {
+    assert multilabel.by_group([1.0, 0.5, 0.0], np.array([3, 9, 1])) == {
         "map": 0.5,
         "many": 0.5,
         "medium": 1.0,
@@ -120,18 +121,24 @@ def test_the_command(world, tmp_path):
 
 def test_tiles_are_real_images(monkeypatch, tmp_path):
     images = write_images(tmp_path / "images", {"bag": 2, "coat": 1})
-    monkeypatch.setattr(mosaics, "unpack_images", lambda folder: images)
+    monkeypatch.setattr(mosaics, "demo_source", lambda: open_source(images))
     mosaics.tiles.cache_clear()
-    found = mosaics.tiles()
+    tiles = mosaics.tiles()
     mosaics.tiles.cache_clear()
-    assert found.names == ["bag", "coat", *mosaics._DIGITS]
-    assert [own.shape for own in found.images[:2]] == [(2, 28, 28), (1, 28, 28)]
-    assert sum(len(own) for own in found.images[2:]) == 1797
-    assert found.images[2].max() > 200 > 10 > found.images[2][:, :, :4].mean()  # bright on black
+    assert tiles.names == ["bag", "coat", *mosaics._DIGITS]
+    assert [own.shape for own in tiles.images[:2]] == [(2, 28, 28), (1, 28, 28)]
+    assert sum(len(own) for own in tiles.images[2:]) == 1797
+    assert tiles.images[2].max() > 200 > 10 > tiles.images[2][:, :, :4].mean()  # bright on black
 
 
-def test_mistakes_are_said(world):
-    for given, sentence in ((("--shares", "some"), "shares are numbers"), (("--rates", "0"), "rates are numbers")):
-        done = run(*given)
-        assert done.exit_code == 2
-        assert sentence in done.stderr
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--shares", "some"), "fractions of --shares are numbers from 0 to 0.99"),
+        (("--rates", "0"), "learning rates of --rates are numbers"),
+    ],
+)
+def test_bad_options_are_refused(world, options, words):
+    done = run(*options)
+    assert done.exit_code == 2
+    assert words in done.stderr

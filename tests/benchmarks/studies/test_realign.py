@@ -28,11 +28,11 @@ def clusters(monkeypatch):
     """Any name opens six classes of features."""
     cache = make_clusters(classes=6, dim=16, train=30, test=8, noise=0.8, text_noise=1.5)
     for module in (realign, class_incremental):
-        monkeypatch.setattr(module, "opened", lambda name: cache)
+        monkeypatch.setattr(module, "open_features", lambda name: cache)
     return cache
 
 
-def test_every_way_stands_in_the_table(clusters, tmp_path):
+def test_every_way_is_in_the_table(clusters, tmp_path):
     done = command(realign.realigned, "--n1", 20, "--gamma", 5, "--seeds", "0,1", "--json", tmp_path / "rows.json")
     assert done.exit_code == 0, done.output
     rows = json.loads((tmp_path / "rows.json").read_text())
@@ -50,16 +50,16 @@ def test_every_way_stands_in_the_table(clusters, tmp_path):
 
 
 def test_joined_classes_do_not_share_labels(clusters):
-    world = World.of(["one", "two"], each=10)
+    world = World.join(["one", "two"], train_images=10)
     assert torch.bincount(world.train_labels).tolist() == [10] * 12
     assert torch.bincount(world.test_labels).tolist() == [8] * 12
     assert torch.equal(world.text[:6], world.text[6:])
     with pytest.raises(InputError, match="30 training images, fewer than the 40"):
-        World.of(["one"], each=40)
+        World.join(["one"], train_images=40)
 
 
 def test_a_task_moves_its_own_classes_alone(clusters):
-    world = World.of(["one"], each=10)
+    world = World.join(["one"], train_images=10)
     learner = Learner(world, torch.tensor([[3, 1, 0, 2, 4, 5]]), torch.tensor([0]))
     learner.train(0, 2, PACE, 0)
     moved = (learner.head[0] != world.text).any(1)
@@ -70,17 +70,17 @@ def test_a_task_moves_its_own_classes_alone(clusters):
     np.testing.assert_allclose(learner.means[0, 3], rows.mean(0), atol=1e-6)
 
 
-def test_only_classes_seen_are_asked_for_and_guessed(clusters):
-    world = World.of(["one"], each=10)
+def test_only_classes_seen_are_tested_and_predicted(clusters):
+    world = World.join(["one"], train_images=10)
     learner = Learner(world, torch.tensor([[3, 1, 0, 2, 4, 5]]), torch.tensor([0]))
-    asked = torch.isin(world.test_labels, torch.tensor([1, 3]))
-    scores = world.test[asked] @ world.text[[1, 3]].T
-    wanted = (torch.tensor([1, 3])[scores.argmax(1)] == world.test_labels[asked]).float().mean()
+    known = torch.isin(world.test_labels, torch.tensor([1, 3]))
+    scores = world.test[known] @ world.text[[1, 3]].T
+    wanted = (torch.tensor([1, 3])[scores.argmax(1)] == world.test_labels[known]).float().mean()
     assert learner.accuracy(2, learner.head)[0].item() == pytest.approx(wanted.item())
 
 
-def test_seeds_do_not_see_each_other(clusters):
-    world = World.of(["one"], each=10)
+def test_seeds_do_not_influence_each_other(clusters):
+    world = World.join(["one"], train_images=10)
     rows = arrive(world, [0, 1], 3, PACE, 0.0)
     alone = arrive(world, [1], 3, PACE, 0.0)
     assert [row for row in rows if row["seed"] == 1] == alone

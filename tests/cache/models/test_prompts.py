@@ -7,9 +7,8 @@ import pytest
 from ulfine_fast.cache.io.errors import InputError
 from ulfine_fast.cache.models.prompts import (
     DEFAULT_PROMPTS,
-    count_names,
     fill_prompts,
-    read_class_names,
+    match_class_names,
     read_prompts,
     readable,
 )
@@ -73,25 +72,24 @@ def test_files_that_cannot_be_read(tmp_path: Path):
     with pytest.raises(InputError, match="it is not UTF-8 text"):
         read_prompts(tmp_path / "latin.txt")
     with pytest.raises(InputError, match="the class names file"):
-        read_class_names(tmp_path, ["a"])
+        match_class_names(tmp_path, ["a"])
 
 
 def test_names_by_line(tmp_path: Path):
     file = write(tmp_path, "tench\n\ngold fish\n")
-    assert read_class_names(file, ["n01", "n02"]) == ["tench", "gold fish"]
-    assert count_names(file) == 2
+    assert match_class_names(file, ["n01", "n02"]).names == ["tench", "gold fish"]
 
 
 def test_names_by_folder(tmp_path: Path):
     file = write(tmp_path, 'name,folder\n"shark, white",n03\ntench,n01\n', "names.csv")
-    assert read_class_names(file, ["n01", "n02", "n03"]) == ["tench", "n02", "shark, white"]
+    assert match_class_names(file, ["n01", "n02", "n03"]).names == ["tench", "n02", "shark, white"]
 
 
 @pytest.mark.parametrize(
     ("text", "name", "sentence"),
     [
         ("one\n", "n.txt", "has 1 names, the source has 6 classes: a, b, c, d, e, ..."),
-        ("x\nx\ny\nz\nu\nv\n", "n.txt", "gives the name 'x' to 2 classes"),
+        ("x\nx\ny\nz\nu\nv\n", "n.txt", "holds the name 'x' twice"),
         ("class,name\na,x\n", "n.csv", "must have the columns folder and name, got class, name"),
         ("", "n.csv", "must have the columns folder and name, got none"),
         ("folder,name\nq,x\n", "n.csv", "names 'q', which is not a class of the source: a, b"),
@@ -100,9 +98,9 @@ def test_names_by_folder(tmp_path: Path):
 )
 def test_bad_names(text: str, name: str, sentence: str, tmp_path: Path):
     with pytest.raises(InputError) as caught:
-        read_class_names(write(tmp_path, text, name), list("abcdef"))
+        match_class_names(write(tmp_path, text, name), list("abcdef"))
     assert sentence in str(caught.value)
 
 
 def test_a_name_left_empty_stays(tmp_path: Path):
-    assert read_class_names(write(tmp_path, "folder,name\na,\nb,x\n", "n.csv"), ["a", "b"]) == ["a", "x"]
+    assert match_class_names(write(tmp_path, "folder,name\na,\nb,x\n", "n.csv"), ["a", "b"]).names == ["a", "x"]

@@ -208,7 +208,7 @@ def test_a_token_that_is_not_finite_names_its_image(images, encoder, tmp_path):
     shard = dataclasses.replace(shard, tokens=shard.tokens.copy())
     shard.tokens[2, 1, 0, 3] = np.nan
     with pytest.raises(InputError, match=f"the tokens of image '{cache.ids[2]}' are not finite"):
-        shards._refuse_not_finite(path, shard)
+        shards._refuse_not_finite(path, path.read_bytes(), shard)
 
 
 def test_what_a_cache_without_tokens_says(images, tiny_encoder, tmp_path):

@@ -142,7 +142,7 @@ def test_labels(tmp_path, names, beside, label):
 def test_what_a_downloader_leaves_is_understood(tmp_path, names):
     """Captions, notes, failed samples without an image, statistics and tables beside the tar files."""
     members = {"000/0000.jpg": png(), "000/0000.txt": b"a cat", "000/0000.json": b'{"url": "x"}'}
-    members |= {"000/0001.json": b'{"status": "failed"}', "000/0002.left.png": png(2), "000/0002.seg.png": png(3)}
+    members |= {"000/0001.json": b'{"status": "failed"}', "000/0002.left.png": png(2)}
     root = tmp_path / "out"
     root.mkdir()
     (root / "00000.tar").write_bytes(packed(members))
@@ -215,7 +215,7 @@ def test_a_tar_file_cut_between_members_has_no_mark_of_its_end(tmp_path, names):
         rows_of(source)
 
 
-def test_a_name_that_comes_again_is_another_sample(tmp_path, names, tiny_encoder):
+def test_a_name_that_comes_again_is_refused(tmp_path, names, tiny_encoder):
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as tar:
         for _ in range(2):
@@ -225,7 +225,6 @@ def test_a_name_that_comes_again_is_another_sample(tmp_path, names, tiny_encoder
                 tar.addfile(member, io.BytesIO(content))
     (tmp_path / "a.tar").write_bytes(buffer.getvalue())
     source = TarSource(str(tmp_path / "a.tar"), class_names_file=names)
-    assert len(rows_of(source)) == 2
     with pytest.raises(InputError, match="0000"):
         extract(source, tiny_encoder, tmp_path / "cache", workers=0)
 
@@ -346,6 +345,107 @@ def test_nothing_there(tmp_path, names):
         TarSource(str(tmp_path / "absent.tar"), class_names_file=names)
 
 
+# -- samples that a person must say something about
+
+
+def test_of_several_images_the_one_with_a_single_suffix_is_taken(tmp_path, names):
+    deep = {"0.depth.png": png(1), "0.cls": b"1", "0.png": png(2), "1.seg.png": png(3), "1.jpeg": png(4), "1.cls": b"0"}
+    source = one(tmp_path, names, deep)
+    rows = rows_of(source)
+    assert [row.label for row in rows] == [1, 0]
+    for row, seed in zip(rows, (2, 4), strict=True):
+        wanted = np.asarray(Image.open(io.BytesIO(png(seed))).convert("RGB"))
+        assert np.array_equal(np.asarray(source.read(row)), wanted)
+
+
+@pytest.mark.parametrize(
+    "members",
+    [
+        {"0.left.png": b"", "0.right.png": b""},
+        {"0.jpg": b"", "0.png": b""},
+        {"0.png": b"", "0.coarse.cls": b"0", "0.fine.cls": b"1"},
+        {"0.png": b"", "0.a.json": b"{}", "0.b.json": b"{}"},
+    ],
+)
+def test_an_ambiguous_sample_is_refused_with_its_files(tmp_path, names, members):
+    members = {name: content or png() for name, content in members.items()}
+    with pytest.raises(InputError, match=r"a\.tar: the sample '0' holds .*, .*, and it is not known which is meant"):
+        rows_of(one(tmp_path, names, members))
+
+
+@pytest.mark.parametrize(
+    "order",
+    [
+        ["0.png", "1.png", "0.cls", "1.cls"],
+        ["0.cls", "1.cls", "0.png", "1.png"],
+        ["0.png", "1.png", "1.cls", "0.json"],
+        ["0.png", "0.cls", "1.png", "1.cls", "0.png"],
+    ],
+)
+def test_a_key_that_comes_back_is_refused(tmp_path, names, order):
+    contents = {"png": png(), "cls": b"1", "json": b'{"label": 1}'}
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as tar:
+        for name in order:
+            member = tarfile.TarInfo(name)
+            content = contents[name.partition(".")[2]]
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    (tmp_path / "a.tar").write_bytes(buffer.getvalue())
+    with pytest.raises(InputError, match=r"the sample '[01]' are not in a row.*sort the tar by name"):
+        rows_of(TarSource(str(tmp_path / "a.tar"), class_names_file=names))
+
+
+def test_what_is_not_read_may_come_back(tmp_path, names):
+    """Captions after all images lose nothing."""
+    members = {"0.png": png(), "0.cls": b"1", "1.png": png(), "1.cls": b"0", "0.txt": b"a dog", "1.txt": b"a cat"}
+    assert [row.label for row in rows_of(one(tmp_path, names, members))] == [1, 0]
+
+
+def test_hidden_members_are_passed_over(tmp_path, names):
+    """As a Mac writes a tar file: with a hidden file before each, in folders called `.`, and a folder of such files."""
+    members: dict[str, bytes] = {}
+    for name, content in samples(2, label=b"1").items():
+        members |= {f"./._{name}": b"\0\5\26\7", f"./{name}": content, f"__MACOSX/{name}": b"x"}
+    members = dict(sorted(members.items()))
+    rows = rows_of(one(tmp_path, names, {**members, ".cache/9.png": png()}))
+    assert [(row.id, row.label, row.split) for row in rows] == [("a/0000", 1, "train"), ("a/0001", 1, "train")]
+
+
+def test_hidden_files_and_folders_hold_no_tar_files(folder, names):
+    for hidden in ("._train-000.tar", ".cache/train-9.tar", "__MACOSX/train-9.tar"):
+        (folder / hidden).parent.mkdir(exist_ok=True)
+        (folder / hidden).write_bytes(b"x")
+    assert len(TarSource(str(folder), class_names_file=names).files) == 4
+
+
+def test_an_index_that_is_a_name_is_refused(tmp_path):
+    names = tmp_path / "names.txt"
+    names.write_text("1\n2\n3\n")
+    with pytest.raises(InputError, match=r"label '1' is the name of class 0 and the index of class 1.*folder"):
+        rows_of(one(tmp_path, names, {"x.png": png(), "x.cls": b"1"}))
+    # What is no name is an index, and what is no index is a name.
+    assert [row.label for row in rows_of(one(tmp_path, names, {"x.png": png(), "x.cls": b"0"}))] == [0]
+    assert [row.label for row in rows_of(one(tmp_path, names, {"x.png": png(), "x.cls": b"3"}))] == [2]
+    # Not both in one source.
+    with pytest.raises(InputError, match="'3' is a class name, and '0' is an index"):
+        rows_of(one(tmp_path, names, {"x.png": png(), "x.cls": b"0", "y.png": png(), "y.cls": b"3"}))
+    # A number in JSON is an index, a text there may be either.
+    assert [row.label for row in rows_of(one(tmp_path, names, {"x.png": png(), "x.json": b'{"label": 1}'}))] == [1]
+    with pytest.raises(InputError, match="name of class 0 and the index of class 1"):
+        rows_of(one(tmp_path, names, {"x.png": png(), "x.json": b'{"label": "1"}'}))
+
+
+@pytest.mark.parametrize(("lines", "label"), [("0,1\n1,2\n2,3", 1), ("1,one\n2,two", 0), ("2,b\n1,a", 1)])
+def test_a_table_says_how_labels_are_written(tmp_path, lines, label):
+    (tmp_path / "names.csv").write_text(f"folder,name\n{lines}\n")
+    source = one(tmp_path, tmp_path / "names.csv", {"x.png": png(), "x.cls": b"1"})
+    assert source.class_names == [line.partition(",")[2] for line in lines.split("\n")]
+    assert [row.label for row in rows_of(source)] == [label]
+    with pytest.raises(InputError, match="label '7' is no class"):
+        rows_of(one(tmp_path, tmp_path / "names.csv", {"x.png": png(), "x.cls": b"7"}))
+
+
 # -- through the pipeline
 
 
@@ -422,7 +522,7 @@ def test_a_changed_file_is_another_source(folder, names, tiny_encoder, tmp_path)
 
 def test_two_samples_of_one_key_are_named(tmp_path, names, tiny_encoder):
     source = one(tmp_path, names, {"0.png": png(), "1.png": png(), "0.jpg": png()}, "train.tar")
-    with pytest.raises(InputError, match="two images have the id 'train/0'"):
+    with pytest.raises(InputError, match="sample '0' are not in a row, or it is there twice"):
         extract(source, tiny_encoder, tmp_path / "cache", **SMALL)
 
 

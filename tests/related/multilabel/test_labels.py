@@ -16,14 +16,14 @@ def written(folder, text):
 
 
 def test_a_table_is_read(tmp_path):
-    found = read_label_table(written(tmp_path, "id,cat,dog\nb.png,1,\na.png,0, 1\n\n"))
-    assert found.class_names == ["cat", "dog"]
-    assert found.ids == ["b.png", "a.png"]
-    assert found.values.tolist() == [[1, -1], [0, 1]]
+    table = read_label_table(written(tmp_path, "id,cat,dog\nb.png,1,\na.png,0, 1\n\n"))
+    assert table.class_names == ["cat", "dog"]
+    assert table.ids == ["b.png", "a.png"]
+    assert table.values.tolist() == [[1, -1], [0, 1]]
     floats = read_label_table(written(tmp_path, " id,cat,dog \nb.png,1.0,-1\na.png,0.0,1.\n,,\n"))
-    assert floats.digest == found.digest
+    assert floats.digest == table.digest
     again = read_label_table(written(tmp_path, "id,cat,dog\nb.png,1,\na.png,0,0\n"))
-    assert again.digest != found.digest
+    assert again.digest != table.digest
 
 
 @pytest.mark.parametrize(

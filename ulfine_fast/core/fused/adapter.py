@@ -1,7 +1,8 @@
-"""The residual adapter without an autograd graph: forward into buffers, gradients added to the velocity.
+"""The residual adapter without autograd: forward into buffers, gradients added to the velocity.
 
-The specification is :func:`ulfine_fast.core.heads.adapt`. Inputs are cached features that need no gradient, so the
-normalised rows are never stored: with m and r a row's mean and inverse deviation, a and b the norm's scale and shift,
+The specification is :func:`ulfine_fast.core.heads.apply_adapter`. Inputs are cached features that need no gradient, so
+the normalised rows are never stored. With m and r a row's mean and inverse deviation, a and b the norm's scale and
+shift,
 
     LN(x) W = r (x (a W)) - m r sum_d (a W)_d + b W,
 
@@ -26,7 +27,9 @@ class AdapterRows(NamedTuple):
     Attributes:
         features: unit rows (T, n, D), read.
         hidden: relu(...) (T, n, r).
-        mean: m (T, n, 1). shifted: m r (T, n, 1). inverse: r (T, n, 1).
+        mean: m (T, n, 1).
+        shifted: m r (T, n, 1).
+        inverse: r (T, n, 1).
         adapted: x + s W_up hidden (T, n, D), not normalised.
     """
 
@@ -51,11 +54,16 @@ class FusedAdapter:
     def __init__(
         self, tensors: dict[str, Tensor], velocity: dict[str, Tensor], strength: Tensor, buffers: Buffers
     ) -> None:
-        self.velocity, self.buffers, self.strength = velocity, buffers, strength.view(-1, 1, 1)
-        self.down, self.up = tensors["adapter.down"], tensors["adapter.up"]
-        self.scale, self.shift = tensors["adapter.scale"].unsqueeze(2), tensors["adapter.shift"].unsqueeze(2)
+        self.velocity = velocity
+        self.buffers = buffers
+        self.strength = strength.view(-1, 1, 1)
+        self.down = tensors["adapter.down"]
+        self.up = tensors["adapter.up"]
+        self.scale = tensors["adapter.scale"].unsqueeze(2)
+        self.shift = tensors["adapter.shift"].unsqueeze(2)
         trials, dim, rank = self.down.shape
-        self.first, self.second = buffers.lend("first", trials, dim, rank), buffers.lend("second", trials, rank, dim)
+        self.first = buffers.lend("first", trials, dim, rank)
+        self.second = buffers.lend("second", trials, rank, dim)
         # unit rows: their mean square is 1 / D
         self.mean_square = torch.full_like(self.strength, 1.0 / dim + _LN_EPS)
 
@@ -91,13 +99,15 @@ class FusedAdapter:
     def backward(self, rows: AdapterRows, adapted_gradient: Tensor) -> None:
         """Add the gradients of the four tensors, from dL / d adapted (T, n, D)."""
         velocity, lend = self.velocity, self.buffers.lend
-        inner, quotient = lend("inner", *rows.hidden.shape), lend("quotient", *self.down.shape)
+        inner = lend("inner", *rows.hidden.shape)
+        quotient = lend("quotient", *self.down.shape)
         torch.bmm(adapted_gradient, self.second.transpose(1, 2), out=inner)
-        # the rectifier's own backward: one pass, where a comparison and a product are three
+        # one kernel for relu's gradient, where a comparison and a product are three
         torch.ops.aten.threshold_backward.grad_input(inner, rows.hidden, 0.0, grad_input=inner)  # (T, n, r)
         scaled = torch.mul(rows.hidden, self.strength, out=lend("scaled", *rows.hidden.shape))
         velocity["adapter.up"].baddbmm_(scaled.transpose(1, 2), adapted_gradient)
-        sums, drift = inner.sum(1, keepdim=True), rows.shifted.transpose(1, 2) @ inner  # (T, 1, r)
+        sums = inner.sum(1, keepdim=True)  # (T, 1, r)
+        drift = rows.shifted.transpose(1, 2) @ inner  # (T, 1, r)
         torch.bmm(rows.features.transpose(1, 2), inner.mul_(rows.inverse), out=quotient).sub_(drift)  # Q
         velocity["adapter.down"].addcmul_(quotient, self.scale).addcmul_(self.shift, sums)
         velocity["adapter.scale"].add_(quotient.mul_(self.down).sum(2))

@@ -1,4 +1,4 @@
-"""Fused steps of a whole trial batch: blocks of trials, on a processor spread over its cores."""
+"""Fused steps of a whole trial batch, in blocks of trials that a processor spreads over its cores."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from ulfine_fast.core.threads import interleaved
 from ulfine_fast.core.types import State, Trials
 from ulfine_fast.ops.sgd import cosine_rate
 
-# values (float32) of parameters and activations in a block of trials, 64 MB: in larger blocks nothing runs faster
+# float32 values of parameters and activations in a block of trials, 64 MB: larger blocks are not faster
 _BLOCK_VALUES = 16 << 20
-# and so many that another core is worth waking for them
+# and so many that another core pays for them
 _CORE_VALUES = 3 << 20
 
 
 class FusedSteps:
     """The steps of a trial batch, a block of trials at a time.
 
-    On a processor each core works on blocks of its own, many steps of one before the next, with the same activations'
-    memory for all of them; trials do not depend on each other, so the order is free.
+    On a processor each core works on its own blocks, many steps of one before the next, with one memory for their
+    activations; trials do not depend on each other, so the order is free.
 
     Args:
-        step: the method's own step.
+        step: the method's fused step.
         trials: of the trial batch.
         state: of the trial batch; parameters become views of one buffer.
         velocity: by the names of the parameters; they become views of another.
@@ -47,29 +47,31 @@ class FusedSteps:
         steps: int,
         threads: bool = True,
     ) -> None:
+        # all parameters in one buffer, class vectors first
         order = [*step.heads, *(name for name in state.parameters if name not in step.heads)]
-        flat = Flat(*(_flatten(tensors, order) for tensors in (state.parameters, velocity)))
+        flat = Flat(parameters=_flatten(state.parameters, order), velocity=_flatten(velocity, order))
         self.trials = trials
         self.steps = steps
+
+        # sizes: a GPU takes all trials together
         count = len(trials.seeds)
         values = _values(step, state, batches)
         cores = torch.get_num_threads() if threads and not flat.parameters.is_cuda else 1
         workers = min(cores, count, max(1, count * values // _CORE_VALUES))
-        # a GPU takes all trials at once
         block = count if flat.parameters.is_cuda else max(1, _BLOCK_VALUES // values)
         size = min(block, math.ceil(count / workers))
+
         # blocks that run one after another, by worker
         self.queues: list[list[tuple[slice, FusedStep]]] = [[] for _ in range(workers)]
         buffers_of: dict[tuple[int, int], Buffers] = {}
         for i, start in enumerate(range(0, count, size)):
             stop = min(start + size, count)
-            # blocks of as many trials, one after another in one worker, share their memory
+            # blocks of one size that run in one worker share their memory
             buffers = buffers_of.setdefault((i % workers, stop - start), Buffers(flat.parameters))
-            part = Flat(flat.parameters[start:stop], flat.velocity[start:stop])
             block_step = step(
                 trials=trials.part(start, stop),
                 state=state.part(start, stop),
-                flat=part,
+                flat=Flat(flat.parameters[start:stop], flat.velocity[start:stop]),
                 batches=batches.part(start, stop),
                 buffers=buffers,
             )
@@ -90,22 +92,22 @@ class FusedSteps:
         self, blocks: list[tuple[slice, FusedStep]], steps: range, rates: Tensor, ramps: Tensor
     ) -> Iterator[Tensor]:
         """The steps of some blocks, with learning rates and ramps (S, T)."""
-        nothing = torch.zeros(3, len(self.trials.seeds), dtype=rates.dtype, device=rates.device)
+        zeros = torch.zeros(3, len(self.trials.seeds), dtype=rates.dtype, device=rates.device)
         for position, block in blocks:
-            own_rates = rates[:, position].unbind(0)
-            own_ramps = ramps[:, position].unsqueeze(2).unbind(0)
+            block_rates = rates[:, position].unbind(0)
+            block_ramps = ramps[:, position].unsqueeze(2).unbind(0)
             draws_of_steps = block.batches.draws(steps.start, steps.stop)
-            for (step, draws), rate, ramp in zip(draws_of_steps, own_rates, own_ramps, strict=True):
+            for (step, draws), rate, ramp in zip(draws_of_steps, block_rates, block_ramps, strict=True):
                 block.advance(step, draws, rate, ramp)
                 if step < steps.stop - 1:
-                    yield nothing
-            losses = nothing.clone()
+                    yield zeros
+            losses = zeros.clone()
             losses[:, position] = block.losses()
             yield losses
 
 
 def _flatten(tensors: dict[str, Tensor], order: list[str]) -> Tensor:
-    """Replace tensors by views of one buffer, in the given order."""
+    """Replace tensors by views of one buffer, in this order; returns the buffer."""
     flat, views = flatten({name: tensors[name] for name in order})
     tensors.clear()
     tensors.update(views)
@@ -113,8 +115,9 @@ def _flatten(tensors: dict[str, Tensor], order: list[str]) -> Tensor:
 
 
 def _values(step: type[FusedStep], state: State, batches: BatchSource) -> int:
-    """Parameters and activations of one trial, gradients and velocities among them."""
-    dim, vectors = batches.features.views.shape[-1], batches.trials.log_prior.shape[-1] * len(step.heads)
+    """How many values the parameters and activations of one trial have, gradients and velocities included."""
+    dim = batches.features.views.shape[-1]
+    vectors = batches.trials.log_prior.shape[-1] * len(step.heads)
     rows = batches.config.batch_labeled + 2 * batches.unlabeled_size
-    # features, adapted rows and their gradient, logits and theirs
+    # features, adapted rows, logits, and the gradients of both
     return 3 * sum(tensor[0].numel() for tensor in state.tensors.values()) + 3 * rows * (dim + vectors)

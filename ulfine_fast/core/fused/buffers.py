@@ -1,4 +1,4 @@
-"""Memory that steps write into again and again, and one buffer for all parameters."""
+"""Memory that steps reuse, and one buffer for all parameters."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from torch import Tensor
 
 @dataclass
 class Buffers:
-    """Buffers by name, made when first asked for and lent again after that.
+    """Buffers by name, allocated when first asked for and reused after that.
 
     Blocks of trials that run one after another share them, so that a step's activations stay in the processor's cache.
 
     Attributes:
-        like: gives type and device.
+        like: a tensor of their type and device.
     """
 
     like: Tensor
@@ -24,11 +24,11 @@ class Buffers:
     _views: dict[tuple[str, tuple[int, ...]], Tensor] = field(default_factory=dict)
 
     def lend(self, name: str, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        """A contiguous tensor of this shape, zeros at first, later with whatever was last written under this name."""
-        lent = self._views.get((name, shape))
-        if lent is None:
-            lent = self._views[name, shape] = self._slab(name, math.prod(shape), dtype)[: math.prod(shape)].view(shape)
-        return lent
+        """A contiguous tensor of this shape: zeros at first, later what was last written under this name."""
+        if (name, shape) not in self._views:
+            size = math.prod(shape)
+            self._views[name, shape] = self._slab(name, size, dtype)[:size].view(shape)
+        return self._views[name, shape]
 
     def _slab(self, name: str, size: int, dtype: torch.dtype | None) -> Tensor:
         """Memory of at least this size; tensors lent before it grew keep what they have."""

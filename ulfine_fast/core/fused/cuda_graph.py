@@ -1,4 +1,4 @@
-"""A step recorded once as a CUDA graph and replayed: one launch in place of a hundred."""
+"""A step recorded once as a CUDA graph and replayed: one launch instead of a hundred."""
 
 from __future__ import annotations
 
@@ -13,40 +13,43 @@ _WARM_UP = 3
 
 
 class Captured:
-    """A function of tensors of unchanging shapes that works in place and asks nothing of the device.
+    """A function of tensors of fixed shapes that works in place and reads no value from the device.
 
-    The first calls run as they are; the next is recorded, and all others are replays with their arguments copied to
-    where the recorded ones lay. Where recording fails, calls go on as they are, with a warning.
+    The first calls run as they are; the next is recorded, and all others are replays with their arguments copied into
+    the recorded ones. Where recording fails, calls run as they are, with a warning.
 
     Args:
         function: returns nothing.
     """
 
     def __init__(self, function: Callable[..., None]) -> None:
-        self.function, self.calls, self.refused = function, 0, False
+        self.function = function
+        self.calls = 0
+        self.failed = False
         self.graph: torch.cuda.CUDAGraph | None = None
         self.inputs: tuple[Tensor, ...] = ()
 
     def __call__(self, *inputs: Tensor) -> None:
         """Call, record or replay."""
         self.calls += 1
-        if self.graph is None and self.calls > _WARM_UP and not self.refused and inputs[0].is_cuda:
+        if self.graph is None and self.calls > _WARM_UP and not self.failed and inputs[0].is_cuda:
             self._record(inputs)
         if self.graph is None:
             self.function(*inputs)
             return
-        for held, given in zip(self.inputs, inputs, strict=True):
-            held.copy_(given)
+        for recorded, current in zip(self.inputs, inputs, strict=True):
+            recorded.copy_(current)
         self.graph.replay()
 
     def _record(self, inputs: tuple[Tensor, ...]) -> None:
         """Record the function; recording computes nothing."""
-        self.inputs, graph = tuple(tensor.clone() for tensor in inputs), torch.cuda.CUDAGraph()
+        self.inputs = tuple(tensor.clone() for tensor in inputs)
+        graph = torch.cuda.CUDAGraph()
         try:
             with torch.cuda.graph(graph):
                 self.function(*self.inputs)
         except RuntimeError as error:
-            self.refused = True
-            warnings.warn(f"steps run one launch at a time, they could not be recorded: {error}", stacklevel=2)
+            self.failed = True
+            warnings.warn(f"steps run without a CUDA graph, as they could not be recorded: {error}", stacklevel=2)
         else:
             self.graph = graph

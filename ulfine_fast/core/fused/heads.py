@@ -1,4 +1,4 @@
-"""Cosine heads without an autograd graph: all heads of a trial in one product, their vectors normalised nowhere.
+"""Cosine heads without autograd: all heads of a trial in one product, without storing normalised vectors.
 
 The specification is :func:`ulfine_fast.core.heads.cosine_logits` on normalised rows. With n_b = 1 / ||y_b|| and
 w_k = 1 / ||v_k||, logits are z = sigma n_b w_k (y_b . v_k), and with G = dz sigma n_b w_k
@@ -23,13 +23,15 @@ class HeadRows(NamedTuple):
     """What the heads read and write for n rows of each trial.
 
     Attributes:
-        adapted: rows of any length (T, n, D), read. inverse: 1 / length (T, n, 1). pull: sigma / length (T, n, 1).
+        adapted: rows of any length (T, n, D), read.
+        inverse: 1 / length (T, n, 1).
+        row_scale: sigma / length (T, n, 1).
         logits: (T, n, M).
     """
 
     adapted: Tensor
     inverse: Tensor
-    pull: Tensor
+    row_scale: Tensor
     logits: Tensor
 
 
@@ -47,11 +49,14 @@ class FusedHeads:
     def __init__(
         self, weights: Tensor, velocity: Tensor, scale: Tensor, learns: Tensor | None, buffers: Buffers
     ) -> None:
-        self.weights, self.velocity, self.scale, self.buffers = weights, velocity, scale.view(-1, 1, 1), buffers
+        self.weights = weights
+        self.velocity = velocity
+        self.scale = scale.view(-1, 1, 1)
         self.learns = learns
-        self.across = weights.transpose(1, 2)
+        self.buffers = buffers
+        self.transposed = weights.transpose(1, 2)
         self.inverse = buffers.lend("vector_inverse", weights.shape[0], weights.shape[1])
-        self.by_row, self.by_column = self.inverse.unsqueeze(1), self.inverse.unsqueeze(2)
+        self.column_scale = self.inverse.unsqueeze(1)  # (T, 1, M)
 
     def prepare(self) -> None:
         """Measure the class vectors; once a step, before :meth:`forward`."""
@@ -61,15 +66,19 @@ class FusedHeads:
         """Memory for :meth:`forward` and :meth:`backward` of rows (T, n, D)."""
         trials, rows, _ = adapted.shape
         lend = self.buffers.lend
-        logits = lend("logits", trials, rows, self.weights.shape[1])
-        return HeadRows(adapted, lend("inverse", trials, rows, 1), lend("pull", trials, rows, 1), logits)
+        return HeadRows(
+            adapted=adapted,
+            inverse=lend("inverse", trials, rows, 1),
+            row_scale=lend("row_scale", trials, rows, 1),
+            logits=lend("logits", trials, rows, self.weights.shape[1]),
+        )
 
     def forward(self, rows: HeadRows) -> None:
         """Logits of the rows."""
         inverse_lengths(rows.adapted, out=rows.inverse.squeeze(2))
-        torch.mul(rows.inverse, self.scale, out=rows.pull)
-        torch.bmm(rows.adapted, self.across, out=rows.logits)
-        rows.logits.mul_(rows.pull).mul_(self.by_row)
+        torch.mul(rows.inverse, self.scale, out=rows.row_scale)
+        torch.bmm(rows.adapted, self.transposed, out=rows.logits)
+        rows.logits.mul_(rows.row_scale).mul_(self.column_scale)
 
     def backward(
         self, rows: HeadRows, logit_gradient: Tensor, rows_gradient: Tensor | None, momentum: float, decay: Tensor
@@ -85,7 +94,7 @@ class FusedHeads:
         """
         shared = torch.mul(logit_gradient, rows.logits, out=self.buffers.lend("shared", *rows.logits.shape))
         along = shared.sum(1).mul_(self.inverse).mul_(self.inverse)  # (T, M)
-        logit_gradient.mul_(rows.pull).mul_(self.by_row)
+        logit_gradient.mul_(rows.row_scale).mul_(self.column_scale)
         if rows_gradient is not None:
             torch.bmm(logit_gradient, self.weights, out=rows_gradient)
             along_rows = shared.sum(2, keepdim=True).mul_(rows.inverse).mul_(rows.inverse)  # (T, n, 1)
@@ -94,7 +103,7 @@ class FusedHeads:
             logit_gradient.mul_(self.learns.unsqueeze(1))
             along.mul_(self.learns)
         self.velocity.baddbmm_(logit_gradient.transpose(1, 2), rows.adapted, beta=momentum)
-        # what only changes a vector's length and the decay lie along the vector: one pass for both
+        # weight decay and the part of the gradient along a vector are multiples of it: one product for both
         self.velocity.addcmul_(self.weights, (decay - along).unsqueeze(2))
 
 
@@ -122,13 +131,14 @@ def add_orthogonality_gradient(
     """
     trials, classes, _ = vectors.shape
     scales = inverse.unsqueeze(2) * inverse.unsqueeze(1)  # (T, K, K)
-    gram, pull = (buffers.lend(name, trials, classes, classes) for name in ("gram", "pull_apart"))
+    gram = buffers.lend("gram", trials, classes, classes)
+    gradient = buffers.lend("gram_gradient", trials, classes, classes)
     torch.bmm(vectors, vectors.transpose(1, 2), out=gram).mul_(scales)
-    pull.copy_(gram).diagonal(dim1=1, dim2=2).sub_(1.0)
-    penalty = torch.linalg.vector_norm(pull, dim=(1, 2)).square_().div_(classes**2)
-    # dO / dgram, and what of it only changes a vector's length
-    pull.mul_((4.0 / classes**2 * weight).view(-1, 1, 1))
-    along = gram.mul_(pull).sum(2)  # (T, K)
-    pull.mul_(scales).diagonal(dim1=1, dim2=2).addcmul_(along, inverse.square(), value=-1.0)
-    velocity.baddbmm_(pull, vectors)
+    gradient.copy_(gram).diagonal(dim1=1, dim2=2).sub_(1.0)
+    penalty = torch.linalg.vector_norm(gradient, dim=(1, 2)).square_().div_(classes**2)
+    # the gradient by the Gram matrix, without the part along the vectors, which only changes their length
+    gradient.mul_((4.0 / classes**2 * weight).view(-1, 1, 1))
+    along = gram.mul_(gradient).sum(2)  # (T, K)
+    gradient.mul_(scales).diagonal(dim1=1, dim2=2).addcmul_(along, inverse.square(), value=-1.0)
+    velocity.baddbmm_(gradient, vectors)
     return penalty

@@ -1,4 +1,4 @@
-"""Cross-entropy and its gradient by the logits in one pass, without an autograd graph."""
+"""Cross-entropy and its gradient by the logits, without autograd."""
 
 from __future__ import annotations
 
@@ -28,5 +28,5 @@ def cross_entropy_gradient_(logits: Tensor, labels: Tensor, weights: Tensor) -> 
     picked = logits.gather(-1, chosen)
     logits.scatter_(-1, chosen, picked - 1.0)
     logits.mul_(weights.view(*weights.shape, 1, 1))
-    # a probability that underflows would make the printed loss infinite; the gradient does not need its logarithm
+    # a probability that underflows would make the reported loss infinite; the gradient does not read its logarithm
     return picked.clamp_(min=torch.finfo(logits.dtype).tiny).log_().squeeze(-1)

@@ -28,13 +28,13 @@ def move_visual_(
     """
     trials, classes, _ = visual.shape
     counts = torch.zeros_like(visual[..., 0]).scatter_add_(1, labels, torch.ones_like(inverse.squeeze(2)))  # (T, K)
-    kept = seen * momentum.unsqueeze(1)  # a first sighting keeps nothing
-    share = ((1.0 - kept) / counts.clamp(min=1.0)).gather(1, labels).unsqueeze(2)
+    kept = seen * momentum.unsqueeze(1)  # a class that is met for the first time keeps nothing
+    row_weight = ((1.0 - kept) / counts.clamp(min=1.0)).gather(1, labels).unsqueeze(2)
     visual.mul_(torch.where(counts > 0, kept, 1.0).unsqueeze(2))
-    places = labels + classes * torch.arange(trials, device=labels.device).unsqueeze(1)
-    # B rows are added where they belong; a product with their one-hot classes would touch K of them each
-    weighted = torch.mul(rows, share * inverse, out=buffers.lend("weighted", *rows.shape))
-    visual.flatten(0, 1).index_add_(0, places.flatten(), weighted.flatten(0, 1))
+    # each row is added to its class alone; a product with one-hot classes would read K of them
+    index = labels + classes * torch.arange(trials, device=labels.device).unsqueeze(1)
+    weighted = torch.mul(rows, row_weight * inverse, out=buffers.lend("weighted", *rows.shape))
+    visual.flatten(0, 1).index_add_(0, index.flatten(), weighted.flatten(0, 1))
     seen.logical_or_(counts > 0)
     visual.mul_(torch.where(counts > 0, inverse_lengths(visual), 1.0).unsqueeze(2))
 
@@ -50,7 +50,7 @@ def fit_prototypes_(textual: Tensor, visual: Tensor, alpha: Tensor, seen: Tensor
         alpha: pace in [0, 1], shape (T, K).
         seen: bool (T, K); other classes keep their prototype.
     """
-    # only the direction of the sum matters: c + alpha / (1 - alpha) ||c|| v has it too, and is one pass less
-    pull = alpha / (1.0 - alpha).clamp(min=1e-12) * torch.linalg.vector_norm(textual, dim=-1)
-    textual.addcmul_(visual, (pull * seen).unsqueeze(2))
+    # only the direction of the sum matters: c + alpha / (1 - alpha) ||c|| v has it too, with one product less
+    factor = alpha / (1.0 - alpha).clamp(min=1e-12) * torch.linalg.vector_norm(textual, dim=-1)
+    textual.addcmul_(visual, (factor * seen).unsqueeze(2))
     textual.mul_(torch.where(seen, inverse_lengths(textual), 1.0).unsqueeze(2))

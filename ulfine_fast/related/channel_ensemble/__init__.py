@@ -1,1 +1,1 @@
-"""Heads over random parts of the channels, whose mean gives the pseudo-labels (Channel-Ensemble)."""
+"""Heads over random parts of the channels, whose mean draws the pseudo-labels (Channel-Ensemble)."""

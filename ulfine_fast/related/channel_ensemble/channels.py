@@ -1,4 +1,4 @@
-"""Several heads over random channels of one feature, and what makes them err apart (after arXiv 2403.18407)."""
+"""Heads over random channels of one feature, and terms that decorrelate their errors (after arXiv 2403.18407)."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ _CHANNELS = 1 << 20
 _EPS = 1e-12
 
 
-def draw_channels(seeds: Tensor, heads: int, dim: int, share: Tensor) -> Tensor:
-    """Which channels each head sees: 1 for those of M random subsets, drawn from each trial's seed, else 0.
+def draw_channels(seeds: Tensor, heads: int, dim: int, fraction: Tensor) -> Tensor:
+    """Which channels each head sees: M random subsets, drawn from each trial's seed.
 
     Args:
         seeds: (T,).
         heads: M.
         dim: D.
-        share: of the channels in a subset, in (0, 1], shape (T,); at least one channel is. With 1 all subsets are one.
+        fraction: of the channels that are in a subset, in (0, 1], shape (T,); a subset has at least one channel.
 
     Returns:
-        float32 (T, M, D); subsets of two heads may overlap.
+        1 for channels of the subset, else 0: float32 (T, M, D). Subsets of two heads may overlap.
     """
     step = torch.tensor([_CHANNELS], device=seeds.device)
     drawn = words(seeds, step, Purpose.WEIGHTS, heads * dim)[0].view(-1, heads, dim)
     ranks = drawn.argsort(dim=-1, stable=True).argsort(dim=-1)  # (T, M, D)
-    wanted = torch.round(share * dim).clamp(min=1)
+    wanted = torch.round(fraction * dim).clamp(min=1)
     return (ranks < wanted.view(-1, 1, 1)).float()
 
 
 def channel_logits(features: Tensor, weights: Tensor, channels: Tensor, scale: Tensor) -> Tensor:
-    """Sigma * cos(x, w_mk) of each head m, over its own channels alone.
+    """Sigma * cos(x, w_mk) of each head m, over its channels alone.
 
     Args:
         features: unit rows (T, B, D).
@@ -44,17 +44,17 @@ def channel_logits(features: Tensor, weights: Tensor, channels: Tensor, scale: T
     Returns:
         Logits (T, B, M, K).
     """
-    own = normalize(weights * channels.unsqueeze(2))  # (T, M, K, D)
+    masked = normalize(weights * channels.unsqueeze(2))  # (T, M, K, D)
     # a row's products need no mask, as the masked class vectors are zero there; its length does
     lengths = torch.sqrt(features.square() @ channels.transpose(1, 2) + _EPS)  # (T, B, M)
-    products = (features @ own.flatten(1, 2).transpose(1, 2)).unflatten(2, weights.shape[1:3])
+    products = (features @ masked.flatten(1, 2).transpose(1, 2)).unflatten(2, weights.shape[1:3])
     return scale.view(-1, 1, 1, 1) * products / lengths.unsqueeze(-1)
 
 
 def low_bias(logits: Tensor, labels: Tensor) -> Tensor:
     """Mean squared correlation of two heads' errors p_m - onehot(y) (T,), 0 for a single head (reconstruction).
 
-    The variance of a mean of M heads is s^2 / M + (1 - 1 / M) r s^2: nothing is won while the correlation r is 1.
+    The variance of a mean of M heads is s^2 / M + (1 - 1 / M) r s^2: nothing is gained while the correlation r is 1.
 
     Args:
         logits: (T, B, M, K).
@@ -65,8 +65,8 @@ def low_bias(logits: Tensor, labels: Tensor) -> Tensor:
     unit = normalize(errors.transpose(1, 2).flatten(2))  # (T, M, B K)
     squared = (unit @ unit.transpose(1, 2)).square()  # (T, M, M)
     heads = logits.shape[2]
-    apart = squared.sum((1, 2)) - squared.diagonal(dim1=1, dim2=2).sum(-1)
-    return apart / max(1, heads * (heads - 1))
+    of_pairs = squared.sum((1, 2)) - squared.diagonal(dim1=1, dim2=2).sum(-1)
+    return of_pairs / max(1, heads * (heads - 1))
 
 
 def low_variance(logits: Tensor, labels: Tensor) -> Tensor:

@@ -1,11 +1,11 @@
 """Channel-ensemble (arXiv 2403.18407): M heads over parts of the channels, whose mean draws the pseudo-labels.
 
-The paper's losses were not at hand; these are a reconstruction from its description. Lost to the cache: the heads shape
-no shared encoder, at most the shared adapter.
+The losses are a reconstruction from the paper's description. Not reproduced over a cache: training of a shared encoder
+by the heads; they share at most the adapter.
 
-The heads are folded into the rows of a batch, row b of head m at b M + m: then the losses of the methods that they are
-built into are means over heads without knowing of them. `own_pace` gives every head the gradient that it has alone, and
-the adapter the mean over heads. So M identical heads train as one does, and no gain is a hidden learning rate.
+The heads are folded into the rows of a batch, row b of head m at b M + m: then the losses of the underlying methods are
+means over heads. `full_gradient` gives every head the gradient that it has alone, and the adapter the mean over heads.
+So M identical heads train as one does, and no gain is a hidden learning rate.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from ulfine_fast.related.channel_ensemble.channels import channel_logits, draw_c
 
 @dataclass(frozen=True)
 class EnsembleOptions:
-    """What all ensembles read."""
+    """Options of all ensembles."""
 
     ensemble_heads: int = option(
         3, "heads over random channels, whose mean gives the pseudo-labels", low=1, high=64, structural=True, off=0
@@ -71,20 +71,21 @@ class ChannelFixMatch(FixMatch):
         return with_heads(trials, super().start(trials))
 
     def losses(self, trials: Trials, state: State, batch: Batch) -> Losses:
-        """The method's own, a mean over heads, and both terms of the ensemble in the regularizer."""
-        found = super().losses(trials, state, folded(trials, batch))
-        pseudo = (
-            None if found.pseudo is None else PseudoLabels(*(part[:, :: heads_in(trials)] for part in found.pseudo))
-        )
-        return with_terms(trials, state, batch, found._replace(pseudo=pseudo))
+        """The method's losses, a mean over heads, and both terms of the ensemble in the regularizer."""
+        losses = super().losses(trials, state, folded(trials, batch))
+        if losses.pseudo is not None:
+            # the same for all heads
+            pseudo = PseudoLabels(*(part[:, :: heads_in(trials)] for part in losses.pseudo))
+            losses = losses._replace(pseudo=pseudo)
+        return with_terms(trials, state, batch, losses)
 
-    def linear(self, trials: Trials, state: State, features: Tensor) -> Tensor:
+    def linear_logits(self, trials: Trials, state: State, features: Tensor) -> Tensor:
         """All heads' logits, folded (T, B M, K)."""
         return all_heads(trials, state.tensors, features).flatten(1, 2)
 
-    def guess(self, trials: Trials, state: State, batch: Batch) -> PseudoLabels:
-        """The ensemble's guesses, the same for all heads (T, U M)."""
-        return repeated(trials, super().guess(trials, state, batch))
+    def pseudo_labels(self, trials: Trials, state: State, batch: Batch) -> PseudoLabels:
+        """The ensemble's pseudo-labels, the same for all heads (T, U M)."""
+        return repeated(trials, super().pseudo_labels(trials, state, batch))
 
     def logits(self, trials: Trials, tensors: Tensors, features: Tensor) -> Tensor:
         """Mean logits of the heads (T, B, K)."""
@@ -120,18 +121,19 @@ class ChannelULFine(ULFine):
         """Mean over heads of the logits that `predict_from` names (T, B, K)."""
         return _mean(trials, super().logits(trials, tensors, features))
 
-    def _both(self, trials: Trials, tensors: Tensors, adapted: Tensor) -> tuple[Tensor, Tensor]:
-        """z^l of all heads and z^s once for each, both folded (T, B M, K)."""
-        _, similarity = super()._both(trials, {**tensors, "linear": tensors["linear"][:, 0]}, adapted)
+    def both_logits(self, trials: Trials, tensors: Tensors, adapted: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits of all linear heads, and of the similarity head once for each, both folded (T, B M, K)."""
+        _, similarity = super().both_logits(trials, {**tensors, "linear": tensors["linear"][:, 0]}, adapted)
         heads = head_logits(trials, tensors, adapted).flatten(1, 2)
         return heads, similarity.repeat_interleave(heads_in(trials), 1)
 
-    def _unlabeled(self, trials: Trials, state: State, strong: Tensor, pseudo: PseudoLabels) -> Tensor:
-        return super()._unlabeled(trials, state, strong, repeated(trials, pseudo))
+    def unlabeled_loss(self, trials: Trials, state: State, strong: Tensor, pseudo: PseudoLabels) -> Tensor:
+        """ULFine's, with the pseudo-labels once for every head."""
+        return super().unlabeled_loss(trials, state, strong, repeated(trials, pseudo))
 
-    def _orthogonality(self, trials: Trials, state: State, adapted: Tensor, labels: Tensor) -> Tensor:
-        # it looks at rows before the heads
-        return super()._orthogonality(trials, state, adapted, labels[:, :: heads_in(trials)])
+    def orthogonality_penalty(self, trials: Trials, state: State, adapted: Tensor, labels: Tensor) -> Tensor:
+        """ULFine's; it reads rows before the heads, with one label each."""
+        return super().orthogonality_penalty(trials, state, adapted, labels[:, :: heads_in(trials)])
 
 
 def heads_in(trials: Trials) -> int:
@@ -140,7 +142,7 @@ def heads_in(trials: Trials) -> int:
 
 
 def with_heads(trials: Trials, state: State) -> State:
-    """A method's first state with M linear heads in the place of one."""
+    """A method's first state with M linear heads instead of one."""
     linear, heads = state.parameters["linear"], heads_in(trials)
     state.parameters["linear"] = linear.unsqueeze(1).repeat(1, heads, 1, 1)
     fraction = trials.values["ensemble_fraction"]
@@ -155,12 +157,12 @@ def all_heads(trials: Trials, tensors: Tensors, features: Tensor) -> Tensor:
 
 def head_logits(trials: Trials, tensors: Tensors, adapted: Tensor) -> Tensor:
     """Logits (T, B, M, K) of adapted rows (T, B, D)."""
-    weights = own_pace(tensors["linear"], heads_in(trials))
+    weights = full_gradient(tensors["linear"], heads_in(trials))
     return channel_logits(adapted, weights, tensors["channels"], trials.values["scale"])
 
 
-def own_pace(weights: Tensor, heads: int) -> Tensor:
-    """The weights as they are, with M times the gradient: a mean over heads then moves each as its own loss would."""
+def full_gradient(weights: Tensor, heads: int) -> Tensor:
+    """The weights with M times the gradient: a mean over heads then moves each as its own loss would."""
     fixed = weights.detach()
     return fixed + heads * (weights - fixed)
 
@@ -176,7 +178,7 @@ def repeated(trials: Trials, pseudo: PseudoLabels) -> PseudoLabels:
 
 
 def with_terms(trials: Trials, state: State, batch: Batch, losses: Losses) -> Losses:
-    """Add low_variance times the ensemble's on labelled rows, low_bias times that of strong views' errors."""
+    """Add `low_variance` times that term of labelled rows, and `low_bias` times that of strong views."""
     values = trials.values
     labeled = all_heads(trials, state.tensors, batch.labeled)  # (T, B, M, K)
     added = losses.regularizer + values["low_variance"] * low_variance(labeled, batch.labels)

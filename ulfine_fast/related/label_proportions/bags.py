@@ -1,4 +1,4 @@
-"""Bags: groups of training images of which the class proportions are known, and no image's own class."""
+"""Bags: groups of training images with known class proportions, and without labels of single images."""
 
 from __future__ import annotations
 
@@ -39,9 +39,11 @@ class Bags:
         return np.sort(np.concatenate(self.members))
 
     def to_list(self, ids: Sequence[str]) -> list[dict[str, Any]]:
-        """The bags as JSON values, with image ids in the place of rows."""
-        each = zip(self.names, self.members, self.proportions, strict=True)
-        return [{"bag": name, "ids": [ids[row] for row in rows], "shares": own.tolist()} for name, rows, own in each]
+        """The bags as JSON values, with image ids instead of rows."""
+        return [
+            {"bag": name, "ids": [ids[row] for row in rows], "shares": proportions.tolist()}
+            for name, rows, proportions in zip(self.names, self.members, self.proportions, strict=True)
+        ]
 
     @classmethod
     def from_list(cls, bags: Sequence[Mapping[str, Any]], row_of: Callable[..., Rows]) -> Bags:
@@ -60,12 +62,12 @@ class Bags:
 
 
 def draw_bags(rows: Rows, labels: Rows, size: int, classes: int, seed: int) -> Bags:
-    """Put labelled images into bags at random, and keep no more of their labels than each bag's proportions.
+    """Put labelled images into bags at random, and keep each bag's proportions instead of their labels.
 
     Args:
         rows: of the images (L,).
         labels: their classes (L,).
-        size: images in a bag, at least 1; the last bag takes what is left.
+        size: images in a bag, at least 1; the last bag has the rest.
         classes: K.
         seed: the same seed draws the same order, whatever the size.
     """
@@ -94,15 +96,17 @@ class PaddedBags:
     @classmethod
     def pad(cls, bags: Sequence[Bags], device: torch.device) -> PaddedBags:
         """Pad to the most bags and the largest; bags that are padding are never drawn."""
-        most, width = max(len(own.names) for own in bags), max(own.width for own in bags)
+        most = max(len(trial.names) for trial in bags)
+        width = max(trial.width for trial in bags)
         index = np.zeros((len(bags), most, width), dtype=np.int64)
         present = np.zeros(index.shape, dtype=bool)
         proportions = np.eye(bags[0].proportions.shape[1])[np.zeros((len(bags), most), dtype=np.int64)]
-        for t, own in enumerate(bags):
-            proportions[t, : len(own.names)] = own.proportions
-            for g, rows in enumerate(own.members):
-                index[t, g], present[t, g, : len(rows)] = np.resize(rows, width), True
-        count = torch.tensor([len(own.names) for own in bags], device=device)
+        for t, trial in enumerate(bags):
+            proportions[t, : len(trial.names)] = trial.proportions
+            for g, rows in enumerate(trial.members):
+                index[t, g] = np.resize(rows, width)
+                present[t, g, : len(rows)] = True
+        count = torch.tensor([len(trial.names) for trial in bags], device=device)
         return cls(
             index=torch.from_numpy(index).to(device),
             present=torch.from_numpy(present).to(device),

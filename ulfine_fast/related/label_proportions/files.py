@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ulfine_fast.cache.io.errors import InputError
-from ulfine_fast.cache.io.tables import label_text, read_table
+from ulfine_fast.cache.io.tables import label_key, label_text, read_table
 from ulfine_fast.data.splits import Split
 from ulfine_fast.related.label_proportions.bags import Bags
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from ulfine_fast.cache.store import FeatureCache
 
 _TOLERANCE = 1e-3
-"""How far shares may be from a sum of 1: three digits of each are enough."""
+"""How far the proportions of a bag may be from a sum of 1, so that three digits of each are enough."""
 
 
 def read_bags(bags: str | Path, proportions: str | Path, cache: FeatureCache) -> Bags:
@@ -28,23 +28,25 @@ def read_bags(bags: str | Path, proportions: str | Path, cache: FeatureCache) ->
     Args:
         bags: with the columns id and bag.
         proportions: with the columns bag, class and share, or a column bag and one for each class; a class left out has
-            the share 0.
+            the proportion 0.
         cache: features of the images named.
 
     Raises:
         InputError: a file that is none of these, an image or a class that the cache lacks, an image in two bags or
-            held out by the cache, a bag without images or without shares, or shares that are none.
+            held out by the cache, a bag without images or without proportions, or values that are no proportions.
     """
     members = _members(Path(bags), cache)
-    shares = _shares(Path(proportions), cache.class_names)
+    proportions_of = _proportions(Path(proportions), cache.class_names)
     for name in members:
-        if name not in shares:
-            raise InputError(f"{proportions} has no shares of bag {name!r}; add them, or take the bag out of {bags}")
-    for name in shares:
+        if name not in proportions_of:
+            raise InputError(
+                f"{proportions} has no proportions of bag {name!r}; add them, or take the bag out of {bags}"
+            )
+    for name in proportions_of:
         if name not in members:
             raise InputError(f"bag {name!r} of {proportions} has no image in {bags}; add its images or remove it")
-    rows = tuple(np.array(found, dtype=np.int64) for found in members.values())
-    return Bags(tuple(members), rows, np.stack([shares[name] for name in members]))
+    rows = tuple(np.array(rows, dtype=np.int64) for rows in members.values())
+    return Bags(tuple(members), rows, np.stack([proportions_of[name] for name in members]))
 
 
 def bag_split(cache: FeatureCache, bags: Bags) -> Split:
@@ -56,9 +58,10 @@ def bag_split(cache: FeatureCache, bags: Bags) -> Split:
     Raises:
         InputError: no image is left to test on.
     """
-    labeled, mine = cache.labels >= 0, np.isin(np.arange(len(cache)), bags.rows)
+    labeled = cache.labels >= 0
+    in_bags = np.isin(np.arange(len(cache)), bags.rows)
     val, test = (np.flatnonzero(labeled & (cache.splits == role)) for role in ("val", "test"))
-    rest = np.flatnonzero(labeled & (cache.splits == "train") & ~mine)
+    rest = np.flatnonzero(labeled & (cache.splits == "train") & ~in_bags)
     if not len(test):
         test = rest
     elif not len(val):
@@ -92,8 +95,8 @@ def _members(path: Path, cache: FeatureCache) -> dict[str, list[int]]:
     return members
 
 
-def _shares(path: Path, classes: list[str]) -> dict[str, NDArray[np.float64]]:
-    """Shares (K,) of each bag, summing to 1, from either form of the file."""
+def _proportions(path: Path, classes: list[str]) -> dict[str, NDArray[np.float64]]:
+    """Proportions (K,) of each bag, summing to 1, from either form of the file."""
     form = "the columns bag, class and share, or bag and one for each class"
     table = read_table(path, ["bag"], others="keep", form=form)
     bags, columns = table.texts("bag"), [name for name in table.names if name != "bag"]
@@ -109,32 +112,34 @@ def _shares(path: Path, classes: list[str]) -> dict[str, NDArray[np.float64]]:
         for bag, times in Counter(bags).most_common(1):
             if times > 1:
                 raise InputError(f"{path} has two lines for bag {bag!r}; keep one")
-        entries = [(bag, name, share) for name in columns for bag, share in zip(bags, table.texts(name), strict=True)]
+        entries = [(bag, name, text) for name in columns for bag, text in zip(bags, table.texts(name), strict=True)]
 
-    shares: dict[str, dict[str, float]] = {bag: {} for bag in bags}
+    values: dict[str, dict[str, float]] = {bag: {} for bag in bags}
+    written = {label_key(name): name for name in classes}
     for bag, label, text in entries:
-        name = label if label in classes else label_text(label)
-        if name not in classes:
+        name = written.get(label_key(label), written.get(label_text(label)))
+        if name is None:
             raise InputError(f"{path} names class {label!r}, which is none of {', '.join(classes)}")
-        if name in shares[bag]:
-            raise InputError(f"{path} gives two shares of class {name!r} in bag {bag!r}; keep one")
-        shares[bag][name] = _share(text, bag, name, path)
-    return {bag: _normalized(bag, [own.get(name, 0.0) for name in classes], path) for bag, own in shares.items()}
+        if name in values[bag]:
+            raise InputError(f"{path} gives two proportions of class {name!r} in bag {bag!r}; keep one")
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not 0 <= value <= 1:
+            raise InputError(
+                f"{path} gives bag {bag!r} the proportion {text!r} of class {name!r}; give a number from 0 to 1"
+            )
+        values[bag][name] = value
 
-
-def _share(text: str, bag: str, name: str, path: Path) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 <= value <= 1:
-        raise InputError(f"{path} gives bag {bag!r} the share {text!r} of class {name!r}; give a number from 0 to 1")
-    return value
-
-
-def _normalized(bag: str, shares: list[float], path: Path) -> NDArray[np.float64]:
-    """Shares that sum to 1 exactly."""
-    total = math.fsum(shares)
-    if abs(total - 1) > _TOLERANCE:
-        raise InputError(f"the shares of bag {bag!r} in {path} sum to {total:g}; give shares that sum to 1")
-    return np.array(shares) / total
+    # proportions that sum to 1 exactly
+    proportions = {}
+    for bag, of_class in values.items():
+        row = [of_class.get(name, 0.0) for name in classes]
+        total = math.fsum(row)
+        if abs(total - 1) > _TOLERANCE:
+            raise InputError(
+                f"the proportions of bag {bag!r} in {path} sum to {total:g}; give proportions that sum to 1"
+            )
+        proportions[bag] = np.array(row) / total
+    return proportions

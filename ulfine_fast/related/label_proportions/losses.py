@@ -1,4 +1,4 @@
-"""Learning from class proportions of bags, over axes of trials T and bags G, with at most m images in a bag."""
+"""Losses of class proportions of bags, over axes of trials T and bags G, with at most m images in a bag."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def proportion_loss(logits: Tensor, proportions: Tensor, present: Tensor) -> Ten
     Args:
         logits: (T, G, m, K).
         proportions: rho, sums to 1 (T, G, K).
-        present: bool (T, G, m), at least one in each bag; other images have no weight.
+        present: bool (T, G, m), at least one in each bag; padding does not count.
 
     Returns:
         Losses of the bags (T, G).

@@ -1,9 +1,9 @@
 """Two-stage learning from label proportions, PLOT (arXiv 2105.10635): bags of images and each bag's class proportions.
 
 Stage one fits a bag's mean prediction to its proportions. Stage two gives every image a label, by entropic transport of
-the bag's predictions onto its proportions, and learns from these with symmetric cross-entropy and mixup. The paper's
-equations and values were not available: transport at epsilon 1, the weights and Beta(8, 8) are ours, and so is the
-start at the class texts, without which nothing says which class is which. Mixup is of features; there is no adapter.
+the bag's predictions onto its proportions, and learns from these with symmetric cross-entropy and mixup. Not from the
+paper but ours: transport at epsilon 1, the weights and Beta(8, 8), and the start at the class texts, without which
+classes could not be identified. Mixup is of features; there is no adapter.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class ProportionsOptions:
 
     bags: str | None = option(None, "CSV of bags of images, id and bag; with proportions", structural=True)
     proportions: str | None = option(
-        None, "CSV of the class proportions of bags: bag, class, share, or a column a class", structural=True
+        None, "CSV of the class proportions of bags: bag, class and share, or a column for each class", structural=True
     )
     bag_size: int = option(0, "images in a bag, to draw bags from labelled images; 0 where bags are given", low=0)
     stage_one: float = option(
@@ -122,12 +122,12 @@ class Proportions(LinearProbe):
         if config.bags is None and config.proportions is None:
             return None
         if config.bags is None or config.proportions is None:
-            given, other = ("bags", "proportions") if config.proportions is None else ("proportions", "bags")
-            raise InputError(f"{given} says nothing without {other}; give both")
+            single, other = ("bags", "proportions") if config.proportions is None else ("proportions", "bags")
+            raise InputError(f"{single} says nothing without {other}; give both")
         return bag_split(cache, read_bags(config.bags, config.proportions, cache))
 
     def check(self, cache: FeatureCache, config: FitConfig, split: Split) -> None:
-        """Refuse a trial without texts, without bags, or without a stage two that was asked for."""
+        """Refuse a trial without texts, without bags, or whose stage two would never begin."""
         if cache.prototypes is None:
             raise InputError(
                 "method proportions starts from texts of the classes, which this cache does not hold; make it with "
@@ -139,7 +139,7 @@ class Proportions(LinearProbe):
                 "method proportions learns from bags and has none; give --bags and --proportions, or set bag_size to "
                 "draw bags from labelled images"
             )
-        # labels are drawn at validations alone
+        # images get their labels at validations alone
         begins = -(-config.stage_one * config.steps // config.eval_every) * config.eval_every
         if config.stage_one < 1 and begins >= config.steps:
             raise InputError(
@@ -147,10 +147,10 @@ class Proportions(LinearProbe):
                 f"stage_one {config.stage_one:g} and step {config.steps}; lower eval_every, or set stage_one to 1"
             )
         if bags is not None and config.bag_size not in (0, self.rows_together(split)):
-            raise InputError(f"bag_size is {config.bag_size} and the split has bags of its own; set it to 0")
+            raise InputError(f"bag_size is {config.bag_size} and the split has bags of its own; set bag_size to 0")
 
     def prepare(self, cache: FeatureCache, config: FitConfig, split: Split) -> Split:
-        """The split with its own bags, or with its labelled images in bags."""
+        """The split as it is where it has bags, else with its labelled images put into bags."""
         if "bags" in split.extra:
             return split
         classes = len(cache.class_names)
@@ -161,10 +161,10 @@ class Proportions(LinearProbe):
     def inputs(self, cache: FeatureCache, splits: Sequence[Split], device: torch.device) -> Inputs:
         """The bags of each trial."""
         by_split = {id(split): Bags.from_list(split.extra["bags"], cache.row_of) for split in splits}
-        return Inputs(of_trials={"bags": PaddedBags.pad([by_split[id(split)] for split in splits], device)})
+        return Inputs(per_trial={"bags": PaddedBags.pad([by_split[id(split)] for split in splits], device)})
 
     def batches(self, source: BatchSource) -> BatchSource:
-        """Whole bags."""
+        """A source of whole bags."""
         return BagSource(
             labels=source.labels,
             labeled=source.labeled,
@@ -173,7 +173,7 @@ class Proportions(LinearProbe):
             features=source.features,
             config=source.config,
             pairs=source.pairs,
-            bags=source.trials.inputs.of_trials["bags"],
+            bags=source.trials.inputs.per_trial["bags"],
         )
 
     def rows_together(self, split: Split) -> int:
@@ -190,7 +190,7 @@ class Proportions(LinearProbe):
 
     def refresh(self, trials: Trials, state: State, pool: Pool, step: int) -> None:
         """Label the images of all bags again (T, G, m), in trials that are in stage two."""
-        bags: PaddedBags = trials.inputs.of_trials["bags"]
+        bags: PaddedBags = trials.inputs.per_trial["bags"]
         late = step >= trials.values["stage_one"] * trials.config.steps  # (T,)
         state.scratch["late"] = late
         labels = torch.zeros_like(bags.index)
@@ -207,7 +207,7 @@ class Proportions(LinearProbe):
         assert isinstance(batch, BagBatch)
         by_labels = self._by_labels(trials, state, batch)
         loss = torch.where(state.scratch["late"], by_labels, self._by_proportions(trials, state, batch))
-        return Losses(loss, torch.zeros_like(loss), torch.zeros_like(loss))
+        return Losses.labeled_only(loss)
 
     @torch.no_grad()
     def after_step(self, trials: Trials, state: State, batch: Batch, losses: Losses) -> None:
@@ -215,7 +215,7 @@ class Proportions(LinearProbe):
         state.scratch["step"] += 1
 
     def fused(self, trials: Trials, state: State) -> type[FusedStep] | None:
-        """None: autograd's steps."""
+        """None: the losses are others."""
         return None
 
     def _by_proportions(self, trials: Trials, state: State, batch: BagBatch) -> Tensor:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from ulfine_fast.cache.store import FeatureCache
 
 PRESENT, ABSENT, UNKNOWN = 1, 0, -1
-_MEANING = {"1": PRESENT, "0": ABSENT, "": UNKNOWN}
+_CELLS = {"1": PRESENT, "0": ABSENT, "": UNKNOWN}
 _RESERVED = ("id", "split")
 
 Rows = NDArray[np.int64]
@@ -62,14 +62,15 @@ class LabelSplit:
 
 
 def read_label_table(path: Path) -> LabelTable:
-    """Reads a table with a column `id` and one for each class, whose cells are 1, 0, or empty or -1 for unknown.
+    """Read a table with a column `id` and one for each class, whose cells are 1, 0, or empty or -1 for unknown.
 
     Raises:
         InputError: not such a table (see `read_table`), class names that are no names, another value, an image twice;
             names the line.
     """
     table = read_table(path, ["id"], others="keep", form="the column id and then one for each class")
-    ids, names = table.texts("id", strip=False), [name for name in table.names if name != "id"]
+    ids = table.texts("id", strip=False)
+    names = [name for name in table.names if name != "id"]
     if not names:
         raise InputError(f"{path} must have the column id and then one for each class, got id")
     for name in names:
@@ -80,13 +81,13 @@ def read_label_table(path: Path) -> LabelTable:
     values = np.empty((len(ids), len(names)), dtype=np.int8)
     for column, name in enumerate(names):
         cells = table.texts(name)
-        meanings = {cell: _MEANING[label] for cell in set(cells) if (label := label_text(cell)) in _MEANING}
+        values_of = {cell: _CELLS[text] for cell in set(cells) if (text := label_text(cell)) in _CELLS}
         for row, cell in enumerate(cells):
-            if cell not in meanings:
+            if cell not in values_of:
                 raise InputError(
                     f"{table.where(row)} has {cell!r} for class {name!r}; write 1, 0 or nothing for unknown"
                 )
-        values[:, column] = [meanings[cell] for cell in cells]
+        values[:, column] = [values_of[cell] for cell in cells]
     seen: set[str] = set()
     for row, image in enumerate(ids):
         if image in seen:
@@ -104,9 +105,9 @@ def labels_by_row(table: LabelTable, cache: FeatureCache) -> tuple[NDArray[np.in
     if not table.ids:
         raise InputError("the labels name no image; add a line for each")
     rows = cache.row_of(table.ids, source="the table of labels", fix="remove its line")
-    whole = np.full((len(cache), len(table.class_names)), UNKNOWN, dtype=np.int8)
-    whole[rows] = table.values
-    return whole, np.sort(rows)
+    labels = np.full((len(cache), len(table.class_names)), UNKNOWN, dtype=np.int8)
+    labels[rows] = table.values
+    return labels, np.sort(rows)
 
 
 def split_labels(

@@ -1,4 +1,4 @@
-"""Losses that ask for more than references give, PoFT (arXiv 2412.12865), and controls with the same references."""
+"""Losses against reference models, PoFT (arXiv 2412.12865), and controls with the same references."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 @torch.no_grad()
 def mean_log_likelihood(heads: Sequence[Tensor], scale: Tensor, features: Tensor, labels: Tensor) -> Tensor:
-    """What references think of labels.
+    """Mean log-likelihood of labels by reference classifiers.
 
     Args:
         heads: class vectors of each reference (K, D), or those of each trial (T, K, D).
@@ -36,21 +36,21 @@ def preferred(rows: Tensor, reference: Tensor, form: str, mask: Tensor | None = 
 
     "preference" is -log sigmoid(log p - log g), with g the references' geometric mean: its gradient is that of
     cross-entropy times g / (g + p), as in the paper. Two controls have row weights of mean 1, as cross-entropy has,
-    since a smaller gradient alone is a smaller learning rate: "equal" is the preference brought up to that, "weighted"
+    since a smaller gradient alone is a smaller learning rate: "equal" is the preference loss scaled to that, "weighted"
     cross-entropy with weights in proportion to g.
 
     Args:
         rows: cross-entropies -log p(y|x), shape (T, B).
         reference: log g, shape (T, B).
         form: "preference", "equal" or "weighted".
-        mask: how much each row will count (T, B); means are over what counts. None where all count alike.
+        mask: weight of each row (T, B), in the mean of the row weights; None where all are equal.
 
     Returns:
         Losses (T, B), before any mask.
     """
     mask = torch.ones_like(rows) if mask is None else mask
     if form == "weighted":
-        # the largest is 1: what all references rule out must not round to no weight at all
+        # the largest is 1, so that weights do not round to zero where all references are small
         weights = torch.exp(reference - reference.amax(-1, keepdim=True))
         return rows * weights * _level(weights, mask)
     losses = F.softplus(rows + reference)
@@ -60,6 +60,6 @@ def preferred(rows: Tensor, reference: Tensor, form: str, mask: Tensor | None = 
 
 
 def _level(weights: Tensor, mask: Tensor) -> Tensor:
-    """The factor (T, 1) that makes weights (T, B) 1 on average over what the mask (T, B) counts."""
+    """The factor (T, 1) that makes weights (T, B) 1 on average, rows weighted by the mask (T, B)."""
     smallest = torch.finfo(weights.dtype).tiny
     return mask.sum(-1, keepdim=True) / (weights * mask).sum(-1, keepdim=True).clamp(min=smallest)

@@ -1,8 +1,8 @@
 """Preference-oriented fine-tuning, PoFT (arXiv 2412.12865), over classes in place of answers.
 
 There a language model learns to rate its answer higher than other, aligned models do. Here the references are the
-zero-shot classifiers of the cache, one for each prompt, or what the head starts from where it has no texts. Ours: p may
-be adjusted for class frequencies. Lost: references that are stronger than what is trained.
+zero-shot classifiers of the cache, one for each prompt, or the initial head where the cache has no texts. Different
+here: p may be adjusted for class frequencies. Not reproduced: references that are stronger than the trained model.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from ulfine_fast.related.preference.losses import mean_log_likelihood, preferred
 if TYPE_CHECKING:
     from ulfine_fast.cache.store import FeatureCache
 
-_SCALE_HELP = "factor on the logits of the references; 0 for references that know nothing"
+_SCALE_HELP = "factor on the logits of the references; 0 for uniform references"
 
 
 @dataclass(frozen=True)
@@ -77,10 +77,10 @@ class PoFT(LinearProbe):
         logits = self.logits(trials, state.tensors, batch.labeled)  # (T, B, K)
         rows = adjusted_cross_entropy(logits, batch.labels, trials.log_prior, trials.values["tau"])  # (T, B)
         loss = preferred(rows, reference(trials, batch.labeled, batch.labels), trials.config.poft_form).mean(-1)
-        return Losses(loss, loss.new_zeros(loss.shape), loss.new_zeros(loss.shape))
+        return Losses.labeled_only(loss)
 
     def fused(self, trials: Trials, state: State) -> type[FusedStep] | None:
-        """None: autograd's steps."""
+        """None: the loss is another one."""
         return None
 
 
@@ -97,7 +97,7 @@ class PreferenceFixMatch(FixMatch):
         """The texts."""
         return text_references(cache, device)
 
-    def pseudo_rows(self, trials: Trials, strong: Tensor, weak: Tensor, pseudo: PseudoLabels) -> Tensor:
+    def pseudo_label_losses(self, trials: Trials, strong: Tensor, weak: Tensor, pseudo: PseudoLabels) -> Tensor:
         """Losses (T, U) by `pseudo_loss`, from strong views' logits (T, U, K) and weak views (T, U, D)."""
         rows = plain_cross_entropy(strong, pseudo.labels)
         # the references see the easier view, from which the pseudo-label was drawn
@@ -109,13 +109,13 @@ def text_references(cache: FeatureCache, device: torch.device) -> Inputs:
     if cache.text_features is None:
         return Inputs()
     texts = torch.from_numpy(np.asarray(cache.text_features)).float().to(device).transpose(0, 1)
-    return Inputs(of_all={"references": cache.logit_scale * normalize(texts)})
+    return Inputs(shared={"references": cache.logit_scale * normalize(texts)})
 
 
 def reference(trials: Trials, features: Tensor, labels: Tensor) -> Tensor:
     """Mean log-likelihood of labels (T, B) by the trials' references, for unit features (T, B, D)."""
     scale = trials.values["reference_scale"]
-    heads = trials.inputs.of_all.get("references")
+    heads = trials.inputs.shared.get("references")
     if heads is None:
         return mean_log_likelihood([trials.prototypes], scale * trials.values["scale"], features, labels)
     return mean_log_likelihood(heads.unbind(0), scale, features, labels)

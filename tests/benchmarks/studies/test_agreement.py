@@ -6,7 +6,8 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from benchmarks.speed import agreement as benchmark
+from benchmarks.images import image_source
+from benchmarks.studies import agreement as benchmark
 from tests.cache.samples import write_images, write_tiny_model
 from ulfine_fast.cache.models.encoder import load_encoder
 from ulfine_fast.cli.main import guarded
@@ -19,9 +20,9 @@ def encoder(tmp_path_factory):
 
 def test_rows(tmp_path, encoder):
     write_images(tmp_path / "images", {"train/cat": 4, "test/cat": 2})
-    source = benchmark.images_of(str(tmp_path / "images"), 5)
+    source = image_source(str(tmp_path / "images"), 5)
     rows = benchmark.measure(source, encoder)
-    assert [(row["way"], row["view"]) for row in rows] == [(w, v) for w in benchmark.WAYS for v in benchmark.KINDS]
+    assert [(row["way"], row["view"]) for row in rows] == [(w, v) for w in benchmark.WAYS for v in benchmark.VIEW_KINDS]
     assert {row["images"] for row in rows} == {5}
     for row in rows:
         assert -1 <= row["worst_cosine"] <= row["mean_cosine"] <= 1 + 1e-6

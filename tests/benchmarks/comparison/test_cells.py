@@ -1,6 +1,6 @@
 import pytest
 
-from benchmarks.speed.cells import Cell, parse_cell, parse_cells, protocols
+from benchmarks.comparison.cells import Cell, parse_cell, parse_cells, protocols
 from ulfine_fast.cache.io.errors import InputError
 
 
@@ -15,17 +15,17 @@ def test_gamma_u_of_the_command_line_wins():
     assert parse_cell("cifar10:500:reversed").gamma_u == 100
 
 
-def test_the_config_has_the_cells_counts_and_the_given_settings():
+def test_the_config_has_the_cells_counts_and_the_options():
     config = parse_cell("fashion_mnist:50:head-tail", 150).config(method="linear_probe", seed=3, lr=0.1)
     assert (config.n1, config.m1, config.gamma_l, config.gamma_u) == (50, 1000, 50, 150)
     assert (config.shape, config.method, config.seed, config.lr) == ("head-tail", "linear_probe", 3, 0.1)
     assert config.labeled_fraction == 1
 
 
-@pytest.mark.parametrize(("text", "share"), [("tux_paint::natural", 0.5), ("tux_paint:25%:natural", 0.25)])
-def test_without_n1_the_data_is_taken_as_it_is(text, share):
+@pytest.mark.parametrize(("text", "fraction"), [("tux_paint::natural", 0.5), ("tux_paint:25%:natural", 0.25)])
+def test_without_n1_the_data_is_taken_as_it_is(text, fraction):
     config = parse_cell(text).config()
-    assert (config.n1, config.labeled_fraction, config.shape) == (None, share, "natural")
+    assert (config.n1, config.labeled_fraction, config.shape) == (None, fraction, "natural")
 
 
 def test_a_folder_may_hold_colons_and_takes_any_n1():

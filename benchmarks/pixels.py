@@ -16,7 +16,7 @@ Pixels = NDArray[np.float32]
 Encode = Callable[[Pixels], Pixels]
 
 WEAK, STRONG = 2, 4
-"""Views of each training image, as many as `benchmarks.data.VIEWS` has."""
+"""Views of each training image."""
 
 
 def moved(pixels: Pixels, random: np.random.Generator, reach: int) -> Pixels:
@@ -24,7 +24,8 @@ def moved(pixels: Pixels, random: np.random.Generator, reach: int) -> Pixels:
     n, height, width = pixels.shape
     wide = np.pad(pixels, ((0, 0), (reach, reach), (reach, reach)))
     down, right = random.integers(0, 2 * reach + 1, (2, n, 1, 1))
-    rows, columns = np.arange(height).reshape(1, -1, 1) + down, np.arange(width).reshape(1, 1, -1) + right
+    rows = np.arange(height).reshape(1, -1, 1) + down
+    columns = np.arange(width).reshape(1, 1, -1) + right
     return wide[np.arange(n).reshape(-1, 1, 1), rows, columns]
 
 
@@ -35,10 +36,12 @@ def mirrored(pixels: Pixels, random: np.random.Generator) -> Pixels:
 
 
 def erased(pixels: Pixels, random: np.random.Generator, side: int) -> Pixels:
-    """A square of zeros, `side` pixels wide, at a random place of each image."""
+    """A square of zeros, `side` pixels wide, at a random position of each image."""
     n, height, width = pixels.shape
-    top, left = random.integers(0, height - side + 1, (n, 1, 1)), random.integers(0, width - side + 1, (n, 1, 1))
-    rows, columns = np.arange(height).reshape(1, -1, 1) - top, np.arange(width).reshape(1, 1, -1) - left
+    top = random.integers(0, height - side + 1, (n, 1, 1))
+    left = random.integers(0, width - side + 1, (n, 1, 1))
+    rows = np.arange(height).reshape(1, -1, 1) - top
+    columns = np.arange(width).reshape(1, 1, -1) - left
     inside = (rows >= 0) & (rows < side) & (columns >= 0) & (columns < side)
     return np.where(inside, np.float32(0), pixels)
 
@@ -74,14 +77,14 @@ def pixel_cache(
     to one, and a head would first have to learn that direction away.
     """
     random = np.random.default_rng(0x9E1)
-    seen = pixels[np.isin(splits, ("train", "unlabeled"))]  # (m, H, W)
-    middle = encode(seen).mean(axis=0)  # (D,)
+    training = pixels[np.isin(splits, ("train", "unlabeled"))]  # (m, H, W)
+    center = encode(training).mean(axis=0)  # (D,)
 
     def features(view: Pixels) -> NDArray[np.float16]:
-        return (encode(view) - middle).astype(np.float16)
+        return (encode(view) - center).astype(np.float16)
 
-    weak = [features(weak_view(seen, random, flips=flips)) for _ in range(views[0])]
-    strong = [features(strong_view(seen, random, flips=flips)) for _ in range(views[1])]
+    weak = [features(weak_view(training, random, flips=flips)) for _ in range(views[0])]
+    strong = [features(strong_view(training, random, flips=flips)) for _ in range(views[1])]
     return FeatureCache.from_arrays(
         features(pixels),
         labels,

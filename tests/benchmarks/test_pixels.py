@@ -1,6 +1,6 @@
 import numpy as np
 
-from benchmarks.studies.pixels import (
+from benchmarks.pixels import (
     STRONG,
     WEAK,
     erased,
@@ -18,16 +18,16 @@ def images(n=6, side=8, seed=0):
     return np.random.default_rng(seed).random((n, side, side)).astype(np.float32)
 
 
-def test_a_moved_image_is_the_image_at_another_place():
+def test_a_moved_image_is_the_image_at_another_position():
     before = images(20)
     after = moved(before, np.random.default_rng(0), 2)
     wide = np.pad(before, ((0, 0), (2, 2), (2, 2)))
-    places = set()
+    positions = set()
     for one, around in zip(after, wide, strict=True):
-        found = [(y, x) for y in range(5) for x in range(5) if np.array_equal(around[y : y + 8, x : x + 8], one)]
-        assert len(found) == 1
-        places.update(found)
-    assert len(places) > 5
+        matches = [(y, x) for y in range(5) for x in range(5) if np.array_equal(around[y : y + 8, x : x + 8], one)]
+        assert len(matches) == 1
+        positions.update(matches)
+    assert len(positions) > 5
 
 
 def test_about_half_are_mirrored_and_the_others_untouched():
@@ -69,12 +69,12 @@ def test_strong_views_are_further_away_than_weak_ones():
 
 
 def test_a_cache_of_pixels_is_centred_and_has_views_of_its_training_rows():
-    found = pixels_cache()
-    assert found.plain.shape == (9, 64)
-    assert found.views("weak").shape == (6, WEAK, 64)
-    assert found.views("strong").shape == (6, STRONG, 64)
-    assert np.abs(found.plain[:6].astype(np.float32).mean(axis=0)).max() < 1e-3
-    assert found.prototypes is None
+    cache = pixels_cache()
+    assert cache.plain.shape == (9, 64)
+    assert cache.views("weak").shape == (6, WEAK, 64)
+    assert cache.views("strong").shape == (6, STRONG, 64)
+    assert np.abs(cache.plain[:6].astype(np.float32).mean(axis=0)).max() < 1e-3
+    assert cache.prototypes is None
 
 
 def pixels_cache():
@@ -89,9 +89,9 @@ def test_views_are_the_same_each_time():
 
 def test_the_untrained_encoder_is_fixed_by_its_seed_and_sees_each_image_alone():
     encode, before = untrained(filters=3), images(5, side=28)
-    found = encode(before)
-    assert found.shape == (5, 48)
-    assert np.array_equal(found, untrained(filters=3)(before))
-    assert not np.allclose(found, untrained(filters=3, seed=9)(before))
-    assert np.allclose(found[2:3], encode(before[2:3]), atol=1e-6)
-    assert (found >= 0).all()
+    features = encode(before)
+    assert features.shape == (5, 48)
+    assert np.array_equal(features, untrained(filters=3)(before))
+    assert not np.allclose(features, untrained(filters=3, seed=9)(before))
+    assert np.allclose(features[2:3], encode(before[2:3]), atol=1e-6)
+    assert (features >= 0).all()

@@ -9,8 +9,8 @@ import typer
 from PIL import Image
 from typer.testing import CliRunner
 
-from benchmarks.speed import neighbors as benchmark
-from benchmarks.speed.agreement import images_of
+from benchmarks.images import image_source
+from benchmarks.studies import neighbors as benchmark
 from tests.cache.samples import write_images, write_tiny_model
 from ulfine_fast.cache.models.encoder import load_encoder
 from ulfine_fast.cli.main import guarded
@@ -32,7 +32,7 @@ def test_variants_are_what_their_names_say():
 
 def test_copies(tmp_path, encoder):
     write_images(tmp_path / "images", {"train/cat": 4, "test/cat": 3})
-    rows = benchmark.copies(images_of(str(tmp_path / "images"), 7), encoder)
+    rows = benchmark.copies(image_source(str(tmp_path / "images"), 7), encoder)
     assert [row["variant"] for row in rows] == [*benchmark.VARIANTS, "nearest other image"]
     for row in rows:
         assert row["images"] == 7

@@ -7,7 +7,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from benchmarks.speed import storage
+from benchmarks.studies import storage
 from tests.conftest import make_clusters
 from ulfine_fast.cache.io.errors import InputError
 from ulfine_fast.cache.quantized import quantized, restored
@@ -39,7 +39,7 @@ def test_bytes():
     assert [storage.bytes_of(dtype, 512) for dtype in storage.TYPES] == [2048, 1024, 516]
 
 
-def test_rows_are_those_that_a_cache_hands_out():
+def test_rows_are_those_that_a_cache_returns():
     cache = fine()
     assert storage.types_of(cache) == ("float32", "float16", "int8")
     assert storage.types_of(make_clusters()) == ("float16", "int8")
@@ -67,7 +67,7 @@ def test_rows_and_table():
 
 def test_differences_are_paired():
     rows = [
-        {"data": "d", "method": "m", "dtype": dtype, "seed": seed, "bytes_per_feature": 1, **dict.fromkeys(FIGURES, v)}
+        {"data": "d", "method": "m", "dtype": dtype, "seed": seed, "bytes_per_feature": 1, **dict.fromkeys(METRICS, v)}
         for dtype, shift in (("float16", 0.0), ("int8", -0.01))
         for seed, v in enumerate((0.2 + shift, 0.6 + shift))
     ]
@@ -75,11 +75,11 @@ def test_differences_are_paired():
     assert lines[1][4:6] == ["39.00", "-1.00 ±0.00"]
 
 
-FIGURES = ("balanced_accuracy", "ece", "ece_temperature_scaled")
+METRICS = ("balanced_accuracy", "ece", "ece_temperature_scaled")
 
 
 def test_the_command(tmp_path, monkeypatch):
-    monkeypatch.setattr(storage, "demo", fine)
+    monkeypatch.setattr(storage, "open_features", lambda name: fine())
     app = typer.Typer()
     app.command()(storage.storage)
     out = tmp_path / "rows.json"
@@ -92,6 +92,6 @@ def test_the_command(tmp_path, monkeypatch):
 
 def test_a_cache_of_bytes_is_refused(monkeypatch):
     monkeypatch.setattr(storage, "types_of", lambda cache: ("int8",))
-    monkeypatch.setattr(storage, "demo", fine)
+    monkeypatch.setattr(storage, "open_features", lambda name: fine())
     with pytest.raises(InputError, match="demo holds int8 features"):
         storage.storage(data=["demo"])

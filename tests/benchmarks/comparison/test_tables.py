@@ -2,8 +2,8 @@ import math
 
 import pytest
 
-from benchmarks.speed.cells import parse_cell
-from benchmarks.tables import Rows, print_table, print_tables
+from benchmarks.comparison.cells import parse_cell
+from benchmarks.comparison.tables import Rows, print_tables
 from ulfine_fast.metrics.intervals import mean_interval
 
 CELL = parse_cell("fashion_mnist:150:uniform")
@@ -51,9 +51,9 @@ def test_the_best_other_is_by_mean(rows):
 
 
 def test_differences_are_paired_over_seeds(rows):
-    found = rows.difference(CELL, "ulfine", "fixmatch")
+    gap = rows.difference(CELL, "ulfine", "fixmatch")
     by_hand = mean_interval([0.04, 0.02, 0.09])
-    assert (found.mean, found.half) == pytest.approx((by_hand.mean, by_hand.half))
+    assert (gap.mean, gap.half) == pytest.approx((by_hand.mean, by_hand.half))
 
 
 def test_the_way_from_the_probe_to_the_oracle(rows):
@@ -68,7 +68,7 @@ def printed(capsys, rows, cells, methods, against):
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in capsys.readouterr().out.splitlines()]
 
 
-def test_the_tables_hold_the_figures(rows, capsys):
+def test_the_tables_hold_the_metrics(rows, capsys):
     lines = printed(capsys, rows, [CELL], list(ACCURACY), "ulfine")
     assert ["method", "150 uniform"] in lines
     assert ["linear_probe", "62.0 ±5.0"] in lines
@@ -83,7 +83,7 @@ def test_each_data_set_has_its_tables(capsys):
     assert [title.split(":")[0] for title in titles] == ["fashion_mnist"] * 2 + ["digits"] * 2
 
 
-def test_one_method_has_nobody_to_stand_against(rows, capsys):
+def test_one_method_is_compared_with_no_other(rows, capsys):
     lines = printed(capsys, rows, [CELL], ["ulfine"], "ulfine")
     assert ["ulfine", "71.0 ±2.5"] in lines
     assert not any("best other" in line for line in lines)
@@ -103,12 +103,3 @@ def test_without_probe_and_oracle_there_is_no_way_to_measure(capsys):
         line for line in printed(capsys, few, [CELL], ["fixmatch", "ulfine"], "ulfine") if line[0] == "150 uniform"
     ]
     assert line[6:8] == ["-", "-"]
-
-
-def test_a_plain_table_has_texts_left_and_numbers_right(capsys):
-    print_table(["shape", "who", "rate"], [["S1", "eager", "7"], ["S2", "a longer one", "1200"]], texts=2)
-    first, second = [line for line in capsys.readouterr().out.splitlines() if "S" in line]
-    assert [cell.strip() for cell in first.strip("|").split("|")] == ["S1", "eager", "7"]
-    assert first.split("|")[2].startswith(" eager ")
-    assert first.rstrip("|").endswith("   7")
-    assert len(first) == len(second)
