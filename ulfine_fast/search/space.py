@@ -310,8 +310,10 @@ def _refuse_empty_range(name: str, made: Range) -> None:
             raise InputError(f"{name} needs as step a {kind} above 0 and at most high - low, got {made.step}")
         if made.count > MOST_STEPS:
             raise InputError(f"{name} has {made.count:g} steps, more than {MOST_STEPS:g}; give a larger step, or none")
-    if not 2 <= made.points <= MOST_STEPS:
-        raise InputError(f"{name} needs 2 to {MOST_STEPS:g} points on a grid, got {made.points}")
+    if made.points < 2:
+        raise InputError(f"{name} needs at least 2 points on a grid, got {made.points}")
+    if made.points > MOST_STEPS:
+        raise InputError(f"{name} needs at most {MOST_STEPS:g} points on a grid, got {made.points}")
 
 
 def _refuse_useless(space: Space) -> None:

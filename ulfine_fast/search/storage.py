@@ -28,11 +28,15 @@ def database_url(folder: Path) -> str:
     """URL of the database in a sweep's own folder.
 
     Raises:
-        InputError: the folder's name has a question mark, at which a URL's path ends.
+        InputError: a name that a URL cannot hold, with some versions of SQLAlchemy.
     """
-    if "?" in str(folder):
-        raise InputError(f"{folder} has a question mark, which the URL of a database cannot hold; name another folder")
-    return f"sqlite:///{folder / DATABASE}"
+    from sqlalchemy.engine import URL, make_url
+
+    path = str(folder / DATABASE)
+    url = URL.create("sqlite", database=path).render_as_string(hide_password=False)
+    if make_url(url).database != path:
+        raise InputError(f"the URL of a database cannot hold the name {folder}; name a folder of letters and digits")
+    return url
 
 
 def open_storage(url: str) -> RDBStorage:
@@ -61,7 +65,8 @@ def open_storage(url: str) -> RDBStorage:
     # a driver, a server and a database of another program may each fail in its own way
     except Exception as error:
         raise InputError(
-            f"cannot open the storage {without_password(url)} ({_reason(error)}); check the URL and its driver"
+            f"cannot open the storage {without_password(url)} ({_reason(error)}); "
+            + ("make room, or check that it can be written" if arguments else "check the URL and its driver")
         ) from error
     if arguments:
         event.listen(storage.engine, "connect", _set_up_sqlite)

@@ -83,7 +83,8 @@ class SweepStudy:
                 directions = [direction.name.lower() for direction in existing.directions]
             saved = _with_current_names(attributes.get("sweep"), plan.space)
             from_this_sweep = all(_owner(trial) == plan.owner for trial in trials)
-            unfinished = bool(trials) and not any(trial.state.is_finished() for trial in trials)
+            # in a database of several sweeps, one without trials may be at work
+            unfinished = bool(trials or plan.own_database) and not any(trial.state.is_finished() for trial in trials)
             # a process that died between creating the study and saying what it is left nothing in it
             empty = not trials and not attributes and directions == plan.directions
             # after a first batch that was refused, say for a split the data cannot give, nothing is finished: the
@@ -96,12 +97,13 @@ class SweepStudy:
                 return cls(existing, storage, plan)
 
         # two workers may create it at the same moment
-        created = optuna.create_study(
-            study_name=plan.study, storage=storage, directions=plan.directions, load_if_exists=True
-        )
-        created.set_metric_names(list(plan.metrics))
-        created.set_user_attr("sweep", identity)
-        return cls(created, storage, plan)
+        with reading_study(plan.storage):
+            created = optuna.create_study(
+                study_name=plan.study, storage=storage, directions=plan.directions, load_if_exists=True
+            )
+            created.set_metric_names(list(plan.metrics))
+            created.set_user_attr("sweep", identity)
+            return cls(created, storage, plan)
 
     def trials(self) -> list[FrozenTrial]:
         """All trials, in the order of their numbers, each checked to be what was recorded.

@@ -20,6 +20,7 @@ from ulfine_fast.engine.checkpoint import cache_fingerprint
 from ulfine_fast.engine.fit import fit_many
 from ulfine_fast.runs.seeds import save_runs
 from ulfine_fast.search.choices import Pruning, Sampler
+from ulfine_fast.search.held_out import check_held_out_images
 from ulfine_fast.search.leaderboard import write_best
 from ulfine_fast.search.on_ray import RayWorkers, run_on_ray
 from ulfine_fast.search.plan import Plan, check_options, check_search, default_batch, trial_count
@@ -140,10 +141,12 @@ def sweep(
             earlier = earlier_summary(plan.out)
             opened = SweepStudy.open(plan)
             opened.refuse_changes(earlier)
+            left_out = check_held_out_images(plan, cache)
 
             # the trials, then the refits
             _run_batches(plan, cache, opened, missing_batches(opened, plan), ray, progress)
             result = collect(opened, plan)
+            result.warnings = [*result.warnings, *left_out]
             _refit(result, plan, cache, refit, refit_seeds, earlier)
             # the folder of checkpoints goes once none is left in it
             with contextlib.suppress(OSError):
