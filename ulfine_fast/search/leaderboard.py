@@ -20,7 +20,7 @@ from ulfine_fast.cache.io.digests import BLANK, sealed
 from ulfine_fast.cache.io.files import write_atomically
 from ulfine_fast.cache.io.toml import toml_text
 from ulfine_fast.metrics.intervals import Interval, mean_interval
-from ulfine_fast.search.objective import sign
+from ulfine_fast.search.objective import sign, tell_importance
 from ulfine_fast.search.saved import BEST, LEADERBOARD, RESULTS, result_rows
 
 if TYPE_CHECKING:
@@ -113,10 +113,7 @@ def importance(study: Study, plan: Plan, ranked: Sequence[RankedTrial]) -> dict[
 
     by_metric: dict[str, dict[str, float]] = {}
     for i, metric in enumerate(plan.metrics):
-        # the best tenth, at least two, must not be all trials; small validation sets make many equal scores
-        scores = [sign(metric) * trial.metrics[metric].mean for trial in ranked]
-        tenth = max(2, math.ceil(len(scores) / 10))
-        if len(scores) < 3 or min(scores) >= sorted(scores, reverse=True)[tenth - 1]:
+        if not tell_importance([sign(metric) * trial.metrics[metric].mean for trial in ranked]):
             continue
 
         def loss(trial: FrozenTrial, i: int = i) -> float:

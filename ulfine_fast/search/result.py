@@ -148,6 +148,7 @@ def write_summary(result: SweepResult, plan: Plan, test_reads: int) -> None:
     about = {
         "format": FORMAT,
         "version": VERSION,
+        "owner": plan.owner,
         **plan.identity(),
         "sampler": plan.sampler,
         "trials": plan.trials,

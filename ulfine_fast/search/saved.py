@@ -24,7 +24,7 @@ from ulfine_fast.cache.io.files import read_regular_file
 from ulfine_fast.cache.io.json_files import MAX_BYTES, check_schema, parse_json, read_json
 from ulfine_fast.cache.io.toml import parse_toml
 from ulfine_fast.metrics.intervals import mean_interval
-from ulfine_fast.search.objective import METRICS
+from ulfine_fast.search.objective import METRICS, sign, tell_importance
 from ulfine_fast.search.records import MOST_TRIALS, SEEDS
 from ulfine_fast.search.space import new_names
 from ulfine_fast.search.storage import RESTORE
@@ -86,6 +86,7 @@ class Summary(msgspec.Struct):
         counts: trials by state.
         best: the refits.
         test_reads: how often the test split was read.
+        owner: id of the sweep; None in version 1.
         files: SHA-256 of the other files by name; None in version 1.
     """
 
@@ -98,6 +99,7 @@ class Summary(msgspec.Struct):
     counts: dict[str, _Count]
     best: list[Refit]
     test_reads: _Count
+    owner: str | None = None
     files: dict[str, str] | None = None
 
 
@@ -327,8 +329,11 @@ def _compare_files(
         raise contradiction(BEST, ", ".join(sorted(different or settings.keys() - expected.keys())))
 
     # importance: fractions of the searched settings
+    scores = {metric: [sign(metric) * float(entry[metric]) for entry in leaderboard] for metric in summary.metrics}
+    if importance.keys() != {metric for metric in summary.metrics if tell_importance(scores[metric])}:
+        raise contradiction(IMPORTANCE, f"it is of {', '.join(importance) or 'no metric'}")
     for metric, fractions in importance.items():
-        if metric not in summary.metrics or fractions.keys() - searched or not _same("1", sum(fractions.values())):
+        if fractions.keys() - searched or not _same("1", sum(fractions.values())):
             raise contradiction(IMPORTANCE, metric)
 
     # the refits: of the best trials

@@ -105,6 +105,11 @@ class SweepStudy:
             created.set_user_attr("sweep", identity)
             return cls(created, storage, plan)
 
+    def close(self) -> None:
+        """Close the database: SQLite then has all of it in one file, which may be copied."""
+        self.storage.remove_session()
+        self.storage.engine.dispose()
+
     def trials(self) -> list[FrozenTrial]:
         """All trials, in the order of their numbers, each checked to be what was recorded.
 
@@ -160,6 +165,11 @@ class SweepStudy:
                 f"the trials of {self.plan.out} are not of the sweep {self.plan.owner} that its file .owner names; "
                 f"{RESTORE}"
             )
+        if earlier is not None:
+            own = {**self.plan.identity(), "owner": earlier.owner and self.plan.owner}
+            for name in ("owner", "cache", "metrics", "seeds", "seed", "split"):
+                if getattr(earlier, name) != own[name]:
+                    raise InputError(f"{self.plan.out / SUMMARY} is of another sweep (its {name} differs); {RESTORE}")
         counted = 0 if earlier is None else sum(earlier.counts.values())
         if counted > len(self._checked):
             raise InputError(

@@ -139,15 +139,15 @@ def sweep(
         with _locked(plan.out), quiet_optuna(), storage_failures(plan.storage):
             # what is there, checked before hours are spent
             earlier = earlier_summary(plan.out)
-            opened = SweepStudy.open(plan)
-            opened.refuse_changes(earlier)
-            left_out = check_held_out_images(plan, cache)
+            with contextlib.closing(SweepStudy.open(plan)) as opened:
+                opened.refuse_changes(earlier)
+                left_out = check_held_out_images(plan, cache)
 
-            # the trials, then the refits
-            _run_batches(plan, cache, opened, missing_batches(opened, plan), ray, progress)
-            result = collect(opened, plan)
-            result.warnings = [*result.warnings, *left_out]
-            _refit(result, plan, cache, refit, refit_seeds, earlier)
+                # the trials, then the refits
+                _run_batches(plan, cache, opened, missing_batches(opened, plan), ray, progress)
+                result = collect(opened, plan)
+                result.warnings = [*result.warnings, *left_out]
+                _refit(result, plan, cache, refit, refit_seeds, earlier)
             # the folder of checkpoints goes once none is left in it
             with contextlib.suppress(OSError):
                 (plan.out / CHECKPOINTS).rmdir()

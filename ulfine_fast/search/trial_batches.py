@@ -48,7 +48,7 @@ def run_batch(
     plan: Plan,
     cache: FeatureCache,
     batch: StudyBatch,
-    study: SweepStudy | None = None,
+    study: SweepStudy,
     advance: Advance | None = None,
 ) -> int:
     """Propose the trials of a batch, train them and record their results.
@@ -59,13 +59,12 @@ def run_batch(
         plan: the sweep's.
         cache: its features.
         batch: which one.
-        study: the sweep's, where it is open.
+        study: the sweep's.
         advance: called with the trial-steps done since the last call.
 
     Returns:
         How many trials were recorded.
     """
-    study = study or SweepStudy.open(plan)
     # a batch dies with a checkpoint before its first trial is recorded, or without one after that: those left over are
     # the same trials in both cases
     trials = [trial for trial in study.claim(batch) if not trial.state.is_finished()]
