@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,19 +16,49 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
+MAX_BYTES = 1 << 20
+"""Size of the largest file that is read."""
+
+_MOST_PARTS = 32
+_LONG_CHAIN = re.compile(rf"""(?<![\w"'-])(?:[\w"'-]+[ \t]*\.[ \t]*){{{_MOST_PARTS},}}""")
+
 
 def read_toml(path: Path) -> dict[str, Any]:
     """The content of a TOML file.
 
     Raises:
-        InputError: no such file, or not TOML; says where in the file.
+        InputError: no such file, not TOML, or nested too deep; says where in the file.
     """
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        with path.open("rb") as file:
+            data = file.read(MAX_BYTES + 1)
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror or error}; name a TOML file of settings") from error
-    except ValueError as error:  # broken syntax, or text that is not UTF-8
-        raise InputError(f"{path} is not TOML: {error}") from error
+    return parse_toml(data, str(path))
+
+
+def parse_toml(data: bytes, name: str) -> dict[str, Any]:
+    """The content of TOML in memory.
+
+    Args:
+        data: UTF-8.
+        name: of the file, for the sentence of a refusal.
+
+    Raises:
+        InputError: not TOML, or nested too deep; says where in the file.
+    """
+    try:
+        text = data.decode()
+        # each name of a long chain takes as long as all names before it
+        if len(data) > MAX_BYTES or _LONG_CHAIN.search(text):
+            raise ValueError(f"it has more than {MAX_BYTES} bytes, or a dotted name of more than {_MOST_PARTS} parts")
+        return tomllib.loads(text)
+    except ValueError as error:  # broken syntax, text that is not UTF-8, or a number of thousands of digits
+        raise InputError(f"{name} is not TOML: {error}") from error
+    except RecursionError as error:
+        raise InputError(
+            f"{name} is not TOML of ours: it is nested too deep; write a value or a list a line"
+        ) from error
 
 
 def toml_text(values: Mapping[str, bool | int | float | str], heading: str) -> str:

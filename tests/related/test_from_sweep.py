@@ -107,7 +107,7 @@ def test_other_folders_and_caches_are_refused(searched, tmp_path):
         forecast_sweep(tmp_path / "nowhere", hard())
     about = json.loads((result.out / "sweep.json").read_text())
     (result.out / "sweep.json").write_text(json.dumps({**about, "format": "other"}))
-    with pytest.raises(InputError, match=r"format 'other', version 1; name a folder"):
+    with pytest.raises(InputError, match=r"format 'other', version 2; name a folder"):
         forecast_sweep(result.out, hard())
 
 

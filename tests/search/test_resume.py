@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import optuna
 import pytest
 
 from tests.search.conftest import SPACE, recorded
@@ -103,19 +104,19 @@ def test_a_sweep_that_died_while_recording_keeps_what_was_recorded(search, tmp_p
 
 
 def test_a_sweep_that_died_while_proposing_proposes_the_rest(search, tmp_path, monkeypatch):
-    real = SweepStudy._add
+    real = optuna.Study.add_trial
     added = []
 
-    def fatal(study, trial, batch):
+    def fatal(study, trial):
         if len(added) == 2:
             raise KeyboardInterrupt
         added.append(trial)
-        real(study, trial, batch)
+        real(study, trial)
 
-    monkeypatch.setattr(SweepStudy, "_add", fatal)
+    monkeypatch.setattr(optuna.Study, "add_trial", fatal)
     with pytest.raises(KeyboardInterrupt):
         search()
-    monkeypatch.setattr(SweepStudy, "_add", real)
+    monkeypatch.undo()
     assert recorded(search()) == recorded(search(out=tmp_path / "whole"))
 
 

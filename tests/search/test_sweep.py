@@ -127,7 +127,9 @@ def test_a_sweep_without_a_complete_trial_says_why(search, tmp_path):
         search({**SPACE, "lr": [1e30, 1e31], "threshold": 0.9}, trials=2, sampler="grid")
     with pytest.raises(InputError, match="no validation images to judge by; set val_fraction"):
         search({**SPACE, "val_fraction": 0.0}, trials=2, out=tmp_path / "blind")
-    with pytest.raises(InputError, match="no trial has many_shot on validation; choose another --metric"):
+    with pytest.raises(
+        InputError, match="no trial has many_shot on validation: no class is in that group; choose another --metric"
+    ):
         search(trials=2, out=tmp_path / "few", metrics=["many_shot"])
 
 

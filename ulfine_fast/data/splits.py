@@ -27,6 +27,10 @@ RULE = (
 """The protocol in words, as split.json records it."""
 
 MAX_SPLIT_BYTES = 4 << 30  # a hundred million image ids
+
+KEPT_BY_TRAINING = 3
+"""Labelled images of a class that validation takes none of: it takes some where there are more."""
+
 _SPLIT_KEYS = ("format", "version", "rule", "class_order", "labeled", "unlabeled", "val", "test")
 
 
@@ -172,7 +176,7 @@ def draw_split(labels: Rows, splits: NDArray[Any], class_names: list[str], confi
     # validation images: the cache's, else some of the labelled ones
     val = _rows(np.flatnonzero((splits == "val") & (labels >= 0)))
     if not len(val):
-        val, labeled = _held_out(labeled, config.val_fraction, keep=3)
+        val, labeled = _held_out(labeled, config.val_fraction, keep=KEPT_BY_TRAINING)
     return Split(
         labeled=np.sort(np.concatenate(labeled)),
         unlabeled=np.sort(unlabeled),

@@ -75,7 +75,7 @@ def sweep_notes(folder: Path) -> list[str]:
     """Notes below the table of the sweep in `folder`; each is plain text.
 
     Raises:
-        OSError, ValueError, KeyError, TypeError: a maker's file is damaged.
+        InputError, OSError: a maker's file is damaged.
     """
     makers: list[SweepNoteMaker] = [_load(name) for name in _SWEEP_NOTES]
     return [note for maker in makers if (note := maker(folder)) is not None]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -13,8 +11,8 @@ from typing import Any
 from ulfine_fast.cache.io.errors import InputError
 from ulfine_fast.report.charts import bar_chart
 from ulfine_fast.report.plugins import sweep_notes
+from ulfine_fast.search.saved import is_of_another_program, read_sweep
 
-_FORMAT = "ulfine-fast-sweep"
 _TRIALS = 30  # rows of the leaderboard on the page
 _BARS = 12  # settings in a chart of importance
 
@@ -102,24 +100,18 @@ def sweeps_section(sweeps: Sequence[SweepFiles]) -> list[dict[str, Any]]:
 def _read_sweep(folder: Path) -> SweepFiles | None:
     """The sweep in a folder; None where `sweep.json` is another program's."""
     try:
-        head = json.loads((folder / "sweep.json").read_text(encoding="utf-8"))
-        if not isinstance(head, dict) or head.get("format") != _FORMAT:
+        if is_of_another_program(folder):
             return None
-        with (folder / "leaderboard.csv").open(newline="", encoding="utf-8") as file:
-            leaderboard = list(csv.DictReader(file))
-        importance = json.loads((folder / "importance.json").read_text(encoding="utf-8"))
+        saved = read_sweep(folder)
         return SweepFiles(
             path=folder,
-            metrics=[str(metric) for metric in head["metrics"]],
-            counts={str(state): int(count) for state, count in head["counts"].items()},
-            leaderboard=leaderboard,
-            importance={
-                str(metric): {str(name): float(fraction) for name, fraction in fractions.items()}
-                for metric, fractions in importance.items()
-            },
+            metrics=saved.summary.metrics,
+            counts=saved.summary.counts,
+            leaderboard=saved.leaderboard,
+            importance=saved.importance,
             notes=sweep_notes(folder),
         )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, csv.Error) as error:
+    except (OSError, InputError) as error:
         raise InputError(f"the sweep in {folder} cannot be read ({error}); run it again, which goes on") from error
 
 

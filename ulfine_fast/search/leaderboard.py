@@ -6,7 +6,7 @@ import csv
 import io
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,10 +16,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ulfine_fast._version import __version__
+from ulfine_fast.cache.io.digests import BLANK, sealed
 from ulfine_fast.cache.io.files import write_atomically
 from ulfine_fast.cache.io.toml import toml_text
 from ulfine_fast.metrics.intervals import Interval, mean_interval
-from ulfine_fast.search.objective import sign
+from ulfine_fast.search.objective import sign, tell_importance
+from ulfine_fast.search.saved import BEST, LEADERBOARD, RESULTS, result_rows
 
 if TYPE_CHECKING:
     from optuna.study import Study
@@ -111,10 +113,7 @@ def importance(study: Study, plan: Plan, ranked: Sequence[RankedTrial]) -> dict[
 
     by_metric: dict[str, dict[str, float]] = {}
     for i, metric in enumerate(plan.metrics):
-        # the best tenth, at least two, must not be all trials; small validation sets make many equal scores
-        scores = [sign(metric) * trial.metrics[metric].mean for trial in ranked]
-        tenth = max(2, math.ceil(len(scores) / 10))
-        if len(scores) < 3 or min(scores) >= sorted(scores, reverse=True)[tenth - 1]:
+        if not tell_importance([sign(metric) * trial.metrics[metric].mean for trial in ranked]):
             continue
 
         def loss(trial: FrozenTrial, i: int = i) -> float:
@@ -137,22 +136,18 @@ def write_leaderboard(out: Path, ranked: Sequence[RankedTrial], plan: Plan) -> N
         params = [trial.params[name] for name in plan.space.searched]
         row = [trial.rank, trial.trial, plan.seeds, *metrics, *params]
         writer.writerow(["" if value is None else value for value in row])
-    write_atomically(out / "leaderboard.csv", text.getvalue().encode())
+    write_atomically(out / LEADERBOARD, text.getvalue().encode())
 
 
 def write_results(out: Path, trials: Sequence[FrozenTrial]) -> None:
     """Write results.parquet: a row for each trial and seed, with settings and all validation metrics."""
-    rows = []
-    for trial in trials:
-        for record in trial.user_attrs.get("seeds", []):
-            row = {"trial": trial.number, "state": trial.state.name.lower(), **trial.params}
-            row.update({name: value for name, value in record.items() if name != "val"})
-            row.update({f"val_{name}": value for name, value in record["val"].items()})
-            rows.append(row)
+    rows = [row for trial in trials for row in result_rows(trial)]
     # failed seeds have no metrics, and methods of one space may have metrics that others lack
     names = list(dict.fromkeys(name for row in rows for name in row))
     table = pa.table({name: pa.array([row.get(name) for row in rows]) for name in names})
-    pq.write_table(table, out / "results.parquet")
+    content = io.BytesIO()
+    pq.write_table(table, content)
+    write_atomically(out / RESULTS, content.getvalue())
 
 
 def write_best(out: Path, ranked: Sequence[RankedTrial], count: int) -> None:
@@ -160,7 +155,7 @@ def write_best(out: Path, ranked: Sequence[RankedTrial], count: int) -> None:
 
     They contain no seed: `fit --config best.toml --seeds 5` says which seeds to fit.
     """
-    files = {"best.toml": ranked[0], **{f"best-{trial.rank}.toml": trial for trial in ranked[:count]}}
+    files = {BEST: ranked[0], **{f"best-{trial.rank}.toml": trial for trial in ranked[:count]}}
     for name, trial in files.items():
         metrics = ", ".join(f"{metric} {interval.mean:.4f}" for metric, interval in trial.metrics.items())
         heading = f"trial {trial.trial} of a sweep by ulfine-fast {__version__}; on validation: {metrics}"
@@ -170,6 +165,15 @@ def write_best(out: Path, ranked: Sequence[RankedTrial], count: int) -> None:
 def write_json(path: Path, content: Any) -> None:
     """Write JSON, whole or not at all."""
     write_atomically(path, (json.dumps(content, indent=2, allow_nan=False) + "\n").encode())
+
+
+def write_sealed_json(path: Path, content: Mapping[str, Any]) -> dict[str, Any]:
+    """Write a JSON object with its own digest in the field "digest"; returns it."""
+    text = json.dumps({**content, "digest": BLANK}, indent=2, allow_nan=False)
+    data = sealed(f"{text}\n".encode())
+    write_atomically(path, data)
+    written: dict[str, Any] = json.loads(data)
+    return written
 
 
 def _finite(value: float) -> float | None:

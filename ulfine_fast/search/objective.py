@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -39,6 +40,13 @@ def direction(metric: str) -> Literal["minimize", "maximize"]:
 def sign(metric: str) -> int:
     """1 where higher is better, -1 where lower is better."""
     return -1 if metric in LOWER_IS_BETTER else 1
+
+
+def tell_importance(scores: Sequence[float]) -> bool:
+    """Whether trials differ enough to say which settings matter; of each trial its score, higher is better."""
+    # the best tenth, at least two, must not be all trials; small validation sets make many equal scores
+    tenth = max(2, math.ceil(len(scores) / 10))
+    return len(scores) >= 3 and min(scores) < sorted(scores, reverse=True)[tenth - 1]
 
 
 def mean_metrics(seeds: Sequence[dict[str, Any]], metrics: Sequence[str]) -> list[float] | None:

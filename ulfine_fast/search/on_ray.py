@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from ulfine_fast.cache.io.ray_cluster import RayWorkers, joined, result_of
 from ulfine_fast.cache.store import FeatureCache
 from ulfine_fast.search.samplers import quiet_optuna
+from ulfine_fast.search.storage import storage_failures
+from ulfine_fast.search.study import SweepStudy
 from ulfine_fast.search.trial_batches import run_batch
 
 if TYPE_CHECKING:
     from ulfine_fast.search.plan import Plan
-    from ulfine_fast.search.study import StudyBatch
+    from ulfine_fast.search.records import StudyBatch
 
 
 def run_on_ray(
@@ -50,5 +53,5 @@ def run_on_ray(
 
 def run_remotely(plan: Plan, cache: FeatureCache | str, batch: StudyBatch) -> int:
     """Run one batch on a worker; returns how many trials it recorded."""
-    with quiet_optuna():
-        return run_batch(plan, FeatureCache.open(cache) if isinstance(cache, str) else cache, batch)
+    with quiet_optuna(), storage_failures(plan.storage), contextlib.closing(SweepStudy.open(plan)) as study:
+        return run_batch(plan, FeatureCache.open(cache) if isinstance(cache, str) else cache, batch, study)

@@ -13,14 +13,19 @@ from ulfine_fast.data.splits import Split
 from ulfine_fast.engine.steps import ENGINES
 from ulfine_fast.search.objective import check_metrics, direction
 from ulfine_fast.search.pruning import check_pruning
+from ulfine_fast.search.records import MOST_TRIALS
 from ulfine_fast.search.samplers import LEARNING, check_sampler, grid_size
 from ulfine_fast.search.space import Space
+from ulfine_fast.search.storage import database_url
 
 if TYPE_CHECKING:
     from ulfine_fast.cache.store import FeatureCache
 
 LEARNING_BATCH = 64
 """Trials of a batch where later ones learn from earlier ones: about what already fills a CPU."""
+
+MOST_SEEDS = 10_000
+"""Seeds of a trial."""
 
 _RUNS_IN_MEMORY = 1 << 30  # bytes
 
@@ -70,6 +75,16 @@ class Plan:
         """Direction of each metric."""
         return [direction(metric) for metric in self.metrics]
 
+    @property
+    def trial_seeds(self) -> range:
+        """Seeds that each trial is averaged over."""
+        return range(self.seed, self.seed + self.seeds)
+
+    @property
+    def own_database(self) -> bool:
+        """Whether the study's database is that of the sweep's own folder."""
+        return self.storage == database_url(self.out)
+
     def identity(self) -> dict[str, Any]:
         """What must be equal for trials of two calls to belong to one study, in JSON's types."""
         return {
@@ -103,12 +118,15 @@ def check_options(
         InputError: naming the option and its value.
     """
     least = {"trials": 1, "seeds": 1, "refit": 0, "refit-seeds": 1, "batch": 1}
+    most = {"trials": MOST_TRIALS, "seeds": MOST_SEEDS, "refit": MOST_TRIALS, "refit-seeds": MOST_SEEDS}
     counts = {"trials": trials, "seeds": seeds, "refit": refit, "refit-seeds": refit_seeds, "batch": batch}
     for name, count in counts.items():
         if name == "batch" and count is None:
             continue
         if isinstance(count, bool) or not isinstance(count, int) or count < least[name]:
             raise InputError(f"{name} must be at least {least[name]}, got {count}")
+        if count > most.get(name, MOST_TRIALS):
+            raise InputError(f"{name} must be at most {most.get(name, MOST_TRIALS)}, got {count}")
     pick_device(device)
     if engine not in ENGINES:
         raise InputError(f"engine must be one of {', '.join(ENGINES)}, got {engine!r}")

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import csv
 import importlib.metadata
-import json
 import uuid
 from collections import Counter
 from collections.abc import Sequence
@@ -12,27 +10,30 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
 from ulfine_fast._version import __version__
+from ulfine_fast.cache.io.digests import file_digest
 from ulfine_fast.cache.io.errors import InputError
-from ulfine_fast.cache.io.files import make_folder, write_atomically
-from ulfine_fast.cache.io.toml import read_toml
+from ulfine_fast.cache.io.files import make_folder, read_regular_file, write_atomically
 from ulfine_fast.search.leaderboard import (
     RankedTrial,
     importance,
     rank_trials,
+    write_best,
     write_json,
     write_leaderboard,
     write_results,
+    write_sealed_json,
 )
 from ulfine_fast.search.plan import Plan
-from ulfine_fast.search.study import SweepStudy, open_storage, without_password
+from ulfine_fast.search.records import Owner
+from ulfine_fast.search.saved import BEST, FORMAT, IMPORTANCE, LEADERBOARD, OWNER, RESULTS, SUMMARY, VERSION
+from ulfine_fast.search.storage import open_storage, without_password
+from ulfine_fast.search.study import SweepStudy
 
 if TYPE_CHECKING:
     from optuna.study import Study
-
-DATABASE = "sweep.db"
-FORMAT = "ulfine-fast-sweep"
-_OWNER = ".owner"
 
 
 @dataclass
@@ -87,76 +88,25 @@ class SweepResult:
         }
 
 
-@dataclass(frozen=True)
-class SavedSweep:
-    """What the folder of a finished sweep says of its best trial.
-
-    Attributes:
-        folder: of the sweep.
-        metrics: what was optimised, on validation.
-        seed: the first seed of every trial.
-        seeds: how many seeds each trial was averaged over.
-        cache: fingerprint of its features.
-        split: fingerprint of the split that every trial used; None where each config drew its own.
-        trial: number of the best trial.
-        settings: all its settings, except the seed.
-        refits: as :attr:`SweepResult.best`.
-    """
-
-    folder: Path
-    metrics: tuple[str, ...]
-    seed: int
-    seeds: int
-    cache: str
-    split: str | None
-    trial: int
-    settings: dict[str, Any]
-    refits: list[dict[str, Any]]
-
-
-def read_sweep(folder: Path) -> SavedSweep:
-    """Read the folder of a finished sweep.
-
-    Raises:
-        InputError: no finished sweep there, or a damaged one.
-    """
-    try:
-        about = json.loads((folder / "sweep.json").read_text(encoding="utf-8"))
-        if about["format"] != FORMAT or about["version"] != 1:
-            raise InputError(
-                f"{folder / 'sweep.json'} has format {about['format']!r}, version {about['version']}; "
-                "name a folder that `sweep` wrote"
-            )
-        with (folder / "leaderboard.csv").open(newline="", encoding="utf-8") as file:
-            best = next(csv.DictReader(file))
-        return SavedSweep(
-            folder=folder,
-            metrics=tuple(about["metrics"]),
-            seed=int(about["seed"]),
-            seeds=int(about["seeds"]),
-            cache=about["cache"],
-            split=about["split"],
-            trial=int(best["trial"]),
-            settings=read_toml(folder / "best.toml"),
-            refits=about["best"],
-        )
-    except InputError:
-        raise
-    except (OSError, ValueError, KeyError, TypeError, StopIteration) as error:
-        reason = f"{type(error).__name__}: {error}"
-        raise InputError(f"{folder} is not a finished sweep ({reason}); name a folder that `sweep` wrote") from error
-
-
 def sweep_folder(out: Path) -> str:
     """Make the folder of a sweep, or find the sweep in it; returns its id, which no other sweep has.
 
     Raises:
-        InputError: the folder holds something else, or cannot be made.
+        InputError: the folder holds something else, cannot be made, or has a damaged id.
     """
-    owner = out / _OWNER
-    if owner.exists():
-        return owner.read_text(encoding="utf-8").strip()
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    owner = out / OWNER
+    try:
+        name = read_regular_file(owner, 1 << 10).decode().strip()
+        msgspec.convert(name, Owner)
+        return name
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"{owner} does not hold the id of a sweep ({error}); restore it from a copy, or name a new folder"
+        ) from error
+    # a process that died while it wrote the id left nothing else
+    if out.exists() and (not out.is_dir() or any(path.name != f"{OWNER}.tmp" for path in out.iterdir())):
         raise InputError(f"{out} exists and is no sweep; name a new folder")
     make_folder(out)
     name = uuid.uuid4().hex[:12]
@@ -185,17 +135,20 @@ def collect(study: SweepStudy, plan: Plan) -> SweepResult:
     # written even where nothing is complete: the rows say what happened to every trial
     write_leaderboard(plan.out, ranked, plan)
     write_results(plan.out, trials)
-    write_json(plan.out / "importance.json", result.importance)
+    write_json(plan.out / IMPORTANCE, result.importance)
     if not ranked:
         raise InputError(_why_none_is_complete(trials, plan))
+    write_best(plan.out, ranked, 0)
     return result
 
 
 def write_summary(result: SweepResult, plan: Plan, test_reads: int) -> None:
-    """Write sweep.json: what was searched and how, by which versions, and the results of the refits."""
+    """Write sweep.json, the last file: what was searched, by which versions, the refits, and digests of the others."""
+    files = [LEADERBOARD, RESULTS, IMPORTANCE, BEST, *(refit["settings"] for refit in result.best)]
     about = {
         "format": FORMAT,
-        "version": 1,
+        "version": VERSION,
+        "owner": plan.owner,
         **plan.identity(),
         "sampler": plan.sampler,
         "trials": plan.trials,
@@ -206,17 +159,9 @@ def write_summary(result: SweepResult, plan: Plan, test_reads: int) -> None:
         "best": result.best,
         "test_reads": test_reads,
         "versions": {"ulfine-fast": __version__, **{n: importlib.metadata.version(n) for n in ("optuna", "torch")}},
+        "files": {name: file_digest(plan.out / name) for name in files},
     }
-    write_json(plan.out / "sweep.json", about)
-
-
-def earlier_refits(out: Path) -> tuple[list[dict[str, Any]], int]:
-    """Refits that an earlier call left in the folder, and how often the test split has been read."""
-    try:
-        about = json.loads((out / "sweep.json").read_text(encoding="utf-8"))
-        return about["best"], int(about["test_reads"])
-    except (OSError, ValueError, KeyError, TypeError):  # not written yet, or by another program
-        return [], 0
+    write_sealed_json(plan.out / SUMMARY, about)
 
 
 def _why_none_is_complete(trials: Sequence[Any], plan: Plan) -> str:

@@ -9,7 +9,7 @@ import hashlib
 import logging
 import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 SAMPLERS: tuple[str, ...] = get_args(Sampler)
 LEARNING = ("tpe", "cmaes")
 """Samplers that use the results of earlier trials; the others could propose everything at the start."""
+
+MOST_POINTS = 10_000_000
+"""Points of a grid, which is held in memory."""
 
 
 @contextmanager
@@ -59,7 +62,20 @@ def check_sampler(sampler: str, space: Space, metrics: Sequence[str]) -> None:
 
 
 def grid_size(space: Space) -> int:
-    """Points of the space's grid."""
+    """Points of the space's grid.
+
+    Raises:
+        InputError: more than `MOST_POINTS`.
+    """
+    # counted before they are listed: a range may have any number of them
+    most = math.prod(
+        float(entry.grid_points if isinstance(entry, Range) else len(entry)) for entry in space.searched.values()
+    )
+    if most > MOST_POINTS:
+        raise InputError(
+            f"the grid of the space has {most:g} points, more than {MOST_POINTS:g}; give its ranges a larger step or "
+            "fewer points, or use --sampler qmc"
+        )
     return math.prod(len(_grid_values(entry)) for entry in space.searched.values())
 
 
@@ -86,21 +102,30 @@ def propose(
         count: how many trials to propose.
         seed: of the search.
         batch: trials of a whole trial batch; a generation of CMA-ES.
+
+    Returns:
+        Running trials, with the attributes that CMA-ES reads again.
     """
     import optuna
+    from optuna.trial import TrialState, create_trial
 
     learns = sampler in LEARNING
     # a learning sampler continues from the past and needs a fresh seed; the others replay their sequence up to `start`
     sampler_seed = _derived_seed(seed, start) if learns else seed
-    study = optuna.create_study(
-        sampler=_make_sampler(space, sampler, seed=sampler_seed, batch=batch), directions=list(directions)
-    )
+    searched = distributions(space)
+    chosen = _make_sampler(space, sampler, searched, seed=sampler_seed, batch=batch)
+    study = optuna.create_study(sampler=chosen, directions=list(directions))
     if learns:
         study.add_trials(list(past))
-    searched = distributions(space)
     for _ in range(count if learns else start + count):
         study.ask(searched)
-    return study.get_trials(deepcopy=False)[-count:]
+    attributes = getattr(chosen, "attributes", {})
+    return [
+        create_trial(
+            state=TrialState.RUNNING, params=trial.params, distributions=searched, system_attrs=dict(attributes)
+        )
+        for trial in study.get_trials(deepcopy=False)[-count:]
+    ]
 
 
 def distributions(space: Space) -> dict[str, BaseDistribution]:
@@ -118,7 +143,9 @@ def distributions(space: Space) -> dict[str, BaseDistribution]:
     return by_name
 
 
-def _make_sampler(space: Space, name: str, *, seed: int, batch: int) -> BaseSampler:
+def _make_sampler(
+    space: Space, name: str, searched: Mapping[str, BaseDistribution], *, seed: int, batch: int
+) -> BaseSampler:
     from optuna import samplers
 
     if name == "random":
@@ -129,7 +156,9 @@ def _make_sampler(space: Space, name: str, *, seed: int, batch: int) -> BaseSamp
         silent: Any = {"warn_asynchronous_seeding": False, "warn_independent_sampling": False}
         return samplers.QMCSampler(scramble=True, seed=seed, **silent)
     if name == "cmaes":
-        return samplers.CmaEsSampler(seed=seed, popsize=max(batch, 4), warn_independent_sampling=False)
+        from ulfine_fast.search.cmaes import CmaEs  # start-up: it imports Optuna
+
+        return CmaEs(searched, seed=seed, population=max(batch, 4))
     return samplers.TPESampler(seed=seed, constant_liar=True)
 
 

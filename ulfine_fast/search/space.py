@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import math
 import warnings
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +21,9 @@ Value = bool | int | float | str
 
 MOST_STRUCTURES = 64
 """Values that a structural option may take: each makes trial batches of its own, hundreds would undo the batching."""
+
+MOST_STEPS = 10**9
+"""Steps of a range; where they are finer, a number cannot be told from its neighbours."""
 
 _GRID_POINTS = 5
 
@@ -50,6 +54,20 @@ class Range:
         if self.step is None:
             return self.high - self.low + 1 if self.whole else math.inf
         return math.floor((self.high - self.low) / self.step + 1e-9) + 1
+
+    @property
+    def grid_points(self) -> float:
+        """The most values that :meth:`grid` returns."""
+        return self.points if self.step is None else self.count
+
+    def holds(self, value: Value) -> bool:
+        """Whether the range has this value."""
+        if isinstance(value, bool) or not isinstance(value, int if self.whole else int | float):
+            return False
+        if not self.low <= value <= self.high:
+            return False
+        steps = 0.0 if self.step is None else (value - self.low) / self.step
+        return abs(steps - round(steps)) < 1e-8
 
     def grid(self) -> list[float]:
         """The values a grid search tries: by step where there is one, else `points` of them, evenly spread."""
@@ -82,6 +100,13 @@ class Space:
     fixed: dict[str, Value]
     searched: dict[str, Range | tuple[Value, ...]]
     warnings: list[str] = field(default_factory=list, compare=False)
+
+    def allows(self, name: str, value: Value) -> bool:
+        """Whether a searched option may have this value."""
+        entry = self.searched[name]
+        if isinstance(entry, Range):
+            return entry.holds(value)
+        return any(type(value) is type(choice) and value == choice for choice in entry)
 
     def settings(self, params: Mapping[str, Value]) -> dict[str, Value]:
         """The options of a trial with these searched values that its method reads, but for the seed."""
@@ -229,9 +254,9 @@ def _choices(name: str, entry: Any) -> tuple[Value, ...]:
     if not entry:
         raise InputError(f"{name} has an empty list; give it values to choose from")
     values = tuple(_legal(name, value) for value in entry)
-    twice = [value for i, value in enumerate(values) if value in values[:i]]
-    if twice:
-        raise InputError(f"{name} has {twice[0]!r} twice in its list; name each value once")
+    if len(set(values)) < len(values):
+        twice = next(value for value, count in Counter(values).items() if count > 1)
+        raise InputError(f"{name} has {twice!r} twice in its list; name each value once")
     return values
 
 
@@ -283,8 +308,12 @@ def _refuse_empty_range(name: str, made: Range) -> None:
         if not 0 < made.step <= made.high - made.low or (made.whole and made.step != int(made.step)):
             kind = "whole number" if made.whole else "number"
             raise InputError(f"{name} needs as step a {kind} above 0 and at most high - low, got {made.step}")
+        if made.count > MOST_STEPS:
+            raise InputError(f"{name} has {made.count:g} steps, more than {MOST_STEPS:g}; give a larger step, or none")
     if made.points < 2:
         raise InputError(f"{name} needs at least 2 points on a grid, got {made.points}")
+    if made.points > MOST_STEPS:
+        raise InputError(f"{name} needs at most {MOST_STEPS:g} points on a grid, got {made.points}")
 
 
 def _refuse_useless(space: Space) -> None:

@@ -1,20 +1,36 @@
 """The study in its database: which trials there are, which batch each belongs to, and their results.
 
-Optuna and SQLAlchemy are imported inside functions: they take half a second to start.
+Optuna is imported inside functions: it takes half a second to start.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from ulfine_fast.cache.io.errors import InputError
 from ulfine_fast.config import options_of
-from ulfine_fast.search.samplers import propose
+from ulfine_fast.search.records import (
+    BATCH,
+    GENERATION,
+    POPULATION,
+    PROPOSED,
+    SEEDS,
+    SeedRecord,
+    StudyBatch,
+    check_trial,
+    mean_at_rungs,
+    outcome,
+    proposal_digest,
+    sealed_records,
+)
+from ulfine_fast.search.samplers import distributions, propose
+from ulfine_fast.search.saved import SUMMARY, Summary, refuse_changed_trials
 from ulfine_fast.search.space import Space, new_names
+from ulfine_fast.search.storage import RESTORE, open_storage, reading_study
 
 if TYPE_CHECKING:
     from optuna.storages import RDBStorage
@@ -22,31 +38,6 @@ if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
 
     from ulfine_fast.search.plan import Plan
-
-_BATCH = "share"  # attribute of a trial in the database; the name is part of the format
-_TIMEOUT = 60  # seconds that SQLite waits for another process to finish writing
-
-
-@dataclass(frozen=True, slots=True)
-class StudyBatch:
-    """Trials of a study that are proposed, trained and recorded together.
-
-    Attributes:
-        owner: id of the sweep they belong to.
-        number: of the batch within that sweep, from 0.
-        start: index of its first trial in the search's sequence.
-        size: how many trials.
-    """
-
-    owner: str
-    number: int
-    start: int
-    size: int
-
-    @property
-    def name(self) -> str:
-        """Unique in a study, and valid as a folder's name."""
-        return f"{self.owner}-{self.number:05d}"
 
 
 class SweepStudy:
@@ -58,20 +49,23 @@ class SweepStudy:
     Attributes:
         optuna_study: the study as Optuna knows it.
         storage: its database.
+        plan: of the sweep.
     """
 
-    def __init__(self, optuna_study: Study, storage: RDBStorage, searched: Collection[str]) -> None:
-        """Use :meth:`open`; `searched` names the settings that trials differ in."""
-        self.optuna_study, self.storage = optuna_study, storage
-        self._searched = frozenset(searched)
+    def __init__(self, optuna_study: Study, storage: RDBStorage, plan: Plan) -> None:
+        """Use :meth:`open`."""
+        self.optuna_study, self.storage, self.plan = optuna_study, storage, plan
         self._id = storage.get_study_id_from_name(optuna_study.study_name)
+        self._distributions = distributions(plan.space)
+        # by number: a trial as the database has it, and as `trials` returns it
+        self._checked: dict[int, tuple[FrozenTrial, FrozenTrial]] = {}
 
     @classmethod
     def open(cls, plan: Plan) -> SweepStudy:
         """Open the plan's study, or create it.
 
         Raises:
-            InputError: a storage that cannot be opened, or a study made with another space, cache or objective.
+            InputError: a storage that cannot be opened or read, or a study made with another space, cache or objective.
         """
         import optuna
 
@@ -79,51 +73,116 @@ class SweepStudy:
         identity = plan.identity()
 
         # a study of that name: continue it, replace it, or refuse it
-        if plan.study in optuna.get_all_study_names(storage):
-            existing = optuna.load_study(study_name=plan.study, storage=storage)
-            saved = _with_current_names(existing.user_attrs.get("sweep"), plan.space)
-            trials = existing.get_trials(deepcopy=False)
-            from_this_sweep = all(trial.user_attrs.get(_BATCH, {}).get("owner") == plan.owner for trial in trials)
-            unfinished = bool(trials) and not any(trial.state.is_finished() for trial in trials)
+        with reading_study(plan.storage):
+            exists = plan.study in optuna.get_all_study_names(storage)
+        if exists:
+            with reading_study(plan.storage):
+                existing = optuna.load_study(study_name=plan.study, storage=storage)
+                attributes = existing.user_attrs
+                trials = existing.get_trials(deepcopy=False)
+                directions = [direction.name.lower() for direction in existing.directions]
+            saved = _with_current_names(attributes.get("sweep"), plan.space)
+            from_this_sweep = all(_owner(trial) == plan.owner for trial in trials)
+            # in a database of several sweeps, one without trials may be at work
+            unfinished = bool(trials or plan.own_database) and not any(trial.state.is_finished() for trial in trials)
+            # a process that died between creating the study and saying what it is left nothing in it
+            empty = not trials and not attributes and directions == plan.directions
             # after a first batch that was refused, say for a split the data cannot give, nothing is finished: the
             # corrected space must not need another folder
-            if not (saved != identity and from_this_sweep and unfinished):
-                _refuse_other_sweep(plan, saved)
-                return cls(existing, storage, plan.space.searched)
-            optuna.delete_study(study_name=plan.study, storage=storage)
+            corrected = isinstance(saved, dict) and saved != identity and from_this_sweep and unfinished
+            if corrected:
+                optuna.delete_study(study_name=plan.study, storage=storage)
+            elif not empty:
+                _refuse_other_sweep(plan, saved, directions)
+                return cls(existing, storage, plan)
 
         # two workers may create it at the same moment
-        created = optuna.create_study(
-            study_name=plan.study, storage=storage, directions=plan.directions, load_if_exists=True
-        )
-        created.set_metric_names(list(plan.metrics))
-        created.set_user_attr("sweep", identity)
-        return cls(created, storage, plan.space.searched)
+        with reading_study(plan.storage):
+            created = optuna.create_study(
+                study_name=plan.study, storage=storage, directions=plan.directions, load_if_exists=True
+            )
+            created.set_metric_names(list(plan.metrics))
+            created.set_user_attr("sweep", identity)
+            return cls(created, storage, plan)
+
+    def close(self) -> None:
+        """Close the database: SQLite then has all of it in one file, which may be copied."""
+        self.storage.remove_session()
+        self.storage.engine.dispose()
 
     def trials(self) -> list[FrozenTrial]:
-        """All trials, in the order of their numbers.
+        """All trials, in the order of their numbers, each checked to be what was recorded.
 
         Version 0.1 had other names for some settings, and searched settings that no method of the space reads: these
         trials get today's names, without such settings.
+
+        Raises:
+            InputError: a trial is missing, was changed after it was recorded, or is outside the space.
         """
-        trials = self.optuna_study.get_trials(deepcopy=False)
-        if all(trial.params.keys() == self._searched for trial in trials):
-            return trials
+        with reading_study(self.plan.storage):
+            trials = self.optuna_study.get_trials(deepcopy=False)
+            if [trial.number for trial in trials] != list(range(len(trials))):
+                raise InputError(f"study {self.plan.study!r} lacks a trial before its last one; {RESTORE}")
+            return [self._check(trial) for trial in trials]
+
+    def _check(self, trial: FrozenTrial) -> FrozenTrial:
+        """The trial with today's names and nothing of the database that is not checked."""
+        before, checked = self._checked.get(trial.number, (None, trial))
+        if before is trial:
+            return checked
+        check_trial(trial, self.plan.metrics, self.plan.trial_seeds)
+
+        # options: today's names, those of the space, values that it allows
         names = new_names()
-        current = []
-        for trial in trials:
-            kept = {name: names.get(name, name) for name in trial.params if names.get(name, name) in self._searched}
-            renamed = copy.copy(trial)
-            renamed.params = {new: trial.params[name] for name, new in kept.items()}
-            renamed.distributions = {new: trial.distributions[name] for name, new in kept.items()}
-            current.append(renamed)
-        return current
+        params = {names.get(name, name): value for name, value in trial.params.items()}
+        params = {name: value for name, value in params.items() if name in self._distributions}
+        for name in self._distributions:
+            if name not in params or not self.plan.space.allows(name, params[name]):
+                value = params.get(name)
+                raise InputError(f"trial {trial.number} has {name} = {value!r}, which is outside the space; {RESTORE}")
+
+        checked = copy.copy(trial)
+        checked.params = params
+        checked.distributions = {name: self._distributions[name] for name in params}
+        checked.system_attrs = {k: v for k, v in trial.system_attrs.items() if k in (GENERATION, POPULATION)}
+        if trial.state.is_finished() and "digest" in trial.user_attrs[SEEDS][0]:
+            checked.intermediate_values = mean_at_rungs(trial.user_attrs[SEEDS])
+        self._checked[trial.number] = trial, checked
+        return checked
+
+    def refuse_changes(self, earlier: Summary | None) -> None:
+        """Refuse a study that is not the one that this folder was left with.
+
+        Args:
+            earlier: what sweep.json says; None before the first call is finished.
+
+        Raises:
+            InputError: trials of another sweep, fewer than there were, or not those of results.parquet.
+        """
+        owners = {_owner(trial) for trial in self.trials()}
+        if self.plan.own_database and owners and self.plan.owner not in owners:
+            raise InputError(
+                f"the trials of {self.plan.out} are not of the sweep {self.plan.owner} that its file .owner names; "
+                f"{RESTORE}"
+            )
+        if earlier is not None:
+            own = {**self.plan.identity(), "owner": earlier.owner and self.plan.owner}
+            for name in ("owner", "cache", "metrics", "seeds", "seed", "split"):
+                if getattr(earlier, name) != own[name]:
+                    raise InputError(f"{self.plan.out / SUMMARY} is of another sweep (its {name} differs); {RESTORE}")
+        counted = 0 if earlier is None else sum(earlier.counts.values())
+        if counted > len(self._checked):
+            raise InputError(
+                f"{self.plan.out / SUMMARY} counts {counted} trials, the study {self.plan.study!r} has "
+                f"{len(self._checked)}; {RESTORE}"
+            )
+        refuse_changed_trials(self.plan.out, [checked for _, checked in self._checked.values()])
 
     def in_memory(self) -> Study:
         """A study of the same trials without a database, for Optuna's analyses."""
         import optuna
 
-        study = optuna.create_study(directions=self.optuna_study.directions)
+        study = optuna.create_study(directions=self.plan.directions)
         study.add_trials(self.trials())
         return study
 
@@ -131,11 +190,10 @@ class SweepStudy:
         """Every batch of which at least one trial was proposed, with its trials."""
         batches: dict[StudyBatch, list[FrozenTrial]] = {}
         for trial in trials:
-            if _BATCH in trial.user_attrs:
-                batches.setdefault(StudyBatch(**trial.user_attrs[_BATCH]), []).append(trial)
+            batches.setdefault(StudyBatch(**trial.user_attrs[BATCH]), []).append(trial)
         return batches
 
-    def claim(self, plan: Plan, batch: StudyBatch) -> list[FrozenTrial]:
+    def claim(self, batch: StudyBatch) -> list[FrozenTrial]:
         """The trials of a batch: those proposed before it was interrupted, and newly proposed ones.
 
         Returns:
@@ -146,102 +204,57 @@ class SweepStudy:
         # there are too many where two workers both believed that the batch had died
         if len(proposed) >= batch.size:
             return proposed[: batch.size]
+        # the whole batch again, as it was proposed before: what a sampler draws depends on where its batch starts
+        numbers = {trial.number for trial in proposed}
         new_trials = propose(
-            plan.space,
-            plan.sampler,
-            past,
-            plan.directions,
-            start=batch.start + len(proposed),
-            count=batch.size - len(proposed),
-            seed=plan.seed,
-            batch=plan.batch,
+            self.plan.space,
+            self.plan.sampler,
+            [trial for trial in past if trial.number not in numbers],
+            self.plan.directions,
+            start=batch.start,
+            count=batch.size,
+            seed=self.plan.seed,
+            batch=self.plan.batch,
         )
-        for trial in new_trials:
-            self._add(trial, batch)
+        for trial in new_trials[len(proposed) :]:
+            digest = proposal_digest(trial.params, batch, trial.system_attrs)
+            trial.user_attrs = {BATCH: asdict(batch), PROPOSED: digest}
+            self.optuna_study.add_trial(trial)
         return self.batches(self.trials())[batch]
-
-    def _add(self, trial: FrozenTrial, batch: StudyBatch) -> None:
-        """Write a proposed trial, as running."""
-        from optuna.trial import TrialState, create_trial
-
-        self.optuna_study.add_trial(
-            create_trial(
-                state=TrialState.RUNNING,
-                params=trial.params,
-                distributions=trial.distributions,
-                user_attrs={_BATCH: asdict(batch)},
-                # samplers such as CMA-ES keep their own state here
-                system_attrs=trial.system_attrs,
-            )
-        )
 
     def report(self, number: int, step: int, value: float) -> None:
         """Record a trial's metric at an evaluation."""
         self.storage.set_trial_intermediate_value(self._trial_id(number), step, value)
 
-    def finish(
-        self, number: int, values: Sequence[float] | None, state: str, seeds: Sequence[Mapping[str, Any]]
-    ) -> None:
+    def finish(self, number: int, records: Sequence[SeedRecord]) -> None:
         """Record the result of a trial.
 
         Args:
-            number: of the trial.
-            values: one for each metric; None unless complete.
-            state: "complete", "pruned" or "failed".
-            seeds: the results of each seed, in JSON's types.
+            number: of a trial that :meth:`claim` returned.
+            records: of its seeds.
         """
         from optuna.exceptions import UpdateFinishedTrialError
         from optuna.trial import TrialState
 
         states = {"complete": TrialState.COMPLETE, "pruned": TrialState.PRUNED, "failed": TrialState.FAIL}
+        state, values = outcome(records, self.plan.metrics)
         # a worker that was believed dead may have finished the trial, with the same results
         with contextlib.suppress(UpdateFinishedTrialError):
-            self.storage.set_trial_user_attr(self._trial_id(number), "seeds", list(seeds))
+            trial_id = self._trial_id(number)
+            recorded = self._checked[number][0]
+            sealed = sealed_records(records, number, recorded.params, StudyBatch(**recorded.user_attrs[BATCH]))
+            self.storage.set_trial_user_attr(trial_id, SEEDS, sealed)
             # what Study.tell comes down to: it reads the trial back twice, which takes longer than a short trial trains
-            self.storage.set_trial_state_values(self._trial_id(number), states[state], values)
+            self.storage.set_trial_state_values(trial_id, states[state], values)
 
     def _trial_id(self, number: int) -> int:
         return self.storage.get_trial_id_from_study_id_trial_number(self._id, number)
 
 
-def open_storage(url: str) -> RDBStorage:
-    """Optuna's storage behind a database's URL.
-
-    Raises:
-        InputError: no such database, or one whose driver is not installed.
-    """
-    import optuna
-    from sqlalchemy import event
-    from sqlalchemy.engine import make_url
-    from sqlalchemy.exc import ArgumentError, SQLAlchemyError
-
-    try:
-        arguments = {"connect_args": {"timeout": _TIMEOUT}} if make_url(url).get_backend_name() == "sqlite" else {}
-        storage = optuna.storages.RDBStorage(url, engine_kwargs=arguments)
-    except ArgumentError as error:
-        raise InputError(f"--storage {url!r} is no database URL; give one such as sqlite:///sweep.db") from error
-    except (SQLAlchemyError, ImportError, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(
-            f"cannot open the storage {without_password(url)} ({reason}); check the URL and its driver"
-        ) from error
-    if arguments:
-        event.listen(storage.engine, "connect", _use_write_ahead_log)
-        storage.engine.dispose()
-    return storage
-
-
-def _use_write_ahead_log(connection: Any, _record: Any) -> None:
-    """A commit to SQLite then need not wait for the disk, and survives the death of the process."""
-    connection.execute("PRAGMA journal_mode=WAL")
-    connection.execute("PRAGMA synchronous=NORMAL")
-
-
-def without_password(url: str) -> str:
-    """The URL without its password."""
-    from sqlalchemy.engine import make_url
-
-    return make_url(url).render_as_string(hide_password=True)
+def _owner(trial: FrozenTrial) -> Any:
+    """Id of the sweep that a trial belongs to, as the database has it."""
+    batch = trial.user_attrs.get(BATCH)
+    return batch.get("owner") if isinstance(batch, dict) else None
 
 
 def _with_current_names(saved: Any, space: Space) -> Any:
@@ -254,15 +267,16 @@ def _with_current_names(saved: Any, space: Space) -> Any:
     return {**saved, "space": {name: entry for name, entry in entries.items() if name in read}}
 
 
-def _refuse_other_sweep(plan: Plan, saved: Any) -> None:
+def _refuse_other_sweep(plan: Plan, saved: Any, directions: Sequence[str]) -> None:
     """Refuse to mix trials of two sweeps, naming the first entry that differs."""
     if not isinstance(saved, dict):
         raise InputError(f"study {plan.study!r} was not made by sweep; name another with --study")
-    for name, value in plan.identity().items():
-        if saved.get(name) != value:
-            field, before, now = _first_difference(name, saved.get(name), value)
+    for name, value in {**plan.identity(), "directions": plan.directions}.items():
+        before = directions if name == "directions" else saved.get(name)
+        if before != value:
+            field, was, now = _first_difference(name, before, value)
             raise InputError(
-                f"study {plan.study!r} was made with {field} = {before!r}, this sweep says {now!r}; "
+                f"study {plan.study!r} was made with {field} = {was!r}, this sweep says {now!r}; "
                 "use the same, or another --out"
             )
 

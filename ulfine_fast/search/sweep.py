@@ -6,26 +6,31 @@ import contextlib
 import functools
 import importlib
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 
 from ulfine_fast.cache.io.errors import InputError
+from ulfine_fast.cache.io.files import write_error
 from ulfine_fast.cache.io.progress import progress_bar
 from ulfine_fast.data.splits import Split
 from ulfine_fast.engine.checkpoint import cache_fingerprint
 from ulfine_fast.engine.fit import fit_many
 from ulfine_fast.runs.seeds import save_runs
 from ulfine_fast.search.choices import Pruning, Sampler
+from ulfine_fast.search.held_out import check_held_out_images
 from ulfine_fast.search.leaderboard import write_best
 from ulfine_fast.search.on_ray import RayWorkers, run_on_ray
 from ulfine_fast.search.plan import Plan, check_options, check_search, default_batch, trial_count
-from ulfine_fast.search.result import DATABASE, SweepResult, collect, earlier_refits, sweep_folder, write_summary
+from ulfine_fast.search.records import StudyBatch
+from ulfine_fast.search.result import SweepResult, collect, sweep_folder, write_summary
 from ulfine_fast.search.samplers import quiet_optuna
+from ulfine_fast.search.saved import Summary, earlier_summary
 from ulfine_fast.search.space import Space, default_space, parse_space, read_space
-from ulfine_fast.search.study import StudyBatch, SweepStudy
+from ulfine_fast.search.storage import database_url, storage_failures
+from ulfine_fast.search.study import SweepStudy
 from ulfine_fast.search.trial_batches import CHECKPOINTS, missing_batches, run_batch
 
 if TYPE_CHECKING:
@@ -121,7 +126,7 @@ def sweep(
         seed=seed,
         out=folder.resolve(),
         owner=sweep_folder(folder),
-        storage=storage or f"sqlite:///{folder.resolve() / DATABASE}",
+        storage=storage or database_url(folder.resolve()),
         # in a database of its own the name is always the same, so that the folder may be moved
         study=study or (folder.resolve().name if storage else "sweep"),
         cache=cache_fingerprint(cache)[:16],
@@ -131,19 +136,23 @@ def sweep(
     )
 
     try:
-        # two processes would each take the trials that the other trains for those of a dead one
-        with FileLock(plan.out / ".lock", timeout=0), quiet_optuna():
-            opened = SweepStudy.open(plan)
-            _run_batches(plan, cache, opened, missing_batches(opened, plan), ray, progress)
-            result = collect(opened, plan)
-            _refit(result, plan, cache, refit, refit_seeds)
+        with _locked(plan.out), quiet_optuna(), storage_failures(plan.storage):
+            # what is there, checked before hours are spent
+            earlier = earlier_summary(plan.out)
+            with contextlib.closing(SweepStudy.open(plan)) as opened:
+                opened.refuse_changes(earlier)
+                left_out = check_held_out_images(plan, cache)
+
+                # the trials, then the refits
+                _run_batches(plan, cache, opened, missing_batches(opened, plan), ray, progress)
+                result = collect(opened, plan)
+                result.warnings = [*result.warnings, *left_out]
+                _refit(result, plan, cache, refit, refit_seeds, earlier)
             # the folder of checkpoints goes once none is left in it
             with contextlib.suppress(OSError):
                 (plan.out / CHECKPOINTS).rmdir()
     except KeyboardInterrupt as stop:
         raise KeyboardInterrupt("interrupted; the same command goes on from here") from stop
-    except Timeout as error:
-        raise InputError(f"another sweep is at work in {plan.out}; wait for it or name another folder") from error
 
     if forecast is not None:
         result.forecast = from_sweep.forecast_sweep(
@@ -158,6 +167,26 @@ def sweep(
             progress=progress,
         )
     return result
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Holds the folder for one sweep: two would each take the trials that the other trains for those of a dead one.
+
+    Raises:
+        InputError: another sweep is at work there, or the lock cannot be written.
+    """
+    lock = FileLock(folder / ".lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise InputError(f"another sweep is at work in {folder}; wait for it or name another folder") from error
+    except OSError as error:
+        raise write_error(folder / ".lock", error) from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _read_space(space: Space | Mapping[str, Any] | str | Path | None, settings: Mapping[str, Any] | None) -> Space:
@@ -208,19 +237,27 @@ def _most_steps(space: Space) -> int:
     return space.config(params, 0).steps
 
 
-def _refit(result: SweepResult, plan: Plan, cache: FeatureCache, count: int, seeds: int) -> None:
+def _refit(
+    result: SweepResult, plan: Plan, cache: FeatureCache, count: int, seeds: int, earlier: Summary | None
+) -> None:
     """Refit the best with seeds that the search did not use and read the test split, unless that has been done."""
     best = result.leaderboard[:count]
-    write_best(plan.out, result.leaderboard, count)
     fresh = [plan.seed + plan.seeds + i for i in range(seeds)]
 
     # nothing to fit, or the same trials and seeds as in an earlier call
-    earlier, test_reads = earlier_refits(plan.out)
-    same = [(refit["trial"], refit["seeds"]) for refit in earlier] == [(trial.trial, fresh) for trial in best]
+    refits: list[dict[str, Any]] = [] if earlier is None else [{**refit} for refit in earlier.best]
+    test_reads = 0 if earlier is None else earlier.test_reads
+    same = [(refit["trial"], refit["seeds"]) for refit in refits] == [(trial.trial, fresh) for trial in best]
     if same or not best:
-        result.best = earlier if same else []
+        result.best = refits if same else []
+        write_best(plan.out, result.leaderboard, count)
         write_summary(result, plan, test_reads)
         return
+
+    # the earlier refits stay until the new ones are there
+    if earlier is not None:
+        result.best = refits
+        write_summary(result, plan, test_reads)
 
     # fit all of them together
     runs = fit_many(
@@ -236,6 +273,7 @@ def _refit(result: SweepResult, plan: Plan, cache: FeatureCache, count: int, see
 
     # save the runs of each trial in a folder of its own
     result.best = []
+    write_best(plan.out, result.leaderboard, count)
     for i, trial in enumerate(best):
         name = f"best-{trial.rank}"
         result.best.append(

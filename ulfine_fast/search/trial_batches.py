@@ -7,10 +7,11 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ulfine_fast.engine.fit import fit_many
-from ulfine_fast.search.objective import mean_metrics, sign
+from ulfine_fast.search.objective import sign
 from ulfine_fast.search.plan import Plan
 from ulfine_fast.search.pruning import bracket, outside_best_third, rungs
-from ulfine_fast.search.study import StudyBatch, SweepStudy
+from ulfine_fast.search.records import SeedRecord, StudyBatch
+from ulfine_fast.search.study import SweepStudy
 
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
@@ -47,7 +48,7 @@ def run_batch(
     plan: Plan,
     cache: FeatureCache,
     batch: StudyBatch,
-    study: SweepStudy | None = None,
+    study: SweepStudy,
     advance: Advance | None = None,
 ) -> int:
     """Propose the trials of a batch, train them and record their results.
@@ -58,16 +59,15 @@ def run_batch(
         plan: the sweep's.
         cache: its features.
         batch: which one.
-        study: the sweep's, where it is open.
+        study: the sweep's.
         advance: called with the trial-steps done since the last call.
 
     Returns:
         How many trials were recorded.
     """
-    study = study or SweepStudy.open(plan)
     # a batch dies with a checkpoint before its first trial is recorded, or without one after that: those left over are
     # the same trials in both cases
-    trials = [trial for trial in study.claim(plan, batch) if not trial.state.is_finished()]
+    trials = [trial for trial in study.claim(batch) if not trial.state.is_finished()]
     if not trials:
         return 0
     runs = fit_many(
@@ -82,37 +82,32 @@ def run_batch(
         checkpoint=plan.out / CHECKPOINTS / batch.name,
         watch=EvaluationWatch(plan, study, trials, advance),
     )
+    compared = [] if plan.pruning == "none" else rungs(runs[0].config.steps, runs[0].config.eval_every)
     for i, trial in enumerate(trials):
         group = runs[i * plan.seeds : (i + 1) * plan.seeds]
-        values = mean_metrics([run.metrics.get("val") or {} for run in group], plan.metrics)
-        state = _trial_state(group, values)
-        seeds = [_seed_record(run) for run in group]
-        study.finish(trial.number, values if state == "complete" else None, state, seeds)
+        study.finish(trial.number, [_seed_record(run, plan.metrics[0], compared) for run in group])
     return len(trials)
 
 
-def _trial_state(group: Sequence[Run], values: list[float] | None) -> str:
-    """The state of a trial's worst seed: a seed that diverged fails the trial, a seed that was dropped prunes it."""
-    states = {run.status for run in group}
-    if "failed" in states or (values is None and "pruned" not in states):
-        return "failed"
-    return "pruned" if "pruned" in states else "complete"
-
-
-def _seed_record(run: Run) -> dict[str, Any]:
-    """What is kept of one seed, in JSON's types: metrics on validation, except those of single classes."""
+def _seed_record(run: Run, metric: str, compared: Sequence[int]) -> SeedRecord:
+    """What is kept of one seed; `metric` is what pruning compares, at the steps `compared`."""
     metrics = {name: value for name, value in (run.metrics.get("val") or {}).items() if not isinstance(value, list)}
-    return {
+    record: SeedRecord = {
         "seed": run.config.seed,
         "status": run.status,
         "seconds": run.metrics.get("seconds"),
         "failed_at": run.metrics.get("failed_at"),
-        # JSON in a database has no NaN
-        "val": {
-            name: None if isinstance(value, float) and not math.isfinite(value) else value
-            for name, value in metrics.items()
-        },
+        "val": {name: _finite(value) for name, value in metrics.items()},
     }
+    if compared:
+        rows = {row["step"]: row for row in run.history if row["step"] in compared}
+        record["rungs"] = {str(step): _finite(row.get(f"val_{metric}")) for step, row in rows.items()}
+    return record
+
+
+def _finite(value: float | None) -> float | None:
+    """The value; None for one that JSON in a database does not have."""
+    return value if value is not None and math.isfinite(value) else None
 
 
 class EvaluationWatch:

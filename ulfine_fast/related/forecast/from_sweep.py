@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import msgspec
 
 from ulfine_fast.cache.io.errors import InputError
 from ulfine_fast.cache.store import FeatureCache
@@ -14,17 +15,17 @@ from ulfine_fast.data.splits import Split, read_split
 from ulfine_fast.engine.checkpoint import cache_fingerprint
 from ulfine_fast.related.forecast.forecast import FURTHEST, LEAST_SEEDS, LEAST_SIZES, Curve, forecast
 from ulfine_fast.related.forecast.growth import BUDGETS, SIZES, grow, view_count
+from ulfine_fast.related.forecast.saved import FILE, read_forecast, sweep_id
 from ulfine_fast.runs.run import Run
 from ulfine_fast.runs.seeds import run_folders
-from ulfine_fast.search.leaderboard import write_json
+from ulfine_fast.search.leaderboard import write_sealed_json
 from ulfine_fast.search.objective import HIGHER_IS_BETTER
 from ulfine_fast.search.plan import split_fingerprint
-from ulfine_fast.search.result import SavedSweep, read_sweep
+from ulfine_fast.search.saved import SavedSweep, read_sweep
 
 if TYPE_CHECKING:
     from ulfine_fast.related.forecast import Budget
 
-FILE = "forecast.json"
 SEEDS = 5
 """Seeds of the runs where the sweep refit nothing."""
 
@@ -68,28 +69,35 @@ def forecast_sweep(
     # refuse what cannot work before a run
     saved = read_sweep(Path(folder))
     if seeds is None:
-        seeds = len(saved.refits[0]["seeds"]) if saved.refits else SEEDS
+        seeds = len(saved.summary.best[0]["seeds"]) if saved.summary.best else SEEDS
     if not isinstance(cache, FeatureCache):
         cache = FeatureCache.open(_cache_path(saved) if cache is None else Path(cache))
-    if cache_fingerprint(cache)[:16] != saved.cache:
+    if cache_fingerprint(cache)[:16] != saved.summary.cache:
         raise InputError(f"the sweep in {folder} searched another cache; name that one with --cache")
-    check_forecast(cache, over, times, seeds, saved.metrics)
-    if split is not None and saved.split is None:
+    check_forecast(cache, over, times, seeds, saved.summary.metrics)
+    if split is not None and saved.summary.split is None:
         raise InputError(f"the sweep in {folder} drew its splits from its settings; leave out --split")
-    if split is None and saved.split is not None:
+    if split is None and saved.summary.split is not None:
         split = _refit_run(saved, "--split")
     if isinstance(split, str | Path):
         split = read_split(Path(split), cache.ids)
-    if split_fingerprint(split) != saved.split:
+    if split_fingerprint(split) != saved.summary.split:
         raise InputError(f"the sweep in {folder} used another split; name its split.json with --split")
 
     # the curve: that of an earlier call about the same runs, or of new runs
-    metric = saved.metrics[0]
-    fresh = [saved.seed + saved.seeds + i for i in range(seeds)]
+    metric = saved.summary.metrics[0]
+    fresh = [saved.summary.seed + saved.summary.seeds + i for i in range(seeds)]
     about = {"over": over, "metric": metric, "trial": saved.trial, "seeds": fresh, "sizes": list(SIZES)}
-    content: dict[str, Any] = {**about, "times": times, "curve": None, "refused": None, "forecast": None}
+    content: dict[str, Any] = {
+        "sweep": sweep_id(saved.folder),
+        **about,
+        "times": times,
+        "curve": None,
+        "refused": None,
+        "forecast": None,
+    }
     try:
-        curve = _earlier_curve(saved.folder / FILE, about)
+        curve = _earlier_curve(saved.folder, about)
         if curve is None:
             configs = [FitConfig.from_dict({**saved.settings, "seed": seed}, saved=True) for seed in fresh]
             curves = grow(cache, configs, over, [metric], split=split, device=device, engine=engine, progress=progress)
@@ -101,8 +109,7 @@ def forecast_sweep(
         content["forecast"] = forecast(curve, target, chance=1 / len(cache.class_names), over=over).to_dict()
     except InputError as error:  # that there is no forecast is a result too
         content["refused"] = str(error)
-    write_json(saved.folder / FILE, content)
-    return content
+    return write_sealed_json(saved.folder / FILE, content)
 
 
 def check_forecast(cache: FeatureCache, over: str, times: float, seeds: int, metrics: Sequence[str]) -> None:
@@ -138,15 +145,24 @@ def _cache_path(saved: SavedSweep) -> Path:
 
 def _refit_run(saved: SavedSweep, option: str) -> Path:
     """The folder of a run that the sweep refit; `option` is what the user can give instead."""
-    if not saved.refits:
+    if not saved.summary.best:
         raise InputError(f"the sweep in {saved.folder} refit no trial whose run would say which to use; give {option}")
-    return run_folders(saved.folder / saved.refits[0]["runs"], saved.refits[0]["seeds"])[0]
+    return run_folders(saved.folder / saved.summary.best[0]["runs"], saved.summary.best[0]["seeds"])[0]
 
 
-def _earlier_curve(path: Path, about: dict[str, Any]) -> Curve | None:
-    """The curve of an earlier call about the same runs."""
+def _earlier_curve(folder: Path, about: dict[str, Any]) -> Curve | None:
+    """The curve of an earlier call about the same runs; None where its file cannot be used."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        return Curve.from_dict(content["curve"]) if {name: content[name] for name in about} == about else None
-    except (OSError, ValueError, KeyError, TypeError):  # not written yet, or by another program
+        earlier = read_forecast(folder)
+    except (OSError, InputError):
         return None
+    if earlier is None or earlier.curve is None or {name: getattr(earlier, name) for name in about} != about:
+        return None
+    curve = earlier.curve
+    rows = [*curve.losses, *curve.figures]
+    # ascending budgets, with a loss and a value of each seed
+    if curve.budgets != sorted(curve.budgets) or {len(row) for row in rows} != {len(about["seeds"])}:
+        return None
+    if not len(curve.budgets) == len(curve.losses) == len(curve.figures):
+        return None
+    return Curve.from_dict(msgspec.to_builtins(curve))
