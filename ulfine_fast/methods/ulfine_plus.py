@@ -8,10 +8,10 @@ held out of both decide the weight of each.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ulfine_fast.config import FitConfig, option
@@ -19,19 +19,29 @@ from ulfine_fast.core.heads import Tensors
 from ulfine_fast.core.types import Pool, State, Trials
 from ulfine_fast.methods.base import Method
 from ulfine_fast.methods.registry import register
-from ulfine_fast.ops.clustering import Clusters, Evidence, Schedule, fit_clusters
-from ulfine_fast.ops.evidence import fold_numbers, held_out_scores, starting_priors
-from ulfine_fast.ops.mixture import Metric, Rows, Whitening, cosines, products, view_scatter, whitening
+from ulfine_fast.ops.clustering import Clusters, Evidence, RowChunks, Schedule, cosines, fit_clusters
+from ulfine_fast.ops.evidence import fold_numbers, held_out_scores, label_likelihoods, starting_priors
+from ulfine_fast.ops.mixture import Metric, Scatter, Whitening, products, view_scatter, whitening
+from ulfine_fast.ops.philox import Purpose, uniforms
 from ulfine_fast.ops.probe import fit_probe
 
 _PROBE_STEPS = 200
 _PROBE_RATE = 0.1
 # candidates: scale, and whether strong views train too; which of them is best depends on the encoder
 _PROBES = ((10.0, True), (25.0, True), (25.0, False))
+# starting priors of the clusters
+_STARTS = 5
 # of the clustering: rounds, EM steps in each, and first rounds in which the starting prior is held
 _ROUNDS = 10
 _STEPS = 3
 _HELD_ROUNDS = 2
+# unlabelled images that the clusters begin with, of which candidates are judged: at least so many, and so many a class
+_SAMPLE = 2000
+_SAMPLE_PER_CLASS = 20
+# rounds over all images, where there are more
+_LAST_ROUNDS = 2
+# a candidate of less weight is left out
+_LEAST_WEIGHT = 0.01
 # images whose views are converted to float32 together
 _TOGETHER = 4096
 
@@ -107,30 +117,48 @@ class ULFinePlus(Method):
     uses_threshold = False
 
     def pool_values(self, config: FitConfig, images: int, views: int, dim: int, classes: int) -> int:
-        """All views and plain rows, and logits for every prior and fold."""
-        candidates = 5 * (1 + config.folds)
-        return 2 * images * ((2 * views + 6) * dim + 8 * candidates * classes) + 8 * dim * dim
+        """A sample of the images, class sums for every prior and fold, a chunk of rows, and the labelled views."""
+        sample = min(images, max(_SAMPLE, _SAMPLE_PER_CLASS * classes))
+        candidates = _STARTS * config.folds
+        clusters = candidates * classes * (6 * dim + 2 * min(classes, dim))
+        probes = 2 * len(_PROBES) * (1 + config.folds) * classes * dim
+        labeled = min(images, sample) * (views + 2) * dim
+        return sample * (dim + candidates) + clusters + probes + labeled + 4 * _TOGETHER * views * dim + 8 * dim * dim
 
     def start(self, trials: Trials) -> State:
         """The textual prototypes (T, K, D), until the pool has been seen."""
         return State({}, {"linear": trials.prototypes.clone()})
 
     def refresh(self, trials: Trials, state: State, pool: Pool, step: int) -> None:
-        """Fit probes and clusters with all labels and without each fold of them; weigh them by the held-out labels."""
+        """Judge the starting priors by labels that are held out, then fit those that are worth it with all labels."""
         values = trials.values
         classes = trials.prototypes.shape[1]
 
         # folds of the labels; from fold 0 nothing is held out
         folds = fold_numbers(trials.seeds, pool.labels, classes, trials.config.folds)  # (T, L)
-        targets = _targets(pool.labels, folds, classes, trials.config.folds)  # (T, L, J, K)
-        priors = starting_priors(targets[:, :, 0].sum(1))  # (T, S, K)
+        numbers = torch.arange(trials.config.folds + 1, device=folds.device)
+        kept = ((numbers == 0) | (folds.unsqueeze(-1) != numbers)) & (pool.labels >= 0).unsqueeze(-1)  # (T, L, J)
 
         # probes, and features whitened
-        heads = _probes(pool, trials, targets, folds)  # (T, J, K, D)
+        heads = _probes(pool, trials, kept, folds)  # (T, J, K, D)
         space = _space(pool, values)
-        labeled = space(pool.labeled)
-        unlabeled = space(pool.unlabeled) * pool.present.unsqueeze(-1)
-
+        whitened, offsets = space.linear(values["probe_weight"].view(-1, 1, 1, 1) * heads)
+        everything = RowChunks(
+            pool.present, lambda first, last: space(pool.features.rows(pool.unlabeled_rows[:, first:last]))
+        )
+        sample = _sample(trials.seeds, pool, space, max(_SAMPLE, _SAMPLE_PER_CLASS * classes))
+        counts = torch.zeros_like(trials.log_prior).scatter_add_(
+            1, pool.labels.clamp(min=0), (pool.labels >= 0).to(trials.log_prior.dtype)
+        )
+        evidence = Evidence(
+            labeled=space(pool.labeled),
+            labels=pool.labels,
+            label_weights=values["label_weight"].view(-1, 1, 1) * kept,
+            unlabeled=sample,
+            heads=whitened,
+            offsets=offsets,
+            prior=starting_priors(counts),  # (T, S, K)
+        )
         schedule = Schedule(
             rounds=_ROUNDS,
             steps=_STEPS,
@@ -140,107 +168,146 @@ class ULFinePlus(Method):
             prior_pseudo_count=values["prior_pseudo_count"],
         )
 
-        def clusters_without(fold: int) -> Clusters:
-            """The candidates of a fold."""
-            weights = values["label_weight"].view(-1, 1, 1, 1) * targets[:, :, fold : fold + 1]
-            anchor = values["probe_weight"].view(-1, 1, 1, 1) * products(pool.unlabeled, heads[:, fold : fold + 1])
-            evidence = Evidence(
-                labeled=labeled,
-                label_weights=weights.expand(-1, -1, priors.shape[1], -1),
-                unlabeled=unlabeled,
-                present=pool.present,
-                anchor=anchor.expand(-1, -1, priors.shape[1], -1),
-                prior=priors,
-            )
-            return fit_clusters(evidence, schedule)
-
-        # clusters, a fold at a time, as the candidates' probabilities of all images take the most memory
-        clusters = clusters_without(0)
-        similarity = [clusters.cosines(labeled)]
-        similarity += [clusters_without(fold).cosines(labeled) for fold in range(1, heads.shape[1])]
-
-        # the probe and each candidate, scored on labels that they were fitted without
-        linear = products(pool.labeled, heads).unsqueeze(3)  # (T, L, J, 1, K)
-        fused = _fused(values, torch.stack(similarity, dim=2), linear)  # (T, L, J, S, K)
-        held_out = _held_out(torch.cat([linear, fused], dim=3), folds)  # (T, L, 1 + S, K)
-        scores, temperatures = held_out_scores(held_out, pool.labels, folds > 0, classes)
+        # candidates without the labels of each fold, scored on these labels beside the probe
+        judged = fit_clusters(_fits(evidence, slice(1, None)), schedule)
+        likelihoods = [
+            label_likelihoods(logits, pool.labels[:, position])
+            for position, logits in _held_out_logits(values, pool, heads, judged, evidence, folds)
+        ]
+        scores, temperatures = held_out_scores(torch.cat(likelihoods, dim=1), pool.labels, folds > 0, classes)
         weights = torch.softmax(values["evidence_temperature"].view(-1, 1) * scores, dim=1)  # (T, 1 + S)
 
-        # what predicts: the probe and the candidates fitted with all labels
+        # those worth fitting with all labels: on the sample, then on all images
+        weights = torch.where(weights < _LEAST_WEIGHT, 0.0, weights)
+        weights = weights / weights.sum(1, keepdim=True)
+        count = max(1, int((weights[:, 1:] > 0).sum(1).max()))
+        best = torch.topk(weights[:, 1:], count, dim=1).indices  # (T, S')
+        chosen = replace(
+            _fits(evidence, slice(0, 1)), prior=evidence.prior.gather(1, best.unsqueeze(-1).expand(-1, -1, classes))
+        )
+        clusters = fit_clusters(chosen, schedule)
+        if sample.present.shape[1] < everything.present.shape[1]:
+            last = replace(schedule, rounds=_LAST_ROUNDS, sharpness_start=schedule.sharpness_end)
+            clusters = fit_clusters(replace(chosen, unlabeled=everything), last, clusters)
+
+        # what predicts
+        columns = torch.cat([torch.zeros_like(best[:, :1]), best + 1], dim=1)  # (T, 1 + S')
         state.memory |= {
             "linear": heads[:, 0],
             "mean": space.mean,
             "map": space.map,
             "centers": clusters.centers,
             "factors": clusters.metric.factors,
-            "core": clusters.metric.core,
             "shares": clusters.prior,
-            "weights": weights,
-            "temperature": temperatures,
+            "weights": weights.gather(1, columns),
+            "temperature": temperatures.gather(1, columns),
         }
-        linear = torch.log_softmax(products(pool.unlabeled, heads[:, :1]), -1)
-        candidates = torch.log(clusters.probabilities.clamp(min=1e-12))
-        mixed = _log_mixture(torch.cat([linear, candidates], dim=2), weights, temperatures)
-        state.scratch["probabilities"] = torch.exp(mixed)
-
-    def pool_probabilities(self, trials: Trials, state: State) -> Tensor | None:
-        """The candidates' mixed probabilities of the unlabelled images (T, N, K), by their estimated class prior."""
-        return state.scratch.get("probabilities")
 
     def logits(self, trials: Trials, tensors: Tensors, features: Tensor) -> Tensor:
         """Log of the mixed class probabilities (T, B, K), of equal class priors."""
+        return self._mixture(trials, tensors, features, prior=None)
+
+    def pseudo_logits(self, trials: Trials, tensors: Tensors, features: Tensor) -> Tensor:
+        """The same by the estimated class prior of the unlabelled images."""
+        return self._mixture(trials, tensors, features, prior=tensors.get("shares"))
+
+    def _mixture(self, trials: Trials, tensors: Tensors, features: Tensor, prior: Tensor | None) -> Tensor:
         linear = products(features, tensors["linear"].unsqueeze(1))  # (T, B, 1, K)
         if "centers" not in tensors:
             return linear.squeeze(2)
-        metric = Metric(tensors["factors"], tensors["core"])
-        rows = Rows.under(Whitening(tensors["mean"], tensors["map"])(features), metric)
-        fused = _fused(trials.values, cosines(rows, tensors["centers"], metric), linear)  # (T, B, S, K)
+        factors = tensors["factors"]
+        if "core" in tensors:
+            # a run of version 0.1 has a matrix between the factors
+            factors = torch.linalg.cholesky_ex(tensors["core"]).L.transpose(-1, -2) @ factors
+        rows = Whitening(tensors["mean"], tensors["map"])(features)
+        fused = _fused(trials.values, cosines(rows, tensors["centers"], Metric(factors)), linear)  # (T, B, S, K)
+        if prior is not None:
+            fused = fused + torch.log(prior).unsqueeze(1)
         return _log_mixture(torch.cat([linear, fused], dim=2), tensors["weights"], tensors["temperature"])
 
 
-def _targets(labels: Tensor, folds: Tensor, classes: int, count: int) -> Tensor:
-    """One-hot labels with fold j left out (T, L, 1 + folds, K); nothing is left out of the first."""
-    member = F.one_hot(labels.clamp(min=0), classes) * (labels >= 0).unsqueeze(-1)  # (T, L, K)
-    numbers = torch.arange(count + 1, device=labels.device)
-    kept = (numbers == 0) | (folds.unsqueeze(-1) != numbers)  # (T, L, 1 + folds)
-    return (member.unsqueeze(2) * kept.unsqueeze(-1)).float()
+def _fits(evidence: Evidence, fits: slice) -> Evidence:
+    """The evidence of some of the fits, each from every starting prior."""
+    heads = evidence.heads[:, fits]
+    return replace(
+        evidence,
+        label_weights=evidence.label_weights[:, :, fits],
+        heads=heads,
+        offsets=evidence.offsets[:, fits],
+        prior=evidence.prior.repeat(1, heads.shape[1], 1),
+    )
 
 
-def _held_out(values: Tensor, folds: Tensor) -> Tensor:
-    """From values (T, L, J, ...) of every fold's fit, each row's by the fit without it (T, L, ...)."""
-    index = folds.view(*folds.shape, *(1,) * (values.dim() - 2))
+def _sample(seeds: Tensor, pool: Pool, space: Whitening, most: int) -> RowChunks:
+    """At most so many unlabelled images of each trial, drawn from its seed, whitened."""
+    index, present = pool.unlabeled_rows, pool.present
+    if index.shape[1] > most:
+        order = uniforms(seeds, 0, Purpose.UNLABELED, index.shape[1]).masked_fill(~present, 2.0)
+        # in the cache's order, as a trial with fewer images has them
+        drawn = order.argsort(dim=1)[:, :most].sort(dim=1).values
+        index, present = index.gather(1, drawn), present.gather(1, drawn)
+    return RowChunks.of(space(pool.features.rows(index)), present)
+
+
+def _held_out_logits(
+    values: Tensors, pool: Pool, heads: Tensor, judged: Clusters, evidence: Evidence, folds: Tensor
+) -> Iterator[tuple[slice, Tensor]]:
+    """Chunks of labelled images: their logits (T, n, 1 + S, K) by the probe and the candidates fitted without them."""
+    fits, starts, classes = heads.shape[1] - 1, evidence.prior.shape[1], heads.shape[2]
+    chunks = RowChunks.of(evidence.labeled, pool.labels >= 0)
+    for position, rows, _ in chunks.split(heads.shape[1] * (1 + starts) * classes):
+        linear = products(pool.features.rows(pool.labeled_rows[:, position]), heads).unsqueeze(3)  # (T, n, J, 1, K)
+        similarity = judged.cosines(rows).unflatten(2, (fits, starts))  # (T, n, J - 1, S, K)
+        # fold 0 is held out of no fit, and its scores count nowhere
+        fold = folds[:, position]
+        own_linear = _of_fold(linear, fold)  # (T, n, 1, K)
+        own_similarity = _of_fold(similarity, (fold - 1).clamp(min=0))  # (T, n, S, K)
+        yield position, torch.cat([own_linear, _fused(values, own_similarity, own_linear)], dim=2)
+
+
+def _of_fold(values: Tensor, fold: Tensor) -> Tensor:
+    """From values (T, n, J, ...) of every fold's fit, each row's by the fit of its fold (T, n, ...)."""
+    index = fold.view(*fold.shape, *(1,) * (values.dim() - 2))
     return values.gather(2, index.expand(-1, -1, 1, *values.shape[3:])).squeeze(2)
 
 
-def _probes(pool: Pool, trials: Trials, targets: Tensor, folds: Tensor) -> Tensor:
+def _probes(pool: Pool, trials: Trials, kept: Tensor, folds: Tensor) -> Tensor:
     """Labelled-only heads (T, J, K, D) of the kind that held-out labels prefer, as long as their scale."""
-    views, classes = pool.labeled_views, targets.shape[-1]
+    views, classes = pool.labeled_views, trials.prototypes.shape[1]
     heads, scores = [], []
     for scale, with_strong in _PROBES:
         seen = views if with_strong else views[:, :, : pool.features.easy]
-        unit = fit_probe(seen, targets, trials.prototypes, trials.zeros() + scale, _PROBE_RATE, _PROBE_STEPS)
+        unit = fit_probe(
+            seen, pool.labels, kept, trials.prototypes, trials.zeros() + scale, _PROBE_RATE, _PROBE_STEPS
+        )
         heads.append(scale * unit)
-        logits = _held_out(products(pool.labeled, heads[-1]), folds)  # (T, L, K)
-        scores.append(held_out_scores(logits.unsqueeze(2), pool.labels, folds > 0, classes)[0].squeeze(1))
+        likelihoods = [
+            label_likelihoods(_of_fold(products(rows, heads[-1]), fold).unsqueeze(2), labels)
+            for rows, fold, labels in zip(
+                pool.labeled.split(_TOGETHER, dim=1),
+                folds.split(_TOGETHER, dim=1),
+                pool.labels.split(_TOGETHER, dim=1),
+                strict=True,
+            )
+        ]
+        scores.append(held_out_scores(torch.cat(likelihoods, dim=1), pool.labels, folds > 0, classes)[0].squeeze(1))
     best = torch.stack(scores).argmax(0)  # (T,)
     return torch.stack(heads, dim=1)[torch.arange(len(best), device=best.device), best]
 
 
 def _space(pool: Pool, values: Tensors) -> Whitening:
     """Whitening by the scatter of all training images and of their views."""
-    rows = torch.cat([pool.labeled, pool.unlabeled], dim=1)
+    index = torch.cat([pool.labeled_rows, pool.unlabeled_rows], dim=1)
     present = torch.cat([pool.labels >= 0, pool.present], dim=1)
-    nuisance = None
-    if pool.features.views.shape[1] > 1:
+
+    def parts(read: Callable[[Tensor], Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
         # some of the rows at a time: all views in float32 are many times what the cache holds
-        index = torch.cat([pool.labeled_rows, pool.unlabeled_rows], dim=1)
-        total = present.sum(1).clamp(min=1)  # (T,)
-        scatters = []
-        for part, part_present in zip(index.split(_TOGETHER, dim=1), present.split(_TOGETHER, dim=1), strict=True):
-            fraction = (part_present.sum(1) / total).view(-1, 1, 1)
-            scatters.append(view_scatter(pool.features.all_views(part), part_present) * fraction)
-        nuisance = torch.stack(scatters).sum(0)
-    return whitening(rows, present, nuisance, values["shrinkage"], values["view_weight"])
+        for rows, rows_present in zip(index.split(_TOGETHER, 1), present.split(_TOGETHER, 1), strict=True):
+            yield read(rows), rows_present
+
+    scatter = Scatter.of(parts(pool.features.rows))
+    nuisance = view_scatter(parts(pool.features.all_views)) if pool.features.views.shape[1] > 1 else None
+    return whitening(scatter, nuisance, values["shrinkage"], values["view_weight"])
 
 
 def _fused(values: Tensors, similarity: Tensor, linear: Tensor) -> Tensor:

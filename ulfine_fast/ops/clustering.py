@@ -1,36 +1,79 @@
-"""Anchored expectation maximisation over :mod:`ulfine_fast.ops.mixture`, started from given class priors."""
+"""Anchored expectation maximisation in the metric of :mod:`ulfine_fast.ops.mixture`, started from given class priors.
+
+Rows stream through in chunks. What is kept of them are sums over rows: class sums (C, K, D), class masses (C, K), and
+one length a row and candidate; never a value for each row, candidate and class.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from ulfine_fast.ops.mixture import Metric, Rows, cosines, sums, unit
-from ulfine_fast.ops.transport import transport
+from ulfine_fast.ops.mixture import Metric, products, sums
 
-_LEAST_PRIOR = 1e-3
+LEAST_PRIOR = 0.01
+"""Smallest class prior, in units of an even one."""
+
+# values (rows x candidates x classes) of a chunk: on a processor what its cache holds, on a GPU what keeps it busy
+_CHUNK_VALUES = 1 << 20
+_CHUNK_VALUES_GPU = 1 << 27
+# a matrix product of fewer rows is slow
+_LEAST_ROWS = 64
+# passes over the anchor alone that move its probabilities onto the starting prior
+_ANCHOR_PASSES = 8
+
+
+@dataclass(frozen=True)
+class RowChunks:
+    """Whitened rows of T trials, made chunk by chunk.
+
+    Attributes:
+        present: bool (T, N), False for padding.
+        rows: gives rows [first, last) of all trials (T, n, D).
+    """
+
+    present: Tensor
+    rows: Callable[[int, int], Tensor]
+
+    @classmethod
+    def of(cls, rows: Tensor, present: Tensor) -> RowChunks:
+        """Rows in memory (T, N, D)."""
+        return cls(present, lambda first, last: rows[:, first:last])
+
+    def split(self, width: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """Position, rows (T, n, D) and presence (T, n) of each chunk, for `width` values a row and trial."""
+        trials, total = self.present.shape
+        values = _CHUNK_VALUES_GPU if self.present.is_cuda else _CHUNK_VALUES
+        size = max(_LEAST_ROWS, values // (trials * max(width, 1)))
+        for first in range(0, total, size):
+            last = min(first + size, total)
+            yield slice(first, last), self.rows(first, last), self.present[:, first:last]
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """What the clusters are fitted to, for T trials of S candidates.
+    """What the clusters are fitted to: T trials of J fits, each from S starting priors; C = J S candidates, fit-major.
 
     Attributes:
         labeled: whitened labelled rows (T, L, D).
-        label_weights: weight of each labelled row as a member of each class (T, L, S, K).
-        unlabeled: whitened unlabelled rows (T, N, D).
-        present: bool (T, N), False for padding.
-        anchor: logits that are added to the unlabelled rows' affinities (T, N, S, K).
-        prior: class prior to start with (T, S, K).
+        labels: their classes, -1 for padding (T, L).
+        label_weights: weight of each labelled row in each fit (T, L, J).
+        unlabeled: whitened unlabelled rows.
+        heads: of linear classifiers of whitened rows, whose logits are added to the affinities (T, J, K, D).
+        offsets: of the same (T, J, K).
+        prior: class prior to start with (T, C, K).
     """
 
     labeled: Tensor
+    labels: Tensor
     label_weights: Tensor
-    unlabeled: Tensor
-    present: Tensor
-    anchor: Tensor
+    unlabeled: RowChunks
+    heads: Tensor
+    offsets: Tensor
     prior: Tensor
 
 
@@ -55,82 +98,223 @@ class Schedule:
     prior_pseudo_count: Tensor
 
     def sharpness(self, number: int) -> Tensor:
-        """Kappa in a round, geometric between both ends (T, 1, 1, 1)."""
+        """Kappa in a round, geometric between both ends (T,)."""
         progress = number / max(self.rounds - 1, 1)
-        kappa = self.sharpness_start * (self.sharpness_end / self.sharpness_start) ** progress
-        return kappa.view(-1, 1, 1, 1)
+        return self.sharpness_start * (self.sharpness_end / self.sharpness_start) ** progress
 
 
 @dataclass(frozen=True)
 class Clusters:
-    """Fitted classes.
+    """Fitted classes of each candidate.
 
     Attributes:
-        centers: unit under the metric (T, S, K, D).
+        centers: unit under the metric (T, C, K, D).
         metric: the last round's.
-        prior: estimated class prior (T, S, K).
-        probabilities: of the unlabelled rows' classes (T, N, S, K), zero for padding.
+        prior: estimated class prior (T, C, K).
+        scatter: class sums (T, C, K, D) of rows as they are, labelled ones included, for the next metric.
+        mass: their weight (T, C, K).
     """
 
     centers: Tensor
     metric: Metric
     prior: Tensor
-    probabilities: Tensor
+    scatter: Tensor
+    mass: Tensor
 
     def cosines(self, rows: Tensor) -> Tensor:
-        """Cosines (T, n, S, K) of whitened rows (T, n, D)."""
-        return cosines(Rows.under(rows, self.metric), self.centers, self.metric)
+        """Cosines (T, n, C, K) of whitened rows (T, n, D)."""
+        return cosines(rows, self.centers, self.metric)
 
 
-def fit_clusters(evidence: Evidence, schedule: Schedule) -> Clusters:
+def cosines(rows: Tensor, centers: Tensor, metric: Metric) -> Tensor:
+    """Cosines (T, n, C, K) of rows (T, n, D) and unit centers (T, C, K, D) under the metric."""
+    return products(rows, metric.times(centers)) * metric.inverse_lengths(rows).unsqueeze(-1)
+
+
+def fit_clusters(
+    evidence: Evidence, schedule: Schedule, start: Clusters | None = None, report: Callable[[float], None] | None = None
+) -> Clusters:
     """Alternate class probabilities, class prior, centers, and the metric between them.
 
     The first probabilities are the anchor's, moved onto the starting prior. That prior is held for the first rounds by
-    transport of all rows together; later it is re-estimated as mixture weights.
+    transport (Sinkhorn-Knopp, arXiv 1306.0895, whose column step is taken once in every pass over the rows); later it is
+    re-estimated as mixture weights.
+
+    Args:
+        evidence: what is fitted to.
+        schedule: rounds and steps.
+        start: clusters to go on from; its prior is no longer held.
+        report: called with the fraction of the work done.
     """
-    candidates, classes = evidence.prior.shape[1:]
-    present = evidence.present[:, :, None, None]
-    known = (evidence.label_weights > 0).to(evidence.anchor.dtype)  # (T, L, S, K)
-    count = evidence.present.sum(1) + (evidence.label_weights.sum((2, 3)) > 0).sum(1)  # (T,)
+    count = evidence.unlabeled.present.sum(1)  # (T,)
+    known = _known_sums(evidence)
+    weight = count + (evidence.label_weights.amax(-1) > 0).sum(1)  # (T,)
+    total_passes = schedule.rounds * schedule.steps
+    passes = 0
 
-    # the anchor alone, under the flat metric
-    prior = evidence.prior
-    probabilities = transport(evidence.anchor, torch.log(prior), evidence.present) * present  # (T, N, S, K)
-    metric = Metric.flat(candidates, evidence.unlabeled, classes)
-    centers = evidence.unlabeled.new_zeros(0)
+    if start is None:
+        # the anchor alone, under the flat metric, moved onto the starting prior
+        metric = Metric.flat(evidence.prior.shape[1], evidence.heads)
+        prior, log_weights = evidence.prior, torch.log(evidence.prior)
+        inverse = _inverse_lengths(evidence.unlabeled, metric)
+        for number in range(_ANCHOR_PASSES):
+            last = number == _ANCHOR_PASSES - 1
+            totals = _pass(evidence, log_weights, inverse, sums_too=last, plain_too=last)
+            log_weights = _transported(log_weights, prior, totals.mass, count)
+        scatter, mass = known.sums + totals.plain, known.mass + totals.mass
+    else:
+        prior, log_weights = start.prior, torch.log(start.prior)
+        metric, scatter, mass = start.metric, start.scatter, start.mass
+        totals = None
 
+    centers = evidence.heads.new_zeros(0) if start is None else start.centers
     for number in range(schedule.rounds):
         # the metric of the clusters' own scatter; the first round stays flat
-        if number > 0:
-            scatter = sums(known, evidence.labeled) + sums(probabilities, evidence.unlabeled)  # (T, S, K, D)
-            metric = Metric.within(scatter, known.sum(1) + probabilities.sum(1), count)
-        labeled = Rows.under(evidence.labeled, metric)
-        unlabeled = Rows.under(evidence.unlabeled, metric)
-        labeled_sums = _unit_sums(labeled, evidence.label_weights)
-        centers = unit(labeled_sums + _unit_sums(unlabeled, probabilities), metric)
+        if number > 0 or start is not None:
+            metric = Metric.within(scatter, mass, weight)
+            inverse = _inverse_lengths(evidence.unlabeled, metric)
+        labeled_sums = _labeled_sums(evidence, metric)
+        centers = metric.unit(centers if totals is None else labeled_sums + totals.unit)
 
         # EM steps under this metric
-        for _ in range(schedule.steps):
-            affinity = cosines(unlabeled, centers, metric)
-            scores = schedule.sharpness(number) * affinity + evidence.anchor
-            log_prior = torch.log(prior)
-            if number < schedule.held_rounds:
-                probabilities = transport(scores, log_prior, evidence.present) * present
+        kappa = schedule.sharpness(number)
+        held = start is None and number < schedule.held_rounds
+        for step in range(schedule.steps):
+            totals = _pass(
+                evidence,
+                log_weights,
+                inverse,
+                kappa.view(-1, 1, 1, 1) * metric.times(centers),
+                plain_too=step == schedule.steps - 1,
+            )
+            if held:
+                log_weights = _transported(log_weights, prior, totals.mass, count)
             else:
-                probabilities = torch.softmax(scores + log_prior.unsqueeze(1), dim=-1) * present
-                prior = _estimated_prior(probabilities, evidence, schedule.prior_pseudo_count)
-            centers = unit(labeled_sums + _unit_sums(unlabeled, probabilities), metric)
-    return Clusters(centers, metric, prior, probabilities)
+                prior = _estimated_prior(totals.mass, count, evidence.prior, schedule.prior_pseudo_count)
+                log_weights = torch.log(prior)
+            centers = metric.unit(labeled_sums + totals.unit)
+            passes += 1
+            if report is not None:
+                report(passes / total_passes)
+        scatter, mass = known.sums + totals.plain, known.mass + totals.mass
+    return Clusters(centers, metric, prior, scatter, mass)
 
 
-def _estimated_prior(probabilities: Tensor, evidence: Evidence, pseudo_count: Tensor) -> Tensor:
-    """Mixture weights (T, S, K), smoothed with the starting prior; none vanishes, as a lost class would not return."""
-    count = evidence.present.sum(1).clamp(min=1).view(-1, 1, 1)
-    smoothed = probabilities.sum(1) / count + pseudo_count.view(-1, 1, 1) * evidence.prior
-    smoothed = smoothed.clamp(min=_LEAST_PRIOR)
+@dataclass(frozen=True)
+class _Totals:
+    """Sums over rows, weighted by their class probabilities.
+
+    Attributes:
+        mass: the probabilities' own (T, C, K).
+        unit: of rows at length one under the metric (T, C, K, D).
+        plain: of rows as they are (T, C, K, D).
+    """
+
+    mass: Tensor
+    unit: Tensor
+    plain: Tensor
+
+
+def _pass(
+    evidence: Evidence,
+    log_weights: Tensor,
+    inverse: Tensor,
+    vectors: Tensor | None = None,
+    *,
+    sums_too: bool = True,
+    plain_too: bool = True,
+) -> _Totals:
+    """One pass over the unlabelled rows: class probabilities, and sums over rows weighted by them.
+
+    Args:
+        evidence: what is fitted to.
+        log_weights: added to the scores (T, C, K).
+        inverse: 1 / length of the rows (T, N, C).
+        vectors: whose products with rows at length one are the affinities (T, C, K, D); None for the anchor alone.
+        sums_too: whether sums of unit rows are wanted.
+        plain_too: whether sums of plain rows are wanted.
+    """
+    trials, candidates, classes = evidence.prior.shape
+    fits, dim = evidence.heads.shape[1], evidence.heads.shape[3]
+    zeros = log_weights.new_zeros
+    mass = zeros(trials, candidates, classes)
+    unit, plain = zeros(trials, candidates * classes, dim), zeros(trials, candidates * classes, dim)
+    for position, rows, present in evidence.unlabeled.split(candidates * classes):
+        chunk_inverse = inverse[:, position].unsqueeze(-1)  # (T, n, C, 1)
+        anchor = products(rows, evidence.heads) + evidence.offsets.unsqueeze(1)  # (T, n, J, K)
+        if vectors is None:
+            scores = log_weights.unsqueeze(1).expand(-1, rows.shape[1], -1, -1).clone()
+        else:
+            scores = products(rows, vectors).mul_(chunk_inverse).add_(log_weights.unsqueeze(1))
+        scores.unflatten(2, (fits, -1)).add_(anchor.unsqueeze(3))
+        probabilities = torch.softmax(scores, dim=-1).mul_(present[:, :, None, None])  # (T, n, C, K)
+        mass += probabilities.sum(1)
+        if plain_too:
+            plain.baddbmm_(probabilities.flatten(2).transpose(1, 2), rows)
+        if sums_too:
+            unit.baddbmm_(probabilities.mul_(chunk_inverse).flatten(2).transpose(1, 2), rows)
+    shape = (candidates, classes)
+    return _Totals(mass, unit.unflatten(1, shape), plain.unflatten(1, shape))
+
+
+def _inverse_lengths(rows: RowChunks, metric: Metric) -> Tensor:
+    """1 / length of all rows for each candidate (T, N, C)."""
+    width = metric.factors.shape[1] * max(metric.factors.shape[2], 1)
+    return torch.cat([metric.inverse_lengths(part) for _, part, _ in rows.split(width)], dim=1)
+
+
+def _transported(log_weights: Tensor, prior: Tensor, mass: Tensor, count: Tensor) -> Tensor:
+    """The column step of Sinkhorn's iteration: log weights (T, C, K) that move the mass (T, C, K) onto the prior."""
+    rows = count.view(-1, 1, 1).to(mass.dtype)
+    # a class that no row chose is lifted by a finite step; without rows nothing moves
+    moved = torch.log(prior * rows + 1e-12) - torch.log(mass + 1e-12)
+    return torch.where(rows > 0, log_weights + moved, log_weights)
+
+
+def _estimated_prior(mass: Tensor, count: Tensor, start: Tensor, pseudo_count: Tensor) -> Tensor:
+    """Mixture weights (T, C, K), smoothed with the starting prior; none vanishes, as a lost class would not return."""
+    smoothed = mass / count.clamp(min=1).view(-1, 1, 1) + pseudo_count.view(-1, 1, 1) * start
+    smoothed = smoothed.clamp(min=LEAST_PRIOR / mass.shape[-1])
     return smoothed / smoothed.sum(-1, keepdim=True)
 
 
-def _unit_sums(rows: Rows, weights: Tensor) -> Tensor:
-    """Class sums (T, S, K, D) of rows at length one, by weights (T, n, S, K)."""
-    return sums(weights * rows.inverse.unsqueeze(-1), rows.values)
+@dataclass(frozen=True)
+class _Known:
+    """Class sums (T, C, K, D) and masses (T, C, K) of labelled rows that belong to a fit, each counted once."""
+
+    sums: Tensor
+    mass: Tensor
+
+
+def _known_sums(evidence: Evidence) -> _Known:
+    """Sums of the labelled rows as they are."""
+    kept = (evidence.label_weights > 0).to(evidence.labeled.dtype)
+    known, mass = 0, 0
+    for position, rows, _ in _labeled_chunks(evidence):
+        members = _members(evidence, kept, position)  # (T, n, J, K)
+        known, mass = known + sums(members, rows), mass + members.sum(1)
+    starts = evidence.prior.shape[1] // kept.shape[2]
+    return _Known(known.repeat_interleave(starts, dim=1), mass.repeat_interleave(starts, dim=1))
+
+
+def _labeled_sums(evidence: Evidence, metric: Metric) -> Tensor:
+    """Weighted class sums (T, C, K, D) of labelled rows at length one under the metric."""
+    result = torch.zeros_like(evidence.prior).unsqueeze(-1)
+    for position, rows, _ in _labeled_chunks(evidence):
+        members = _members(evidence, evidence.label_weights, position)  # (T, n, J, K)
+        inverse = metric.inverse_lengths(rows).unflatten(2, (members.shape[2], -1))  # (T, n, J, S)
+        weights = (members.unsqueeze(3) * inverse.unsqueeze(-1)).flatten(2, 3)  # (T, n, C, K)
+        result = result + sums(weights, rows)
+    return result
+
+
+def _labeled_chunks(evidence: Evidence) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    chunks = RowChunks.of(evidence.labeled, evidence.labels >= 0)
+    return chunks.split(evidence.prior.shape[1] * evidence.prior.shape[2])
+
+
+def _members(evidence: Evidence, weights: Tensor, position: slice) -> Tensor:
+    """Weights (T, L, J) of labelled rows at their classes, for some rows: (T, n, J, K)."""
+    labels = evidence.labels[:, position]
+    one_hot = F.one_hot(labels.clamp(min=0), evidence.prior.shape[-1]) * (labels >= 0).unsqueeze(-1)
+    return weights[:, position].unsqueeze(-1) * one_hot.unsqueeze(2)

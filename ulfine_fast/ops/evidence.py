@@ -7,6 +7,8 @@ from torch import Tensor
 
 from ulfine_fast.ops.philox import Purpose, uniforms
 
+_TEMPERATURES = tuple(2.0 ** (step / 2) for step in range(-2, 9))
+
 
 def fold_numbers(seeds: Tensor, labels: Tensor, classes: int, folds: int) -> Tensor:
     """Split the labelled rows of every class into folds, in an order drawn from the trial's seed.
@@ -52,11 +54,28 @@ def starting_priors(counts: Tensor, gamma: float = 30.0) -> Tensor:
     return torch.softmax(-torch.log(torch.tensor(gamma)) * slopes, dim=-1)
 
 
-def held_out_scores(logits: Tensor, labels: Tensor, judged: Tensor, classes: int) -> tuple[Tensor, Tensor]:
+def label_likelihoods(logits: Tensor, labels: Tensor) -> Tensor:
+    """Log-likelihood of each row's label by each candidate, at every temperature of the grid.
+
+    Args:
+        logits: (T, n, S, K).
+        labels: int64 (T, n); those of padding, -1, mean nothing.
+
+    Returns:
+        (T, n, S, G).
+    """
+    target = labels.clamp(min=0)[:, :, None, None].expand(-1, -1, logits.shape[2], 1)
+    by_temperature = [
+        torch.log_softmax(logits / temperature, -1).gather(-1, target) for temperature in _TEMPERATURES
+    ]
+    return torch.cat(by_temperature, dim=-1)
+
+
+def held_out_scores(likelihoods: Tensor, labels: Tensor, judged: Tensor, classes: int) -> tuple[Tensor, Tensor]:
     """Class-balanced log-likelihood of held-out labels, at each candidate's best temperature.
 
     Args:
-        logits: (T, L, S, K).
+        likelihoods: (T, L, S, G), see :func:`label_likelihoods`.
         labels: int64 (T, L), -1 for padding.
         judged: bool (T, L), the rows that were held out.
         classes: K.
@@ -65,16 +84,12 @@ def held_out_scores(logits: Tensor, labels: Tensor, judged: Tensor, classes: int
         Scores (T, S), at most 0, the mean over classes with held-out rows; and temperatures (T, S), one where a trial
         has no such rows.
     """
-    target = labels.clamp(min=0)[:, :, None, None].expand(-1, -1, logits.shape[2], 1)
-    member = torch.nn.functional.one_hot(labels.clamp(min=0), classes) * judged.unsqueeze(-1)  # (T, L, K)
-    counts = member.sum(1)  # (T, K)
-    weight = (member / counts.clamp(min=1).unsqueeze(1)).sum(-1) / (counts > 0).sum(-1).clamp(min=1).view(-1, 1)
-    grid = 2.0 ** torch.arange(-1.0, 4.5, 0.5, device=logits.device)
-    scores = []
-    for temperature in grid:
-        likelihood = torch.log_softmax(logits / temperature, -1).gather(-1, target).squeeze(-1)  # (T, L, S)
-        scores.append((likelihood * weight.unsqueeze(-1)).sum(1))
-    best = torch.stack(scores).max(0)  # (T, S)
+    index = labels.clamp(min=0)
+    kept = judged.to(likelihoods.dtype)
+    counts = kept.new_zeros(len(labels), classes).scatter_add_(1, index, kept)  # (T, K)
+    weight = kept / counts.gather(1, index).clamp(min=1) / (counts > 0).sum(1, keepdim=True).clamp(min=1)  # (T, L)
+    best = torch.einsum("tlsg,tl->tsg", likelihoods, weight).max(-1)  # (T, S)
     # without held-out rows all temperatures score the same, and the first of the grid would sharpen for no reason
+    grid = torch.tensor(_TEMPERATURES, device=labels.device)
     known = judged.any(1, keepdim=True)  # (T, 1)
     return best.values, torch.where(known, grid[best.indices], torch.ones_like(best.values))

@@ -1,13 +1,15 @@
-"""Classes as clusters of all images: expectation maximisation in a metric that forgets what views change.
+"""Classes as clusters of all images, in a metric that forgets what views change.
 
 Rows are compared by their cosine after whitening with the scatter inside classes, as in linear discriminant analysis,
 to which the scatter between views of one image is added: directions in which augmentation moves an image say
-nothing of its class. The within-class scatter is the whole one minus K class means' worth, so every round costs N D K
-and no N D D (Woodbury's identity). S candidates, which differ in labels, anchor or prior, share the rows.
+nothing of its class. The within-class scatter is the whole one minus K class means' worth, so its inverse is the
+identity plus a product of at most K vectors (Woodbury's identity). The metric is applied to the classes, never to the
+rows: a row costs D K for its length and D K for its cosines, and no D D. C candidates share the rows.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -32,119 +34,138 @@ class Whitening:
         """Rows (T, n, D) in the whitened space (T, n, D)."""
         return (rows - self.mean) @ self.map
 
+    def linear(self, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """Linear functions of plain rows as functions of whitened ones: weights (T, J, K, D) give weights and offsets.
+
+        Returns:
+            Weights (T, J, K, D), and offsets (T, J, K) to add to their products.
+        """
+        solved = torch.linalg.solve_triangular(self.map.unsqueeze(1), weights.transpose(-1, -2), upper=True)
+        return solved.transpose(-1, -2), (weights @ self.mean.transpose(1, 2).unsqueeze(1)).squeeze(-1)
+
 
 @dataclass(frozen=True)
 class Metric:
-    """The inverse I + F G F^T of the whitened within-class scatter I - F F^T.
+    """I + F^T F, the inverse of a whitened within-class scatter.
 
     Attributes:
-        factors: F, scaled class means (T, S, K, D).
-        core: G (T, S, K, K).
+        factors: F (T, C, R, D), R at most D and at most K.
     """
 
     factors: Tensor
-    core: Tensor
 
     @classmethod
-    def flat(cls, candidates: int, like: Tensor, classes: int) -> Metric:
-        """The identity metric for rows (T, n, D)."""
-        trials, _, dim = like.shape
-        core = torch.eye(classes, device=like.device, dtype=like.dtype).expand(trials, candidates, classes, classes)
-        return cls(like.new_zeros(trials, candidates, classes, dim), core)
+    def flat(cls, candidates: int, like: Tensor) -> Metric:
+        """The identity, for tensors (T, ..., D)."""
+        return cls(like.new_zeros(like.shape[0], candidates, 0, like.shape[-1]))
 
     @classmethod
     def within(cls, sums: Tensor, mass: Tensor, total: Tensor) -> Metric:
-        """From class sums (T, S, K, D) of whitened rows, their weights (T, S, K) and all rows' weight (T,)."""
-        factors = sums * torch.rsqrt(mass * total.view(-1, 1, 1) + _EPS).unsqueeze(-1)
-        gram = factors @ factors.transpose(-1, -2)  # (T, S, K, K)
+        """From class sums (T, C, K, D) of whitened rows, their weights (T, C, K) and all rows' weight (T,).
+
+        The scatter inside classes is I - A^T A with the scaled class means A, and its inverse
+        I + A^T (I - A A^T)^-1 A.
+        """
+        means = sums * torch.rsqrt(mass * total.view(-1, 1, 1) + _EPS).unsqueeze(-1)
+        if means.shape[2] > means.shape[3]:
+            # more classes than dimensions: a square matrix has the same scatter
+            means = torch.linalg.qr(means, mode="r").R
+        gram = means @ means.transpose(-1, -2)  # (T, C, R, R)
         identity = torch.eye(gram.shape[-1], device=gram.device, dtype=gram.dtype)
         # the scatter between classes is at most the whole one; rounding must not make it more
-        root = inverse_root(identity - 0.999 * gram)
-        return cls(factors, root.transpose(-1, -2) @ root)
+        return cls(inverse_root(identity - 0.999 * gram) @ means)
 
+    def part(self, first: int, last: int) -> Metric:
+        """Candidates [first, last) alone."""
+        return Metric(self.factors[:, first:last])
 
-@dataclass(frozen=True)
-class Rows:
-    """Whitened rows as one metric sees them.
+    def times(self, vectors: Tensor) -> Tensor:
+        """Vectors (T, C, K, D) times the matrix: their inner products with plain rows are those of the metric."""
+        return vectors + (vectors @ self.factors.transpose(-1, -2)) @ self.factors
 
-    Attributes:
-        values: (T, n, D).
-        shadow: their products with the metric's factors (T, n, S, K).
-        inverse: 1 / length (T, n, S).
-    """
+    def unit(self, vectors: Tensor) -> Tensor:
+        """Vectors (T, C, K, D) at length one; a zero vector stays zero."""
+        squared = vectors.square().sum(-1) + (vectors @ self.factors.transpose(-1, -2)).square().sum(-1)
+        return vectors * torch.rsqrt(squared.clamp(min=_EPS)).unsqueeze(-1)
 
-    values: Tensor
-    shadow: Tensor
-    inverse: Tensor
-
-    @classmethod
-    def under(cls, values: Tensor, metric: Metric) -> Rows:
-        """Measure rows (T, n, D)."""
-        shadow = products(values, metric.factors)
-        bent = bend(shadow, metric.core)
-        squared = values.square().sum(-1).unsqueeze(-1) + (shadow * bent).sum(-1)
-        return cls(values, shadow, torch.rsqrt(squared.clamp(min=_EPS)))
-
-
-def bend(shadow: Tensor, core: Tensor) -> Tensor:
-    """Each candidate's rows (T, n, S, K) times its matrix (T, S, K, K), shape (T, n, S, K)."""
-    return (shadow.transpose(1, 2) @ core).transpose(1, 2)
+    def inverse_lengths(self, rows: Tensor) -> Tensor:
+        """1 / length of rows (T, n, D) for each candidate (T, n, C)."""
+        squared = rows.square().sum(-1, keepdim=True) + products(rows, self.factors).square().sum(-1)
+        return torch.rsqrt(squared.clamp(min=_EPS))
 
 
 def products(rows: Tensor, vectors: Tensor) -> Tensor:
-    """Inner products of rows (T, n, D) with vectors (T, S, K, D), as one matrix product: (T, n, S, K)."""
+    """Inner products of rows (T, n, D) with vectors (T, C, K, D), as one matrix product: (T, n, C, K)."""
     flat = rows @ vectors.flatten(1, 2).transpose(1, 2)
     return flat.unflatten(-1, vectors.shape[1:3])
 
 
 def sums(weights: Tensor, rows: Tensor) -> Tensor:
-    """Weighted class sums: weights (T, n, S, K) and rows (T, n, D) give (T, S, K, D)."""
+    """Weighted class sums: weights (T, n, C, K) and rows (T, n, D) give (T, C, K, D)."""
     flat = weights.flatten(2).transpose(1, 2) @ rows
     return flat.unflatten(1, weights.shape[2:])
 
 
-def unit(vectors: Tensor, metric: Metric) -> Tensor:
-    """Vectors (T, S, K, D) at length one under their candidate's metric; a zero vector stays zero."""
-    shadow = vectors @ metric.factors.transpose(-1, -2)  # (T, S, K, K)
-    squared = vectors.square().sum(-1) + ((shadow @ metric.core) * shadow).sum(-1)
-    return vectors * torch.rsqrt(squared.clamp(min=_EPS)).unsqueeze(-1)
+@dataclass(frozen=True)
+class Scatter:
+    """Mean and scatter of rows that come part by part.
+
+    Attributes:
+        count: rows (T,).
+        mean: theirs (T, 1, D).
+        covariance: around the mean (T, D, D).
+    """
+
+    count: Tensor
+    mean: Tensor
+    covariance: Tensor
+
+    @classmethod
+    def of(cls, parts: Iterable[tuple[Tensor, Tensor]]) -> Scatter:
+        """From parts, at least one, each of rows (T, n, D) and which of them are present (T, n)."""
+        count, shift, total, outer = 0, None, 0, 0
+        for rows, present in parts:
+            part_count = present.sum(1).to(rows.dtype)
+            kept = present.unsqueeze(-1)
+            if shift is None:
+                # a point near the mean: far from the origin, float32 loses the scatter in the rows' length
+                shift = (rows * kept).sum(1, keepdim=True) / part_count.clamp(min=1).view(-1, 1, 1)
+            moved = (rows - shift) * kept
+            count = count + part_count
+            total = total + moved.sum(1, keepdim=True)
+            outer = outer + moved.transpose(1, 2) @ moved
+        divisor = count.clamp(min=1).view(-1, 1, 1)
+        offset = total / divisor
+        return cls(count, shift + offset, outer / divisor - offset.transpose(1, 2) @ offset)
 
 
-def cosines(rows: Rows, centers: Tensor, metric: Metric) -> Tensor:
-    """Cosines (T, n, S, K) of rows and unit centers (T, S, K, D) under the metric."""
-    shadow = centers @ metric.factors.transpose(-1, -2)  # (T, S, K, K)
-    bent = bend(rows.shadow, metric.core @ shadow.transpose(-1, -2))
-    return (products(rows.values, centers) + bent) * rows.inverse.unsqueeze(-1)
+def view_scatter(parts: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
+    """Scatter (T, D, D) of views around their image's mean; parts are views (T, n, V, D) and presence (T, n)."""
+    spread = (
+        ((views - views.mean(2, keepdim=True)).flatten(1, 2), present.repeat_interleave(views.shape[2], dim=1))
+        for views, present in parts
+    )
+    return Scatter.of(spread).covariance
 
 
-def view_scatter(views: Tensor, present: Tensor) -> Tensor:
-    """Scatter (T, D, D) of views (T, N, V, D) around their image's mean, over the rows present (T, N)."""
-    spread = (views - views.mean(2, keepdim=True)) * present[:, :, None, None]
-    flat = spread.flatten(1, 2)  # (T, N V, D)
-    return flat.transpose(1, 2) @ flat / (present.sum(1).clamp(min=1) * views.shape[2]).view(-1, 1, 1)
-
-
-def whitening(rows: Tensor, present: Tensor, nuisance: Tensor | None, shrinkage: Tensor, weight: Tensor) -> Whitening:
+def whitening(scatter: Scatter, nuisance: Tensor | None, shrinkage: Tensor, weight: Tensor) -> Whitening:
     """Whiten by the rows' scatter, `shrinkage` of it spread evenly over all directions, and `weight` of the nuisance.
 
     Args:
-        rows: (T, n, D).
-        present: bool (T, n).
+        scatter: of the rows.
         nuisance: scatter between views (T, D, D), scaled here to the rows' trace; None without views.
         shrinkage: in units of the mean eigenvalue, at least 0, shape (T,).
         weight: of the nuisance, at least 0, shape (T,).
     """
-    count = present.sum(1).clamp(min=1).view(-1, 1, 1).to(rows.dtype)
-    mean = (rows * present.unsqueeze(-1)).sum(1, keepdim=True) / count
-    centred = (rows - mean) * present.unsqueeze(-1)
-    scatter = centred.transpose(1, 2) @ centred / count  # (T, D, D)
-    trace = _trace(scatter)
-    identity = torch.eye(rows.shape[-1], device=rows.device, dtype=rows.dtype)
+    covariance = scatter.covariance
+    trace = _trace(covariance)
+    dim = covariance.shape[-1]
+    identity = torch.eye(dim, device=covariance.device, dtype=covariance.dtype)
     # a floor under the shrinkage: fewer rows than dimensions leave directions without any scatter
-    scatter = scatter + (shrinkage.view(-1, 1, 1).clamp(min=1e-4) * trace / rows.shape[-1] + _EPS) * identity
+    covariance = covariance + (shrinkage.view(-1, 1, 1).clamp(min=1e-4) * trace / dim + _EPS) * identity
     if nuisance is not None:
-        scatter = scatter + weight.view(-1, 1, 1) * trace * nuisance / (_trace(nuisance) + _EPS)
-    return Whitening(mean, inverse_root(scatter).transpose(1, 2))
+        covariance = covariance + weight.view(-1, 1, 1) * trace * nuisance / (_trace(nuisance) + _EPS)
+    return Whitening(scatter.mean, inverse_root(covariance).transpose(1, 2))
 
 
 def inverse_root(matrices: Tensor) -> Tensor:

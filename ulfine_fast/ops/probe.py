@@ -3,23 +3,38 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ulfine_fast.ops.prototypes import normalize
 
 
+# rows that a step reads; full-batch steps over more rows cost more than they bring
+_MOST_ROWS = 2048
+
+
 def fit_probe(
-    views: Tensor, targets: Tensor, start: Tensor, scale: Tensor, rate: float, steps: int, decay: float = 5e-4
+    views: Tensor,
+    labels: Tensor,
+    kept: Tensor,
+    start: Tensor,
+    scale: Tensor,
+    rate: float,
+    steps: int,
+    decay: float = 5e-4,
 ) -> Tensor:
     """Logit-adjusted cosine classifiers (arXiv 2007.07314, equation 10) by gradient descent with momentum 0.9.
 
-    Each step reads every row once, the steps cycling through its views, so that all views count the same.
+    The steps cycle through the rows' views, so that all views count the same. A step reads every row once; of more than
+    2,048 rows every second, or third, ..., which are others in the next cycle.
 
     Args:
         views: unit rows (T, n, V, D).
-        targets: weight of each row as a member of a class (T, n, S, K), zero for rows left out; S classifiers a trial.
+        labels: their classes, -1 for padding (T, n).
+        kept: whether a row trains a classifier, for J classifiers of each trial (T, n, J).
         start: weights to begin with (T, K, D).
         scale: cosine scale sigma (T,).
         rate: peak learning rate, cosine schedule to zero.
@@ -27,25 +42,60 @@ def fit_probe(
         decay: weight decay.
 
     Returns:
-        Unit class vectors (T, S, K, D).
+        Unit class vectors (T, J, K, D).
     """
-    counts = targets.sum(1)  # (T, S, K)
-    total = counts.sum(-1, keepdim=True).clamp(min=1e-9)
-    log_prior = torch.log((counts / total).clamp(min=1e-8)).unsqueeze(1)  # (T, 1, S, K)
-    members = targets.sum(-1, keepdim=True)  # (T, n, S, 1)
-    row_weight = 1.0 / total.unsqueeze(1)  # (T, 1, S, 1)
-    weights = start.unsqueeze(1).repeat(1, counts.shape[1], 1, 1)  # (T, S, K, D)
+    classes, count = start.shape[1], kept.shape[2]
+    known = labels >= 0
+    index = labels.clamp(min=0)  # (T, n)
+    member = (kept & known.unsqueeze(-1)).to(views.dtype)  # (T, n, J)
+    frequency = member.new_zeros(len(labels), count, classes).scatter_add_(
+        2, index.unsqueeze(1).expand(-1, count, -1), member.transpose(1, 2)
+    )  # (T, J, K)
+    total = frequency.sum(-1, keepdim=True).clamp(min=1e-9)
+    log_prior = torch.log((frequency / total).clamp(min=1e-8)).unsqueeze(1)  # (T, 1, J, K)
+    parts = _parts(known)
+    weights = start.unsqueeze(1).repeat(1, count, 1, 1)  # (T, J, K, D)
     velocity = torch.zeros_like(weights)
     sigma = scale.view(-1, 1, 1, 1)
     for step in range(steps):
-        rows = views[:, :, step % views.shape[2]]  # (T, n, D)
+        # the rows of this step
+        rows, targets, trained = views[:, :, step % views.shape[2]], index, member
+        if parts is not None:
+            position, present = parts(step // views.shape[2])  # (T, m)
+            rows = rows.gather(1, position.unsqueeze(-1).expand(-1, -1, rows.shape[-1]))
+            targets = index.gather(1, position)
+            trained = member.gather(1, position.unsqueeze(-1).expand(-1, -1, count)) * present.unsqueeze(-1)
+        row_weight = trained / trained.sum(1, keepdim=True).clamp(min=1e-9)  # (T, m, J)
+
+        # the gradient of the adjusted cross-entropy
         unit, length = normalize(weights), weights.norm(dim=-1, keepdim=True).clamp(min=1e-6)
-        flat = unit.flatten(1, 2)  # (T, S K, D)
-        logits = sigma * (rows @ flat.transpose(1, 2)).unflatten(-1, counts.shape[1:])
-        error = (torch.softmax(logits + log_prior, -1) * members - targets) * row_weight * sigma  # (T, n, S, K)
-        gradient = (error.flatten(2).transpose(1, 2) @ rows).unflatten(1, counts.shape[1:])
+        flat = unit.flatten(1, 2)  # (T, J K, D)
+        logits = sigma * (rows @ flat.transpose(1, 2)).unflatten(-1, (count, classes))
+        error = torch.softmax(logits + log_prior, -1)  # (T, m, J, K)
+        error -= F.one_hot(targets, classes).unsqueeze(2)
+        error *= row_weight.unsqueeze(-1) * sigma
+        gradient = (error.flatten(2).transpose(1, 2) @ rows).unflatten(1, (count, classes))
         # the cosine does not see a vector's length, so neither does its gradient
         gradient = (gradient - (gradient * unit).sum(-1, keepdim=True) * unit) / length
         velocity = 0.9 * velocity + gradient + decay * weights
         weights = weights - 0.5 * rate * (1 + math.cos(math.pi * step / steps)) * velocity
     return normalize(weights)
+
+
+def _parts(known: Tensor) -> Callable[[int], tuple[Tensor, Tensor]] | None:
+    """Positions (T, m) of the rows of a step, and which are rows at all; None where all rows fit into one step.
+
+    A trial's rows are split by their own number, so that trials with fewer rows do not notice those with more.
+    """
+    rows = known.sum(1, keepdim=True)  # (T, 1)
+    count = int(rows.max()) if known.numel() else 0
+    if count <= _MOST_ROWS:
+        return None
+    parts = (rows + _MOST_ROWS - 1) // _MOST_ROWS  # (T, 1)
+    width = torch.arange(min(count, _MOST_ROWS), device=known.device)
+
+    def part(number: int) -> tuple[Tensor, Tensor]:
+        position = width * parts + number % parts
+        return position.clamp(max=known.shape[1] - 1), position < rows
+
+    return part
