@@ -62,11 +62,11 @@ def brief(monkeypatch):
 
 @pytest.fixture
 def watched(monkeypatch, brief):
-    """The evidence and the clusters of every fit."""
+    """Evidence and clusters of every call of the clustering: that of the folds, then that with all labels."""
     seen = []
 
-    def watching(evidence, schedule):
-        seen.append((evidence, fit_clusters(evidence, schedule)))
+    def watching(evidence, *args, **options):
+        seen.append((evidence, fit_clusters(evidence, *args, **options)))
         return seen[-1][1]
 
     fit_clusters = ulfine_plus.fit_clusters
@@ -214,31 +214,54 @@ def test_candidates_never_see_the_labels_of_their_fold(clusters, watched, monkey
     )
     fit(clusters, plus(), split=split)
     fit(lying, plus(), split=split)
-    before, after = watched[:5], watched[5:]  # five folds each, counting the whole
-    assert len(after) == 5
-    assert before[0][0].label_weights.shape[2] == 5  # starting priors
+    # of each fit, the folds' four in one call: five starting priors
+    (evidence, fitted), (other, refitted) = watched[0], watched[2]
+    assert evidence.label_weights.shape[2] == 4
+    assert evidence.prior.shape[1] == 20
     changed = []
-    for (evidence, fitted), (other, refitted) in zip(before, after, strict=True):
-        same = torch.equal(evidence.anchor, other.anchor)
-        assert same == torch.allclose(fitted.centers, refitted.centers, rtol=0, atol=1e-5)
+    for j in range(4):
+        starts = slice(5 * j, 5 * j + 5)
+        same = torch.equal(evidence.heads[:, j], other.heads[:, j])
+        assert same == torch.allclose(fitted.centers[:, starts], refitted.centers[:, starts], rtol=0, atol=1e-5)
         changed.append(not same)
-    assert changed == [True, True, False, True, True]
+    # the labels of the second fold were swapped
+    assert changed == [True, False, True, True]
 
 
 def test_every_fold_leaves_its_own_rows_out(clusters, watched):
     fit(clusters, plus(folds=3, label_weight=7.0))
-    weights = torch.stack([evidence.label_weights[0] for evidence, _ in watched], dim=1)  # (L, 1 + folds, S, K)
-    assert (weights[:, 0].sum(-1) == 7).all()
-    left_out = (weights.sum(-1) == 0).all(-1)[:, 1:]  # (L, folds)
+    (folds, _), (whole, _) = watched
+    assert (whole.label_weights == 7).all()
+    left_out = folds.label_weights[0] == 0  # (L, folds)
     assert left_out.sum(1).max() == 1
     assert (left_out.sum(0) > 0).all()
 
 
-def test_the_scatter_between_views_is_summed_over_parts_of_the_pool(clusters, watched, monkeypatch):
-    fit(clusters, plus())
+def test_the_scatter_between_views_is_summed_over_parts_of_the_pool(clusters, monkeypatch):
+    whole = fit(clusters, plus())
     monkeypatch.setattr(ulfine_plus, "_TOGETHER", 50)
-    fit(clusters, plus())
-    torch.testing.assert_close(watched[0][0].unlabeled, watched[5][0].unlabeled, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(fit(clusters, plus()).tensors["map"], whole.tensors["map"], rtol=1e-3, atol=1e-3)
+
+
+def test_many_images_are_clustered_from_a_sample_of_them(watched, monkeypatch):
+    cache = make_clusters(noise=1.5, train=100, test=60, text=False)
+    monkeypatch.setattr(ulfine_plus, "_SAMPLE", 100)
+    runs = fit_many(cache, [plus(shape="uniform", seed=s, m1=60) for s in SEEDS])
+    sizes = [evidence.unlabeled.present.shape[1] for evidence, _ in watched]
+    # folds and all labels on the sample, then all images
+    assert sizes == [100, 100, 240]
+    assert gains(cache, runs).mean() > 0.02
+    alone = fit(cache, runs[1].config)
+    np.testing.assert_allclose(runs[1].test_probabilities, alone.test_probabilities, atol=1e-3)
+
+
+def test_candidates_that_the_labels_reject_are_left_out(watched):
+    cache = make_clusters(noise=1.5, train=100, test=60)
+    run = fit(cache, plus(shape="reversed", m1=80, evidence_temperature=1e5, prior_pseudo_count=5.0))
+    assert watched[1][0].prior.shape[1] == run.tensors["shares"].shape[0] == len(run.tensors["weights"]) - 1 < 5
+    kept = run.tensors["weights"][run.tensors["weights"] > 0]
+    assert kept.min() >= 0.01
+    assert float(kept.sum()) == pytest.approx(1.0)
 
 
 def explicit_logits(run, features):
@@ -247,8 +270,8 @@ def explicit_logits(run, features):
     linear = features @ t["linear"].T
     x = (features - t["mean"]) @ t["map"]
     candidates = [linear]
-    for centers, factors, core in zip(t["centers"], t["factors"], t["core"], strict=True):
-        metric = np.eye(x.shape[1]) + factors.T @ core @ factors
+    for centers, factors in zip(t["centers"], t["factors"], strict=True):
+        metric = np.eye(x.shape[1]) + factors.T @ factors
         length = np.sqrt(((x @ metric) * x).sum(1, keepdims=True))
         cosines = x @ metric @ centers.T / length
         candidates.append(run.config.sharpness_end * cosines + run.config.probe_weight * linear)
@@ -277,7 +300,7 @@ def test_the_evidence_temperature_decides_how_far_the_weights_part():
 
 def test_without_probe_weight_clusters_forget_the_probe(clusters, watched):
     fit(clusters, plus(probe_weight=0.0))
-    assert watched[0][0].anchor.abs().max() == 0
+    assert watched[0][0].heads.abs().max() == watched[0][0].offsets.abs().max() == 0
 
 
 def test_pseudo_labels_are_probabilities_and_mostly_right():

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.methods.slow import softmax
-from ulfine_fast.ops.evidence import fold_numbers, held_out_scores, starting_priors
+from ulfine_fast.ops.evidence import fold_numbers, held_out_scores, label_likelihoods, starting_priors
 
 SEEDS = torch.tensor([3, 4])
 K = 4
@@ -103,6 +103,11 @@ def slow_score(logits, labels, judged, temperature):
     return sum(sum(rows) / len(rows) for rows in by_class.values()) / len(by_class)
 
 
+def scores_of(logits, labels, judged, classes=K):
+    """Scores and temperatures of logits (T, L, S, K)."""
+    return held_out_scores(label_likelihoods(logits, labels), labels, judged, classes)
+
+
 def judged_logits(length=3.0):
     torch.manual_seed(0)
     logits = length * torch.randn(2, LABELS.shape[1], 3, K)
@@ -115,13 +120,13 @@ def judged_logits(length=3.0):
 
 def test_scores_are_the_best_of_a_loop_over_temperatures():
     logits, judged = judged_logits()
-    scores, temperatures = held_out_scores(logits, LABELS, judged, K)
+    scores, temperatures = scores_of(logits, LABELS, judged, K)
     grid = [2.0 ** (i / 2) for i in range(-2, 9)]
     for t in range(2):
         for s in range(3):
-            scores_of = [slow_score(logits[t, :, s].tolist(), LABELS[t].tolist(), judged[t].tolist(), g) for g in grid]
-            assert float(scores[t, s]) == pytest.approx(max(scores_of), rel=1e-4)
-            assert float(temperatures[t, s]) == pytest.approx(grid[scores_of.index(max(scores_of))])
+            by_hand = [slow_score(logits[t, :, s].tolist(), LABELS[t].tolist(), judged[t].tolist(), g) for g in grid]
+            assert float(scores[t, s]) == pytest.approx(max(by_hand), rel=1e-4)
+            assert float(temperatures[t, s]) == pytest.approx(grid[by_hand.index(max(by_hand))])
     assert (scores[:, 1] > scores[:, 0]).all()
     assert (temperatures[:, 2] > temperatures[:, 1]).all()
 
@@ -129,9 +134,7 @@ def test_scores_are_the_best_of_a_loop_over_temperatures():
 def test_rows_not_held_out_and_padding_do_not_count():
     logits, judged = judged_logits()
     loud = torch.where(judged[:, :, None, None], logits, torch.full_like(logits, 50.0).cumsum(-1))
-    for result, wanted in zip(
-        held_out_scores(loud, LABELS, judged, K), held_out_scores(logits, LABELS, judged, K), strict=True
-    ):
+    for result, wanted in zip(scores_of(loud, LABELS, judged, K), scores_of(logits, LABELS, judged, K), strict=True):
         assert torch.equal(result, wanted)
 
 
@@ -139,16 +142,16 @@ def test_every_class_counts_the_same():
     labels = torch.tensor([[0] * 9 + [1]])
     logits = torch.zeros(1, 10, 1, 2)
     logits[:, :9, :, 0] = 100.0  # sure and right nine times
-    score, _ = held_out_scores(logits, labels, torch.ones(1, 10, dtype=torch.bool), 2)
+    score, _ = scores_of(logits, labels, torch.ones(1, 10, dtype=torch.bool), 2)
     assert float(score) == pytest.approx(-0.5 * math.log(2), rel=1e-3)
 
 
 def test_without_held_out_rows_all_candidates_score_the_same():
     logits, judged = judged_logits()
-    scores, temperatures = held_out_scores(logits, LABELS, torch.zeros_like(judged), K)
+    scores, temperatures = scores_of(logits, LABELS, torch.zeros_like(judged), K)
     assert (scores == 0).all()
     assert (temperatures == 1).all()
     judged[1] = False
-    mixed = held_out_scores(logits, LABELS, judged, K)[1]
+    mixed = scores_of(logits, LABELS, judged, K)[1]
     assert (mixed[1] == 1).all()
     assert (mixed[0] != 1).any()

@@ -5,34 +5,36 @@ import math
 import pytest
 import torch
 
+from ulfine_fast.ops import probe
 from ulfine_fast.ops.probe import fit_probe
 from ulfine_fast.ops.prototypes import normalize
 
-T, N, V, S, K, D = 2, 9, 3, 2, 4, 6
+T, N, V, J, K, D = 2, 9, 3, 2, 4, 6
 SCALE = torch.tensor([8.0, 20.0])
 
 
-def problem(seed=0):
-    """Rows in several views, soft and hard memberships with rows left out, and weights to begin with."""
+def problem(seed=0, count=N):
+    """Rows in several views, their labels, rows left out of each classifier, and weights to begin with."""
     torch.manual_seed(seed)
-    views = normalize(torch.randn(T, N, V, D))
-    targets = torch.nn.functional.one_hot(torch.arange(N) % K, K).float().repeat(T, 1, 1).unsqueeze(2)
-    soft = torch.softmax(torch.randn(T, N, 1, K), -1) * torch.rand(T, N, 1, 1)
-    targets = torch.cat([targets, soft], dim=2)
-    targets[:, 3, 0] = 0
-    targets[1, 7:] = 0
-    return views, targets, normalize(torch.randn(T, K, D))
+    views = normalize(torch.randn(T, count, V, D))
+    labels = (torch.arange(count) % K).repeat(T, 1)
+    kept = torch.ones(T, count, J, dtype=torch.bool)
+    kept[:, 3, 0] = False
+    kept[:, 5:7, 1] = False
+    labels[1, 7:] = -1
+    return views, labels, kept, normalize(torch.randn(T, K, D))
 
 
-def slow_probe(views, targets, start, scale, rate, steps, decay):
-    """One classifier by autograd on the adjusted cross-entropy."""
-    prior = targets.sum(0) / targets.sum()
+def slow_probe(rows_of, start, scale, rate, steps, decay):
+    """One classifier by autograd on the adjusted cross-entropy; `rows_of` gives rows and labels of a step."""
+    every = rows_of(None)[1]
+    prior = torch.bincount(every, minlength=K) / len(every)
     weights, velocity = start.clone(), torch.zeros_like(start)
     for step in range(steps):
         weights.requires_grad_(True)
-        rows = views[:, step % views.shape[1]]
+        rows, labels = rows_of(step)
         logits = scale * rows @ torch.nn.functional.normalize(weights, dim=-1).T + prior.clamp(min=1e-8).log()
-        loss = -(targets * torch.log_softmax(logits, -1)).sum() / targets.sum()
+        loss = torch.nn.functional.cross_entropy(logits, labels)
         (gradient,) = torch.autograd.grad(loss, weights)
         weights = weights.detach()
         velocity = 0.9 * velocity + gradient + decay * weights
@@ -42,46 +44,71 @@ def slow_probe(views, targets, start, scale, rate, steps, decay):
 
 @pytest.mark.parametrize(("steps", "decay"), [(1, 0.0), (25, 5e-4), (25, 0.1)])
 def test_the_steps_are_those_of_autograd(steps, decay):
-    views, targets, start = problem()
-    result = fit_probe(views, targets, start, SCALE, 0.1, steps, decay)
-    assert result.shape == (T, S, K, D)
+    views, labels, kept, start = problem()
+    result = fit_probe(views, labels, kept, start, SCALE, 0.1, steps, decay)
+    assert result.shape == (T, J, K, D)
     for t in range(T):
-        for s in range(S):
-            wanted = slow_probe(views[t], targets[t, :, s], start[t], float(SCALE[t]), 0.1, steps, decay)
-            torch.testing.assert_close(result[t, s], wanted, rtol=1e-3, atol=1e-4)
+        for j in range(J):
+            chosen = kept[t, :, j] & (labels[t] >= 0)
+
+            def rows_of(step, t=t, chosen=chosen):
+                return views[t, chosen, (step or 0) % V], labels[t, chosen]
+
+            wanted = slow_probe(rows_of, start[t], float(SCALE[t]), 0.1, steps, decay)
+            torch.testing.assert_close(result[t, j], wanted, rtol=1e-3, atol=1e-4)
+
+
+def test_of_many_rows_a_step_reads_a_part(monkeypatch):
+    monkeypatch.setattr(probe, "_MOST_ROWS", 4)
+    views, labels, kept, start = problem(count=11)
+    labels[1, 3:] = -1
+    result = fit_probe(views, labels, kept, start, SCALE, 0.1, 25, 0.0)
+    for t, parts in enumerate((3, 1)):  # eleven rows, three rows
+        for j in range(J):
+            chosen = kept[t, :, j] & (labels[t] >= 0)
+
+            def rows_of(step, t=t, chosen=chosen, parts=parts):
+                if step is None:
+                    return None, labels[t, chosen]
+                part = torch.zeros_like(chosen)
+                part[step // V % parts :: parts] = True
+                return views[t, chosen & part, step % V], labels[t, chosen & part]
+
+            wanted = slow_probe(rows_of, start[t], float(SCALE[t]), 0.1, 25, 0.0)
+            torch.testing.assert_close(result[t, j], wanted, rtol=1e-3, atol=1e-4)
 
 
 def test_rows_without_weight_do_nothing():
-    views, targets, start = problem()
-    result = fit_probe(views, targets, start, SCALE, 0.1, 20)
+    views, labels, kept, start = problem()
+    result = fit_probe(views, labels, kept, start, SCALE, 0.1, 20)
     other = views.clone()
     other[:, 3] = normalize(torch.randn(T, V, D))
-    changed = fit_probe(other, targets, start, SCALE, 0.1, 20)
+    changed = fit_probe(other, labels, kept, start, SCALE, 0.1, 20)
     # row 3 belongs to the second classifier only
     torch.testing.assert_close(changed[:, 0], result[:, 0], rtol=0, atol=1e-6)
     assert not torch.allclose(changed[:, 1], result[:, 1], atol=1e-3)
-    cut = fit_probe(views[1:, :7], targets[1:, :7], start[1:], SCALE[1:], 0.1, 20)
-    torch.testing.assert_close(cut, result[1:], rtol=0, atol=1e-5)
+    short = fit_probe(views[1:, :7], labels[1:, :7], kept[1:, :7], start[1:], SCALE[1:], 0.1, 20)
+    torch.testing.assert_close(short, result[1:], rtol=0, atol=1e-5)
 
 
 def test_a_classifier_does_not_notice_its_neighbours():
-    views, targets, start = problem()
-    result = fit_probe(views, targets, start, SCALE, 0.1, 20)
-    alone = fit_probe(views[:1], targets[:1, :, 1:], start[:1], SCALE[:1], 0.1, 20)
+    views, labels, kept, start = problem()
+    result = fit_probe(views, labels, kept, start, SCALE, 0.1, 20)
+    alone = fit_probe(views[:1], labels[:1], kept[:1, :, 1:], start[:1], SCALE[:1], 0.1, 20)
     torch.testing.assert_close(alone[:, 0], result[:1, 1], rtol=0, atol=1e-5)
 
 
 def test_all_views_are_read_in_turn():
-    views, targets, start = problem()
-    first = fit_probe(views, targets, start, SCALE, 0.1, 1)
-    torch.testing.assert_close(first, fit_probe(views[:, :, :1], targets, start, SCALE, 0.1, 1))
-    later = fit_probe(views, targets, start, SCALE, 0.1, 2)
-    assert not torch.allclose(later, fit_probe(views[:, :, :1], targets, start, SCALE, 0.1, 2), atol=1e-4)
+    views, labels, kept, start = problem()
+    first = fit_probe(views, labels, kept, start, SCALE, 0.1, 1)
+    torch.testing.assert_close(first, fit_probe(views[:, :, :1], labels, kept, start, SCALE, 0.1, 1))
+    later = fit_probe(views, labels, kept, start, SCALE, 0.1, 2)
+    assert not torch.allclose(later, fit_probe(views[:, :, :1], labels, kept, start, SCALE, 0.1, 2), atol=1e-4)
 
 
 def test_a_rate_of_zero_keeps_the_start():
-    views, targets, start = problem()
-    result = fit_probe(views, targets, start, SCALE, 0.0, 10)
+    views, labels, kept, start = problem()
+    result = fit_probe(views, labels, kept, start, SCALE, 0.0, 10)
     torch.testing.assert_close(result, start.unsqueeze(1).expand_as(result))
 
 
@@ -90,12 +117,13 @@ def test_it_learns_classes_that_can_be_separated():
     centers = normalize(torch.eye(K, D))
     labels = torch.tensor([0] * 20 + [1] * 8 + [2] * 3 + [3])
     views = normalize(centers[labels] + 0.05 * torch.randn(1, 2, 32, D)).transpose(1, 2)
-    targets = torch.nn.functional.one_hot(labels, K).float().view(1, 32, 1, K)
-    result = fit_probe(views, targets, normalize(torch.randn(1, K, D)), torch.tensor([10.0]), 0.1, 200)
+    kept = torch.ones(1, 32, 1, dtype=torch.bool)
+    start = normalize(torch.randn(1, K, D))
+    result = fit_probe(views, labels.unsqueeze(0), kept, start, torch.tensor([10.0]), 0.1, 200)
     assert torch.equal((centers @ result[0, 0].T).argmax(-1), torch.arange(K))
 
 
 def test_no_rows_at_all_leave_the_start():
-    views, targets, start = problem()
-    result = fit_probe(views, torch.zeros_like(targets), start, SCALE, 0.1, 10)
+    views, labels, kept, start = problem()
+    result = fit_probe(views, labels, torch.zeros_like(kept), start, SCALE, 0.1, 10)
     torch.testing.assert_close(result, start.unsqueeze(1).expand_as(result))

@@ -277,9 +277,7 @@ def _probes(pool: Pool, trials: Trials, kept: Tensor, folds: Tensor) -> Tensor:
     heads, scores = [], []
     for scale, with_strong in _PROBES:
         seen = views if with_strong else views[:, :, : pool.features.easy]
-        unit = fit_probe(
-            seen, pool.labels, kept, trials.prototypes, trials.zeros() + scale, _PROBE_RATE, _PROBE_STEPS
-        )
+        unit = fit_probe(seen, pool.labels, kept, trials.prototypes, trials.zeros() + scale, _PROBE_RATE, _PROBE_STEPS)
         heads.append(scale * unit)
         likelihoods = [
             label_likelihoods(_of_fold(products(rows, heads[-1]), fold).unsqueeze(2), labels)

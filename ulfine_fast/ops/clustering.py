@@ -137,8 +137,8 @@ def fit_clusters(
     """Alternate class probabilities, class prior, centers, and the metric between them.
 
     The first probabilities are the anchor's, moved onto the starting prior. That prior is held for the first rounds by
-    transport (Sinkhorn-Knopp, arXiv 1306.0895, whose column step is taken once in every pass over the rows); later it is
-    re-estimated as mixture weights.
+    transport (Sinkhorn-Knopp, arXiv 1306.0895; every pass over the rows takes one column step); later it is estimated
+    anew as mixture weights.
 
     Args:
         evidence: what is fitted to.
@@ -148,7 +148,7 @@ def fit_clusters(
     """
     count = evidence.unlabeled.present.sum(1)  # (T,)
     known = _known_sums(evidence)
-    weight = count + (evidence.label_weights.amax(-1) > 0).sum(1)  # (T,)
+    weight = count + (evidence.labels >= 0).sum(1)  # (T,)
     total_passes = schedule.rounds * schedule.steps
     passes = 0
 

@@ -65,9 +65,7 @@ def label_likelihoods(logits: Tensor, labels: Tensor) -> Tensor:
         (T, n, S, G).
     """
     target = labels.clamp(min=0)[:, :, None, None].expand(-1, -1, logits.shape[2], 1)
-    by_temperature = [
-        torch.log_softmax(logits / temperature, -1).gather(-1, target) for temperature in _TEMPERATURES
-    ]
+    by_temperature = [torch.log_softmax(logits / temperature, -1).gather(-1, target) for temperature in _TEMPERATURES]
     return torch.cat(by_temperature, dim=-1)
 
 

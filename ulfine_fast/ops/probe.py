@@ -11,7 +11,6 @@ from torch import Tensor
 
 from ulfine_fast.ops.prototypes import normalize
 
-
 # rows that a step reads; full-batch steps over more rows cost more than they bring
 _MOST_ROWS = 2048
 
