@@ -57,7 +57,7 @@ def every_shape(cache):
 @pytest.fixture
 def brief(monkeypatch):
     """Short probes, for tests that are not about how good they are."""
-    monkeypatch.setattr(ulfine_plus, "_PROBE_STEPS", 20)
+    monkeypatch.setattr(ulfine_plus, "PROBE_STEPS", 20)
 
 
 @pytest.fixture
@@ -196,7 +196,7 @@ def test_candidates_never_see_the_labels_of_their_fold(clusters, watched, monkey
     folds = fold_numbers(torch.tensor([0]), truth.unsqueeze(0), 4, 4)
     monkeypatch.setattr(ulfine_plus, "fold_numbers", lambda *_: folds)
     # the choice among probes reads all held-out labels, so there is no choice here
-    monkeypatch.setattr(ulfine_plus, "_PROBES", ulfine_plus._PROBES[:1])
+    monkeypatch.setattr(ulfine_plus, "PROBES", ulfine_plus.PROBES[:1])
     held = torch.nonzero(folds[0] == 2).flatten()
     first, second = next((a, b) for a in held for b in held if truth[a] != truth[b])
     labels = clusters.labels.copy()
@@ -239,13 +239,13 @@ def test_every_fold_leaves_its_own_rows_out(clusters, watched):
 
 def test_the_scatter_between_views_is_summed_over_parts_of_the_pool(clusters, monkeypatch):
     whole = fit(clusters, plus())
-    monkeypatch.setattr(ulfine_plus, "_TOGETHER", 50)
+    monkeypatch.setattr(ulfine_plus, "TOGETHER", 50)
     torch.testing.assert_close(fit(clusters, plus()).tensors["map"], whole.tensors["map"], rtol=1e-3, atol=1e-3)
 
 
 def test_many_images_are_clustered_from_a_sample_of_them(watched, monkeypatch):
     cache = make_clusters(noise=1.5, train=100, test=60, text=False)
-    monkeypatch.setattr(ulfine_plus, "_SAMPLE", 100)
+    monkeypatch.setattr(ulfine_plus, "SAMPLE", 100)
     runs = fit_many(cache, [plus(shape="uniform", seed=s, m1=60) for s in SEEDS])
     sizes = [evidence.unlabeled.present.shape[1] for evidence, _ in watched]
     # folds and all labels on the sample, then all images
@@ -324,11 +324,11 @@ def test_before_any_image_is_seen_the_text_predicts(world):
 
 @pytest.mark.usefixtures("brief")
 def test_the_probe_is_of_a_kind_that_held_out_labels_prefer(clusters, monkeypatch):
-    every, kinds = ulfine_plus._PROBES, []
+    every, kinds = ulfine_plus.PROBES, []
     for kind in every:
-        monkeypatch.setattr(ulfine_plus, "_PROBES", (kind,))
+        monkeypatch.setattr(ulfine_plus, "PROBES", (kind,))
         kinds.append(fit(clusters, plus()).tensors["linear"])
-    monkeypatch.setattr(ulfine_plus, "_PROBES", every)
+    monkeypatch.setattr(ulfine_plus, "PROBES", every)
     chosen = fit(clusters, plus()).tensors["linear"]
     assert any(torch.allclose(chosen, kind, atol=1e-5) for kind in kinds)
     scales = [float(kind.norm(dim=-1).mean()) for kind in kinds]

@@ -59,7 +59,7 @@ def test_the_steps_are_those_of_autograd(steps, decay):
 
 
 def test_of_many_rows_a_step_reads_a_part(monkeypatch):
-    monkeypatch.setattr(probe, "_MOST_ROWS", 4)
+    monkeypatch.setattr(probe, "MOST_ROWS", 4)
     views, labels, kept, start = problem(count=11)
     labels[1, 3:] = -1
     result = fit_probe(views, labels, kept, start, SCALE, 0.1, 25, 0.0)

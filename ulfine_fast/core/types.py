@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -14,6 +14,13 @@ from ulfine_fast.core.features import DeviceFeatures
 from ulfine_fast.core.heads import Tensors, frozen_end, new_adapter
 from ulfine_fast.core.selection import SHARED, select_trials
 from ulfine_fast.ops.losses import PseudoLabels
+
+Report = Callable[[float], None]
+"""Gets the fraction of a work that is done."""
+
+
+def _unheard(fraction: float) -> None:
+    return
 
 
 @dataclass(frozen=True)
@@ -103,6 +110,7 @@ class Pool:
         labels: int64 (T, L), -1 for padding.
         unlabeled_rows: rows of the cache (T, N).
         present: bool (T, N), False for padding.
+        report: to be called with the fraction of the work done, where reading the pool takes long.
     """
 
     features: DeviceFeatures
@@ -110,6 +118,7 @@ class Pool:
     labels: Tensor
     unlabeled_rows: Tensor
     present: Tensor
+    report: Report = _unheard
 
     @property
     def labeled(self) -> Tensor:

@@ -6,11 +6,14 @@ from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rich.progress import TaskID
+
 from ulfine_fast.cache.io.device import pick_device
 from ulfine_fast.cache.io.errors import InputError
 from ulfine_fast.cache.io.progress import progress_bar
 from ulfine_fast.config import FitConfig, own_options, split_key
 from ulfine_fast.core.features import DeviceFeatures
+from ulfine_fast.core.types import Report
 from ulfine_fast.data.splits import Split, draw_split
 from ulfine_fast.engine.checkpoint import Checkpoint, damaged
 from ulfine_fast.engine.scheduling import schedule
@@ -58,6 +61,7 @@ def fit_many(
     read_test: bool = True,
     checkpoint: str | Path | None = None,
     watch: Watch | None = None,
+    report: Report | None = None,
 ) -> list[Run]:
     """Fit many trials, those of the same structure together in trial batches, as many together as memory holds.
 
@@ -79,6 +83,7 @@ def fit_many(
         watch: called after each validation with the step and, for every trial that still trains, its history row by
             its position in `configs`; returns the positions to drop, whose runs have the status "pruned" and no test
             metrics. After an interruption it may be called for the same validation again.
+        report: called with the fraction of all trials' work that is done, where they train no steps.
 
     Returns:
         Fitted runs in the order of `configs`. A trial's mini-batches and results do not depend on its neighbours.
@@ -126,9 +131,21 @@ def fit_many(
                 # written by another program: names, types and shapes may be anything
                 except Exception as error:
                     raise damaged(saved.folder, error) from error
-            task = bar.add_task(f"fit {batch.label}", total=batch.steps, unit="steps", note=f"{len(trials)} trials")
+            total, unit = (batch.steps, "steps") if batch.steps else (100, "%")
+            task = bar.add_task(f"fit {batch.label}", total=total, unit=unit, note=f"{len(trials)} trials")
+
+            def work(fraction: float, trials: Sequence[int] = trials, task: TaskID = task) -> None:
+                """Show the part of a fit without steps that is done."""
+                bar.update(task, completed=100 * fraction)
+                if report is not None:
+                    report((len(runs) + fraction * len(trials)) / len(configs))
+
+            if not batch.steps:
+                batch.report = work
             for step in batch.train(_watch_of_batch(trials, watch), _save_of_batch(trials, saved)):
                 bar.update(task, completed=step)
+            if not batch.steps:
+                work(1.0)
             runs.update(zip(trials, batch.finish(read_test=read_test), strict=True))
     if saved is not None:
         saved.remove()

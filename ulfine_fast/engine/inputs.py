@@ -14,7 +14,7 @@ from ulfine_fast.config import FitConfig, per_trial_options
 from ulfine_fast.core.batches import BatchSource, PaddedRows
 from ulfine_fast.core.features import DeviceFeatures
 from ulfine_fast.core.selection import SHARED
-from ulfine_fast.core.types import Pool, Trials
+from ulfine_fast.core.types import Pool, Report, Trials
 from ulfine_fast.data.splits import Rows, Split, training_labels
 from ulfine_fast.methods.registry import method_of
 from ulfine_fast.ops.prototypes import class_means, normalize
@@ -63,10 +63,10 @@ class TrialInputs:
             pairs=pairs,
         )
 
-    def pool(self) -> Pool:
-        """All their training images."""
+    def pool(self, report: Report) -> Pool:
+        """All their training images; `report` is called with the fraction of a method's work on them."""
         labels = torch.where(self.labeled.present, self.training_labels, -1)
-        return Pool(self.features, self.labeled.index, labels, self.unlabeled.index, self.unlabeled.present)
+        return Pool(self.features, self.labeled.index, labels, self.unlabeled.index, self.unlabeled.present, report)
 
 
 def trial_inputs(

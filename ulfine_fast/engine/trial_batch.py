@@ -16,7 +16,7 @@ from ulfine_fast.config import FitConfig
 from ulfine_fast.core.features import DeviceFeatures
 from ulfine_fast.core.heads import Tensors, unpadded
 from ulfine_fast.core.selection import select_trials
-from ulfine_fast.core.types import State
+from ulfine_fast.core.types import Report, State
 from ulfine_fast.data.splits import Split, labeled_counts
 from ulfine_fast.engine.history import History, plain
 from ulfine_fast.engine.inputs import trial_inputs
@@ -51,6 +51,7 @@ class TrialBatch:
         status: of each trial: "done", also while it trains, "stopped", "pruned" or "failed".
         left: after which step each trial left.
         finished: kept heads of the trials that left, in main memory.
+        report: called with the fraction of the work done, where the method trains no steps.
     """
 
     def __init__(
@@ -97,6 +98,7 @@ class TrialBatch:
         self.waited = torch.zeros_like(self.inputs.patience)
         self.finished: dict[int, Tensors] = {}
         self.health: Metrics = {}
+        self.report: Report = lambda _: None
         self.history = History([len(split.unlabeled) > 0 for split in splits])
 
     # -- training
@@ -163,7 +165,7 @@ class TrialBatch:
         """Let the method read all training images, where it does, and add what it has made parameters."""
         if self.method.uses_pool:
             with torch.no_grad():
-                self.method.refresh(self.inputs.trials, self.state, self.inputs.pool(), self.step)
+                self.method.refresh(self.inputs.trials, self.state, self.inputs.pool(self.report), self.step)
         for name, tensor in self.state.parameters.items():
             # some parameters exist only after the first refresh
             if name not in self.velocity:

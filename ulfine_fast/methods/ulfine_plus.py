@@ -8,7 +8,7 @@ held out of both decide the weight of each.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ulfine_fast.config import FitConfig, option
 from ulfine_fast.core.heads import Tensors
-from ulfine_fast.core.types import Pool, State, Trials
+from ulfine_fast.core.types import Pool, Report, State, Trials
 from ulfine_fast.methods.base import Method
 from ulfine_fast.methods.registry import register
 from ulfine_fast.ops.clustering import Clusters, Evidence, RowChunks, Schedule, cosines, fit_clusters
@@ -25,25 +25,25 @@ from ulfine_fast.ops.mixture import Metric, Scatter, Whitening, products, view_s
 from ulfine_fast.ops.philox import Purpose, uniforms
 from ulfine_fast.ops.probe import fit_probe
 
-_PROBE_STEPS = 200
-_PROBE_RATE = 0.1
+PROBE_STEPS = 200
+PROBE_RATE = 0.1
 # candidates: scale, and whether strong views train too; which of them is best depends on the encoder
-_PROBES = ((10.0, True), (25.0, True), (25.0, False))
+PROBES = ((10.0, True), (25.0, True), (25.0, False))
 # starting priors of the clusters
-_STARTS = 5
+STARTS = 5
 # of the clustering: rounds, EM steps in each, and first rounds in which the starting prior is held
-_ROUNDS = 10
-_STEPS = 3
-_HELD_ROUNDS = 2
+ROUNDS = 6
+STEPS = 2
+HELD_ROUNDS = 2
 # unlabelled images that the clusters begin with, of which candidates are judged: at least so many, and so many a class
-_SAMPLE = 2000
-_SAMPLE_PER_CLASS = 20
+SAMPLE = 2000
+SAMPLE_PER_CLASS = 20
 # rounds over all images, where there are more
-_LAST_ROUNDS = 2
+LAST_ROUNDS = 2
 # a candidate of less weight is left out
-_LEAST_WEIGHT = 0.01
+LEAST_WEIGHT = 0.01
 # images whose views are converted to float32 together
-_TOGETHER = 4096
+TOGETHER = 4096
 
 
 @dataclass(frozen=True)
@@ -118,12 +118,12 @@ class ULFinePlus(Method):
 
     def pool_values(self, config: FitConfig, images: int, views: int, dim: int, classes: int) -> int:
         """A sample of the images, class sums for every prior and fold, a chunk of rows, and the labelled views."""
-        sample = min(images, max(_SAMPLE, _SAMPLE_PER_CLASS * classes))
-        candidates = _STARTS * config.folds
+        sample = min(images, max(SAMPLE, SAMPLE_PER_CLASS * classes))
+        candidates = STARTS * config.folds
         clusters = candidates * classes * (6 * dim + 2 * min(classes, dim))
-        probes = 2 * len(_PROBES) * (1 + config.folds) * classes * dim
+        probes = 2 * len(PROBES) * (1 + config.folds) * classes * dim
         labeled = min(images, sample) * (views + 2) * dim
-        return sample * (dim + candidates) + clusters + probes + labeled + 4 * _TOGETHER * views * dim + 8 * dim * dim
+        return sample * (dim + candidates) + clusters + probes + labeled + 4 * TOGETHER * views * dim + 8 * dim * dim
 
     def start(self, trials: Trials) -> State:
         """The textual prototypes (T, K, D), until the pool has been seen."""
@@ -134,19 +134,31 @@ class ULFinePlus(Method):
         values = trials.values
         classes = trials.prototypes.shape[1]
 
+        images = pool.present.shape[1]
+        sample_size = min(images, max(SAMPLE, SAMPLE_PER_CLASS * classes))
+        work = _Work(
+            {
+                "probes": len(PROBES) * PROBE_STEPS * (1 + trials.config.folds) * pool.labels.shape[1],
+                "folds": ROUNDS * STEPS * STARTS * trials.config.folds * sample_size,
+                "sample": ROUNDS * STEPS * STARTS * sample_size,
+                "all": LAST_ROUNDS * STEPS * STARTS * images if images > sample_size else 0,
+            },
+            pool.report,
+        )
+
         # folds of the labels; from fold 0 nothing is held out
         folds = fold_numbers(trials.seeds, pool.labels, classes, trials.config.folds)  # (T, L)
         numbers = torch.arange(trials.config.folds + 1, device=folds.device)
         kept = ((numbers == 0) | (folds.unsqueeze(-1) != numbers)) & (pool.labels >= 0).unsqueeze(-1)  # (T, L, J)
 
         # probes, and features whitened
-        heads = _probes(pool, trials, kept, folds)  # (T, J, K, D)
+        heads = _probes(pool, trials, kept, folds, work.part("probes"))  # (T, J, K, D)
         space = _space(pool, values)
         whitened, offsets = space.linear(values["probe_weight"].view(-1, 1, 1, 1) * heads)
         everything = RowChunks(
             pool.present, lambda first, last: space(pool.features.rows(pool.unlabeled_rows[:, first:last]))
         )
-        sample = _sample(trials.seeds, pool, space, max(_SAMPLE, _SAMPLE_PER_CLASS * classes))
+        sample = _sample(trials.seeds, pool, space, sample_size)
         counts = torch.zeros_like(trials.log_prior).scatter_add_(
             1, pool.labels.clamp(min=0), (pool.labels >= 0).to(trials.log_prior.dtype)
         )
@@ -160,16 +172,16 @@ class ULFinePlus(Method):
             prior=starting_priors(counts),  # (T, S, K)
         )
         schedule = Schedule(
-            rounds=_ROUNDS,
-            steps=_STEPS,
-            held_rounds=_HELD_ROUNDS,
+            rounds=ROUNDS,
+            steps=STEPS,
+            held_rounds=HELD_ROUNDS,
             sharpness_start=values["sharpness_start"],
             sharpness_end=values["sharpness_end"],
             prior_pseudo_count=values["prior_pseudo_count"],
         )
 
         # candidates without the labels of each fold, scored on these labels beside the probe
-        judged = fit_clusters(_fits(evidence, slice(1, None)), schedule)
+        judged = fit_clusters(_fits(evidence, slice(1, None)), schedule, report=work.part("folds"))
         likelihoods = [
             label_likelihoods(logits, pool.labels[:, position])
             for position, logits in _held_out_logits(values, pool, heads, judged, evidence, folds)
@@ -178,17 +190,17 @@ class ULFinePlus(Method):
         weights = torch.softmax(values["evidence_temperature"].view(-1, 1) * scores, dim=1)  # (T, 1 + S)
 
         # those worth fitting with all labels: on the sample, then on all images
-        weights = torch.where(weights < _LEAST_WEIGHT, 0.0, weights)
+        weights = torch.where(weights < LEAST_WEIGHT, 0.0, weights)
         weights = weights / weights.sum(1, keepdim=True)
         count = max(1, int((weights[:, 1:] > 0).sum(1).max()))
         best = torch.topk(weights[:, 1:], count, dim=1).indices  # (T, S')
         chosen = replace(
             _fits(evidence, slice(0, 1)), prior=evidence.prior.gather(1, best.unsqueeze(-1).expand(-1, -1, classes))
         )
-        clusters = fit_clusters(chosen, schedule)
-        if sample.present.shape[1] < everything.present.shape[1]:
-            last = replace(schedule, rounds=_LAST_ROUNDS, sharpness_start=schedule.sharpness_end)
-            clusters = fit_clusters(replace(chosen, unlabeled=everything), last, clusters)
+        clusters = fit_clusters(chosen, schedule, report=work.part("sample"))
+        if sample_size < images:
+            last = replace(schedule, rounds=LAST_ROUNDS, sharpness_start=schedule.sharpness_end)
+            clusters = fit_clusters(replace(chosen, unlabeled=everything), last, clusters, work.part("all"))
 
         # what predicts
         columns = torch.cat([torch.zeros_like(best[:, :1]), best + 1], dim=1)  # (T, 1 + S')
@@ -224,6 +236,20 @@ class ULFinePlus(Method):
         if prior is not None:
             fused = fused + torch.log(prior).unsqueeze(1)
         return _log_mixture(torch.cat([linear, fused], dim=2), tensors["weights"], tensors["temperature"])
+
+
+class _Work:
+    """How much of a fit is done: parts of known relative length, one after the other."""
+
+    def __init__(self, lengths: Mapping[str, int], report: Report) -> None:
+        self._lengths, self._report = lengths, report
+
+    def part(self, name: str) -> Report:
+        """What is to be called with the fraction done of a part."""
+        names = list(self._lengths)
+        before = sum(self._lengths[other] for other in names[: names.index(name)])
+        total = max(sum(self._lengths.values()), 1)
+        return lambda fraction: self._report((before + fraction * self._lengths[name]) / total)
 
 
 def _fits(evidence: Evidence, fits: slice) -> Evidence:
@@ -271,20 +297,33 @@ def _of_fold(values: Tensor, fold: Tensor) -> Tensor:
     return values.gather(2, index.expand(-1, -1, 1, *values.shape[3:])).squeeze(2)
 
 
-def _probes(pool: Pool, trials: Trials, kept: Tensor, folds: Tensor) -> Tensor:
+def _probes(pool: Pool, trials: Trials, kept: Tensor, folds: Tensor, report: Report) -> Tensor:
     """Labelled-only heads (T, J, K, D) of the kind that held-out labels prefer, as long as their scale."""
     views, classes = pool.labeled_views, trials.prototypes.shape[1]
     heads, scores = [], []
-    for scale, with_strong in _PROBES:
+    for number, (scale, with_strong) in enumerate(PROBES):
+
+        def fitted(fraction: float, number: int = number) -> None:
+            report((number + fraction) / len(PROBES))
+
         seen = views if with_strong else views[:, :, : pool.features.easy]
-        unit = fit_probe(seen, pool.labels, kept, trials.prototypes, trials.zeros() + scale, _PROBE_RATE, _PROBE_STEPS)
+        unit = fit_probe(
+            seen,
+            pool.labels,
+            kept,
+            trials.prototypes,
+            scale=trials.zeros() + scale,
+            rate=PROBE_RATE,
+            steps=PROBE_STEPS,
+            report=fitted,
+        )
         heads.append(scale * unit)
         likelihoods = [
             label_likelihoods(_of_fold(products(rows, heads[-1]), fold).unsqueeze(2), labels)
             for rows, fold, labels in zip(
-                pool.labeled.split(_TOGETHER, dim=1),
-                folds.split(_TOGETHER, dim=1),
-                pool.labels.split(_TOGETHER, dim=1),
+                pool.labeled.split(TOGETHER, dim=1),
+                folds.split(TOGETHER, dim=1),
+                pool.labels.split(TOGETHER, dim=1),
                 strict=True,
             )
         ]
@@ -300,7 +339,7 @@ def _space(pool: Pool, values: Tensors) -> Whitening:
 
     def parts(read: Callable[[Tensor], Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
         # some of the rows at a time: all views in float32 are many times what the cache holds
-        for rows, rows_present in zip(index.split(_TOGETHER, 1), present.split(_TOGETHER, 1), strict=True):
+        for rows, rows_present in zip(index.split(TOGETHER, 1), present.split(TOGETHER, 1), strict=True):
             yield read(rows), rows_present
 
     scatter = Scatter.of(parts(pool.features.rows))

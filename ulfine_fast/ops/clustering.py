@@ -24,7 +24,7 @@ _CHUNK_VALUES_GPU = 1 << 27
 # a matrix product of fewer rows is slow
 _LEAST_ROWS = 64
 # passes over the anchor alone that move its probabilities onto the starting prior
-_ANCHOR_PASSES = 8
+ANCHOR_PASSES = 8
 
 
 @dataclass(frozen=True)
@@ -157,8 +157,8 @@ def fit_clusters(
         metric = Metric.flat(evidence.prior.shape[1], evidence.heads)
         prior, log_weights = evidence.prior, torch.log(evidence.prior)
         inverse = _inverse_lengths(evidence.unlabeled, metric)
-        for number in range(_ANCHOR_PASSES):
-            last = number == _ANCHOR_PASSES - 1
+        for number in range(ANCHOR_PASSES):
+            last = number == ANCHOR_PASSES - 1
             totals = _pass(evidence, log_weights, inverse, sums_too=last, plain_too=last)
             log_weights = _transported(log_weights, prior, totals.mass, count)
         scatter, mass = known.sums + totals.plain, known.mass + totals.mass

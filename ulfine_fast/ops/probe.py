@@ -12,7 +12,7 @@ from torch import Tensor
 from ulfine_fast.ops.prototypes import normalize
 
 # rows that a step reads; full-batch steps over more rows cost more than they bring
-_MOST_ROWS = 2048
+MOST_ROWS = 2048
 
 
 def fit_probe(
@@ -24,6 +24,7 @@ def fit_probe(
     rate: float,
     steps: int,
     decay: float = 5e-4,
+    report: Callable[[float], None] | None = None,
 ) -> Tensor:
     """Logit-adjusted cosine classifiers (arXiv 2007.07314, equation 10) by gradient descent with momentum 0.9.
 
@@ -39,6 +40,7 @@ def fit_probe(
         rate: peak learning rate, cosine schedule to zero.
         steps: gradient steps.
         decay: weight decay.
+        report: called with the fraction of the steps done.
 
     Returns:
         Unit class vectors (T, J, K, D).
@@ -78,6 +80,8 @@ def fit_probe(
         gradient = (gradient - (gradient * unit).sum(-1, keepdim=True) * unit) / length
         velocity = 0.9 * velocity + gradient + decay * weights
         weights = weights - 0.5 * rate * (1 + math.cos(math.pi * step / steps)) * velocity
+        if report is not None:
+            report((step + 1) / steps)
     return normalize(weights)
 
 
@@ -88,10 +92,10 @@ def _parts(known: Tensor) -> Callable[[int], tuple[Tensor, Tensor]] | None:
     """
     rows = known.sum(1, keepdim=True)  # (T, 1)
     count = int(rows.max()) if known.numel() else 0
-    if count <= _MOST_ROWS:
+    if count <= MOST_ROWS:
         return None
-    parts = (rows + _MOST_ROWS - 1) // _MOST_ROWS  # (T, 1)
-    width = torch.arange(min(count, _MOST_ROWS), device=known.device)
+    parts = (rows + MOST_ROWS - 1) // MOST_ROWS  # (T, 1)
+    width = torch.arange(min(count, MOST_ROWS), device=known.device)
 
     def part(number: int) -> tuple[Tensor, Tensor]:
         position = width * parts + number % parts

@@ -70,6 +70,7 @@ def run_batch(
     trials = [trial for trial in study.claim(batch) if not trial.state.is_finished()]
     if not trials:
         return 0
+    watch = EvaluationWatch(plan, study, trials, advance)
     runs = fit_many(
         cache,
         # trial by trial, its seeds side by side
@@ -80,7 +81,8 @@ def run_batch(
         engine=plan.engine,
         read_test=False,
         checkpoint=plan.out / CHECKPOINTS / batch.name,
-        watch=EvaluationWatch(plan, study, trials, advance),
+        watch=watch,
+        report=watch.work,
     )
     compared = [] if plan.pruning == "none" else rungs(runs[0].config.steps, runs[0].config.eval_every)
     for i, trial in enumerate(trials):
@@ -124,6 +126,7 @@ class EvaluationWatch:
         self._done: dict[int, int] = {}
         self._stopped: set[int] = set()
         config = plan.space.config(trials[0].params, plan.seed)
+        self._steps = config.steps
         self._rungs = [] if plan.pruning == "none" else rungs(config.steps, config.eval_every)
         self._past = study.trials() if self._rungs else []
 
@@ -141,6 +144,13 @@ class EvaluationWatch:
             self._compare(step, rows)
         # memory may split the configs of one trial into several chunks: what one chunk stops, the others drop as well
         return [i for i in rows if i // self._plan.seeds in self._stopped]
+
+    def work(self, fraction: float) -> None:
+        """Count the part of the work done as trial-steps, for methods without steps."""
+        steps = [int(fraction * self._steps)] * (len(self._trials) * self._plan.seeds)
+        if self._advance is not None:
+            self._advance(sum(step - self._done.get(i, 0) for i, step in enumerate(steps)))
+        self._done.update(enumerate(steps))
 
     def _compare(self, step: int, rows: Rows) -> None:
         """Stop the trials that are not among the best of their bracket, earlier batches included."""
