@@ -25,8 +25,8 @@ from ulfine_fast.ops.mixture import Metric, Scatter, Whitening, products, view_s
 from ulfine_fast.ops.philox import Purpose, uniforms
 from ulfine_fast.ops.probe import fit_probe
 
-PROBE_STEPS = 200
-PROBE_RATE = 0.1
+PROBE_STEPS = 100
+PROBE_RATE = 0.2
 # candidates: scale, and whether strong views train too; which of them is best depends on the encoder
 PROBES = ((10.0, True), (25.0, True), (25.0, False))
 # starting priors of the clusters
