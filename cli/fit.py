@@ -41,6 +41,7 @@ def fit(
     from ulfine_fast.data.corrections import corrected, corrected_split, read_corrections
     from ulfine_fast.engine.checkpoint import saved_step
     from ulfine_fast.engine.fit import fit_many
+    from ulfine_fast.runs.evidence import evidence_lines
     from ulfine_fast.runs.files import load_runs, split_at
     from ulfine_fast.runs.folder import CHECKPOINT, locked
     from ulfine_fast.runs.loggers import log_run, refuse_unknown
@@ -77,6 +78,9 @@ def fit(
                     log_run(saved, name, Path("logs") / name)
             print_metrics({first.method: summary}, as_json=as_json)
             if not as_json:
+                done = [run.metrics for run in runs if run.status != "failed"]
+                for line in evidence_lines(done, features.class_names):
+                    typer.echo(printable(line))
                 typer.echo(f"run: {out}")
         if failed:
             for run in failed:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.methods.slow import softmax
-from ulfine_fast.ops.evidence import fold_numbers, held_out_scores, label_likelihoods, starting_priors
+from ulfine_fast.ops.evidence import balanced_gain, fold_numbers, held_out_scores, label_likelihoods, starting_priors
 
 SEEDS = torch.tensor([3, 4])
 K = 4
@@ -155,3 +155,29 @@ def test_without_held_out_rows_all_candidates_score_the_same():
     mixed = scores_of(logits, LABELS, judged, K)[1]
     assert (mixed[1] == 1).all()
     assert (mixed[0] != 1).any()
+
+
+def test_the_gain_is_the_difference_in_balanced_accuracy():
+    torch.manual_seed(5)
+    first, second = torch.rand(2, LABELS.shape[1]) < 0.8, torch.rand(2, LABELS.shape[1]) < 0.5
+    judged = fold_numbers(SEEDS, LABELS, K, 3) > 0
+    result = balanced_gain(first.float() - second.float(), LABELS, judged, K)
+    for t in range(2):
+        by_class = [
+            [int(first[t, i]) - int(second[t, i]) for i in range(LABELS.shape[1]) if judged[t, i] and LABELS[t, i] == k]
+            for k in range(K)
+        ]
+        by_class = [values for values in by_class if values]
+        means = [sum(values) / len(values) for values in by_class]
+        spread = sum((v - m) ** 2 for values, m in zip(by_class, means, strict=True) for v in values)
+        variance = spread / (sum(map(len, by_class)) - len(by_class))
+        half = 1.96 * math.sqrt(sum(variance / len(values) for values in by_class)) / len(by_class)
+        mean = sum(means) / len(means)
+        assert result[t].tolist() == pytest.approx([mean, mean - half, mean + half], abs=1e-6)
+
+
+def test_a_gain_from_too_few_rows_is_not_a_number():
+    labels = torch.tensor([[0, 1, 2]])
+    judged = torch.tensor([[True, True, False]])
+    assert balanced_gain(torch.ones(1, 3), labels, judged, 3).isnan().all()
+    assert balanced_gain(torch.ones(1, 3), labels, torch.zeros_like(judged), 3).isnan().all()

@@ -124,7 +124,12 @@ class TrialBatch:
                 stepper = None
             clock = self._end_of_round(clock, save)
         if self.members:
-            self._keep_health(self._validation().health(self.inputs.unlabeled), self.members)
+            evidence = self.method.evidence(self.inputs.trials, self.state)
+            self._keep_health(
+                self._validation().health(self.inputs.unlabeled)
+                | {name: values.double().cpu().numpy() for name, values in evidence.items()},
+                self.members,
+            )
             self._end_of_round(clock, save)
 
     def _end_of_round(self, clock: float, save: Callable[[TrialBatch], None] | None) -> float:

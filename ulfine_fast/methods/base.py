@@ -151,6 +151,10 @@ class Method(ABC):
         """Class probabilities (T, N, K) of the pool's unlabelled images; None to take :meth:`pseudo_logits`."""
         return None
 
+    def evidence(self, trials: Trials, state: State) -> Tensors:
+        """What the method says of its own fit, for the metrics: tensors (T, ...) by name."""
+        return {}
+
     def threshold(self, trials: Trials) -> Tensor:
         """Smallest probability (T,) with which pseudo-labels count in their metrics; 0 where all predictions do."""
         by_threshold = self.uses_unlabeled and self.uses_threshold

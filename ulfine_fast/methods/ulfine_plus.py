@@ -8,22 +8,27 @@ held out of both decide the weight of each.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ulfine_fast.config import FitConfig, option
 from ulfine_fast.core.heads import Tensors
-from ulfine_fast.core.types import Pool, Report, State, Trials
+from ulfine_fast.core.types import Inputs, Pool, Report, State, Trials
+from ulfine_fast.data.splits import Split
 from ulfine_fast.methods.base import Method
 from ulfine_fast.methods.registry import register
 from ulfine_fast.ops.clustering import Clusters, Evidence, RowChunks, Schedule, cosines, fit_clusters
-from ulfine_fast.ops.evidence import fold_numbers, held_out_scores, label_likelihoods, starting_priors
+from ulfine_fast.ops.evidence import balanced_gain, fold_numbers, held_out_scores, label_likelihoods, starting_priors
 from ulfine_fast.ops.mixture import Metric, Scatter, Whitening, products, view_scatter, whitening
 from ulfine_fast.ops.philox import Purpose, uniforms
-from ulfine_fast.ops.probe import fit_probe
+from ulfine_fast.ops.probe import class_means, fit_probe
+
+if TYPE_CHECKING:
+    from ulfine_fast.cache.store import FeatureCache
 
 PROBE_STEPS = 100
 PROBE_RATE = 0.2
@@ -42,6 +47,8 @@ SAMPLE_PER_CLASS = 20
 LAST_ROUNDS = 2
 # a candidate of less weight is left out
 LEAST_WEIGHT = 0.01
+# an image fits no class where so small a fraction of held-out labelled images is as far from all classes
+NO_CLASS = 0.01
 # images whose views are converted to float32 together
 TOGETHER = 4096
 
@@ -125,6 +132,10 @@ class ULFinePlus(Method):
         labeled = min(images, sample) * (views + 2) * dim
         return sample * (dim + candidates) + clusters + probes + labeled + 4 * TOGETHER * views * dim + 8 * dim * dim
 
+    def inputs(self, cache: FeatureCache, splits: Sequence[Split], device: torch.device) -> Inputs:
+        """Whether the classes have texts, whose worth is then measured."""
+        return Inputs(shared={"has_text": torch.tensor(cache.prototypes is not None)})
+
     def start(self, trials: Trials) -> State:
         """The textual prototypes (T, K, D), until the pool has been seen."""
         return State({}, {"linear": trials.prototypes.clone()})
@@ -152,7 +163,7 @@ class ULFinePlus(Method):
         kept = ((numbers == 0) | (folds.unsqueeze(-1) != numbers)) & (pool.labels >= 0).unsqueeze(-1)  # (T, L, J)
 
         # probes, and features whitened
-        heads = _probes(pool, trials, kept, folds, work.part("probes"))  # (T, J, K, D)
+        heads, kinds = _probes(pool, trials, kept, folds, work.part("probes"))  # (T, J, K, D), (T,)
         space = _space(pool, values)
         whitened, offsets = space.linear(values["probe_weight"].view(-1, 1, 1, 1) * heads)
         everything = RowChunks(
@@ -214,6 +225,32 @@ class ULFinePlus(Method):
             "weights": weights.gather(1, columns),
             "temperature": temperatures.gather(1, columns),
         }
+
+        # what it says of itself
+        known = folds > 0
+        by_probe, by_mixture = [], []
+        for position, logits in _held_out_logits(values, pool, heads, judged, evidence, folds):
+            labels = pool.labels[:, position]
+            by_probe.append(logits[:, :, 0].argmax(-1) == labels)
+            by_mixture.append(_log_mixture(logits, weights, temperatures).argmax(-1) == labels)
+        right = torch.cat(by_probe, dim=1).to(weights.dtype)  # (T, L)
+        gain = torch.cat(by_mixture, dim=1).to(weights.dtype) - right
+        state.scratch["held_out"] = known.sum(1)
+        state.scratch["gain_unlabeled"] = balanced_gain(gain, pool.labels, known, classes)
+        if bool(trials.inputs.shared["has_text"]):
+            blind = _right_without_text(pool, trials, kept, folds, kinds)
+            state.scratch["gain_text"] = balanced_gain(right - blind, pool.labels, known, classes)
+        own = state.memory["weights"][:, 1:]  # (T, S')
+        prior = (own.unsqueeze(-1) * clusters.prior).sum(1) + 1e-12
+        state.scratch["estimated_prior"] = prior / prior.sum(1, keepdim=True)
+        state.scratch["weight_of_probe"] = weights[:, 0]
+        least = _least_similarity(judged, evidence, folds).gather(1, best)
+        state.scratch["no_class"] = _far_from_all(everything, clusters, own, least)
+
+    def evidence(self, trials: Trials, state: State) -> Tensors:
+        """Gains on held-out labels, with intervals, and what the unlabelled images are like."""
+        names = ("held_out", "gain_unlabeled", "gain_text", "weight_of_probe", "no_class", "estimated_prior")
+        return {name: state.scratch[name] for name in names if name in state.scratch}
 
     def logits(self, trials: Trials, tensors: Tensors, features: Tensor) -> Tensor:
         """Log of the mixed class probabilities (T, B, K), of equal class priors."""
@@ -297,8 +334,8 @@ def _of_fold(values: Tensor, fold: Tensor) -> Tensor:
     return values.gather(2, index.expand(-1, -1, 1, *values.shape[3:])).squeeze(2)
 
 
-def _probes(pool: Pool, trials: Trials, kept: Tensor, folds: Tensor, report: Report) -> Tensor:
-    """Labelled-only heads (T, J, K, D) of the kind that held-out labels prefer, as long as their scale."""
+def _probes(pool: Pool, trials: Trials, kept: Tensor, folds: Tensor, report: Report) -> tuple[Tensor, Tensor]:
+    """Labelled-only heads (T, J, K, D) of the kind (T,) that held-out labels prefer, as long as their scale."""
     views, classes = pool.labeled_views, trials.prototypes.shape[1]
     heads, scores = [], []
     for number, (scale, with_strong) in enumerate(PROBES):
@@ -329,7 +366,55 @@ def _probes(pool: Pool, trials: Trials, kept: Tensor, folds: Tensor, report: Rep
         ]
         scores.append(held_out_scores(torch.cat(likelihoods, dim=1), pool.labels, folds > 0, classes)[0].squeeze(1))
     best = torch.stack(scores).argmax(0)  # (T,)
-    return torch.stack(heads, dim=1)[torch.arange(len(best), device=best.device), best]
+    return torch.stack(heads, dim=1)[torch.arange(len(best), device=best.device), best], best
+
+
+def _right_without_text(pool: Pool, trials: Trials, kept: Tensor, folds: Tensor, kinds: Tensor) -> Tensor:
+    """Whether probes that start from the labelled images' class means hit each held-out label: 1 or 0, (T, L)."""
+    views, kept = pool.labeled_views, kept[:, :, 1:]
+    right = torch.zeros_like(folds, dtype=views.dtype)
+    for kind in kinds.unique().tolist():
+        scale, with_strong = PROBES[kind]
+        heads = fit_probe(
+            views if with_strong else views[:, :, : pool.features.easy],
+            pool.labels,
+            kept,
+            class_means(pool.labeled, pool.labels, kept, trials.prototypes.shape[1]),
+            scale=trials.zeros() + scale,
+            rate=PROBE_RATE,
+            steps=PROBE_STEPS,
+        )
+        for first in range(0, folds.shape[1], TOGETHER):
+            part = slice(first, first + TOGETHER)
+            logits = _of_fold(products(pool.labeled[:, part], heads), (folds[:, part] - 1).clamp(min=0))
+            hits = (logits.argmax(-1) == pool.labels[:, part]).to(right.dtype)
+            right[:, part] = torch.where((kinds == kind).unsqueeze(1), hits, right[:, part])
+    return right
+
+
+def _least_similarity(judged: Clusters, evidence: Evidence, folds: Tensor) -> Tensor:
+    """Largest cosine with any class that 99 of 100 held-out labelled images exceed, for each start (T, S)."""
+    fits, starts, classes = evidence.heads.shape[1] - 1, evidence.prior.shape[1], evidence.prior.shape[2]
+    chunks = RowChunks.of(evidence.labeled, evidence.labels >= 0)
+    largest = torch.cat(
+        [
+            _of_fold(judged.cosines(rows).amax(-1).unflatten(2, (fits, starts)), (folds[:, position] - 1).clamp(min=0))
+            for position, rows, _ in chunks.split(fits * starts * classes)
+        ],
+        dim=1,
+    )  # (T, L, S)
+    return torch.nanquantile(largest.masked_fill((folds == 0).unsqueeze(-1), torch.nan), NO_CLASS, dim=1)
+
+
+def _far_from_all(images: RowChunks, clusters: Clusters, weights: Tensor, least: Tensor) -> Tensor:
+    """How many images (T,) are less similar to all classes than labelled images are, by the candidates' majority."""
+    count = torch.zeros_like(weights[:, 0])
+    total = weights.sum(1, keepdim=True)  # (T, 1)
+    for _, rows, present in images.split(clusters.prior.shape[1] * clusters.prior.shape[2]):
+        far = clusters.cosines(rows).amax(-1) < least.unsqueeze(1)  # (T, n, S')
+        votes = (far * weights.unsqueeze(1)).sum(-1)  # (T, n)
+        count += (present & (votes > total / 2)).sum(1)
+    return count
 
 
 def _space(pool: Pool, values: Tensors) -> Whitening:

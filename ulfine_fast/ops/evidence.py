@@ -91,3 +91,33 @@ def held_out_scores(likelihoods: Tensor, labels: Tensor, judged: Tensor, classes
     grid = torch.tensor(_TEMPERATURES, device=labels.device)
     known = judged.any(1, keepdim=True)  # (T, 1)
     return best.values, torch.where(known, grid[best.indices], torch.ones_like(best.values))
+
+
+def balanced_gain(difference: Tensor, labels: Tensor, judged: Tensor, classes: int) -> Tensor:
+    """Difference in balanced accuracy of two classifiers on held-out labels, with a 95% interval.
+
+    The interval is the normal one of a mean of class means, with one variance inside all classes, as rare classes have
+    too few rows for one of their own.
+
+    Args:
+        difference: 1 where only the first is right, -1 where only the second is, else 0; (T, L).
+        labels: int64 (T, L), -1 for padding.
+        judged: bool (T, L), the rows that were held out.
+        classes: K.
+
+    Returns:
+        Mean, lower and upper end (T, 3); NaN where there are too few rows to tell.
+    """
+    index = labels.clamp(min=0)
+    kept = judged.to(difference.dtype)
+    zeros = kept.new_zeros(len(labels), classes)
+    counts = zeros.scatter_add(1, index, kept)  # (T, K)
+    means = zeros.scatter_add(1, index, kept * difference) / counts.clamp(min=1)
+    seen = (counts > 0).sum(1)  # (T,)
+    mean = means.sum(1) / seen
+    spread = (kept * (difference - means.gather(1, index)).square()).sum(1) / (kept.sum(1) - seen)
+    variance = spread * torch.where(counts > 0, 1 / counts.clamp(min=1), 0.0).sum(1) / seen.square()
+    half = 1.96 * variance.sqrt()
+    enough = kept.sum(1) > seen
+    result = torch.stack([mean, mean - half, mean + half], dim=1)
+    return torch.where(enough.unsqueeze(1), result, torch.nan)

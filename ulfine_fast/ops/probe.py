@@ -35,7 +35,7 @@ def fit_probe(
         views: unit rows (T, n, V, D).
         labels: their classes, -1 for padding (T, n).
         kept: whether a row trains a classifier, for J classifiers of each trial (T, n, J).
-        start: weights to begin with (T, K, D).
+        start: weights to begin with (T, K, D), or others for each classifier (T, J, K, D).
         scale: cosine scale sigma (T,).
         rate: peak learning rate, cosine schedule to zero.
         steps: gradient steps.
@@ -45,7 +45,7 @@ def fit_probe(
     Returns:
         Unit class vectors (T, J, K, D).
     """
-    classes, count = start.shape[1], kept.shape[2]
+    classes, count = start.shape[-2], kept.shape[2]
     known = labels >= 0
     index = labels.clamp(min=0)  # (T, n)
     member = (kept & known.unsqueeze(-1)).to(views.dtype)  # (T, n, J)
@@ -55,7 +55,7 @@ def fit_probe(
     total = frequency.sum(-1, keepdim=True).clamp(min=1e-9)
     log_prior = torch.log((frequency / total).clamp(min=1e-8)).unsqueeze(1)  # (T, 1, J, K)
     parts = _parts(known)
-    weights = start.unsqueeze(1).repeat(1, count, 1, 1)  # (T, J, K, D)
+    weights = start.clone() if start.dim() == 4 else start.unsqueeze(1).repeat(1, count, 1, 1)  # (T, J, K, D)
     velocity = torch.zeros_like(weights)
     sigma = scale.view(-1, 1, 1, 1)
     for step in range(steps):
@@ -83,6 +83,18 @@ def fit_probe(
         if report is not None:
             report((step + 1) / steps)
     return normalize(weights)
+
+
+def class_means(rows: Tensor, labels: Tensor, kept: Tensor, classes: int) -> Tensor:
+    """Unit means (T, J, K, D) of rows (T, n, D) by label (T, n), for J choices of rows (T, n, J).
+
+    A class without rows gets the mean of all.
+    """
+    member = F.one_hot(labels.clamp(min=0), classes).to(rows.dtype) * (labels >= 0).unsqueeze(-1)  # (T, n, K)
+    weights = member.unsqueeze(2) * kept.unsqueeze(-1)  # (T, n, J, K)
+    means = (weights.flatten(2).transpose(1, 2) @ rows).unflatten(1, weights.shape[2:])
+    empty = weights.sum(1).unsqueeze(-1) == 0
+    return normalize(torch.where(empty, means.sum(2, keepdim=True), means))
 
 
 def _parts(known: Tensor) -> Callable[[int], tuple[Tensor, Tensor]] | None:

@@ -27,6 +27,7 @@ from ulfine_fast.report.plugins import PageInputs, added_sections, render_templa
 from ulfine_fast.report.results import paired_table, results_table, summary
 from ulfine_fast.report.settings import settings_section
 from ulfine_fast.report.sweeps import SweepFiles, sweeps_section
+from ulfine_fast.runs.evidence import evidence_lines
 from ulfine_fast.runs.files import RunFiles
 
 _PACKAGE = "ulfine_fast.report"
@@ -82,6 +83,11 @@ def render_page(
         paired=paired_table(groups, shown),
         classes=classes_section(charted, shown),
         pseudo=pseudo_labels_section(charted),
+        evidence=[
+            (group.label, lines)
+            for group in charted
+            if (lines := evidence_lines([run.metrics for run in group.runs], runs[0].class_names))
+        ],
         calibration=calibration_section(shown, predictions),
         one_byte=one_byte_section(groups, rounding_cost),
         added=added_sections(PageInputs(groups, attributes)),

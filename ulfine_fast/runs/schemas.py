@@ -8,6 +8,7 @@ import msgspec
 
 _Count = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
 _Fractions = list[float | None]
+_Interval = Annotated[list[float | None], msgspec.Meta(min_length=3, max_length=3)]
 
 
 class Encoder(msgspec.Struct):
@@ -70,6 +71,12 @@ class Metrics(SplitMetrics):
     steps: _Count | None = None
     stopped_at: _Count | None = None
     class_counts: list[_Count | None] | None = None
+    held_out: float | None = None
+    weight_of_probe: float | None = None
+    no_class: float | None = None
+    gain_unlabeled: _Interval | None = None
+    gain_text: _Interval | None = None
+    estimated_prior: list[float] | None = None
     per_class_accuracy: _Fractions | None = None
     per_class_pseudo_label_precision: _Fractions | None = None
     per_class_pseudo_label_recall: _Fractions | None = None
