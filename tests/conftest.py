@@ -53,3 +53,22 @@ def quick():
         return FitConfig(**{"n1": 30, "gamma_l": 10, "gamma_u": 10, "steps": 40, "eval_every": 20, **values})
 
     return make
+
+
+@pytest.fixture
+def cluster():
+    """A Ray cluster of two nodes on this machine, and the second node."""
+    pytest.importorskip("ray", reason="Ray is not installed (extra ray)")
+    from ray.cluster_utils import Cluster
+
+    # the least memory that Ray takes
+    small = {"object_store_memory": 80 << 20, "num_cpus": 1}
+    # the death of a node is noticed within a second
+    alert = {"health_check_period_ms": 300, "health_check_failure_threshold": 2, "health_check_initial_delay_ms": 0}
+    head = {**small, "include_dashboard": False, "_system_config": alert}
+    made = Cluster(initialize_head=True, head_node_args=head)
+    yield made, made.add_node(**small)
+    import ray
+
+    ray.shutdown()
+    made.shutdown()

@@ -12,25 +12,6 @@ from ulfine_fast import InputError, sweep
 from ulfine_fast.search.on_ray import RayWorkers
 from ulfine_fast.search.study import SweepStudy
 
-STORE = 80 << 20  # bytes, the least that Ray takes
-
-
-@pytest.fixture
-def cluster():
-    pytest.importorskip("ray", reason="Ray is not installed (extra ray)")
-    from ray.cluster_utils import Cluster
-
-    small = {"object_store_memory": STORE, "num_cpus": 1}
-    # the death of a node is noticed within a second
-    alert = {"health_check_period_ms": 300, "health_check_failure_threshold": 2, "health_check_initial_delay_ms": 0}
-    head = {**small, "include_dashboard": False, "_system_config": alert}
-    made = Cluster(initialize_head=True, head_node_args=head)
-    yield made, made.add_node(**small)
-    import ray
-
-    ray.shutdown()
-    made.shutdown()
-
 
 def count_checkpoints(folder):
     """Batches that have saved a checkpoint and are not finished."""
