@@ -58,7 +58,7 @@ def _checked(content: dict[str, Any], group: Any, path: Path, where: str) -> dic
 
 
 def _option(name: str, command: Any, path: Path) -> str:
-    """The parameter that a name in the file stands for; dashes are underscores."""
+    """The parameter that a name in the file means; dashes are underscores."""
     from ulfine_fast.cache.io.errors import InputError
 
     own = _options(command)

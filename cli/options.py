@@ -64,7 +64,7 @@ def explicit_options(context: typer.Context, options: Mapping[str, Any]) -> dict
 
 
 def options_with_file(context: typer.Context, options: Mapping[str, Any], path: Path | None) -> dict[str, Any]:
-    """The options with those of a flat TOML file in place of defaults; the command line wins.
+    """The options with those of a flat TOML file instead of defaults; the command line wins.
 
     Raises:
         InputError: no such file, not TOML, or an option that the method does not read.

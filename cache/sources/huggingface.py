@@ -123,7 +123,7 @@ class HuggingFaceSource:
         return _known_splits(self.where)[0]
 
     def _read_class_names(self, class_names_file: Path | None) -> tuple[list[str], Labels]:
-        """Class names from the data set or the labels that occur; those of the user's file in place of them."""
+        """Class names from the data set or the labels that occur; those of the user's file instead."""
         if self._label is None:
             return needed_labels(class_names_file, f"{self.where}, which has no column of labels,")
 

@@ -155,7 +155,7 @@ def needed_labels(class_names_file: Path | None, source: str) -> tuple[list[str]
 def labels_of_column(
     where: str, declared: Sequence[str], occurring: Callable[[], Iterable[Any]], class_names_file: Path | None
 ) -> tuple[list[str], Labels, list[str]]:
-    """Class names of a column of labels, those of the user's file in place of them; its labels; notes.
+    """Class names of a column of labels, those of the user's file instead; its labels; notes.
 
     Args:
         where: the source, for messages.

@@ -168,7 +168,7 @@ class ParquetSource:
         return [Part(number, file.split or "", None, None, file.name) for number, file in enumerate(self.files)]
 
     def _read_class_names(self, class_names_file: Path | None, schema: pa.Schema) -> tuple[list[str], Labels]:
-        """Class names from the files' metadata or the labels that occur; those of the user's file in place of them."""
+        """Class names from the files' metadata or the labels that occur; those of the user's file instead."""
         if self._label is None:
             return needed_labels(class_names_file, "a parquet file without a column of labels")
 

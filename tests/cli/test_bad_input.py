@@ -287,8 +287,8 @@ def test_the_help_of_fit_is_short():
 
 
 def test_the_table_shows_percent_and_dashes(capsys):
-    figure = {"mean": 0.1234, "half_width": 0.01, "n": 3}
-    print_metrics({"probe": {"accuracy": figure, "seconds": {"mean": 2.0, "half_width": 0.0, "n": 3}}}, as_json=False)
+    accuracy = {"mean": 0.1234, "half_width": 0.01, "n": 3}
+    print_metrics({"probe": {"accuracy": accuracy, "seconds": {"mean": 2.0, "half_width": 0.0, "n": 3}}}, as_json=False)
     printed = capsys.readouterr().out
     assert "12.3 ±1.0" in printed
     assert "2.0" in printed

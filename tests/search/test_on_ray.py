@@ -47,7 +47,7 @@ def test_a_cluster_that_cannot_be_reached(monkeypatch, clusters, tmp_path):
     pytest.importorskip("ray", reason="Ray is not installed (extra ray)")
     monkeypatch.setenv("RAY_ADDRESS", "")
     monkeypatch.setitem(sys.modules, "ray", Unreachable())
-    with pytest.raises(InputError, match=r"cannot reach Ray at .auto. .nobody answers.; start it with `ray start`"):
+    with pytest.raises(InputError, match=r"cannot reach Ray at .auto. .no one answers.; start it with `ray start`"):
         sweep(clusters, out=tmp_path / "sweep", trials=2, ray=RayWorkers("auto"))
 
 
@@ -58,7 +58,7 @@ class Unreachable:
         return False
 
     def init(self, **_options):
-        raise ConnectionError("nobody answers")
+        raise ConnectionError("no one answers")
 
 
 def test_without_ray_the_extra_is_named(monkeypatch, clusters, tmp_path):

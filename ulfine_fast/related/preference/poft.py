@@ -1,4 +1,4 @@
-"""Preference-oriented fine-tuning, PoFT (arXiv 2412.12865), over classes in place of answers.
+"""Preference-oriented fine-tuning, PoFT (arXiv 2412.12865), over classes instead of answers.
 
 There a language model learns to rate its answer higher than other, aligned models do. Here the references are the
 zero-shot classifiers of the cache, one for each prompt, or the initial head where the cache has no texts. Different
