@@ -97,7 +97,7 @@ def test_a_damaged_export_is_refused_or_unchanged(exported, tmp_path, request, t
         if variant == "resealed":
             reseal(folder)
         try:
-            found = content(folder)
+            loaded = content(folder)
         except InputError as error:
             if not damages.is_sentence(str(error)):
                 raise AssertionError(what) from error
@@ -105,7 +105,7 @@ def test_a_damaged_export_is_refused_or_unchanged(exported, tmp_path, request, t
             continue
         except BaseException as error:
             raise AssertionError(what) from error
-        if found == wanted:
+        if loaded == wanted:
             outcomes[variant, "unchanged"] += 1
             continue
         # of version 1 config.json has no digest, the model has

@@ -135,7 +135,7 @@ def test_a_damaged_run_is_refused_or_unchanged(world, tmp_path, request):
         if variant == "resealed":
             reseal(run)
         try:
-            found = content(run)
+            loaded = content(run)
         except InputError as error:
             if not damages.is_sentence(str(error)):
                 raise AssertionError(what) from error
@@ -147,7 +147,7 @@ def test_a_damaged_run_is_refused_or_unchanged(world, tmp_path, request):
             continue
         except BaseException as error:
             raise AssertionError(what) from error
-        if found == wanted[variant]:
+        if loaded == wanted[variant]:
             outcomes[variant, "unchanged"] += 1
             continue
         assert variant != "sealed", f"{what}: changed content was accepted"

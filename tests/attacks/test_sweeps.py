@@ -6,10 +6,8 @@ damages N times, half of them a sweep of version 0.1, and kills at every write.
 
 from __future__ import annotations
 
-import csv
 import faulthandler
 import json
-import os
 import random
 import shutil
 import sqlite3
@@ -23,6 +21,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from tests.attacks import damages
 from ulfine_fast import FeatureCache, InputError, sweep
 from ulfine_fast.cache.io.toml import read_toml
 from ulfine_fast.cli.main import app
@@ -34,12 +33,6 @@ V0_1 = ROOT / "tests/fixtures/v0_1"
 DEFAULT = 240  # damages, half of them of each sweep
 KILLS = 5
 HANG_SECONDS = 120
-VALUES: list[Any] = [
-    *(None, True, -1, 0, 1, 2, 10**12, 2**63, 10**30, 1.5, -0.0, 1e308, "", "x", "\0", "\x1b[31m", "../..", [], [[]]),
-    *({}, ["x"], {"x": 1}, "0" * 64, [0] * 1000),
-]
-RAW_VALUES = [b"1" + b"0" * 400, b"1e400", b"NaN", b"-Infinity", b'"\\ud800"', b"[" * 100_000, b'{"a":' * 100_000]
-CELLS = ["", "0", "-1", "1e400", "nan", "x", "0.5", "1" * 5000, "\0", '"', "\ud800", "9" * 200_000]
 NEW_SPACE = {
     "method": "linear_probe",
     "steps": 9,
@@ -138,32 +131,8 @@ def watchdog() -> Iterator[None]:
 # -- damages: each takes the file, a random generator and the same file of another sweep
 
 
-def _truncate(path: Path, rng: random.Random, other: Path) -> None:
-    data = path.read_bytes()
-    path.write_bytes(data[: rng.randrange(len(data))])
-
-
-def _flip(path: Path, rng: random.Random, other: Path) -> None:
-    data = bytearray(path.read_bytes())
-    for _ in range(rng.choice((1, 1, 1, 3, 20))):
-        data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
-    path.write_bytes(data)
-
-
-def _zero(path: Path, rng: random.Random, other: Path) -> None:
-    data, length = path.read_bytes(), rng.choice((1, 4, 8, 16, 64, 512, 4096))
-    start = rng.randrange(len(data)) // 8 * 8
-    path.write_bytes((data[:start] + bytes(length) + data[start + length :])[: len(data)])
-
-
-def _insert(path: Path, rng: random.Random, other: Path) -> None:
-    data = path.read_bytes()
-    start = rng.randrange(len(data) + 1)
-    path.write_bytes(data[:start] + rng.randbytes(rng.choice((1, 8, 100))) + data[start:])
-
-
 def _exchange(path: Path, rng: random.Random, other: Path) -> None:
-    """Two pieces of the file change places."""
+    """Two pieces of the file are swapped."""
     data = path.read_bytes()
     length = rng.choice((1, 8, 64, 4096))
     first, second = sorted(rng.sample(range(0, len(data) + length, length), 2))
@@ -180,88 +149,8 @@ def _digit(path: Path, rng: random.Random, other: Path) -> None:
     path.write_bytes(data)
 
 
-def _grow(path: Path, rng: random.Random, other: Path) -> None:
-    os.truncate(path, 1 << rng.choice((20, 36, 43)))  # a file with a hole, which takes no room
-
-
-def _delete(path: Path, rng: random.Random, other: Path) -> None:
-    path.unlink()
-
-
-def _swap(path: Path, rng: random.Random, other: Path) -> None:
-    shutil.copyfile(other, path)
-
-
-def _pipe(path: Path, rng: random.Random, other: Path) -> None:
-    path.unlink()
-    os.mkfifo(path)
-
-
-def _folder(path: Path, rng: random.Random, other: Path) -> None:
-    path.unlink()
-    path.mkdir()
-
-
-def _link(path: Path, rng: random.Random, other: Path) -> None:
-    path.unlink()
-    path.symlink_to(rng.choice([path, Path("/dev/zero"), path.with_name("nowhere")]))
-
-
-def _change_json(path: Path, rng: random.Random, other: Path) -> None:
-    """One value anywhere gets another value, or goes, or is turned round."""
-    data = _changed_json(json.loads(path.read_text(encoding="utf-8")), rng)
-    path.write_bytes(data)
-
-
-def _changed_json(content: Any, rng: random.Random) -> bytes:
-    positions: list[tuple[Any, Any]] = []
-
-    def collect(node: Any) -> None:
-        for key in list(node) if isinstance(node, dict) else range(len(node)):
-            positions.append((node, key))
-            if isinstance(node[key], dict | list):
-                collect(node[key])
-
-    collect(content)
-    marker = "the value that is replaced"
-    if not positions:
-        return rng.choice(RAW_VALUES)
-    node, key = rng.choice(positions)
-    change = rng.randrange(5)
-    if change == 0:
-        del node[key]
-    elif change == 1 and isinstance(node[key], list):
-        node[key] = node[key][::-1]
-    elif change == 2 and isinstance(node[key], int | float):
-        node[key] += rng.choice((1, -1, 0.25, 1e-3))
-    elif change == 3:
-        node[key] = marker
-    else:
-        node[key] = rng.choice(VALUES)
-    data = json.dumps(content).encode()
-    return data.replace(json.dumps(marker).encode(), rng.choice(RAW_VALUES))
-
-
-def _change_table(path: Path, rng: random.Random, other: Path) -> None:
-    """A cell gets another value, or a row goes, comes twice or elsewhere."""
-    with path.open(newline="", encoding="utf-8") as file:
-        rows = list(csv.reader(file))
-    change = rng.randrange(4)
-    if change == 0:
-        del rows[rng.randrange(len(rows))]
-    elif change == 1:
-        rows.insert(rng.randrange(len(rows)), rng.choice(rows))
-    elif change == 2:
-        rng.shuffle(rows)
-    else:
-        row = rng.choice(rows)
-        row[rng.randrange(len(row))] = rng.choice(CELLS)
-    text = "\r\n".join(",".join(row) for row in rows) + "\r\n"
-    path.write_bytes(text.encode("utf-8", "surrogatepass"))
-
-
 def _change_database(path: Path, rng: random.Random, other: Path) -> None:
-    """A value of a row gets another value, or rows go, or change places."""
+    """A value of a row gets another value, or rows go, or are swapped."""
     connection = sqlite3.connect(path)
     connection.execute("PRAGMA foreign_keys = OFF")
     tables = [name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
@@ -280,7 +169,7 @@ def _change_database(path: Path, rng: random.Random, other: Path) -> None:
             )
         elif column == "value_json":
             old = connection.execute(f"SELECT value_json FROM {table} WHERE rowid = ?", [rowid]).fetchone()[0]
-            text = _changed_json(json.loads(old), rng).decode() if old[0] in "[{" else "3"
+            text = damages.changed_json(json.loads(old), rng).decode(errors="replace") if old[0] in "[{" else "3"
             connection.execute(f"UPDATE {table} SET value_json = ? WHERE rowid = ?", [text, rowid])
         else:
             value = rng.choice(
@@ -294,16 +183,11 @@ def _change_database(path: Path, rng: random.Random, other: Path) -> None:
         connection.close()
 
 
-DAMAGES = [_truncate, _flip, _flip, _zero, _zero, _insert, _exchange, _digit, _grow, _delete, _swap, _pipe, _folder]
-DAMAGES += [_link]
-OF_KIND = {".json": _change_json, ".csv": _change_table, ".db": _change_database, ".toml": _digit}
+DAMAGES = [*damages.DAMAGES, damages.grow, _exchange, _digit]
+OF_KIND = {".json": damages.change_json, ".csv": damages.change_csv, ".db": _change_database, ".toml": _digit}
 
 
 # -- what must hold
-
-
-def _is_sentence(text: str) -> bool:
-    return bool(text) and "\n" not in text.strip() and "Traceback" not in text
 
 
 def _same(value: Any, wanted: Any) -> bool:
@@ -349,7 +233,7 @@ def test_a_damaged_sweep_is_refused_or_unchanged(cases, name, tmp_path, request)
                 assert same, f"{what}: another content was accepted"
                 outcomes["unchanged"] += 1
                 continue
-            assert _is_sentence(refusal), f"{what}: {refusal}"
+            assert damages.is_sentence(refusal), f"{what}: {refusal}"
         shutil.rmtree(copy, ignore_errors=True)
     assert sum(outcomes.values()) == len(READERS) * count
     assert outcomes["refused"] > count / 2
@@ -379,7 +263,7 @@ def test_commands_refuse_a_damaged_sweep_in_one_sentence(cases, tmp_path):
         "forecast.json": ["report"],
     }
     for file, names in read_by.items():
-        for damage in (_truncate, _pipe, _folder, OF_KIND.get(Path(file).suffix, _flip)):
+        for damage in (damages.truncate, damages.pipe, damages.folder, OF_KIND.get(Path(file).suffix, damages.flip)):
             faulthandler.dump_traceback_later(HANG_SECONDS, exit=True)
             copy = tmp_path / f"{damage.__name__}-{file}"
             shutil.copytree(case.folder, copy)
@@ -388,7 +272,7 @@ def test_commands_refuse_a_damaged_sweep_in_one_sentence(cases, tmp_path):
                 words = [str(copy) if word == "SWEEP" else str(word) for word in commands[name]]
                 done = CliRunner().invoke(app, words)
                 what = f"{damage.__name__} of {file}: {name}: {done.output}"
-                assert done.exit_code == 2 or damage is OF_KIND.get(Path(file).suffix, _flip), what
+                assert done.exit_code == 2 or damage is OF_KIND.get(Path(file).suffix, damages.flip), what
                 if done.exit_code:
                     assert done.stderr.splitlines()[-1].startswith("error: "), what
                     assert "Traceback" not in done.output, what
