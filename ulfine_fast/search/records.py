@@ -30,6 +30,9 @@ PROPOSED = "proposed"
 GENERATION = "cma:generation"
 POPULATION = "cma:population"
 
+Status = Literal["done", "stopped", "pruned", "failed"]
+"""Of a run."""
+
 MOST_TRIALS = 1_000_000
 """Trials of a study."""
 
@@ -64,7 +67,7 @@ class StudyBatch:
 
 class _Record(TypedDict):
     seed: int
-    status: Literal["done", "stopped", "pruned", "failed"]
+    status: Status
     seconds: float | None
     failed_at: int | None
     val: dict[str, _Metric | None]
@@ -167,7 +170,7 @@ def check_trial(trial: FrozenTrial, metrics: Sequence[str], seeds: Sequence[int]
         return
 
     # the records; a trial whose proposal has a digest has them there too
-    recorded = trial.user_attrs.get(SEEDS)
+    recorded: list[dict[str, Any]] = trial.user_attrs.get(SEEDS) or []
     records = check_schema(recorded, list[SeedRecord], name=name, fix=RESTORE)
     if [record["seed"] for record in records] != list(seeds):
         raise _changed(name, f"its seeds are not {', '.join(map(str, seeds))}")

@@ -309,16 +309,18 @@ def _compare_files(
         rows = results.get(int(entry["trial"]))
         if rows is None and results:
             raise contradiction(LEADERBOARD, f"no results of trial {entry['trial']}")
-        for metric in summary.metrics if rows else ():
+        if rows is None:
+            continue
+        for metric in summary.metrics:
             interval = mean_interval(row[f"val_{metric}"] for row in rows)
             if interval is None or not _same(entry[metric], interval.mean):
                 raise contradiction(LEADERBOARD, f"{metric} of trial {entry['trial']}")
             if not _same(entry[f"{metric}_half_width"] or "nan", interval.half):
                 raise contradiction(LEADERBOARD, f"half width of {metric} of trial {entry['trial']}")
-        for name in searched if rows else ():
+        for name in searched:
             if entry[name] != str(rows[0].get(name)):
                 raise contradiction(LEADERBOARD, f"{name} of trial {entry['trial']}")
-    complete = {number for number, rows in results.items() if rows[0].get("state") == "complete"}
+    complete = {number for number, of_trial in results.items() if of_trial[0].get("state") == "complete"}
     if results and [len(leaderboard), summary.counts.get("complete")] != [len(complete)] * 2:
         raise contradiction(LEADERBOARD, f"{len(leaderboard)} trials, {len(complete)} are complete")
 

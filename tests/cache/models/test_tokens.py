@@ -166,7 +166,7 @@ def make(images, encoder, out, **options):
 
 def test_tokens_through_the_cache(images, encoder, deep_model, tmp_path):
     cache = make(images, encoder, tmp_path / "cache", dtype="float32")
-    assert (cache.manifest.version, cache.token_kinds, cache.manifest.token_width) == (2, ["pre", "post"], 16)
+    assert (cache.manifest.version, cache.token_kinds, cache.manifest.token_width) == (3, ["pre", "post"], 16)
     n, m = len(cache), len(cache.view_rows)
     shapes = {kind: cache.tokens(kind).shape for kind in ("plain", "weak", "strong")}
     assert shapes == {"plain": (n, 2, 16), "weak": (m, 1, 2, 16), "strong": (m, 2, 2, 16)}

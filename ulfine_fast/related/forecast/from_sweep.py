@@ -15,7 +15,7 @@ from ulfine_fast.data.splits import Split, read_split
 from ulfine_fast.engine.checkpoint import cache_fingerprint
 from ulfine_fast.related.forecast.forecast import FURTHEST, LEAST_SEEDS, LEAST_SIZES, Curve, forecast
 from ulfine_fast.related.forecast.growth import BUDGETS, SIZES, grow, view_count
-from ulfine_fast.related.forecast.saved import FILE, read_forecast, sweep_id
+from ulfine_fast.related.forecast.saved import FILE, read_forecast
 from ulfine_fast.runs.run import Run
 from ulfine_fast.runs.seeds import run_folders
 from ulfine_fast.search.leaderboard import write_sealed_json
@@ -89,7 +89,7 @@ def forecast_sweep(
     fresh = [saved.summary.seed + saved.summary.seeds + i for i in range(seeds)]
     about = {"over": over, "metric": metric, "trial": saved.trial, "seeds": fresh, "sizes": list(SIZES)}
     content: dict[str, Any] = {
-        "sweep": sweep_id(saved.folder),
+        "sweep": saved.summary.owner,
         **about,
         "times": times,
         "curve": None,

@@ -12,7 +12,7 @@ from ulfine_fast.cache.io.errors import InputError
 from ulfine_fast.cache.io.files import read_regular_file
 from ulfine_fast.cache.io.json_files import MAX_BYTES, check_schema, parse_json
 from ulfine_fast.related.forecast.forecast import FORECASTERS
-from ulfine_fast.search.saved import OWNER
+from ulfine_fast.search.saved import earlier_summary
 
 FILE = "forecast.json"
 
@@ -61,11 +61,13 @@ class SavedForecast(msgspec.Struct):
 
 
 def sweep_id(folder: Path) -> str | None:
-    """The id of the sweep in a folder; None where it was copied without."""
-    try:
-        return read_regular_file(folder / OWNER, 1 << 10).decode().strip()
-    except (OSError, ValueError):
-        return None
+    """The id of the finished sweep in a folder; None where it has none.
+
+    Raises:
+        InputError, OSError: sweep.json is damaged.
+    """
+    summary = earlier_summary(folder)
+    return None if summary is None else summary.owner
 
 
 def read_forecast(folder: Path) -> SavedForecast | None:
@@ -84,7 +86,7 @@ def read_forecast(folder: Path) -> SavedForecast | None:
     if "digest" in content and not is_sealed(data):
         raise InputError(f"{path} was changed after it was written; {_FIX}")
     saved = check_schema(content, SavedForecast, name=str(path), fix=_FIX)
-    if saved.sweep is not None and saved.sweep != (sweep_id(folder) or saved.sweep):
+    if saved.sweep is not None and saved.sweep != sweep_id(folder):
         raise InputError(f"{path} is of another sweep; {_FIX}")
     unknown = [] if saved.forecast is None else sorted(saved.forecast.figures.keys() - FORECASTERS)
     if unknown or (saved.refused is None) == (saved.forecast is None) or (saved.forecast and not saved.curve):
