@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
+
 import numpy as np
 import pytest
 
 from ulfine_fast import FeatureCache, FitConfig
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")
 
 
 def pytest_addoption(parser):
@@ -72,3 +77,14 @@ def cluster():
 
     ray.shutdown()
     made.shutdown()
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """A Chromium without a window; for tests marked `needs_chromium`."""
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as play:
+        opened = play.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield opened
+        opened.close()

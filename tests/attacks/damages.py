@@ -25,8 +25,7 @@ RAW_VALUES = [
 ]
 """Values that are no JSON, or only just."""
 
-CELLS = ["", "x", "nan", "inf", "-1", "0.5", "1e400", "9" * 500, "9" * 200_000, "\xff", '"', "\0", "1,2", "=1+1", " "]
-CELLS += ["0x10", "1_0"]
+CELLS = ["", "x", "nan", "inf", "-1", "1e400", "9" * 500, "\xff", '"', "\0", "1,2", "=1+1", " ", "0x10", "1_0"]
 
 Damage = Callable[[Path, random.Random, Path], None]
 """Takes the file, the source of randomness and the same file of another folder."""
@@ -97,10 +96,7 @@ DAMAGES: list[Damage] = [truncate, flip, flip, zero, insert, repeat, empty, dele
 
 def change_json(path: Path, rng: random.Random, other: Path) -> None:
     """One value anywhere gets another value, goes, or is moved."""
-    path.write_bytes(changed_json(json.loads(path.read_bytes()), rng))
-
-
-def changed_json(content: Any, rng: random.Random) -> bytes:
+    content = json.loads(path.read_bytes())
     positions: list[tuple[Any, Any]] = []
 
     def collect(node: Any) -> None:
@@ -110,42 +106,34 @@ def changed_json(content: Any, rng: random.Random) -> bytes:
                 collect(node[key])
 
     collect(content)
-    if not positions:
-        return rng.choice(RAW_VALUES)
     node, key = rng.choice(positions)
     marker, change = "the value that is replaced", rng.randrange(8)
     if change == 0:
         del node[key]
     elif change == 1 and isinstance(node[key], list):
         node[key] = node[key][::-1] + node[key][:1]
-    elif change == 1 and isinstance(node[key], (int, float)):
-        node[key] += rng.choice((1, -1, 0.25, 1e-3))
     elif change == 2:
         other_node, other_key = rng.choice(positions)
         node[key] = json.loads(json.dumps(other_node[other_key]))
-    elif change == 3 and isinstance(node, list):
-        rng.shuffle(node)
     elif change < 5:
         node[key] = marker
     else:
         node[key] = rng.choice(VALUES)
     data = json.dumps(content, indent=2, sort_keys=True).encode()
-    return data.replace(json.dumps(marker).encode(), rng.choice(RAW_VALUES))
+    path.write_bytes(data.replace(json.dumps(marker).encode(), rng.choice(RAW_VALUES)))
 
 
 def change_csv(path: Path, rng: random.Random, other: Path) -> None:
-    """One cell gets another text, a row goes, comes twice or loses its end, or all rows are shuffled."""
+    """One cell gets another text, or a row goes, comes twice or loses its end."""
     rows = list(csv.reader(path.read_text(encoding="utf-8").splitlines()))
     row = rng.randrange(len(rows))
-    change = rng.randrange(7)
+    change = rng.randrange(6)
     if change == 0:
         del rows[row]
     elif change == 1:
         rows.insert(row, rows[row])
     elif change == 2:
         rows[row] = rows[row][: rng.randrange(len(rows[row]))]
-    elif change == 3:
-        rng.shuffle(rows)
     else:
         rows[row][rng.randrange(len(rows[row]))] = rng.choice(CELLS)
     buffer = io.StringIO()

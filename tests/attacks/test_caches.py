@@ -40,13 +40,6 @@ def caches(tmp_path_factory) -> dict[str, Path]:
     return {name: root / name for name in ("v1", "v3", "other")}
 
 
-@pytest.fixture(autouse=True)
-def watchdog() -> Iterator[None]:
-    """Ends the process with a traceback where something hangs, be it in C."""
-    yield
-    faulthandler.cancel_dump_traceback_later()
-
-
 # -- damages: each takes the file, a random generator and the same file of another cache
 
 

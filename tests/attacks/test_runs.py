@@ -14,7 +14,6 @@ import random
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -45,13 +44,6 @@ def world(tmp_path_factory) -> Path:
         done = command(*fit, *options)
         assert done.exit_code == 0, done.output
     return root
-
-
-@pytest.fixture(autouse=True)
-def watchdog() -> Iterator[None]:
-    """End the process with a traceback where something hangs, be it in C."""
-    yield
-    faulthandler.cancel_dump_traceback_later()
 
 
 def files_of(folder: Path) -> dict[str, bytes]:

@@ -11,7 +11,7 @@ import numpy as np
 import open_clip
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from ulfine_fast.cache.manifest import Manifest, is_cache
 from ulfine_fast.cache.shard import Layout, Shard, ShardRecord, shard_path, write_shard
@@ -39,6 +39,16 @@ def write_tiny_model(folder: Path, seed: int = 0, **vision: Any) -> str:
     config = {"model_cfg": settings, "preprocess_cfg": preprocess}
     (folder / "open_clip_config.json").write_text(json.dumps(config), encoding="utf-8")
     return f"local-dir:{folder}"
+
+
+def write_model_with_norm(folder: Path) -> str:
+    """A tiny model of two layers whose last norm is not the identity."""
+    name = write_tiny_model(folder, layers=2)
+    weights, generator = load_file(folder / "open_clip_model.safetensors"), torch.Generator().manual_seed(0)
+    for part, mean in (("weight", 1.0), ("bias", 0.0)):
+        weights[f"visual.ln_post.{part}"] = mean + 0.5 * torch.randn(16, generator=generator)
+    save_file(weights, folder / "open_clip_model.safetensors")
+    return name
 
 
 def write_images(root: Path, counts: dict[str, int], seed: int = 0) -> Path:

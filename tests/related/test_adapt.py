@@ -7,9 +7,8 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
-from tests.cache.samples import write_images, write_tiny_model
+from tests.cache.samples import write_images, write_model_with_norm
 from tests.conftest import make_clusters
 from ulfine_fast.cache.io.errors import CacheMismatch, InputError
 from ulfine_fast.cache.models.encoder import load_encoder
@@ -238,14 +237,7 @@ def test_labels_by_name(zero_shot, clusters):
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """A ViT whose last norm is not the identity."""
-    folder = tmp_path_factory.mktemp("model")
-    name = write_tiny_model(folder, layers=2)
-    weights, generator = load_file(folder / "open_clip_model.safetensors"), torch.Generator().manual_seed(0)
-    for part, mean in (("weight", 1.0), ("bias", 0.0)):
-        weights[f"visual.ln_post.{part}"] = mean + 0.5 * torch.randn(16, generator=generator)
-    save_file(weights, folder / "open_clip_model.safetensors")
-    return name
+    return write_model_with_norm(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")
