@@ -22,7 +22,7 @@ import pytest
 
 from tests.attacks import damages
 from tests.cache.samples import write_cache
-from tests.cli.test_bad_input import run as command
+from tests.cli.program import run as command
 from ulfine_fast import InputError, Run
 from ulfine_fast.cache.io.digests import BLANK, sealed
 from ulfine_fast.runs.files import load_run, load_runs

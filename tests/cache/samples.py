@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import gzip
+import io
 import json
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +52,20 @@ def write_model_with_norm(folder: Path) -> str:
         weights[f"visual.ln_post.{part}"] = mean + 0.5 * torch.randn(16, generator=generator)
     save_file(weights, folder / "open_clip_model.safetensors")
     return name
+
+
+def png(seed: int = 0) -> bytes:
+    """A noise image as a file."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (20, 24, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def write_idx(path: Path, values: np.ndarray) -> None:
+    """A file as those of MNIST."""
+    header = bytes([0, 0, 8, values.ndim]) + struct.pack(f">{values.ndim}i", *values.shape)
+    path.write_bytes(gzip.compress(header + values.astype(np.uint8).tobytes()))
 
 
 def write_images(root: Path, counts: dict[str, int], seed: int = 0) -> Path:

@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import pytest
 from typer.main import get_command
-from typer.testing import CliRunner
 
+from tests.cli.program import run
 from ulfine_fast.cache.io.device import pick_device
 from ulfine_fast.cache.io.toml import read_toml
 from ulfine_fast.cli.main import app
-
-
-def run(*arguments: str, **environment: str):
-    return CliRunner().invoke(app, [str(one) for one in arguments], env=environment)
 
 
 def printed(tmp_path, *arguments: str, **environment: str) -> dict:

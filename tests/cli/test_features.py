@@ -6,8 +6,8 @@ import csv
 
 import pytest
 
-from tests.cache.samples import write_images, write_tiny_model
-from tests.cli.test_bad_input import run
+from tests.cache.samples import write_images
+from tests.cli.program import run
 from ulfine_fast.cache.store import FeatureCache
 
 OPTIONS = ["--method", "lightweight", "--steps", 10, "--eval-every", 10]
@@ -17,11 +17,6 @@ OPTIONS = ["--method", "lightweight", "--steps", 10, "--eval-every", 10]
 def images(tmp_path_factory):
     counts = {"train/cat": 8, "train/dog": 6, "test/cat": 2, "test/dog": 2}
     return write_images(tmp_path_factory.mktemp("images"), counts)
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return write_tiny_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")

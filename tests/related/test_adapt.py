@@ -7,6 +7,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from scipy.special import softmax
 
 from tests.cache.samples import write_images, write_model_with_norm
 from tests.conftest import make_clusters
@@ -34,11 +35,6 @@ from ulfine_fast.related.test_time_adaptation.metrics import open_set_metrics, s
 FEW = {"n1": 20, "gamma_l": 4.0, "gamma_u": 4.0, "steps": 30, "eval_every": 30}
 SHORT = {"steps": 5, "eval_every": 5}
 FAST = Adaptation(lr=1e-2, steps=5, batch=16)
-
-
-def softmax(row):
-    shifted = np.exp(np.asarray(row) - np.max(row))
-    return shifted / shifted.sum()
 
 
 def entropy_of(p):

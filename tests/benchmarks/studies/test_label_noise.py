@@ -4,19 +4,15 @@ import json
 
 import numpy as np
 import pytest
-import typer
-from typer.testing import CliRunner
 
 from benchmarks.studies import label_noise
+from tests.benchmarks.program import run_command
 from tests.benchmarks.studies.test_storage import fine
 from ulfine_fast.cache.io.errors import InputError
-from ulfine_fast.cli.main import guarded
 
 
 def run(*words):
-    app = typer.Typer()
-    app.command()(guarded(label_noise.label_noise))
-    return CliRunner().invoke(app, [*words, "--seeds", "0", "--n1", "20", "--m1", "20", "--steps", "5"])
+    return run_command(label_noise.label_noise, *words, "--seeds", "0", "--n1", "20", "--m1", "20", "--steps", "5")
 
 
 def test_the_command(tmp_path, monkeypatch):
