@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ulfine_fast.cli.options import MethodCommand, method_option_names
+from ulfine_fast.cli.options import MethodCommand, method_option_names, written_name
 
 
 def defaults_from(path: Path, commands: Any) -> dict[str, Any]:
@@ -77,7 +77,7 @@ def _options(command: Any, context: Any = None) -> dict[str, str]:
     """A command's options as people write them, with underscores, and the parameters that they are."""
     params = command.params if context is None else command.get_params(context)
     options = [one for one in params if one.param_type_name == "option" and one.name != "help"]
-    return {max(one.opts, key=len).lstrip("-").replace("-", "_"): str(one.name) for one in options}
+    return {written_name(one): str(one.name) for one in options}
 
 
 def _toml(value: Any) -> str:
