@@ -18,7 +18,7 @@ def run(*words):
 def test_the_command(tmp_path, monkeypatch):
     monkeypatch.setattr(label_noise, "open_features", lambda data: fine())
     out = tmp_path / "rows.json"
-    done = run("--noise", "0,60", "--json", str(out), "--figure", "few")
+    done = run("--noise", "0,60", "--json", str(out), "--metric", "few")
     assert done.exit_code == 0, done.output
     rows = json.loads(out.read_text())
     assert len(rows) == 2 * (len(label_noise.LABELED) + len(label_noise.PSEUDO_LABELED))
@@ -34,7 +34,7 @@ def test_the_command(tmp_path, monkeypatch):
     [
         (("--noise", "0,120"), "percentages of --noise are numbers from 0 to 100"),
         (("--noise", "some"), "percentages of --noise are numbers from 0 to 100"),
-        (("--figure", "ece"), "'few', 'worst_class'"),
+        (("--metric", "ece"), "'few', 'worst_class'"),
         (("--trusted", "30"), "takes 60 images of each class"),
     ],
 )
