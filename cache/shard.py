@@ -279,6 +279,17 @@ def read_shard(
     return shard
 
 
+def read_labels(folder: Path, record: ShardRecord) -> NDArray[np.int32]:
+    """The labels of one finished shard, -1 for unknown: int32 (n,); its file is read and compared with its record.
+
+    Raises:
+        InputError: missing or damaged; names the shard.
+    """
+    # No features are decoded or searched for values that are not finite.
+    nothing_else = Layout(dim=0, dtype="float32")
+    return read_shard(shard_path(folder, record.shard), nothing_else, record, finite=False, ids=False).labels
+
+
 def verify_shard(path: Path, layout: Layout, record: ShardRecord | None = None) -> tuple[Shard | None, list[str]]:
     """Checks a finished shard in full: the file's checksum, each dataset's, the layout, finite values.
 

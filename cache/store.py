@@ -10,6 +10,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,15 @@ from ulfine_fast.cache.io.errors import InputError
 from ulfine_fast.cache.io.paths import is_remote, to_path
 from ulfine_fast.cache.io.prefetch import prefetch
 from ulfine_fast.cache.manifest import Manifest
-from ulfine_fast.cache.shard import VIEWED_SPLITS, Shard, ShardRecord, read_shard, shard_path, verify_shard
+from ulfine_fast.cache.shard import (
+    VIEWED_SPLITS,
+    Shard,
+    ShardRecord,
+    read_labels,
+    read_shard,
+    shard_path,
+    verify_shard,
+)
 from ulfine_fast.cache.sources.rows import SPLITS
 from ulfine_fast.cache.text import average, read_text
 
@@ -471,32 +480,36 @@ class FeatureCache:
                         ids.update(shard.ids)
             problems += [f"two rows have the id {name!r}" for name, times in ids.items() if times > 1]
 
-        # By class name, the unknown ones last
-        classes = len(self.class_names)
-        counts: dict[str, dict[str, int]] = {}
-        for split, label in sorted(rows, key=lambda pair: (SPLITS.index(pair[0]), pair[1] < 0, pair[1])):
-            name = self.class_names[label] if 0 <= label < classes else UNKNOWN
-            by_class = counts.setdefault(split, {})
-            by_class[name] = by_class.get(name, 0) + rows[split, label]
-        wrong = sorted({label for _, label in rows if not -1 <= label < classes})
+        wrong = sorted({label for _, label in rows if not -1 <= label < len(self.class_names)})
         if wrong:
-            problems.append(f"labels {wrong} name no class, there are {classes}")
-        return counts, problems
+            problems.append(f"labels {wrong} name no class, there are {len(self.class_names)}")
+        return _rows_by_class(rows, self.class_names), problems
 
 
-def count_classes(folder: Path) -> dict[str, dict[str, int]]:
-    """Rows of a finished cache by split and class name; every shard is read for it.
+def count_classes(folder: Path, manifest: Manifest) -> dict[str, dict[str, int]]:
+    """Rows of a finished cache by split and class name, the unknown ones last; of each shard only labels are decoded.
+
+    The records do not hold these counts, so every shard's file is read and compared with its record.
 
     Raises:
         InputError: the cache is damaged.
     """
-    manifest = Manifest.read(folder)
-    names = {**dict(enumerate(manifest.class_names)), -1: UNKNOWN}
-    counts: dict[str, Counter[str]] = {}
-    for record in read_records(folder, manifest):
-        labels = read_shard(shard_path(folder, record.shard), manifest.layout(record.split), ids=False).labels
-        counts.setdefault(record.split, Counter()).update(names.get(label, UNKNOWN) for label in labels.tolist())
-    return {split: dict(counts[split]) for split in SPLITS if split in counts}
+    records = read_records(folder, manifest)
+    rows: Counter[tuple[str, int]] = Counter()  # by split and label
+    with ThreadPoolExecutor(_threads()) as pool:
+        for record, labels in zip(records, pool.map(partial(read_labels, folder), records), strict=True):
+            rows.update((record.split, label) for label in labels.tolist())
+    return _rows_by_class(rows, manifest.class_names)
+
+
+def _rows_by_class(rows: Counter[tuple[str, int]], class_names: Sequence[str]) -> dict[str, dict[str, int]]:
+    """Rows by split and class name, the unknown ones last, of rows by split and label."""
+    counts: dict[str, dict[str, int]] = {}
+    for split, label in sorted(rows, key=lambda pair: (SPLITS.index(pair[0]), pair[1] < 0, pair[1])):
+        name = class_names[label] if 0 <= label < len(class_names) else UNKNOWN
+        by_class = counts.setdefault(split, {})
+        by_class[name] = by_class.get(name, 0) + rows[split, label]
+    return counts
 
 
 def read_records(folder: Path, manifest: Manifest) -> list[ShardRecord]:

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ulfine_fast.cli.options import MethodCommand, method_option_names
+from ulfine_fast.cli.options import MethodCommand, method_option_names, written_name
 
 
 def defaults_from(path: Path, commands: Any) -> dict[str, Any]:
@@ -58,7 +58,7 @@ def _checked(content: dict[str, Any], group: Any, path: Path, where: str) -> dic
 
 
 def _option(name: str, command: Any, path: Path) -> str:
-    """The parameter that a name in the file stands for; dashes are underscores."""
+    """The parameter that a name in the file means; dashes are underscores."""
     from ulfine_fast.cache.io.errors import InputError
 
     own = _options(command)
@@ -77,7 +77,7 @@ def _options(command: Any, context: Any = None) -> dict[str, str]:
     """A command's options as people write them, with underscores, and the parameters that they are."""
     params = command.params if context is None else command.get_params(context)
     options = [one for one in params if one.param_type_name == "option" and one.name != "help"]
-    return {max(one.opts, key=len).lstrip("-").replace("-", "_"): str(one.name) for one in options}
+    return {written_name(one): str(one.name) for one in options}
 
 
 def _toml(value: Any) -> str:

@@ -23,6 +23,7 @@ from ulfine_fast.cli.filling import (
     print_encoded,
     print_notes,
 )
+from ulfine_fast.cli.options import is_named
 
 # Options that an append takes from the cache.
 _SETTINGS_OF_CACHE = (
@@ -140,6 +141,5 @@ def _refuse_settings_of_cache(context: typer.Context) -> None:
     from ulfine_fast.cache.io.errors import InputError
 
     for name in _SETTINGS_OF_CACHE:
-        origin = context.get_parameter_source(name)
-        if origin is not None and origin.name in ("COMMANDLINE", "ENVIRONMENT"):
+        if is_named(context, name):
             raise InputError(f"--append takes everything from the cache; leave out --{name.replace('_', '-')}")

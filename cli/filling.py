@@ -91,8 +91,8 @@ def _class_counts(cache: Path) -> list[str]:
     from ulfine_fast.cache.manifest import Manifest
     from ulfine_fast.cache.store import count_classes
 
-    counts = count_classes(to_path(cache))
-    names = Manifest.read(to_path(cache)).class_names
+    manifest = Manifest.read(to_path(cache))
+    names, counts = manifest.class_names, count_classes(to_path(cache), manifest)
     others = {name for by_class in counts.values() for name in by_class} - set(names)
     lines = ["rows of each class by split:"]
     for name in [*names[:_SHOWN_CLASSES], *sorted(others)]:

@@ -64,7 +64,7 @@ def explicit_options(context: typer.Context, options: Mapping[str, Any]) -> dict
 
 
 def options_with_file(context: typer.Context, options: Mapping[str, Any], path: Path | None) -> dict[str, Any]:
-    """The options with those of a flat TOML file in place of defaults; the command line wins.
+    """The options with those of a flat TOML file instead of defaults; the command line wins.
 
     Raises:
         InputError: no such file, not TOML, or an option that the method does not read.
@@ -77,15 +77,18 @@ def options_with_file(context: typer.Context, options: Mapping[str, Any], path: 
     from ulfine_fast.config import FitConfig
 
     content = read_toml(path)
-    direct = {
-        name: value for name, value in options.items() if _source(context, name) in ("COMMANDLINE", "ENVIRONMENT")
-    }
+    direct = {name: value for name, value in options.items() if is_named(context, name)}
     method = {"method": direct["method"]} if "method" in direct else {}
     try:
         config = print_warnings(lambda: FitConfig.from_dict({**content, **method}))
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
     return {**options, **config.to_dict(), **direct}
+
+
+def is_named(context: typer.Context, name: str) -> bool:
+    """Whether a call names the option, on the line or in the environment."""
+    return _source(context, name) in ("COMMANDLINE", "ENVIRONMENT")
 
 
 def with_old_name(name: str, value: Any, old_name: str, old_value: Any) -> Any:
@@ -151,7 +154,7 @@ class MethodCommand(TyperCommand):
         words = [arg.partition("=")[0] for arg in _before_separator(args) if arg.startswith("--")]
         names = [word[2:].removeprefix("no-").replace("-", "_") for word in words if word not in flags]
         known = {str(param.name) for param in params}
-        aliases = {max(param.opts, key=len).lstrip("-").replace("-", "_") for param in params}
+        aliases = {written_name(param) for param in params}
         names += [name for name in ctx.default_map or {} if name not in known | aliases]
         for name in names:
             successor = _successor(method, name)
@@ -263,6 +266,11 @@ def _parameter(
         kind = kind | None
     annotation = Annotated[kind, option]
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+
+
+def written_name(param: Any) -> str:
+    """An option of a command as people write it, with underscores."""
+    return max(param.opts, key=len).lstrip("-").replace("-", "_")
 
 
 def _metavar(spec: dataclasses.Field[Any]) -> str:

@@ -39,7 +39,7 @@ def on_config(config: Any) -> Any:
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Puts the tables of options in place of the marker in docs/options.md.
+    """Replaces the marker in docs/options.md by the tables of options.
 
     Raises:
         PluginError: the page has lost its marker.

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
+
 import numpy as np
 import pytest
 
 from ulfine_fast import FeatureCache, FitConfig
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")
 
 
 def pytest_addoption(parser):
@@ -53,3 +58,33 @@ def quick():
         return FitConfig(**{"n1": 30, "gamma_l": 10, "gamma_u": 10, "steps": 40, "eval_every": 20, **values})
 
     return make
+
+
+@pytest.fixture
+def cluster():
+    """A Ray cluster of two nodes on this machine, and the second node."""
+    pytest.importorskip("ray", reason="Ray is not installed (extra ray)")
+    from ray.cluster_utils import Cluster
+
+    # the least memory that Ray takes
+    small = {"object_store_memory": 80 << 20, "num_cpus": 1}
+    # the death of a node is noticed within a second
+    alert = {"health_check_period_ms": 300, "health_check_failure_threshold": 2, "health_check_initial_delay_ms": 0}
+    head = {**small, "include_dashboard": False, "_system_config": alert}
+    made = Cluster(initialize_head=True, head_node_args=head)
+    yield made, made.add_node(**small)
+    import ray
+
+    ray.shutdown()
+    made.shutdown()
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """A Chromium without a window; for tests marked `needs_chromium`."""
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as play:
+        opened = play.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield opened
+        opened.close()

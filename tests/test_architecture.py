@@ -41,12 +41,12 @@ MAY_IMPORT = {
 
 def modules() -> dict[str, Path]:
     """Every module of the package with its file."""
-    found = {}
+    paths = {}
     for folder, package in FOLDERS.items():
         for path in (ROOT / folder).rglob("*.py"):
             parts = path.relative_to(ROOT / folder).with_suffix("").parts
-            found[".".join([package, *(part for part in parts if part != "__init__")])] = path
-    return found
+            paths[".".join([package, *(part for part in parts if part != "__init__")])] = path
+    return paths
 
 
 MODULES = modules()
@@ -54,21 +54,21 @@ MODULES = modules()
 
 def imports(path: Path) -> set[str]:
     """Modules of the package that a file imports when it runs, inside functions too."""
-    found = set()
+    imported = set()
 
     def walk(node: ast.AST) -> None:
         for child in ast.iter_child_nodes(node):
             if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test):
                 continue
             if isinstance(child, ast.Import):
-                found.update(alias.name for alias in child.names)
+                imported.update(alias.name for alias in child.names)
             elif isinstance(child, ast.ImportFrom) and child.module:
                 names = [f"{child.module}.{alias.name}" for alias in child.names]
-                found.update(name if name in MODULES else child.module for name in names)
+                imported.update(name if name in MODULES else child.module for name in names)
             walk(child)
 
     walk(ast.parse(path.read_text(encoding="utf-8")))
-    return found & set(MODULES)
+    return imported & set(MODULES)
 
 
 IMPORTS = {module: imports(path) - {module} for module, path in MODULES.items()}
@@ -132,11 +132,11 @@ def test_a_package_says_what_is_in_it():
 def walks() -> list[list[tuple[list[str], str]]]:
     """The numbered lists of docs/architecture.md: the names of each step and the file that they are in."""
     text = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
-    found = []
+    lists = []
     for section in text.split("\n## ")[1:]:
         steps = re.findall(r"^\d+\. (.*?)(?=^\d+\. |^$)", section, re.MULTILINE | re.DOTALL)
-        found.append([(re.findall(r"`([A-Za-z_.]+)`", step.partition("(`")[0]), step) for step in steps])
-    return found
+        lists.append([(re.findall(r"`([A-Za-z_.]+)`", step.partition("(`")[0]), step) for step in steps])
+    return lists
 
 
 def test_the_walks_name_what_is_there():
@@ -192,13 +192,13 @@ PAGES = ["README.md", "CONTRIBUTING.md", *sorted(f"docs/{page.name}" for page in
 
 def names_in(path: Path) -> set[str]:
     """The words that identifiers of a file consist of, each identifier whole too."""
-    found = set()
+    words = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         names = [getattr(node, field, None) for field in ("id", "arg", "attr", "name", "asname")]
         for name in names:
             if isinstance(name, str):
-                found |= {name.lower().strip("_"), *name.lower().replace("in_place", "inplace").split("_")}
-    return found
+                words |= {name.lower().strip("_"), *name.lower().replace("in_place", "inplace").split("_")}
+    return words
 
 
 @pytest.mark.parametrize("module", sorted(MODULES))

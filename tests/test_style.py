@@ -59,12 +59,12 @@ def test_the_wheel_lists_every_package_and_every_kind_of_file_beside_it():
     settings = read_toml(ROOT / "pyproject.toml")["tool"]["setuptools"]
     names = {"ulfine_fast": "ulfine_fast", "cache": "ulfine_fast.cache", "cli": "ulfine_fast.cli"}
     files = [path for room in PACKAGES for path in (ROOT / room).rglob("*") if path.is_file() and path.suffix != ".pyc"]
-    found = {}
+    folders = {}
     for folder in {path.parent for path in files}:
         room, *inner = folder.relative_to(ROOT).parts
-        found[".".join([names[room], *inner])] = folder
-    assert set(settings["packages"]) == set(found)
-    for package, folder in found.items():
+        folders[".".join([names[room], *inner])] = folder
+    assert set(settings["packages"]) == set(folders)
+    for package, folder in folders.items():
         listed = settings["package-data"].get(package, [])
         for file in folder.iterdir():
             if file.is_file() and file.suffix not in (".py", ".pyc"):

@@ -65,10 +65,10 @@ def test_features(cache):
 def test_runs_say_what_they_said(folder, test_features):
     expected = np.load(FOLDER / "expected.npz")[folder]
     if folder == "runs/multilabel":
-        found = MultiLabelRun.load(FOLDER / folder).probabilities(test_features)
+        outputs = MultiLabelRun.load(FOLDER / folder).probabilities(test_features)
     else:
-        found = Run.load(FOLDER / folder).logits(test_features)
-    np.testing.assert_allclose(found, expected, rtol=0, atol=2e-5)
+        outputs = Run.load(FOLDER / folder).logits(test_features)
+    np.testing.assert_allclose(outputs, expected, rtol=0, atol=2e-5)
 
 
 def test_options_of_a_run_have_their_new_names():

@@ -34,7 +34,7 @@ _NOT_HERE = {
     "label_noise",
 }
 _ESTIMATOR_OPTIONS: dict[str, Any] = {"text_features": None, "val_fraction": 0.0, "device": "auto", "random_state": 0}
-# Rows that stand for fractional weights, as a multiple of the rows there are.
+# Rows that represent fractional weights, as a multiple of the rows there are.
 _FINENESS = 16
 
 
@@ -87,8 +87,8 @@ class FeatureClassifier(ClassifierMixin, BaseEstimator):
         method: as `FitConfig.method`.
         text_features: (K, D), or (K, P, D) with P prompts, in the order of `classes_`; a class whose row is NaN, or
             None for all, takes the mean of its labelled rows instead.
-        val_fraction: share of the labelled rows set aside to fit the temperature of probabilities, 0 to 0.5; with 0 the
-            temperature is 1.
+        val_fraction: fraction of the labelled rows set aside to fit the temperature of probabilities, 0 to 0.5; with
+            0 the temperature is 1.
         device: "auto", "cpu", "cuda" or "cuda:N".
         random_state: seed of everything random; None draws one, which makes each fit another.
         options: every other option by the name that it has in `FitConfig`, such as `steps`. An option of another

@@ -133,7 +133,7 @@ def label_noise(
     data: DataListOption = None,
     noise: Annotated[str, typer.Option(help="Wrong labels in percent.")] = "0,20,40,60",
     seeds: SeedsOption = "0-4",
-    metric: Annotated[Metric, typer.Option("--figure", help="What is printed.")] = "balanced_accuracy",
+    metric: Annotated[Metric, typer.Option(help="What is printed.")] = "balanced_accuracy",
     pseudo_labels: Annotated[bool, typer.Option(help="Pseudo-labels by the same losses, too.")] = True,
     trusted: Annotated[
         int, typer.Option(help="Take texts from so many right-labelled images of each class; 0 for the texts.", min=0)

@@ -415,7 +415,7 @@ def _read_in_processes(reader: ImageReader, batches: Iterable[list[Row]], worker
 
 
 def _unchanged(batch: Any) -> Any:
-    """In place of torch's own collation, which would make tensors and lists of all that a batch holds."""
+    """Instead of torch's own collation, which would make tensors and lists of all that a batch holds."""
     return batch
 
 

@@ -16,11 +16,9 @@ from ulfine_fast.cache.sources.labels import (
     IMAGE_COLUMNS,
     Labels,
     choose_column,
-    class_names_from,
     find_label_column,
-    name_classes,
+    labels_of_column,
     needed_labels,
-    suspicious_labels,
 )
 from ulfine_fast.cache.sources.rows import SPLITS, Part, Row
 from ulfine_fast.cache.sources.streams import split_named
@@ -60,8 +58,8 @@ class HuggingFaceSource:
                 that looks like one of labels but is not.
         """
         self.where = str(Path(where).expanduser().absolute()) if os.path.isdir(os.path.expanduser(where)) else where
+        self._splits, self.notes = _known_splits(self.where)
         first = next(iter(self._splits.values()))
-        self.notes: list[str] = list(self._split_notes)
         self._image = choose_column(self.where, _image_columns(self.where, first), IMAGE_COLUMNS, "images", self.notes)
         self._label = find_label_column(self.where, first.column_names, self.notes)
         if class_names is None:
@@ -120,38 +118,12 @@ class HuggingFaceSource:
         return digest.hexdigest()
 
     @cached_property
-    def _split_notes(self) -> list[str]:
-        return []
-
-    @cached_property
     def _splits(self) -> dict[str, Any]:
-        """The data set's splits by our names; images stay as they were stored, and are decoded by `load_image`."""
-        opened = _open(self.where)
-        import datasets
-
-        named = opened.items() if hasattr(opened, "items") else [(str(opened.split or "train"), opened)]
-        splits: dict[str, Any] = {}
-        names: dict[str, str] = {}
-        for name, data in named:
-            split = split_named(name)
-            if split in names:
-                raise InputError(
-                    f"{self.where} has the splits {names[split]} and {name}, which are both {split}; keep one"
-                )
-            if split is None:
-                self._split_notes.append(f"the split {name} is passed over; known are {', '.join(SPLITS)}")
-            elif len(data):
-                names[split] = name
-                for column, feature in data.features.items():
-                    if isinstance(feature, datasets.Image):
-                        data = data.cast_column(column, datasets.Image(decode=False))
-                splits[split] = data
-        if not splits:
-            raise InputError(f"{self.where} has no split called train, unlabeled, val or test that holds images")
-        return splits
+        """The data set's splits by our names, opened again in a reader process."""
+        return _known_splits(self.where)[0]
 
     def _read_class_names(self, class_names_file: Path | None) -> tuple[list[str], Labels]:
-        """Class names from the data set or the labels that occur; those of the user's file in place of them."""
+        """Class names from the data set or the labels that occur; those of the user's file instead."""
         if self._label is None:
             return needed_labels(class_names_file, f"{self.where}, which has no column of labels,")
 
@@ -159,17 +131,13 @@ class HuggingFaceSource:
         declared = [_declared_names(data, self._label) for data in self._splits.values()]
         if any(names != declared[0] for names in declared):
             raise InputError(f"the splits of {self.where} have other class names, or in another order; save them alike")
-        if declared[0]:
-            classes, _ = name_classes(declared[0], class_names_file, ordered=True)
-            labels = Labels(classes.names, order=classes.indices)
-        else:
-            values = {label for data in self._splits.values() for label in data.unique(self._label)}
-            names = class_names_from(values, self.where, occurring=class_names_file is not None)
-            classes, written = name_classes(names, class_names_file)
-            labels = Labels(classes.names, written=written)
-            self.notes += suspicious_labels(names)
-        self.notes += [classes.note] if classes.note else []
-        return classes.names, labels
+
+        def occurring() -> set[Any]:
+            return {label for data in self._splits.values() for label in data.unique(self._label)}
+
+        names, labels, notes = labels_of_column(self.where, declared[0], occurring, class_names_file)
+        self.notes += notes
+        return names, labels
 
 
 def is_saved(folder: Path) -> bool:
@@ -189,6 +157,36 @@ def _open(where: str) -> Any:
     except Exception as error:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise InputError(f"the data set {where} cannot be opened ({reason}); name a folder it is saved in") from error
+
+
+def _known_splits(where: str) -> tuple[dict[str, Any], list[str]]:
+    """The data set's splits by our names, and notes on the others; images stay as they were stored.
+
+    Raises:
+        InputError: no such data set, two splits of one meaning, or none that is known and holds images.
+    """
+    opened = _open(where)
+    import datasets
+
+    named = opened.items() if hasattr(opened, "items") else [(str(opened.split or "train"), opened)]
+    splits: dict[str, Any] = {}
+    names: dict[str, str] = {}
+    notes = []
+    for name, data in named:
+        split = split_named(name)
+        if split in names:
+            raise InputError(f"{where} has the splits {names[split]} and {name}, which are both {split}; keep one")
+        if split is None:
+            notes.append(f"the split {name} is passed over; known are {', '.join(SPLITS)}")
+        elif len(data):
+            names[split] = name
+            for column, feature in data.features.items():
+                if isinstance(feature, datasets.Image):
+                    data = data.cast_column(column, datasets.Image(decode=False))  # `load_image` decodes them
+            splits[split] = data
+    if not splits:
+        raise InputError(f"{where} has no split called train, unlabeled, val or test that holds images")
+    return splits, notes
 
 
 def _declared_names(data: Any, label: str) -> list[str]:

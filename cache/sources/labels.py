@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numbers
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -150,6 +150,32 @@ def needed_labels(class_names_file: Path | None, source: str) -> tuple[list[str]
         raise InputError(f"{source} does not say its classes; give them with --class-names FILE, one name a line")
     names, written = read_label_names(class_names_file)
     return names, Labels(names, written=written)
+
+
+def labels_of_column(
+    where: str, declared: Sequence[str], occurring: Callable[[], Iterable[Any]], class_names_file: Path | None
+) -> tuple[list[str], Labels, list[str]]:
+    """Class names of a column of labels, those of the user's file instead; its labels; notes.
+
+    Args:
+        where: the source, for messages.
+        declared: class names in the order of the column's indices; empty where the source does not say them.
+        occurring: returns the labels that occur, as in `Labels.index`; called where none are declared.
+        class_names_file: the user's file; see `match_class_names`.
+
+    Raises:
+        InputError: see `class_names_from` and `match_class_names`.
+    """
+    if declared:
+        classes, _ = name_classes(declared, class_names_file, ordered=True)
+        labels = Labels(classes.names, order=classes.indices)
+        notes = []
+    else:
+        names = class_names_from(occurring(), where, occurring=class_names_file is not None)
+        classes, written = name_classes(names, class_names_file)
+        labels = Labels(classes.names, written=written)
+        notes = suspicious_labels(names)
+    return classes.names, labels, notes + ([classes.note] if classes.note else [])
 
 
 def name_classes(

@@ -20,11 +20,9 @@ from ulfine_fast.cache.sources.labels import (
     IMAGE_COLUMNS,
     Labels,
     choose_column,
-    class_names_from,
     find_label_column,
-    name_classes,
+    labels_of_column,
     needed_labels,
-    suspicious_labels,
 )
 from ulfine_fast.cache.sources.rows import SPLITS, Part, Row
 from ulfine_fast.cache.sources.streams import (
@@ -170,28 +168,22 @@ class ParquetSource:
         return [Part(number, file.split or "", None, None, file.name) for number, file in enumerate(self.files)]
 
     def _read_class_names(self, class_names_file: Path | None, schema: pa.Schema) -> tuple[list[str], Labels]:
-        """Class names from the files' metadata or the labels that occur; those of the user's file in place of them."""
+        """Class names from the files' metadata or the labels that occur; those of the user's file instead."""
         if self._label is None:
             return needed_labels(class_names_file, "a parquet file without a column of labels")
 
-        # What the files' writer says declares numbers as indices.
         declared = _names_in_metadata(schema, self._label)
-        if declared:
-            classes, _ = name_classes(declared, class_names_file, ordered=True)
-            labels = Labels(classes.names, order=classes.indices)
         # Whole numbers are indices, and a file may name classes that do not occur.
-        elif class_names_file is not None and not _is_text(schema.field(self._label).type):
+        if not declared and class_names_file is not None and not _is_text(schema.field(self._label).type):
             return needed_labels(class_names_file, "")
-        else:
-            values: set[Any] = set()
-            for file in self.files:
-                values.update(_open_file(file.url).read(columns=[self._label])[self._label].unique().to_pylist())
-            names = class_names_from(values, self.where, occurring=class_names_file is not None)
-            classes, written = name_classes(names, class_names_file)
-            labels = Labels(classes.names, written=written)
-            self.notes += suspicious_labels(names)
-        self.notes += [classes.note] if classes.note else []
-        return classes.names, labels
+
+        def occurring() -> set[Any]:
+            columns = (_open_file(file.url).read(columns=[self._label])[self._label] for file in self.files)
+            return {label for column in columns for label in column.unique().to_pylist()}
+
+        names, labels, notes = labels_of_column(self.where, declared, occurring, class_names_file)
+        self.notes += notes
+        return names, labels
 
     def _splits_in(self, file: File, first: int, last: int) -> list[str]:
         """The splits that occur in a run of row groups, in the order of `SPLITS`."""

@@ -148,7 +148,7 @@ def of_kind(path: Path) -> list[Damage]:
 
 
 def write_files(target: Path, files: dict[str, bytes]) -> None:
-    """Make a folder of these files, in the place of what is there."""
+    """Make a folder of these files, which replace what is there."""
     if target.exists():
         shutil.rmtree(target)
     target.mkdir(parents=True)

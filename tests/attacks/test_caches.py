@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import json
-import os
 import random
 import shutil
 from collections import Counter
@@ -19,6 +18,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from tests.attacks import damages
 from tests.cache.caches import write_named_cache
 from ulfine_fast.cache.io.errors import InputError
 from ulfine_fast.cache.pipeline.merge import merge
@@ -28,11 +28,6 @@ from ulfine_fast.cli.main import app
 V0_1 = Path(__file__).parents[1] / "fixtures/v0_1/cache"
 DEFAULT = 300  # damages of each cache
 HANG_SECONDS = 60
-VALUES: list[Any] = [
-    *(None, True, -1, 0, 1, 10**12, 2**63, 10**30, 1.5, -0.0, 1e308, "", "x", "\0", "\x1b[31m", [], [[]], {}),
-    *(["x"], {"x": 1}, "0" * 64, [0] * 1000),
-]
-RAW_VALUES = [b"1" + b"0" * 400, b"1e400", b"NaN", b"-Infinity", b'"\\ud800"', b"[" * 100_000, b'{"a":' * 100_000]
 
 
 @pytest.fixture(scope="module")
@@ -45,50 +40,7 @@ def caches(tmp_path_factory) -> dict[str, Path]:
     return {name: root / name for name in ("v1", "v3", "other")}
 
 
-@pytest.fixture(autouse=True)
-def watchdog() -> Iterator[None]:
-    """Ends the process with a traceback where something hangs, be it in C."""
-    yield
-    faulthandler.cancel_dump_traceback_later()
-
-
 # -- damages: each takes the file, a random generator and the same file of another cache
-
-
-def _truncate(path: Path, rng: random.Random, other: Path) -> None:
-    data = path.read_bytes()
-    path.write_bytes(data[: rng.randrange(len(data))])
-
-
-def _flip(path: Path, rng: random.Random, other: Path) -> None:
-    data = bytearray(path.read_bytes())
-    for _ in range(rng.choice((1, 1, 1, 3, 20))):
-        data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
-    path.write_bytes(data)
-
-
-def _zero(path: Path, rng: random.Random, other: Path) -> None:
-    data, length = path.read_bytes(), rng.choice((1, 4, 8, 16, 64, 512))
-    start = rng.randrange(len(data)) // 8 * 8
-    path.write_bytes((data[:start] + bytes(length) + data[start + length :])[: len(data)])
-
-
-def _insert(path: Path, rng: random.Random, other: Path) -> None:
-    data = path.read_bytes()
-    start = rng.randrange(len(data) + 1)
-    path.write_bytes(data[:start] + rng.randbytes(rng.choice((1, 8, 100))) + data[start:])
-
-
-def _grow(path: Path, rng: random.Random, other: Path) -> None:
-    os.truncate(path, 1 << rng.choice((20, 36, 43)))  # a file with a hole, which takes no room
-
-
-def _delete(path: Path, rng: random.Random, other: Path) -> None:
-    path.unlink()
-
-
-def _swap(path: Path, rng: random.Random, other: Path) -> None:
-    shutil.copyfile(other, path)
 
 
 def _swap_shard(path: Path, rng: random.Random, other: Path) -> None:
@@ -98,53 +50,7 @@ def _swap_shard(path: Path, rng: random.Random, other: Path) -> None:
             shutil.copyfile(other.with_suffix(suffix), path.with_suffix(suffix))
 
 
-def _pipe(path: Path, rng: random.Random, other: Path) -> None:
-    path.unlink()
-    os.mkfifo(path)
-
-
-def _folder(path: Path, rng: random.Random, other: Path) -> None:
-    path.unlink()
-    path.mkdir()
-
-
-def _link(path: Path, rng: random.Random, other: Path) -> None:
-    path.unlink()
-    path.symlink_to(rng.choice([other, path, Path("/dev/zero"), path.with_name("nowhere")]))
-
-
-DAMAGES = [_truncate, _flip, _flip, _zero, _zero, _insert, _grow, _delete, _swap, _swap_shard, _pipe, _folder, _link]
-
-
-def _change_json(path: Path, rng: random.Random, other: Path) -> None:
-    """One value anywhere gets another value, or goes, or comes twice."""
-    content = json.loads(path.read_text(encoding="utf-8"))
-    positions: list[tuple[Any, Any]] = []
-
-    def collect(node: Any) -> None:
-        for key in list(node) if isinstance(node, dict) else range(len(node)):
-            positions.append((node, key))
-            if isinstance(node[key], (dict, list)):
-                collect(node[key])
-
-    collect(content)
-    node, key = rng.choice(positions)
-    marker = "the value that is replaced"
-    change = rng.randrange(5)
-    if change == 0:
-        del node[key]
-    elif change == 1 and isinstance(node, list):
-        rng.shuffle(node)
-    elif change == 2 and isinstance(node[key], list):
-        node[key] = node[key][::-1]
-    elif change == 3:
-        node[key] = marker
-    else:
-        node[key] = rng.choice(VALUES)
-    data = json.dumps(content).encode()
-    if change == 3:
-        data = data.replace(json.dumps(marker).encode(), rng.choice(RAW_VALUES))
-    path.write_bytes(data)
+DAMAGES = [*damages.DAMAGES, damages.grow, _swap_shard]
 
 
 # -- what must hold
@@ -191,10 +97,6 @@ def _copy(folder: Path, target: Path) -> Iterator[Path]:
     _clear(target)
 
 
-def _is_sentence(text: str) -> bool:
-    return bool(text) and "\n" not in text.strip() and "Traceback" not in text
-
-
 # Without digests these of version 1 cannot be checked: they change what is said of the features, not the features.
 UNCHECKED_V1 = ("manifest", "skipped")
 
@@ -210,23 +112,21 @@ def test_a_damaged_cache_is_refused_or_unchanged(caches, name, tmp_path, request
     outcomes: Counter[str] = Counter()
     for number in range(count):
         file = rng.choice(files)
-        damage: Callable[[Path, random.Random, Path], None] = rng.choice(
-            [*DAMAGES, *([_change_json] * 10 if file.suffix == ".json" else [])]
-        )
+        damage = rng.choice([*DAMAGES, *([damages.change_json] * 10 if file.suffix == ".json" else [])])
         faulthandler.dump_traceback_later(HANG_SECONDS, exit=True)
         with _copy(folder, tmp_path / "cache") as copy:
             source = other / file if (other / file).exists() else other / "manifest.json"
             damage(copy / file, rng, source)
             what = f"mutation {number}: {damage.__name__} of {file}"
-            found = _content_or_refusal(copy)
-            if isinstance(found, str) or found["problems"]:
-                sentences = [found] if isinstance(found, str) else found["problems"]
-                assert all(_is_sentence(sentence) for sentence in sentences), what
+            result = _content_or_refusal(copy)
+            if isinstance(result, str) or result["problems"]:
+                sentences = [result] if isinstance(result, str) else result["problems"]
+                assert all(damages.is_sentence(sentence) for sentence in sentences), what
                 outcomes["refused"] += 1
                 continue
             unchecked = UNCHECKED_V1 if name == "v1" else ()
             for part, value in wanted.items():
-                assert part in unchecked or found[part] == value, f"{what}: another {part} was accepted"
+                assert part in unchecked or result[part] == value, f"{what}: another {part} was accepted"
             outcomes["unchanged"] += 1
     print(f"{name}: {dict(outcomes)}")  # shown with -rP
     assert outcomes["refused"] > count / 3
@@ -236,7 +136,15 @@ def test_a_damaged_cache_is_refused_or_unchanged(caches, name, tmp_path, request
 def test_commands_refuse_a_damaged_cache_in_one_sentence(caches, tmp_path):
     rng = random.Random(0)
     runner = CliRunner()
-    damages = [_truncate, _delete, _pipe, _folder, _swap, _flip, _change_json]
+    attacks = [
+        damages.truncate,
+        damages.delete,
+        damages.pipe,
+        damages.folder,
+        damages.swap,
+        damages.flip,
+        damages.change_json,
+    ]
     commands = [
         ["inspect", "CACHE"],
         ["fit", "CACHE", "-o", "RUN", "--steps", "1"],
@@ -244,7 +152,7 @@ def test_commands_refuse_a_damaged_cache_in_one_sentence(caches, tmp_path):
         ["cache", "export", "CACHE", "-o", "FILES"],
     ]
     for file in ("manifest.json", "text.h5", "shards/00001.json", "shards/00001.h5"):
-        for damage in damages if file.endswith("json") else damages[:-1]:
+        for damage in attacks if file.endswith("json") else attacks[:-1]:
             faulthandler.dump_traceback_later(HANG_SECONDS, exit=True)
             with _copy(caches["v3"], tmp_path / "CACHE") as copy:
                 damage(copy / file, rng, caches["other"] / file)

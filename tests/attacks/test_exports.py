@@ -10,7 +10,6 @@ import hashlib
 import json
 import random
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,13 +36,6 @@ def exported(clusters, tmp_path_factory) -> Path:
         for to in ("safetensors", "onnx"):
             export(run, root / f"{to}{name}", to=to)
     return root
-
-
-@pytest.fixture(autouse=True)
-def watchdog() -> Iterator[None]:
-    """End the process with a traceback where something hangs, be it in C."""
-    yield
-    faulthandler.cancel_dump_traceback_later()
 
 
 def as_version_1(files: dict[str, bytes]) -> dict[str, bytes]:
@@ -97,7 +89,7 @@ def test_a_damaged_export_is_refused_or_unchanged(exported, tmp_path, request, t
         if variant == "resealed":
             reseal(folder)
         try:
-            found = content(folder)
+            loaded = content(folder)
         except InputError as error:
             if not damages.is_sentence(str(error)):
                 raise AssertionError(what) from error
@@ -105,7 +97,7 @@ def test_a_damaged_export_is_refused_or_unchanged(exported, tmp_path, request, t
             continue
         except BaseException as error:
             raise AssertionError(what) from error
-        if found == wanted:
+        if loaded == wanted:
             outcomes[variant, "unchanged"] += 1
             continue
         # of version 1 config.json has no digest, the model has

@@ -14,7 +14,6 @@ import random
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ import pytest
 
 from tests.attacks import damages
 from tests.cache.samples import write_cache
-from tests.cli.test_bad_input import run as command
+from tests.cli.program import run as command
 from ulfine_fast import InputError, Run
 from ulfine_fast.cache.io.digests import BLANK, sealed
 from ulfine_fast.runs.files import load_run, load_runs
@@ -45,13 +44,6 @@ def world(tmp_path_factory) -> Path:
         done = command(*fit, *options)
         assert done.exit_code == 0, done.output
     return root
-
-
-@pytest.fixture(autouse=True)
-def watchdog() -> Iterator[None]:
-    """End the process with a traceback where something hangs, be it in C."""
-    yield
-    faulthandler.cancel_dump_traceback_later()
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
@@ -135,7 +127,7 @@ def test_a_damaged_run_is_refused_or_unchanged(world, tmp_path, request):
         if variant == "resealed":
             reseal(run)
         try:
-            found = content(run)
+            loaded = content(run)
         except InputError as error:
             if not damages.is_sentence(str(error)):
                 raise AssertionError(what) from error
@@ -147,7 +139,7 @@ def test_a_damaged_run_is_refused_or_unchanged(world, tmp_path, request):
             continue
         except BaseException as error:
             raise AssertionError(what) from error
-        if found == wanted[variant]:
+        if loaded == wanted[variant]:
             outcomes[variant, "unchanged"] += 1
             continue
         assert variant != "sealed", f"{what}: changed content was accepted"

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import gzip
+import io
 import json
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +14,7 @@ import numpy as np
 import open_clip
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from ulfine_fast.cache.manifest import Manifest, is_cache
 from ulfine_fast.cache.shard import Layout, Shard, ShardRecord, shard_path, write_shard
@@ -39,6 +42,30 @@ def write_tiny_model(folder: Path, seed: int = 0, **vision: Any) -> str:
     config = {"model_cfg": settings, "preprocess_cfg": preprocess}
     (folder / "open_clip_config.json").write_text(json.dumps(config), encoding="utf-8")
     return f"local-dir:{folder}"
+
+
+def write_model_with_norm(folder: Path) -> str:
+    """A tiny model of two layers whose last norm is not the identity."""
+    name = write_tiny_model(folder, layers=2)
+    weights, generator = load_file(folder / "open_clip_model.safetensors"), torch.Generator().manual_seed(0)
+    for part, mean in (("weight", 1.0), ("bias", 0.0)):
+        weights[f"visual.ln_post.{part}"] = mean + 0.5 * torch.randn(16, generator=generator)
+    save_file(weights, folder / "open_clip_model.safetensors")
+    return name
+
+
+def png(seed: int = 0) -> bytes:
+    """A noise image as a file."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (20, 24, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def write_idx(path: Path, values: np.ndarray) -> None:
+    """A file as those of MNIST."""
+    header = bytes([0, 0, 8, values.ndim]) + struct.pack(f">{values.ndim}i", *values.shape)
+    path.write_bytes(gzip.compress(header + values.astype(np.uint8).tobytes()))
 
 
 def write_images(root: Path, counts: dict[str, int], seed: int = 0) -> Path:

@@ -9,37 +9,10 @@ import sys
 import numpy as np
 import pytest
 from PIL import Image
-from typer.testing import CliRunner
 
 from tests.cache.samples import write_images, write_tiny_model
-from ulfine_fast.cli.main import app
+from tests.cli.program import refused, run
 from ulfine_fast.cli.tables import print_metrics
-
-
-def run(*arguments):
-    return CliRunner().invoke(app, [str(a) for a in arguments])
-
-
-def refused(*arguments):
-    """The sentence on stderr of a command that must end with 2."""
-    done = run(*arguments)
-    assert done.exit_code == 2, f"{done.exit_code}: {done.output} {done.exception!r}"
-    lines = done.stderr.strip().splitlines()
-    assert len(lines) == 1, lines
-    assert lines[0].startswith("error: ")
-    return lines[0]
-
-
-def usage_error(*arguments):
-    """The words on stderr of a command with a bad option, without the frame that Typer draws around them."""
-    done = run(*arguments)
-    assert done.exit_code == 2, f"{done.exit_code}: {done.output} {done.exception!r}"
-    return " ".join(done.stderr.replace("│", " ").split())
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return write_tiny_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture
@@ -287,8 +260,8 @@ def test_the_help_of_fit_is_short():
 
 
 def test_the_table_shows_percent_and_dashes(capsys):
-    figure = {"mean": 0.1234, "half_width": 0.01, "n": 3}
-    print_metrics({"probe": {"accuracy": figure, "seconds": {"mean": 2.0, "half_width": 0.0, "n": 3}}}, as_json=False)
+    accuracy = {"mean": 0.1234, "half_width": 0.01, "n": 3}
+    print_metrics({"probe": {"accuracy": accuracy, "seconds": {"mean": 2.0, "half_width": 0.0, "n": 3}}}, as_json=False)
     printed = capsys.readouterr().out
     assert "12.3 ±1.0" in printed
     assert "2.0" in printed

@@ -7,14 +7,9 @@ import pytest
 from typer.testing import CliRunner
 
 from tests.cache.caches import write_named_cache
-from tests.cache.samples import write_images, write_tiny_model
+from tests.cache.samples import write_images
 from ulfine_fast.cache.store import FeatureCache
 from ulfine_fast.cli.main import app
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return write_tiny_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture

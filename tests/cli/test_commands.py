@@ -9,10 +9,9 @@ import subprocess
 import sys
 
 import pytest
-from typer.testing import CliRunner
 
+from tests.cli.program import run
 from ulfine_fast.cli.commands import COMMANDS, Command, Group
-from ulfine_fast.cli.main import app
 
 LISTED = {name: entry for name, entry in COMMANDS.items() if isinstance(entry, Command)}
 LISTED |= {
@@ -21,10 +20,6 @@ LISTED |= {
     if isinstance(entry, Group)
     for name, command in entry.commands.items()
 }
-
-
-def run(*arguments):
-    return CliRunner().invoke(app, [str(a) for a in arguments])
 
 
 @pytest.mark.parametrize("name", LISTED)

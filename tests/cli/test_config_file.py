@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import pytest
 from typer.main import get_command
-from typer.testing import CliRunner
 
+from tests.cli.program import run
 from ulfine_fast.cache.io.device import pick_device
 from ulfine_fast.cache.io.toml import read_toml
 from ulfine_fast.cli.main import app
-
-
-def run(*arguments: str, **environment: str):
-    return CliRunner().invoke(app, [str(one) for one in arguments], env=environment)
 
 
 def printed(tmp_path, *arguments: str, **environment: str) -> dict:
@@ -31,9 +27,9 @@ def file(tmp_path):
 
 
 def test_a_file_stands_in_for_options_and_the_command_line_wins(tmp_path, file):
-    found = printed(tmp_path, "--config", file, "--print-config", "fit", "cache", "--batch-labeled", "9")["fit"]
-    assert (found["lr"], found["batch_labeled"], found["paf"], found["json"]) == (0.5, 9, False, True)
-    assert found["eta"] == 0.5
+    options = printed(tmp_path, "--config", file, "--print-config", "fit", "cache", "--batch-labeled", "9")["fit"]
+    assert (options["lr"], options["batch_labeled"], options["paf"], options["json"]) == (0.5, 9, False, True)
+    assert options["eta"] == 0.5
     assert printed(tmp_path, "--config", file, "--print-config", "cache", "merge", "a", "--out", "b") == {
         "cache": {"merge": {"out": "b", "prefix": True, "json": False}}
     }
@@ -84,8 +80,10 @@ def test_a_missing_file_ends_in_one_sentence(tmp_path):
 
 def test_every_option_has_a_variable(tmp_path, file):
     environment = {"ULFINE_FAST_FIT_LR": "0.25", "ULFINE_FAST_FIT_ETA": "0.125"}
-    found = printed(tmp_path, "--config", file, "--print-config", "fit", "cache", "--eta", "0.75", **environment)["fit"]
-    assert (found["lr"], found["eta"]) == (0.25, 0.75)
+    options = printed(tmp_path, "--config", file, "--print-config", "fit", "cache", "--eta", "0.75", **environment)[
+        "fit"
+    ]
+    assert (options["lr"], options["eta"]) == (0.25, 0.75)
 
 
 def test_the_device_of_auto(monkeypatch):

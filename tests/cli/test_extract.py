@@ -11,7 +11,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from tests.cache.samples import write_images, write_tiny_model
+from tests.cache.samples import write_images
 from ulfine_fast.cache.io.errors import CacheMismatch, InputError
 from ulfine_fast.cache.store import FeatureCache
 from ulfine_fast.cli.extract import extract
@@ -20,11 +20,6 @@ from ulfine_fast.cli.inspect import inspect
 APP = typer.Typer(pretty_exceptions_enable=False)
 APP.command()(extract)
 APP.command()(inspect)
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return write_tiny_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture

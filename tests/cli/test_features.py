@@ -6,8 +6,8 @@ import csv
 
 import pytest
 
-from tests.cache.samples import write_images, write_tiny_model
-from tests.cli.test_bad_input import run
+from tests.cache.samples import write_images
+from tests.cli.program import run
 from ulfine_fast.cache.store import FeatureCache
 
 OPTIONS = ["--method", "lightweight", "--steps", 10, "--eval-every", 10]
@@ -17,11 +17,6 @@ OPTIONS = ["--method", "lightweight", "--steps", 10, "--eval-every", 10]
 def images(tmp_path_factory):
     counts = {"train/cat": 8, "train/dog": 6, "test/cat": 2, "test/dog": 2}
     return write_images(tmp_path_factory.mktemp("images"), counts)
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return write_tiny_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")
@@ -43,9 +38,9 @@ def test_an_adapter_in_the_encoder_from_images_to_predictions(cache, images, tmp
     assert fitted.exit_code == 0, fitted.output
     judged = run("eval", tmp_path / "run", "--json")
     assert judged.exit_code == 0, judged.output
-    done = run("predict", tmp_path / "run", images / "test", "--out", tmp_path / "found.csv")
+    done = run("predict", tmp_path / "run", images / "test", "--out", tmp_path / "predictions.csv")
     assert done.exit_code == 0, done.output
-    with (tmp_path / "found.csv").open(newline="") as file:
+    with (tmp_path / "predictions.csv").open(newline="") as file:
         assert [row["id"] for row in csv.DictReader(file)] == [
             f"{name}/{n:03d}.png" for name in ("cat", "dog") for n in (0, 1)
         ]
@@ -53,8 +48,8 @@ def test_an_adapter_in_the_encoder_from_images_to_predictions(cache, images, tmp
 
 def test_lifts_head_from_images_to_predictions(images, model, tmp_path):
     out = tmp_path / "crops"
-    told = ("--features", "pre-projection", "--weak", 4, "--smallest-crop", 0.08)
-    done = run("extract", images, "-o", out, "--model", model, *told)
+    options = ("--features", "pre-projection", "--weak", 4, "--smallest-crop", 0.08)
+    done = run("extract", images, "-o", out, "--model", model, *options)
     assert done.exit_code == 0, done.output
     cache = FeatureCache.open(out)
     assert (cache.manifest.views["weak_scale"], cache.token_kinds) == ([0.08, 1.0], ["ln_post"])
@@ -80,13 +75,13 @@ def test_lifts_head_from_images_to_predictions(images, model, tmp_path):
 
 
 def test_refusals(cache, images, model, tmp_path):
-    told = run("fit", cache, "--out", tmp_path / "run", "--adapter", "adaptformer", "--method", "linear_probe")
-    assert told.exit_code == 2
-    assert "method linear_probe takes no adapter adaptformer" in told.output
-    told = run("extract", images, "-o", tmp_path / "c", "--model", model, "--features", "cls")
-    assert told.exit_code == 2
-    assert "'cls' is not one of" in told.output
+    refused = run("fit", cache, "--out", tmp_path / "run", "--adapter", "adaptformer", "--method", "linear_probe")
+    assert refused.exit_code == 2
+    assert "method linear_probe takes no adapter adaptformer" in refused.output
+    refused = run("extract", images, "-o", tmp_path / "c", "--model", model, "--features", "cls")
+    assert refused.exit_code == 2
+    assert "'cls' is not one of" in refused.output
     assert not (tmp_path / "c").exists()
-    told = run("extract", images, "-o", cache, "--model", model, "--dtype", "int8")
-    assert told.exit_code == 2
-    assert "tokens" in told.output
+    refused = run("extract", images, "-o", cache, "--model", model, "--dtype", "int8")
+    assert refused.exit_code == 2
+    assert "tokens" in refused.output

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.cache.samples import write_images, write_tiny_model
-from tests.cli.test_bad_input import run
+from tests.cli.program import run
 from ulfine_fast import Run
 from ulfine_fast.engine import fit as train
 from ulfine_fast.engine.checkpoint import Checkpoint

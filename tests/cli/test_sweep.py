@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 
 import pytest
-from typer.testing import CliRunner
 
 from tests.cache.samples import write_images, write_tiny_model
-from ulfine_fast.cli.main import app
+from tests.cli.program import refused, run
 
 SPACE = """
 method = "linear_probe"
@@ -17,18 +16,6 @@ val_fraction = 0.3
 lr = { low = 0.001, high = 0.3, log = true }
 tau = [0.5, 1.0]
 """
-
-
-def run(*arguments):
-    return CliRunner().invoke(app, [str(a) for a in arguments])
-
-
-def refused(*arguments):
-    """The sentence on stderr of a command that must end with 2."""
-    done = run(*arguments)
-    assert done.exit_code == 2, f"{done.exit_code}: {done.output} {done.exception!r}"
-    (line,) = done.stderr.strip().splitlines()
-    return line
 
 
 @pytest.fixture(scope="module")

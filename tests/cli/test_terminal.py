@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.cache.samples import write_cache
-from tests.cli.test_bad_input import run as command
+from tests.cli.program import run as command
 from tests.report.writer import RunSpec, edit_json, write_run
 from ulfine_fast import FeatureCache, Run
 

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import gzip
-import struct
 import subprocess
 import sys
 import zipfile
@@ -12,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.cache.samples import write_idx
 from ulfine_fast import demo
 from ulfine_fast.cache.sources.folder import FolderSource
 from ulfine_fast.demo import ARCHIVE, unpack_images
@@ -110,11 +110,6 @@ def test_an_interrupted_unpacking_leaves_nothing(small_archive: Path, tmp_path: 
     assert [path.name for path in tmp_path.iterdir()] == ["small.zip"]
 
 
-def write_idx(path: Path, values: np.ndarray) -> None:
-    header = bytes([0, 0, 8, values.ndim]) + struct.pack(f">{values.ndim}i", *values.shape)
-    path.write_bytes(gzip.compress(header + values.astype(np.uint8).tobytes()))
-
-
 def test_the_script_takes_the_first_images_of_every_class(tmp_path: Path):
     rng = np.random.default_rng(0)
     images, labels = {}, {}
@@ -135,10 +130,10 @@ def test_the_script_takes_the_first_images_of_every_class(tmp_path: Path):
 
 @pytest.mark.skipif(not FASHION_MNIST.is_dir(), reason="the package dataset-fashion-mnist is not installed")
 def test_sample_is_pixel_for_pixel_fashion_mnist(images: Path):
-    images, classes = (
+    archived, classes = (
         (FASHION_MNIST / f"t10k-{kind}-ubyte.gz").read_bytes() for kind in ("images-idx3", "labels-idx1")
     )
-    pixels = np.frombuffer(gzip.decompress(images), np.uint8, offset=16).reshape(-1, 28, 28)
+    pixels = np.frombuffer(gzip.decompress(archived), np.uint8, offset=16).reshape(-1, 28, 28)
     labels = np.frombuffer(gzip.decompress(classes), np.uint8, offset=8)
     for label, name in enumerate(CLASS_FOLDERS):
         for number in (1, 25, 50):

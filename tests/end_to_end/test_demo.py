@@ -32,15 +32,15 @@ def test_the_demo_prints_a_table_and_the_reports_path(demo):
 
 def test_trained_methods_know_more_than_zero_shot_and_zero_shot_more_than_chance(demo):
     folder, _ = demo
-    found = {
+    accuracies = {
         method: json.loads((folder / "runs" / method / "summary.json").read_text())["metrics"]["balanced_accuracy"][
             "mean"
         ]
         for method in METHODS
     }
-    assert found["zero_shot"] > 0.15
+    assert accuracies["zero_shot"] > 0.15
     for method in METHODS[1:]:
-        assert found[method] > found["zero_shot"] + 0.2, found
+        assert accuracies[method] > accuracies["zero_shot"] + 0.2, accuracies
 
 
 def test_the_report_is_about_all_methods_and_shows_images(demo):
@@ -81,15 +81,15 @@ def test_inspect_counts_what_is_there(demo, ulfine):
     assert "lite0-minilm" in ulfine("inspect", folder / "cache").stdout
 
 
-def test_eval_gives_the_figures_of_the_fit(demo, ulfine):
+def test_eval_gives_the_metrics_of_the_fit(demo, ulfine):
     folder, _ = demo
     run = folder / "runs" / "ulfine" / "seed-1"
     wanted = json.loads((run / "metrics.json").read_text())
-    found = json.loads(ulfine("eval", run, "--json").stdout)
+    metrics = json.loads(ulfine("eval", run, "--json").stdout)
     for name in ("accuracy", "balanced_accuracy", "few", "ece_temperature_scaled"):
-        assert found[name] == pytest.approx(wanted[name], abs=1e-6)
+        assert metrics[name] == pytest.approx(wanted[name], abs=1e-6)
     other = json.loads(ulfine("eval", run, "--cache", folder / "cache", "--json").stdout)
-    assert other["accuracy"] == pytest.approx(found["accuracy"])
+    assert other["accuracy"] == pytest.approx(metrics["accuracy"])
 
 
 def test_predict_on_new_images_is_mostly_right_and_survives_a_broken_one(demo, ulfine, tmp_path):
@@ -118,9 +118,9 @@ def test_predict_on_new_images_is_mostly_right_and_survives_a_broken_one(demo, u
 
 def test_a_split_file_of_one_run_serves_another(demo, ulfine, tmp_path):
     folder, _ = demo
-    given = folder / "runs" / "ulfine" / "seed-1" / "split.json"
-    ulfine("fit", folder / "cache", "--method", "zero_shot", "--split", given, "--out", tmp_path / "run")
-    assert json.loads((tmp_path / "run" / "split.json").read_text()) == json.loads(given.read_text())
+    split_file = folder / "runs" / "ulfine" / "seed-1" / "split.json"
+    ulfine("fit", folder / "cache", "--method", "zero_shot", "--split", split_file, "--out", tmp_path / "run")
+    assert json.loads((tmp_path / "run" / "split.json").read_text()) == json.loads(split_file.read_text())
 
 
 def rewrite_config(run, **values):

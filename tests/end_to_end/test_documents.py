@@ -19,58 +19,58 @@ EXAMPLES = ROOT / "docs/examples"
 
 
 @pytest.fixture(scope="module")
-def place(demo, tmp_path_factory):
+def workspace(demo, tmp_path_factory):
     """A folder in which the demo's output has the name that the documents give it."""
     folder = tmp_path_factory.mktemp("documents")
     (folder / "demo-output").symlink_to(demo[0])
     return folder
 
 
-def program(place, *arguments):
+def program(workspace, *arguments):
     """Output of a Python program, run there by the interpreter that the package is installed for."""
     done = subprocess.run(
-        [sys.executable, *map(str, arguments)], cwd=place, capture_output=True, text=True, check=False
+        [sys.executable, *map(str, arguments)], cwd=workspace, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
-def test_the_tours_commands_and_programs_run(place, ulfine):
+def test_the_tours_commands_and_programs_run(workspace, ulfine):
     first, *others = commands(ROOT / "docs/tour.md")
     assert first == ["demo", "--out", "demo-output"]  # the fixture has run it
     assert len(others) == 6
     for arguments in others:
-        ulfine(*arguments, cwd=place)
-    assert (place / "report.html").stat().st_size > 50_000
-    assert len((place / "predictions.csv").read_text().splitlines()) == 501
+        ulfine(*arguments, cwd=workspace)
+    assert (workspace / "report.html").stat().st_size > 50_000
+    assert len((workspace / "predictions.csv").read_text().splitlines()) == 501
     [code] = blocks(ROOT / "docs/tour.md", "python")
-    figures = [float(word) for word in program(place, "-c", code).split()]
-    assert len(figures) == 3
-    assert all(0.2 < figure < 1 for figure in figures)
+    accuracies = [float(word) for word in program(workspace, "-c", code).split()]
+    assert len(accuracies) == 3
+    assert all(0.2 < accuracy < 1 for accuracy in accuracies)
 
 
-def test_the_program_that_reads_a_cache_without_us_runs(place):
+def test_the_program_that_reads_a_cache_without_us_runs(workspace):
     [code] = blocks(ROOT / "docs/cache-format.md", "python")
-    (place / "CACHE").symlink_to(place / "demo-output/cache")
-    shapes = program(place, "-c", code + "\n    print(len(ids), len(labels), plain.shape[1])").split("\n")
+    (workspace / "CACHE").symlink_to(workspace / "demo-output/cache")
+    shapes = program(workspace, "-c", code + "\n    print(len(ids), len(labels), plain.shape[1])").split("\n")
     rows = [list(map(int, line.split())) for line in shapes if line]
     assert sum(row[0] for row in rows) == 3000
     assert all(row[0] == row[1] for row in rows)
 
 
-def test_predictions_from_and_to_tables(place):
-    run, images = place / "demo-output/runs/linear_probe/seed-0", place / "demo-output/images/test"
-    said = program(place, EXAMPLES / "tables.py", run, images)
-    assert said.startswith("20 rows: id, class, probability")
+def test_predictions_from_and_to_tables(workspace):
+    run, images = workspace / "demo-output/runs/linear_probe/seed-0", workspace / "demo-output/images/test"
+    printed = program(workspace, EXAMPLES / "tables.py", run, images)
+    assert printed.startswith("20 rows: id, class, probability")
 
 
-def test_many_trials_from_python(place):
-    said = program(place, EXAMPLES / "many_trials.py")
-    assert [line.split(":")[0] for line in said.splitlines()] == ["by hand", "best options", "by search", "report"]
+def test_many_trials_from_python(workspace):
+    printed = program(workspace, EXAMPLES / "many_trials.py")
+    assert [line.split(":")[0] for line in printed.splitlines()] == ["by hand", "best options", "by search", "report"]
 
 
-def test_the_command_line_with_options_from_a_file(place, tmp_path, ulfine):
-    images, small = place / "demo-output/images", tmp_path / "images"
+def test_the_command_line_with_options_from_a_file(workspace, tmp_path, ulfine):
+    images, small = workspace / "demo-output/images", tmp_path / "images"
     for folder in sorted(images.glob("*/*/")):
         (small / folder.relative_to(images)).mkdir(parents=True)
         for image in sorted(folder.iterdir())[:12]:

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from tests.cache.samples import write_images, write_tiny_model
-from tests.cli.test_bad_input import run as command
+from tests.cli.program import run as command
 from ulfine_fast import InputError, Run, fit, load
 from ulfine_fast.exports import FORMATS, export
 from ulfine_fast.exports.card import escaped

@@ -4,7 +4,7 @@ import huggingface_hub.constants
 import numpy as np
 import pytest
 
-from tests.cli.test_bad_input import run as command
+from tests.cli.program import run as command
 from tests.exports.hub_server import TOKEN, HubServer
 from ulfine_fast import FitConfig, InputError, export, fit, load, push
 from ulfine_fast.exports import pull

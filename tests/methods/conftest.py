@@ -47,3 +47,15 @@ def world():
         return trials, method, method.start(trials), batch
 
     return make
+
+
+def filled(world, method, **values):
+    """A world whose method has read five labelled images for the first trial and three for the second; its pool too."""
+    trials, chosen, state, batch = world(method=method, **values)
+    features = normalize(torch.randn(12, 5))
+    pool = pool_of(
+        features, [[0, 1, 2, 3, 4], [5, 6, 7, 0, 0]], [[0, 1, 1, 2, 0], [2, 2, 1, -1, -1]], [[8], [9]], [[True], [True]]
+    )
+    trials.log_prior[:] = torch.log(torch.tensor([[0.4, 0.4, 0.2], [1e-8, 1 / 3, 2 / 3]]))
+    chosen.refresh(trials, state, pool, 0)
+    return trials, chosen, state, batch, pool

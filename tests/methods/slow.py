@@ -18,6 +18,10 @@ def softmax(row):
     return [math.exp(z - largest) / total for z in row]
 
 
+def log_softmax(row):
+    return [math.log(p) for p in softmax(row)]
+
+
 def cross_entropy(row, target, shift=None):
     """Of one row of logits, to a class or to probabilities, with a shift of the logits."""
     shifted = [z + (shift[k] if shift is not None else 0.0) for k, z in enumerate(row)]

@@ -49,8 +49,8 @@ def test_semantic_alignment_pulls_the_strong_view_to_the_weak_ones_class_means(w
     for t in range(2):
         means = state.memory["visual"][t]
         wanted = [softmax(row) for row in logits_of(batch.weak[t], means, 10.0)]
-        given = logits_of(batch.strong[t], means, 10.0)
-        total = mean(cross_entropy(row, p) for row, p in zip(given, wanted, strict=True))
+        strong = logits_of(batch.strong[t], means, 10.0)
+        total = mean(cross_entropy(row, p) for row, p in zip(strong, wanted, strict=True))
         assert losses.regularizer[t].item() == pytest.approx(0.5 * total, rel=1e-4)
 
 

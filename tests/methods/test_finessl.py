@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from tests.methods.conftest import pool_of
+from tests.methods.slow import log_softmax
 
 T, B, U, K, D = 2, 6, 8, 3, 5
 
@@ -24,11 +25,6 @@ def prepared(world, assigned=None, **values):
     if assigned is not None:
         state.scratch["assigned"][:, : len(assigned)] = torch.tensor(assigned)
     return trials, method, state, batch
-
-
-def log_softmax(row):
-    total = math.log(sum(math.exp(z) for z in row))
-    return [z - total for z in row]
 
 
 def cosines(features, weights, scale):

@@ -5,20 +5,7 @@ import math
 import pytest
 import torch
 
-from tests.methods.conftest import pool_of
-from ulfine_fast.ops.prototypes import normalize
-
-
-def filled(world, **values):
-    """Five labelled images for the first trial and three for the second."""
-    trials, chosen, state, batch = world(method="knn", **values)
-    features = normalize(torch.randn(12, 5))
-    pool = pool_of(
-        features, [[0, 1, 2, 3, 4], [5, 6, 7, 0, 0]], [[0, 1, 1, 2, 0], [2, 2, 1, -1, -1]], [[8], [9]], [[True], [True]]
-    )
-    trials.log_prior[:] = torch.log(torch.tensor([[0.4, 0.4, 0.2], [1e-8, 1 / 3, 2 / 3]]))
-    chosen.refresh(trials, state, pool, 0)
-    return trials, chosen, state, batch, pool
+from tests.methods.conftest import filled
 
 
 def slow_votes(pool, t, row, k, temperature, tau):
@@ -34,7 +21,7 @@ def slow_votes(pool, t, row, k, temperature, tau):
 
 @pytest.mark.parametrize(("k", "temperature", "tau"), [(1, 0.07, 0.0), (2, 0.5, 1.0), (3, 0.1, 0.5), (50, 0.07, 1.0)])
 def test_votes_are_counted(world, k, temperature, tau):
-    trials, chosen, state, batch, pool = filled(world, neighbors=k, vote_temperature=temperature, tau=tau)
+    trials, chosen, state, batch, pool = filled(world, "knn", neighbors=k, vote_temperature=temperature, tau=tau)
     result = chosen.logits(trials, state.tensors, batch.weak).exp()
     for t in range(2):
         for row, votes in zip(batch.weak[t], result[t], strict=True):
@@ -42,12 +29,12 @@ def test_votes_are_counted(world, k, temperature, tau):
 
 
 def test_a_labelled_image_is_its_own_nearest(world):
-    trials, chosen, state, _, pool = filled(world, neighbors=1)
+    trials, chosen, state, _, pool = filled(world, "knn", neighbors=1)
     result = chosen.logits(trials, state.tensors, pool.labeled).argmax(-1)
     assert result[0].tolist() == [0, 1, 1, 2, 0]
     assert result[1, :3].tolist() == [2, 2, 1]
 
 
 def test_a_class_without_votes_has_a_finite_logit(world):
-    trials, chosen, state, batch, _ = filled(world, neighbors=1)
+    trials, chosen, state, batch, _ = filled(world, "knn", neighbors=1)
     assert torch.isfinite(chosen.logits(trials, state.tensors, batch.weak)).all()

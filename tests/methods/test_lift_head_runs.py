@@ -7,10 +7,9 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from torch.nn.functional import cross_entropy, normalize
 
-from tests.cache.samples import write_images, write_tiny_model
+from tests.cache.samples import write_images, write_model_with_norm
 from ulfine_fast.cache.io.errors import InputError
 from ulfine_fast.cache.models.encoder import load_encoder
 from ulfine_fast.cache.pipeline.extract import extract
@@ -41,14 +40,7 @@ def images(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """A ViT whose last norm is not the identity."""
-    folder = tmp_path_factory.mktemp("model")
-    name = write_tiny_model(folder, layers=2)
-    weights, made = load_file(folder / "open_clip_model.safetensors"), torch.Generator().manual_seed(0)
-    for part, mean in (("weight", 1.0), ("bias", 0.0)):
-        weights[f"visual.ln_post.{part}"] = mean + 0.5 * torch.randn(16, generator=made)
-    save_file(weights, folder / "open_clip_model.safetensors")
-    return name
+    return write_model_with_norm(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from tests.methods.slow import cross_entropy, softmax
 from ulfine_fast.config import FitConfig, per_trial_options, readable
 from ulfine_fast.core.types import Batch, Trials
 from ulfine_fast.methods.registry import method_of
@@ -37,16 +38,6 @@ def world(seed=0, **values):
 
 def cosines(features, weights, scale):
     return [[scale * torch.nn.functional.cosine_similarity(x, w, dim=0).item() for w in weights] for x in features]
-
-
-def cross_entropy(logits, label, shift=None):
-    row = [z + (shift[k] if shift is not None else 0.0) for k, z in enumerate(logits)]
-    return math.log(sum(math.exp(z) for z in row)) - row[label]
-
-
-def softmax(row):
-    total = sum(math.exp(z) for z in row)
-    return [math.exp(z) / total for z in row]
 
 
 def slow_fixmatch(weak, strong, threshold, shift=None):

@@ -1,4 +1,4 @@
-"""Triton kernels against the plain functions they stand for.
+"""Triton kernels against the plain functions that specify them.
 
 Triton decides at import whether it interprets, so the cases run in a process of their own: without a GPU under the
 interpreter, with one for real too.

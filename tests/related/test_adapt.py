@@ -7,9 +7,9 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from scipy.special import softmax
 
-from tests.cache.samples import write_images, write_tiny_model
+from tests.cache.samples import write_images, write_model_with_norm
 from tests.conftest import make_clusters
 from ulfine_fast.cache.io.errors import CacheMismatch, InputError
 from ulfine_fast.cache.models.encoder import load_encoder
@@ -35,11 +35,6 @@ from ulfine_fast.related.test_time_adaptation.metrics import open_set_metrics, s
 FEW = {"n1": 20, "gamma_l": 4.0, "gamma_u": 4.0, "steps": 30, "eval_every": 30}
 SHORT = {"steps": 5, "eval_every": 5}
 FAST = Adaptation(lr=1e-2, steps=5, batch=16)
-
-
-def softmax(row):
-    shifted = np.exp(np.asarray(row) - np.max(row))
-    return shifted / shifted.sum()
 
 
 def entropy_of(p):
@@ -238,14 +233,7 @@ def test_labels_by_name(zero_shot, clusters):
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """A ViT whose last norm is not the identity."""
-    folder = tmp_path_factory.mktemp("model")
-    name = write_tiny_model(folder, layers=2)
-    weights, generator = load_file(folder / "open_clip_model.safetensors"), torch.Generator().manual_seed(0)
-    for part, mean in (("weight", 1.0), ("bias", 0.0)):
-        weights[f"visual.ln_post.{part}"] = mean + 0.5 * torch.randn(16, generator=generator)
-    save_file(weights, folder / "open_clip_model.safetensors")
-    return name
+    return write_model_with_norm(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tests.cache.samples import write_images, write_tiny_model
-from tests.cli.test_bad_input import refused, run, usage_error
+from tests.cli.program import refused, run, usage_error
 from ulfine_fast.cache.store import FeatureCache
 
 

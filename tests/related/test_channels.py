@@ -3,6 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from scipy.special import softmax
 
 from ulfine_fast.ops.prototypes import normalize
 from ulfine_fast.related.channel_ensemble.channels import channel_logits, draw_channels, low_bias, low_variance
@@ -18,11 +19,6 @@ def logits():
 @pytest.fixture
 def labels():
     return torch.randint(K, (T, B), generator=torch.Generator().manual_seed(1))
-
-
-def softmax(row):
-    powers = np.exp(row - row.max())
-    return powers / powers.sum()
 
 
 def errors(logits, labels):

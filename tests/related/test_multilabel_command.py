@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.cache.samples import write_images, write_tiny_model
-from tests.cli.test_bad_input import refused, run
+from tests.cli.program import refused, run
 from tests.conftest import make_clusters
 from ulfine_fast.cache.io.errors import InputError
 from ulfine_fast.cache.store import FeatureCache

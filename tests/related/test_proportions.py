@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tests.cache.samples import write_images, write_tiny_model
-from tests.cli.test_bad_input import refused, run
+from tests.cli.program import refused, run
 from tests.conftest import make_clusters
 from ulfine_fast import FeatureCache, FitConfig, Run, fit
 from ulfine_fast.cache.io.errors import InputError

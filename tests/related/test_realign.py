@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.cli.test_bad_input import refused, run, usage_error
+from tests.cli.program import refused, run, usage_error
 from tests.conftest import make_clusters
 from ulfine_fast import FitConfig, Run, export, fit, fit_many, load
 from ulfine_fast.cache.io.errors import InputError

@@ -5,18 +5,17 @@ from __future__ import annotations
 import html
 import json
 import re
-import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.conftest import CHROMIUM, needs_chromium
 from tests.report.writer import RunSpec, stripes, write_run, write_study
 from ulfine_fast.report import build_report
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")
+pytestmark = needs_chromium
 
 # A headless window is at least 500 wide, so the page is put into a frame of the required width. The frame has the same
 # origin (srcdoc), its own policy stays in force, and the script around it only measures.

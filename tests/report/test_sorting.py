@@ -6,20 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.report.test_browser import CHROMIUM
+from tests.conftest import needs_chromium
 from ulfine_fast import build_report
 
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")
-
-
-@pytest.fixture(scope="module")
-def browser():
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as play:
-        opened = play.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield opened
-        opened.close()
+pytestmark = needs_chromium
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.cli.test_bad_input import run as command
+from tests.cli.program import run as command
 from tests.report.writer import write_run
 from ulfine_fast import build_report, sweep
 from ulfine_fast.cache.io.errors import InputError

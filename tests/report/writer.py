@@ -66,7 +66,7 @@ def slow_ece(confidence: list[float], right: list[bool], bins: int = 15) -> floa
 
 def draw_logits(spec: RunSpec, order: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """Labels (n,) and logits (n, K) whose accuracy falls from head to tail as the method's numbers say."""
-    head, loss, sharp, _ = METHODS[spec.method]
+    head, loss, margin_scale, _ = METHODS[spec.method]
     k = spec.classes
     rank = np.empty(k, dtype=int)
     rank[order] = np.arange(k)
@@ -78,7 +78,7 @@ def draw_logits(spec: RunSpec, order: np.ndarray, rng: np.random.Generator) -> t
     winner = np.where(shift, other, labels)
     logits = rng.normal(0, 1, (spec.rows, k))
     # wrong rows win by less, as real ones do
-    margin = rng.gamma(2.0, sharp, spec.rows) * np.where(winner == labels, 1.0, 0.55)
+    margin = rng.gamma(2.0, margin_scale, spec.rows) * np.where(winner == labels, 1.0, 0.55)
     logits[np.arange(spec.rows), winner] = logits.max(axis=1) + margin
     return labels, TEMPERATURE * logits
 

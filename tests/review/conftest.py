@@ -7,7 +7,7 @@ import shutil
 import pytest
 
 from tests.cache.samples import write_images, write_tiny_model
-from tests.cli.test_bad_input import run
+from tests.cli.program import run
 from ulfine_fast.review.session import Session
 
 BAD = "<img src=x onerror=alert(1)>"

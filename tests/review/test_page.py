@@ -2,27 +2,16 @@
 
 from __future__ import annotations
 
-import shutil
 import threading
 
 import pytest
 
+from tests.conftest import needs_chromium
 from tests.review.conftest import BAD
 from ulfine_fast.data.corrections import read_corrections
 from ulfine_fast.review.app import make_server
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")
-
-
-@pytest.fixture(scope="module")
-def browser():
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as play:
-        opened = play.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield opened
-        opened.close()
+pytestmark = needs_chromium
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from tests.cli.test_bad_input import run
+from tests.cli.program import run
 from tests.review.conftest import BAD
 from ulfine_fast import Run
 from ulfine_fast.cache.io.errors import InputError

@@ -9,8 +9,8 @@ import struct
 import pytest
 
 from tests.cache.samples import write_cache
-from tests.cli.test_bad_input import refused, usage_error
-from tests.cli.test_bad_input import run as command
+from tests.cli.program import refused, usage_error
+from tests.cli.program import run as command
 from tests.report.writer import write_run
 from ulfine_fast.runs.files import load_run
 from ulfine_fast.runs.loggers import evaluations, final_metrics, run_name

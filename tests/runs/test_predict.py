@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from tests.cli.test_bad_input import refused
+from tests.cli.program import refused
 from ulfine_fast.cache.io.errors import InputError
 from ulfine_fast.runs.predict import Predictions, mean_of_logits, refuse_output, write_predictions
 

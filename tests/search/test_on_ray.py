@@ -12,25 +12,6 @@ from ulfine_fast import InputError, sweep
 from ulfine_fast.search.on_ray import RayWorkers
 from ulfine_fast.search.study import SweepStudy
 
-STORE = 80 << 20  # bytes, the least that Ray takes
-
-
-@pytest.fixture
-def cluster():
-    pytest.importorskip("ray", reason="Ray is not installed (extra ray)")
-    from ray.cluster_utils import Cluster
-
-    small = {"object_store_memory": STORE, "num_cpus": 1}
-    # the death of a node is noticed within a second
-    alert = {"health_check_period_ms": 300, "health_check_failure_threshold": 2, "health_check_initial_delay_ms": 0}
-    head = {**small, "include_dashboard": False, "_system_config": alert}
-    made = Cluster(initialize_head=True, head_node_args=head)
-    yield made, made.add_node(**small)
-    import ray
-
-    ray.shutdown()
-    made.shutdown()
-
 
 def count_checkpoints(folder):
     """Batches that have saved a checkpoint and are not finished."""
@@ -66,7 +47,7 @@ def test_a_cluster_that_cannot_be_reached(monkeypatch, clusters, tmp_path):
     pytest.importorskip("ray", reason="Ray is not installed (extra ray)")
     monkeypatch.setenv("RAY_ADDRESS", "")
     monkeypatch.setitem(sys.modules, "ray", Unreachable())
-    with pytest.raises(InputError, match=r"cannot reach Ray at .auto. .nobody answers.; start it with `ray start`"):
+    with pytest.raises(InputError, match=r"cannot reach Ray at .auto. .no one answers.; start it with `ray start`"):
         sweep(clusters, out=tmp_path / "sweep", trials=2, ray=RayWorkers("auto"))
 
 
@@ -77,7 +58,7 @@ class Unreachable:
         return False
 
     def init(self, **_options):
-        raise ConnectionError("nobody answers")
+        raise ConnectionError("no one answers")
 
 
 def test_without_ray_the_extra_is_named(monkeypatch, clusters, tmp_path):

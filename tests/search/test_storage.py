@@ -1,4 +1,4 @@
-"""Databases that are damaged, hostile, full or strangely named: one sentence, and the sweep goes on afterwards."""
+"""Databases that are damaged, hostile, full or oddly named: one sentence, and the sweep goes on afterwards."""
 
 from __future__ import annotations
 

@@ -52,7 +52,7 @@ def write_corrections(path: Path, labels: Mapping[str, str]) -> None:
 
 
 def corrected(cache: FeatureCache, labels: Mapping[str, str]) -> FeatureCache:
-    """The cache with these labels in place of its own.
+    """The cache with these labels instead of its own.
 
     Args:
         cache: features of the images named.

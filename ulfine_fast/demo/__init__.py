@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 import tempfile
 import zipfile
 from pathlib import Path
+
+from ulfine_fast.cache.io.digests import file_digest
 
 ARCHIVE = Path(__file__).with_name("fashion-mnist-sample.zip")
 _MARKER = ".unpacked"
@@ -29,7 +30,7 @@ def unpack_images(folder: Path) -> Path:
         FileExistsError: `folder` has other content.
         OSError: it cannot be written.
     """
-    digest = hashlib.sha256(ARCHIVE.read_bytes()).hexdigest()
+    digest = file_digest(ARCHIVE)
     if _is_unpacked(folder, digest):
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)

@@ -117,7 +117,7 @@ class Checkpoint:
         return batches
 
     def save(self, trials: Sequence[int], tensors: Tensors, notes: dict[str, Any]) -> None:
-        """Save the trial batch of these trials, in place of its last save.
+        """Save the trial batch of these trials; replaces its last save.
 
         Raises:
             InputError: the file system refused.

@@ -13,10 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ulfine_fast.config import option
 from ulfine_fast.core.heads import Tensors
 from ulfine_fast.core.types import Batch, Losses, State, Trials
-from ulfine_fast.methods.base import LabeledOptions, PseudoLabelOptions, RunningOptions
+from ulfine_fast.methods.base import LabeledOptions, PseudoLabelOptions, RunningAdjustmentOptions, RunningOptions
 from ulfine_fast.methods.fixmatch import FixMatch, plain_and_balanced, plain_cross_entropy
 from ulfine_fast.methods.registry import register
 from ulfine_fast.ops.distributions import distance_from_labeled
@@ -25,15 +24,8 @@ from ulfine_fast.ops.thresholds import histogram, running
 
 
 @dataclass(frozen=True)
-class ACROptions(PseudoLabelOptions, RunningOptions, LabeledOptions):
+class ACROptions(RunningAdjustmentOptions, PseudoLabelOptions, RunningOptions, LabeledOptions):
     """Options of :class:`ACR`."""
-
-    tau_u: float = option(
-        2.0,
-        "strength of the adjustment by the running pseudo-label distribution P",
-        low=0.0,
-        search={"low": 0.0, "high": 2.5},
-    )
 
 
 @register("acr", options=ACROptions, source="ACR, doi 10.1109/CVPR52729.2023.00338")

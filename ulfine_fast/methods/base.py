@@ -59,6 +59,30 @@ class RunningOptions:
     rho: float = option(0.9, "momentum of the running pseudo-label distribution P", low=0.0, high=0.9999)
 
 
+@dataclass(frozen=True)
+class RunningAdjustmentOptions:
+    """Options of methods whose pseudo-labels are adjusted by their own distribution."""
+
+    tau_u: float = option(
+        2.0,
+        "strength of the adjustment by the running pseudo-label distribution P",
+        low=0.0,
+        search={"low": 0.0, "high": 2.5},
+    )
+
+
+@dataclass(frozen=True)
+class BalancedVotesOptions:
+    """Options of methods whose labelled images vote, without training."""
+
+    tau: float = option(
+        1.0,
+        "power of the weights that count rare classes' labelled images more; 0 is one-hot",
+        low=0.0,
+        search={"low": 0.5, "high": 2.0},
+    )
+
+
 class Method(ABC):
     """The parts of training that differ between methods; the loop, sampling and optimiser are the engine's.
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from ulfine_fast.config import FitConfig, option
 from ulfine_fast.core.heads import Tensors
 from ulfine_fast.core.types import Pool, State, Trials
-from ulfine_fast.methods.base import Method
+from ulfine_fast.methods.base import BalancedVotesOptions, Method
 from ulfine_fast.methods.registry import register
 from ulfine_fast.ops.graph import nearest
 from ulfine_fast.ops.margins import balanced_one_hot
@@ -24,15 +24,9 @@ _NO_VOTE = 1e-12  # added to all votes, so that the logarithm of none is finite
 
 
 @dataclass(frozen=True)
-class NearestNeighborsOptions:
+class NearestNeighborsOptions(BalancedVotesOptions):
     """Options of :class:`NearestNeighbors`."""
 
-    tau: float = option(
-        1.0,
-        "power of the weights that count rare classes' labelled images more; 0 is one-hot",
-        low=0.0,
-        search={"low": 0.5, "high": 2.0},
-    )
     neighbors: int = option(5, "nearest labelled images that vote", low=1, structural=True, search=[1, 5, 20, 50])
     vote_temperature: float = option(
         0.07,

@@ -14,22 +14,16 @@ from torch import Tensor
 from ulfine_fast.config import option
 from ulfine_fast.core.heads import Tensors, cosine_logits
 from ulfine_fast.core.types import Pool, State, Trials
-from ulfine_fast.methods.base import Method
+from ulfine_fast.methods.base import BalancedVotesOptions, Method
 from ulfine_fast.methods.registry import register
 from ulfine_fast.ops.margins import balanced_one_hot
 from ulfine_fast.ops.prototypes import normalize
 
 
 @dataclass(frozen=True)
-class TipAdapterOptions:
+class TipAdapterOptions(BalancedVotesOptions):
     """Options of :class:`TipAdapter`."""
 
-    tau: float = option(
-        1.0,
-        "power of the weights that count rare classes' labelled images more; 0 is one-hot",
-        low=0.0,
-        search={"low": 0.5, "high": 2.0},
-    )
     cache_weight: float = option(
         1.0, "weight alpha of the cache beside the text", low=0.0, search={"low": 0.1, "high": 30.0, "log": True}
     )

@@ -16,7 +16,13 @@ from ulfine_fast.core.fused.prototypes import fit_prototypes_, move_visual_
 from ulfine_fast.core.fused.step import FusedStep
 from ulfine_fast.core.heads import Tensors, apply_adapter, cosine_logits
 from ulfine_fast.core.types import Batch, Losses, State, Trials
-from ulfine_fast.methods.base import LabeledOptions, Method, PseudoLabelOptions, RunningOptions
+from ulfine_fast.methods.base import (
+    LabeledOptions,
+    Method,
+    PseudoLabelOptions,
+    RunningAdjustmentOptions,
+    RunningOptions,
+)
 from ulfine_fast.methods.registry import register
 from ulfine_fast.ops import kernels
 from ulfine_fast.ops.fusion import fuse
@@ -33,15 +39,9 @@ from ulfine_fast.ops.transport import sinkhorn
 
 
 @dataclass(frozen=True)
-class ULFineOptions(PseudoLabelOptions, RunningOptions, LabeledOptions):
+class ULFineOptions(RunningAdjustmentOptions, PseudoLabelOptions, RunningOptions, LabeledOptions):
     """Options of :class:`ULFine`."""
 
-    tau_u: float = option(
-        2.0,
-        "strength of the adjustment by the running pseudo-label distribution P",
-        low=0.0,
-        search={"low": 0.0, "high": 2.5},
-    )
     paf: bool = option(True, "fit the textual prototypes to the visual ones")
     mu: float = option(
         0.01,

@@ -220,7 +220,7 @@ class RunFiles:
 
 
 def write_run(run: Run, folder: Path) -> None:
-    """Write the run folder, in the place of an earlier run there.
+    """Write the run folder; replaces an earlier run there.
 
     Raises:
         InputError: the folder holds something else, another process writes there, or it cannot be written.
@@ -231,7 +231,7 @@ def write_run(run: Run, folder: Path) -> None:
 def write_runs(
     runs: Mapping[Path, Run], summary: tuple[Path, bytes] | None = None, emptied: Sequence[Path] = ()
 ) -> None:
-    """Write the runs of one fit, in the place of earlier runs there: all of them are complete before one of those goes.
+    """Write the runs of one fit; earlier runs there are replaced once all of these are complete.
 
     Args:
         runs: by folder.

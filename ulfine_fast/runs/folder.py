@@ -104,7 +104,7 @@ def discard_staged(folders: Sequence[Path]) -> None:
 
 
 def swap_in(folders: Sequence[Path], emptied: Sequence[Path] = ()) -> None:
-    """Put the staged files of several folders in the place of the runs there, all of one fit.
+    """Replace the runs in several folders by the staged files there, all of one fit.
 
     First the files go that make the folders runs, so that no moment has old and new files, or old and new seeds,
     of which a command would take the whole for a run; the new ones of these files come last. A save that is killed
@@ -112,7 +112,7 @@ def swap_in(folders: Sequence[Path], emptied: Sequence[Path] = ()) -> None:
 
     Args:
         folders: each with a complete staging folder.
-        emptied: folders whose runs go without new ones in their place.
+        emptied: folders whose runs go without new ones.
 
     Raises:
         OSError: the file system refused.

@@ -170,7 +170,7 @@ class Run:
         return self.logits(features).argmax(axis=1).astype(np.int64)
 
     def save(self, folder: str | Path) -> Path:
-        """Write the run folder, in the place of an earlier run there.
+        """Write the run folder; replaces an earlier run there.
 
         Raises:
             InputError: the folder holds something else, another process writes there, or it cannot be written; or the

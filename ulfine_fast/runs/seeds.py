@@ -33,14 +33,15 @@ MeanMetrics = dict[str, dict[str, float | int]]
 """By metric: mean, half_width of the 95% t-interval (0 for a single run), and n, the runs that have it."""
 
 
-def mean_metrics(metrics: Sequence[dict[str, Any]]) -> MeanMetrics:
+def mean_metrics(metrics: Sequence[dict[str, Any]], names: Sequence[str] = HEADLINE) -> MeanMetrics:
     """Headline metrics over several runs; a metric that no run has is left out.
 
     Args:
         metrics: those of each run.
+        names: the headline metrics, in their order.
     """
     means: MeanMetrics = {}
-    for name in HEADLINE:
+    for name in names:
         interval = mean_interval(values[name] for values in metrics if values.get(name) is not None)
         if interval is not None:
             half_width = 0.0 if interval.n == 1 else interval.half

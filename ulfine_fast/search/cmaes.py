@@ -1,8 +1,8 @@
 """CMA-ES over the ranges of a space, its state computed anew from the recorded trials.
 
-Optuna's own sampler pickles its state into the attributes of trials, so that whoever can write to the database can run
-code where it is read. Here the generations that are recorded are told again to a fresh optimiser, which gives the same
-state: parameters and results of trials are all that is read.
+Optuna's own sampler pickles its state into the attributes of trials, so that anyone who can write to the database can
+run code where it is read. Here the recorded generations are passed to a fresh optimiser, which gives the same state:
+parameters and results of trials are all that is read.
 
 SOURCE: Hansen, arXiv 1604.00772, as the package `cmaes` has it. Start, scaling and random numbers are those of Optuna's
 `CmaEsSampler`, so that a fresh study proposes the same trials.
@@ -32,7 +32,7 @@ class CmaEs(BaseSampler):
     """Proposes numbers by CMA-ES and choices at random, for the trials of one batch.
 
     Trials of the first batch are drawn at random, those of the second from a Gaussian in the middle of the space. Once
-    as many trials of a generation are complete as its population has, they are told to the optimiser.
+    as many trials of a generation are complete as its population has, they are passed to the optimiser.
 
     Attributes:
         attributes: what a later batch must know of the trials that are proposed: their generation and its population;
@@ -69,7 +69,7 @@ class CmaEs(BaseSampler):
             self.attributes = {GENERATION: self._optimizer.generation, POPULATION: self._population}
             self._stored = any(trial.system_attrs.get(GENERATION, -1) > 0 for trial in complete)
         if not self._stored:
-            # Optuna's sampler seeds the optimiser that it makes while no generation has been told
+            # Optuna's sampler seeds the optimiser that it makes while it has got no generation
             self._random.randint(1, 2**31 - 2)
         self._optimizer.reseed_rng(int(self._random.randint(1, 2**16)) + trial.number)
         point = self._optimizer.ask()  # (R,), each in 0..1

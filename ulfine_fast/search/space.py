@@ -23,7 +23,7 @@ MOST_STRUCTURES = 64
 """Values that a structural option may take: each makes trial batches of its own, hundreds would undo the batching."""
 
 MOST_STEPS = 10**9
-"""Steps of a range; where they are finer, a number cannot be told from its neighbours."""
+"""Steps of a range; where they are finer, a number cannot be distinguished from its neighbours."""
 
 _GRID_POINTS = 5
 
@@ -186,7 +186,7 @@ def default_space(method: str, settings: Mapping[str, Value] | None = None) -> S
 
     Args:
         method: of all trials.
-        settings: fixed values, which take the place of entries.
+        settings: fixed values, which replace entries.
 
     Raises:
         InputError: an unknown method, or one with nothing to search.

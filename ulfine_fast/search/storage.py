@@ -86,7 +86,7 @@ def storage_failures(url: str) -> Iterator[None]:
     """Turns a database that fails inside the context, as on a full disk, into one sentence.
 
     Raises:
-        InputError: in place of an error of Optuna's storage, SQLAlchemy or SQLite.
+        InputError: instead of an error of Optuna's storage, SQLAlchemy or SQLite.
     """
     from optuna.exceptions import StorageInternalError
     from sqlalchemy.exc import SQLAlchemyError
@@ -105,7 +105,7 @@ def reading_study(url: str) -> Iterator[None]:
     """Turns a study whose content cannot be read inside the context into one sentence.
 
     Raises:
-        InputError: in place of any error: values of every type may be in a database.
+        InputError: instead of any error: values of every type may be in a database.
     """
     from optuna.exceptions import StorageInternalError
     from sqlalchemy.exc import SQLAlchemyError

@@ -4,17 +4,15 @@ import json
 
 import pytest
 import torch
-import typer
 from PIL import Image
-from typer.testing import CliRunner
 
 from benchmarks import images
 from benchmarks.speed import extract as benchmark
 from benchmarks.speed.extracting import peak_bytes, script, ulfine_fast
 from benchmarks.speed.stages import stage_rates
+from tests.benchmarks.program import run_command
 from ulfine_fast.cache.models.encoder import load_encoder
 from ulfine_fast.cache.sources import FolderSource
-from ulfine_fast.cli.main import guarded
 
 
 @pytest.fixture
@@ -49,10 +47,8 @@ def test_the_bound_is_the_sum_of_the_stages_times(home):
 
 
 def test_the_command_writes_a_row_for_each_contender(few_images, tmp_path):
-    app = typer.Typer()
-    app.command()(guarded(benchmark.extract))
     options = ["--shapes", "png28", "--models", "tiny", "--images", "64", "--rounds", "1"]
-    done = CliRunner().invoke(app, [*options, "--json", str(tmp_path / "rows.json")])
+    done = run_command(benchmark.extract, *options, "--json", str(tmp_path / "rows.json"))
     assert done.exit_code == 0, done.output
     rows = json.loads((tmp_path / "rows.json").read_text())
     assert [row["contender"] for row in rows] == ["script", "ulfine_fast"]
@@ -63,9 +59,7 @@ def test_the_command_writes_a_row_for_each_contender(few_images, tmp_path):
 
 @pytest.mark.parametrize("option", ["--shapes", "--models", "--contenders"])
 def test_unknown_names_are_refused(option):
-    app = typer.Typer()
-    app.command()(guarded(benchmark.extract))
-    done = CliRunner().invoke(app, [option, "nothing"])
+    done = run_command(benchmark.extract, option, "nothing")
     assert done.exit_code == 2
     assert "got 'nothing'" in done.output
 

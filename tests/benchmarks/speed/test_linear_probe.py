@@ -6,14 +6,12 @@ import json
 
 import numpy as np
 import pytest
-import typer
-from typer.testing import CliRunner
 
 from benchmarks.speed import linear_probe
 from benchmarks.speed.linear_probe import engine, measure, path, sklearn
+from tests.benchmarks.program import run_command
 from tests.conftest import make_clusters
 from ulfine_fast.cache.io.errors import InputError
-from ulfine_fast.cli.main import guarded
 from ulfine_fast.config import FitConfig
 from ulfine_fast.data.splits import draw_split
 
@@ -74,10 +72,9 @@ def test_a_split_without_validation_is_refused(cache):
 
 def test_the_command_prints_and_writes(cache, monkeypatch, tmp_path):
     monkeypatch.setattr(linear_probe, "open_features", lambda data: cache)
-    app, file = typer.Typer(), tmp_path / "rows.json"
-    app.command()(guarded(linear_probe.linear_probe))
+    file = tmp_path / "rows.json"
     options = ["--penalties", "2", "--steps", "5", "--iterations", "20", "--json", str(file)]
-    done = CliRunner().invoke(app, options)
+    done = run_command(linear_probe.linear_probe, *options)
     assert done.exit_code == 0, done.output
     assert "scikit-learn" in done.output
     assert [row["data"] for row in json.loads(file.read_text())] == ["demo", "demo"]

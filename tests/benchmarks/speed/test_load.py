@@ -4,12 +4,10 @@ import json
 
 import numpy as np
 import torch
-import typer
-from typer.testing import CliRunner
 
 from benchmarks.speed import load as benchmark
+from tests.benchmarks.program import run_command
 from ulfine_fast.cache.store import FeatureCache
-from ulfine_fast.cli.main import guarded
 
 
 def test_the_cache_is_a_real_one(tmp_path):
@@ -43,10 +41,8 @@ def test_both_are_measured_cold_and_warm(tmp_path):
 
 def test_the_command_leaves_nothing_behind(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    app = typer.Typer()
-    app.command()(guarded(benchmark.main))
     options = ["--rows", "60", "--dim", "8", "--shard-size", "20", "--rounds", "1", "--device", "cpu"]
-    done = CliRunner().invoke(app, [*options, "--json", str(tmp_path / "rows.json")])
+    done = run_command(benchmark.main, *options, "--json", tmp_path / "rows.json")
     assert done.exit_code == 0, done.output
     assert len(json.loads((tmp_path / "rows.json").read_text())) == 4
     assert [path.name for path in tmp_path.iterdir()] == ["rows.json"]

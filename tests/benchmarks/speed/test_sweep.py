@@ -8,13 +8,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-import typer
-from typer.testing import CliRunner
 
 from benchmarks.speed import sweep
 from benchmarks.speed.sweep import PlainLoop, measure, space_of
+from tests.benchmarks.program import run_command
 from tests.conftest import make_clusters
-from ulfine_fast.cli.main import guarded
 from ulfine_fast.data.splits import draw_split
 
 
@@ -66,9 +64,8 @@ def test_the_plain_loop_learns(cache):
 
 def test_the_command_prints_and_writes(cache, monkeypatch, tmp_path):
     monkeypatch.setattr(sweep, "demo", lambda: cache)
-    app, file = typer.Typer(), tmp_path / "rows.json"
-    app.command()(guarded(sweep.sweep))
-    done = CliRunner().invoke(app, ["--trials", "3", "--steps", "4", "--measured", "1", "--json", str(file)])
+    file = tmp_path / "rows.json"
+    done = run_command(sweep.sweep, "--trials", 3, "--steps", 4, "--measured", 1, "--json", file)
     assert done.exit_code == 0, done.output
     assert "extrapolated from 1 trials" in done.output
     assert [row["trials"] for row in json.loads(file.read_text())] == [3, 3]

@@ -6,13 +6,11 @@ import json
 
 import pytest
 import torch
-import typer
-from typer.testing import CliRunner
 
 from benchmarks.speed import trials
 from benchmarks.speed.floor import SHAPES, Shape
 from benchmarks.speed.trials import measure
-from ulfine_fast.cli.main import guarded
+from tests.benchmarks.program import run_command
 
 TINY = Shape("tiny", 24, 7, 4, 9, 6)
 CPU = torch.device("cpu")
@@ -23,13 +21,6 @@ QUICK = ("eager", "vmap", "specification", "fused")
 def quick_floor(monkeypatch):
     monkeypatch.setattr(trials, "floor_rate", lambda shape, device: 1e4)
     monkeypatch.setitem(SHAPES, "tiny", TINY)
-
-
-@pytest.fixture
-def invoke():
-    app = typer.Typer()
-    app.command()(guarded(trials.trials))
-    return lambda *options: CliRunner().invoke(app, options)
 
 
 def test_there_is_a_row_for_every_number_of_trials_and_contender():
@@ -44,10 +35,10 @@ def test_there_is_a_row_for_every_number_of_trials_and_contender():
     assert rows[0]["rates"] != rows[4]["rates"]
 
 
-def test_the_command_prints_and_writes(invoke, tmp_path):
+def test_the_command_prints_and_writes(tmp_path):
     file = tmp_path / "rows.json"
     options = ["--shape", "tiny", "--trials", "2", "--contenders", "eager,specification"]
-    done = invoke(*options, "--rounds", "1", "--seconds", "0", "--json", str(file))
+    done = run_command(trials.trials, *options, "--rounds", "1", "--seconds", "0", "--json", str(file))
     assert done.exit_code == 0, done.output
     rows = json.loads(file.read_text())
     assert {"shape", "trials", "contender", "trial_steps_per_second", "floor_trial_steps_per_second"} <= set(rows[0])
@@ -84,30 +75,30 @@ def test_free_memory_is_known():
     assert trials._free_bytes(CPU) > 2**20
 
 
-def test_numbers_and_names_are_separated_by_commas(invoke, tmp_path):
+def test_numbers_and_names_are_separated_by_commas(tmp_path):
     file = tmp_path / "rows.json"
     options = ["--shape", "tiny", "--trials", "2, 1,2", "--contenders", "fused, eager"]
-    assert invoke(*options, "--rounds", "1", "--seconds", "0", "--json", str(file)).exit_code == 0
+    assert run_command(trials.trials, *options, "--rounds", "1", "--seconds", "0", "--json", str(file)).exit_code == 0
     rows = json.loads(file.read_text())
     assert [(row["trials"], row["contender"]) for row in rows] == [(t, n) for t in (2, 1) for n in ("fused", "eager")]
 
 
 @pytest.mark.parametrize("text", ["", "0", "-1", "1,x", "1.5"])
-def test_other_numbers_are_refused(invoke, text):
-    done = invoke(f"--trials={text}")
+def test_other_numbers_are_refused(text):
+    done = run_command(trials.trials, f"--trials={text}")
     assert done.exit_code == 2
     assert "numbers of trials are whole numbers of at least 1" in done.output
 
 
 @pytest.mark.parametrize("text", ["", "eager,nobody"])
-def test_other_names_are_refused(invoke, text):
-    done = invoke(f"--contenders={text}")
+def test_other_names_are_refused(text):
+    done = run_command(trials.trials, f"--contenders={text}")
     assert done.exit_code == 2
     assert "contenders are eager, compiled" in done.output
 
 
 @pytest.mark.parametrize("options", [["--shape", "S9"], ["--trials", "0"], ["--contenders", "x"], ["--device", "x"]])
-def test_bad_options_end_with_one_sentence(invoke, options):
-    done = invoke(*options)
+def test_bad_options_end_with_one_sentence(options):
+    done = run_command(trials.trials, *options)
     assert done.exit_code == 2
     assert "Traceback" not in done.output

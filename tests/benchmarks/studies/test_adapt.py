@@ -4,23 +4,19 @@ import json
 
 import numpy as np
 import pytest
-import typer
 from PIL import Image
-from typer.testing import CliRunner
 
 from benchmarks.studies import adapt
+from tests.benchmarks.program import run_command
 from tests.cache.samples import write_images
 from tests.conftest import make_clusters
 from ulfine_fast.cache.sources import open_source
-from ulfine_fast.cli.main import guarded
 from ulfine_fast.config import FitConfig
 from ulfine_fast.engine.fit import fit
 
 
 def run(*words):
-    app = typer.Typer()
-    app.command()(guarded(adapt.adapting))
-    return CliRunner().invoke(app, [*words, "--seeds", "0", "--n1", "20", "--gamma", "4", "--methods", "zero_shot"])
+    return run_command(adapt.adapting, *words, "--seeds", "0", "--n1", "20", "--gamma", "4", "--methods", "zero_shot")
 
 
 @pytest.fixture

@@ -3,14 +3,12 @@ from __future__ import annotations
 import json
 
 import pytest
-import typer
-from typer.testing import CliRunner
 
 from benchmarks.images import image_source
 from benchmarks.studies import agreement as benchmark
+from tests.benchmarks.program import run_command
 from tests.cache.samples import write_images, write_tiny_model
 from ulfine_fast.cache.models.encoder import load_encoder
-from ulfine_fast.cli.main import guarded
 
 
 @pytest.fixture(scope="module")
@@ -34,11 +32,9 @@ def test_rows(tmp_path, encoder):
 def test_command(tmp_path, monkeypatch, encoder):
     write_images(tmp_path / "images", {"train/cat": 3})
     monkeypatch.setattr(benchmark, "load_encoder", lambda name, device: encoder)
-    app = typer.Typer()
-    app.command()(guarded(benchmark.agreement))
     arguments = ["--data", str(tmp_path / "images"), "--ways", "reduced", "--json", str(tmp_path / "rows.json")]
-    done = CliRunner().invoke(app, arguments)
+    done = run_command(benchmark.agreement, *arguments)
     assert done.exit_code == 0, done.output
     assert "worst cosine" in done.output
     assert [row["data"] for row in json.loads((tmp_path / "rows.json").read_text())] == ["images"] * 3
-    assert CliRunner().invoke(app, ["--ways", "guess"]).exit_code == 2
+    assert run_command(benchmark.agreement, "--ways", "guess").exit_code == 2

@@ -4,10 +4,9 @@ import json
 
 import numpy as np
 import pytest
-import typer
-from typer.testing import CliRunner
 
 from benchmarks.studies import channel_ensemble as bench
+from tests.benchmarks.program import run_command
 from tests.conftest import make_clusters
 from ulfine_fast.config import FitConfig
 from ulfine_fast.data.splits import draw_split
@@ -76,11 +75,9 @@ def test_a_probe_learns_from_the_most_confident_guesses():
 def test_the_command(tmp_path, monkeypatch):
     monkeypatch.setattr(bench, "open_features", lambda name: make_clusters())
     monkeypatch.setattr(bench, "arms", lambda *_: {"one head": None, "2 channel heads": {"ensemble_heads": 2}})
-    app = typer.Typer()
-    app.command()(bench.channel_ensemble)
     out = tmp_path / "rows.json"
     words = ["--methods", "fixmatch", "--seeds", "0", "--heads", "2", "--json", str(out)]
-    done = CliRunner().invoke(app, [*words, "--n1", "20", "--m1", "20", "--gamma", "4", "--steps", "5"])
+    done = run_command(bench.channel_ensemble, *words, "--n1", "20", "--m1", "20", "--gamma", "4", "--steps", "5")
     assert done.exit_code == 0, done.output
     rows = json.loads(out.read_text())
     assert [row["arm"] for row in rows if "arm" in row] == ["one head", "2 channel heads"]

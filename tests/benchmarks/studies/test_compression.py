@@ -5,14 +5,12 @@ import json
 import numpy as np
 import pytest
 import torch
-import typer
-from typer.testing import CliRunner
 
 from benchmarks.studies import bias_transfer, compression
+from tests.benchmarks.program import run_command
 from tests.benchmarks.studies.test_storage import FAST, fine
 from tests.cache.samples import write_tiny_model
 from ulfine_fast.cache.models.encoder import load_encoder
-from ulfine_fast.cli.main import guarded
 
 
 def test_rounding_by_hand():
@@ -51,9 +49,7 @@ def test_an_encoder_of_few_bits(tmp_path):
 
 
 def run(command, *words):
-    app = typer.Typer()
-    app.command()(guarded(command))
-    return CliRunner().invoke(app, [*words, "--seeds", "0", "--n1", "20", "--m1", "20", "--gamma", "4"])
+    return run_command(command, *words, "--seeds", "0", "--n1", "20", "--m1", "20", "--gamma", "4")
 
 
 def test_the_command(tmp_path, monkeypatch):

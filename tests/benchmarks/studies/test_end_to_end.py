@@ -7,8 +7,6 @@ import json
 import numpy as np
 import pytest
 import torch
-import typer
-from typer.testing import CliRunner
 
 from benchmarks.studies import end_to_end
 from benchmarks.studies.end_to_end import (
@@ -22,12 +20,12 @@ from benchmarks.studies.end_to_end import (
     table,
     world_of,
 )
+from tests.benchmarks.program import run_command
 from tests.benchmarks.worlds import make_world
 from tests.cache.samples import write_images, write_tiny_model
 from ulfine_fast.cache.io.errors import InputError
 from ulfine_fast.cache.models.encoder import load_encoder
 from ulfine_fast.cache.sources import open_source
-from ulfine_fast.cli.main import guarded
 from ulfine_fast.data.splits import draw_split
 
 TINY = Settings(size=12, steps=2, batch=4, n1=12, m1=20, gamma=4, val=0.3, test=10)
@@ -224,9 +222,7 @@ def test_table_leaves_unknown_metrics_out_of_means():
 
 
 def run(*options):
-    app = typer.Typer()
-    app.command()(guarded(end_to_end.end_to_end))
-    return CliRunner().invoke(app, [*options])
+    return run_command(end_to_end.end_to_end, *options)
 
 
 def test_command_writes_rows_and_prints_the_table(world, tmp_path, monkeypatch):

@@ -4,11 +4,10 @@ import json
 
 import numpy as np
 import pytest
-import typer
-from typer.testing import CliRunner
 
 from benchmarks.data import digits
 from benchmarks.studies import forecast as bench
+from tests.benchmarks.program import run_command
 from tests.conftest import make_clusters
 from ulfine_fast.related.forecast.forecast import Curve, predictions
 
@@ -80,10 +79,8 @@ def test_validation_counts_classes_the_same_and_has_no_views(cache):
 
 def test_the_command(tmp_path, monkeypatch):
     monkeypatch.setattr(bench, "open_features", lambda name: make_clusters(classes=5, noise=1.5))
-    app = typer.Typer()
-    app.command()(bench.forecasts)
     arguments = ["--data", "demo", "--over", "steps,views", "--seeds", "0-2", "--n1", "30"]
-    done = CliRunner().invoke(app, [*arguments, "--json", str(tmp_path / "rows.json")])
+    done = run_command(bench.forecasts, *arguments, "--json", str(tmp_path / "rows.json"))
     assert done.exit_code == 0, done.output
     rows = json.loads((tmp_path / "rows.json").read_text())
     assert [(row["share"], row["metric"]) for row in rows] == [
@@ -93,4 +90,4 @@ def test_the_command(tmp_path, monkeypatch):
     assert rows[0]["target"] == 500
     assert "demo: 2 strong views are too few" in done.stdout
     assert "125 to 500 steps" in done.stdout
-    assert CliRunner().invoke(app, ["--over", "luck"]).exit_code != 0
+    assert run_command(bench.forecasts, "--over", "luck").exit_code != 0

@@ -4,25 +4,21 @@ import json
 
 import numpy as np
 import pytest
-import typer
-from typer.testing import CliRunner
 
 from benchmarks.studies import label_noise
+from tests.benchmarks.program import run_command
 from tests.benchmarks.studies.test_storage import fine
 from ulfine_fast.cache.io.errors import InputError
-from ulfine_fast.cli.main import guarded
 
 
 def run(*words):
-    app = typer.Typer()
-    app.command()(guarded(label_noise.label_noise))
-    return CliRunner().invoke(app, [*words, "--seeds", "0", "--n1", "20", "--m1", "20", "--steps", "5"])
+    return run_command(label_noise.label_noise, *words, "--seeds", "0", "--n1", "20", "--m1", "20", "--steps", "5")
 
 
 def test_the_command(tmp_path, monkeypatch):
     monkeypatch.setattr(label_noise, "open_features", lambda data: fine())
     out = tmp_path / "rows.json"
-    done = run("--noise", "0,60", "--json", str(out), "--figure", "few")
+    done = run("--noise", "0,60", "--json", str(out), "--metric", "few")
     assert done.exit_code == 0, done.output
     rows = json.loads(out.read_text())
     assert len(rows) == 2 * (len(label_noise.LABELED) + len(label_noise.PSEUDO_LABELED))
@@ -38,7 +34,7 @@ def test_the_command(tmp_path, monkeypatch):
     [
         (("--noise", "0,120"), "percentages of --noise are numbers from 0 to 100"),
         (("--noise", "some"), "percentages of --noise are numbers from 0 to 100"),
-        (("--figure", "ece"), "'few', 'worst_class'"),
+        (("--metric", "ece"), "'few', 'worst_class'"),
         (("--trusted", "30"), "takes 60 images of each class"),
     ],
 )

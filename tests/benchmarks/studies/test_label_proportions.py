@@ -4,12 +4,10 @@ import json
 
 import numpy as np
 import pytest
-import typer
-from typer.testing import CliRunner
 
 from benchmarks.studies import label_proportions as bench
+from tests.benchmarks.program import run_command
 from tests.conftest import make_clusters
-from ulfine_fast.cli.main import guarded
 from ulfine_fast.config import FitConfig
 from ulfine_fast.data.splits import draw_split
 from ulfine_fast.engine.fit import fit
@@ -67,10 +65,8 @@ def test_every_arm_is_there_and_the_first_is_what_others_are_compared_with(world
 
 def test_the_command_prints_both_tables(monkeypatch, tmp_path):
     monkeypatch.setattr(bench, "open_features", lambda name: make_clusters(train=250))
-    app = typer.Typer()
-    app.command()(guarded(bench.label_proportions))
     options = ["--sizes", "4", "--seeds", "0-1", "--steps", "10", "--batch", "16", "--shapes", "uniform"]
-    done = CliRunner().invoke(app, [*options, "--json", str(tmp_path / "rows.json")])
+    done = run_command(bench.label_proportions, *options, "--json", str(tmp_path / "rows.json"))
     assert done.exit_code == 0, done.output
     assert "both stages" in done.stdout
     assert "sinkhorn" in done.stdout

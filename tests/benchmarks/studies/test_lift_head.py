@@ -7,16 +7,14 @@ import json
 import numpy as np
 import pytest
 import torch
-import typer
-from typer.testing import CliRunner
 
 from benchmarks.studies import lift_head, through_encoder
 from benchmarks.studies.lift_head import CROPS, Pace, World
+from tests.benchmarks.program import run_command
 from tests.cache.samples import write_images, write_tiny_model
 from tests.conftest import make_clusters
 from ulfine_fast.cache.io.errors import InputError
 from ulfine_fast.cache.store import FeatureCache
-from ulfine_fast.cli.main import guarded
 
 VALUES = {"n1": 24, "m1": 0, "gamma_l": 3.0, "gamma_u": 3.0}
 
@@ -43,9 +41,7 @@ def world():
 
 
 def command(*arguments):
-    app = typer.Typer()
-    app.command()(guarded(lift_head.lift_head))
-    return CliRunner().invoke(app, [str(a) for a in arguments])
+    return run_command(lift_head.lift_head, *arguments)
 
 
 def test_every_comparison_is_printed(world, monkeypatch, tmp_path):

@@ -6,15 +6,13 @@ import sys
 from pathlib import Path
 
 import pytest
-import typer
-from typer.testing import CliRunner
 
 import benchmarks.studies.methods
 from benchmarks.comparison.cells import parse_cells
 from benchmarks.studies.methods import FASHION, Plan, methods, parse_settings, run_plan
+from tests.benchmarks.program import run_command
 from ulfine_fast import fit
 from ulfine_fast.cache.io.errors import InputError
-from ulfine_fast.cli.main import guarded
 
 ROOT = Path(__file__).parents[3]
 FIELDS = {
@@ -39,9 +37,6 @@ FIELDS = {
 CELLS = "folder=/made:20:consistent,folder=/made:20:reversed"
 QUICK = ("--set", "steps=20", "--set", "eval_every=20", "--gamma-u", "5", "--seeds", "0-1", "--device", "cpu")
 
-app = typer.Typer()
-app.command()(guarded(methods))
-
 
 @pytest.fixture(autouse=True)
 def _made(clusters, monkeypatch):
@@ -49,7 +44,7 @@ def _made(clusters, monkeypatch):
 
 
 def run(*arguments):
-    return CliRunner().invoke(app, [*QUICK, *map(str, arguments)])
+    return run_command(methods, *QUICK, *arguments)
 
 
 def rows_of(path):

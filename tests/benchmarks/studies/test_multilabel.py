@@ -5,15 +5,13 @@ import json
 
 import numpy as np
 import pytest
-import typer
-from typer.testing import CliRunner
 
 from benchmarks.studies import mosaics, multilabel
+from tests.benchmarks.program import run_command
 from tests.cache.samples import write_images
 from tests.related.multilabel.worlds import make_images
 from ulfine_fast.cache.sources import open_source
 from ulfine_fast.cache.store import FeatureCache
-from ulfine_fast.cli.main import guarded
 
 
 @pytest.fixture
@@ -26,9 +24,7 @@ def small_tiles(monkeypatch):
 
 
 def run(*words):
-    app = typer.Typer()
-    app.command()(guarded(multilabel.multilabel))
-    return CliRunner().invoke(app, [str(word) for word in words])
+    return run_command(multilabel.multilabel, *words)
 
 
 def test_a_mosaic_shows_what_its_labels_say(small_tiles):

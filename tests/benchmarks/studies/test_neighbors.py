@@ -5,15 +5,13 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import typer
 from PIL import Image
-from typer.testing import CliRunner
 
 from benchmarks.images import image_source
 from benchmarks.studies import neighbors as benchmark
+from tests.benchmarks.program import run_command
 from tests.cache.samples import write_images, write_tiny_model
 from ulfine_fast.cache.models.encoder import load_encoder
-from ulfine_fast.cli.main import guarded
 
 
 @pytest.fixture(scope="module")
@@ -52,8 +50,6 @@ def test_search_compares_cells_with_the_flat_index():
 def test_command(tmp_path, monkeypatch):
     real = np.random.default_rng(0).standard_normal((200, 16), dtype=np.float32)
     monkeypatch.setattr(benchmark, "demo", lambda: SimpleNamespace(plain=real))
-    app = typer.Typer()
-    app.command()(guarded(benchmark.neighbors))
-    done = CliRunner().invoke(app, ["--rows", "2000", "--json", str(tmp_path / "rows.json")])
+    done = run_command(benchmark.neighbors, "--rows", "2000", "--json", str(tmp_path / "rows.json"))
     assert done.exit_code == 0, done.output
     assert [row["rows"] for row in json.loads((tmp_path / "rows.json").read_text())] == [2000, 2000]

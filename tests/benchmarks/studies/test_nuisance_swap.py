@@ -5,15 +5,13 @@ import json
 import numpy as np
 import pytest
 import torch
-import typer
 from PIL import Image
-from typer.testing import CliRunner
 
 from benchmarks.studies import nuisance_swap as bench
+from tests.benchmarks.program import run_command
 from tests.cache.samples import write_images
 from ulfine_fast.cache.sources import open_source
 from ulfine_fast.cache.store import FeatureCache
-from ulfine_fast.cli.main import guarded
 
 _CLASSES, _DIM = 4, 12
 
@@ -208,9 +206,7 @@ def run(monkeypatch, *words):
     monkeypatch.setattr(bench, "demo", lambda: cache)
     monkeypatch.setattr(bench, "both_forms", lambda name: forms)
     monkeypatch.setattr(bench, "text_differences_of", lambda name, classes: direction + np.zeros((8, _DIM)))
-    app = typer.Typer()
-    app.command()(guarded(bench.nuisance_swap))
-    return CliRunner().invoke(app, ["--seeds", "0-1", "--steps", "12", *words])
+    return run_command(bench.nuisance_swap, "--seeds", "0-1", "--steps", "12", *words)
 
 
 def test_the_command(tmp_path, monkeypatch):

@@ -5,22 +5,14 @@ import json
 import numpy as np
 import pytest
 import torch
-import typer
-from typer.testing import CliRunner
 
 from benchmarks.studies import class_incremental, realign
 from benchmarks.studies.class_incremental import Learner, Pace, World, arrive
+from tests.benchmarks.program import run_command
 from tests.conftest import make_clusters
 from ulfine_fast.cache.io.errors import InputError
-from ulfine_fast.cli.main import guarded
 
 PACE = Pace(0.03, 0.03, 20)
-
-
-def command(program, *arguments):
-    app = typer.Typer()
-    app.command()(guarded(program))
-    return CliRunner().invoke(app, [str(a) for a in arguments])
 
 
 @pytest.fixture
@@ -33,7 +25,7 @@ def clusters(monkeypatch):
 
 
 def test_every_way_is_in_the_table(clusters, tmp_path):
-    done = command(realign.realigned, "--n1", 20, "--gamma", 5, "--seeds", "0,1", "--json", tmp_path / "rows.json")
+    done = run_command(realign.realigned, "--n1", 20, "--gamma", 5, "--seeds", "0,1", "--json", tmp_path / "rows.json")
     assert done.exit_code == 0, done.output
     rows = json.loads((tmp_path / "rows.json").read_text())
     # before, adjust, and four kappas and the chosen one by two ways; two heads, two seeds
@@ -91,6 +83,6 @@ def test_seeds_do_not_influence_each_other(clusters):
 
 
 def test_tasks_that_do_not_divide_are_refused(clusters):
-    done = command(class_incremental.class_incremental, "--data", "one", "--tasks", 4, "--each", 10)
+    done = run_command(class_incremental.class_incremental, "--data", "one", "--tasks", 4, "--each", 10)
     assert done.exit_code == 2
     assert "6 classes do not make 4 tasks" in done.stderr

@@ -4,10 +4,9 @@ import json
 
 import numpy as np
 import pytest
-import typer
-from typer.testing import CliRunner
 
 from benchmarks.studies import storage
+from tests.benchmarks.program import run_command
 from tests.conftest import make_clusters
 from ulfine_fast.cache.io.errors import InputError
 from ulfine_fast.cache.quantized import quantized, restored
@@ -80,11 +79,9 @@ METRICS = ("balanced_accuracy", "ece", "ece_temperature_scaled")
 
 def test_the_command(tmp_path, monkeypatch):
     monkeypatch.setattr(storage, "open_features", lambda name: fine())
-    app = typer.Typer()
-    app.command()(storage.storage)
     out = tmp_path / "rows.json"
     words = ["--seeds", "0", "--methods", "zero_shot", "--n1", "20", "--m1", "20", "--gamma", "4", "--json", str(out)]
-    done = CliRunner().invoke(app, words)
+    done = run_command(storage.storage, *words)
     assert done.exit_code == 0, done.output
     assert [row["dtype"] for row in json.loads(out.read_text())] == list(storage.TYPES)
     assert json.loads(out.read_text())[0]["data"] == "demo"

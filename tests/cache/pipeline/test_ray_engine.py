@@ -17,25 +17,7 @@ from ulfine_fast.cache.pipeline.ray_engine import ray_engine
 from ulfine_fast.cache.sources import open_source
 from ulfine_fast.cache.store import FeatureCache
 
-STORE = 80 << 20  # bytes, the least that Ray takes
 SMALL = {"batch_size": 2, "shard_size": 3, "workers": 0, "prompts": ["{}"]}
-
-
-@pytest.fixture
-def cluster():
-    pytest.importorskip("ray", reason="Ray is not installed (extra ray)")
-    from ray.cluster_utils import Cluster
-
-    small = {"object_store_memory": STORE, "num_cpus": 1}
-    # the death of a node is noticed within a second
-    alert = {"health_check_period_ms": 300, "health_check_failure_threshold": 2, "health_check_initial_delay_ms": 0}
-    head = {**small, "include_dashboard": False, "_system_config": alert}
-    made = Cluster(initialize_head=True, head_node_args=head)
-    yield made, made.add_node(**small)
-    import ray
-
-    ray.shutdown()
-    made.shutdown()
 
 
 def bytes_of(cache: Path) -> dict[str, bytes]:

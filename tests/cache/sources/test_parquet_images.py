@@ -12,19 +12,13 @@ import pytest
 from PIL import Image
 from pyarrow import parquet
 
+from tests.cache.samples import png
 from ulfine_fast.cache.io.errors import InputError
 from ulfine_fast.cache.pipeline.extract import extract
 from ulfine_fast.cache.sources import TableSource, open_source, reopen_source
 from ulfine_fast.cache.sources.image import UnreadableImage
 from ulfine_fast.cache.sources.parquet_images import ParquetSource
 from ulfine_fast.cache.store import FeatureCache
-
-
-def png(seed: int) -> bytes:
-    pixels = np.random.default_rng(seed).integers(0, 256, (20, 24, 3), dtype=np.uint8)
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "PNG")
-    return buffer.getvalue()
 
 
 def write(path: Path, count: int = 5, *, pair: bool = False, group: int = 2, first: int = 0, **columns) -> Path:

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.cache.samples import png
 from ulfine_fast.cache.io.errors import CacheMismatch, InputError
 from ulfine_fast.cache.pipeline.extract import extract
 from ulfine_fast.cache.sources import open_source, reopen_source, streams
@@ -25,13 +26,6 @@ from ulfine_fast.cache.sources.tar import TarSource
 from ulfine_fast.cache.store import FeatureCache
 
 NAMES = ["cat", "dog"]
-
-
-def png(seed: int = 0) -> bytes:
-    pixels = np.random.default_rng(seed).integers(0, 256, (20, 24, 3), dtype=np.uint8)
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "PNG")
-    return buffer.getvalue()
 
 
 def packed(members: dict[str, bytes]) -> bytes:
@@ -349,7 +343,14 @@ def test_nothing_there(tmp_path, names):
 
 
 def test_of_several_images_the_one_with_a_single_suffix_is_taken(tmp_path, names):
-    deep = {"0.depth.png": png(1), "0.cls": b"1", "0.png": png(2), "1.seg.png": png(3), "1.jpeg": png(4), "1.cls": b"0"}
+    deep = {
+        "0.depth.png": png(1),
+        "0.cls": b"1",
+        "0.png": png(2),
+        "1.seg.png": png(3),
+        "1.jpeg": png(4),
+        "1.cls": b"0",
+    }
     source = one(tmp_path, names, deep)
     rows = rows_of(source)
     assert [row.label for row in rows] == [1, 0]
@@ -398,7 +399,14 @@ def test_a_key_that_comes_back_is_refused(tmp_path, names, order):
 
 def test_what_is_not_read_may_come_back(tmp_path, names):
     """Captions after all images lose nothing."""
-    members = {"0.png": png(), "0.cls": b"1", "1.png": png(), "1.cls": b"0", "0.txt": b"a dog", "1.txt": b"a cat"}
+    members = {
+        "0.png": png(),
+        "0.cls": b"1",
+        "1.png": png(),
+        "1.cls": b"0",
+        "0.txt": b"a dog",
+        "1.txt": b"a cat",
+    }
     assert [row.label for row in rows_of(one(tmp_path, names, members))] == [1, 0]
 
 

@@ -12,15 +12,11 @@ import torch
 from PIL import Image
 from torchvision import datasets
 
+from tests.cache.samples import write_idx
 from ulfine_fast.cache.io.errors import InputError
 from ulfine_fast.cache.sources import UnreadableImage, open_source, reopen_source
 from ulfine_fast.cache.sources.rows import Row
 from ulfine_fast.cache.sources.torchvision_sets import TorchvisionSource
-
-
-def write_idx(path: Path, values: np.ndarray) -> None:
-    header = bytes([0, 0, 8, values.ndim]) + struct.pack(f">{values.ndim}i", *values.shape)
-    path.write_bytes(gzip.compress(header + values.astype(np.uint8).tobytes()))
 
 
 @pytest.fixture

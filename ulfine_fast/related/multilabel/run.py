@@ -16,11 +16,11 @@ from torch import Tensor
 
 from ulfine_fast._version import __version__
 from ulfine_fast.cache.io.errors import InputError
-from ulfine_fast.metrics.intervals import mean_interval
+from ulfine_fast.cache.io.json_files import read_json
 from ulfine_fast.ops.prototypes import normalize
 from ulfine_fast.related.multilabel.heads import head_logits
 from ulfine_fast.related.multilabel.settings import MultiLabelConfig
-from ulfine_fast.runs.seeds import run_folders
+from ulfine_fast.runs.seeds import MeanMetrics, mean_metrics, run_folders
 
 Table = Literal["csv", "parquet"]
 
@@ -145,8 +145,10 @@ class MultiLabelRun:
         """
         from safetensors.torch import load_file
 
+        fix = "fit it again with `ulfine-fast multilabel`"
+        missing = f"{folder} is no multi-label run: it lacks config.json or metrics.json"
+        content = read_json(folder / "config.json", dict[str, Any], fix=fix, missing=missing)
         try:
-            content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
             if content["format"] != FORMAT or content["version"] != 1:
                 raise InputError(f"{folder} is a {content['format']}, not one that `ulfine-fast multilabel` wrote")
             return cls(
@@ -156,7 +158,7 @@ class MultiLabelRun:
                 encoder=content["encoder"],
                 cache_path=None if content["cache"] is None else Path(content["cache"]),
                 labels_digest=content["labels"],
-                metrics=json.loads((folder / "metrics.json").read_text(encoding="utf-8")),
+                metrics=read_json(folder / "metrics.json", dict[str, Any], fix=fix, missing=missing),
             )
         except InputError:
             raise
@@ -164,32 +166,21 @@ class MultiLabelRun:
             raise InputError(f"{folder} is no multi-label run ({type(error).__name__}: {error})") from error
 
 
-def save_label_runs(runs: Sequence[MultiLabelRun], out: Path, *, table: Table = "csv") -> dict[str, dict[str, Any]]:
-    """Save one run as `out`, several as `out/seed-N`, with `out/summary.json` beside them; returns the summary."""
+def save_label_runs(runs: Sequence[MultiLabelRun], out: Path, *, table: Table = "csv") -> MeanMetrics:
+    """Save one run as `out`, several as `out/seed-N`; returns the mean metrics of `out/summary.json` beside them."""
     seeds = [run.config.seed for run in runs]
     for run, folder in zip(runs, run_folders(out, seeds), strict=True):
         run.save(folder, table=table)
-    summary = summarize_labels(runs)
+    means = mean_metrics([run.metrics for run in runs], HEADLINE)
     content = {
         "format": _SUMMARY,
         "version": 1,
         "method": runs[0].config.method,
         "seeds": seeds,
-        "metrics": summary,
+        "metrics": means,
     }
     _write_json(out / "summary.json", content)
-    return summary
-
-
-def summarize_labels(runs: Sequence[MultiLabelRun]) -> dict[str, dict[str, Any]]:
-    """Mean, half width of the 95% interval (0 for one run) and n of mAP, of all classes and by group."""
-    summary = {}
-    for name in HEADLINE:
-        interval = mean_interval(run.metrics[name] for run in runs if run.metrics[name] is not None)
-        if interval is not None:
-            half_width = 0.0 if interval.n == 1 else interval.half
-            summary[name] = {"mean": interval.mean, "half_width": half_width, "n": interval.n}
-    return summary
+    return means
 
 
 def refuse_other_folder(out: Path) -> None:
@@ -202,9 +193,9 @@ def refuse_other_folder(out: Path) -> None:
         return
     for name, expected in (("config.json", FORMAT), ("summary.json", _SUMMARY)):
         try:
-            if json.loads((out / name).read_text(encoding="utf-8"))["format"] == expected:
+            if read_json(out / name, dict[str, Any], fix="name a new folder").get("format") == expected:
                 return
-        except (OSError, ValueError, KeyError, TypeError):
+        except InputError:
             continue
     raise InputError(f"{out} exists and is no multi-label run; name a new folder")
 

@@ -1,4 +1,4 @@
-"""Preference-oriented fine-tuning, PoFT (arXiv 2412.12865), over classes in place of answers.
+"""Preference-oriented fine-tuning, PoFT (arXiv 2412.12865), over classes instead of answers.
 
 There a language model learns to rate its answer higher than other, aligned models do. Here the references are the
 zero-shot classifiers of the cache, one for each prompt, or the initial head where the cache has no texts. Different
@@ -30,14 +30,18 @@ from ulfine_fast.related.preference.losses import mean_log_likelihood, preferred
 if TYPE_CHECKING:
     from ulfine_fast.cache.store import FeatureCache
 
-_SCALE_HELP = "factor on the logits of the references; 0 for uniform references"
+
+@dataclass(frozen=True)
+class ReferenceOptions:
+    """Options of methods that compare with references."""
+
+    reference_scale: float = option(1.0, "factor on the logits of the references; 0 for uniform references", low=0.0)
 
 
 @dataclass(frozen=True)
-class PoFTOptions(LabeledOptions):
+class PoFTOptions(ReferenceOptions, LabeledOptions):
     """Options of :class:`PoFT`."""
 
-    reference_scale: float = option(1.0, _SCALE_HELP, low=0.0)
     poft_form: str = option(
         "preference",
         "the paper's loss, the same with rows that weigh 1 on average, or cross-entropy weighted by the references",
@@ -47,10 +51,9 @@ class PoFTOptions(LabeledOptions):
 
 
 @dataclass(frozen=True)
-class PreferenceFixMatchOptions(PseudoLabelOptions):
+class PreferenceFixMatchOptions(ReferenceOptions, PseudoLabelOptions):
     """Options of :class:`PreferenceFixMatch`."""
 
-    reference_scale: float = option(1.0, _SCALE_HELP, low=0.0)
     pseudo_loss: str = option(
         "preference",
         "loss of the pseudo-labels, as poft_form of poft",
