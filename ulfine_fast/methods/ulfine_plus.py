@@ -42,7 +42,7 @@ STEPS = 2
 HELD_ROUNDS = 2
 # unlabelled images that the clusters begin with, of which candidates are judged: at least so many, and so many a class
 SAMPLE = 2000
-SAMPLE_PER_CLASS = 20
+SAMPLE_PER_CLASS = 10
 # rounds over all images, where there are more
 LAST_ROUNDS = 2
 # a candidate of less weight is left out
