@@ -108,6 +108,8 @@ def open_data(name: str, model: str = MODEL, device: str = "auto") -> FeatureCac
             return mnist(model, device)
         case "folder":
             path = Path(value).expanduser().absolute()
+            if (path / "manifest.json").exists():
+                return FeatureCache.open(path)
             return extracted(f"folder-{_slug(str(path))}", lambda: source_of(path), model, device)
         case _:
             return extracted(kind, lambda: source_of(kind), model, device)

@@ -84,7 +84,11 @@ _PROTOCOLS = {
     "fashion_mnist_merged": _FASHION_MNIST,
     "fashion_mnist_random": _FASHION_MNIST,
     "fashion_mnist_open": _FASHION_MNIST,
-    "cifar10": {1500: Protocol(100, 100, 3000, 3000), 500: Protocol(100, 100, 4000, 4000)},
+    "cifar10": {
+        1500: Protocol(100, 100, 3000, 3000),
+        500: Protocol(100, 100, 4000, 4000),
+        150: Protocol(100, 100, 1000, 250),
+    },
     "cifar100": {150: Protocol(10, 10, 300, 300), 50: Protocol(10, 10, 400, 400)},
     "food101": {150: Protocol(10, 10, 300, 300), 50: Protocol(10, 10, 400, 400)},
     "stl10": {450: Protocol(10, 10), 150: Protocol(10, 10)},
@@ -97,7 +101,7 @@ def protocols(data: str) -> dict[int, Protocol]:
     """What goes with each N1 of a data set; empty for a set without a protocol, which takes any N1.
 
     Counts of CIFAR-10, CIFAR-100 and STL-10 are those of the literature (ACR, arXiv 2305.10714, table 1, and its
-    successors); Food-101's follow CIFAR-100's. Those of the other sets are ours.
+    successors); Food-101's follow CIFAR-100's. Those of the other sets, and CIFAR-10 with 150 labels, are ours.
     """
     return _PROTOCOLS.get(data.partition("=")[0], {})
 

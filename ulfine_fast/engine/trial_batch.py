@@ -321,7 +321,7 @@ class TrialBatch:
         split, labels = self.splits[t], self.cache.labels
         counts = labeled_counts(labels, split, len(run.class_names))
         val = val[: len(split.val)]
-        temperature = fit_temperature(val, labels[split.val])
+        temperature = 1.0 if self.method.calibrates else fit_temperature(val, labels[split.val])
         run.metrics |= {
             "steps": self.left[t],
             "seconds": self.seconds / len(self.configs),

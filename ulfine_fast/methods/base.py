@@ -96,6 +96,7 @@ class Method(ABC):
         uses_pool: whether :meth:`refresh` is called.
         uses_unlabeled_pool: whether :meth:`refresh` reads unlabelled images.
         uses_threshold: whether pseudo-labels train only over `threshold`; False where all train, by weight.
+        calibrates: whether its probabilities are calibrated by itself, so that no temperature is fitted on validation.
         takes_tokens: whether it reads features through the adapter alone, so that the adapter may be in the encoder.
     """
 
@@ -106,6 +107,7 @@ class Method(ABC):
     uses_pool: bool = False
     uses_unlabeled_pool: bool = False
     uses_threshold: bool = True
+    calibrates: bool = False
     takes_tokens: bool = False
 
     # -- before training

@@ -122,6 +122,8 @@ class ULFinePlus(Method):
     uses_unlabeled = False
     uses_pool = True
     uses_threshold = False
+    # each candidate has its temperature by all held-out labels; a few validation images would only spoil it
+    calibrates = True
 
     def pool_values(self, config: FitConfig, images: int, views: int, dim: int, classes: int) -> int:
         """A sample of the images, class sums for every prior and fold, a chunk of rows, and the labelled views."""
