@@ -15,7 +15,7 @@ from ulfine_fast.data.splits import Split, read_split
 from ulfine_fast.engine.checkpoint import cache_fingerprint
 from ulfine_fast.related.forecast.forecast import FURTHEST, LEAST_SEEDS, LEAST_SIZES, Curve, forecast
 from ulfine_fast.related.forecast.growth import BUDGETS, SIZES, grow, view_count
-from ulfine_fast.related.forecast.saved import FILE, read_forecast, sweep_id
+from ulfine_fast.related.forecast.saved import FILE, read_forecast
 from ulfine_fast.runs.run import Run
 from ulfine_fast.runs.seeds import run_folders
 from ulfine_fast.search.leaderboard import write_sealed_json
@@ -89,7 +89,7 @@ def forecast_sweep(
     fresh = [saved.summary.seed + saved.summary.seeds + i for i in range(seeds)]
     about = {"over": over, "metric": metric, "trial": saved.trial, "seeds": fresh, "sizes": list(SIZES)}
     content: dict[str, Any] = {
-        "sweep": sweep_id(saved.folder),
+        "sweep": saved.summary.owner,
         **about,
         "times": times,
         "curve": None,
@@ -97,7 +97,7 @@ def forecast_sweep(
         "forecast": None,
     }
     try:
-        curve = _earlier_curve(saved.folder, about)
+        curve = _earlier_curve(saved, about)
         if curve is None:
             configs = [FitConfig.from_dict({**saved.settings, "seed": seed}, saved=True) for seed in fresh]
             curves = grow(cache, configs, over, [metric], split=split, device=device, engine=engine, progress=progress)
@@ -150,10 +150,10 @@ def _refit_run(saved: SavedSweep, option: str) -> Path:
     return run_folders(saved.folder / saved.summary.best[0]["runs"], saved.summary.best[0]["seeds"])[0]
 
 
-def _earlier_curve(folder: Path, about: dict[str, Any]) -> Curve | None:
+def _earlier_curve(saved: SavedSweep, about: dict[str, Any]) -> Curve | None:
     """The curve of an earlier call about the same runs; None where its file cannot be used."""
     try:
-        earlier = read_forecast(folder)
+        earlier = read_forecast(saved.folder, saved.summary.owner)
     except (OSError, InputError):
         return None
     if earlier is None or earlier.curve is None or {name: getattr(earlier, name) for name in about} != about:
