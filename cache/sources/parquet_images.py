@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import threading
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -14,6 +13,7 @@ from PIL import Image
 from pyarrow import parquet
 
 from ulfine_fast.cache.io.errors import InputError
+from ulfine_fast.cache.io.json_files import parse_json
 from ulfine_fast.cache.io.tables import find_column
 from ulfine_fast.cache.sources.image import UnreadableImage, load_image
 from ulfine_fast.cache.sources.labels import (
@@ -268,8 +268,9 @@ def _is_text(kind: pa.DataType) -> bool:
 def _names_in_metadata(schema: pa.Schema, label: str) -> list[str]:
     """Class names that Hugging Face's writers leave in a file's metadata; empty where there are none."""
     try:
-        names = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"][label]["names"]
-    except (KeyError, TypeError, ValueError):
+        note = parse_json((schema.metadata or {})[b"huggingface"], dict[str, Any], name="its metadata", fix="")
+        names = note["info"]["features"][label]["names"]
+    except (KeyError, TypeError, InputError):
         return []
     return [str(name) for name in names] if isinstance(names, list) else []
 

@@ -291,9 +291,10 @@ def _label_in(texts: dict[str, bytes]) -> Any:
     if ".cls" in texts:
         return texts[".cls"]
     try:
+        # Not by the reader of our own files: downloaders write NaN, which is no JSON, for numbers that are missing.
         values = json.loads(texts.get(".json", b"{}"))
     # A damaged note of a downloader is no reason to lose the image.
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return (
         next((values[name] for name in ("label", "class") if name in values), None)

@@ -102,7 +102,7 @@ def predict_images(
     Args:
         run: a fitted run.
         images: an image, a folder of images at any depth, or a table with a column `path`; or a data
-            frame of pandas or Polars with that column.
+            frame of pandas or Polars with that column; or what :func:`images_at` made of one of these.
         device: where to encode.
         batch_size: images encoded together, at least 1.
         five_crops: average the logits of four corners and the middle of each image (LIFT's test-time ensembling,
@@ -123,13 +123,16 @@ def predict_images(
     for crop in range(NUM_CROPS) if five_crops else (None,):
         ids, features, skipped = encode_images(source, encoder, batch_size, crop)
         if not ids:
-            raise InputError(f"none of the {len(skipped)} images at {images} can be read; the first: {skipped[0][1]}")
+            where = source.describe()["path"]
+            raise InputError(f"none of the {len(skipped)} images at {where} can be read; the first: {skipped[0][1]}")
         probabilities.append(score(features))
     return Predictions(ids, mean_of_logits(probabilities), run.class_names, skipped)
 
 
 def images_at(where: str | Path | Any) -> ListedSource:
-    """The rows of a table or data frame, a single image, or every image below a folder."""
+    """The rows of a table or data frame, a single image, or every image below a folder; what is that already stays."""
+    if isinstance(where, (ImageTable, ImageFolder)):
+        return where
     if not isinstance(where, (str, Path)):
         return ImageTable(where)
     path = Path(where)
