@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ulfine_fast.cache.interop.external_features import (
+    UNREADABLE_ARRAY,
     FeatureBlock,
     Ids,
     OpenedFiles,
@@ -26,14 +27,12 @@ from ulfine_fast.cache.interop.external_features import (
     text_labels,
 )
 from ulfine_fast.cache.io.errors import InputError
+from ulfine_fast.cache.io.files import refuse_irregular_file
 from ulfine_fast.cache.sources.rows import UNKNOWN
 
 NAMES = ("features", "labels", "ids", "splits", "weak", "strong", "class_names", "text_features")
-# What numpy and zipfile raise depends on where a file is damaged, and on what they cannot read at all (encryption).
-_UNREADABLE = (
-    *(OSError, ValueError, EOFError, KeyError, RuntimeError, MemoryError),
-    *(struct.error, zlib.error, zipfile.BadZipFile),
-)
+# What zipfile raises depends on where a file is damaged, and on what it cannot read at all (encryption).
+_UNREADABLE = (*UNREADABLE_ARRAY, RuntimeError, zlib.error, zipfile.BadZipFile)
 _LOCAL_HEADER = struct.Struct("<26xHH")  # of a file in a zip: its last numbers are the lengths of name and extra field
 
 
@@ -82,6 +81,7 @@ def open_arrays(path: Path) -> OpenedFiles:
 def _read_npz(path: Path) -> dict[str, NDArray[Any]]:
     """The arrays of an .npz file: mapped where they are stored uncompressed, else in memory."""
     try:
+        refuse_irregular_file(path)
         with zipfile.ZipFile(path) as archive, np.load(path, allow_pickle=False) as loaded:
             arrays = {}
             for info in archive.infolist():

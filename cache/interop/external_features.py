@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import struct
+import tokenize
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ulfine_fast.cache.io.errors import InputError
+from ulfine_fast.cache.io.files import refuse_irregular_file
 from ulfine_fast.cache.io.tables import label_key, whole_number
 from ulfine_fast.cache.manifest import Manifest
 from ulfine_fast.cache.shard import VIEWED_SPLITS
@@ -128,6 +131,11 @@ class ExternalFeatures:
         return np.flatnonzero(np.isin(self.splits, [SPLITS.index(split) for split in VIEWED_SPLITS]))
 
 
+# What numpy raises depends on where a file is damaged: it parses the header as Python.
+UNREADABLE_ARRAY = (OSError, ValueError, EOFError, TypeError, KeyError, MemoryError, OverflowError, RecursionError)
+UNREADABLE_ARRAY += (SyntaxError, tokenize.TokenError, struct.error)
+
+
 def read_array(path: Path) -> NDArray[Any]:
     """A .npy file mapped into memory.
 
@@ -135,9 +143,10 @@ def read_array(path: Path) -> NDArray[Any]:
         InputError: it cannot be read, or is no array of plain values; names the file.
     """
     try:
+        refuse_irregular_file(path)
         # Knows this one format alone: no archives, and no objects, which would have to be unpickled.
         return np.lib.format.open_memmap(path, mode="r")
-    except (OSError, ValueError, EOFError) as error:
+    except UNREADABLE_ARRAY as error:
         raise InputError(f"{path} is not an array of plain numbers or texts ({one_line(error)})") from error
 
 
@@ -179,7 +188,11 @@ def check_texts(array: NDArray[Any], n: int, what: str) -> list[str]:
     """The n texts of an array; raises InputError where it holds anything else."""
     if array.shape != (n,) or array.dtype.kind != "U":
         raise InputError(f"{what} must be {n} texts, got shape {array.shape} of {array.dtype}")
-    texts: list[str] = array.tolist()
+    try:
+        texts: list[str] = array.tolist()
+    # A number that is no character, in a damaged file.
+    except ValueError as error:
+        raise InputError(f"{what} hold something that is no text ({one_line(error)})") from error
     return texts
 
 

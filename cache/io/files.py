@@ -89,6 +89,16 @@ def opened_regular_file(path: Path) -> Iterator[BinaryIO]:
         os.close(handle)
 
 
+def refuse_irregular_file(path: str | Path) -> None:
+    """Refuses a folder, a pipe or a device, for libraries that open a file by its name and would wait for a pipe.
+
+    Raises:
+        OSError: no such file, or not a regular one.
+    """
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+
+
 def read_regular_file(path: Path, max_bytes: int) -> bytes:
     """The whole content of a regular file, or of a link to one.
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from PIL import Image
 from pyarrow import parquet
 
 from ulfine_fast.cache.io.errors import InputError
+from ulfine_fast.cache.io.files import refuse_irregular_file
 from ulfine_fast.cache.io.json_files import parse_json
 from ulfine_fast.cache.io.tables import find_column
 from ulfine_fast.cache.sources.image import UnreadableImage, load_image
@@ -123,12 +126,12 @@ class ParquetSource:
         name, _, run = part.name.partition("#")
         first, last = map(int, run.split("-"))
         file = self._by_name[name]
-        opened = _open_file(file.url)
+        opened, rows = _open_file(file.url), []
         wanted = [column for column in (self._label, self._id, self._split) if column]
         number = sum(opened.metadata.row_group(group).num_rows for group in range(first))
-        rows = []
         for group in range(first, last + 1):
-            cells = opened.read_row_group(group, columns=wanted).to_pydict() if wanted else {}
+            with _parquet_errors(file.url):
+                cells = opened.read_row_group(group, columns=wanted).to_pydict() if wanted else {}
             for index in range(opened.metadata.row_group(group).num_rows):
                 values = {column: cells[column][index] for column in wanted}
                 if self._split is None or self._split_of(values[self._split], file) == part.split:
@@ -146,7 +149,10 @@ class ParquetSource:
             raise UnreadableImage(index)
         with _group_lock:
             column = _read_images(url, int(group), self._image)
-        value = column[int(index)].as_py()
+        try:
+            value = column[int(index)].as_py()
+        except (IndexError, ValueError) as error:
+            raise UnreadableImage("its cell is damaged") from error
         content = value.get("bytes") if isinstance(value, dict) else value
         if content:
             return load_image(bytes(content))
@@ -185,7 +191,9 @@ class ParquetSource:
         else:
             values: set[Any] = set()
             for file in self.files:
-                values.update(_open_file(file.url).read(columns=[self._label])[self._label].unique().to_pylist())
+                with _parquet_errors(file.url):
+                    column = _open_file(file.url).read(columns=[self._label])[self._label]
+                    values.update(column.unique().to_pylist())
             names = class_names_from(values, self.where, occurring=class_names_file is not None)
             classes, written = name_classes(names, class_names_file)
             labels = Labels(classes.names, written=written)
@@ -197,8 +205,10 @@ class ParquetSource:
         """The splits that occur in a run of row groups, in the order of `SPLITS`."""
         if self._split is None:
             return [file.split or self._default_split]
-        groups = _open_file(file.url).read_row_groups(list(range(first, last + 1)), columns=[self._split])
-        present = {self._split_of(value, file) for value in groups[self._split].unique().to_pylist()}
+        with _parquet_errors(file.url):
+            groups = _open_file(file.url).read_row_groups(list(range(first, last + 1)), columns=[self._split])
+            values = groups[self._split].unique().to_pylist()
+        present = {self._split_of(value, file) for value in values}
         return [split for split in SPLITS if split in present]
 
     def _split_of(self, value: Any, file: File) -> str:
@@ -227,10 +237,28 @@ class ParquetSource:
 def holds_images(table: Path) -> bool:
     """Whether a parquet file has a column of encoded images, and not paths of images."""
     try:
+        refuse_irregular_file(table)
         schema = parquet.read_schema(table)
     except (pa.ArrowException, OSError):
         return False
     return "path" not in schema.names and any(_is_image(field.type) for field in schema)
+
+
+@contextmanager
+def _parquet_errors(url: str) -> Iterator[None]:
+    """Turns what Arrow raises for damaged cells into one sentence.
+
+    Raises:
+        InputError: names the file.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    # A ValueError is text that is not UTF-8, or one of Arrow's own errors.
+    except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(f"{url} cannot be read as a parquet file ({reason}); write or fetch it again") from error
 
 
 @lru_cache(maxsize=64)
@@ -238,6 +266,7 @@ def _open_file(url: str) -> parquet.ParquetFile:
     """A file with its footer; handles of one process are never used by another, since the cache is not pickled."""
     try:
         if is_local(url):
+            refuse_irregular_file(local_path(url))
             return parquet.ParquetFile(local_path(url))
         system, path = url_to_fs(url)
         return parquet.ParquetFile(system.open(path, "rb"))

