@@ -14,6 +14,7 @@ from ulfine_fast._version import __version__
 from ulfine_fast.cache.ids import read_ids, refuse_shared_ids
 from ulfine_fast.cache.io.errors import CacheMismatch, InputError
 from ulfine_fast.cache.io.paths import to_path
+from ulfine_fast.cache.io.progress import working
 from ulfine_fast.cache.io.tables import label_key
 from ulfine_fast.cache.manifest import Manifest
 from ulfine_fast.cache.pipeline.fill import FillSummary, ShardContent, create_cache, ready_shards
@@ -127,7 +128,8 @@ def merge(
     text = _united_text(inputs, list(spelled))
     if not prefix:  # else the folders' names differ, and each cache's ids do too
         fix = "give --prefix to put the name of its cache before each id"
-        refuse_shared_ids(lambda: (ids for cache in inputs for ids in cache.ids()), fix)
+        with working("compare ids", progress):
+            refuse_shared_ids(lambda: (ids for cache in inputs for ids in cache.ids()), fix)
 
     # A part for each of their shards that has rows: split by split, then cache by cache.
     origin: dict[int, tuple[_Input, ShardRecord]] = {}

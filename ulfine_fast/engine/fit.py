@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ulfine_fast.cache.io.device import pick_device
 from ulfine_fast.cache.io.errors import InputError
-from ulfine_fast.cache.io.progress import progress_bar
+from ulfine_fast.cache.io.progress import progress_bar, working
 from ulfine_fast.config import FitConfig, own_options, split_key
 from ulfine_fast.core.features import DeviceFeatures
 from ulfine_fast.data.splits import Split, draw_split
@@ -89,30 +89,34 @@ def fit_many(
     """
     if engine not in ENGINES:
         raise InputError(f"engine must be one of {', '.join(ENGINES)}, got {engine!r}")
-    torch_device = pick_device(device)
-    check_tokens(cache, configs)
-    splits = draw_splits(cache, configs) if split is None else _checked_splits(cache, configs, split)
-    splits = _prepared(cache, configs, splits)
-    check_crops(cache, configs)
+    with working("prepare the fit", progress):
+        torch_device = pick_device(device)
+        check_tokens(cache, configs)
+        splits = draw_splits(cache, configs) if split is None else _checked_splits(cache, configs, split)
+        splits = _prepared(cache, configs, splits)
+        check_crops(cache, configs)
 
-    # features on the device: trials of one trial batch read the same memory
-    features = {
-        tokens: DeviceFeatures.load(cache, torch_device, tokens=tokens)
-        for tokens in {config.reads_tokens for config in configs}
-    }
+        # features on the device: trials of one trial batch read the same memory
+        features = {
+            tokens: DeviceFeatures.load(cache, torch_device, tokens=tokens)
+            for tokens in {config.reads_tokens for config in configs}
+        }
 
-    # trial batches: those of a checkpoint continue, the other trials are grouped anew
-    saved = None if checkpoint is None else Checkpoint(Path(checkpoint), cache, configs, splits, engine)
-    begun = {} if saved is None else {tuple(batch.trials): batch for batch in saved.load()}
-    not_begun = sorted(set(range(len(configs))).difference(*begun))
-    members = list(begun)
-    for tokens, batch_features in sorted(features.items()):
-        chosen = [i for i in not_begun if configs[i].reads_tokens == tokens]
-        members += map(tuple, schedule(cache, batch_features, configs, splits, chosen, engine))
+        # trial batches: those of a checkpoint continue, the other trials are grouped anew
+        saved = None if checkpoint is None else Checkpoint(Path(checkpoint), cache, configs, splits, engine)
+        begun = {} if saved is None else {tuple(batch.trials): batch for batch in saved.load()}
+        not_begun = sorted(set(range(len(configs))).difference(*begun))
+        members = list(begun)
+        for tokens, batch_features in sorted(features.items()):
+            chosen = [i for i in not_begun if configs[i].reads_tokens == tokens]
+            members += map(tuple, schedule(cache, batch_features, configs, splits, chosen, engine))
 
     runs: dict[int, Run] = {}
     with progress_bar(progress) as bar:
         for trials in members:
+            method = configs[trials[0]].method.replace("_", " ")
+            # methods without steps, and the start of others, may take long too
+            task = bar.add_task(f"fit {method}", total=None, unit="steps", note="starts")
             batch = TrialBatch(
                 cache,
                 features[configs[trials[0]].reads_tokens],
@@ -126,10 +130,12 @@ def fit_many(
                 # written by another program: names, types and shapes may be anything
                 except Exception as error:
                     raise damaged(saved.folder, error) from error
-            task = bar.add_task(f"fit {batch.label}", total=batch.steps, unit="steps", note=f"{len(trials)} trials")
+            bar.update(task, total=batch.steps or None, note=f"{len(trials)} trials")
             for step in batch.train(_watch_of_batch(trials, watch), _save_of_batch(trials, saved)):
                 bar.update(task, completed=step)
+            bar.update(task, note=f"{len(trials)} trials, metrics")
             runs.update(zip(trials, batch.finish(read_test=read_test), strict=True))
+            bar.update(task, total=batch.steps, completed=batch.steps, note=f"{len(trials)} trials")
     if saved is not None:
         saved.remove()
     return [runs[i] for i in range(len(configs))]

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ulfine_fast.cache.io.errors import CacheMismatch, InputError
-from ulfine_fast.cache.io.progress import progress_bar
+from ulfine_fast.cache.io.progress import progress_bar, working
 from ulfine_fast.cache.models.encoder import Encoder, load_encoder
 from ulfine_fast.cache.pipeline.encode import encoded
 from ulfine_fast.cache.pipeline.five_crops import NUM_CROPS, cropped
@@ -117,7 +117,9 @@ def predict_images(
     if batch_size < 1:
         raise InputError(f"batch_size must be at least 1, got {batch_size}")
     source = images_at(images)
-    encoder = encoder or encoder_of_run(run, device)
+    if encoder is None:
+        with working("load model"):
+            encoder = encoder_of_run(run, device)
     score = scorer or run.predict_proba
     probabilities = []
     for crop in range(NUM_CROPS) if five_crops else (None,):
