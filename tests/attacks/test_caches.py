@@ -333,7 +333,7 @@ def test_a_cache_killed_at_any_write_goes_on_as_if_it_had_not_been(tmp_path, req
     """Extract, overwrite, append, merge and import; at every write with `--mutations`, else at a few."""
     every = bool(request.config.getoption("--mutations"))
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "tests.attacks.cache_kills", str(tmp_path), "1" if every else "17"],
+        [sys.executable, "-W", "ignore", "-m", "tests.attacks.cache_kills", str(tmp_path), "1" if every else "8"],
         cwd=Path(__file__).parents[2],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
