@@ -68,6 +68,11 @@ def test_a_missing_folder(tmp_path):
     assert "no such folder or table" in refused("extract", tmp_path / "none", "--out", tmp_path / "cache")
 
 
+def test_an_empty_source(tmp_path):
+    """As a script with an unset variable names it; it is not the current folder."""
+    assert "the source is an empty text" in refused("extract", "", "--out", tmp_path / "cache")
+
+
 def test_an_empty_folder(tmp_path, model):
     (tmp_path / "empty").mkdir()
     sentence = refused("extract", tmp_path / "empty", "--out", tmp_path / "cache", "--model", model)
