@@ -107,10 +107,10 @@ def _proportions(path: Path, classes: list[str]) -> dict[str, NDArray[np.float64
         raise InputError(f"{path} has no line; give {form}, and a line for each entry")
 
     # one of the two columns alone is a slip, unless it is a class
-    for name, other in (("class", "share"), ("share", "class")):
-        if name in columns and name not in classes and other not in columns:
-            find_column(str(path), columns, [other])
-            raise InputError(f"{path} has a column {name} and no {other}; it must have {form}")
+    for present, absent in (("class", "share"), ("share", "class")):
+        if present in columns and present not in classes and absent not in columns:
+            find_column(str(path), columns, [absent])
+            raise InputError(f"{path} has a column {present} and no {absent}; it must have {form}")
 
     # (bag, class, share) of every cell
     if {"class", "share"} <= set(columns):
