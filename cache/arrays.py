@@ -191,13 +191,27 @@ def check_class_names(class_names: Sequence[str] | None, labels: NDArray[np.int6
     return [str(k) for k in range(classes)] if class_names is None else [str(name) for name in class_names]
 
 
-def check_text_features(values: ArrayLike, classes: int, dim: int) -> NDArray[np.float32]:
+def refuse_equal_texts(text: NDArray[np.float32], class_names: Sequence[str]) -> None:
+    """Raises InputError for two classes with the same text features (K, P, D), which no image could tell apart."""
+    seen: dict[bytes, int] = {}
+    for label, row in enumerate(text):
+        other = seen.setdefault((row + 0.0).tobytes(), label)  # + 0.0: -0.0 is 0.0
+        if other != label:
+            raise InputError(
+                f"the text features of the classes {class_names[other]!r} and {class_names[label]!r} are equal, so "
+                "that no image can be told apart by them; encode texts that differ, or leave one class out"
+            )
+
+
+def check_text_features(values: ArrayLike, class_names: Sequence[str], dim: int) -> NDArray[np.float32]:
     """Text features as float32 (K, P, D), from that shape or from (K, D) for one prompt; raises InputError."""
+    classes = len(class_names)
     shape = np.shape(values)
     array = _finite_floats("text_features", values, axes=2 if len(shape) == 2 else 3).astype(np.float32)
     array = array[:, None] if array.ndim == 2 else array  # (K, P, D)
     if (array.shape[0], array.shape[2]) != (classes, dim) or array.shape[1] == 0:
         raise InputError(f"text_features must be (K, P, D) = ({classes}, P, {dim}), got {array.shape}")
+    refuse_equal_texts(array, class_names)
     return array
 
 

@@ -152,7 +152,7 @@ class FeatureCache:
         arrays = check_arrays(plain, labels, weak=weak, strong=strong, splits=splits, ids=ids)
         dim = arrays.plain.shape[1]
         names = check_class_names(class_names, arrays.labels)
-        text = None if text_features is None else check_text_features(text_features, len(names), dim)
+        text = None if text_features is None else check_text_features(text_features, names, dim)
         return cls(
             class_names=names,
             dim=dim,

@@ -38,6 +38,7 @@ def append(
     as_json: AsJson = False,
 ) -> None:
     """Add the images and classes of a source that a cache lacks; model and settings are those of the cache."""
+    from ulfine_fast.cache.io.progress import working
     from ulfine_fast.cache.manifest import Manifest
     from ulfine_fast.cache.models.options import ModelOptions
     from ulfine_fast.cache.pipeline.append import append as run
@@ -45,11 +46,14 @@ def append(
 
     options = ModelOptions.of_manifest(Manifest.read(cache))
     # The source first: a wrong path should not cost the loading of a model.
-    images = open_source(source, class_names_file=class_names)
+    with working("list images"):
+        images = open_source(source, class_names_file=class_names)
     print_notes(images)
+    with working("load model"):
+        encoder = options.load(device)
     summary = run(
         images,
-        options.load(device),
+        encoder,
         cache,
         workers=workers,
         engine=engine_for(options, engine, ray, ray_cpus, ray_gpus),
@@ -136,6 +140,7 @@ def import_(
     """Make a cache of features that another program computed."""
     from ulfine_fast.cache.interop.external_features import read_array
     from ulfine_fast.cache.interop.import_features import import_features, open_features
+    from ulfine_fast.cache.io.progress import working
     from ulfine_fast.cache.models.options import ModelOptions
     from ulfine_fast.cache.models.prompts import read_class_names_alone, read_prompts
 
@@ -147,11 +152,14 @@ def import_(
         id_column=id_column,
         split=split,
     )
+    encoder = None
+    if model and text_features is None:  # with text features the model is only a name
+        with working("load model"):
+            encoder = ModelOptions(model, pretrained).load(device)
     summary = import_features(
         features,
         out,
-        # with text features the model is only a name
-        encoder=ModelOptions(model, pretrained).load(device) if model and text_features is None else None,
+        encoder=encoder,
         text_features=None if text_features is None else read_array(text_features),
         model=model,
         prompts=None if prompts is None else read_prompts(prompts),

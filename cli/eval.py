@@ -17,13 +17,15 @@ def evaluate(
     as_json: Annotated[bool, typer.Option("--json", help="Print the metrics as JSON.")] = False,
 ) -> None:
     """Compute a run's metrics again from its head, on its own test split or another cache of the same encoder."""
+    from ulfine_fast.cache.io.progress import working
     from ulfine_fast.cli.tables import print_metrics
     from ulfine_fast.runs.evaluate import evaluate as evaluate_run
     from ulfine_fast.runs.run import Run
     from ulfine_fast.runs.seeds import mean_metrics
 
     fitted = Run.load(run)
-    metrics = evaluate_run(fitted, cache)
+    with working("evaluate"):
+        metrics = evaluate_run(fitted, cache)
     if as_json:
         typer.echo(json.dumps(metrics))
         return

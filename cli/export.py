@@ -21,13 +21,15 @@ def export(
     as_json: Annotated[bool, typer.Option("--json", help="Print what was written as JSON.")] = False,
 ) -> None:
     """Write a run's classifier with its settings and a model card."""
+    from ulfine_fast.cache.io.progress import working
     from ulfine_fast.exports import FORMATS
     from ulfine_fast.exports import export as export_run
     from ulfine_fast.runs.predict import encoder_of_run
     from ulfine_fast.runs.run import Run
 
     fitted = Run.load(run)
-    folder = export_run(fitted, out, to=to, encoder=encoder_of_run(fitted, "cpu") if with_encoder else None)
+    with working("export"):
+        folder = export_run(fitted, out, to=to, encoder=encoder_of_run(fitted, "cpu") if with_encoder else None)
     if as_json:
         typer.echo(json.dumps({"out": str(folder), "to": to, "file": FORMATS[to], "with_encoder": with_encoder}))
         return

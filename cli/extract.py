@@ -108,6 +108,7 @@ def extract(
             as_json=as_json,
         )
         return
+    from ulfine_fast.cache.io.progress import working
     from ulfine_fast.cache.models.options import ModelOptions
     from ulfine_fast.cache.models.prompts import DEFAULT_PROMPTS, read_prompts
     from ulfine_fast.cache.pipeline.extract import extract as run
@@ -118,11 +119,14 @@ def extract(
     templates = DEFAULT_PROMPTS if prompts is None else read_prompts(prompts)
     options = ModelOptions(model, pretrained, precision, features, exact, compiled)
     # The source first: a wrong path should not cost the loading of a model.
-    images = open_source(source, class_names_file=class_names)
+    with working("list images"):
+        images = open_source(source, class_names_file=class_names)
     print_notes(images)
+    with working("load model"):
+        encoder = options.load(device)
     summary = run(
         images,
-        options.load(device),
+        encoder,
         out,
         views=recipe,
         prompts=templates,

@@ -22,13 +22,15 @@ def inspect(
     from rich.console import Console
 
     from ulfine_fast.cache.io.errors import InputError
+    from ulfine_fast.cache.io.progress import working
     from ulfine_fast.cache.neighbors import leakage_warning
     from ulfine_fast.cache.store import FeatureCache
 
-    opened = FeatureCache.open(cache)
-    summary = opened.summary()
-    # A damaged cache has nothing to compare.
-    warning = None if summary["problems"] else leakage_warning(opened)
+    with working("check every byte"):
+        opened = FeatureCache.open(cache)
+        summary = opened.summary()
+        # A damaged cache has nothing to compare.
+        warning = None if summary["problems"] else leakage_warning(opened)
     if as_json:
         typer.echo(json.dumps({**summary, "leakage": warning}))
     else:

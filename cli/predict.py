@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from ulfine_fast.cache.io.terminal import printable
+from ulfine_fast.cli.filling import print_notes
 
 
 def predict(
@@ -27,11 +28,13 @@ def predict(
     as_json: Annotated[bool, typer.Option("--json", help="Print counts as JSON.")] = False,
 ) -> None:
     """Predict the class of each image: id, class, probability and the five likeliest classes."""
-    from ulfine_fast.runs.predict import predict_images, refuse_output, write_predictions
+    from ulfine_fast.runs.predict import images_at, predict_images, refuse_output, write_predictions
     from ulfine_fast.runs.run import Run
 
     refuse_output(out)
-    predictions = predict_images(Run.load(run), images, device=device, batch_size=batch_size, five_crops=five_crops)
+    loaded, source = Run.load(run), images_at(images)
+    print_notes(source)
+    predictions = predict_images(loaded, source, device=device, batch_size=batch_size, five_crops=five_crops)
     write_predictions(predictions, out)
     if as_json:
         counts = {"images": len(predictions.ids), "skipped": predictions.skipped, "out": str(out)}

@@ -31,6 +31,7 @@ def report(
     as_json: Annotated[bool, typer.Option("--json", help="Print what was written as JSON.")] = False,
 ) -> None:
     """Write one self-contained HTML page about runs: tables, charts, confusion, images."""
+    from ulfine_fast.cache.io.progress import working
     from ulfine_fast.report.feature_map import mapper
     from ulfine_fast.report.images import find_images, read_attributes
     from ulfine_fast.report.leakage import find_leakage
@@ -40,21 +41,22 @@ def report(
     from ulfine_fast.runs.files import load_runs
 
     images = with_old_name("--images", images, "--pictures", pictures)
-    map_run = mapper(projection)
-    loaded = load_runs(runs)
-    attributes = None if groups is None else read_attributes(groups)
-    read_image, no_images_because = find_images(loaded, images)
-    text = render_page(
-        loaded,
-        images=read_image,
-        title=title,
-        leakage=find_leakage(loaded),
-        attributes=attributes,
-        sweeps=find_sweeps(runs),
-        map_run=map_run,
-        rounding_cost=rounder(),
-    )
-    page = write_page(text, out)
+    with working("write the report"):
+        map_run = mapper(projection)
+        loaded = load_runs(runs)
+        attributes = None if groups is None else read_attributes(groups)
+        read_image, no_images_because = find_images(loaded, images)
+        text = render_page(
+            loaded,
+            images=read_image,
+            title=title,
+            leakage=find_leakage(loaded),
+            attributes=attributes,
+            sweeps=find_sweeps(runs),
+            map_run=map_run,
+            rounding_cost=rounder(),
+        )
+        page = write_page(text, out)
     size = page.stat().st_size
     if as_json:
         written = {

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ulfine_fast.cache.interop.external_features import (
+    UNREADABLE_ARRAY,
     FeatureBlock,
     Ids,
     OpenedFiles,
@@ -24,16 +25,15 @@ from ulfine_fast.cache.interop.external_features import (
     read_array,
     split_indices,
     text_labels,
+    texts_in,
 )
 from ulfine_fast.cache.io.errors import InputError
+from ulfine_fast.cache.io.files import refuse_irregular_file
 from ulfine_fast.cache.sources.rows import UNKNOWN
 
 NAMES = ("features", "labels", "ids", "splits", "weak", "strong", "class_names", "text_features")
-# What numpy and zipfile raise depends on where a file is damaged, and on what they cannot read at all (encryption).
-_UNREADABLE = (
-    *(OSError, ValueError, EOFError, KeyError, RuntimeError, MemoryError),
-    *(struct.error, zlib.error, zipfile.BadZipFile),
-)
+# What zipfile raises depends on where a file is damaged, and on what it cannot read at all (encryption).
+_UNREADABLE: tuple[type[Exception], ...] = (*UNREADABLE_ARRAY, RuntimeError, zlib.error, zipfile.BadZipFile)
 _LOCAL_HEADER = struct.Struct("<26xHH")  # of a file in a zip: its last numbers are the lengths of name and extra field
 
 
@@ -82,6 +82,7 @@ def open_arrays(path: Path) -> OpenedFiles:
 def _read_npz(path: Path) -> dict[str, NDArray[Any]]:
     """The arrays of an .npz file: mapped where they are stored uncompressed, else in memory."""
     try:
+        refuse_irregular_file(path)
         with zipfile.ZipFile(path) as archive, np.load(path, allow_pickle=False) as loaded:
             arrays = {}
             for info in archive.infolist():
@@ -124,4 +125,6 @@ def _read_labels(labels: NDArray[Any] | None, n: int, path: Path) -> tuple[NDArr
 def _read_ids(array: NDArray[Any], n: int, path: Path) -> Ids:
     if array.shape != (n,) or array.dtype.kind not in "Uiu":
         raise InputError(f"ids of {path} must be {n} texts or whole numbers, got shape {array.shape} of {array.dtype}")
+    if array.dtype.kind == "U":
+        return lambda rows: texts_in(array[rows], f"ids of {path}")
     return lambda rows: [str(name) for name in array[rows].tolist()]

@@ -26,6 +26,7 @@ from ulfine_fast.cache.interop.external_features import (
     text_labels,
 )
 from ulfine_fast.cache.io.errors import InputError
+from ulfine_fast.cache.io.files import refuse_irregular_file
 from ulfine_fast.cache.sources.rows import UNKNOWN
 
 # Columns of the metadata that identify rows, the surest first.
@@ -96,17 +97,23 @@ def _read_rows(table: Path | None, n: int, label_column: str | None) -> RowLabel
 
 def _columns(table: Path) -> list[str]:
     try:
+        refuse_irregular_file(table)
         return list(parquet.read_schema(table).names)
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, ValueError) as error:
         raise InputError(f"{table} is not a parquet file: {one_line(error)}") from error
 
 
 def _read_column(table: Path, name: str, n: int | None) -> Any:
     """One column of a table, which must have n rows where n is known."""
     try:
+        refuse_irregular_file(table)
         column = parquet.read_table(table, columns=[name])[name].combine_chunks()
     # KeyError: the name occurs twice
-    except (pa.ArrowException, OSError, KeyError) as error:
+    except (pa.ArrowException, OSError, KeyError, ValueError) as error:
+        raise InputError(f"{table}: column {name!r} cannot be read: {one_line(error)}") from error
+    try:
+        column.validate(full=True)  # text that is not UTF-8, in a damaged file
+    except pa.ArrowException as error:
         raise InputError(f"{table}: column {name!r} cannot be read: {one_line(error)}") from error
     if n is not None and len(column) != n:
         raise InputError(f"{table} has {len(column)} rows, the features beside it {n}; they must go together")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -19,6 +20,7 @@ from ulfine_fast.cache.ids import read_ids
 from ulfine_fast.cache.interop.writers import array_writer, table_writer
 from ulfine_fast.cache.io.errors import InputError
 from ulfine_fast.cache.io.files import make_folder, write_atomically
+from ulfine_fast.cache.io.json_files import read_json
 from ulfine_fast.cache.io.paths import to_path
 from ulfine_fast.cache.io.progress import progress_bar
 from ulfine_fast.cache.manifest import Manifest
@@ -162,10 +164,9 @@ def _prepare_folder(cache: _FinishedCache, out: Path, to: str, rows_per_file: in
     if out.exists() and not out.is_dir():
         raise InputError(f"{out} is a file; choose a folder to export to")
     if out.exists() and any(path.name != NOTE + ".tmp" for path in out.iterdir()):
-        try:
-            existing = json.loads((out / NOTE).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            existing = None
+        existing = None
+        with contextlib.suppress(InputError):
+            existing = read_json(out / NOTE, dict[str, Any], fix="choose a new folder")
         if existing != note:
             raise InputError(f"{out} holds other files; choose a new or empty folder, or remove it")
         return

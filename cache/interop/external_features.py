@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import struct
+import sys
+import tokenize
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ulfine_fast.cache.io.errors import InputError
+from ulfine_fast.cache.io.files import refuse_irregular_file
 from ulfine_fast.cache.io.tables import label_key, whole_number
 from ulfine_fast.cache.manifest import Manifest
 from ulfine_fast.cache.shard import VIEWED_SPLITS
@@ -128,6 +132,13 @@ class ExternalFeatures:
         return np.flatnonzero(np.isin(self.splits, [SPLITS.index(split) for split in VIEWED_SPLITS]))
 
 
+# What numpy raises depends on where a file is damaged: it parses the header as Python.
+UNREADABLE_ARRAY: tuple[type[Exception], ...] = (
+    *(OSError, ValueError, EOFError, TypeError, KeyError, MemoryError, OverflowError, RecursionError),
+    *(SyntaxError, tokenize.TokenError, struct.error),
+)
+
+
 def read_array(path: Path) -> NDArray[Any]:
     """A .npy file mapped into memory.
 
@@ -135,9 +146,10 @@ def read_array(path: Path) -> NDArray[Any]:
         InputError: it cannot be read, or is no array of plain values; names the file.
     """
     try:
+        refuse_irregular_file(path)
         # Knows this one format alone: no archives, and no objects, which would have to be unpickled.
         return np.lib.format.open_memmap(path, mode="r")
-    except (OSError, ValueError, EOFError) as error:
+    except UNREADABLE_ARRAY as error:
         raise InputError(f"{path} is not an array of plain numbers or texts ({one_line(error)})") from error
 
 
@@ -179,7 +191,19 @@ def check_texts(array: NDArray[Any], n: int, what: str) -> list[str]:
     """The n texts of an array; raises InputError where it holds anything else."""
     if array.shape != (n,) or array.dtype.kind != "U":
         raise InputError(f"{what} must be {n} texts, got shape {array.shape} of {array.dtype}")
-    texts: list[str] = array.tolist()
+    return texts_in(array, what)
+
+
+def texts_in(array: NDArray[Any], what: str) -> list[str]:
+    """The texts of an array of texts (n,).
+
+    Raises:
+        InputError: a number in it is no character, of which numpy would make a text that crashes what uses it.
+    """
+    codes = np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("="))
+    if codes.dtype.itemsize and (codes.view(np.uint32) > sys.maxunicode).any():
+        raise InputError(f"{what} hold something that is no text; write the file again")
+    texts: list[str] = codes.tolist()
     return texts
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
@@ -14,12 +13,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ulfine_fast._version import __version__
+from ulfine_fast.cache.arrays import refuse_equal_texts
 from ulfine_fast.cache.ids import refuse_shared_ids
 from ulfine_fast.cache.interop.arrays import open_arrays
 from ulfine_fast.cache.interop.clip_retrieval import open_clip_retrieval
 from ulfine_fast.cache.interop.export import FORMAT, NOTE
 from ulfine_fast.cache.interop.external_features import ExternalFeatures, OpenedFiles, RowLabels, check_texts
 from ulfine_fast.cache.io.errors import InputError
+from ulfine_fast.cache.io.json_files import check_schema, read_json
 from ulfine_fast.cache.io.paths import to_path
 from ulfine_fast.cache.io.tables import label_key
 from ulfine_fast.cache.manifest import Manifest
@@ -147,12 +148,21 @@ def _class_indices(path: Path, rows: RowLabels, class_names: list[str]) -> NDArr
 
 
 def _exported_manifest(path: Path) -> Manifest | None:
-    """The manifest in the note of this tool's own export; None where there is none that can be used."""
-    try:
-        note = json.loads((path / NOTE).read_text(encoding="utf-8"))
-        return Manifest.from_dict(note["manifest"]) if note["format"] == FORMAT else None
-    except (OSError, ValueError, KeyError, TypeError):
+    """The manifest in the note of this tool's own export; None where there is none.
+
+    Raises:
+        InputError: the note is damaged: without it the model, the prompts and the logit scale would be others.
+    """
+    if not (path / NOTE).exists():
         return None
+    fix = "export the cache again, or remove this file to import the features as those of an unknown model"
+    note = read_json(path / NOTE, dict[str, Any], fix=fix)
+    if note.get("format") != FORMAT:
+        return None
+    try:
+        return Manifest.from_dict(check_schema(note.get("manifest"), dict[str, Any], name=str(path / NOTE), fix=fix))
+    except InputError as error:
+        raise InputError(f"{path / NOTE} cannot be used: {error}; {fix}") from error
 
 
 # -- importing
@@ -282,6 +292,7 @@ def _text_from_arguments(
             f"text features must be (K, P, D) = ({classes}, P, {dim}) or ({classes}, {dim}), got {array.shape}"
         )
     unit = _unit_rows(shaped, lambda row: f"text features of class {row}")[0]
+    refuse_equal_texts(unit, features.class_names)
 
     # Prompts: the user's, those of the exported cache, or names for texts that nothing is known of.
     count = unit.shape[1]

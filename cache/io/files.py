@@ -81,12 +81,27 @@ def opened_regular_file(path: Path) -> Iterator[BinaryIO]:
     # without the flag, opening a pipe waits for a writer
     handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     try:
-        if not stat.S_ISREG(os.fstat(handle).st_mode):
-            raise OSError(errno.EINVAL, "not a regular file", str(path))
+        _refuse_mode(os.fstat(handle).st_mode, path)
         with open(handle, "rb", closefd=False) as file:
             yield file
     finally:
         os.close(handle)
+
+
+def refuse_irregular_file(path: str | Path) -> None:
+    """Refuses a folder, a pipe or a device, for libraries that open a file by its name and would wait for a pipe.
+
+    Raises:
+        OSError: no such file, or not a regular one.
+    """
+    _refuse_mode(os.stat(path).st_mode, path)
+
+
+def _refuse_mode(mode: int, path: str | Path) -> None:
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if not stat.S_ISREG(mode):
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
 
 
 def read_regular_file(path: Path, max_bytes: int) -> bytes:

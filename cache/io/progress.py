@@ -3,9 +3,20 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.text import Text
 
 
@@ -37,3 +48,18 @@ def progress_bar(shown: bool | None = None) -> Progress:
         TextColumn("{task.fields[note]}"),
     )
     return Progress(*columns, console=Console(stderr=True), disable=not visible, transient=False)
+
+
+@contextmanager
+def working(text: str, shown: bool | None = None) -> Iterator[None]:
+    """A bar that moves while work of unknown length is done, and the seconds it takes; it leaves no trace.
+
+    Args:
+        text: what is done, such as "read images".
+        shown: see `progress_bar`; there can be one bar at a time.
+    """
+    visible = sys.stderr.isatty() if shown is None else shown
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), disable=not visible, transient=True) as bar:
+        bar.add_task(text, total=None)
+        yield

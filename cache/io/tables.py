@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from ulfine_fast.cache.io.errors import InputError
+from ulfine_fast.cache.io.files import opened_regular_file, read_regular_file
 
 # Arrow takes a tenth of a second to import, and a .csv does not need it.
 if TYPE_CHECKING:
@@ -23,6 +24,8 @@ _WHOLE = re.compile(r"(-?\d+)(?:\.0*)?", re.ASCII)
 # Names as close as "lable" and "label" look alike, of at least so many letters: most words are close to "id".
 _CLOSE = 0.8
 _SHORTEST = 4
+
+_MAX_BYTES = 8 << 30  # of a text table, a hundred million lines
 
 Others = Literal["ignore", "keep", "refuse"]
 
@@ -195,7 +198,7 @@ def delimiter(path: Path) -> str:
 def _read_text(
     path: Path, needed: Sequence[str], optional: Sequence[str], others: Others, fill: bool, form: str
 ) -> Table:
-    source, data = str(path), path.read_bytes()
+    source, data = str(path), read_regular_file(path, _MAX_BYTES)
     try:
         # "-sig" drops the byte order mark that spreadsheet programs put before the first name.
         text = data.decode("utf-8-sig")
@@ -242,13 +245,16 @@ def _read_parquet(path: Path, needed: Sequence[str], optional: Sequence[str], ot
     from pyarrow import parquet
 
     try:
-        with parquet.ParquetFile(path) as file:
+        with opened_regular_file(path) as opened, parquet.ParquetFile(opened) as file:
             stored = file.schema_arrow.names
             names = [name.strip() for name in stored]
             kept = _select(str(path), names, needed, optional, others, form)
             # Only the columns used: a table may hold embeddings or the images themselves beside them.
             content = file.read() if others == "keep" else file.read(columns=[stored[column] for column in kept])
-    except (pa.ArrowException, OSError) as error:
+    except InputError:
+        raise
+    # A ValueError is a name that is not UTF-8, in a damaged file.
+    except (pa.ArrowException, OSError, ValueError) as error:
         # An error of the file system has a number; without one, Arrow itself could not read the content.
         if isinstance(error, OSError) and error.errno is not None:
             raise
@@ -259,7 +265,16 @@ def _read_parquet(path: Path, needed: Sequence[str], optional: Sequence[str], ot
 
 
 def _from_arrow(source: str, names: Sequence[str], kept: Sequence[int], content: pa.Table) -> Table:
-    columns = [column.to_pylist() for column in content.columns]
+    columns = []
+    for column in content.columns:
+        try:
+            columns.append(column.to_pylist())
+        # Text that is not UTF-8, in a damaged file, or a date that Python does not have.
+        except (ValueError, OverflowError) as error:
+            name = names[kept[len(columns)]]
+            raise InputError(
+                f"the column {name} of {source} cannot be read ({error}); write the table again"
+            ) from error
     return Table(source, [names[column] for column in kept], columns, range(1, content.num_rows + 1), "row")
 
 

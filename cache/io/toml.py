@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ulfine_fast.cache.io.errors import InputError
+from ulfine_fast.cache.io.files import opened_regular_file
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -30,7 +31,7 @@ def read_toml(path: Path) -> dict[str, Any]:
         InputError: no such file, not TOML, or nested too deep; says where in the file.
     """
     try:
-        with path.open("rb") as file:
+        with opened_regular_file(path) as file:
             data = file.read(MAX_BYTES + 1)
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror or error}; name a TOML file of settings") from error

@@ -24,6 +24,7 @@ from torch.nn import functional
 
 from ulfine_fast.cache.io.errors import InputError
 from ulfine_fast.cache.io.home import cache_home
+from ulfine_fast.cache.io.json_files import read_json
 
 NAME = "lite0-minilm"
 # Fashion-MNIST, 1,000 images: zero-shot 31.5% at 128 px and 33.0% at 224 px, which costs 3 to 4 times the time.
@@ -124,8 +125,8 @@ def ridge_bridge(classifier: torch.Tensor, embeddings: torch.Tensor, lam: float 
 def _is_ready(folder: Path) -> bool:
     """Whether `folder` holds this recipe's model; one moved by hand holds its old path and counts as absent."""
     try:
-        config = json.loads((folder / "open_clip_config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        config = read_json(folder / "open_clip_config.json", dict[str, Any], fix="build the model again")
+    except InputError:
         return False
     return bool(config == open_clip_config(folder)) and (folder / _WEIGHTS_FILE).is_file()
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ulfine_fast.cache.io.errors import InputError
+from ulfine_fast.cache.io.files import read_regular_file
 from ulfine_fast.cache.io.tables import SUFFIXES, label_key, read_table, whole_number
 
 # The plain prompt of the literature, and the seven that CLIP's authors found best for ImageNet by forward selection
@@ -22,6 +23,8 @@ DEFAULT_PROMPTS: tuple[str, ...] = (
     "art of the {}.",
     "a photo of the small {}.",
 )
+
+_MAX_BYTES = 256 << 20  # of a file of names or prompts
 
 TABLE_FIX = "say what is what with a table of the columns folder (the label as it is written) and name"
 
@@ -213,7 +216,7 @@ def _numbered_lines(file: Path, content: str) -> list[tuple[int, str]]:
     """
     try:
         # "-sig" drops the byte order mark that some editors write.
-        text = file.read_text(encoding="utf-8-sig")
+        text = read_regular_file(file, _MAX_BYTES).decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
         raise InputError(f"the {content} file {file} cannot be read: {reason}") from error

@@ -15,6 +15,7 @@ from ulfine_fast._version import __version__
 from ulfine_fast.cache import text as texts
 from ulfine_fast.cache.io.errors import InputError
 from ulfine_fast.cache.io.paths import to_path
+from ulfine_fast.cache.io.progress import working
 from ulfine_fast.cache.manifest import DTYPES, Manifest
 from ulfine_fast.cache.models.prompts import DEFAULT_PROMPTS, fill_prompts
 from ulfine_fast.cache.pipeline.encode import Engine, image_shards
@@ -119,13 +120,17 @@ def extract(
     if mode == "overwrite" or not (path / texts.NAME).exists():  # a cache of bad class names is not even begun
         texts.refuse_same_texts(encoder, fill_prompts(manifest.class_names, manifest.prompts))
 
+    def encode_texts() -> texts.TextFeatures:
+        with working("encode class names", progress):
+            return texts.encode_classes(encoder, fill_prompts(manifest.class_names, manifest.prompts))
+
     # The shards.
     summary = create_cache(
         path,
         manifest,
         parts,
         image_shards(path, source, recipe, encoder, workers=workers, engine=engine),
-        text=lambda: texts.encode_classes(encoder, fill_prompts(manifest.class_names, manifest.prompts)),
+        text=encode_texts,
         overwrite=mode == "overwrite",
         label="extract",
         skip_limit=SkipLimit(max_skipped, shard_size, fix="fix them or raise --max-skipped"),

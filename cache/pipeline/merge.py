@@ -14,6 +14,8 @@ from ulfine_fast._version import __version__
 from ulfine_fast.cache.ids import read_ids, refuse_shared_ids
 from ulfine_fast.cache.io.errors import CacheMismatch, InputError
 from ulfine_fast.cache.io.paths import to_path
+from ulfine_fast.cache.io.progress import working
+from ulfine_fast.cache.io.tables import label_key
 from ulfine_fast.cache.manifest import Manifest
 from ulfine_fast.cache.pipeline.fill import FillSummary, ShardContent, create_cache, ready_shards
 from ulfine_fast.cache.shard import ShardRecord, read_shard, shard_path
@@ -98,8 +100,8 @@ def merge(
     """Makes one cache of several; they stay as they are.
 
     The rows are ordered split by split, inside a split cache by cache in the order of `caches`. A class is the same
-    where its name is; classes are numbered in the order in which they are met. One shard is in memory at a time, and 8
-    bytes of every row while ids are compared.
+    where its name is, in any form of Unicode and with any blanks around it; classes are numbered in the order in which
+    they are met. One shard is in memory at a time, and 8 bytes of every row while ids are compared.
 
     Args:
         caches: folders of finished caches, at least two.
@@ -117,11 +119,17 @@ def merge(
     _refuse_bad_choice(inputs, path, prefix)
     for other in inputs[1:]:
         _refuse_difference(inputs[0], other)
-    class_names = list(dict.fromkeys(name for cache in inputs for name in cache.manifest.class_names))
-    text = _united_text(inputs, class_names)
+    # A name as it is met first; caches of version 0.1 keep names in the form that the source had.
+    spelled: dict[str, str] = {}
+    for cache in inputs:
+        for name in cache.manifest.class_names:
+            spelled.setdefault(label_key(name), name)
+    class_names = list(spelled.values())
+    text = _united_text(inputs, list(spelled))
     if not prefix:  # else the folders' names differ, and each cache's ids do too
         fix = "give --prefix to put the name of its cache before each id"
-        refuse_shared_ids(lambda: (ids for cache in inputs for ids in cache.ids()), fix)
+        with working("compare ids", progress):
+            refuse_shared_ids(lambda: (ids for cache in inputs for ids in cache.ids()), fix)
 
     # A part for each of their shards that has rows: split by split, then cache by cache.
     origin: dict[int, tuple[_Input, ShardRecord]] = {}
@@ -136,13 +144,13 @@ def merge(
                     first_row += record.rows_read
 
     # The shards, with ids and labels as they are in the new cache.
-    index = {name: label for label, name in enumerate(class_names)}
+    index = {key: label for label, key in enumerate(spelled)}
 
     def content(part: Part) -> ShardContent:
         cache, record = origin[part.number]
         shard = read_shard(shard_path(cache.folder, record.shard), cache.manifest.layout(record.split), record)
         # label -1 finds the last entry
-        new_labels = np.array([*(index[name] for name in cache.manifest.class_names), UNKNOWN], np.int32)
+        new_labels = np.array([*(index[label_key(name)] for name in cache.manifest.class_names), UNKNOWN], np.int32)
         if ((shard.labels < UNKNOWN) | (shard.labels >= len(new_labels) - 1)).any():
             raise InputError(
                 f"shard {record.shard:05d} of {cache.folder} has a label that names no class; extract it again"
@@ -204,8 +212,15 @@ def _first_difference(name: str, one: Any, other: Any) -> tuple[str, Any, Any]:
     return name, one, other
 
 
-def _united_text(inputs: Sequence[_Input], class_names: Sequence[str]) -> TextFeatures:
-    """Each class's texts from the first cache that has it; (K, P, D) in the order of `class_names`.
+def _united_text(inputs: Sequence[_Input], keys: Sequence[str]) -> TextFeatures:
+    """Each class's texts from the first cache that has it.
+
+    Args:
+        inputs: the caches.
+        keys: (K,) class names as they are compared, see `label_key`.
+
+    Returns:
+        Features (K, P, D), in the order of `keys`.
 
     Raises:
         InputError: two caches have other texts or other features of one class.
@@ -213,8 +228,10 @@ def _united_text(inputs: Sequence[_Input], class_names: Sequence[str]) -> TextFe
     first: dict[str, tuple[_Input, int]] = {}
     for cache in inputs:
         for label, name in enumerate(cache.manifest.class_names):
-            owner, owner_label = first.setdefault(name, (cache, label))
+            owner, owner_label = first.setdefault(label_key(name), (cache, label))
             known, again = owner.text.prompts[owner_label], cache.text.prompts[label]
+            if name != owner.manifest.class_names[owner_label]:
+                continue  # another form of the name, which a model may read as another text: the first one counts
             if known != again:
                 raise CachesDiffer(f"text of {name!r}", owner.folder, known[0], cache.folder, again[0])
             gap = float(np.abs(owner.text.features[owner_label] - cache.text.features[label]).max())
@@ -223,7 +240,7 @@ def _united_text(inputs: Sequence[_Input], class_names: Sequence[str]) -> TextFe
                     f"the text features of class {name!r} differ by up to {gap:.2g} between {owner.folder} and "
                     f"{cache.folder}, so two models made them; extract one of the caches again"
                 )
-    rows = [first[name] for name in class_names]
+    rows = [first[key] for key in keys]
     return replace(
         inputs[0].text,
         prompts=[cache.text.prompts[label] for cache, label in rows],

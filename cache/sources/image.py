@@ -13,6 +13,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
+from ulfine_fast.cache.io.files import refuse_irregular_file
+
 # PIL's own limit against decompression bombs. PIL only warns between one and two times it; here it is refused.
 MAX_PIXELS = 89_478_485
 # A strip this thin, resized by its short side, would take hundreds of megabytes before it is cropped.
@@ -101,6 +103,8 @@ def load_image(source: Path | str | bytes) -> Image.Image:
     """
     _register_plugins()
     try:
+        if not isinstance(source, bytes):
+            refuse_irregular_file(source)
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
             _refuse_unreasonable(image)
             whole = image.size

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from PIL import Image
 from pyarrow import parquet
 
 from ulfine_fast.cache.io.errors import InputError
+from ulfine_fast.cache.io.files import refuse_irregular_file
+from ulfine_fast.cache.io.json_files import parse_json
 from ulfine_fast.cache.io.tables import find_column
 from ulfine_fast.cache.sources.image import UnreadableImage, load_image
 from ulfine_fast.cache.sources.labels import (
@@ -121,12 +124,12 @@ class ParquetSource:
         name, _, run = part.name.partition("#")
         first, last = map(int, run.split("-"))
         file = self._by_name[name]
-        opened = _open_file(file.url)
+        opened, rows = _open_file(file.url), []
         wanted = [column for column in (self._label, self._id, self._split) if column]
         number = sum(opened.metadata.row_group(group).num_rows for group in range(first))
-        rows = []
         for group in range(first, last + 1):
-            cells = opened.read_row_group(group, columns=wanted).to_pydict() if wanted else {}
+            with _parquet_errors(file.url):
+                cells = opened.read_row_group(group, columns=wanted).to_pydict() if wanted else {}
             for index in range(opened.metadata.row_group(group).num_rows):
                 values = {column: cells[column][index] for column in wanted}
                 if self._split is None or self._split_of(values[self._split], file) == part.split:
@@ -144,7 +147,10 @@ class ParquetSource:
             raise UnreadableImage(index)
         with _group_lock:
             column = _read_images(url, int(group), self._image)
-        value = column[int(index)].as_py()
+        try:
+            value = column[int(index)].as_py()
+        except (IndexError, ValueError) as error:
+            raise UnreadableImage("its cell is damaged") from error
         content = value.get("bytes") if isinstance(value, dict) else value
         if content:
             return load_image(bytes(content))
@@ -178,8 +184,12 @@ class ParquetSource:
             return needed_labels(class_names_file, "")
 
         def occurring() -> set[Any]:
-            columns = (_open_file(file.url).read(columns=[self._label])[self._label] for file in self.files)
-            return {label for column in columns for label in column.unique().to_pylist()}
+            values: set[Any] = set()
+            for file in self.files:
+                with _parquet_errors(file.url):
+                    column = _open_file(file.url).read(columns=[self._label])[self._label]
+                    values.update(column.unique().to_pylist())
+            return values
 
         names, labels, notes = labels_of_column(self.where, declared, occurring, class_names_file)
         self.notes += notes
@@ -189,8 +199,10 @@ class ParquetSource:
         """The splits that occur in a run of row groups, in the order of `SPLITS`."""
         if self._split is None:
             return [file.split or self._default_split]
-        groups = _open_file(file.url).read_row_groups(list(range(first, last + 1)), columns=[self._split])
-        present = {self._split_of(value, file) for value in groups[self._split].unique().to_pylist()}
+        with _parquet_errors(file.url):
+            groups = _open_file(file.url).read_row_groups(list(range(first, last + 1)), columns=[self._split])
+            values = groups[self._split].unique().to_pylist()
+        present = {self._split_of(value, file) for value in values}
         return [split for split in SPLITS if split in present]
 
     def _split_of(self, value: Any, file: File) -> str:
@@ -219,10 +231,28 @@ class ParquetSource:
 def holds_images(table: Path) -> bool:
     """Whether a parquet file has a column of encoded images, and not paths of images."""
     try:
+        refuse_irregular_file(table)
         schema = parquet.read_schema(table)
-    except (pa.ArrowException, OSError):
+    except (pa.ArrowException, OSError, ValueError):  # a ValueError is a name that is not UTF-8
         return False
     return "path" not in schema.names and any(_is_image(field.type) for field in schema)
+
+
+@contextmanager
+def _parquet_errors(url: str) -> Iterator[None]:
+    """Turns what Arrow raises for damaged cells into one sentence.
+
+    Raises:
+        InputError: names the file.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    # A ValueError is text that is not UTF-8, or one of Arrow's own errors.
+    except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(f"{url} cannot be read as a parquet file ({reason}); write or fetch it again") from error
 
 
 @lru_cache(maxsize=64)
@@ -230,10 +260,11 @@ def _open_file(url: str) -> parquet.ParquetFile:
     """A file with its footer; handles of one process are never used by another, since the cache is not pickled."""
     try:
         if is_local(url):
+            refuse_irregular_file(local_path(url))
             return parquet.ParquetFile(local_path(url))
         system, path = url_to_fs(url)
         return parquet.ParquetFile(system.open(path, "rb"))
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, ValueError) as error:
         raise InputError(f"{url} is not a parquet file: {str(error).splitlines()[0]}") from error
 
 
@@ -242,7 +273,7 @@ def _read_images(url: str, group: int, column: str) -> pa.ChunkedArray:
     """The encoded images of a row group; two groups are kept, since batches cross from one to the next."""
     try:
         return _open_file(url).read_row_group(group, columns=[column])[column]
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, ValueError) as error:
         raise UnreadableImage(f"its row group cannot be read: {str(error).splitlines()[0]}") from error
 
 
@@ -260,8 +291,9 @@ def _is_text(kind: pa.DataType) -> bool:
 def _names_in_metadata(schema: pa.Schema, label: str) -> list[str]:
     """Class names that Hugging Face's writers leave in a file's metadata; empty where there are none."""
     try:
-        names = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"][label]["names"]
-    except (KeyError, TypeError, ValueError):
+        note = parse_json((schema.metadata or {})[b"huggingface"], dict[str, Any], name="its metadata", fix="")
+        names = note["info"]["features"][label]["names"]
+    except (KeyError, TypeError, InputError):
         return []
     return [str(name) for name in names] if isinstance(names, list) else []
 

@@ -16,6 +16,7 @@ from fsspec.core import url_to_fs
 from PIL import Image
 
 from ulfine_fast.cache.io.errors import InputError
+from ulfine_fast.cache.io.files import refuse_irregular_file
 from ulfine_fast.cache.sources.image import UnreadableImage, image_suffixes, load_image
 from ulfine_fast.cache.sources.labels import Labels, needed_labels
 from ulfine_fast.cache.sources.rows import UNKNOWN, Part, Row
@@ -36,6 +37,7 @@ from ulfine_fast.cache.sources.streams import (
 
 SUFFIX = ".tar"
 _LABEL_SUFFIXES = (".cls", ".json")
+_MAX_LABEL_BYTES = 16 << 20  # of a .cls or .json
 _PEEKED_MEMBERS = 64  # members read for the label of a file's first sample
 _PEEK_BYTES = 2**16  # requested together for that, of a remote file
 
@@ -109,6 +111,8 @@ class TarSource:
             self._copies[part.number] = fetch(file)
         path = self._copies.get(part.number, local_path(file.url))
         rows: list[Row] = []
+        with _tar_errors(file):
+            refuse_irregular_file(path)
         with _tar_errors(file), tarfile.open(path, "r:") as tar, open(path, "rb") as data:
             seen: set[str] = set()
             for members in _samples(_complete_members(tar, data)):
@@ -161,7 +165,7 @@ class TarSource:
                 first = key if first is None else first
                 if key != first:
                     break
-                if suffix in _LABEL_SUFFIXES and member.isreg():
+                if suffix in _LABEL_SUFFIXES and member.isreg() and member.size <= _MAX_LABEL_BYTES:
                     content = tar.extractfile(member)
                     texts[suffix] = content.read() if content else b""
         return "unlabeled" if self._labels.index(_label_in(texts), file.name) == UNKNOWN else "train"
@@ -190,6 +194,8 @@ class TarSource:
         for suffix in _LABEL_SUFFIXES:
             member = _choose(members, {suffix}, file)
             if member is not None and member.isreg():
+                if member.size > _MAX_LABEL_BYTES:
+                    raise InputError(f"{file.url}: {member.name} has {member.size} bytes, too many for a label; fix it")
                 data.seek(member.offset_data)
                 texts[suffix] = data.read(member.size)
         label = self._labels.index(_label_in(texts), f"{file.name}, {image.name}")
@@ -291,9 +297,10 @@ def _label_in(texts: dict[str, bytes]) -> Any:
     if ".cls" in texts:
         return texts[".cls"]
     try:
+        # Not by the reader of our own files: downloaders write NaN, which is no JSON, for numbers that are missing.
         values = json.loads(texts.get(".json", b"{}"))
     # A damaged note of a downloader is no reason to lose the image.
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return (
         next((values[name] for name in ("label", "class") if name in values), None)

@@ -79,12 +79,16 @@ def read_attributes(path: Path) -> dict[str, str]:
     """Image id -> group, from a table with the columns id and group.
 
     Raises:
-        InputError: not such a table (see `read_table`), or one without rows.
+        InputError: not such a table (see `read_table`), one without rows, or two groups of one image.
     """
     table = read_table(path, ["id", "group"], fill=True)
     if not len(table):
         raise InputError(f"{path} has no line; give each image a line with its id and group")
-    return dict(zip(table.texts("id", strip=False), table.texts("group"), strict=True))
+    groups: dict[str, str] = {}
+    for row, (name, group) in enumerate(zip(table.texts("id", strip=False), table.texts("group"), strict=True)):
+        if groups.setdefault(name, group) != group:
+            raise InputError(f"{table.where(row)} puts {name!r} into {group!r}, not {groups[name]!r}; keep one line")
+    return groups
 
 
 def encode_preview(image: Image.Image, side: int, quality: int) -> tuple[bytes, str]:

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ulfine_fast.cache.io.errors import CacheMismatch, InputError
-from ulfine_fast.cache.io.progress import progress_bar
+from ulfine_fast.cache.io.progress import progress_bar, working
 from ulfine_fast.cache.models.encoder import Encoder, load_encoder
 from ulfine_fast.cache.pipeline.encode import encoded
 from ulfine_fast.cache.pipeline.five_crops import NUM_CROPS, cropped
@@ -102,7 +102,7 @@ def predict_images(
     Args:
         run: a fitted run.
         images: an image, a folder of images at any depth, or a table with a column `path`; or a data
-            frame of pandas or Polars with that column.
+            frame of pandas or Polars with that column; or what :func:`images_at` made of one of these.
         device: where to encode.
         batch_size: images encoded together, at least 1.
         five_crops: average the logits of four corners and the middle of each image (LIFT's test-time ensembling,
@@ -117,19 +117,24 @@ def predict_images(
     if batch_size < 1:
         raise InputError(f"batch_size must be at least 1, got {batch_size}")
     source = images_at(images)
-    encoder = encoder or encoder_of_run(run, device)
+    if encoder is None:
+        with working("load model"):
+            encoder = encoder_of_run(run, device)
     score = scorer or run.predict_proba
     probabilities = []
     for crop in range(NUM_CROPS) if five_crops else (None,):
         ids, features, skipped = encode_images(source, encoder, batch_size, crop)
         if not ids:
-            raise InputError(f"none of the {len(skipped)} images at {images} can be read; the first: {skipped[0][1]}")
+            where = source.describe()["path"]
+            raise InputError(f"none of the {len(skipped)} images at {where} can be read; the first: {skipped[0][1]}")
         probabilities.append(score(features))
     return Predictions(ids, mean_of_logits(probabilities), run.class_names, skipped)
 
 
 def images_at(where: str | Path | Any) -> ListedSource:
-    """The rows of a table or data frame, a single image, or every image below a folder."""
+    """The rows of a table or data frame, a single image, or every image below a folder; what is that already stays."""
+    if isinstance(where, (ImageTable, ImageFolder)):
+        return where
     if not isinstance(where, (str, Path)):
         return ImageTable(where)
     path = Path(where)
@@ -225,6 +230,8 @@ def refuse_output(out: Path) -> None:
         raise InputError(f"out must end in .csv or .parquet, got {out.name!r}")
     if out.is_dir():
         raise InputError(f"{out} is a folder; name a file")
+    if out.exists() and not out.is_file():  # a pipe would be waited for
+        raise InputError(f"{out} is a pipe or a device; name a file")
     above = next(folder for folder in out.absolute().parents if folder.exists())
     if not above.is_dir() or not os.access(above, os.W_OK):
         raise InputError(f"cannot write {out}: {above} is no folder that can be written; name another file")

@@ -147,7 +147,7 @@ def sweep(
                 _run_batches(plan, cache, opened, missing_batches(opened, plan), ray, progress)
                 result = collect(opened, plan)
                 result.warnings = [*result.warnings, *left_out]
-                _refit(result, plan, cache, refit, refit_seeds, earlier)
+                _refit(result, plan, cache, refit, refit_seeds, earlier, progress)
             # the folder of checkpoints goes once none is left in it
             with contextlib.suppress(OSError):
                 (plan.out / CHECKPOINTS).rmdir()
@@ -238,7 +238,13 @@ def _most_steps(space: Space) -> int:
 
 
 def _refit(
-    result: SweepResult, plan: Plan, cache: FeatureCache, count: int, seeds: int, earlier: Summary | None
+    result: SweepResult,
+    plan: Plan,
+    cache: FeatureCache,
+    count: int,
+    seeds: int,
+    earlier: Summary | None,
+    progress: bool | None,
 ) -> None:
     """Refit the best with seeds that the search did not use and read the test split, unless that has been done."""
     best = result.leaderboard[:count]
@@ -266,7 +272,7 @@ def _refit(
         split=plan.split,
         device=plan.device,
         engine=plan.engine,
-        progress=False,
+        progress=progress,
         # named after its trials: an interrupted refit may be of others than those that are best now
         checkpoint=plan.out / CHECKPOINTS / "-".join(["refit", *(str(trial.trial) for trial in best)]),
     )

@@ -97,7 +97,7 @@ def forecast_sweep(
         "forecast": None,
     }
     try:
-        curve = _earlier_curve(saved.folder, about)
+        curve = _earlier_curve(saved, about)
         if curve is None:
             configs = [FitConfig.from_dict({**saved.settings, "seed": seed}, saved=True) for seed in fresh]
             curves = grow(cache, configs, over, [metric], split=split, device=device, engine=engine, progress=progress)
@@ -150,10 +150,10 @@ def _refit_run(saved: SavedSweep, option: str) -> Path:
     return run_folders(saved.folder / saved.summary.best[0]["runs"], saved.summary.best[0]["seeds"])[0]
 
 
-def _earlier_curve(folder: Path, about: dict[str, Any]) -> Curve | None:
+def _earlier_curve(saved: SavedSweep, about: dict[str, Any]) -> Curve | None:
     """The curve of an earlier call about the same runs; None where its file cannot be used."""
     try:
-        earlier = read_forecast(folder)
+        earlier = read_forecast(saved.folder, saved.summary.owner)
     except (OSError, InputError):
         return None
     if earlier is None or earlier.curve is None or {name: getattr(earlier, name) for name in about} != about:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from ulfine_fast.related.forecast.forecast import FORECASTERS
 from ulfine_fast.related.forecast.saved import read_forecast
+from ulfine_fast.search.saved import earlier_summary
 
 
 def forecast_note(folder: Path) -> str | None:
@@ -14,7 +15,8 @@ def forecast_note(folder: Path) -> str | None:
     Raises:
         InputError, OSError: the file is damaged.
     """
-    saved = read_forecast(folder)
+    summary = earlier_summary(folder)
+    saved = read_forecast(folder, None if summary is None else summary.owner)
     if saved is None:
         return None
     start = f"Forecast of trial {saved.trial} over {saved.over}"

@@ -12,7 +12,6 @@ from ulfine_fast.cache.io.errors import InputError
 from ulfine_fast.cache.io.files import read_regular_file
 from ulfine_fast.cache.io.json_files import MAX_BYTES, check_schema, parse_json
 from ulfine_fast.related.forecast.forecast import FORECASTERS
-from ulfine_fast.search.saved import earlier_summary
 
 FILE = "forecast.json"
 
@@ -47,7 +46,7 @@ class SavedValues(msgspec.Struct):
 
 
 class SavedForecast(msgspec.Struct):
-    """What :func:`forecast_sweep` returns, as far as it is read again."""
+    """What :func:`forecast_sweep` returns, as far as it is read again; version 0.1 wrote no `sweep`."""
 
     trial: int
     over: str
@@ -60,21 +59,16 @@ class SavedForecast(msgspec.Struct):
     sweep: str | None = None
 
 
-def sweep_id(folder: Path) -> str | None:
-    """The id of the finished sweep in a folder; None where it has none.
-
-    Raises:
-        InputError, OSError: sweep.json is damaged.
-    """
-    summary = earlier_summary(folder)
-    return None if summary is None else summary.owner
-
-
-def read_forecast(folder: Path) -> SavedForecast | None:
+def read_forecast(folder: Path, owner: str | None) -> SavedForecast | None:
     """Read the forecast in a sweep's folder; None where there is none.
 
+    Args:
+        folder: of the sweep.
+        owner: the sweep's id, as sweep.json has it; None in version 1.
+
     Raises:
-        InputError: a file that is damaged, or was changed after it was written. Version 0.1 wrote no digest.
+        InputError: a file that is damaged, was changed after it was written (version 0.1 wrote no digest), or is of
+            another sweep.
         OSError: not a regular file.
     """
     path = folder / FILE
@@ -86,7 +80,7 @@ def read_forecast(folder: Path) -> SavedForecast | None:
     if "digest" in content and not is_sealed(data):
         raise InputError(f"{path} was changed after it was written; {_FIX}")
     saved = check_schema(content, SavedForecast, name=str(path), fix=_FIX)
-    if saved.sweep is not None and saved.sweep != sweep_id(folder):
+    if saved.sweep is not None and saved.sweep != owner:
         raise InputError(f"{path} is of another sweep; {_FIX}")
     unknown = [] if saved.forecast is None else sorted(saved.forecast.figures.keys() - FORECASTERS)
     if unknown or (saved.refused is None) == (saved.forecast is None) or (saved.forecast and not saved.curve):

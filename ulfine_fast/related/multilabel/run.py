@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
+import msgspec
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from ulfine_fast._version import __version__
+from ulfine_fast.cache.io.digests import BLANK, file_digest, is_sealed, sealed
 from ulfine_fast.cache.io.errors import InputError
-from ulfine_fast.cache.io.json_files import read_json
+from ulfine_fast.cache.io.files import read_regular_file
+from ulfine_fast.cache.io.json_files import MAX_BYTES, check_schema, parse_json, read_json
 from ulfine_fast.ops.prototypes import normalize
 from ulfine_fast.related.multilabel.heads import head_logits
 from ulfine_fast.related.multilabel.settings import MultiLabelConfig
@@ -27,6 +32,21 @@ Table = Literal["csv", "parquet"]
 FORMAT = "ulfine-fast-multilabel-run"
 _SUMMARY = "ulfine-fast-multilabel-summary"
 HEADLINE = ("map", "many", "medium", "few")
+# Files that config.json holds the digests of since version 2, in which it holds its own too.
+_DIGESTED = ("metrics.json", "head.safetensors")
+_MAX_HEAD_BYTES = 4 << 30
+
+
+class _Saved(msgspec.Struct):
+    """config.json."""
+
+    version: Annotated[int, msgspec.Meta(ge=1, le=2)]
+    config: dict[str, Any]
+    class_names: Annotated[list[str], msgspec.Meta(min_length=1)]
+    labels: str
+    encoder: dict[str, Any] | None = None
+    cache: Annotated[str, msgspec.Meta(pattern="^[^\0]*$")] | None = None
+    digests: dict[str, str] = {}
 
 
 class Restored(NamedTuple):
@@ -101,7 +121,7 @@ class MultiLabelRun:
 
         config = {
             "format": FORMAT,
-            "version": 1,
+            "version": 2,
             "config": asdict(self.config),
             "cache": None if self.cache_path is None else str(self.cache_path),
             "encoder": self.encoder,
@@ -111,11 +131,15 @@ class MultiLabelRun:
         }
         try:
             folder.mkdir(parents=True, exist_ok=True)
+            # without this file the others are no run, so that a stop leaves no old one beside new metrics
+            (folder / "config.json").unlink(missing_ok=True)
             _write_json(folder / "metrics.json", self.metrics)
             save_file({name: tensor.contiguous() for name, tensor in self.tensors.items()}, folder / "head.safetensors")
             self._write_predictions(folder, table)
             _write_csv(folder / "restored.csv", ["id", "class", "probability"], self.restored)
-            _write_json(folder / "config.json", config)
+            config["digests"] = {name: file_digest(folder / name) for name in _DIGESTED}
+            text = json.dumps({**config, "digest": BLANK}, indent=2, allow_nan=False)
+            (folder / "config.json").write_bytes(sealed(f"{text}\n".encode()))
         except OSError as error:
             raise InputError(f"cannot write the run to {folder}: {error.strerror or error}") from error
 
@@ -143,27 +167,43 @@ class MultiLabelRun:
         Raises:
             InputError: no multi-label run there, or a damaged one.
         """
-        from safetensors.torch import load_file
+        from safetensors.torch import load
 
-        fix = "fit it again with `ulfine-fast multilabel`"
-        missing = f"{folder} is no multi-label run: it lacks config.json or metrics.json"
-        content = read_json(folder / "config.json", dict[str, Any], fix=fix, missing=missing)
+        path, fix = folder / "config.json", "fit the run again"
         try:
-            if content["format"] != FORMAT or content["version"] != 1:
-                raise InputError(f"{folder} is a {content['format']}, not one that `ulfine-fast multilabel` wrote")
+            data = read_regular_file(path, MAX_BYTES)
+            content = parse_json(data, dict[str, Any], name=str(path), fix=fix)
+            if content.get("format") != FORMAT:
+                raise InputError(f"{folder} is a {content.get('format')}, not one that `ulfine-fast multilabel` wrote")
+            saved = check_schema(content, _Saved, name=str(path), fix=fix)
+            if (saved.version > 1 or "digest" in content) and not is_sealed(data):
+                raise InputError(f"{path} was changed after it was written; {fix}")
+            files = {
+                "metrics.json": read_regular_file(folder / "metrics.json", MAX_BYTES),
+                "head.safetensors": read_regular_file(folder / "head.safetensors", _MAX_HEAD_BYTES),
+            }
+            for name, file in files.items():
+                if saved.version > 1 and saved.digests.get(name) != hashlib.sha256(file).hexdigest():
+                    raise InputError(f"{folder / name} is not the file that config.json was written with; {fix}")
+            metrics = parse_json(files["metrics.json"], dict[str, Any], name=str(folder / "metrics.json"), fix=fix)
+            tensors = load(files["head.safetensors"])
+            rows = (len(saved.class_names),)
+            if tensors["weights"].shape[:1] != rows or tensors["bias"].shape != rows or tensors["weights"].ndim != 2:
+                raise InputError(f"{folder / 'head.safetensors'} is no head of {rows[0]} classes; {fix}")
             return cls(
-                config=MultiLabelConfig.from_dict(content["config"]),
-                class_names=content["class_names"],
-                tensors=load_file(folder / "head.safetensors"),
-                encoder=content["encoder"],
-                cache_path=None if content["cache"] is None else Path(content["cache"]),
-                labels_digest=content["labels"],
-                metrics=read_json(folder / "metrics.json", dict[str, Any], fix=fix, missing=missing),
+                config=MultiLabelConfig.from_dict(saved.config),
+                class_names=saved.class_names,
+                tensors=tensors,
+                encoder=saved.encoder,
+                cache_path=None if saved.cache is None else Path(saved.cache),
+                labels_digest=saved.labels,
+                metrics=metrics,
             )
         except InputError:
             raise
         except Exception as error:  # each library has errors of its own for a damaged file
-            raise InputError(f"{folder} is no multi-label run ({type(error).__name__}: {error})") from error
+            reason = " ".join(str(error).split())
+            raise InputError(f"{folder} is no multi-label run ({type(error).__name__}: {reason})") from error
 
 
 def save_label_runs(runs: Sequence[MultiLabelRun], out: Path, *, table: Table = "csv") -> MeanMetrics:
@@ -192,11 +232,9 @@ def refuse_other_folder(out: Path) -> None:
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
     for name, expected in (("config.json", FORMAT), ("summary.json", _SUMMARY)):
-        try:
+        with contextlib.suppress(InputError):
             if read_json(out / name, dict[str, Any], fix="name a new folder").get("format") == expected:
                 return
-        except InputError:
-            continue
     raise InputError(f"{out} exists and is no multi-label run; name a new folder")
 
 
