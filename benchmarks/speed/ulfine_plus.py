@@ -57,7 +57,9 @@ def multiply_adds(size: Size, labeled: int, survivors: int, folds: int = 4) -> i
     """
     images, classes, dim = size
     vector = classes * dim
-    probes = len(ulfine_plus.PROBES) * ulfine_plus.PROBE_STEPS * 2 * min(labeled, MOST_ROWS) * (1 + folds) * vector
+    # each kind and one from class means without each fold, one with all labels
+    heads = (len(ulfine_plus.PROBES) + 1) * folds + 1
+    probes = heads * ulfine_plus.PROBE_STEPS * 2 * min(labeled, MOST_ROWS) * vector
     scatter = (images + labeled) * (1 + _VIEWS) * dim * dim
     sample = min(images, max(ulfine_plus.SAMPLE, ulfine_plus.SAMPLE_PER_CLASS * classes))
 
@@ -71,7 +73,7 @@ def multiply_adds(size: Size, labeled: int, survivors: int, folds: int = 4) -> i
         return rows * (anchor + first + rounds * round_of) + known
 
     total = probes + scatter
-    total += clusters(sample, folds, folds * ulfine_plus.STARTS, ulfine_plus.ROUNDS, ANCHOR_PASSES)
+    total += clusters(sample, folds, folds * ulfine_plus.STARTS, ulfine_plus.JUDGED_ROUNDS, ANCHOR_PASSES)
     total += clusters(sample, 1, survivors, ulfine_plus.ROUNDS, ANCHOR_PASSES)
     if sample < images:
         total += clusters(images, 1, survivors, ulfine_plus.LAST_ROUNDS, 0)

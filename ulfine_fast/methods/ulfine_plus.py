@@ -36,8 +36,10 @@ PROBE_RATE = 0.2
 PROBES = ((10.0, True), (25.0, True), (25.0, False))
 # starting priors of the clusters
 STARTS = 5
-# of the clustering: rounds, EM steps in each, and first rounds in which the starting prior is held
+# of the clustering: rounds, fewer where candidates are only judged, EM steps in each, and first rounds in which the
+# starting prior is held
 ROUNDS = 6
+JUDGED_ROUNDS = 4
 STEPS = 2
 HELD_ROUNDS = 2
 # unlabelled images that the clusters begin with, of which candidates are judged: at least so many, and so many a class
@@ -152,7 +154,7 @@ class ULFinePlus(Method):
         work = _Work(
             {
                 "probes": len(PROBES) * PROBE_STEPS * (1 + trials.config.folds) * pool.labels.shape[1],
-                "folds": ROUNDS * STEPS * STARTS * trials.config.folds * sample_size,
+                "folds": JUDGED_ROUNDS * STEPS * STARTS * trials.config.folds * sample_size,
                 "sample": ROUNDS * STEPS * STARTS * sample_size,
                 "all": LAST_ROUNDS * STEPS * STARTS * images if images > sample_size else 0,
             },
@@ -194,7 +196,8 @@ class ULFinePlus(Method):
         )
 
         # candidates without the labels of each fold, scored on these labels beside the probe
-        judged = fit_clusters(_fits(evidence, slice(1, None)), schedule, report=work.part("folds"))
+        brief = replace(schedule, rounds=JUDGED_ROUNDS)
+        judged = fit_clusters(_fits(evidence, slice(1, None)), brief, report=work.part("folds"))
         likelihoods = [
             label_likelihoods(logits, pool.labels[:, position])
             for position, logits in _held_out_logits(values, pool, heads, judged, evidence, folds)
@@ -337,58 +340,62 @@ def _of_fold(values: Tensor, fold: Tensor) -> Tensor:
 
 
 def _probes(pool: Pool, trials: Trials, kept: Tensor, folds: Tensor, report: Report) -> tuple[Tensor, Tensor]:
-    """Labelled-only heads (T, J, K, D) of the kind (T,) that held-out labels prefer, as long as their scale."""
-    views, classes = pool.labeled_views, trials.prototypes.shape[1]
+    """Labelled-only heads (T, J, K, D) of the kind (T,) that held-out labels prefer, as long as their scale.
+
+    Every kind is fitted without each fold, the preferred one with all labels too.
+    """
+    classes, parts = trials.prototypes.shape[1], len(PROBES) + 1
+
+    def fitted(part: int) -> Report:
+        return lambda fraction: report((part + fraction) / parts)
+
     heads, scores = [], []
-    for number, (scale, with_strong) in enumerate(PROBES):
-
-        def fitted(fraction: float, number: int = number) -> None:
-            report((number + fraction) / len(PROBES))
-
-        seen = views if with_strong else views[:, :, : pool.features.easy]
-        unit = fit_probe(
-            seen,
-            pool.labels,
-            kept,
-            trials.prototypes,
-            scale=trials.zeros() + scale,
-            rate=PROBE_RATE,
-            steps=PROBE_STEPS,
-            report=fitted,
-        )
-        heads.append(scale * unit)
+    for kind in range(len(PROBES)):
+        heads.append(_probe(pool, trials, kind, kept[:, :, 1:], trials.prototypes, fitted(kind)))
         likelihoods = [
-            label_likelihoods(_of_fold(products(rows, heads[-1]), fold).unsqueeze(2), labels)
-            for rows, fold, labels in zip(
-                pool.labeled.split(TOGETHER, dim=1),
-                folds.split(TOGETHER, dim=1),
-                pool.labels.split(TOGETHER, dim=1),
-                strict=True,
-            )
+            label_likelihoods(logits.unsqueeze(2), pool.labels[:, part])
+            for part, logits in _probe_logits(pool, heads[-1], folds)
         ]
         scores.append(held_out_scores(torch.cat(likelihoods, dim=1), pool.labels, folds > 0, classes)[0].squeeze(1))
-    best = torch.stack(scores).argmax(0)  # (T,)
-    return torch.stack(heads, dim=1)[torch.arange(len(best), device=best.device), best], best
+    kinds = torch.stack(scores).argmax(0)  # (T,)
+    without = torch.stack(heads, dim=1)[torch.arange(len(kinds), device=kinds.device), kinds]  # (T, J - 1, K, D)
+    whole = torch.zeros_like(without[:, :1])
+    for kind in kinds.unique().tolist():
+        chosen = _probe(pool, trials, kind, kept[:, :, :1], trials.prototypes, fitted(len(PROBES)))
+        whole = torch.where((kinds == kind).view(-1, 1, 1, 1), chosen, whole)
+    return torch.cat([whole, without], dim=1), kinds
+
+
+def _probe(pool: Pool, trials: Trials, kind: int, kept: Tensor, start: Tensor, report: Report | None = None) -> Tensor:
+    """Heads (T, J, K, D) of one kind, as long as their scale."""
+    scale, with_strong = PROBES[kind]
+    views = pool.labeled_views
+    return scale * fit_probe(
+        views if with_strong else views[:, :, : pool.features.easy],
+        pool.labels,
+        kept,
+        start,
+        scale=trials.zeros() + scale,
+        rate=PROBE_RATE,
+        steps=PROBE_STEPS,
+        report=report,
+    )
+
+
+def _probe_logits(pool: Pool, heads: Tensor, folds: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Chunks of labelled images: logits (T, n, K) by the head (T, J, K, D) of each image's fold."""
+    for first in range(0, folds.shape[1], TOGETHER):
+        part = slice(first, first + TOGETHER)
+        yield part, _of_fold(products(pool.labeled[:, part], heads), (folds[:, part] - 1).clamp(min=0))
 
 
 def _right_without_text(pool: Pool, trials: Trials, kept: Tensor, folds: Tensor, kinds: Tensor) -> Tensor:
     """Whether probes that start from the labelled images' class means hit each held-out label: 1 or 0, (T, L)."""
-    views, kept = pool.labeled_views, kept[:, :, 1:]
-    right = torch.zeros_like(folds, dtype=views.dtype)
+    kept = kept[:, :, 1:]
+    start = class_means(pool.labeled, pool.labels, kept, trials.prototypes.shape[1])
+    right = torch.zeros_like(folds, dtype=start.dtype)
     for kind in kinds.unique().tolist():
-        scale, with_strong = PROBES[kind]
-        heads = fit_probe(
-            views if with_strong else views[:, :, : pool.features.easy],
-            pool.labels,
-            kept,
-            class_means(pool.labeled, pool.labels, kept, trials.prototypes.shape[1]),
-            scale=trials.zeros() + scale,
-            rate=PROBE_RATE,
-            steps=PROBE_STEPS,
-        )
-        for first in range(0, folds.shape[1], TOGETHER):
-            part = slice(first, first + TOGETHER)
-            logits = _of_fold(products(pool.labeled[:, part], heads), (folds[:, part] - 1).clamp(min=0))
+        for part, logits in _probe_logits(pool, _probe(pool, trials, kind, kept, start), folds):
             hits = (logits.argmax(-1) == pool.labels[:, part]).to(right.dtype)
             right[:, part] = torch.where((kinds == kind).unsqueeze(1), hits, right[:, part])
     return right

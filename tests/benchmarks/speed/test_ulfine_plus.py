@@ -33,7 +33,7 @@ def test_multiply_adds_by_hand(monkeypatch):
     monkeypatch.setattr(method, "SAMPLE_PER_CLASS", 1)
     size, labeled, survivors, folds = Size(30, 2, 5), 7, 3, 2
     vector = 2 * 5
-    probes = 200 * 2 * 7 * 3 * vector
+    probes = method.PROBE_STEPS * 2 * 7 * (2 + 2 + 1) * vector
     scatter = 37 * 3 * 5 * 5 + 37 * 5 * 5
 
     def clusters(rows, fits, candidates, rounds, first):
@@ -52,7 +52,8 @@ def test_multiply_adds_by_hand(monkeypatch):
     # two classes have two factors, each 5 wide: lengths cost min(K, D) D
     factor = 2 * 5
     assert factor == min(size.classes, size.dim) * size.dim
-    wanted = probes + scatter + clusters(10, 2, 10, 6, True) + clusters(10, 1, 3, 6, True)
+    wanted = probes + scatter + clusters(10, 2, 10, method.JUDGED_ROUNDS, True)
+    wanted += clusters(10, 1, 3, method.ROUNDS, True)
     wanted += clusters(30, 1, 3, 2, False) + 30 * 25 * 2 * 3
     assert multiply_adds(size, labeled, survivors, folds) == wanted
 
