@@ -148,7 +148,7 @@ def test_the_default_method_is_ulfine_plus():
     assert [str(one.message).partition(";")[0] for one in caught] == ["the option lean is now called probe_weight"]
 
 
-@pytest.mark.parametrize("name, method", [("mu", "ulfine"), ("paf", "ulfine"), ("anchor", "gmm")])
+@pytest.mark.parametrize(("name", "method"), [("mu", "ulfine"), ("paf", "ulfine"), ("anchor", "gmm")])
 def test_an_option_of_other_methods_without_a_method_says_which_to_name(name, method):
     for build in (lambda: FitConfig(**{name: 1.0}), lambda: FitConfig.from_dict({name: 1.0})):
         with pytest.raises(
