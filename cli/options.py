@@ -73,10 +73,9 @@ def options_with_file(context: typer.Context, options: Mapping[str, Any], path: 
     if path is None:
         return options
     from ulfine_fast.cache.io.errors import InputError
-    from ulfine_fast.cache.io.toml import read_toml
-    from ulfine_fast.config import FitConfig
+    from ulfine_fast.config import FitConfig, read_options
 
-    content = read_toml(path)
+    content = read_options(path)
     direct = {name: value for name, value in options.items() if is_named(context, name)}
     method = {"method": direct["method"]} if "method" in direct else {}
     try:
@@ -125,7 +124,7 @@ class MethodCommand(TyperCommand):
             ctx.meta[_METHODS] = []
             if named or not {"-h", "--help"} & set(args):
                 ctx.meta[_METHODS] = _method_params(methods, self._shared(), hidden=not named)
-                self._refuse_unread(ctx, args, methods[0])
+                self._refuse_unread(ctx, args, named)
         except InputError as error:
             print(f"error: {error}", file=sys.stderr)
             raise typer.Exit(2) from None
@@ -145,7 +144,7 @@ class MethodCommand(TyperCommand):
     def _shared(self) -> set[str]:
         return {str(param.name) for param in self.params}
 
-    def _refuse_unread(self, ctx: Any, args: list[str], method: str) -> None:
+    def _refuse_unread(self, ctx: Any, args: list[str], named: list[str]) -> None:
         """Refuse options, of the line or of a file, that exist for other methods only."""
         from ulfine_fast.config import FitConfig
 
@@ -157,7 +156,7 @@ class MethodCommand(TyperCommand):
         aliases = {written_name(param) for param in params}
         names += [name for name in ctx.default_map or {} if name not in known | aliases]
         for name in names:
-            successor = _successor(method, name)
+            successor = _successor(named[0] if named else FitConfig.method, name)
             if successor is not None:
                 ctx.meta[_METHODS] += [
                     param
@@ -165,19 +164,19 @@ class MethodCommand(TyperCommand):
                     if param.name not in {own.name for own in ctx.meta[_METHODS]}
                 ]
             elif _readers(name):
-                # says who reads it
-                FitConfig.from_dict({"method": method, name: None})
+                # says who reads it, and which method to name where the call names none
+                FitConfig.from_dict({name: None, **({"method": named[0]} if named else {})})
 
 
 def _named_methods(ctx: Any, args: list[str], command: str | None) -> list[str]:
     """The methods that a call names: on the line, in the environment, in its file, or in the file of all commands."""
-    from ulfine_fast.cache.io.toml import read_toml
+    from ulfine_fast.config import read_options
 
     named: Any = _value_of(args, "--method") or os.environ.get(f"ULFINE_FAST_{str(command).upper()}_METHOD")
     for flag in ("--config", "--space"):
         path = _value_of(args, flag) or os.environ.get(f"ULFINE_FAST_{str(command).upper()}_{flag[2:].upper()}")
         if not named and path and Path(path).is_file():
-            named = read_toml(Path(path)).get("method")
+            named = read_options(Path(path)).get("method")
     named = named or (ctx.default_map or {}).get("method") or []
     return [str(name) for name in named] if isinstance(named, list) else [str(named)]
 

@@ -55,7 +55,8 @@ def quick():
     """A config of a few steps on the clusters; give it what a test is about."""
 
     def make(**values):
-        return FitConfig(**{"n1": 30, "gamma_l": 10, "gamma_u": 10, "steps": 40, "eval_every": 20, **values})
+        usual = {"method": "ulfine", "n1": 30, "gamma_l": 10, "gamma_u": 10, "steps": 40, "eval_every": 20}
+        return FitConfig(**{**usual, **values})
 
     return make
 

@@ -17,6 +17,7 @@ from ulfine_fast.config import (
     options_of,
     own_options,
     per_trial_options,
+    read_options,
     readable,
     shared_options,
     split_key,
@@ -32,12 +33,12 @@ VERSION_0_1 = sorted(Path(__file__).parent.glob("fixtures/v0_1/runs/*/config.jso
     ("values", "sentence"),
     [
         ({"rank": 0}, "rank must be at least 1, got 0"),
-        ({"threshold": 1.5}, "threshold must be at most 1, got 1.5"),
+        ({"method": "ulfine", "threshold": 1.5}, "threshold must be at most 1, got 1.5"),
         ({"lr": float("nan")}, "lr must be a finite number, got nan"),
         ({"lr": "fast"}, "lr must be a finite number, got 'fast'"),
         ({"steps": 1.5}, "steps must be a whole number, got 1.5"),
         ({"steps": True}, "steps must be a whole number, got True"),
-        ({"paf": 1}, "paf must be true or false, got 1"),
+        ({"method": "ulfine", "paf": 1}, "paf must be true or false, got 1"),
         ({"seed": None}, "seed must be given, got None"),
         ({"n1": 0}, "n1 must be at least 1, got 0"),
         ({"gamma_l": 0.5}, "gamma_l must be at least 1, got 0.5"),
@@ -52,7 +53,7 @@ def test_bad_values_are_named_with_the_range(values, sentence):
 
 
 def test_the_edges_of_ranges_are_legal():
-    FitConfig(threshold=0.0, eta=1.0, steps=1, n1=1, m1=0, gamma_l=1.0, val_fraction=0.0)
+    FitConfig(method="ulfine", threshold=0.0, eta=1.0, steps=1, n1=1, m1=0, gamma_l=1.0, val_fraction=0.0)
 
 
 def test_every_option_says_what_it_is():
@@ -65,15 +66,16 @@ def test_an_unknown_option_is_named_with_the_closest():
     with pytest.raises(InputError, match="unknown option 'learning_rate'"):
         FitConfig.from_dict({"learning_rate": 0.1})
     with pytest.raises(InputError, match=r"unknown option 'threshhold'; did you mean 'threshold'\?"):
-        FitConfig(threshhold=0.1)
+        FitConfig(method="ulfine", threshhold=0.1)
 
 
 def test_structure_is_shared_by_trials_that_differ_in_numbers_only():
-    assert structural_key(FitConfig(lr=0.1, seed=3, mu=0.5)) == structural_key(FitConfig())
-    assert structural_key(FitConfig(rank=8)) == structural_key(FitConfig())
-    assert structural_key(FitConfig(batch_labeled=8)) != structural_key(FitConfig())
-    assert structural_key(FitConfig(align="none")) != structural_key(FitConfig())
-    names = per_trial_options(FitConfig())
+    config = FitConfig(method="ulfine")
+    assert structural_key(dataclasses.replace(config, lr=0.1, seed=3, mu=0.5)) == structural_key(config)
+    assert structural_key(dataclasses.replace(config, rank=8)) == structural_key(config)
+    assert structural_key(dataclasses.replace(config, batch_labeled=8)) != structural_key(config)
+    assert structural_key(dataclasses.replace(config, align="none")) != structural_key(config)
+    names = per_trial_options(config)
     assert {"lr", "rank", "mu", "paf"} <= set(names)
     assert not {"batch_labeled", "align", "method", "shape"} & set(names)
 
@@ -138,6 +140,38 @@ def test_an_option_of_other_methods_is_refused_and_they_are_named(values, senten
         assert str(error.value).startswith(sentence)
 
 
+def test_the_default_method_is_ulfine_plus():
+    assert FitConfig() == FitConfig(method="ulfine_plus") == FitConfig.from_dict({})
+    assert FitConfig(probe_weight=0.7).probe_weight == 0.7
+    with pytest.warns(FutureWarning) as caught:
+        assert FitConfig(lean=0.7) == FitConfig(probe_weight=0.7)
+    assert [str(one.message).partition(";")[0] for one in caught] == ["the option lean is now called probe_weight"]
+
+
+@pytest.mark.parametrize(("name", "method"), [("mu", "ulfine"), ("paf", "ulfine"), ("anchor", "gmm")])
+def test_an_option_of_other_methods_without_a_method_says_which_to_name(name, method):
+    for build in (lambda: FitConfig(**{name: 1.0}), lambda: FitConfig.from_dict({name: 1.0})):
+        with pytest.raises(
+            InputError, match=rf"method ulfine_plus does not read {name}, .*, such as --method {method}$"
+        ):
+            build()
+
+
+def test_saved_options_without_a_method_are_of_ulfine(tmp_path):
+    assert FitConfig.from_dict({"lr": 0.1}, saved=True) == FitConfig(method="ulfine", lr=0.1)
+    assert FitConfig.from_dict({"ensemble_heads": 3}, saved=True).method == "channel_ulfine"
+
+    # best.toml of a sweep of version 0.1, whose space named no method; other files are no sweep's
+    text = "lr = 0.1\nmu = 0.02\n"
+    path = tmp_path / "best.toml"
+    path.write_text(f"# trial 3 of a sweep by ulfine-fast 0.1.0; on validation: few 0.5\n{text}")
+    assert FitConfig(**read_options(path)) == FitConfig(method="ulfine", lr=0.1, mu=0.02)
+    path.write_text(f'# trial 3 of a sweep by ulfine-fast 0.1.0; on validation: few 0.5\nmethod = "gmm"\n{text}')
+    assert read_options(path)["method"] == "gmm"
+    path.write_text(text)
+    assert read_options(path) == {"lr": 0.1, "mu": 0.02}
+
+
 def test_of_many_methods_a_message_names_a_few():
     with pytest.raises(InputError, match=r"channel_ulfine, clip_adapter and \d+ others read; leave it out$"):
         FitConfig(method="zero_shot", tau=1.0)
@@ -172,9 +206,9 @@ def test_every_method_has_a_config_that_goes_round(method):
 
 def test_a_replaced_value_is_checked():
     with pytest.raises(InputError, match="mu must be at most 1, got 2"):
-        dataclasses.replace(FitConfig(), mu=2)
+        dataclasses.replace(FitConfig(method="ulfine"), mu=2)
     with pytest.raises(InputError, match="method ulfine does not read bag_size"):
-        dataclasses.replace(FitConfig(), bag_size=2)
+        dataclasses.replace(FitConfig(method="ulfine"), bag_size=2)
     with pytest.raises(dataclasses.FrozenInstanceError):
         FitConfig().lr = 0.1
 
@@ -224,7 +258,10 @@ def test_old_names_are_accepted_with_a_warning(method, old, new):
             {"method": "freematch", "ensemble_heads": 2, "fairness": 0.2},
             {"method": "channel_freematch", "ensemble_heads": 2, "fairness": 0.2},
         ),
-        ({"ensemble_heads": 2, "mu": 0.2}, {"method": "channel_ulfine", "ensemble_heads": 2, "mu": 0.2}),
+        (
+            {"method": "ulfine", "ensemble_heads": 2, "mu": 0.2},
+            {"method": "channel_ulfine", "ensemble_heads": 2, "mu": 0.2},
+        ),
         (
             {"method": "fixmatch", "pseudo_loss": "equal", "reference_scale": 0.5, "ensemble_heads": 0},
             {"method": "preference_fixmatch", "pseudo_loss": "equal", "reference_scale": 0.5},

@@ -66,8 +66,12 @@ def test_clone_and_set_params():
     assert other.get_params() == one.get_params()
     assert other.set_params(lr=0.5).lr == 0.5
     assert "method" not in one.get_params()
-    assert FeatureClassifier().get_params()["method"] == "ulfine"
-    assert set(FitConfig().to_dict()) > set(one.get_params()) - {"text_features", "device", "random_state"}
+    assert FeatureClassifier().get_params()["method"] == FitConfig().method == "ulfine_plus"
+    assert set(FitConfig(method="ulfine").to_dict()) > set(one.get_params()) - {
+        "text_features",
+        "device",
+        "random_state",
+    }
     with pytest.raises(TypeError, match="no parameter 'stepz'"):
         ULFineClassifier(stepz=3)
 
@@ -185,7 +189,7 @@ def test_it_is_the_engines_own_fit(digits):
     content = np.ascontiguousarray(np.column_stack([y, features + 0.0]))
     order = np.argsort(content.view(f"V{content.shape[1] * 8}")[:, 0], kind="stable")
     split = Split(order[y[order] >= 0], order[y[order] < 0], np.empty(0, int), np.empty(0, int), np.arange(10))
-    run = fit(cache, FitConfig(steps=20, seed=3, eval_every=20), split=split, progress=False)
+    run = fit(cache, FitConfig(method="ulfine", steps=20, seed=3, eval_every=20), split=split, progress=False)
     np.testing.assert_allclose(model.decision_function(features), run.logits(features), atol=1e-4)
 
 

@@ -9,16 +9,24 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import re
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ulfine_fast.cache.io.errors import InputError
+from ulfine_fast.cache.io.toml import parse_toml, toml_bytes
 from ulfine_fast.methods import registry
 
+# first line of a file that a sweep wrote, see `ulfine_fast.search.leaderboard.write_best`
+_OF_A_SWEEP = re.compile(rb"# trial \d+ of a sweep by ulfine-fast ")
 # methods that a message names; more of them are counted
 _MOST_NAMED = 6
+
+UNNAMED_METHOD = "ulfine"
+"""The method of saved settings that name none: it was the default of version 0.1, whose sweeps left it out."""
 
 SHAPES = ("consistent", "uniform", "reversed", "middle", "head-tail", "shuffled", "natural")
 """How the unlabelled images are distributed over the classes, see docs/method.md."""
@@ -75,7 +83,7 @@ class _ByMethod(type):
 
     def __call__(cls, **values: Any) -> Any:
         values = renamed(values)
-        target = config_class(values.get("method", getattr(cls, "method", "ulfine")))
+        target = config_class(values.get("method", FitConfig.method))
         legal = {spec.name for spec in dataclasses.fields(target)}
         if any(name not in legal for name in values):
             values = _moved(values)
@@ -95,7 +103,7 @@ class FitConfig(metaclass=_ByMethod):
         InputError: a value outside its range or not among its choices, or an option that the method does not read.
     """
 
-    method: str = option("ulfine", "what to fit; `ulfine-fast methods` lists all", structural=True, panel="Fit")
+    method: str = option("ulfine_plus", "what to fit; `ulfine-fast methods` lists all", structural=True, panel="Fit")
     seed: int = option(0, "seed of weights and mini-batches", low=0, high=2**31 - 1, panel="Fit")
 
     # -- split (docs/method.md, section "Protocol")
@@ -224,7 +232,7 @@ class FitConfig(metaclass=_ByMethod):
         Args:
             values: options by name.
             saved: whether they come from a run or sweep, which in version 0.1 recorded the options of all methods:
-                options that other methods read are left out.
+                options that other methods read are left out, and a missing method is :data:`UNNAMED_METHOD`.
 
         Raises:
             InputError: a name that is no option, or an option that the method does not read.
@@ -234,8 +242,8 @@ class FitConfig(metaclass=_ByMethod):
         with warnings.catch_warnings():
             # a file keeps the names of the version that wrote it, and the reader cannot change them
             warnings.simplefilter("ignore", FutureWarning)
-            values = renamed(values)
-            method = values.get("method", FitConfig.method)
+            values = renamed({"method": UNNAMED_METHOD, **values})
+            method = values["method"]
             values = renamed({**values, "method": _successor(method, values) or method})
             read = readable(values["method"], values)
             for name in values.keys() - read.keys():
@@ -246,6 +254,18 @@ class FitConfig(metaclass=_ByMethod):
     def __reduce__(self) -> tuple[Any, ...]:
         # the class of a method's configs is made at run time, so pickle cannot import it by name
         return _restored, (self.to_dict(),)
+
+
+def read_options(path: Path) -> dict[str, Any]:
+    """The options in a flat TOML file: one of `fit --config`, or best.toml of a sweep.
+
+    Raises:
+        InputError: no such file, or not TOML.
+    """
+    data = toml_bytes(path)
+    content = parse_toml(data, str(path))
+    # sweeps of this version name the method, those of version 0.1 did where the space did
+    return {"method": UNNAMED_METHOD, **content} if _OF_A_SWEEP.match(data) else content
 
 
 def _restored(values: dict[str, Any]) -> FitConfig:
@@ -302,7 +322,7 @@ def readable(method: str, values: Mapping[str, Any]) -> dict[str, Any]:
 
 def renamed(values: Mapping[str, Any]) -> dict[str, Any]:
     """The values with old names of options replaced by the new ones, with a warning for each."""
-    known = options_of(str(values["method"])) if "method" in values else shared_options()
+    known = options_of(str(values.get("method", FitConfig.method)))
     if all(name in known for name in values):
         return dict(values)
     old = {was: name for name, spec in known.items() for was in spec.metadata["was"]}
@@ -348,7 +368,7 @@ def _moved(values: dict[str, Any]) -> dict[str, Any]:
     Raises:
         InputError: an option that the method does not read.
     """
-    method = values.get("method", FitConfig.method)
+    method, is_named = values.get("method", FitConfig.method), "method" in values
     unread = [name for name in values if name not in options_of(method)]
     target = _successor(method, values) or method
     # the successor may have renamed options too
@@ -356,7 +376,7 @@ def _moved(values: dict[str, Any]) -> dict[str, Any]:
     legal = options_of(target)
     for name, value in values.items():
         if name not in legal and not _was_off(method, name, value):
-            raise _unknown(name, target)
+            raise _unknown(name, target, is_named=is_named)
     if target == method:
         message = f"method {method} does not read {_listed(unread)} any more; leave it out"
     else:
@@ -383,14 +403,16 @@ def _was_off(method: str, name: str, value: Any) -> bool:
     return bool(others) and value == own_options(others[0])[name].metadata["off"]
 
 
-def _unknown(name: str, method: str) -> InputError:
-    """Why a method does not take an option."""
+def _unknown(name: str, method: str, *, is_named: bool = True) -> InputError:
+    """Why a method does not take an option; of a default method, also which method to name."""
     readers = registry.readers(name)
     if readers:
         verb = "reads" if len(readers) == 1 else "read"
+        other = UNNAMED_METHOD if UNNAMED_METHOD in readers else readers[0]
+        fix = "leave it out" if is_named else f"name a method that reads it, such as --method {other}"
         if len(readers) > _MOST_NAMED:
             readers = [*readers[: _MOST_NAMED - 1], f"{len(readers) - _MOST_NAMED + 1} others"]
-        return InputError(f"method {method} does not read {name}, which {_listed(readers)} {verb}; leave it out")
+        return InputError(f"method {method} does not read {name}, which {_listed(readers)} {verb}; {fix}")
     close = difflib.get_close_matches(name, all_options(), n=1)
     hint = f"did you mean {close[0]!r}?" if close else f"`ulfine-fast fit --method {method} --help` lists the options"
     return InputError(f"unknown option {name!r}; {hint}")

@@ -83,7 +83,7 @@ def check_config(config: FitConfig) -> None:
     Raises:
         InputError: another method, or a switch of ULFine that is not at its default.
     """
-    default = FitConfig()
+    default = FitConfig(method="ulfine")
     if config.method != default.method:
         raise InputError(f"the eager loop is ulfine with default switches, got method {config.method}")
     for name in _SWITCHES:

@@ -61,6 +61,7 @@ def config_of(shape: Shape, cache: FeatureCache, seed: int = 0) -> FitConfig:
     """A trial of the shape; all seeds share one split, half of the labels known."""
     images_per_class = len(cache.labels) // shape.classes
     return FitConfig(
+        method="ulfine",
         seed=seed,
         split_seed=0,
         n1=images_per_class // 2,

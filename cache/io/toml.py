@@ -30,12 +30,20 @@ def read_toml(path: Path) -> dict[str, Any]:
     Raises:
         InputError: no such file, not TOML, or nested too deep; says where in the file.
     """
+    return parse_toml(toml_bytes(path), str(path))
+
+
+def toml_bytes(path: Path) -> bytes:
+    """The bytes of a file for :func:`parse_toml`, which refuses those of a larger one than is read.
+
+    Raises:
+        InputError: no such file.
+    """
     try:
         with opened_regular_file(path) as file:
-            data = file.read(MAX_BYTES + 1)
+            return file.read(MAX_BYTES + 1)
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror or error}; name a TOML file of settings") from error
-    return parse_toml(data, str(path))
 
 
 def parse_toml(data: bytes, name: str) -> dict[str, Any]:

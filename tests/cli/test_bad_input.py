@@ -173,9 +173,14 @@ def test_a_flipped_byte_in_a_shard(cache, tmp_path):
     [
         (["--rank", "0"], "rank must be at least 1, got 0"),
         (["--method", "magic"], "method must be one of"),
-        (["--threshold", "1.5"], "threshold must be at most 1, got 1.5"),
+        (["--method", "ulfine", "--threshold", "1.5"], "threshold must be at most 1, got 1.5"),
         (["--lr", "nan"], "lr must be a finite number"),
         (["--method", "linear_probe", "--mu", "0.5"], "method linear_probe does not read mu, which channel_ulfine and"),
+        (
+            ["--mu", "0.5"],
+            "method ulfine_plus does not read mu, which channel_ulfine and ulfine read; name a method that",
+        ),
+        (["--mu", "0.5"], "such as --method ulfine"),
         (["--n1", "500"], "n1 = 500 needs 500 labelled images"),
         (["--n1", "2", "--gamma-l", "1", "--m1", "500"], "m1 = 500 needs 500 unlabelled images"),
         (["--device", "tpu"], "device"),
@@ -189,7 +194,7 @@ def test_fit_settings_out_of_range(cache, tmp_path, arguments, words):
 
 def test_choices_and_counts_are_refused_by_the_parser(cache, tmp_path):
     for arguments in (["--shape", "round"], ["--seeds", "0"], ["--align", "sideways"], ["--no-such-option"]):
-        done = run("fit", cache, "--out", tmp_path / "run", *arguments)
+        done = run("fit", cache, "--method", "ulfine", "--out", tmp_path / "run", *arguments)
         assert done.exit_code == 2
         assert arguments[0] in done.stderr
         assert not (tmp_path / "run").exists()

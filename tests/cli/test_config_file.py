@@ -22,7 +22,10 @@ def printed(tmp_path, *arguments: str, **environment: str) -> dict:
 @pytest.fixture
 def file(tmp_path):
     path = tmp_path / "options.toml"
-    path.write_text("[fit]\nlr = 0.5\nbatch-labeled = 8\npaf = false\njson = true\n[cache.merge]\nprefix = true\n")
+    path.write_text(
+        "[fit]\nmethod = 'ulfine'\nlr = 0.5\nbatch-labeled = 8\npaf = false\njson = true\n"
+        "[cache.merge]\nprefix = true\n"
+    )
     return path
 
 

@@ -13,7 +13,7 @@ from ulfine_fast import Run
 from ulfine_fast.engine import fit as train
 from ulfine_fast.engine.checkpoint import Checkpoint
 
-OPTIONS = ["--steps", 30, "--eval-every", 10]
+OPTIONS = ["--method", "ulfine", "--steps", 30, "--eval-every", 10]
 WILD = ["--lr", 1e38, "--weight-decay", 1e3]
 
 

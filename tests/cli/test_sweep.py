@@ -8,6 +8,8 @@ import pytest
 
 from tests.cache.samples import write_images, write_tiny_model
 from tests.cli.program import refused, run
+from ulfine_fast.cache.io.toml import read_toml
+from ulfine_fast.search.space import default_space
 
 SPACE = """
 method = "linear_probe"
@@ -144,6 +146,38 @@ def test_an_option_wins_over_the_file(cache, tmp_path):
     config = json.loads((tmp_path / "run" / "config.json").read_text())["config"]
     # 0.03 is the default of lr too: an option on the command line wins all the same
     assert (config["method"], config["steps"], config["lr"]) == ("linear_probe", 6, 0.03)
+
+
+def test_fit_and_sweep_use_ulfine_plus_unless_a_method_is_named(cache, tmp_path):
+    done = run("fit", cache, "--probe-weight", 0.7, "--out", tmp_path / "run")
+    assert done.exit_code == 0, done.output
+    config = json.loads((tmp_path / "run" / "config.json").read_text())["config"]
+    assert (config["method"], config["probe_weight"]) == ("ulfine_plus", 0.7)
+
+    options = ["--val-fraction", 0.3, "--trials", 2, "--sampler", "random", "--refit", 0, "--json"]
+    done = run("sweep", cache, *options, "--out", tmp_path / "sweep")
+    assert done.exit_code == 0, done.output
+    params = json.loads(done.stdout)["leaderboard"][0]["params"]
+    assert set(params) == set(default_space("ulfine_plus").searched)
+
+    # a space that names no method too, and what is saved of it names it
+    (tmp_path / "space.toml").write_text("label_weight = [5.0, 10.0]\n")
+    done = run("sweep", cache, "--space", tmp_path / "space.toml", *options, "--out", tmp_path / "spaced")
+    assert done.exit_code == 0, done.output
+    assert read_toml(tmp_path / "spaced" / "best.toml")["method"] == "ulfine_plus"
+    assert json.loads((tmp_path / "spaced" / "sweep.json").read_text())["space"]["method"] == "ulfine_plus"
+
+
+def test_best_settings_of_version_0_1_without_a_method_are_of_ulfine(cache, tmp_path):
+    path = tmp_path / "best.toml"
+    path.write_text("# trial 1 of a sweep by ulfine-fast 0.1.0; on validation: few 0.5\nmu = 0.02\nsteps = 4\n")
+    done = run("fit", cache, "--config", path, "--out", tmp_path / "run")
+    assert done.exit_code == 0, done.output
+    config = json.loads((tmp_path / "run" / "config.json").read_text())["config"]
+    assert (config["method"], config["mu"]) == ("ulfine", 0.02)
+    # in a file of the user's own the method is today's default
+    path.write_text("mu = 0.02\nsteps = 4\n")
+    assert "such as --method ulfine" in refused("fit", cache, "--config", path, "--out", tmp_path / "run")
 
 
 def test_configs_that_are_refused(cache, tmp_path):

@@ -20,7 +20,7 @@ from typer.main import get_command
 from ulfine_fast.cache.io.errors import InputError
 from ulfine_fast.cli.main import app
 from ulfine_fast.cli.options import MethodCommand
-from ulfine_fast.config import all_options, options_of, own_options, shared_options
+from ulfine_fast.config import FitConfig, all_options, options_of, own_options, shared_options
 from ulfine_fast.methods import registry
 
 ROOT = Path(__file__).parents[2]
@@ -44,7 +44,7 @@ def commands(page: Path) -> list[list[str]]:
 def method_options(arguments: list[str]) -> set[str]:
     """Options of the method that a command line names; raises AssertionError where there is no such method."""
     words = [word for argument in arguments for word in argument.split("=", 1)]
-    method = words[words.index("--method") + 1] if "--method" in words else "ulfine"
+    method = words[words.index("--method") + 1] if "--method" in words else FitConfig.method
     try:
         specs = options_of(method).values()
     except InputError as error:
@@ -105,6 +105,7 @@ def test_the_check_of_commands_finds_errors():
         "fit cache --method linear_probe --mu 0.1",
         "fit cache --method=linear_probe --mu 0.1",
         "fit cache --lean 1 --method ulfine_plus",
+        "fit cache --mu 0.1",
         "fit cache --method nearest",
         "sweep cache --method knn --no-paf",
         "sweep cache --forecast labels",
@@ -113,9 +114,12 @@ def test_the_check_of_commands_finds_errors():
     ):
         with pytest.raises(AssertionError):
             refuse_unknown(shlex.split(wrong))
-    for right in ("fit cache --mu 0.1 --no-paf", "fit cache --tau 2 --method=linear_probe", "sweep c --probe-weight 1"):
-        method = ["--method", "ulfine_plus"] if "probe-weight" in right else []
-        refuse_unknown([*shlex.split(right), *method])
+    for right in (
+        "fit cache --mu 0.1 --no-paf --method ulfine",
+        "fit cache --tau 2 --method=linear_probe",
+        "sweep c --probe-weight 1",
+    ):
+        refuse_unknown(shlex.split(right))
     assert sum(len(commands(page)) for page in PAGES) > 50
 
 

@@ -19,7 +19,16 @@ from ulfine_fast.data.splits import draw_split
 from ulfine_fast.engine import checkpoint, scheduling
 from ulfine_fast.engine.trial_batch import TrialBatch
 
-WILD = {"lr": 0.5, "steps": 30, "eval_every": 10, "val_fraction": 0.3, "n1": 30, "gamma_l": 10, "gamma_u": 10}
+WILD = {
+    "method": "ulfine",
+    "lr": 0.5,
+    "steps": 30,
+    "eval_every": 10,
+    "val_fraction": 0.3,
+    "n1": 30,
+    "gamma_l": 10,
+    "gamma_u": 10,
+}
 
 
 def mixed():
@@ -28,7 +37,7 @@ def mixed():
         FitConfig(**WILD, seed=0, select="best"),
         FitConfig(**{**WILD, "lr": 1e38}, seed=1, weight_decay=1e3),
         FitConfig(**WILD, seed=2, rank=5, patience=1),
-        FitConfig(**WILD, seed=3, method="ulfine_plus"),
+        FitConfig(**{**WILD, "method": "ulfine_plus"}, seed=3),
     ]
 
 

@@ -179,7 +179,7 @@ def test_a_given_split_is_used(clusters, quick):
 
 def test_one_labelled_image_a_class_and_two_classes():
     cache = make_clusters(classes=2)
-    run = fit(cache, FitConfig(n1=1, gamma_l=1, m1=20, steps=10, val_fraction=0))
+    run = fit(cache, FitConfig(method="ulfine", n1=1, gamma_l=1, m1=20, steps=10, val_fraction=0))
     assert run.metrics["class_counts"] == [1, 1]
     assert run.metrics["val"] == {}
     assert run.metrics["temperature"] == 1
@@ -206,7 +206,7 @@ def test_unlabelled_rows_with_unknown_labels_train_and_are_not_judged():
         weak=whole.views("weak"),
         strong=whole.views("strong"),
     )
-    run = fit(cache, FitConfig(steps=30, threshold=0.5))
+    run = fit(cache, FitConfig(method="ulfine", steps=30, threshold=0.5))
     assert run.metrics["pseudo_label_rate"] > 0
     assert run.metrics["pseudo_label_precision"] is None
 

@@ -15,6 +15,7 @@ from ulfine_fast.methods import ulfine_plus
 
 CPU = torch.device("cpu")
 SMALL = {"n1": 30, "gamma_l": 10, "gamma_u": 10, "steps": 4, "eval_every": 2}
+ULFINE = {"method": "ulfine", **SMALL}
 
 
 @pytest.fixture(autouse=True)
@@ -57,28 +58,32 @@ def test_the_estimate_that_spares_the_measuring_is_generous(clusters):
 
 
 def test_a_budget_for_nothing_still_lets_one_trial_through(clusters, monkeypatch):
-    inputs = prepared(clusters, [FitConfig(**SMALL, seed=s) for s in range(3)])
+    inputs = prepared(clusters, [FitConfig(**ULFINE, seed=s) for s in range(3)])
     monkeypatch.setattr(scheduling, "budget", lambda device: 0)
     assert scheduling.schedule(clusters, *inputs, range(3), "auto") == [[0], [1], [2]]
 
 
 def test_trial_batches_are_of_even_size(clusters, monkeypatch):
-    inputs = prepared(clusters, [FitConfig(**SMALL, seed=s) for s in range(7)])
+    inputs = prepared(clusters, [FitConfig(**ULFINE, seed=s) for s in range(7)])
     monkeypatch.setattr(scheduling, "trials_that_fit", lambda *args: 3)
     assert scheduling.schedule(clusters, *inputs, range(7), "auto") == [[0, 1], [2, 3], [4, 5, 6]]
     assert scheduling.schedule(clusters, *inputs, [1, 5], "auto") == [[1, 5]]
 
 
 def test_ranks_share_a_group_and_trials_without_unlabelled_images_have_their_own(clusters):
-    configs = [FitConfig(**SMALL, rank=3), FitConfig(**SMALL, rank=9), FitConfig(**{**SMALL, "m1": 0}, shape="uniform")]
+    configs = [
+        FitConfig(**ULFINE, rank=3),
+        FitConfig(**ULFINE, rank=9),
+        FitConfig(**{**ULFINE, "m1": 0}, shape="uniform"),
+    ]
     _, configs, splits = prepared(clusters, configs)
     assert scheduling.group(configs, splits, range(3)) == [[0, 1], [2]]
 
 
 def test_the_largest_trial_has_the_most_of_everything(clusters):
     configs = [
-        FitConfig(**{**SMALL, "n1": 40}, rank=3, val_fraction=0.4),
-        FitConfig(**{**SMALL, "n1": 10}, rank=9, select="best", feature_noise=0.2),
+        FitConfig(**{**ULFINE, "n1": 40}, rank=3, val_fraction=0.4),
+        FitConfig(**{**ULFINE, "n1": 10}, rank=9, select="best", feature_noise=0.2),
     ]
     _, configs, splits = prepared(clusters, configs)
     config, split = scheduling.largest(configs, splits)

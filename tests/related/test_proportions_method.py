@@ -218,7 +218,7 @@ def test_ulfine_has_its_quick_step_for_its_own_pseudo_labels_alone(world, cluste
     values = {"method": "ulfine", "steps": 30, "threshold": 0.3, "warmup": 0.1}
     plain, other = (fit(clusters, quick(**values, pseudo_labels=kind)) for kind in ("argmax", "sinkhorn"))
     assert not torch.equal(plain.tensors["linear"], other.tensors["linear"])
-    assert FitConfig().pseudo_labels == "argmax"
+    assert FitConfig(method="ulfine").pseudo_labels == "argmax"
     configs = [quick(**values, pseudo_labels="sinkhorn", seed=seed) for seed in (5, 0)]
     among = fit_many(clusters, configs, device="cpu", progress=False)[1]
     assert torch.equal(among.tensors["linear"], other.tensors["linear"])

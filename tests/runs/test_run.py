@@ -16,7 +16,9 @@ from ulfine_fast.runs.seeds import mean_metrics, save_runs
 
 @pytest.fixture(scope="module")
 def run(clusters):
-    return fit(clusters, FitConfig(n1=40, gamma_l=4, gamma_u=4, steps=40, eval_every=20, val_fraction=0.3))
+    return fit(
+        clusters, FitConfig(method="ulfine", n1=40, gamma_l=4, gamma_u=4, steps=40, eval_every=20, val_fraction=0.3)
+    )
 
 
 @pytest.fixture

@@ -20,7 +20,11 @@ from ulfine_fast.search.samplers import SAMPLERS, _derived_seed, distributions, 
 from ulfine_fast.search.space import parse_space
 
 SPACES = {
-    "two ranges": {"lr": {"low": 0.001, "high": 0.1, "log": True}, "tau": {"low": 0.0, "high": 2.0}},
+    "two ranges": {
+        "method": "ulfine",
+        "lr": {"low": 0.001, "high": 0.1, "log": True},
+        "tau": {"low": 0.0, "high": 2.0},
+    },
     "whole numbers": {
         "rank": {"low": 2, "high": 64, "log": True},
         "n1": {"low": 10, "high": 100, "step": 7},

@@ -18,7 +18,8 @@ from ulfine_fast import FeatureCache, InputError, sweep
 from ulfine_fast.cache.io.toml import read_toml
 from ulfine_fast.related.forecast.from_sweep import forecast_sweep
 from ulfine_fast.search import sweep as module
-from ulfine_fast.search.study import SweepStudy
+from ulfine_fast.search.space import parse_space
+from ulfine_fast.search.study import SweepStudy, _with_current_names
 from ulfine_fast.search.trial_batches import EvaluationWatch
 
 ROOT = Path(__file__).parents[2]
@@ -167,3 +168,12 @@ def test_a_sweep_of_version_0_1_is_forecast(old_sweep):
     content = forecast_sweep(options["out"], cache, "steps", 2.0, seeds=3)
     assert (content["trial"], content["seeds"]) == (1, [2, 3, 4])
     assert content["curve"]["budgets"] == [8, 10, 15, 21, 30]
+
+
+def test_a_saved_study_without_a_method_is_of_ulfine():
+    space = parse_space({"method": "ulfine", "mu": [0.1, 0.2]})
+    named = {"space": space.to_dict()}
+    unnamed = {"space": {name: entry for name, entry in space.to_dict().items() if name != "method"}}
+    assert _with_current_names(unnamed, space) == named
+    other = parse_space({"method": "ulfine_plus", "lr": [0.1, 0.2]})
+    assert _with_current_names({"space": {"lr": [0.1, 0.2]}}, other)["space"] == {"method": "ulfine", "lr": [0.1, 0.2]}

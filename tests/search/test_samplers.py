@@ -9,7 +9,14 @@ from ulfine_fast import InputError
 from ulfine_fast.search.samplers import SAMPLERS, check_sampler, distributions, grid_size, propose, quiet_optuna
 from ulfine_fast.search.space import parse_space
 
-SPACE = parse_space({"lr": {"low": 0.001, "high": 0.1, "log": True}, "tau": {"low": 0.0, "high": 2.0}, "rank": [4, 16]})
+SPACE = parse_space(
+    {
+        "method": "ulfine",
+        "lr": {"low": 0.001, "high": 0.1, "log": True},
+        "tau": {"low": 0.0, "high": 2.0},
+        "rank": [4, 16],
+    }
+)
 
 
 def params(sampler, start, count, past=(), seed=0, batch=4, space=SPACE):

@@ -90,9 +90,9 @@ def test_a_structural_field_and_a_per_trial_field_given_twice():
         with pytest.raises(InputError, match=f"{name} is in the space and given as {value!r} beside it; keep one"):
             parse_space(entries, {name: value})
     with pytest.raises(InputError, match="lr is in the space and given as"):
-        parse_space({"lr": 0.2, "tau": [0.5, 1.0]}, {"lr": 0.1})
+        parse_space({"method": "ulfine", "lr": 0.2, "tau": [0.5, 1.0]}, {"lr": 0.1})
     with pytest.raises(InputError, match="lr must be at least 0, got -1"):
-        parse_space({"tau": [0.5, 1.0]}, {"lr": -1.0})
+        parse_space({"method": "ulfine", "tau": [0.5, 1.0]}, {"lr": -1.0})
 
 
 def test_an_entry_that_no_method_of_the_space_reads_is_refused():
@@ -100,6 +100,12 @@ def test_an_entry_that_no_method_of_the_space_reads_is_refused():
         parse_space({"method": "lightweight", "mu": {"low": 0.1, "high": 0.2}})
     with pytest.raises(InputError, match="method lightweight does not read mu"):
         parse_space({"lr": [0.1, 0.2]}, {"method": "lightweight", "mu": 0.1})
+
+
+def test_without_a_method_the_refusal_says_which_to_name():
+    sentence = "method ulfine_plus does not read mu, .*; name a method that reads it, such as --method ulfine$"
+    with pytest.raises(InputError, match=sentence):
+        parse_space({"mu": {"low": 0.1, "high": 0.2}})
 
 
 def test_an_entry_reaches_the_methods_that_read_it():

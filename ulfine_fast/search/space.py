@@ -333,5 +333,6 @@ def _refuse_unread(space: Space) -> None:
     """Refuse options that no method of the space reads."""
     for name in [*space.fixed, *space.searched]:
         if not any(name in options_of(method) for method in space.methods):
-            # the config says which methods read it
-            FitConfig.from_dict({"method": space.methods[0], name: None})
+            # the config says which methods read it, and which method to name where the space names none
+            named = {"method": space.methods[0]} if "method" in {**space.fixed, **space.searched} else {}
+            FitConfig.from_dict({name: None, **named})

@@ -12,7 +12,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from ulfine_fast.cache.io.errors import InputError
-from ulfine_fast.config import options_of
+from ulfine_fast.config import UNNAMED_METHOD, options_of
 from ulfine_fast.search.records import (
     BATCH,
     GENERATION,
@@ -258,11 +258,14 @@ def _owner(trial: FrozenTrial) -> Any:
 
 
 def _with_current_names(saved: Any, space: Space) -> Any:
-    """The saved identity of a study with today's names of settings, without those that no method of the space reads."""
+    """The saved identity of a study with today's names of settings, without those that no method of the space reads.
+
+    The method is always named, which version 0.1 did not do where it was the default.
+    """
     if not isinstance(saved, dict) or not isinstance(saved.get("space"), dict):
         return saved
     names = new_names()
-    entries = {names.get(name, name): entry for name, entry in saved["space"].items()}
+    entries = {"method": UNNAMED_METHOD} | {names.get(name, name): entry for name, entry in saved["space"].items()}
     read = {name for method in space.methods for name in options_of(method)}
     return {**saved, "space": {name: entry for name, entry in entries.items() if name in read}}
 

@@ -7,6 +7,7 @@ import functools
 import importlib
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from filelock import FileLock, Timeout
 from ulfine_fast.cache.io.errors import InputError
 from ulfine_fast.cache.io.files import write_error
 from ulfine_fast.cache.io.progress import progress_bar
+from ulfine_fast.config import FitConfig
 from ulfine_fast.data.splits import Split
 from ulfine_fast.engine.checkpoint import cache_fingerprint
 from ulfine_fast.engine.fit import fit_many
@@ -70,7 +72,7 @@ def sweep(
     Args:
         cache: features.
         space: what may be tried: a :class:`Space`, entries by setting, or a TOML file; None takes the one that ships
-            for the method of `settings` (ulfine by default).
+            for the method of `settings` (by default that of :class:`FitConfig`).
         out: folder of the results.
         trials: how many in all, at least 1.
         settings: further values that hold for every trial.
@@ -190,13 +192,17 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 def _read_space(space: Space | Mapping[str, Any] | str | Path | None, settings: Mapping[str, Any] | None) -> Space:
+    """The space, its method named, so that what is saved of it means the same whatever the default is."""
     if isinstance(space, Space):
         if settings:
             raise InputError("settings cannot be added to a Space; give its entries as a dictionary instead")
+    elif space is None:
+        space = default_space((settings or {}).get("method", FitConfig.method), settings)
+    else:
+        space = parse_space(space, settings) if isinstance(space, Mapping) else read_space(Path(space), settings)
+    if "method" in space.fixed or "method" in space.searched:
         return space
-    if space is None:
-        return default_space((settings or {}).get("method", "ulfine"), settings)
-    return parse_space(space, settings) if isinstance(space, Mapping) else read_space(Path(space), settings)
+    return replace(space, fixed={**space.fixed, "method": FitConfig.method})
 
 
 def _run_batches(
