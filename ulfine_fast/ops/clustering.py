@@ -151,30 +151,33 @@ def fit_clusters(
     weight = count + (evidence.labels >= 0).sum(1)  # (T,)
     total_passes = schedule.rounds * schedule.steps
     passes = 0
+    unit_sums: Tensor | None
 
     if start is None:
         # the anchor alone, under the flat metric, moved onto the starting prior
         metric = Metric.flat(evidence.prior.shape[1], evidence.heads)
         prior, log_weights = evidence.prior, torch.log(evidence.prior)
         inverse = _inverse_lengths(evidence.unlabeled, metric)
-        for number in range(ANCHOR_PASSES):
-            last = number == ANCHOR_PASSES - 1
-            totals = _pass(evidence, log_weights, inverse, sums_too=last, plain_too=last)
+        for _ in range(ANCHOR_PASSES - 1):
+            totals = _pass(evidence, log_weights, inverse, sums_too=False, plain_too=False)
             log_weights = _transported(log_weights, prior, totals.mass, count)
+        totals = _pass(evidence, log_weights, inverse)
+        log_weights = _transported(log_weights, prior, totals.mass, count)
+        unit_sums = totals.unit
         scatter, mass = known.sums + totals.plain, known.mass + totals.mass
+        centers = evidence.heads.new_zeros(0)  # made in the first round
     else:
         prior, log_weights = start.prior, torch.log(start.prior)
-        metric, scatter, mass = start.metric, start.scatter, start.mass
-        totals = None
+        metric, centers, scatter, mass = start.metric, start.centers, start.scatter, start.mass
+        unit_sums = None  # of other rows
 
-    centers = evidence.heads.new_zeros(0) if start is None else start.centers
     for number in range(schedule.rounds):
         # the metric of the clusters' own scatter; the first round stays flat
         if number > 0 or start is not None:
             metric = Metric.within(scatter, mass, weight)
             inverse = _inverse_lengths(evidence.unlabeled, metric)
         labeled_sums = _labeled_sums(evidence, metric)
-        centers = metric.unit(centers if totals is None else labeled_sums + totals.unit)
+        centers = metric.unit(centers if unit_sums is None else labeled_sums + unit_sums)
 
         # EM steps under this metric
         kappa = schedule.sharpness(number)
@@ -192,7 +195,8 @@ def fit_clusters(
             else:
                 prior = _estimated_prior(totals.mass, count, evidence.prior, schedule.prior_pseudo_count)
                 log_weights = torch.log(prior)
-            centers = metric.unit(labeled_sums + totals.unit)
+            unit_sums = totals.unit
+            centers = metric.unit(labeled_sums + unit_sums)
             passes += 1
             if report is not None:
                 report(passes / total_passes)
@@ -289,10 +293,12 @@ class _Known:
 def _known_sums(evidence: Evidence) -> _Known:
     """Sums of the labelled rows as they are."""
     kept = (evidence.label_weights > 0).to(evidence.labeled.dtype)
-    known, mass = 0, 0
+    known = torch.zeros_like(evidence.heads)  # (T, J, K, D)
+    mass = torch.zeros_like(evidence.offsets)  # (T, J, K)
     for position, rows, _ in _labeled_chunks(evidence):
         members = _members(evidence, kept, position)  # (T, n, J, K)
-        known, mass = known + sums(members, rows), mass + members.sum(1)
+        known += sums(members, rows)
+        mass += members.sum(1)
     starts = evidence.prior.shape[1] // kept.shape[2]
     return _Known(known.repeat_interleave(starts, dim=1), mass.repeat_interleave(starts, dim=1))
 

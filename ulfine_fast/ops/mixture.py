@@ -123,7 +123,8 @@ class Scatter:
     @classmethod
     def of(cls, parts: Iterable[tuple[Tensor, Tensor]]) -> Scatter:
         """From parts, at least one, each of rows (T, n, D) and which of them are present (T, n)."""
-        count, shift, total, outer = 0, None, 0, 0
+        shift: Tensor | None = None
+        count = total = outer = torch.zeros(())
         for rows, present in parts:
             part_count = present.sum(1).to(rows.dtype)
             kept = present.unsqueeze(-1)
@@ -134,6 +135,7 @@ class Scatter:
             count = count + part_count
             total = total + moved.sum(1, keepdim=True)
             outer = outer + moved.transpose(1, 2) @ moved
+        assert shift is not None, "at least one part"
         divisor = count.clamp(min=1).view(-1, 1, 1)
         offset = total / divisor
         return cls(count, shift + offset, outer / divisor - offset.transpose(1, 2) @ offset)

@@ -30,9 +30,6 @@ PROPOSED = "proposed"
 GENERATION = "cma:generation"
 POPULATION = "cma:population"
 
-Status = Literal["done", "stopped", "pruned", "failed"]
-"""Of a run."""
-
 MOST_TRIALS = 1_000_000
 """Trials of a study."""
 
