@@ -1,21 +1,24 @@
-"""Opening a cache of a million rows, beside reading the same files and doing nothing with them.
+"""Opening a cache of a million rows, beside reading the same files and doing nothing with them, and its peak memory.
 
     python -m benchmarks.speed.load --rows 1000000 --json load.json
 
 Files are read cold (dropped from the system's memory before) and warm. Loading is `FeatureCache.open` with all checks,
-until the whole arrays are in memory; with `--device` also on the device. The files have the real format, their values
+until the whole arrays are in memory; with `--device` also on the device. Peak memory is that of a process that loads
+the cache, without what it took before. The files have the real format, their values
 are random.
 """
 
 from __future__ import annotations
 
+import multiprocessing
 import os
+import resource
 import shutil
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated
 
@@ -132,6 +135,19 @@ def load(folder: Path, device: torch.device) -> None:
     torch.from_numpy(FeatureCache.open(folder).plain).to(device)
 
 
+def peak_memory(folder: Path) -> int:
+    """Bytes that loading a cache takes at most, in a process of its own; its features are among them."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(_load_and_measure, folder).result()
+
+
+def _load_and_measure(folder: Path) -> int:
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    load(folder, torch.device("cpu"))
+    kilobytes: int = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    return kilobytes * 1024
+
+
 def measure(folder: Path, device: torch.device, rounds: int) -> list[Row]:
     """Both contenders, cold and warm.
 
@@ -177,14 +193,18 @@ def main(
     try:
         write_cache(root / "cache", rows, dim, shard_size)
         results = measure(root / "cache", torch_device, rounds)
+        memory = peak_memory(root / "cache")
     finally:
         shutil.rmtree(root)
+    size = int(results[0]["bytes"])
+    results.append({"state": "loading", "contender": "memory", "bytes": memory, "share": memory / size})
     write_rows(as_json, results)
     lines = [
         [row["state"], row["contender"], f"{row['bytes_per_second'] / 1e9:.2f}", f"{row['share']:.2f}"]
-        for row in results
+        for row in results[:-1]
     ]
     print_table(["files are", "contender", "GB/s", "of reading"], lines, texts=2)
+    typer.echo(f"peak memory of loading: {memory / 1e9:.2f} GB, {memory / size:.2f} of the files' {size / 1e9:.2f} GB")
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from ulfine_fast.cache.interop.external_features import (
     read_array,
     split_indices,
     text_labels,
+    texts_in,
 )
 from ulfine_fast.cache.io.errors import InputError
 from ulfine_fast.cache.io.files import refuse_irregular_file
@@ -124,4 +125,6 @@ def _read_labels(labels: NDArray[Any] | None, n: int, path: Path) -> tuple[NDArr
 def _read_ids(array: NDArray[Any], n: int, path: Path) -> Ids:
     if array.shape != (n,) or array.dtype.kind not in "Uiu":
         raise InputError(f"ids of {path} must be {n} texts or whole numbers, got shape {array.shape} of {array.dtype}")
+    if array.dtype.kind == "U":
+        return lambda rows: texts_in(array[rows], f"ids of {path}")
     return lambda rows: [str(name) for name in array[rows].tolist()]

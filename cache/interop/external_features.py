@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+import sys
 import tokenize
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -188,11 +189,19 @@ def check_texts(array: NDArray[Any], n: int, what: str) -> list[str]:
     """The n texts of an array; raises InputError where it holds anything else."""
     if array.shape != (n,) or array.dtype.kind != "U":
         raise InputError(f"{what} must be {n} texts, got shape {array.shape} of {array.dtype}")
-    try:
-        texts: list[str] = array.tolist()
-    # A number that is no character, in a damaged file.
-    except ValueError as error:
-        raise InputError(f"{what} hold something that is no text ({one_line(error)})") from error
+    return texts_in(array, what)
+
+
+def texts_in(array: NDArray[Any], what: str) -> list[str]:
+    """The texts of an array of texts (n,).
+
+    Raises:
+        InputError: a number in it is no character, of which numpy would make a text that crashes what uses it.
+    """
+    codes = np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("="))
+    if codes.dtype.itemsize and (codes.view(np.uint32) > sys.maxunicode).any():
+        raise InputError(f"{what} hold something that is no text; write the file again")
+    texts: list[str] = codes.tolist()
     return texts
 
 
