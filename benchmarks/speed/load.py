@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import resource
 import shutil
 import statistics
 import tempfile
@@ -142,10 +141,15 @@ def peak_memory(folder: Path) -> int:
 
 
 def _load_and_measure(folder: Path) -> int:
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is now what is taken, not that of the parent
+    before = _peak()
     load(folder, torch.device("cpu"))
-    kilobytes: int = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-    return kilobytes * 1024
+    return _peak() - before
+
+
+def _peak() -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("VmHWM"))
 
 
 def measure(folder: Path, device: torch.device, rounds: int) -> list[Row]:
