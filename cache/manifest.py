@@ -291,7 +291,7 @@ class Manifest:
         Raises:
             InputError: names the first such value.
         """
-        check_schema(asdict(self), _Fields, name="the manifest", fix=_FIX)
+        check_schema(asdict(self), _Fields, name="a cache with these settings", fix="choose another value")
         self._check_together()
 
     def _check_together(self) -> None:

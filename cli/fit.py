@@ -17,7 +17,7 @@ def fit(
     cache: Annotated[Path, typer.Argument(help="Cache folder that `extract` wrote.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Run folder to write.")] = Path("run"),
     config: Annotated[Path | None, typer.Option(help="TOML file of options, such as best.toml of a sweep.")] = None,
-    seeds: Annotated[int, typer.Option(help="How many seeds to fit together.", min=1)] = 1,
+    seeds: Annotated[int, typer.Option(help="How many seeds to fit together.", min=1, max=10_000)] = 1,
     split: Annotated[Path | None, typer.Option(help="Saved split.json, or a run, for every seed.")] = None,
     labels: Annotated[Path | None, typer.Option(help="Table of corrected labels: id, label.")] = None,
     log: Annotated[list[str] | None, typer.Option(help="Also log for tensorboard, wandb or mlflow.")] = None,

@@ -33,7 +33,7 @@ from ulfine_fast.cache.sources.rows import UNKNOWN
 
 NAMES = ("features", "labels", "ids", "splits", "weak", "strong", "class_names", "text_features")
 # What zipfile raises depends on where a file is damaged, and on what it cannot read at all (encryption).
-_UNREADABLE = (*UNREADABLE_ARRAY, RuntimeError, zlib.error, zipfile.BadZipFile)
+_UNREADABLE: tuple[type[Exception], ...] = (*UNREADABLE_ARRAY, RuntimeError, zlib.error, zipfile.BadZipFile)
 _LOCAL_HEADER = struct.Struct("<26xHH")  # of a file in a zip: its last numbers are the lengths of name and extra field
 
 

@@ -99,7 +99,7 @@ def _columns(table: Path) -> list[str]:
     try:
         refuse_irregular_file(table)
         return list(parquet.read_schema(table).names)
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, ValueError) as error:
         raise InputError(f"{table} is not a parquet file: {one_line(error)}") from error
 
 
@@ -109,7 +109,7 @@ def _read_column(table: Path, name: str, n: int | None) -> Any:
         refuse_irregular_file(table)
         column = parquet.read_table(table, columns=[name])[name].combine_chunks()
     # KeyError: the name occurs twice
-    except (pa.ArrowException, OSError, KeyError) as error:
+    except (pa.ArrowException, OSError, KeyError, ValueError) as error:
         raise InputError(f"{table}: column {name!r} cannot be read: {one_line(error)}") from error
     try:
         column.validate(full=True)  # text that is not UTF-8, in a damaged file

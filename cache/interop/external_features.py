@@ -133,8 +133,10 @@ class ExternalFeatures:
 
 
 # What numpy raises depends on where a file is damaged: it parses the header as Python.
-UNREADABLE_ARRAY = (OSError, ValueError, EOFError, TypeError, KeyError, MemoryError, OverflowError, RecursionError)
-UNREADABLE_ARRAY += (SyntaxError, tokenize.TokenError, struct.error)
+UNREADABLE_ARRAY: tuple[type[Exception], ...] = (
+    *(OSError, ValueError, EOFError, TypeError, KeyError, MemoryError, OverflowError, RecursionError),
+    *(SyntaxError, tokenize.TokenError, struct.error),
+)
 
 
 def read_array(path: Path) -> NDArray[Any]:

@@ -23,7 +23,7 @@ from ulfine_fast.cache.io.terminal import printable
 
 NAME = ".writer"
 _NOTE = ".writer.json"
-FILES = (NAME, _NOTE)
+FILES = (NAME, _NOTE, f"{_NOTE}.tmp")
 
 
 @dataclass(frozen=True)

@@ -251,7 +251,10 @@ def _read_parquet(path: Path, needed: Sequence[str], optional: Sequence[str], ot
             kept = _select(str(path), names, needed, optional, others, form)
             # Only the columns used: a table may hold embeddings or the images themselves beside them.
             content = file.read() if others == "keep" else file.read(columns=[stored[column] for column in kept])
-    except (pa.ArrowException, OSError) as error:
+    except InputError:
+        raise
+    # A ValueError is a name that is not UTF-8, in a damaged file.
+    except (pa.ArrowException, OSError, ValueError) as error:
         # An error of the file system has a number; without one, Arrow itself could not read the content.
         if isinstance(error, OSError) and error.errno is not None:
             raise

@@ -61,6 +61,10 @@ def open_source(where: str | Path, *, class_names_file: Path | None = None) -> S
         InputError: none of these, or the source is empty or inconsistent.
     """
     name, path = str(where), Path(where).expanduser()
+    if not name.strip():  # an unset variable of a script, of which Path would make the current folder
+        raise InputError(
+            "the source is an empty text; name a folder (. for this one), a table, a tar file or a data set"
+        )
     # os.path says False where pathlib raises, such as for a name that is too long.
     left_over = is_saved(path) or _is_parquet_with_images(name) or _is_tar(name)
     if left_over and os.path.isdir(path) and holds_labelled_images(path):

@@ -239,7 +239,7 @@ def holds_images(table: Path) -> bool:
     try:
         refuse_irregular_file(table)
         schema = parquet.read_schema(table)
-    except (pa.ArrowException, OSError):
+    except (pa.ArrowException, OSError, ValueError):  # a ValueError is a name that is not UTF-8
         return False
     return "path" not in schema.names and any(_is_image(field.type) for field in schema)
 
@@ -270,7 +270,7 @@ def _open_file(url: str) -> parquet.ParquetFile:
             return parquet.ParquetFile(local_path(url))
         system, path = url_to_fs(url)
         return parquet.ParquetFile(system.open(path, "rb"))
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, ValueError) as error:
         raise InputError(f"{url} is not a parquet file: {str(error).splitlines()[0]}") from error
 
 
@@ -279,7 +279,7 @@ def _read_images(url: str, group: int, column: str) -> pa.ChunkedArray:
     """The encoded images of a row group; two groups are kept, since batches cross from one to the next."""
     try:
         return _open_file(url).read_row_group(group, columns=[column])[column]
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, ValueError) as error:
         raise UnreadableImage(f"its row group cannot be read: {str(error).splitlines()[0]}") from error
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import atexit
 import hashlib
+import itertools
 import os
+import re
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -29,6 +31,8 @@ _SPLIT_SYNONYMS = {
     "unlabelled": "unlabeled",
     "unsupervised": "unlabeled",
 }
+_MAX_NAMES = 1_000_000  # of one pattern
+_RANGE = re.compile(r"(?<=[{.])\d+(?=\.\.|})")  # a number at either end of {0..9}
 PARALLEL_REQUESTS = 16  # a remote store answers slowly, but many requests together
 # Copies of remote files, removed at exit so that none outlives a process that was interrupted.
 _copies: set[str] = set()
@@ -86,9 +90,15 @@ def list_files(location: str, suffix: str) -> list[File]:
     """
     # What exists under the very name that was given is not a pattern.
     try:
-        locations = [location] if os.path.exists(location) else list(braceexpand(location))
+        # The library makes all numbers of a range before the first name.
+        exists = os.path.exists(location)
+        few = exists or all(len(number) < len(str(_MAX_NAMES)) for number in _RANGE.findall(location))
+        names = braceexpand(location) if few else []
+        locations = [location] if exists else list(itertools.islice(names, _MAX_NAMES))
     except ValueError as error:
         raise InputError(f"the pattern {location} has a brace without its other half") from error
+    if not few or len(locations) == _MAX_NAMES:
+        raise InputError(f"the pattern {location} names {_MAX_NAMES:,} files or more; name their folder instead")
     with ThreadPoolExecutor(PARALLEL_REQUESTS) as pool:
         listings = pool.map(lambda one: _list_one(one, suffix), locations)
         files = list({file.url: file for listing in listings for file in listing}.values())

@@ -11,6 +11,8 @@ import json
 import os
 import random
 import shutil
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -322,3 +324,23 @@ def test_class_names_of_an_old_cache_are_compared_with_its_texts(caches, tmp_pat
         (copy / "manifest.json").write_text(json.dumps(manifest))
         with pytest.raises(InputError, match=r"text\.h5 cannot be used: it holds .* where manifest\.json has"):
             FeatureCache.open(copy)
+
+
+# -- kills
+
+
+def test_a_cache_killed_at_any_write_goes_on_as_if_it_had_not_been(tmp_path, request):
+    """Extract, overwrite, append, merge and import; at every write with `--mutations`, else at a few."""
+    every = bool(request.config.getoption("--mutations"))
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "tests.attacks.cache_kills", str(tmp_path), "1" if every else "8"],
+        cwd=Path(__file__).parents[2],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    print(result)  # shown with -rP
+    assert [one["wrong"] for one in result.values()] == [[]] * 5
+    assert min(one["kills"] for one in result.values()) >= (40 if every else 2)

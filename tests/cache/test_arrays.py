@@ -5,7 +5,9 @@ import pandas as pd
 import pyarrow as pa
 import pytest
 
+from ulfine_fast import ULFineClassifier
 from ulfine_fast.cache.arrays import split_missing
+from ulfine_fast.cache.interop.import_features import import_features, open_features
 from ulfine_fast.cache.io.errors import InputError
 from ulfine_fast.cache.store import FeatureCache
 
@@ -88,3 +90,20 @@ def test_masked_features_are_refused():
         FeatureCache.from_arrays(features, [0, 1])
     with pytest.raises(InputError, match="text_features has 1 masked value"):
         FeatureCache.from_arrays(np.eye(2, dtype=np.float32), [0, 1], text_features=features)
+
+
+def test_equal_text_features_are_refused(tmp_path):
+    """No image could be told apart by them."""
+    texts = np.eye(3, 4, dtype=np.float32)
+    texts[2] = texts[0]
+    message = "text features of the classes 'a' and 'c' are equal"
+    names = ["a", "b", "c"]
+    with pytest.raises(InputError, match=message):
+        FeatureCache.from_arrays(np.eye(4)[:3], [0, 1, 2], class_names=names, text_features=texts)
+    two = np.stack([texts, np.eye(3, 4, 1)], axis=1)
+    FeatureCache.from_arrays(np.eye(4)[:3], [0, 1, 2], class_names=names, text_features=two)
+    np.savez(tmp_path / "f.npz", features=np.eye(4)[:3], labels=np.arange(3), class_names=names, text_features=texts)
+    with pytest.raises(InputError, match=message):
+        import_features(open_features(tmp_path / "f.npz"), tmp_path / "cache", progress=False)
+    with pytest.raises(InputError, match="text features of the classes '0' and '2' are equal"):
+        ULFineClassifier(steps=2, text_features=texts).fit(np.eye(4)[[0, 1, 2, 0, 1, 2]], [0, 1, 2] * 2)

@@ -68,6 +68,11 @@ def test_a_missing_folder(tmp_path):
     assert "no such folder or table" in refused("extract", tmp_path / "none", "--out", tmp_path / "cache")
 
 
+def test_an_empty_source(tmp_path):
+    """As a script with an unset variable names it; it is not the current folder."""
+    assert "the source is an empty text" in refused("extract", "", "--out", tmp_path / "cache")
+
+
 def test_an_empty_folder(tmp_path, model):
     (tmp_path / "empty").mkdir()
     sentence = refused("extract", tmp_path / "empty", "--out", tmp_path / "cache", "--model", model)
@@ -243,6 +248,34 @@ def test_predict_refuses_what_it_cannot_do(fitted, tmp_path, images):
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "a.png").write_bytes(b"no")
     assert "none of the 1 images" in refused("predict", fitted, tmp_path / "bad", "--out", tmp_path / "o.csv")
+
+
+def test_predict_says_what_it_passes_over(fitted, tmp_path):
+    """In the words of extract."""
+    folder = write_images(tmp_path / "new", {"a": 2})
+    for name in ("backup.tar", "a/raw.dng"):
+        (folder / name).write_bytes(b"x")
+    done = run("predict", fitted, folder, "--out", tmp_path / "o.csv")
+    assert done.exit_code == 0, done.output
+    notes = [line for line in done.stderr.splitlines() if line.startswith("note: ")]
+    assert notes == [
+        "note: 1 .dng file passed over beside the images: a/raw.dng",
+        "note: 1 .tar file passed over beside the images: backup.tar",
+    ]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no pipes with names")
+@pytest.mark.parametrize("form", ["csv", "parquet", "png"])
+def test_pipes_are_not_waited_for(fitted, tmp_path, images, form):
+    """Neither as input nor as output."""
+    pipe = tmp_path / f"pipe.{form}"
+    os.mkfifo(pipe)
+    refused("predict", fitted, pipe)
+    refused("predict", fitted, images, "--out", pipe)
+    refused("extract", pipe, "--out", tmp_path / "cache")
+    refused("extract", images, "--out", tmp_path / "cache", "--class-names", pipe)
+    refused("extract", images, "--out", tmp_path / "cache", "--prompts", pipe)
+    refused("eval", pipe)
 
 
 def test_eval_refuses_another_encoders_cache(fitted, tmp_path, images):

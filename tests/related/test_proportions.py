@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 
 import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from tests.cache.samples import write_images, write_tiny_model
@@ -47,6 +50,52 @@ def test_both_forms_of_the_table_say_the_same(read, proportions):
     assert bags.names == ("x", "y")
     assert [rows.tolist() for rows in bags.members] == [[0, 2], [3]]
     assert bags.proportions.tolist() == [[0.5, 0, 0.5], [0, 1, 0]]
+
+
+@pytest.mark.parametrize(
+    ("bags", "proportions"),
+    [
+        (
+            "\ufeffid , bag\n0.png, x \n2.png,x\n3.png,y\n\n  \n",
+            "bag , class,share \nx,cat,0.5\nx, a hen,.5\ny,dog,1.0\n\n",
+        ),
+        (BAGS.replace("\n", "\r\n"), LONG.replace("\n", "\r\n") + "\r\n"),
+        (BAGS.replace("x", "é"), LONG.replace("x", "e\u0301")),
+        (BAGS, " bag ,cat ,dog,a hen\nx,.5,,.5\n".replace(",,", ",0,") + "y,0,1,0\n,,,\n"),
+    ],
+)
+def test_blanks_line_ends_and_forms_of_unicode_change_nothing(read, bags, proportions):
+    found = read(bags, proportions)
+    assert [rows.tolist() for rows in found.members] == [[0, 2], [3]]
+    assert found.proportions.tolist() == [[0.5, 0, 0.5], [0, 1, 0]]
+
+
+@pytest.mark.parametrize("column", ["bags", "Bag", "shares", "Class"])
+def test_a_column_that_only_looks_like_a_known_one_is_named(read, column):
+    bags, proportions = BAGS, LONG
+    if column.lower().startswith("bag"):
+        bags = bags.replace("id,bag", f"id,{column}")
+    else:
+        proportions = proportions.replace("class,share", f"{column},share" if column == "Class" else f"class,{column}")
+    with pytest.raises(InputError, match=f"{column}"):
+        read(bags, proportions)
+
+
+@pytest.mark.parametrize("form", ["tsv", "parquet"])
+def test_classes_and_bags_that_are_numbers(tmp_path, form):
+    """1.0 is 1, as pandas writes whole numbers where one is missing."""
+    names = [str(k) for k in range(11)]
+    cache = FeatureCache.from_arrays(np.eye(11), list(range(11)), class_names=names)
+    bags = {"id": ["0", "10", "3"], "bag": [1.0, 1.0, 2.0]}
+    shares = {"bag": [1.0, 1.0, 2.0], "class": [10.0, 2.0, 3.0], "share": [0.75, 0.25, 1.0]}
+    for name, columns in (("bags", bags), ("shares", shares)):
+        if form == "parquet":
+            pq.write_table(pa.table(columns), tmp_path / f"{name}.parquet")
+        else:
+            pd.DataFrame(columns).to_csv(tmp_path / f"{name}.tsv", sep="\t", index=False)
+    found = read_bags(tmp_path / f"bags.{form}", tmp_path / f"shares.{form}", cache)
+    assert [rows.tolist() for rows in found.members] == [[0, 10], [3]]
+    assert (found.proportions[0, 10], found.proportions[0, 2], found.proportions[1, 3]) == (0.75, 0.25, 1)
 
 
 def test_rounded_proportions_are_made_to_sum_to_one(read):

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import io
+import json
+import random
 import socket
 import threading
+from collections import Counter
 
 import pytest
 from PIL import Image
 
+from tests.attacks import damages
 from ulfine_fast.cache.io.errors import InputError
 from ulfine_fast.data.corrections import read_corrections
 from ulfine_fast.review.app import create_app, make_server, new_token
@@ -111,6 +115,43 @@ def test_what_is_no_json_is_answered_with_400(client, session, data):
 def test_a_long_body_is_not_read(client, session):
     assert send(client, b'{"label": "' + b"a" * 300_000 + b'"}').status_code == 413
     assert not session.labels.exists()
+
+
+def test_random_requests_are_answered_by_a_sentence_or_change_one_label(client, session, request):
+    """A few hundred, or as many as `--mutations N` says; none ends in a failure of the server or shows the token."""
+    count = request.config.getoption("--mutations") or 400
+    rng = random.Random(count)
+    values = [*damages.VALUES, "cat", "dog", "", None]
+    paths = ["labels/0", "labels/1", "labels/99999999999999999999", "labels/-1", "labels/x", "images/0", "images/99"]
+    paths += ["state", "undo", "labels/0/../../state", "%00", "%FF", "a" * 5000, "?x=1", "."]
+    statuses: Counter[int] = Counter()
+    for _ in range(count):
+        content = {"label": rng.choice(values), "expected": rng.choice([None, *values])}
+        if rng.random() < 0.2:
+            content[rng.choice(["more", "label", "\0"])] = rng.choice(values)
+        data = json.dumps(content).encode()
+        change = rng.randrange(6)
+        if change == 0:
+            data = data[: rng.randrange(len(data))]
+        elif change == 1:
+            data = bytes(byte ^ (rng.random() < 0.02) * rng.randrange(256) for byte in data)
+        elif change == 2:
+            data = rng.choice(damages.RAW_VALUES)
+        headers = {"Origin": rng.choice([HOME, HOME, HOME, "null"]), "Content-Type": "application/json"}
+        path = f"/{rng.choice([TOKEN, TOKEN, TOKEN, 'guess'])}/{rng.choice(paths)}"
+        method = rng.choice(["PUT", "PUT", "PUT", "GET", "POST", "DELETE", "OPTIONS", "HEAD"])
+        before = read_corrections(session.labels) if session.labels.exists() else {}
+        answer = client.open(path, method=method, data=data, headers=headers, base_url=HOME)
+        after = read_corrections(session.labels) if session.labels.exists() else {}
+        statuses[answer.status_code] += 1
+        assert answer.status_code < 500, (method, path, data)
+        if answer.status_code >= 400:
+            assert TOKEN not in answer.get_data(as_text=True)
+            assert after == before
+        assert len({*before.items()} ^ {*after.items()}) <= 2
+        assert set(after.values()) <= {*session.run.class_names, ""}
+    print(dict(statuses))  # shown with -rP
+    assert statuses[200] > count / 50
 
 
 def test_the_token_is_in_no_message(session, monkeypatch, capfd, caplog):

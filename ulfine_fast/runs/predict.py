@@ -230,6 +230,8 @@ def refuse_output(out: Path) -> None:
         raise InputError(f"out must end in .csv or .parquet, got {out.name!r}")
     if out.is_dir():
         raise InputError(f"{out} is a folder; name a file")
+    if out.exists() and not out.is_file():  # a pipe would be waited for
+        raise InputError(f"{out} is a pipe or a device; name a file")
     above = next(folder for folder in out.absolute().parents if folder.exists())
     if not above.is_dir() or not os.access(above, os.W_OK):
         raise InputError(f"cannot write {out}: {above} is no folder that can be written; name another file")

@@ -62,9 +62,13 @@ class StudyBatch:
         return f"{self.owner}-{self.number:05d}"
 
 
+Status = Literal["done", "stopped", "pruned", "failed"]
+"""Of a run, see :class:`ulfine_fast.Run`."""
+
+
 class _Record(TypedDict):
     seed: int
-    status: Literal["done", "stopped", "pruned", "failed"]
+    status: Status
     seconds: float | None
     failed_at: int | None
     val: dict[str, _Metric | None]
@@ -171,7 +175,7 @@ def check_trial(trial: FrozenTrial, metrics: Sequence[str], seeds: Sequence[int]
     records = check_schema(recorded, list[SeedRecord], name=name, fix=RESTORE)
     if [record["seed"] for record in records] != list(seeds):
         raise _changed(name, f"its seeds are not {', '.join(map(str, seeds))}")
-    for record in recorded:
+    for record in recorded or []:
         digest = _record_digest(record, trial.number, trial.params, batch)
         if (proposed is not None or "digest" in record) and record.get("digest") != digest:
             raise _changed(name, f"its results for seed {record['seed']} are not those that were recorded")

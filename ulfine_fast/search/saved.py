@@ -306,8 +306,8 @@ def _compare_files(
     results = _results(folder)
     searched = [name for name, entry in summary.space.items() if isinstance(entry, list | dict)]
     for entry in leaderboard:
-        rows = results.get(int(entry["trial"]))
-        if rows is None and results:
+        rows = results.get(int(entry["trial"]), [])
+        if not rows and results:
             raise contradiction(LEADERBOARD, f"no results of trial {entry['trial']}")
         for metric in summary.metrics if rows else ():
             interval = mean_interval(row[f"val_{metric}"] for row in rows)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from ulfine_fast.engine.fit import fit_many
 from ulfine_fast.search.objective import sign
 from ulfine_fast.search.plan import Plan
 from ulfine_fast.search.pruning import bracket, outside_best_third, rungs
-from ulfine_fast.search.records import SeedRecord, StudyBatch
+from ulfine_fast.search.records import SeedRecord, Status, StudyBatch
 from ulfine_fast.search.study import SweepStudy
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ def _seed_record(run: Run, metric: str, compared: Sequence[int]) -> SeedRecord:
     metrics = {name: value for name, value in (run.metrics.get("val") or {}).items() if not isinstance(value, list)}
     record: SeedRecord = {
         "seed": run.config.seed,
-        "status": run.status,
+        "status": cast(Status, run.status),
         "seconds": run.metrics.get("seconds"),
         "failed_at": run.metrics.get("failed_at"),
         "val": {name: _finite(value) for name, value in metrics.items()},

@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 import tracemalloc
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +41,19 @@ def opened(folder: Path) -> FeatureCache:
 
 
 # -- what comes out
+
+
+def test_two_forms_of_unicode_are_one_class(tmp_path):
+    """Caches of version 0.1 keep names as their source had them."""
+    one, other = (unicodedata.normalize(form, "café") for form in ("NFC", "NFD"))
+    write_named_cache(tmp_path / "one", [one, "dog"])
+    write_named_cache(tmp_path / "other", ["yak", other])
+    merge([tmp_path / "one", tmp_path / "other"], tmp_path / "all")
+    both = opened(tmp_path / "all")
+    assert both.class_names == [one, "dog", "yak"]
+    counts = {name: list(FeatureCache.open(tmp_path / name).labels) for name in ("one", "other")}
+    assert list(both.labels).count(0) == counts["one"].count(0) + counts["other"].count(1)
+    assert np.array_equal(both.text_features[0], FeatureCache.open(tmp_path / "one").text_features[0])
 
 
 def test_rows_come_split_by_split_and_keep_every_bit(two, tmp_path):

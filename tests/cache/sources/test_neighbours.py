@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from PIL import Image
+from PIL import features as pillow_features
 from pyarrow import parquet
 
 from tests.cache.samples import write_images
@@ -388,3 +389,34 @@ def test_images_that_cannot_be_decoded_are_counted_and_named(tmp_path, monkeypat
     (tmp_path / "phone/1.heic").write_bytes(b"x")
     with pytest.raises(InputError, match=r"no images in class folders .*1 \.heic file passed over"):
         FolderSource(tmp_path / "phone")
+
+
+@pytest.mark.parametrize("suffix", [".heic", ".heif", ".avif"])
+def test_images_of_telephones_are_read_with_the_plugin(tmp_path, suffix):
+    """From a folder, a table, a tar file, a parquet file and alone."""
+    heif = pytest.importorskip("pillow_heif")
+    picture = Image.new("RGB", (64, 48), (200, 30, 30))
+    image = heif.from_pillow(picture)
+    (tmp_path / "images/a").mkdir(parents=True)
+    path = tmp_path / f"images/a/1{suffix.upper()}"
+    if suffix == ".avif":
+        if not pillow_features.check("avif"):
+            pytest.skip("this Pillow reads no AVIF")
+        picture.save(path, "AVIF")
+    else:
+        image.save(path)
+    data = path.read_bytes()
+    (tmp_path / "t.csv").write_text(f"path,label\nimages/a/{path.name},a\n")
+    with tarfile.open(tmp_path / "train.tar", "w") as tar:
+        for name, content in ((f"0{suffix}", data), ("0.cls", b"0")):
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    parquet.write_table(pa.table({"image": [data], "label": ["a"]}), tmp_path / "train.parquet")
+    names = names_file(tmp_path, "a")
+    sources = [open_source(tmp_path / name) for name in ("images", "t.csv", "train.parquet")]
+    sources += [open_source(tmp_path / "train.tar", class_names_file=names), ImageFolder(path)]
+    for source in sources:
+        (row,) = rows_of(source)
+        read = source.read(row)
+        assert (read.size, read.getpixel((9, 9))[0] > 180) == ((64, 48), True)

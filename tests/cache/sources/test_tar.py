@@ -545,3 +545,10 @@ def test_a_manifest_opens_its_images_again(folder, names, tiny_encoder, tmp_path
     extract(open_source(folder, class_names_file=names), tiny_encoder, tmp_path / "cache", **SMALL)
     again = reopen_source(FeatureCache.open(tmp_path / "cache").manifest.source)
     assert [row.id for row in rows_of(again)] == FeatureCache.open(tmp_path / "cache").ids
+
+
+@pytest.mark.parametrize("pattern", ["t-{000..999999999}.tar", "{0..9}{1..99999999999}.tar", "{a,b}" * 40 + ".tar"])
+def test_a_pattern_of_very_many_names_is_refused(tmp_path, pattern):
+    """Before they are made."""
+    with pytest.raises(InputError, match="names 1,000,000 files or more; name their folder"):
+        TarSource(str(tmp_path / pattern), class_names=["a"])

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ulfine_fast.cache.io.errors import InputError
-from ulfine_fast.cache.io.tables import label_key, label_text, read_table
+from ulfine_fast.cache.io.tables import find_column, label_key, label_text, read_table
 from ulfine_fast.data.splits import Split
 from ulfine_fast.related.label_proportions.bags import Bags
 
@@ -78,7 +78,7 @@ def _members(path: Path, cache: FeatureCache) -> dict[str, list[int]]:
     table = read_table(path, ["id", "bag"])
     if not len(table):
         raise InputError(f"{path} has no line; give the columns id and bag, and a line for each image")
-    ids, bags = table.texts("id", strip=False), table.texts("bag")
+    ids, bags = table.texts("id", strip=False), [label_key(name) for name in table.texts("bag")]
     bag_of: dict[str, str] = {}
     members: dict[str, list[int]] = {}
     rows = cache.row_of(ids, source=str(path), fix="remove its line")
@@ -99,11 +99,18 @@ def _proportions(path: Path, classes: list[str]) -> dict[str, NDArray[np.float64
     """Proportions (K,) of each bag, summing to 1, from either form of the file."""
     form = "the columns bag, class and share, or bag and one for each class"
     table = read_table(path, ["bag"], others="keep", form=form)
-    bags, columns = table.texts("bag"), [name for name in table.names if name != "bag"]
+    bags = [label_key(name) for name in table.texts("bag")]
+    columns = [name for name in table.names if name != "bag"]
     if not columns:
         raise InputError(f"{path} must have {form}, got bag")
     if not bags:
         raise InputError(f"{path} has no line; give {form}, and a line for each entry")
+
+    # one of the two columns alone is a slip, unless it is a class
+    for present, absent in (("class", "share"), ("share", "class")):
+        if present in columns and present not in classes and absent not in columns:
+            find_column(str(path), columns, [absent])
+            raise InputError(f"{path} has a column {present} and no {absent}; it must have {form}")
 
     # (bag, class, share) of every cell
     if {"class", "share"} <= set(columns):

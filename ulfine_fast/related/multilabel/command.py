@@ -17,7 +17,7 @@ def multilabel(
     cache: Annotated[Path, typer.Argument(help="Cache folder that `extract` wrote.")],
     labels: Annotated[Path, typer.Argument(help="CSV with a column id and one for each class: 1, 0, or empty.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Run folder to write.")] = Path("run"),
-    seeds: Annotated[int, typer.Option(help="How many seeds to fit together, from --seed on.")] = 1,
+    seeds: Annotated[int, typer.Option(help="How many seeds to fit together, from --seed on.", min=1, max=10_000)] = 1,
     table: Annotated[Literal["csv", "parquet"], typer.Option(help="Format of the predictions.")] = "csv",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print the metrics as JSON.")] = False,
