@@ -99,8 +99,8 @@ def _write_shard(folder: Path, number: int, first: int, features: np.ndarray, id
         flip=np.empty((n, 0), np.uint8),
     )
     path = shard_path(folder, number)
-    digest, size = write_shard(path, shard)
-    record = ShardRecord(number, "train", first, n, n, digest, size, manifest=identity)
+    checksum, size = write_shard(path, shard, identity)
+    record = ShardRecord(number, "train", first, n, n, checksum, size, manifest=identity)
     record.write(path.with_suffix(".json"))
 
 

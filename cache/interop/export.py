@@ -150,7 +150,7 @@ class _FinishedCache:
 
 def _prepare_folder(cache: _FinishedCache, out: Path, to: str, rows_per_file: int) -> None:
     """Leaves `out` with the note of this export; other files there must be the beginning of the same export."""
-    digest = hashlib.sha256("".join(record.sha256 for record in cache.records).encode()).hexdigest()
+    digest = hashlib.sha256("".join(record.checksum for record in cache.records).encode()).hexdigest()
     note = {
         "format": FORMAT,
         "version": 1,

@@ -315,7 +315,8 @@ class ShardWriter:
         started = time.perf_counter()
         made = content()
         path = shard_path(self.out, part.number)
-        digest, size = write_shard(path, made.shard)
+        identity = self.manifest.identity_of(part.number)
+        checksum, size = write_shard(path, made.shard, identity)
         seconds = {stage: round(spent, 4) for stage, spent in made.seconds.items()}
         seconds["write"] = round(time.perf_counter() - started, 4)
         record = ShardRecord(
@@ -324,11 +325,11 @@ class ShardWriter:
             first_row=part.first_row or 0,
             rows_read=len(made.shard.ids) + len(made.skipped),
             rows=len(made.shard.ids),
-            sha256=digest,
+            checksum=checksum,
             bytes=size,
             seconds=seconds,
             skipped=made.skipped,
-            manifest=self.manifest.identity_of(part.number),
+            manifest=identity,
         )
         record.write(path.with_suffix(".json"))
         # An interrupt of the caller may lose the future, but not this.

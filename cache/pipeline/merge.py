@@ -254,7 +254,7 @@ def _merged_manifest(inputs: Sequence[_Input], class_names: list[str]) -> Manife
     described: list[dict[str, Any]] = []
     for cache in inputs:
         digest.update(f"{cache.prefix}\0{len(cache.records)}\n".encode())
-        digest.update("".join(f"{record.sha256}\n" for record in cache.records).encode())
+        digest.update("".join(f"{record.checksum}\n" for record in cache.records).encode())
         description = {
             "path": str(cache.folder),
             "rows": sum(record.rows_read for record in cache.records),

@@ -165,9 +165,9 @@ def write_cache(folder: Path, parts: list[tuple[str, int]] = PARTS, skipped: int
 
 def put_shard(folder: Path, shard: Shard, number: int = 0, first: int = 0, skipped: int = 0) -> None:
     """One finished shard of a cache folder."""
-    digest, size = write_shard(shard_path(folder, number), shard)
     lost = [{"id": f"{shard.split}/{number}/lost{k}", "reason": "cut"} for k in range(skipped)]
     n = len(shard.ids)
     identity = Manifest.read(folder).identity_of(number) if is_cache(folder) else None
-    record = ShardRecord(number, shard.split, first, n + skipped, n, digest, size, {}, lost, identity)
+    checksum, size = write_shard(shard_path(folder, number), shard, identity)
+    record = ShardRecord(number, shard.split, first, n + skipped, n, checksum, size, {}, lost, identity)
     record.write(shard_path(folder, number).with_suffix(".json"))

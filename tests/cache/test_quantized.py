@@ -85,7 +85,7 @@ def test_a_damaged_scale_is_refused(tmp_path):
     with h5py.File(path, "r+") as file:
         file["weak_scale"][3, 0] = 1e30
     record = ShardRecord.read(path.with_suffix(".json"))
-    dataclasses.replace(record, sha256=hashlib.sha256(path.read_bytes()).hexdigest()).write(path.with_suffix(".json"))
+    dataclasses.replace(record, checksum=hashlib.sha256(path.read_bytes()).hexdigest()).write(path.with_suffix(".json"))
     problems = " ".join(verify_shard(path, LAYOUT)[1])
     assert "weak_scale does not match its checksum" in problems
     with pytest.raises(InputError, match=r"the weak features of image 'train/катя/3.png' are not finite"):

@@ -147,7 +147,7 @@ def cache_fingerprint(cache: FeatureCache) -> str:
     if cache.manifest is not None:
         digest.update(json.dumps(cache.manifest.to_dict(), sort_keys=True, default=str).encode())
         for record in cache.records:
-            digest.update(record.sha256.encode())
+            digest.update(record.checksum.encode())
         digest.update((cache.relabeled or "").encode())
         return digest.hexdigest()
     digest.update(json.dumps([cache.class_names, cache.ids, cache.splits.tolist()]).encode())
