@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.cache.samples import write_images, write_tiny_model
-from tests.cli.program import refused, run
+from tests.cli.program import refused, run, usage_error
 from tests.conftest import make_clusters
 from ulfine_fast.cache.io.errors import InputError
 from ulfine_fast.cache.store import FeatureCache
@@ -83,7 +83,7 @@ def test_mistakes_are_refused(cache, labels, tmp_path):
         assert done.exit_code == 2
         assert f"Invalid value for '{option}'" in done.stderr
         assert f"'{value}' is not one of" in done.stderr
-    assert "seeds must be at least 1" in refused("multilabel", cache, labels, *out, "--seeds", 0)
+    assert "Invalid value for '--seeds'" in usage_error("multilabel", cache, labels, *out, "--seeds", 0)
     text = labels.read_text()
     for old, new, sentence in (
         ("id,cat", "name,cat", "must have the column id"),

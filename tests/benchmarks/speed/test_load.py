@@ -44,5 +44,5 @@ def test_the_command_leaves_nothing_behind(tmp_path, monkeypatch):
     options = ["--rows", "60", "--dim", "8", "--shard-size", "20", "--rounds", "1", "--device", "cpu"]
     done = run_command(benchmark.main, *options, "--json", tmp_path / "rows.json")
     assert done.exit_code == 0, done.output
-    assert len(json.loads((tmp_path / "rows.json").read_text())) == 4
+    assert len(json.loads((tmp_path / "rows.json").read_text())) == 5
     assert [path.name for path in tmp_path.iterdir()] == ["rows.json"]
