@@ -185,10 +185,6 @@ class ShardRecord:
                 f"bring back the files that were made together, or {_REDO.replace('it redoes', 'which redoes')}"
             )
 
-    def is_of(self, data: bytes) -> bool:
-        """Whether bytes are those of the shard's file."""
-        return _checksum(data, self.manifest) == self.checksum
-
     def covers(self, part: Part) -> bool:
         """Whether the shard has the planned rows; of a stream only number and split are known beforehand."""
         if (self.shard, self.split) != (part.number, part.split):
@@ -257,6 +253,11 @@ def _hash_name(identity: str | None) -> str:
 
 def _checksum(data: bytes, identity: str | None) -> str:
     return hashlib.sha256(data).hexdigest() if identity is None else blake3(data).hexdigest()
+
+
+def is_recorded(record: ShardRecord, data: bytes) -> bool:
+    """Whether bytes are those of the shard's file that the record is of."""
+    return _checksum(data, record.manifest) == record.checksum
 
 
 def write_shard(path: Path, shard: Shard, identity: str | None = None) -> tuple[str, int]:
@@ -344,7 +345,7 @@ def is_intact(path: Path, record: ShardRecord) -> bool:
         # The size first: it shows a truncated file without reading it.
         if path.stat().st_size != record.bytes:
             return False
-        return record.is_of(read_regular_file(path, record.bytes))
+        return is_recorded(record, read_regular_file(path, record.bytes))
     except (OSError, MemoryError):
         return False
 
@@ -362,7 +363,7 @@ def read_shard_bytes(path: Path, record: ShardRecord) -> bytes:
     except (OSError, MemoryError) as error:
         reason = getattr(error, "strerror", None) or str(error) or "not enough memory"
         raise InputError(f"shard {path.stem} cannot be read: {path} ({reason}); {_REDO}") from error
-    if not record.is_of(data):
+    if not is_recorded(record, data):
         raise InputError(
             f"shard {path.stem} is damaged, or was replaced after the cache was opened: {path} does not match the "
             f"checksum in its record; {_REDO}"
