@@ -44,8 +44,8 @@ def calibration_section(shown: Group, predictions: Sequence[Predictions]) -> dic
         ]
         tables.append((title, table))
 
-    # the lowest and the highest temperature, once if they are equal as printed
-    known = sorted(t for t in temperatures if math.isfinite(t))
+    # the lowest and the highest temperature, once if they are equal as printed; one throughout is none
+    known = sorted(t for t in temperatures if math.isfinite(t)) if any(t != 1 for t in temperatures) else []
     ends = dict.fromkeys(f"{t:.2f}" for t in (known[0], known[-1])) if known else ()
     return {
         "charts": [reliability_chart(f"{title}: ECE {percent(bins.ece)}%", bins) for title, bins in diagrams],
