@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -121,9 +122,14 @@ class Clusters:
     scatter: Tensor
     mass: Tensor
 
+    @cached_property
+    def vectors(self) -> Tensor:
+        """Centers times the metric (T, C, K, D), made once for all chunks of rows."""
+        return self.metric.times(self.centers)
+
     def cosines(self, rows: Tensor) -> Tensor:
         """Cosines (T, n, C, K) of whitened rows (T, n, D)."""
-        return cosines(rows, self.centers, self.metric)
+        return products(rows, self.vectors) * self.metric.inverse_lengths(rows).unsqueeze(-1)
 
 
 def cosines(rows: Tensor, centers: Tensor, metric: Metric) -> Tensor:
