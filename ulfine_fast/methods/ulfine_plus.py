@@ -198,10 +198,10 @@ class ULFinePlus(Method):
         # candidates without the labels of each fold, scored on these labels beside the probe
         brief = replace(schedule, rounds=JUDGED_ROUNDS)
         judged = fit_clusters(_fits(evidence, slice(1, None)), brief, report=work.part("folds"))
-        likelihoods = [
-            label_likelihoods(logits, pool.labels[:, position])
-            for position, logits in _held_out_logits(values, pool, heads, judged, evidence, folds)
-        ]
+        likelihoods, similarities = [], []
+        for position, logits, largest in _held_out_logits(values, pool, heads, judged, evidence, folds):
+            likelihoods.append(label_likelihoods(logits, pool.labels[:, position]))
+            similarities.append(largest)
         scores, temperatures = held_out_scores(torch.cat(likelihoods, dim=1), pool.labels, folds > 0, classes)
         weights = torch.softmax(values["evidence_temperature"].view(-1, 1) * scores, dim=1)  # (T, 1 + S)
 
@@ -234,7 +234,7 @@ class ULFinePlus(Method):
         # what it says of itself
         known = folds > 0
         by_probe, by_mixture = [], []
-        for position, logits in _held_out_logits(values, pool, heads, judged, evidence, folds):
+        for position, logits, _ in _held_out_logits(values, pool, heads, judged, evidence, folds):
             labels = pool.labels[:, position]
             by_probe.append(logits[:, :, 0].argmax(-1) == labels)
             by_mixture.append(_log_mixture(logits, weights, temperatures).argmax(-1) == labels)
@@ -249,7 +249,7 @@ class ULFinePlus(Method):
         prior = (own.unsqueeze(-1) * clusters.prior).sum(1) + 1e-12
         state.scratch["estimated_prior"] = prior / prior.sum(1, keepdim=True)
         state.scratch["weight_of_probe"] = weights[:, 0]
-        least = _least_similarity(judged, evidence, folds).gather(1, best)
+        least = _least_similarity(torch.cat(similarities, dim=1), known).gather(1, best)
         state.scratch["no_class"] = _far_from_all(everything, clusters, own, least)
 
     def evidence(self, trials: Trials, state: State) -> Tensors:
@@ -319,8 +319,11 @@ def _sample(seeds: Tensor, pool: Pool, space: Whitening, most: int) -> RowChunks
 
 def _held_out_logits(
     values: Tensors, pool: Pool, heads: Tensor, judged: Clusters, evidence: Evidence, folds: Tensor
-) -> Iterator[tuple[slice, Tensor]]:
-    """Chunks of labelled images: their logits (T, n, 1 + S, K) by the probe and the candidates fitted without them."""
+) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Chunks of labelled images, as the probe and the candidates see them that were fitted without them.
+
+    Each with its position, logits (T, n, 1 + S, K), and largest cosines with a class (T, n, S).
+    """
     fits, starts, classes = heads.shape[1] - 1, evidence.prior.shape[1], heads.shape[2]
     chunks = RowChunks.of(evidence.labeled, pool.labels >= 0)
     for position, rows, _ in chunks.split(heads.shape[1] * (1 + starts) * classes):
@@ -330,7 +333,8 @@ def _held_out_logits(
         fold = folds[:, position]
         own_linear = _of_fold(linear, fold)  # (T, n, 1, K)
         own_similarity = _of_fold(similarity, (fold - 1).clamp(min=0))  # (T, n, S, K)
-        yield position, torch.cat([own_linear, _fused(values, own_similarity, own_linear)], dim=2)
+        logits = torch.cat([own_linear, _fused(values, own_similarity, own_linear)], dim=2)
+        yield position, logits, own_similarity.amax(-1)
 
 
 def _of_fold(values: Tensor, fold: Tensor) -> Tensor:
@@ -401,18 +405,9 @@ def _right_without_text(pool: Pool, trials: Trials, kept: Tensor, folds: Tensor,
     return right
 
 
-def _least_similarity(judged: Clusters, evidence: Evidence, folds: Tensor) -> Tensor:
-    """Largest cosine with any class that 99 of 100 held-out labelled images exceed, for each start (T, S)."""
-    fits, starts, classes = evidence.heads.shape[1] - 1, evidence.prior.shape[1], evidence.prior.shape[2]
-    chunks = RowChunks.of(evidence.labeled, evidence.labels >= 0)
-    largest = torch.cat(
-        [
-            _of_fold(judged.cosines(rows).amax(-1).unflatten(2, (fits, starts)), (folds[:, position] - 1).clamp(min=0))
-            for position, rows, _ in chunks.split(fits * starts * classes)
-        ],
-        dim=1,
-    )  # (T, L, S)
-    return torch.nanquantile(largest.masked_fill((folds == 0).unsqueeze(-1), torch.nan), NO_CLASS, dim=1)
+def _least_similarity(largest: Tensor, known: Tensor) -> Tensor:
+    """What the largest cosine with a class (T, L, S) of 99 of 100 held-out labelled images exceeds (T, S)."""
+    return torch.nanquantile(largest.masked_fill(~known.unsqueeze(-1), torch.nan), NO_CLASS, dim=1)
 
 
 def _far_from_all(images: RowChunks, clusters: Clusters, weights: Tensor, least: Tensor) -> Tensor:
