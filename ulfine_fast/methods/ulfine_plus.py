@@ -167,7 +167,8 @@ class ULFinePlus(Method):
         kept = ((numbers == 0) | (folds.unsqueeze(-1) != numbers)) & (pool.labels >= 0).unsqueeze(-1)  # (T, L, J)
 
         # probes, and features whitened
-        heads, kinds = _probes(pool, trials, kept, folds, work.part("probes"))  # (T, J, K, D), (T,)
+        views = pool.labeled_views  # (T, L, V, D)
+        heads, kinds = _probes(pool, views, trials, kept, folds, work.part("probes"))  # (T, J, K, D), (T,)
         space = _space(pool, values)
         whitened, offsets = space.linear(values["probe_weight"].view(-1, 1, 1, 1) * heads)
         everything = RowChunks(
@@ -243,7 +244,7 @@ class ULFinePlus(Method):
         state.scratch["held_out"] = known.sum(1)
         state.scratch["gain_unlabeled"] = balanced_gain(gain, pool.labels, known, classes)
         if bool(trials.inputs.shared["has_text"]):
-            blind = _right_without_text(pool, trials, kept, folds, kinds)
+            blind = _right_without_text(pool, views, trials, kept, folds, kinds)
             state.scratch["gain_text"] = balanced_gain(right - blind, pool.labels, known, classes)
         own = state.memory["weights"][:, 1:]  # (T, S')
         prior = (own.unsqueeze(-1) * clusters.prior).sum(1) + 1e-12
@@ -343,7 +344,9 @@ def _of_fold(values: Tensor, fold: Tensor) -> Tensor:
     return values.gather(2, index.expand(-1, -1, 1, *values.shape[3:])).squeeze(2)
 
 
-def _probes(pool: Pool, trials: Trials, kept: Tensor, folds: Tensor, report: Report) -> tuple[Tensor, Tensor]:
+def _probes(
+    pool: Pool, views: Tensor, trials: Trials, kept: Tensor, folds: Tensor, report: Report
+) -> tuple[Tensor, Tensor]:
     """Labelled-only heads (T, J, K, D) of the kind (T,) that held-out labels prefer, as long as their scale.
 
     Every kind is fitted without each fold, the preferred one with all labels too.
@@ -355,7 +358,7 @@ def _probes(pool: Pool, trials: Trials, kept: Tensor, folds: Tensor, report: Rep
 
     heads, scores = [], []
     for kind in range(len(PROBES)):
-        heads.append(_probe(pool, trials, kind, kept[:, :, 1:], trials.prototypes, fitted(kind)))
+        heads.append(_probe(pool, views, trials, kind, kept[:, :, 1:], trials.prototypes, fitted(kind)))
         likelihoods = [
             label_likelihoods(logits.unsqueeze(2), pool.labels[:, part])
             for part, logits in _probe_logits(pool, heads[-1], folds)
@@ -365,15 +368,22 @@ def _probes(pool: Pool, trials: Trials, kept: Tensor, folds: Tensor, report: Rep
     without = torch.stack(heads, dim=1)[torch.arange(len(kinds), device=kinds.device), kinds]  # (T, J - 1, K, D)
     whole = torch.zeros_like(without[:, :1])
     for kind in kinds.unique().tolist():
-        chosen = _probe(pool, trials, kind, kept[:, :, :1], trials.prototypes, fitted(len(PROBES)))
+        chosen = _probe(pool, views, trials, kind, kept[:, :, :1], trials.prototypes, fitted(len(PROBES)))
         whole = torch.where((kinds == kind).view(-1, 1, 1, 1), chosen, whole)
     return torch.cat([whole, without], dim=1), kinds
 
 
-def _probe(pool: Pool, trials: Trials, kind: int, kept: Tensor, start: Tensor, report: Report | None = None) -> Tensor:
-    """Heads (T, J, K, D) of one kind, as long as their scale."""
+def _probe(
+    pool: Pool,
+    views: Tensor,
+    trials: Trials,
+    kind: int,
+    kept: Tensor,
+    start: Tensor,
+    report: Report | None = None,
+) -> Tensor:
+    """Heads (T, J, K, D) of one kind, as long as their scale, from views (T, L, V, D) of the labelled images."""
     scale, with_strong = PROBES[kind]
-    views = pool.labeled_views
     return scale * fit_probe(
         views if with_strong else views[:, :, : pool.features.easy],
         pool.labels,
@@ -390,16 +400,19 @@ def _probe_logits(pool: Pool, heads: Tensor, folds: Tensor) -> Iterator[tuple[sl
     """Chunks of labelled images: logits (T, n, K) by the head (T, J, K, D) of each image's fold."""
     for first in range(0, folds.shape[1], TOGETHER):
         part = slice(first, first + TOGETHER)
-        yield part, _of_fold(products(pool.labeled[:, part], heads), (folds[:, part] - 1).clamp(min=0))
+        logits = products(pool.features.rows(pool.labeled_rows[:, part]), heads)  # (T, n, J, K)
+        yield part, _of_fold(logits, (folds[:, part] - 1).clamp(min=0))
 
 
-def _right_without_text(pool: Pool, trials: Trials, kept: Tensor, folds: Tensor, kinds: Tensor) -> Tensor:
+def _right_without_text(
+    pool: Pool, views: Tensor, trials: Trials, kept: Tensor, folds: Tensor, kinds: Tensor
+) -> Tensor:
     """Whether probes that start from the labelled images' class means hit each held-out label: 1 or 0, (T, L)."""
     kept = kept[:, :, 1:]
     start = class_means(pool.labeled, pool.labels, kept, trials.prototypes.shape[1])
     right = torch.zeros_like(folds, dtype=start.dtype)
     for kind in kinds.unique().tolist():
-        for part, logits in _probe_logits(pool, _probe(pool, trials, kind, kept, start), folds):
+        for part, logits in _probe_logits(pool, _probe(pool, views, trials, kind, kept, start), folds):
             hits = (logits.argmax(-1) == pool.labels[:, part]).to(right.dtype)
             right[:, part] = torch.where((kinds == kind).unsqueeze(1), hits, right[:, part])
     return right
