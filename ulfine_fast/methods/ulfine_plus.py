@@ -25,7 +25,8 @@ from ulfine_fast.ops.clustering import Clusters, Evidence, RowChunks, Schedule, 
 from ulfine_fast.ops.evidence import balanced_gain, fold_numbers, held_out_scores, label_likelihoods, starting_priors
 from ulfine_fast.ops.mixture import Metric, Scatter, Whitening, products, view_scatter, whitening
 from ulfine_fast.ops.philox import Purpose, uniforms
-from ulfine_fast.ops.probe import class_means, fit_probe
+from ulfine_fast.ops.probe import fit_probe
+from ulfine_fast.ops.prototypes import class_means, normalize
 
 if TYPE_CHECKING:
     from ulfine_fast.cache.store import FeatureCache
@@ -409,13 +410,21 @@ def _right_without_text(
 ) -> Tensor:
     """Whether probes that start from the labelled images' class means hit each held-out label: 1 or 0, (T, L)."""
     kept = kept[:, :, 1:]
-    start = class_means(pool.labeled, pool.labels, kept, trials.prototypes.shape[1])
+    start = torch.stack([_class_directions(pool, fold, trials.prototypes.shape[1]) for fold in kept.unbind(2)], dim=1)
     right = torch.zeros_like(folds, dtype=start.dtype)
     for kind in kinds.unique().tolist():
         for part, logits in _probe_logits(pool, _probe(pool, views, trials, kind, kept, start), folds):
             hits = (logits.argmax(-1) == pool.labels[:, part]).to(right.dtype)
             right[:, part] = torch.where((kinds == kind).unsqueeze(1), hits, right[:, part])
     return right
+
+
+def _class_directions(pool: Pool, kept: Tensor, classes: int) -> Tensor:
+    """Unit means (T, K, D) of the labelled images kept (T, L), by class; the mean of all where a class has none."""
+    # what is not kept is a class of its own, which is dropped
+    means, counts = class_means(pool.labeled, torch.where(kept, pool.labels, classes), classes + 1)
+    means, counts = means[:, :classes], counts[:, :classes].unsqueeze(-1)
+    return normalize(torch.where(counts > 0, means, (means * counts).sum(1, keepdim=True)))
 
 
 def _least_similarity(largest: Tensor, known: Tensor) -> Tensor:

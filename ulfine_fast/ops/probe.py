@@ -85,18 +85,6 @@ def fit_probe(
     return normalize(weights)
 
 
-def class_means(rows: Tensor, labels: Tensor, kept: Tensor, classes: int) -> Tensor:
-    """Unit means (T, J, K, D) of rows (T, n, D) by label (T, n), for J choices of rows (T, n, J).
-
-    A class without rows gets the mean of all.
-    """
-    member = F.one_hot(labels.clamp(min=0), classes).to(rows.dtype) * (labels >= 0).unsqueeze(-1)  # (T, n, K)
-    weights = member.unsqueeze(2) * kept.unsqueeze(-1)  # (T, n, J, K)
-    means = (weights.flatten(2).transpose(1, 2) @ rows).unflatten(1, weights.shape[2:])
-    empty = weights.sum(1).unsqueeze(-1) == 0
-    return normalize(torch.where(empty, means.sum(2, keepdim=True), means))
-
-
 def _parts(known: Tensor) -> Callable[[int], tuple[Tensor, Tensor]] | None:
     """Positions (T, m) of the rows of a step, and which are rows at all; None where all rows fit into one step.
 
