@@ -19,8 +19,8 @@ Report = Callable[[float], None]
 """Gets the fraction of a work that is done."""
 
 
-def _unheard(fraction: float) -> None:
-    return
+def unheard(fraction: float) -> None:
+    """The report of a work that nobody watches."""
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ class Pool:
     labels: Tensor
     unlabeled_rows: Tensor
     present: Tensor
-    report: Report = _unheard
+    report: Report = unheard
 
     @property
     def labeled(self) -> Tensor:

@@ -16,7 +16,7 @@ from ulfine_fast.config import FitConfig
 from ulfine_fast.core.features import DeviceFeatures
 from ulfine_fast.core.heads import Tensors, unpadded
 from ulfine_fast.core.selection import select_trials
-from ulfine_fast.core.types import Report, State
+from ulfine_fast.core.types import Report, State, unheard
 from ulfine_fast.data.splits import Split, labeled_counts
 from ulfine_fast.engine.history import History, plain
 from ulfine_fast.engine.inputs import trial_inputs
@@ -98,7 +98,7 @@ class TrialBatch:
         self.waited = torch.zeros_like(self.inputs.patience)
         self.finished: dict[int, Tensors] = {}
         self.health: Metrics = {}
-        self.report: Report = lambda _: None
+        self.report: Report = unheard
         self.history = History([len(split.unlabeled) > 0 for split in splits])
 
     # -- training

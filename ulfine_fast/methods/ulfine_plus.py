@@ -22,7 +22,14 @@ from ulfine_fast.data.splits import Split
 from ulfine_fast.methods.base import Method
 from ulfine_fast.methods.registry import register
 from ulfine_fast.ops.clustering import Clusters, Evidence, RowChunks, Schedule, cosines, fit_clusters
-from ulfine_fast.ops.evidence import balanced_gain, fold_numbers, held_out_scores, label_likelihoods, starting_priors
+from ulfine_fast.ops.evidence import (
+    balanced_gain,
+    class_sums,
+    fold_numbers,
+    held_out_scores,
+    label_likelihoods,
+    starting_priors,
+)
 from ulfine_fast.ops.mixture import Metric, Scatter, Whitening, products, view_scatter, whitening
 from ulfine_fast.ops.philox import Purpose, uniforms
 from ulfine_fast.ops.probe import fit_probe
@@ -176,9 +183,7 @@ class ULFinePlus(Method):
             pool.present, lambda first, last: space(pool.features.rows(pool.unlabeled_rows[:, first:last]))
         )
         sample = _sample(trials.seeds, pool, space, sample_size)
-        counts = torch.zeros_like(trials.log_prior).scatter_add_(
-            1, pool.labels.clamp(min=0), (pool.labels >= 0).to(trials.log_prior.dtype)
-        )
+        counts = class_sums((pool.labels >= 0).to(trials.log_prior.dtype), pool.labels, classes)
         evidence = Evidence(
             labeled=space(pool.labeled),
             labels=pool.labels,

@@ -54,6 +54,11 @@ def starting_priors(counts: Tensor, gamma: float = 30.0) -> Tensor:
     return torch.softmax(-torch.log(torch.tensor(gamma)) * slopes, dim=-1)
 
 
+def class_sums(values: Tensor, labels: Tensor, classes: int) -> Tensor:
+    """Sums (T, K) of values (T, L) by label (T, L); those of padding, label -1, must be zero."""
+    return values.new_zeros(len(labels), classes).scatter_add_(1, labels.clamp(min=0), values)
+
+
 def label_likelihoods(logits: Tensor, labels: Tensor) -> Tensor:
     """Log-likelihood of each row's label by each candidate, at every temperature of the grid.
 
@@ -84,7 +89,7 @@ def held_out_scores(likelihoods: Tensor, labels: Tensor, judged: Tensor, classes
     """
     index = labels.clamp(min=0)
     kept = judged.to(likelihoods.dtype)
-    counts = kept.new_zeros(len(labels), classes).scatter_add_(1, index, kept)  # (T, K)
+    counts = class_sums(kept, labels, classes)  # (T, K)
     weight = kept / counts.gather(1, index).clamp(min=1) / (counts > 0).sum(1, keepdim=True).clamp(min=1)  # (T, L)
     best = torch.einsum("tlsg,tl->tsg", likelihoods, weight).max(-1)  # (T, S)
     # without held-out rows all temperatures score the same, and the first of the grid would sharpen for no reason
@@ -110,9 +115,8 @@ def balanced_gain(difference: Tensor, labels: Tensor, judged: Tensor, classes: i
     """
     index = labels.clamp(min=0)
     kept = judged.to(difference.dtype)
-    zeros = kept.new_zeros(len(labels), classes)
-    counts = zeros.scatter_add(1, index, kept)  # (T, K)
-    means = zeros.scatter_add(1, index, kept * difference) / counts.clamp(min=1)
+    counts = class_sums(kept, labels, classes)  # (T, K)
+    means = class_sums(kept * difference, labels, classes) / counts.clamp(min=1)
     seen = (counts > 0).sum(1)  # (T,)
     mean = means.sum(1) / seen
     spread = (kept * (difference - means.gather(1, index)).square()).sum(1) / (kept.sum(1) - seen)

@@ -75,10 +75,6 @@ class Metric:
         # the scatter between classes is at most the whole one; rounding must not make it more
         return cls(inverse_root(identity - 0.999 * gram) @ means)
 
-    def part(self, first: int, last: int) -> Metric:
-        """Candidates [first, last) alone."""
-        return Metric(self.factors[:, first:last])
-
     def times(self, vectors: Tensor) -> Tensor:
         """Vectors (T, C, K, D) times the matrix: their inner products with plain rows are those of the metric."""
         return vectors + (vectors @ self.factors.transpose(-1, -2)) @ self.factors
