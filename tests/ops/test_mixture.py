@@ -5,7 +5,16 @@ import pytest
 import torch
 
 from ulfine_fast.ops.clustering import cosines
-from ulfine_fast.ops.mixture import Metric, Scatter, inverse_root, products, sums, view_scatter, whitening
+from ulfine_fast.ops.mixture import (
+    Metric,
+    Scatter,
+    inverse_root,
+    leading_directions,
+    products,
+    sums,
+    view_scatter,
+    whitening,
+)
 
 T, N, S, K, D = 2, 40, 2, 3, 5
 
@@ -273,3 +282,14 @@ def test_what_is_not_finite_spoils_no_neighbour():
     root = inverse_root(matrices)
     assert not torch.isfinite(root[0]).all()
     assert torch.equal(root[1], torch.eye(3))
+
+
+def test_leading_directions_span_the_leading_eigenvectors():
+    made = torch.Generator().manual_seed(0)
+    basis = torch.linalg.qr(torch.randn(2, 12, 12, generator=made)).Q
+    values = torch.tensor([9.0, 7.0, 5.0] + [0.5] * 9)
+    covariance = basis @ torch.diag(values) @ basis.transpose(1, 2)
+    directions = leading_directions(covariance, 3)
+    torch.testing.assert_close(directions.transpose(1, 2) @ directions, torch.eye(3).expand(2, 3, 3), atol=1e-5, rtol=0)
+    wanted = basis[:, :, :3] @ basis[:, :, :3].transpose(1, 2)
+    torch.testing.assert_close(directions @ directions.transpose(1, 2), wanted, atol=1e-3, rtol=0)

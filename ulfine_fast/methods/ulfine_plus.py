@@ -9,14 +9,17 @@ held out of both decide the weight of each.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from ulfine_fast.cache.io.errors import InputError
 from ulfine_fast.config import FitConfig, option
-from ulfine_fast.core.heads import Tensors
+from ulfine_fast.core.features import DeviceFeatures, encoder_tokens
+from ulfine_fast.core.heads import Tensors, frozen_end, last_norm
 from ulfine_fast.core.types import Inputs, Pool, Report, State, Trials
 from ulfine_fast.data.splits import Split
 from ulfine_fast.methods.base import Method
@@ -30,7 +33,15 @@ from ulfine_fast.ops.evidence import (
     label_likelihoods,
     starting_priors,
 )
-from ulfine_fast.ops.mixture import Metric, Scatter, Whitening, products, view_scatter, whitening
+from ulfine_fast.ops.mixture import (
+    Metric,
+    Scatter,
+    Whitening,
+    leading_directions,
+    products,
+    view_scatter,
+    whitening,
+)
 from ulfine_fast.ops.philox import Purpose, uniforms
 from ulfine_fast.ops.probe import fit_probe
 from ulfine_fast.ops.prototypes import class_means, normalize
@@ -38,6 +49,8 @@ from ulfine_fast.ops.prototypes import class_means, normalize
 if TYPE_CHECKING:
     from ulfine_fast.cache.store import FeatureCache
 
+# dimensions of the feature before the projection that are kept beside the projected one
+WIDE = 192
 PROBE_STEPS = 100
 PROBE_RATE = 0.2
 # candidates: scale, and whether strong views train too; which of them is best depends on the encoder
@@ -67,6 +80,14 @@ TOGETHER = 4096
 class ULFinePlusOptions:
     """Options of :class:`ULFinePlus`."""
 
+    feature: str = option(
+        "projected",
+        "what is classified; pre-projection puts what the encoder has before its projection beside the projected "
+        "feature, and needs a cache made by extract --features pre-projection or last-block",
+        choices=("projected", "pre-projection"),
+        structural=True,
+        tokens="pre-projection",
+    )
     folds: int = option(4, "folds of the labels that are held out one by one", low=2, structural=True)
     probe_weight: float = option(
         1.0,
@@ -134,6 +155,17 @@ class ULFinePlus(Method):
     uses_threshold = False
     # each candidate has its temperature by all held-out labels; a few validation images would only spoil it
     calibrates = True
+    takes_tokens = True
+
+    def check(self, cache: FeatureCache, config: FitConfig, split: Split) -> None:
+        """Refuse a feature that the cache does not hold, and an adapter inside the encoder."""
+        if config.adapter == "adaptformer":
+            raise InputError("method ulfine_plus trains no adapter; leave out adapter adaptformer")
+        if config.feature == "pre-projection" and not encoder_tokens(cache):
+            raise InputError(
+                "feature pre-projection reads what the encoder has before its projection, which this cache does not "
+                "hold; extract again with --features pre-projection, or take feature projected"
+            )
 
     def pool_values(self, config: FitConfig, images: int, views: int, dim: int, classes: int) -> int:
         """A sample of the images, class sums for every prior and fold, a chunk of rows, and the labelled views."""
@@ -169,6 +201,15 @@ class ULFinePlus(Method):
             pool.report,
         )
 
+        # the feature before the projection, in its main directions, which a sample shows
+        index, present = _sample_rows(trials.seeds, pool, sample_size)
+        joining: Tensors = {}
+        if trials.config.feature == "pre-projection":
+            rows = torch.cat([pool.labeled_rows, index], dim=1)
+            joining = _joining(trials, pool.features, rows, torch.cat([pool.labels >= 0, present], dim=1))
+            pool = replace(pool, features=_Joined.of(pool.features, joining))
+            trials = replace(trials, prototypes=_joined_texts(trials.prototypes, joining))
+
         # folds of the labels; from fold 0 nothing is held out
         folds = fold_numbers(trials.seeds, pool.labels, classes, trials.config.folds)  # (T, L)
         numbers = torch.arange(trials.config.folds + 1, device=folds.device)
@@ -182,7 +223,7 @@ class ULFinePlus(Method):
         everything = RowChunks(
             pool.present, lambda first, last: space(pool.features.rows(pool.unlabeled_rows[:, first:last]))
         )
-        sample = _sample(trials.seeds, pool, space, sample_size)
+        sample = RowChunks.of(space(pool.features.rows(index)), present)
         counts = class_sums((pool.labels >= 0).to(trials.log_prior.dtype), pool.labels, classes)
         evidence = Evidence(
             labeled=space(pool.labeled),
@@ -228,6 +269,7 @@ class ULFinePlus(Method):
         # what predicts
         columns = torch.cat([torch.zeros_like(best[:, :1]), best + 1], dim=1)  # (T, 1 + S')
         state.memory |= {
+            **joining,
             "linear": heads[:, 0],
             "mean": space.mean,
             "map": space.map,
@@ -273,6 +315,7 @@ class ULFinePlus(Method):
         return self._mixture(trials, tensors, features, prior=tensors.get("shares"))
 
     def _mixture(self, trials: Trials, tensors: Tensors, features: Tensor, prior: Tensor | None) -> Tensor:
+        features = _join(tensors, features)
         linear = products(features, tensors["linear"].unsqueeze(1))  # (T, B, 1, K)
         if "centers" not in tensors:
             return linear.squeeze(2)
@@ -313,15 +356,91 @@ def _fits(evidence: Evidence, fits: slice) -> Evidence:
     )
 
 
-def _sample(seeds: Tensor, pool: Pool, space: Whitening, most: int) -> RowChunks:
-    """At most so many unlabelled images of each trial, drawn from its seed, whitened."""
+def _sample_rows(seeds: Tensor, pool: Pool, most: int) -> tuple[Tensor, Tensor]:
+    """Rows of at most so many unlabelled images of each trial, drawn from its seed, and which are present (T, n)."""
     index, present = pool.unlabeled_rows, pool.present
     if index.shape[1] > most:
         order = uniforms(seeds, 0, Purpose.UNLABELED, index.shape[1]).masked_fill(~present, 2.0)
         # in the cache's order, as a trial with fewer images has them
         drawn = order.argsort(dim=1)[:, :most].sort(dim=1).values
         index, present = index.gather(1, drawn), present.gather(1, drawn)
-    return RowChunks.of(space(pool.features.rows(index)), present)
+    return index, present
+
+
+def _joining(trials: Trials, features: DeviceFeatures, index: Tensor, present: Tensor) -> Tensors:
+    """What :func:`_join` needs, from training rows (T, n) that are present (T, n), and the encoder's end."""
+    encoder: Tensors = {"projection": trials.head["projection"].expand(len(index), -1, -1)}
+    if "ln_post_weight" in trials.head:
+        # two tokens of the last block, from before the encoder's last norm
+        encoder = frozen_end(trials.head, len(index))
+
+    def parts(read: Callable[[Tensor, Tensor], Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+        for rows, rows_present in zip(index.split(TOGETHER, 1), present.split(TOGETHER, 1), strict=True):
+            yield read(encoder, features.rows(rows)), rows_present
+
+    scatter = Scatter.of(parts(_wide)).covariance
+    return {
+        **encoder,
+        "center": Scatter.of(parts(_projected)).mean,
+        "basis": leading_directions(scatter, min(WIDE, scatter.shape[-1])),
+    }
+
+
+def _wide(tensors: Tensors, tokens: Tensor) -> Tensor:
+    """The feature before the projection (T, B, W), of any length, from tokens (T, B, S W)."""
+    if "projection" in tensors:
+        return tokens
+    return last_norm(tensors, tokens, tokens.new_zeros(len(tokens)))
+
+
+def _projected(tensors: Tensors, tokens: Tensor) -> Tensor:
+    """Unit features (T, B, D) from tokens (T, B, S W)."""
+    projection = tensors["projection"] if "projection" in tensors else tensors["backbone.projection"]
+    return normalize(_wide(tensors, tokens) @ projection)
+
+
+def _join(tensors: Tensors, features: Tensor) -> Tensor:
+    """Unit rows (T, B, D + R): projected features around their mean, beside the wider features' main directions.
+
+    Args:
+        tensors: "center" (T, 1, D), "basis" (T, W, R), and the encoder's end; without them features stay as they are.
+        features: unit features (T, B, D), or tokens (T, B, S W).
+    """
+    if "basis" not in tensors:
+        return features
+    centered = normalize(_projected(tensors, features) - tensors["center"])
+    return torch.cat([centered, normalize(_wide(tensors, features) @ tensors["basis"])], dim=-1) * 0.5**0.5
+
+
+def _joined_texts(prototypes: Tensor, tensors: Tensors) -> Tensor:
+    """Prototypes (T, K, D) around their mean, zero in the wider features' directions (T, K, D + R)."""
+    centered = normalize(prototypes - prototypes.mean(1, keepdim=True))
+    return F.pad(centered, (0, tensors["basis"].shape[-1]))
+
+
+@dataclass(frozen=True)
+class _Joined(DeviceFeatures):
+    """Features as :func:`_join` makes them of tokens.
+
+    Attributes:
+        joining: its tensors.
+    """
+
+    joining: Tensors = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, features: DeviceFeatures, joining: Tensors) -> _Joined:
+        """The same images."""
+        return cls(**{spec.name: getattr(features, spec.name) for spec in fields(features)}, joining=joining)
+
+    def rows(self, index: Tensor) -> Tensor:
+        """Plain features of rows (T, n), one set for each trial: unit rows (T, n, D + R)."""
+        return _join(self.joining, super().rows(index))
+
+    def all_views(self, index: Tensor) -> Tensor:
+        """Plain, weak and strong views (T, B, V, D + R) of rows (T, B) that have views."""
+        views = super().all_views(index)
+        return _join(self.joining, views.flatten(1, 2)).unflatten(1, views.shape[1:3])
 
 
 def _held_out_logits(

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ulfine_fast.ops.philox import Purpose, normals
+
 _EPS = 1e-9
 
 
@@ -164,6 +166,25 @@ def whitening(scatter: Scatter, nuisance: Tensor | None, shrinkage: Tensor, weig
     if nuisance is not None:
         covariance = covariance + weight.view(-1, 1, 1) * trace * nuisance / (_trace(nuisance) + _EPS)
     return Whitening(scatter.mean, inverse_root(covariance).transpose(1, 2))
+
+
+def leading_directions(covariance: Tensor, count: int, rounds: int = 6) -> Tensor:
+    """Orthonormal directions of the largest scatter, by subspace iteration from fixed random directions.
+
+    Args:
+        covariance: (T, D, D).
+        count: R, at most D.
+        rounds: products with the covariance; the span is close to the leading eigenvectors', not exact.
+
+    Returns:
+        Columns (T, D, R).
+    """
+    trials, dim = covariance.shape[:2]
+    start = normals(torch.zeros(1, dtype=torch.int64, device=covariance.device), 0, Purpose.WEIGHTS, dim * count)
+    directions = start.to(covariance.dtype).view(1, dim, count).expand(trials, -1, -1)
+    for _ in range(rounds):
+        directions = torch.linalg.qr(covariance @ directions).Q
+    return directions
 
 
 def inverse_root(matrices: Tensor) -> Tensor:

@@ -131,6 +131,8 @@ class Run:
         """Shape of one image's input to :meth:`logits`: (D,), or (S, W) for tokens."""
         if "backbone.projection" in self.tensors:
             return 2, self.tensors["backbone.projection"].shape[0]
+        if "projection" in self.tensors:
+            return 1, self.tensors["projection"].shape[0]
         width = next(t.shape[-1] for name, t in self.tensors.items() if name in ("linear", "prototypes"))
         return (1, width) if self.config.reads_tokens else (width,)
 
