@@ -1,12 +1,19 @@
-"""Hooks of mkdocs: the three source folders shown as one package, and the tables of docs/options.md."""
+"""Hooks of mkdocs: the three source folders shown as one package, the tables of docs/options.md, and pages as text.
+
+Programs that read documentation find it at `llms.txt`, a list of all pages with a sentence each, beside which every page
+lies as Markdown, and in `llms-full.txt`, all pages in one file.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import html
+import inspect
 import math
+import pkgutil
+import re
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +30,10 @@ _ROOT = Path(__file__).parents[1]
 _PACKAGE_PARENT = tempfile.TemporaryDirectory()
 _NONE = "–"
 
+# The Markdown of each page of the build in progress by its path, and the navigation.
+_TEXTS: dict[str, str] = {}
+_NAVIGATION: list[Any] = []
+
 
 @event_priority(100)
 def on_config(config: Any) -> Any:
@@ -38,17 +49,78 @@ def on_config(config: Any) -> Any:
     return config
 
 
+def on_nav(nav: Any, **_: Any) -> None:
+    """Keeps the navigation, whose order llms.txt has."""
+    _NAVIGATION[:] = nav.items
+
+
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Replaces the marker in docs/options.md by the tables of options.
+    """Replaces the marker in docs/options.md by the tables of options, and keeps each page's text.
 
     Raises:
         PluginError: the page has lost its marker.
     """
-    if page.file.src_uri != OPTIONS_PAGE:
-        return markdown
-    if OPTIONS_MARKER not in markdown:
-        raise PluginError(f"docs/{OPTIONS_PAGE} needs the line {OPTIONS_MARKER}")
-    return markdown.replace(OPTIONS_MARKER, options_markdown())
+    if page.file.src_uri == OPTIONS_PAGE:
+        if OPTIONS_MARKER not in markdown:
+            raise PluginError(f"docs/{OPTIONS_PAGE} needs the line {OPTIONS_MARKER}")
+        markdown = markdown.replace(OPTIONS_MARKER, options_markdown())
+    _TEXTS[page.file.src_uri] = _with_docstrings(markdown)
+    return markdown
+
+
+def on_post_build(config: Any) -> None:
+    """Writes llms.txt, llms-full.txt and the Markdown of each page beside the site."""
+    site = Path(config.site_dir)
+    lines = [f"# {config.site_name}", "", f"> {config.site_description}"]
+    for section in _NAVIGATION:
+        lines += ["", f"## {section.title}", ""]
+        lines += [_entry(page.file.src_uri) for page in _pages(section)]
+    for path, text in _TEXTS.items():
+        (site / path).parent.mkdir(parents=True, exist_ok=True)
+        (site / path).write_text(text, encoding="utf-8")
+    (site / "llms.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    order = [page.file.src_uri for section in _NAVIGATION for page in _pages(section)]
+    (site / "llms-full.txt").write_text("\n\n".join(_TEXTS[path] for path in order), encoding="utf-8")
+
+
+def _pages(item: Any) -> Iterator[Any]:
+    """The pages of a section in their order, or the page itself."""
+    if item.is_page:
+        yield item
+    for child in item.children or ():
+        yield from _pages(child)
+
+
+def _entry(path: str) -> str:
+    """A page's line in llms.txt: its title, its path, and its first sentence."""
+    text = re.sub(r"^```.*?^```", "", _TEXTS[path], flags=re.DOTALL | re.MULTILINE)
+    title = re.search(r"^# (.+)", text, re.MULTILINE)
+    line = f"- [{title[1] if title else path}]({path})"
+    paragraphs = [" ".join(part.split()) for part in text.split("\n\n")]
+    prose = next((part for part in paragraphs if part[:1].isalpha() and part[-1] in ".:"), "")
+    sentence = re.sub(r"\[([^]]*)\]\([^)]*\)|[*`]", r"\1", prose.partition(". ")[0].rstrip(".:"))
+    return f"{line}: {sentence}." if sentence else line
+
+
+def _with_docstrings(markdown: str) -> str:
+    """The page with each `::: name` and its options replaced by the object's signature and docstring."""
+
+    def text(match: re.Match[str]) -> str:
+        item = pkgutil.resolve_name(match[1])
+        listed = re.search(r"members: \[(.*)\]", match[0])
+        names = listed[1].split(", ") if listed else []
+        return "\n\n".join([_described(match[1], item), *(_described(name, getattr(item, name)) for name in names)])
+
+    return re.sub(r"^::: (\S+)(?:\n {4}.*)*", text, markdown, flags=re.MULTILINE)
+
+
+def _described(name: str, item: Any) -> str:
+    """An object's name, signature and docstring."""
+    try:
+        signature = str(inspect.signature(item)) if callable(item) else ""
+    except ValueError:  # exceptions have none
+        signature = ""
+    return f"### {name.rpartition('.')[2]}{signature}\n\n{inspect.getdoc(item) or ''}"
 
 
 def options_markdown() -> str:

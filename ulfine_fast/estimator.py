@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -25,6 +25,7 @@ from ulfine_fast.config import FitConfig, own_options, shared_options
 from ulfine_fast.data.splits import Split
 from ulfine_fast.engine.fit import fit
 from ulfine_fast.methods import registry
+from ulfine_fast.runs.run import Run
 
 UNLABELED = -1
 # Options that say which images are labelled, or how a run is watched: the arrays say the first, and no one watches.
@@ -91,7 +92,7 @@ class FeatureClassifier(ClassifierMixin, BaseEstimator):
             0 the temperature is 1.
         device: "auto", "cpu", "cuda" or "cuda:N".
         random_state: seed of everything random; None draws one, which makes each fit another.
-        options: every other option by the name that it has in `FitConfig`, such as `steps`. An option of another
+        **options: every other option by the name that it has in `FitConfig`, such as `steps`. An option of another
             method than the chosen one is refused by `fit`.
 
     Attributes:
@@ -101,7 +102,24 @@ class FeatureClassifier(ClassifierMixin, BaseEstimator):
     """
 
     _method: str | None = None
-    __init__ = _initializer(None)
+    classes_: NDArray[Any]
+    n_features_in_: int
+    run_: Run
+
+    if TYPE_CHECKING:
+
+        def __init__(
+            self,
+            *,
+            method: str = FitConfig.method,
+            text_features: ArrayLike | None = None,
+            val_fraction: float = 0.0,
+            device: str = "auto",
+            random_state: int | np.random.RandomState | None = 0,
+            **options: Any,
+        ) -> None: ...
+    else:
+        __init__ = _initializer(None)
 
     @classmethod
     def _get_param_names(cls) -> list[str]:
