@@ -17,9 +17,9 @@ def counted(total):
 
 def test_on_a_processor_every_call_is_a_call():
     total = torch.zeros(2)
-    step = Captured(counted(total))
+    step, add = Captured(), counted(total)
     for value in range(6):
-        step(torch.full((2,), float(value)))
+        step(add, torch.full((2,), float(value)))
     assert total.tolist() == [15.0, 15.0]
     assert step.graph is None
 
@@ -27,9 +27,9 @@ def test_on_a_processor_every_call_is_a_call():
 @gpu
 def test_on_a_gpu_replays_give_what_calls_give():
     total = torch.zeros(2, device="cuda")
-    step = Captured(counted(total))
+    step, add = Captured(), counted(total)
     for value in range(6):
-        step(torch.full((2,), float(value), device="cuda"))
+        step(add, torch.full((2,), float(value), device="cuda"))
     assert total.tolist() == [15.0, 15.0]
     assert step.graph is not None
 
@@ -42,11 +42,11 @@ def test_what_cannot_be_recorded_goes_on_with_a_warning():
         if float(value) >= 0:  # a look at the device, which a recording cannot hold
             total.add_(value)
 
-    step = Captured(asks)
+    step = Captured()
     for value in range(3):
-        step(torch.full((1,), float(value), device="cuda"))
+        step(asks, torch.full((1,), float(value), device="cuda"))
     with pytest.warns(UserWarning, match="could not be recorded"):
-        step(torch.full((1,), 3.0, device="cuda"))
+        step(asks, torch.full((1,), 3.0, device="cuda"))
     for value in (4, 5):
-        step(torch.full((1,), float(value), device="cuda"))
+        step(asks, torch.full((1,), float(value), device="cuda"))
     assert total.tolist() == [15.0]
