@@ -83,10 +83,10 @@ class Validation:
             yield start, stop, first, torch.softmax(logits, dim=-1)
 
     def logits(self, rows: PaddedRows) -> Tensor:
-        """Logits of each trial's rows, padding included (T, N, K), in main memory."""
-        result = torch.zeros(*rows.index.shape, self.trials.log_prior.shape[1])
+        """Logits of each trial's rows, padding included (T, N, K), on the device."""
+        result = torch.zeros(*rows.index.shape, self.trials.log_prior.shape[1], device=rows.index.device)
         for start, stop, first, logits in self._blocks(rows, pseudo=False):
-            result[start:stop, first : first + logits.shape[1]] = logits.cpu()
+            result[start:stop, first : first + logits.shape[1]] = logits
         return result
 
     @torch.no_grad()
