@@ -1,8 +1,12 @@
 from __future__ import annotations
 
+from contextlib import contextmanager
+from functools import partial
+
 import pytest
 import torch
 
+from ulfine_fast.core.fused import cuda_graph
 from ulfine_fast.core.fused.cuda_graph import Captured
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -22,6 +26,49 @@ def test_on_a_processor_every_call_is_a_call():
         step(add, torch.full((2,), float(value)))
     assert total.tolist() == [15.0, 15.0]
     assert step.graph is None
+
+
+@pytest.fixture
+def recorder(monkeypatch):
+    """What a recording asks of torch.cuda, on a machine without it; recording fails."""
+    asked = []
+
+    @contextmanager
+    def entered(name, *values):
+        asked.append((name, *values))
+        try:
+            yield
+        finally:
+            asked.append(("left", name))
+
+    class Recording:
+        def __init__(self, graph, stream):
+            asked.append(("stream", stream))
+
+        def __enter__(self):
+            pass
+
+        def __exit__(self, *error):
+            raise RuntimeError("not here")
+
+    cuda_graph._stream.cache_clear()
+    for name, value in {
+        "device": partial(entered, "device"),
+        "CUDAGraph": object,
+        "graph": Recording,
+        "Stream": lambda device: f"stream of {device}",
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    yield asked
+    cuda_graph._stream.cache_clear()
+
+
+def test_a_recording_is_on_the_device_of_its_tensors(recorder):
+    step = Captured()
+    with pytest.warns(UserWarning, match="could not be recorded: not here"):
+        step._record(lambda value: None, (torch.zeros(1),))
+    assert recorder == [("device", torch.device("cpu")), ("stream", "stream of cpu"), ("left", "device")]
+    assert step.failed
 
 
 @gpu

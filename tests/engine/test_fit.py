@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from contextlib import contextmanager
 from dataclasses import replace
 
 import numpy as np
@@ -189,6 +190,37 @@ def test_one_labelled_image_a_class_and_two_classes():
 def test_cpu_and_gpu_draw_the_same_and_agree(clusters, quick):
     here, there = (fit(clusters, quick(), device=device) for device in ("cpu", "cuda"))
     np.testing.assert_allclose(here.test_probabilities, there.test_probabilities, atol=1e-3)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_second_gpu_trains_as_the_first(clusters, quick):
+    first, second = (fit(clusters, quick(), device=device) for device in ("cuda:0", "cuda:1"))
+    np.testing.assert_allclose(first.test_probabilities, second.test_probabilities, atol=1e-5)
+
+
+def test_all_work_is_done_with_the_device_as_the_current_one(clusters, quick, monkeypatch):
+    # Triton and CUDA graphs run on the current device, whatever the tensors' device is
+    inside = []
+
+    @contextmanager
+    def entered(device):
+        inside.append(device)
+        yield
+        inside.append(None)
+
+    def seen(function):
+        def call(*args, **kwargs):
+            assert inside == [torch.device("cpu")]
+            return function(*args, **kwargs)
+
+        return call
+
+    monkeypatch.setattr(fitting, "current_device", entered)
+    for name in ("train", "finish"):
+        monkeypatch.setattr(TrialBatch, name, seen(getattr(TrialBatch, name)))
+    monkeypatch.setattr(DeviceFeatures, "load", seen(DeviceFeatures.load))
+    fit(clusters, quick(), device="cpu")
+    assert inside == [torch.device("cpu"), None]
 
 
 def test_unlabelled_rows_with_unknown_labels_train_and_are_not_judged():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable
 
@@ -48,12 +49,23 @@ class Captured:
     def _record(self, function: Callable[..., None], inputs: tuple[Tensor, ...]) -> None:
         """Record the function; recording computes nothing."""
         self.inputs = tuple(tensor.clone() for tensor in inputs)
-        graph = torch.cuda.CUDAGraph()
+        device = inputs[0].device
         try:
-            with torch.cuda.graph(graph):
-                function(*self.inputs)
+            with torch.cuda.device(device):
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph, stream=_stream(device)):
+                    function(*self.inputs)
         except RuntimeError as error:
             self.failed = True
             warnings.warn(f"steps run without a CUDA graph, as they could not be recorded: {error}", stacklevel=2)
         else:
             self.graph = graph
+
+
+@functools.cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    """The stream that recordings on a device share, as a library keeps a workspace for each stream.
+
+    The one that PyTorch takes by default is on the device of the first recording.
+    """
+    return torch.cuda.Stream(device)
