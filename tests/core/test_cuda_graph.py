@@ -57,17 +57,24 @@ def recorder(monkeypatch):
         "CUDAGraph": object,
         "graph": Recording,
         "Stream": lambda device: f"stream of {device}",
+        "current_stream": lambda device: f"work of {device}",
+        "set_stream": lambda stream: asked.append(("back on", stream)),
     }.items():
         monkeypatch.setattr(torch.cuda, name, value)
     yield asked
     cuda_graph._stream.cache_clear()
 
 
-def test_a_recording_is_on_the_device_of_its_tensors(recorder):
+def test_a_recording_is_on_the_device_of_its_tensors_and_leaves_their_stream_as_it_was(recorder):
     step = Captured()
     with pytest.warns(UserWarning, match="could not be recorded: not here"):
         step._record(lambda value: None, (torch.zeros(1),))
-    assert recorder == [("device", torch.device("cpu")), ("stream", "stream of cpu"), ("left", "device")]
+    assert recorder == [
+        ("device", torch.device("cpu")),
+        ("stream", "stream of cpu"),
+        ("left", "device"),
+        ("back on", "work of cpu"),
+    ]
     assert step.failed
 
 
@@ -92,8 +99,10 @@ def test_what_cannot_be_recorded_goes_on_with_a_warning():
     step = Captured()
     for value in range(3):
         step(asks, torch.full((1,), float(value), device="cuda"))
+    stream = torch.cuda.current_stream()
     with pytest.warns(UserWarning, match="could not be recorded"):
         step(asks, torch.full((1,), 3.0, device="cuda"))
     for value in (4, 5):
         step(asks, torch.full((1,), float(value), device="cuda"))
     assert total.tolist() == [15.0]
+    assert torch.cuda.current_stream() == stream

@@ -50,6 +50,7 @@ class Captured:
         """Record the function; recording computes nothing."""
         self.inputs = tuple(tensor.clone() for tensor in inputs)
         device = inputs[0].device
+        before = torch.cuda.current_stream(device)
         try:
             with torch.cuda.device(device):
                 graph = torch.cuda.CUDAGraph()
@@ -57,6 +58,8 @@ class Captured:
                     function(*self.inputs)
         except RuntimeError as error:
             self.failed = True
+            # PyTorch stays on the recording's stream where ending it raises
+            torch.cuda.set_stream(before)
             warnings.warn(f"steps run without a CUDA graph, as they could not be recorded: {error}", stacklevel=2)
         else:
             self.graph = graph
