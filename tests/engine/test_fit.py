@@ -13,7 +13,7 @@ from ulfine_fast.config import readable
 from ulfine_fast.core.features import DeviceFeatures
 from ulfine_fast.data.splits import draw_split
 from ulfine_fast.engine import fit as fitting
-from ulfine_fast.engine import scheduling
+from ulfine_fast.engine import scheduling, trial_batch
 from ulfine_fast.engine.trial_batch import TrialBatch
 
 METHODS = ["zero_shot", "linear_probe", "lightweight", "ulfine"]
@@ -241,6 +241,21 @@ def test_unlabelled_rows_with_unknown_labels_train_and_are_not_judged():
     run = fit(cache, FitConfig(method="ulfine", steps=30, threshold=0.5))
     assert run.metrics["pseudo_label_rate"] > 0
     assert run.metrics["pseudo_label_precision"] is None
+
+
+@pytest.mark.parametrize("select", ["best", "last"])
+def test_pseudo_label_metrics_read_a_sample_while_training_and_all_images_in_the_end(
+    clusters, quick, monkeypatch, select
+):
+    configs = [quick(threshold=0.5, select=select, seed=seed, n1=20 + 10 * seed) for seed in range(2)]
+    whole = fit_many(clusters, configs)
+    monkeypatch.setattr(trial_batch, "_HEALTH_ROWS", 20)
+    sampled = fit_many(clusters, configs)
+    for one, other in zip(whole, sampled, strict=True):
+        assert one.metrics == {**other.metrics, "seconds": one.metrics["seconds"]}
+        rates = [[row["per_class_pseudo_label_rate"] for row in run.history] for run in (one, other)]
+        assert rates[0] != rates[1]
+        np.testing.assert_allclose(*rates, atol=0.2)
 
 
 def test_a_trial_without_unlabelled_images_learns_nothing_from_its_neighbours(clusters, quick):

@@ -61,6 +61,16 @@ def test_health_is_that_of_each_trial_alone(batch, clusters):
             assert plain(result[name][t]) == pytest.approx(wanted[name], abs=1e-6)
 
 
+def test_health_of_a_sample_is_that_of_every_other_row(batch, clusters):
+    longest = batch.inputs.unlabeled.index.shape[1]
+    result = batch._validation().health(batch.inputs.unlabeled, most=-(-longest // 2))
+    for t, split in enumerate(batch.splits):
+        probabilities = metrics.softmax(logits_of(batch, t, "unlabeled", pseudo=True))[::2]
+        wanted = metrics.pseudo_label_health(probabilities, clusters.labels[split.unlabeled[::2]], 0.5, 4)
+        for name in NAMES:
+            assert plain(result[name][t]) == pytest.approx(wanted[name], abs=1e-6)
+
+
 def test_closing_metrics_are_those_of_each_trial_alone(batch, clusters):
     alone = {(t, role): logits_of(batch, t, role) for t in range(5) for role in ("val", "test")}
     batch._leave(dict.fromkeys(range(5), "done") | {1: "pruned"})

@@ -22,6 +22,7 @@ from ulfine_fast.engine.history import History, plain
 from ulfine_fast.engine.inputs import trial_inputs
 from ulfine_fast.engine.steps import Steps, make_stepper
 from ulfine_fast.engine.validation import Metrics, Validation, finite
+from ulfine_fast.methods.base import Method
 from ulfine_fast.methods.registry import method_of
 from ulfine_fast.metrics import classification as metrics
 from ulfine_fast.ops.calibration import confidences, fit_temperatures, shift_to_largest_
@@ -35,6 +36,8 @@ Watch = Callable[[int, dict[int, dict[str, Any]]], Collection[int]]
 
 # steps whose mini-batches are drawn together
 _STRETCH = 50
+# unlabelled images that pseudo-label metrics read while training: more would take longer than the training
+_HEALTH_ROWS = 8192
 # logits in memory together when runs are made
 _LOGITS = 1 << 24
 
@@ -98,6 +101,9 @@ class TrialBatch:
         self.waited = torch.zeros_like(self.inputs.patience)
         self.finished: dict[int, Tensors] = {}
         self.health: Metrics = {}
+        # a method that has the probabilities of all images at hand has them in the order of all images
+        has_all = type(self.method).pool_probabilities is not Method.pool_probabilities
+        self.health_rows = None if has_all else _HEALTH_ROWS
         self.report: Report = unheard
         self.history = History([len(split.unlabeled) > 0 for split in splits])
 
@@ -126,7 +132,7 @@ class TrialBatch:
         if self.members:
             evidence = self.method.evidence(self.inputs.trials, self.state)
             self._keep_health(
-                self._validation().health(self.inputs.unlabeled)
+                self._validation().health(self.inputs.unlabeled, self.health_rows)
                 | {name: values.double().cpu().numpy() for name, values in evidence.items()},
                 self.members,
             )
@@ -209,7 +215,7 @@ class TrialBatch:
         metrics_now = {"loss": parts.sum(0), "loss_labeled": parts[0], "loss_unlabeled": parts[1]}
         for name, values in validation.accuracy(self.inputs.val).items():
             metrics_now[f"val_{name}"] = values
-        metrics_now |= validation.health(self.inputs.unlabeled)
+        metrics_now |= validation.health(self.inputs.unlabeled, self.health_rows)
         self.history.add(self.step, self.members, metrics_now)
         self._keep_best(metrics_now)
 
@@ -319,6 +325,9 @@ class TrialBatch:
             if read_test:
                 test = validation.logits(inputs.test)
                 on_test = _predictions(test, shift_to_largest_(test), temperatures)
+            # those of the kept heads are over all images
+            if self.health_rows is not None and inputs.unlabeled.index.shape[1] > self.health_rows:
+                self._keep_health(validation.health(inputs.unlabeled), chosen)
             for i, (t, temperature) in enumerate(zip(chosen, temperatures.tolist(), strict=True)):
                 run, split, labels = runs[t], self.splits[t], self.cache.labels
                 counts = labeled_counts(labels, split, len(run.class_names))
