@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 
@@ -32,3 +34,11 @@ def pick_device(name: str) -> torch.device:
         reason = str(error).splitlines()[0]
         raise InputError(f"device {name!r} is not available here ({reason}); use auto or cpu") from error
     return device
+
+
+def current_device(device: torch.device) -> AbstractContextManager[Any]:
+    """A context in which a GPU is CUDA's current device of this thread; nothing for other devices.
+
+    Triton launches, CUDA graphs and pinned memory use the current device, wherever their tensors are.
+    """
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

@@ -24,6 +24,7 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
+from ulfine_fast.cache.io.device import current_device
 from ulfine_fast.cache.io.errors import InputError
 from ulfine_fast.cache.pipeline.fill import MakeShards, RowsDone, ShardContent, ShardWriter
 from ulfine_fast.cache.pipeline.plan import batches_of, is_listed, open_parts
@@ -156,7 +157,7 @@ def encode_parts(
             writer.write(finished.part, partial(finished.content, job.manifest))
 
     try:
-        with ShardWriter(job.out, job.manifest, on_shard) as writer:
+        with current_device(encoder.device), ShardWriter(job.out, job.manifest, on_shard) as writer:
             with closing(encoded(reader, encoder, batches(), workers=workers)) as stream:
                 for batch in stream:
                     # a part without a single row brings no batch

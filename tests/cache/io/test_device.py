@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ulfine_fast.cache.io.device import pick_device
+from ulfine_fast.cache.io.device import current_device, pick_device
 from ulfine_fast.cache.io.errors import InputError
 
 
@@ -18,3 +18,10 @@ def test_a_missing_device_is_named_with_the_fix(name):
     with pytest.raises(InputError, match=r"is not available here .*; use auto or cpu") as error:
         pick_device(name)
     assert repr(name) in str(error.value)
+
+
+def test_the_current_device_is_that_of_the_work():
+    # torch.cuda.device is lazy: it keeps the index, and on a machine without a GPU it is never entered
+    assert current_device(torch.device("cuda:1")).idx == 1
+    with current_device(torch.device("cpu")):
+        assert torch.zeros(1).device.type == "cpu"

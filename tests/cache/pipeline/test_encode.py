@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from PIL import Image
 from ulfine_fast.cache.io.errors import InputError
 from ulfine_fast.cache.pipeline import encode as encoding
 from ulfine_fast.cache.pipeline.encode import default_workers, encoded
+from ulfine_fast.cache.pipeline.extract import extract
 from ulfine_fast.cache.pipeline.plan import batches_of
 from ulfine_fast.cache.pipeline.read import ImageReader
 from ulfine_fast.cache.pipeline.views import ViewRecipe
@@ -153,6 +155,26 @@ def test_a_killed_reader_ends_in_one_sentence(source, tiny_encoder):
     reader = ImageReader.for_encoder(Deadly(source, source.rows[3].id), tiny_encoder, ViewRecipe())
     with pytest.raises(InputError, match=r"a reader process ended .* fewer --workers"):
         list(encoded(reader, Elsewhere(tiny_encoder), train(source), workers=1))
+
+
+def test_parts_are_encoded_with_the_encoders_device_as_the_current_one(source, tiny_encoder, monkeypatch, tmp_path):
+    # a loader pins memory for the current device, and would open a context on the first GPU
+    events = []
+
+    @contextmanager
+    def entered(device):
+        events.append(device)
+        yield
+        events.append("left")
+
+    def encoded_here(*args, **kwargs):
+        events.append("encoded")
+        return encoded(*args, **kwargs)
+
+    monkeypatch.setattr(encoding, "current_device", entered)
+    monkeypatch.setattr(encoding, "encoded", encoded_here)
+    extract(source, tiny_encoder, tmp_path / "cache", progress=False)
+    assert events == [tiny_encoder.device, "encoded", "left"]
 
 
 def test_default_workers(monkeypatch):

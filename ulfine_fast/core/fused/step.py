@@ -91,7 +91,7 @@ class FusedStep:
         self.decay = values["weight_decay"].unsqueeze(1)
         self.skips = self._skips()
         self.tally = flat.parameters.new_zeros(len(flat.parameters), 3)  # (T, 3)
-        self.recorded = Captured(lambda *inputs: self.run(0, Draws(*inputs[:-2]), *inputs[-2:]))
+        self.recorded = Captured()
         self._allocate()
 
     # -- what differs between methods
@@ -127,7 +127,12 @@ class FusedStep:
         if self.batches.any_noise:
             self.run(step, draws, rate, ramp)
         else:
-            self.recorded(*draws, rate, ramp)
+            self.recorded(self._run_without_noise, *draws, rate, ramp)
+
+    def _run_without_noise(self, *inputs: Tensor) -> None:
+        """:meth:`run` of tensors alone; only noise depends on the step's number."""
+        *draws, rate, ramp = inputs
+        self.run(0, Draws(*draws), rate, ramp)
 
     @torch.inference_mode()
     def run(self, step: int, draws: Draws, rate: Tensor, ramp: Tensor) -> None:
