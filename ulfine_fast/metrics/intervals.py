@@ -65,3 +65,28 @@ def balanced_interval(fractions: NDArray[np.floating[Any]], rows: NDArray[np.int
     # the mean, smoothed alike
     level = float(smoothed.mean())
     return fraction_interval(mean, level * (1 - level) / variance)
+
+
+def balanced_difference(difference: NDArray[np.floating[Any]], labels: NDArray[np.int64]) -> Interval | None:
+    """Mean over classes of a difference between two classifiers, image by image, with its 95% t-interval.
+
+    One variance inside all classes is taken, as rare classes have too few rows for one of their own.
+
+    Args:
+        difference: of correctness, -1..1 (n,).
+        labels: class of each image (n,), at least 0.
+
+    Returns:
+        The interval, with n images; None where no class has two of them.
+    """
+    rows = np.bincount(labels)
+    seen = rows > 0
+    freedom = len(labels) - int(seen.sum())
+    if freedom < 1:
+        return None
+    sums = np.bincount(labels, weights=difference)
+    means = np.divide(sums, rows, out=np.zeros(len(rows)), where=seen)
+    spread = float(np.square(difference - means[labels]).sum()) / freedom
+    variance = spread * float((1 / rows[seen]).sum()) / int(seen.sum()) ** 2
+    half = float(stdtrit(freedom, 0.975)) * math.sqrt(variance)
+    return Interval(float(means[seen].mean()), half, len(labels))
