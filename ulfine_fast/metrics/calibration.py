@@ -13,6 +13,9 @@ Labels = NDArray[np.int64]
 
 BINS = 15
 
+LEAST_ROWS = 20
+"""Rows of which a temperature is fitted at least."""
+
 
 @dataclass(frozen=True, slots=True)
 class Reliability:
@@ -66,7 +69,9 @@ def raw_confidence(probabilities: np.ndarray, temperature: float) -> np.ndarray:
     return 1.0 / ((probabilities / largest) ** temperature).sum(axis=1)  # (n,)
 
 
-def fit_temperature(logits: Floats, labels: Labels, *, low: float = 0.2, high: float = 5.0, least: int = 20) -> float:
+def fit_temperature(
+    logits: Floats, labels: Labels, *, low: float = 0.2, high: float = 5.0, least: int = LEAST_ROWS
+) -> float:
     """The temperature with the lowest negative log-likelihood on validation logits.
 
     Args:

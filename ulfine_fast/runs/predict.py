@@ -141,6 +141,11 @@ def images_at(where: str | Path | Any) -> ListedSource:
     return ImageTable(path) if path.suffix.lower() in SUFFIXES else ImageFolder(path)
 
 
+def mean_of_seeds(runs: Sequence[Run]) -> Callable[[NDArray[Any]], NDArray[np.float32]]:
+    """A scorer for :func:`predict_images`: the mean probabilities (n, K) of runs of one fit, such as its seeds."""
+    return lambda features: np.mean([run.predict_proba(features) for run in runs], axis=0, dtype=np.float32)
+
+
 def mean_of_logits(probabilities: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:
     """Probabilities (n, K) of the mean logits of several predictions (n, K); a single one stays as it is."""
     if len(probabilities) == 1:

@@ -128,6 +128,11 @@ class _Task:
         """Refuses features or labels that are not those the run was fitted on, and a run realigned before."""
         run.refuse_failed()
         refuse_other_encoder(run, cache)
+        if run.metrics.get("cross_validation"):
+            raise InputError(
+                f"the {run.config.method} run trained on every label, and realign chooses on validation images; fit with "
+                "--test-fraction 0.2"
+            )
         if not run.split["labeled"]:
             raise InputError(
                 f"the {run.config.method} run was fitted without labelled images, and realign needs some; fit with "
