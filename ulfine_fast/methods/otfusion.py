@@ -94,6 +94,7 @@ class OTFusion(StreamedMethod):
         # the mixture starts at the labelled images, where there are none of a class at the zero-shot assignments
         guessed = class_totals(chunks, lambda _, rows: _text(trials, memory, rows), texts)
         _fit(memory, labeled + guessed * (labeled.mass == 0))
+        memory["sources"] = _factors(trials)
 
         def scores() -> Iterator[tuple[Tensor, Tensor]]:
             for _, rows, present in chunks.split(max(texts.shape[1:])):
