@@ -106,13 +106,14 @@ def protocols(data: str) -> dict[int, Protocol]:
     return _PROTOCOLS.get(data.partition("=")[0], {})
 
 
-def parse_cell(text: str, gamma_u: float | None = None) -> Cell:
+def parse_cell(text: str, gamma_u: float | None = None, m1: int | None = None) -> Cell:
     """Read DATA:N1:SHAPE.
 
     Args:
         text: such as `fashion_mnist:150:consistent`; without N1 (`tux_paint::natural`) or with a percentage
             (`tux_paint:25%:natural`) the data's own counts are taken and that fraction of each class keeps its labels.
         gamma_u: unlabelled imbalance instead of the protocol's.
+        m1: unlabelled images of the largest class instead of the protocol's, for every shape.
 
     Raises:
         InputError: not three parts, an unknown shape, or an N1 that the data set's protocol does not have.
@@ -145,7 +146,7 @@ def parse_cell(text: str, gamma_u: float | None = None) -> Cell:
         n1=int(counts),
         shape=shape,
         gamma_l=protocol.gamma_l,
-        m1=protocol.uniform if shape == "uniform" else protocol.m1,
+        m1=m1 if m1 is not None else protocol.uniform if shape == "uniform" else protocol.m1,
         gamma_u=protocol.gamma_u if gamma_u is None else gamma_u,
     )
 
@@ -165,13 +166,13 @@ def _labeled_fraction(data: str, percentage: str) -> float:
     return fraction
 
 
-def parse_cells(text: str, gamma_u: float | None = None) -> list[Cell]:
+def parse_cells(text: str, gamma_u: float | None = None, m1: int | None = None) -> list[Cell]:
     """Read cells separated by commas; each once.
 
     Raises:
         InputError: see `parse_cell`; or no cell at all.
     """
-    cells = [parse_cell(part, gamma_u) for part in text.split(",") if part.strip()]
+    cells = [parse_cell(part, gamma_u, m1) for part in text.split(",") if part.strip()]
     if not cells:
         raise InputError("name at least one cell, such as fashion_mnist:150:consistent")
     return list(dict.fromkeys(cells))

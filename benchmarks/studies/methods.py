@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from benchmarks.comparison.cells import Cell, parse_cells
+from benchmarks.comparison.cells import Cell, parse_cell, parse_cells
 from benchmarks.comparison.contenders import (
     Options,
     contender_names,
@@ -108,7 +108,7 @@ def parse_settings(pairs: Sequence[str]) -> Options:
         if not equals:
             raise InputError(f"a setting is NAME=VALUE such as steps=300, got {pair!r}")
         if name in _DECIDED:
-            raise InputError(f"{name} is decided by --cells, --methods, --seeds or --gamma-u, not by --set")
+            raise InputError(f"{name} is decided by --cells, --methods, --seeds, --m1 or --gamma-u, not by --set")
         try:
             options[name] = json.loads(value)
         except ValueError:
@@ -166,7 +166,10 @@ def _part(plan: Plan, opened: OpenedCell, method: str) -> list[Row]:
     }
 
     gamma = "" if cell.n1 is None else f"-gamma{cell.gamma_u:g}"
-    name = f"{cell.name}{gamma}-{method}-{_seeds_text(plan.seeds)}-trials{plan.trials}"
+    # a part of the protocol's own counts keeps the name that it had
+    own = not cell.n1 or cell.m1 == parse_cell(cell.name).m1
+    count = "" if own else f"-m{cell.m1}"
+    name = f"{cell.name}{gamma}{count}-{method}-{_seeds_text(plan.seeds)}-trials{plan.trials}"
     path = plan.parts / (name.replace("/", "_").replace(":", "-") + ".json")
     rows = read_part(path, request)
     if rows is None:
@@ -222,6 +225,10 @@ def methods(
     gamma_u: Annotated[
         float | None, typer.Option(help="Unlabelled imbalance of cells with N1.", show_default="100, or the protocol's")
     ] = None,
+    m1: Annotated[
+        int | None,
+        typer.Option(help="Unlabelled images of the largest class of cells with N1.", show_default="the protocol's"),
+    ] = None,
     trials: Annotated[
         int, typer.Option(help="Settings tried on validation for each method and cell; 0 takes the defaults.", min=0)
     ] = 16,
@@ -246,7 +253,7 @@ def methods(
     parts = as_json.with_suffix(".parts") if out is None and as_json is not None else out
     names = parse_methods(contenders)
     plan = Plan(names, parse_seeds(seeds), trials, parse_settings(settings or []), model, device, parts)
-    chosen_cells = parse_cells(cells, gamma_u)
+    chosen_cells = parse_cells(cells, gamma_u, m1)
     if against and against not in names:
         raise InputError(f"--against {against} is not among the methods {', '.join(names)}")
     check_plan(plan, chosen_cells)

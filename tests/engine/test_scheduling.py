@@ -51,7 +51,17 @@ def test_two_thousand_trials_stay_within_the_budget(clusters, monkeypatch, metho
 
 
 def test_the_estimate_that_spares_the_measuring_is_generous(clusters):
-    for method in ("ulfine", "ulfine_plus", "linear_probe", "label_propagation", "gmm", "finessl", "daso", "cossl"):
+    for method in (
+        "ulfine",
+        "ulfine_plus",
+        "linear_probe",
+        "label_propagation",
+        "gmm",
+        "otfusion",
+        "finessl",
+        "daso",
+        "cossl",
+    ):
         inputs = prepared(clusters, [FitConfig(**SMALL, method=method, seed=s) for s in range(2)])
         peak = peak_bytes(lambda inputs=inputs: train_batch(clusters, *inputs), CPU)
         assert peak < 2 * scheduling.estimate(*inputs, 4), method

@@ -8,6 +8,7 @@ import torch
 from ulfine_fast.ops.distributions import (
     aligned,
     distance_from_labeled,
+    filled_prior,
     rank_thirds,
     rarity,
     reversed_ranks,
@@ -69,6 +70,15 @@ def test_rarity_leaves_out_classes_without_labels():
     prior = torch.tensor([[0.8, 0.15, 0.05, 0.0], [0.25, 0.25, 0.25, 0.25]])
     result = rarity(prior.clamp(min=1e-8).log())
     torch.testing.assert_close(result, torch.tensor([[0.0625, 1 / 3, 1.0, 1.0], [1.0, 1.0, 1.0, 1.0]]))
+
+
+def test_a_class_without_labels_gets_a_quarter_of_the_rarest():
+    counts = torch.tensor([[8.0, 4.0, 0.0], [1.0, 1.0, 2.0], [0.0, 0.0, 0.0]])
+    log_prior = torch.log((counts / counts.sum(1, keepdim=True).clamp(min=1)).clamp(min=1e-8))
+    result = filled_prior(log_prior)
+    torch.testing.assert_close(result[0], torch.tensor([8.0, 4.0, 1.0]) / 13)
+    torch.testing.assert_close(result[1], torch.tensor([0.25, 0.25, 0.5]))
+    torch.testing.assert_close(result[2], torch.full((3,), 1 / 3))
 
 
 def test_thirds_go_by_rank():

@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from ulfine_fast.ops.transport import transport
+from ulfine_fast.ops import transport as module
+from ulfine_fast.ops.transport import class_potentials, held, transport
 
 T, N, S, K = 2, 7, 2, 3
 
@@ -97,3 +98,51 @@ def test_sharp_scores_stay_finite():
     plan = transport(200 * scores.float(), log_prior.float(), present, 50)
     assert torch.isfinite(plan).all()
     torch.testing.assert_close(plan.sum(-1), torch.ones(T, N, S))
+
+
+def in_parts(scores, present, size):
+    """What :func:`class_potentials` reads, for scores (T, N, K)."""
+    return lambda: [(scores[:, i : i + size], present[:, i : i + size]) for i in range(0, scores.shape[1], size)]
+
+
+@pytest.mark.parametrize("size", [2, 100])
+def test_potentials_of_rows_in_parts_make_the_same_plan(size):
+    scores, log_prior, present = problem()
+    potential = class_potentials(in_parts(scores[:, :, 0], present, size), log_prior[:, 0], 10)
+    plan = torch.softmax(scores[:, :, 0] + potential.unsqueeze(1), -1)
+    torch.testing.assert_close(plan, transport(scores, log_prior, present, 10)[:, :, 0])
+
+
+def test_potentials_go_on_from_where_they_were():
+    scores, log_prior, present = problem()
+    parts = in_parts(scores[:, :, 0], present, 3)
+    first = class_potentials(parts, log_prior[:, 0], 4)
+    torch.testing.assert_close(
+        class_potentials(parts, log_prior[:, 0], 6, first), class_potentials(parts, log_prior[:, 0], 10)
+    )
+
+
+def test_a_trial_without_rows_keeps_its_potentials():
+    scores, log_prior, present = problem()
+    present[0] = False
+    start = torch.randn(T, K, dtype=torch.double)
+    potential = class_potentials(in_parts(scores[:, :, 0], present, 3), log_prior[:, 0], 5, start)
+    assert torch.equal(potential[0], start[0])
+    assert torch.isfinite(potential).all()
+    assert not torch.equal(potential[1], start[1])
+
+
+@pytest.mark.parametrize(("most", "made"), [(T * N * K, 1), (T * N * K - 1, 3)])
+def test_parts_are_made_once_where_they_are_few(monkeypatch, most, made):
+    scores, _, present = problem()
+    calls = []
+
+    def parts():
+        calls.append(1)
+        yield from in_parts(scores[:, :, 0], present, 3)()
+
+    monkeypatch.setattr(module, "HELD_VALUES", most)
+    again = held(parts)
+    for _ in range(2):
+        torch.testing.assert_close(torch.cat([part for part, _ in again()], 1), scores[:, :, 0])
+    assert len(calls) == made

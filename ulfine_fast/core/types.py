@@ -13,6 +13,7 @@ from ulfine_fast.config import FitConfig
 from ulfine_fast.core.features import DeviceFeatures
 from ulfine_fast.core.heads import Tensors, frozen_end, new_adapter
 from ulfine_fast.core.selection import SHARED, select_trials
+from ulfine_fast.ops.clustering import RowChunks
 from ulfine_fast.ops.losses import PseudoLabels
 
 Report = Callable[[float], None]
@@ -139,6 +140,16 @@ class Pool:
     def unlabeled(self) -> Tensor:
         """Plain unit features of the unlabelled images (T, N, D)."""
         return self.features.rows(self.unlabeled_rows)
+
+    @property
+    def labeled_chunks(self) -> RowChunks:
+        """Plain unit features of the labelled images, gathered chunk by chunk."""
+        return RowChunks(self.labels >= 0, lambda first, last: self.features.rows(self.labeled_rows[:, first:last]))
+
+    @property
+    def unlabeled_chunks(self) -> RowChunks:
+        """Plain unit features of the unlabelled images, gathered chunk by chunk."""
+        return RowChunks(self.present, lambda first, last: self.features.rows(self.unlabeled_rows[:, first:last]))
 
 
 @dataclass

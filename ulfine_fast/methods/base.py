@@ -16,6 +16,7 @@ from ulfine_fast.core.fused.step import FusedStep
 from ulfine_fast.core.heads import Tensors
 from ulfine_fast.core.types import Batch, Inputs, Losses, Pool, State, Trials
 from ulfine_fast.data.splits import Split
+from ulfine_fast.ops.transport import HELD_VALUES
 
 if TYPE_CHECKING:
     from ulfine_fast.cache.store import FeatureCache
@@ -80,6 +81,24 @@ class BalancedVotesOptions:
         "power of the weights that count rare classes' labelled images more; 0 is one-hot",
         low=0.0,
         search={"low": 0.5, "high": 2.0},
+    )
+
+
+@dataclass(frozen=True)
+class LikelihoodOptions:
+    """Options of methods with Gaussians of labelled and unlabelled images."""
+
+    labeled_weight: float = option(
+        10.0,
+        "unlabelled images that a labelled one counts for in the Gaussians",
+        low=0.0,
+        search={"low": 1.0, "high": 30.0, "log": True},
+    )
+    likelihood_temperature: float = option(
+        10.0,
+        "what divides log-likelihoods; 1 takes the dimensions for independent",
+        low=0.01,
+        search={"low": 1.0, "high": 100.0, "log": True},
     )
 
 
@@ -197,3 +216,18 @@ class Method(ABC):
     @abstractmethod
     def logits(self, trials: Trials, tensors: Tensors, features: Tensor) -> Tensor:
         """Logits (T, B, K) of the prediction, for unit features (T, B, D)."""
+
+
+class StreamedMethod(Method):
+    """A method without training steps that reads all training images chunk by chunk and keeps sums for each class."""
+
+    uses_unlabeled_pool = True
+    trains = False
+    uses_unlabeled = False
+    uses_pool = True
+    uses_threshold = False
+
+    def pool_values(self, config: FitConfig, images: int, views: int, dim: int, classes: int) -> int:
+        """A chunk of images, the scores that are held between passes, and sums for each class."""
+        chunk = min(images * (dim + classes), 1 << 21)
+        return 6 * chunk + 2 * min(images * classes, HELD_VALUES) + 16 * classes * dim

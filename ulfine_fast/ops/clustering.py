@@ -30,7 +30,7 @@ ANCHOR_PASSES = 8
 
 @dataclass(frozen=True)
 class RowChunks:
-    """Whitened rows of T trials, made chunk by chunk.
+    """Rows of T trials, made chunk by chunk.
 
     Attributes:
         present: bool (T, N), False for padding.

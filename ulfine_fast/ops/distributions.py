@@ -59,6 +59,21 @@ def rarity(log_prior: Tensor) -> Tensor:
     return torch.where(labeled, torch.exp(least - log_prior), torch.ones_like(log_prior))
 
 
+def filled_prior(log_prior: Tensor, fraction: float = 0.25) -> Tensor:
+    """Class frequencies (T, K) in which a class without labels has a fraction of the rarest other one's.
+
+    Args:
+        log_prior: log class frequencies (T, K); under 1e-7 a class counts as one without labels.
+        fraction: above 0.
+    """
+    labeled = log_prior.exp() > 1e-7
+    least = log_prior.masked_fill(~labeled, torch.inf).amin(-1, keepdim=True)
+    # without any label all classes are the same
+    least = torch.where(torch.isinf(least), torch.zeros_like(least), least)
+    filled = torch.where(labeled, log_prior.exp(), fraction * least.exp())
+    return filled / filled.sum(-1, keepdim=True)
+
+
 def rank_thirds(prior: Tensor) -> Tensor:
     """Third of each class by frequency (T, K): 0 for the most frequent classes, 1, and 2 for the rarest."""
     classes = prior.shape[-1]

@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+
 import torch
 from torch import Tensor
 
+Parts = Callable[[], Iterable[tuple[Tensor, Tensor]]]
+"""Makes scores (T, n, K) and presence (T, n) of all rows, part by part; called once for each pass over them."""
+
+# scores of rows and classes that are held from one pass to the next: 64 MB of float32
+HELD_VALUES = 1 << 24
+# the logarithm of no mass; a finite value, since infinities cancel to NaN
+_NONE = -1e30
 # the least proportion of a class in logarithms: exp of minus infinity minus itself would be no number
 _LEAST = 1e-8
 
@@ -32,6 +41,44 @@ def transport(scores: Tensor, log_prior: Tensor, present: Tensor, rounds: int = 
         column = torch.logsumexp(log_plan.masked_fill(absent, -1e30), dim=1)  # (T, S, K)
         potential = log_prior + rows - column
     return torch.softmax(scores + potential.unsqueeze(1), dim=-1)
+
+
+def class_potentials(parts: Parts, log_prior: Tensor, rounds: int = 10, start: Tensor | None = None) -> Tensor:
+    """What :func:`transport` adds to the scores of each class, for rows that come part by part.
+
+    The plan is softmax(scores + potential), for these rows and for new ones; only the potentials are kept of it.
+
+    Args:
+        parts: log affinities of the rows, in parts.
+        log_prior: log class prior (T, K).
+        rounds: alternations of column and row scaling.
+        start: potentials to begin with (T, K), zero by default.
+
+    Returns:
+        Potentials (T, K); those of a trial without rows stay what they were.
+    """
+    potential = torch.zeros_like(log_prior) if start is None else start
+    for _ in range(rounds):
+        column = torch.full_like(log_prior, _NONE)
+        count = log_prior.new_zeros(len(log_prior), 1)
+        for scores, present in parts():
+            log_plan = torch.log_softmax(scores + potential.unsqueeze(1), dim=-1) - potential.unsqueeze(1)
+            part = torch.logsumexp(log_plan.masked_fill(~present.unsqueeze(-1), _NONE), dim=1)  # (T, K)
+            column = torch.logaddexp(column, part)
+            count = count + present.sum(1, keepdim=True)
+        potential = torch.where(count > 0, log_prior + torch.log(count.clamp(min=1)) - column, potential)
+    return potential
+
+
+def held(parts: Parts) -> Parts:
+    """The same parts, made once for all passes where all of them are small enough to be held."""
+    kept, size = [], 0
+    for scores, present in parts():
+        size += scores.numel()
+        if size > HELD_VALUES:
+            return parts
+        kept.append((scores, present))
+    return lambda: kept
 
 
 def sinkhorn(logits: Tensor, proportions: Tensor, present: Tensor, rounds: int = 100) -> Tensor:

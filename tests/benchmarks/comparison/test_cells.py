@@ -15,6 +15,11 @@ def test_gamma_u_of_the_command_line_wins():
     assert parse_cell("cifar10:500:reversed").gamma_u == 100
 
 
+@pytest.mark.parametrize("shape", ["uniform", "middle"])
+def test_m1_of_the_command_line_wins(shape):
+    assert parse_cell(f"cifar100:50:{shape}", m1=200).m1 == 200
+
+
 def test_the_config_has_the_cells_counts_and_the_options():
     config = parse_cell("fashion_mnist:50:head-tail", 150).config(method="linear_probe", seed=3, lr=0.1)
     assert (config.n1, config.m1, config.gamma_l, config.gamma_u) == (50, 1000, 50, 150)

@@ -100,7 +100,9 @@ def test_a_finished_part_is_not_repeated(tmp_path, monkeypatch):
     assert rows_of(first) == rows_of(again)
 
 
-@pytest.mark.parametrize("change", [("--seeds", "0-2"), ("--set", "lr=0.2"), ("--gamma-u", "9"), ("--trials", "2")])
+@pytest.mark.parametrize(
+    "change", [("--seeds", "0-2"), ("--set", "lr=0.2"), ("--gamma-u", "9"), ("--m1", "9"), ("--trials", "2")]
+)
 def test_a_part_of_other_options_is_not(tmp_path, monkeypatch, change):
     arguments = ("--cells", CELLS, "--methods", "linear_probe", "--trials", 0, "--out", tmp_path)
     assert run(*arguments).exit_code == 0
