@@ -334,8 +334,10 @@ class TrialBatch:
             run.test_ids = [self.cache.ids[row] for row in split.test]
             run.test_labels = labels[split.test]
             run.test_probabilities = metrics.softmax(test / temperature).astype(np.float32)
-        if len(split.unlabeled):
-            run.metrics |= {name: plain(values[t]) for name, values in self.health.items()}
+        for name, values in self.health.items():
+            of_unlabeled = "pseudo" in name or "false" in name or self.method.uses_unlabeled_pool
+            if len(split.unlabeled) or not of_unlabeled:
+                run.metrics[name] = plain(values[t])
         run.metrics["class_counts"] = counts.tolist()
         run.metrics["val"] = metrics.classification(val, labels[split.val], counts, temperature)
 
