@@ -38,7 +38,7 @@ def space_of(contender: str) -> Mapping[str, Entry]:
     entries = {name: spec.metadata["search"] for name, spec in options.items()}
     if not kind.uses_unlabeled:
         entries.pop("warmup", None)
-    searched = {name: entry for name, entry in entries.items() if entry is not None}
+    searched = {name: entry for name, entry in entries.items() if entry is not None and name not in kind.not_read}
     return parse_space(searched, {"method": method}).searched if searched else {}
 
 

@@ -12,6 +12,7 @@ from ulfine_fast.core.features import DeviceFeatures
 from ulfine_fast.data.splits import Split
 from ulfine_fast.engine.memory import budget, peak_bytes
 from ulfine_fast.engine.trial_batch import TrialBatch
+from ulfine_fast.engine.validation import ROWS, trials_together
 from ulfine_fast.methods.registry import method_of
 
 if TYPE_CHECKING:
@@ -104,7 +105,7 @@ def estimate(features: DeviceFeatures, configs: Sequence[FitConfig], splits: Seq
     dim, heads = features.plain.shape[1], method.heads(config)
     rows = max(config.batch_labeled, method.rows_together(split)) + 2 * config.batch_unlabeled
     # some two dozen copies of the mini-batch in the autograd graph, and its random numbers
-    step = 24 * rows * (dim + classes * heads) + 50 * 30 * rows
+    step = 24 * rows * (dim + classes * heads) + 50 * 30 * rows if method.trains else 0
     # heads and adapter with gradient, velocity, best and kept copies, and temporaries
     weights = 16 * (4 * classes * heads + 2 * config.rank + 4) * dim
     if config.reads_tokens:
@@ -112,7 +113,10 @@ def estimate(features: DeviceFeatures, configs: Sequence[FitConfig], splits: Seq
         weights += 2 * dim * dim
     weights += 100 * min(len(configs), 64) * config.rank * dim // len(configs)
     images = len(split.labeled) + len(split.unlabeled)
-    validation = 12 * (min(images, 4096) * (dim + classes * heads) + len(split.val))
+    # logits are computed for some trials at a time
+    width = max(1, min(images, ROWS))
+    together = min(len(configs), trials_together(features, width))
+    validation = 12 * (width * (dim + classes * heads) * together // len(configs) + len(split.val))
     pool = 0
     if method.uses_pool:
         pool = method.pool_values(config, images, features.views.shape[1], dim, classes)

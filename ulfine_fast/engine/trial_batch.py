@@ -345,8 +345,10 @@ class TrialBatch:
                     run.test_labels = labels[split.test]
                     scaled = test[i, : len(split.test)] / temperature
                     run.test_probabilities = torch.softmax(scaled, dim=-1).cpu().numpy()
-                if len(split.unlabeled):
-                    run.metrics |= {name: plain(values[t]) for name, values in self.health.items()}
+                for name, values in self.health.items():
+                    of_unlabeled = "pseudo" in name or "false" in name or self.method.uses_unlabeled_pool
+                    if len(split.unlabeled) or not of_unlabeled:
+                        run.metrics[name] = plain(values[t])
                 run.metrics["class_counts"] = counts.tolist()
                 run.metrics["val"] = metrics.of_predictions(on_val[i].first(len(split.val)), labels[split.val], counts)
         return runs

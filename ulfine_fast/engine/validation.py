@@ -19,7 +19,8 @@ from ulfine_fast.methods.base import Method
 Metrics = dict[str, NDArray[np.float64]]
 """Metrics by name, (T,) or (T, K); NaN where there are no rows to compute one from."""
 
-_ROWS = 4096
+ROWS = 4096
+"""Rows whose logits are computed together."""
 # float32 values of a block's features: so many fit in a processor's cache, or keep a GPU busy
 _VALUES = 1 << 19
 _VALUES_GPU = 1 << 26
@@ -101,9 +102,8 @@ class Validation:
         """Logits (t, n, K) of trials [start, stop) and n rows from `first` on, block after block."""
         forward = self.method.pseudo_logits if pseudo else self.method.logits
         trials, total = rows.index.shape
-        width = min(total, _ROWS)
-        values = _VALUES_GPU if self.labels.is_cuda else _VALUES
-        together = max(1, values // (width * self.features.plain.shape[1]))
+        width = min(total, ROWS)
+        together = trials_together(self.features, width)
         for start in range(0, trials, together):
             stop = min(start + together, trials)
             trials_part = self.trials.part(start, stop)
@@ -114,6 +114,12 @@ class Validation:
                 index = rows.index[start : start + 1 if shared else stop, first : first + width]
                 features = self.features.rows(index).expand(stop - start, -1, -1)  # (t, n, D)
                 yield start, stop, first, forward(trials_part, tensors, features).float()
+
+
+def trials_together(features: DeviceFeatures, width: int) -> int:
+    """How many trials' logits of so many rows are computed together."""
+    values = _VALUES_GPU if features.plain.is_cuda else _VALUES
+    return max(1, values // (width * features.plain.shape[1]))
 
 
 def finite(*tensors: Tensor) -> Tensor:

@@ -117,6 +117,7 @@ class Method(ABC):
         uses_threshold: whether pseudo-labels train only over `threshold`; False where all train, by weight.
         calibrates: whether its probabilities are calibrated by itself, so that no temperature is fitted on validation.
         takes_tokens: whether it reads features through the adapter alone, so that the adapter may be in the encoder.
+        not_read: options that only another way of fitting it reads, see :meth:`of`; sweeps do not try them by default.
     """
 
     trains: bool = True
@@ -128,6 +129,12 @@ class Method(ABC):
     uses_threshold: bool = True
     calibrates: bool = False
     takes_tokens: bool = False
+    not_read: frozenset[str] = frozenset()
+
+    @classmethod
+    def of(cls, config: FitConfig) -> Method:
+        """The method of a trial; one that can be fitted in several ways has a class for each."""
+        return cls()
 
     # -- before training
 

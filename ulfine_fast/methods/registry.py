@@ -164,5 +164,5 @@ def _entry_points() -> dict[str, metadata.EntryPoint]:
 
 
 def method_of(config: FitConfig) -> Method:
-    """The method that a config names."""
-    return find(config.method).method()
+    """The method that a config names, in the way of fitting that its options choose."""
+    return find(config.method).method.of(config)

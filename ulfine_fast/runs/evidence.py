@@ -20,9 +20,10 @@ def evidence_lines(metrics: Sequence[Mapping[str, Any]], class_names: Sequence[s
         metrics: of each run of one method.
         class_names: of K classes.
     """
+    unfinished = _unfinished(metrics)
     metrics = [values for values in metrics if values.get("held_out") is not None]
     if not metrics:
-        return []
+        return unfinished
     held_out = round(_mean(metrics, "held_out"))
     seeds = f", mean of {len(metrics)} seeds" if len(metrics) > 1 else ""
 
@@ -55,6 +56,21 @@ def evidence_lines(metrics: Sequence[Mapping[str, Any]], class_names: Sequence[s
         lines.append(f"estimated classes of the unlabelled images: {', '.join(shown)}")
     outside = round(_mean(metrics, "no_class"))
     lines.append(f"{outside} unlabelled image{'s fit' if outside != 1 else ' fits'} no class")
+    return lines
+
+
+def _unfinished(metrics: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Which fits by a solver have not reached a minimum, and why; empty where all have."""
+    separable = sum(bool(values.get("separable")) for values in metrics)
+    stopped = sum(values.get("converged") == 0 for values in metrics) - separable
+    lines = []
+    if separable:
+        lines.append(
+            f"{separable} of {len(metrics)} fits have no minimum: their classes are separable and ridge is 0, so that "
+            "weights would grow without end; set ridge above 0"
+        )
+    if stopped:
+        lines.append(f"{stopped} of {len(metrics)} fits stopped before they converged; raise ridge")
     return lines
 
 

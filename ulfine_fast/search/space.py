@@ -192,7 +192,7 @@ def default_space(method: str, settings: Mapping[str, Value] | None = None) -> S
         InputError: an unknown method, or one with nothing to search.
     """
     registration = registry.find(method)
-    kind = registration.method
+    kind = registry.method_of(FitConfig.from_dict({**readable(method, settings or {}), "method": method}))
     shared = {
         "lr": kind.trains,
         "weight_decay": kind.trains,
@@ -203,7 +203,10 @@ def default_space(method: str, settings: Mapping[str, Value] | None = None) -> S
     entries = {
         name: spec.metadata["search"]
         for name, spec in options_of(method).items()
-        if spec.metadata["search"] is not None and shared.get(name, True) and name not in (settings or {})
+        if spec.metadata["search"] is not None
+        and shared.get(name, True)
+        and name not in kind.not_read
+        and name not in (settings or {})
     }
     if not entries:
         raise InputError(f"{method} has no option to search; use fit, or name another method")
