@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from ulfine_fast.cache.io.errors import InputError
 from ulfine_fast.cache.io.home import cache_home
 from ulfine_fast.cache.models.lite0_minilm import NAME as LITE0
 from ulfine_fast.cache.pipeline.plan import is_listed
+from ulfine_fast.cache.pipeline.threads import cores
 from ulfine_fast.cache.sources import ListedSource, open_source
 
 VIT = "ViT-B-32"
@@ -75,6 +77,19 @@ def photographs(count: int) -> Path:
 
 
 SHAPES: dict[str, Callable[[int], Path]] = {"png28": small_png, "jpeg500": large_jpeg, "photograph": photographs}
+
+
+def repeated(folder: Path, count: int) -> Path:
+    """A folder of `count` images beside another one, whose files it has over and over as hard links."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    root = folder.with_name(f"{folder.name}-repeated-{count}")
+    for number in range(count):
+        file = files[number % len(files)]
+        link = root / file.parent.name / f"{number:06d}{file.suffix}"
+        link.parent.mkdir(parents=True, exist_ok=True)
+        if not link.exists():
+            link.hardlink_to(file)
+    return root
 
 
 def image_source(data: str, count: int) -> ListedSource:
@@ -136,11 +151,13 @@ def _random_crop(
 
 
 def _folder(name: str, count: int, suffix: str, make: Callable[[int, Path], None]) -> Path:
-    """Ten class folders below a folder of that name and count; only what is missing is made."""
+    """Ten class folders below a folder of that name and count; only what is missing is made, on all cores."""
     root = cache_home() / "benchmarks" / f"{name}-{count}"
-    for number in range(count):
-        path = root / f"class{number % 10}" / f"{number:06d}{suffix}"
-        if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            make(number, path)
+    paths = [root / f"class{number % 10}" / f"{number:06d}{suffix}" for number in range(count)]
+    missing = [(number, path) for number, path in enumerate(paths) if not path.exists()]
+    for folder in {path.parent for _, path in missing}:
+        folder.mkdir(parents=True, exist_ok=True)
+    with ThreadPoolExecutor(cores()) as pool:
+        # a list, so that an error of a thread is raised here
+        list(pool.map(make, *zip(*missing, strict=True)) if missing else [])
     return root

@@ -40,7 +40,7 @@ def stage_rates(source: ListedSource, encoder: Encoder, *, device_shares_cores: 
     rates = {
         "read": _rate(map_on_cores(reader.read, batches, cores()), len(source.rows)),
         "encode": _encode_rate(encoder, len(source.rows)),
-        "write": _write_rate(encoder.spec.dim, len(source.rows)),
+        "write": write_rate(encoder.spec.dim, len(source.rows)),
     }
     times = [1 / rate for rate in rates.values()]
     return {**rates, "bound": 1 / (sum(times) if device_shares_cores else max(times))}
@@ -60,18 +60,18 @@ def _encode_rate(encoder: Encoder, count: int) -> float:
     return max(_rate(way(), _BATCH * (len(batches) // 2 * 2)) for way in ways)
 
 
-def _write_rate(dim: int, count: int) -> float:
-    """Of a shard with the plain view, flushed to the disk."""
-    no_views = np.empty((count, 0, dim), np.float16)
+def write_rate(dim: int, count: int, drawn: int = 0) -> float:
+    """Images per second of a shard with the plain view, and so many weak and strong ones each, flushed to the disk."""
+    views = np.ones((count, drawn, dim), np.float16)
     shard = Shard(
         split="train",
         ids=[f"class/{number}" for number in range(count)],
         labels=np.zeros(count, np.int32),
         plain=np.ones((count, 1, dim), np.float16),
-        weak=no_views,
-        strong=no_views,
-        scale=np.empty((count, 0), np.float32),
-        flip=np.empty((count, 0), np.uint8),
+        weak=views,
+        strong=views,
+        scale=np.ones((count, 2 * drawn), np.float32),
+        flip=np.zeros((count, 2 * drawn), np.uint8),
     )
     with tempfile.TemporaryDirectory() as folder:
         return _rate((write_shard(path, shard) for path in [Path(folder) / "00000.h5"]), count)

@@ -32,10 +32,10 @@ ONE_TRIAL = ("eager", "compiled")
 _STEPS = 10**6
 
 
-def new_cache(shape: Shape, seed: int = 0) -> FeatureCache:
+def new_cache(shape: Shape, seed: int = 0, images_per_class: int | None = None) -> FeatureCache:
     """Clusters of K classes with one weak and two strong views, some 4,000 images; the texts know them badly."""
     random = np.random.default_rng(seed)
-    images_per_class = max(8, 4000 // shape.classes)
+    images_per_class = images_per_class or max(8, 4000 // shape.classes)
     labels = np.repeat(np.arange(shape.classes), images_per_class)
 
     def blur(rows: np.ndarray, length: float) -> np.ndarray:

@@ -14,7 +14,7 @@ import importlib.util
 import os
 import shutil
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Annotated
 
 import torch
@@ -27,6 +27,10 @@ from benchmarks.speed.trial_steps import CONTENDERS, ONE_TRIAL, TrainingSet, con
 from ulfine_fast.cache.io.device import pick_device
 from ulfine_fast.cli.main import guarded
 
+# compiling, first touch of buffers, threads that start; on a GPU the fourth step is recorded and later ones replayed
+_WARM_UP = 8
+# steps whose mini-batches are drawn together, as many as in training
+_STRETCH = 50
 # fewer steps would let a contender that keeps a block of trials in the processor's cache pay for loading it each time
 _LEAST_STEPS = 4
 _MOST_STEPS = 500
@@ -40,6 +44,7 @@ class Entry:
         trials: how many it trains together.
         steps: in one measurement.
         warm_up: seconds of the first steps, compilation included.
+        peak_bytes: most memory of a GPU that it took so far, None on a processor.
         rates: trial-steps per second, one for each measurement.
     """
 
@@ -48,22 +53,37 @@ class Entry:
         self.name = name
         self.rates: list[float] = []
         self._device = training_set.device
+        on_gpu = self._device.type == "cuda"
+        before = _reset_peak(self._device) if on_gpu else 0
         self._work, self.trials = contender(name, training_set, trials)
-        # compiling, first touch of buffers, and threads that start
-        self.warm_up = seconds_of(lambda: self._work(3), self._device)
-        seconds_per_step = seconds_of(lambda: self._work(2), self._device) / 2
-        self.steps = min(_MOST_STEPS, max(_LEAST_STEPS, round(seconds / seconds_per_step)))
+        self.warm_up = seconds_of(lambda: self._work(_WARM_UP), self._device)
+        seconds_per_step = seconds_of(lambda: self._work(_WARM_UP), self._device) / _WARM_UP
+        # a GPU draws a whole stretch in hundreds of launches, which a few steps would have to pay for
+        least = _STRETCH if on_gpu and name == "fused" else _LEAST_STEPS
+        self.steps = min(_MOST_STEPS, max(least, round(seconds / seconds_per_step)))
+        self.peak_bytes = torch.cuda.max_memory_allocated(self._device) - before if on_gpu else None
 
     def measure(self) -> None:
         """Make the steps once more, and note their rate."""
-        seconds = seconds_of(lambda: self._work(self.steps), self._device)
+        seconds = seconds_of(self._make_steps, self._device)
         self.rates.append(self.trials * self.steps / seconds)
+
+    def _make_steps(self) -> None:
+        for first in range(0, self.steps, _STRETCH):
+            self._work(min(_STRETCH, self.steps - first))
 
 
 def measure(
     shape: Shape, counts: Sequence[int], names: Sequence[str], device: torch.device, *, rounds: int, seconds: float
 ) -> list[Row]:
-    """A row for each number of trials and contender.
+    """A row for each number of trials and contender; see :func:`measured`."""
+    return [row for rows in measured(shape, counts, names, device, rounds=rounds, seconds=seconds) for row in rows]
+
+
+def measured(
+    shape: Shape, counts: Sequence[int], names: Sequence[str], device: torch.device, *, rounds: int, seconds: float
+) -> Iterator[list[Row]]:
+    """For each number of trials the rows of all contenders, as soon as they are measured.
 
     Args:
         shape: of the step.
@@ -76,19 +96,18 @@ def measure(
     training_set = TrainingSet.of_shape(shape, device)
     # those that train one trial after another are built once, and measured again beside each number of trials
     one_trial = {name: _entry(name, training_set, 1, seconds) for name in names if name in ONE_TRIAL}
-    rows: list[Row] = []
     for count in counts:
         entries = {name: one_trial.get(name) or _entry(name, training_set, count, seconds) for name in names}
-        measured = [entry for entry in entries.values() if isinstance(entry, Entry)]
-        for entry in measured:
+        taking_part = [entry for entry in entries.values() if isinstance(entry, Entry)]
+        for entry in taking_part:
             entry.rates.clear()
         floors = []
         for _ in range(rounds):
             floors.append(floor_rate(shape, device))
-            for entry in measured:
+            for entry in taking_part:
                 entry.measure()
-        rows += [_row(training_set, count, name, entry, statistics.median(floors)) for name, entry in entries.items()]
-    return rows
+        floor = statistics.median(floors)
+        yield [_row(training_set, count, name, entry, floor) for name, entry in entries.items()]
 
 
 def _entry(name: str, training_set: TrainingSet, trials: int, seconds: float) -> Entry | str:
@@ -101,7 +120,10 @@ def _entry(name: str, training_set: TrainingSet, trials: int, seconds: float) ->
         free = _free_bytes(device)
         too_large = name not in ONE_TRIAL and need > free
         reason = f"about {need / 2**30:.0f} GiB are needed and {free / 2**30:.0f} GiB are free" if too_large else ""
-    return reason or Entry(name, training_set, trials, seconds)
+    try:
+        return reason or Entry(name, training_set, trials, seconds)
+    except torch.OutOfMemoryError as error:
+        return f"out of memory: {str(error).partition(chr(10))[0]}"
 
 
 def _no_compiler(device: torch.device) -> str:
@@ -110,6 +132,12 @@ def _no_compiler(device: torch.device) -> str:
         return "" if importlib.util.find_spec("triton") else "torch.compile needs Triton and it is not installed"
     compiler = shutil.which(os.environ.get("CXX", "g++"))
     return "" if compiler else "torch.compile needs a C++ compiler and none was found"
+
+
+def _reset_peak(device: torch.device) -> int:
+    """Bytes of a GPU in use now, from which on the peak counts."""
+    torch.cuda.reset_peak_memory_stats(device)
+    return torch.cuda.memory_allocated(device)
 
 
 def _free_bytes(device: torch.device) -> int:
@@ -129,6 +157,7 @@ def _row(training_set: TrainingSet, trials: int, name: str, entry: Entry | str, 
         "floor_trial_steps_per_second": floor,
         "rates": [],
         "compile_seconds": None,
+        "peak_bytes": None,
         "left_out": None,
         "device": training_set.device.type,
         "threads": torch.get_num_threads(),
@@ -140,6 +169,7 @@ def _row(training_set: TrainingSet, trials: int, name: str, entry: Entry | str, 
         "trial_steps_per_second": statistics.median(entry.rates),
         "rates": entry.rates.copy(),
         "compile_seconds": entry.warm_up if name == "compiled" else None,
+        "peak_bytes": entry.peak_bytes,
     }
 
 

@@ -20,6 +20,7 @@ from typing import Annotated, NamedTuple
 import numpy as np
 import torch
 import typer
+from numpy.typing import NDArray
 
 from benchmarks.options import DeviceOption, JsonOption, ThreadsOption
 from benchmarks.results import Row, print_table, write_rows
@@ -82,26 +83,35 @@ def multiply_adds(size: Size, labeled: int, survivors: int, folds: int = 4) -> i
     return total
 
 
-def world(size: Size, seed: int = 0) -> FeatureCache:
-    """Gaussian classes, both roles long-tailed, with two views that move each image a little."""
+def world(size: Size, device: torch.device, seed: int = 0) -> FeatureCache:
+    """Gaussian classes, both roles long-tailed, with two views that move each image a little.
+
+    A GPU draws its own numbers, as a processor would take longer for a million images than the fit.
+    """
     rng = np.random.default_rng(seed)
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def normal(*shape: int) -> NDArray[np.float32]:
+        if device.type == "cpu":
+            return rng.standard_normal(shape, dtype=np.float32)
+        return torch.randn(shape, device=device, generator=generator).cpu().numpy()
+
     tail = _RATIO ** -(np.arange(size.classes) / max(size.classes - 1, 1))
     labeled = np.maximum(2, (_LABELED_PER_CLASS * size.classes * tail / tail.sum())).astype(int)
     unlabeled = rng.choice(size.classes, size.images, p=tail / tail.sum())
     test = np.arange(size.classes).repeat(2)
     truth = np.concatenate([np.arange(size.classes).repeat(labeled), unlabeled, test])
     roles = ["train"] * int(labeled.sum()) + ["unlabeled"] * size.images + ["test"] * len(test)
-    centers = rng.standard_normal((size.classes, size.dim), dtype=np.float32)
+    centers = normal(size.classes, size.dim)
     plain = np.empty((len(truth), size.dim), dtype=np.float16)
     views = np.empty((len(truth) - len(test), 2, size.dim), dtype=np.float16)
     # a part at a time: everything in float32 would be most of the memory
     for first in range(0, len(truth), 8192):
         part = slice(first, first + 8192)
-        rows = 1.0 + centers[truth[part]] + 1.5 * rng.standard_normal((len(truth[part]), size.dim), dtype=np.float32)
+        rows = 1.0 + centers[truth[part]] + 1.5 * normal(len(truth[part]), size.dim)
         plain[part] = rows
         seen = views[part]
-        noise = rng.standard_normal((len(seen), 2, size.dim), dtype=np.float32)
-        seen[:] = rows[: len(seen), None] + 0.5 * noise
+        seen[:] = rows[: len(seen), None] + 0.5 * normal(len(seen), 2, size.dim)
     labels = np.where(np.asarray(roles) == "unlabeled", -1, truth)
     return FeatureCache.from_arrays(
         plain, labels, text_features=centers + 1.0, weak=views[:, :1], strong=views[:, 1:], splits=roles
@@ -110,7 +120,7 @@ def world(size: Size, seed: int = 0) -> FeatureCache:
 
 def measure(size: Size, device: torch.device, trials: int = 1) -> Row:
     """Seconds, floor and memory of one fit, or of several trials that are fitted together."""
-    cache = world(size)
+    cache = world(size, device)
     configs = [FitConfig(method="ulfine_plus", seed=seed) for seed in range(trials)]
     # the fastest products of these sizes make the hardest floor
     shape = Shape("ulfine_plus", dim=size.dim, classes=size.classes, rank=16, labeled=512, unlabeled=512)

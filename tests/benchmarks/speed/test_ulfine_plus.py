@@ -12,7 +12,7 @@ from ulfine_fast.ops import clustering
 
 
 def test_the_world_has_the_sizes_it_was_asked_for():
-    cache = world(Size(60, 4, 8))
+    cache = world(Size(60, 4, 8), torch.device("cpu"))
     assert list(cache.splits).count("unlabeled") == 60
     assert (cache.labels[[split == "unlabeled" for split in cache.splits]] == -1).all()
     assert len(cache.class_names) == 4
