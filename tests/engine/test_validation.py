@@ -22,7 +22,7 @@ NAMES += [f"per_class_pseudo_label_{name}" for name in ("rate", "precision", "re
 def batch(request, clusters, quick, monkeypatch):
     """Trials of different splits, one of them shared, in blocks of one row, of a few, and in one."""
     monkeypatch.setattr(validation, "_VALUES", request.param)
-    monkeypatch.setattr(validation, "_ROWS", 7 if request.param == 1 else 4096)
+    monkeypatch.setattr(validation, "ROWS", 7 if request.param == 1 else 4096)
     configs = [
         quick(seed=s, split_seed=s // 2, n1=10 + 5 * s, val_fraction=0.1 * (s % 3), threshold=0.5) for s in range(5)
     ]
