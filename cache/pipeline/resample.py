@@ -17,6 +17,8 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
+from ulfine_fast.cache.io.device import float32_products
+
 PIL_FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 # Values of padded images resampled together: 256 MB of float32, and less than as much again between the two steps.
 _CHUNK_VALUES = 2**26
@@ -98,8 +100,9 @@ def resampled(values: torch.Tensor, sampling: Sampling, how: Resampling) -> torc
     return by_products(values, sampling, how)
 
 
+@float32_products(tf32=False)
 def by_products(values: torch.Tensor, sampling: Sampling, how: Resampling) -> torch.Tensor:
-    """`resampled` on a device: two batched matrix products."""
+    """`resampled` on a device: two batched matrix products, exact ones as bytes times weights need more than TF32."""
     offsets = _offsets(sampling)
     batch, views = sampling.windows.shape[:2]
     out = torch.empty(batch, views, 3, how.side, how.side, dtype=torch.uint8, device=values.device)
