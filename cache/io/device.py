@@ -46,12 +46,15 @@ def current_device(device: torch.device) -> AbstractContextManager[Any]:
 
 
 @contextmanager
-def float32_products(*, tf32: bool) -> Iterator[None]:
+def float32_products(device: torch.device, *, tf32: bool) -> Iterator[None]:
     """How a GPU computes products and convolutions of float32: exactly, or of inputs rounded to TF32 (10 bits).
 
-    By default PyTorch rounds the inputs of convolutions, and not those of matrix products. On other devices it changes
-    nothing.
+    By default PyTorch rounds the inputs of convolutions, and not those of matrix products. The setting is one of the
+    process; for other devices, where threads work side by side, it is left alone.
     """
+    if device.type != "cuda":
+        yield
+        return
     parts = (torch.backends.cuda.matmul, torch.backends.cudnn)
     before = [part.allow_tf32 for part in parts]
     try:

@@ -249,7 +249,7 @@ class Encoder:
     def _encode(self, batch: torch.Tensor) -> torch.Tensor:
         """Preprocessed images (B, 3, H, W) on the device to rows (B, D + S W) there, see `encode_pixels`."""
         mixed = torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype is not None)
-        with mixed, float32_products(tf32=self.precision == "tf32"):
+        with mixed, float32_products(self.device, tf32=self.precision == "tf32"):
             features = self.model.encode_image(batch)  # (B, D)
         unit = functional.normalize(features.float(), dim=-1)
         tokens = self._hooks.take()
@@ -265,7 +265,7 @@ class Encoder:
         if not texts:
             return torch.empty(0, self.spec.dim)
         parts = self.tokenize(texts).split(_TEXT_BATCH)
-        with float32_products(tf32=False):
+        with float32_products(self.device, tf32=False):
             features = torch.cat([self.model.encode_text(part.to(self.device)) for part in parts])  # (n, D)
         return functional.normalize(features.float(), dim=-1).cpu()
 

@@ -100,7 +100,6 @@ def resampled(values: torch.Tensor, sampling: Sampling, how: Resampling) -> torc
     return by_products(values, sampling, how)
 
 
-@float32_products(tf32=False)
 def by_products(values: torch.Tensor, sampling: Sampling, how: Resampling) -> torch.Tensor:
     """`resampled` on a device: two batched matrix products, exact ones as bytes times weights need more than TF32."""
     offsets = _offsets(sampling)
@@ -113,7 +112,8 @@ def by_products(values: torch.Tensor, sampling: Sampling, how: Resampling) -> to
             h, w = sampling.sizes[row]
             padded[index, :h, :w] = values[offsets[row] : offsets[row + 1]].view(int(h), int(w), 3)
         chosen = Sampling(sampling.sizes[rows], sampling.windows[rows], sampling.mirrored[rows])
-        out[torch.as_tensor(rows, device=out.device)] = _resample_chunk(padded, chosen, how)
+        with float32_products(out.device, tf32=False):
+            out[torch.as_tensor(rows, device=out.device)] = _resample_chunk(padded, chosen, how)
     return out
 
 

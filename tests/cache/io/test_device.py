@@ -36,6 +36,8 @@ def test_float32_products_are_as_asked_and_later_as_before(tf32):
         assert (matmul.allow_tf32, cudnn.allow_tf32) == (tf32, tf32)
         raise ZeroDivisionError
 
-    with pytest.raises(ZeroDivisionError), float32_products(tf32=tf32):
+    with pytest.raises(ZeroDivisionError), float32_products(torch.device("cuda"), tf32=tf32):
         fail()
     assert (matmul.allow_tf32, cudnn.allow_tf32) == before
+    with float32_products(torch.device("cpu"), tf32=not before[0]):
+        assert (matmul.allow_tf32, cudnn.allow_tf32) == before

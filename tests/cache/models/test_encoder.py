@@ -12,9 +12,11 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import normalize
 
+from ulfine_fast.cache.io.device import float32_products
 from ulfine_fast.cache.io.errors import InputError
 from ulfine_fast.cache.io.home import cache_home
 from ulfine_fast.cache.models import encoder as encoder_module
+from ulfine_fast.cache.models import encoder as models_encoder
 from ulfine_fast.cache.models.encoder import Encoder, load_encoder, weights_sha256
 
 
@@ -129,10 +131,14 @@ def test_tf32_is_one_of_cuda_devices(tiny_model: str):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_images_and_texts_are_encoded_with_exact_products(precision: str, tiny_model: str):
+def test_images_and_texts_are_encoded_with_exact_products(precision: str, tiny_model: str, monkeypatch):
     # PyTorch's default rounds the inputs of convolutions on a GPU, which a manifest of fp32 would not say
     encoder = load_encoder(tiny_model, device="cpu", precision=precision)
+    monkeypatch.setattr(models_encoder, "float32_products", lambda _, tf32: as_a_gpu(tf32))
     allowed = []
+
+    def as_a_gpu(tf32):
+        return float32_products(torch.device("cuda"), tf32=tf32)
 
     def ask(*_):
         allowed.append((torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32))
