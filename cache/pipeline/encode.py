@@ -317,7 +317,7 @@ def _encode_on_device(
     started = time.perf_counter()
     try:
         for batch in _read_in_processes(reader, batches, workers):
-            features = model.encode(reader.pixels_on(encoder.device, batch)) if batch.kept else None
+            features = model.encode(reader, batch) if batch.kept else None
             if running is not None:
                 yield _with_features(*running, encoder.columns, time.perf_counter() - started)
             running = batch, features
@@ -351,12 +351,13 @@ class _DeviceModel:
         self.encoder = encoder
         self.limit = 0  # images in one call; 0 for no limit
 
-    def encode(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Views (B * V, H, W, 3) to features (B * V, D + S W) on the device."""
+    def encode(self, reader: ImageReader, batch: Batch) -> torch.Tensor:
+        """A batch to the features of its views (B * V, D + S W) on the device."""
+        total = len(batch.kept) * batch.views
         while True:
-            count = self.limit or len(pixels)
+            count = self.limit or total
             try:
-                return torch.cat([self.encoder.encode_pixels(piece) for piece in pixels.split(count)])
+                return torch.cat(list(self._pieces(reader, batch, count)))
             except torch.OutOfMemoryError as error:
                 if count == 1:
                     raise InputError("a single image is too large for the GPU's memory; use --device cpu") from error
@@ -369,6 +370,14 @@ class _DeviceModel:
                 )
             self.limit = max(1, count // 2)
             torch.cuda.empty_cache()
+
+    def _pieces(self, reader: ImageReader, batch: Batch, count: int) -> Iterator[torch.Tensor]:
+        """Features of at most `count` views at a time, which are made on the device for as many images at a time."""
+        images = max(1, count // batch.views)
+        for start in range(0, len(batch.kept), images):
+            pixels = reader.pixels_on(self.encoder.device, batch.pixels_of(start, start + images))
+            for piece in pixels.split(count):
+                yield self.encoder.encode_pixels(piece)
 
 
 # -- reader processes

@@ -49,6 +49,11 @@ class Sampling(NamedTuple):
     windows: NDArray[np.float64]
     mirrored: NDArray[np.bool_]
 
+    @property
+    def offsets(self) -> NDArray[np.int64]:
+        """Index of each image's first value, and of the end of the last image: (B + 1,)."""
+        return np.concatenate([[0], np.cumsum(self.sizes.prod(axis=1))]) * 3
+
 
 @dataclass(frozen=True, slots=True)
 class Resampling:
@@ -102,7 +107,7 @@ def resampled(values: torch.Tensor, sampling: Sampling, how: Resampling) -> torc
 
 def by_products(values: torch.Tensor, sampling: Sampling, how: Resampling) -> torch.Tensor:
     """`resampled` on a device: two batched matrix products, exact ones as bytes times weights need more than TF32."""
-    offsets = _offsets(sampling)
+    offsets = sampling.offsets
     batch, views = sampling.windows.shape[:2]
     out = torch.empty(batch, views, 3, how.side, how.side, dtype=torch.uint8, device=values.device)
     for rows in _chunks(sampling.sizes):
@@ -117,14 +122,9 @@ def by_products(values: torch.Tensor, sampling: Sampling, how: Resampling) -> to
     return out
 
 
-def _offsets(sampling: Sampling) -> NDArray[np.int64]:
-    """Index of each image's first value, and of the end of the last image: (B + 1,)."""
-    return np.concatenate([[0], np.cumsum(sampling.sizes.prod(axis=1))]) * 3
-
-
 def _by_pil(values: NDArray[np.uint8], sampling: Sampling, how: Resampling) -> torch.Tensor:
     """`resampled` on a processor, where PIL, which leaves out weights of zero, is four times as fast."""
-    offsets = _offsets(sampling)
+    offsets = sampling.offsets
     batch, views = sampling.windows.shape[:2]
     out = np.empty((batch, views, how.side, how.side, 3), dtype=np.uint8)
     for row, size in enumerate(sampling.sizes):

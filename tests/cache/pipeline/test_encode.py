@@ -143,6 +143,28 @@ def test_where_memory_is_short_batches_are_halved_and_the_user_is_warned_once(so
         assert np.allclose(one.features, two.features, atol=1e-6)
 
 
+def test_views_are_made_of_fewer_images_where_memory_is_short(source, tiny_encoder, monkeypatch):
+    encoder = Elsewhere(tiny_encoder)
+    reader = ImageReader.for_encoder(source, encoder, ViewRecipe(weak=1, strong=1))
+    pixels_on, made = ImageReader.pixels_on, []
+
+    def pixels_here(self, device, batch):
+        if len(batch.sampling.sizes) > most:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        made.append(len(batch.sampling.sizes))
+        return pixels_on(self, torch.device("cpu"), batch)
+
+    monkeypatch.setattr(ImageReader, "pixels_on", pixels_here)
+    rows = batches_of([row for row in source.rows if row.split == "train"], 5)
+    most = 5
+    whole = list(encoded(reader, encoder, rows, workers=0))
+    most, made = 1, []
+    with pytest.warns(UserWarning, match="15 images together do not fit"):
+        parts = list(encoded(reader, encoder, rows, workers=0))
+    assert made == [1] * 5
+    np.testing.assert_allclose(parts[0].features, whole[0].features, atol=1e-6)
+
+
 def test_a_image_too_large_for_the_gpu_ends_in_one_sentence(source, reader, tiny_encoder):
     with (
         pytest.warns(UserWarning, match="do not fit"),
