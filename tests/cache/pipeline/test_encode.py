@@ -103,6 +103,48 @@ def test_reader_processes_change_nothing(source, reader, tiny_encoder, workers):
     assert_same(alone, list(encoded(reader, Elsewhere(tiny_encoder), train(source), workers=workers)))
 
 
+def test_the_copy_back_is_queued_before_the_next_batch_is_encoded(source, reader, tiny_encoder, monkeypatch):
+    order = []
+
+    class Copy(encoding._CopyToHost):
+        def __init__(self, features):
+            order.append("copy")
+            super().__init__(features)
+
+        def wait(self):
+            order.append("wait")
+            return super().wait()
+
+    class Noted(Elsewhere):
+        def encode_pixels(self, pixels):
+            order.append("encode")
+            return super().encode_pixels(pixels)
+
+    monkeypatch.setattr(encoding, "_CopyToHost", Copy)
+    list(encoded(reader, Noted(tiny_encoder), train(source), workers=0))
+    assert order == ["encode", "copy", "encode", "copy", "wait", "encode", "copy", "wait", "wait"]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_batch_is_there_before_the_next_one_is_done(source, reader, tiny_encoder):
+    ends = []
+
+    class Slow(Elsewhere):
+        """An encoder of about a second a batch."""
+
+        def encode_pixels(self, pixels):
+            torch.cuda._sleep(1_500_000_000)
+            ends.append(torch.cuda.Event())
+            features = super().encode_pixels(pixels).cuda()
+            ends[-1].record()
+            return features
+
+    stream = encoded(reader, Slow(tiny_encoder), train(source), workers=0)
+    next(stream)
+    assert [end.query() for end in ends] == [True, False]
+    stream.close()
+
+
 def test_a_pipe_serves_where_shared_memory_is_small(source, reader, tiny_encoder, monkeypatch):
     alone = list(encoded(reader, tiny_encoder, train(source), workers=0))
     monkeypatch.setattr(encoding, "_fits_shared_memory", lambda *_: False)
