@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from dataclasses import replace
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from torch import Tensor
 from ulfine_fast.cache.io.errors import InputError
 from ulfine_fast.config import FitConfig
 from ulfine_fast.core.features import DeviceFeatures
+from ulfine_fast.core.fused.cuda_graph import CALLS_UNTIL_RECORDED
 from ulfine_fast.core.heads import Tensors, unpadded
 from ulfine_fast.core.selection import select_trials
 from ulfine_fast.core.types import Report, State, unheard
@@ -149,13 +151,17 @@ class TrialBatch:
         return now
 
     def rehearse(self) -> None:
-        """Do everything that training does once, with a single step, to measure its memory."""
+        """Do everything that training does once, with a single step, to measure its memory.
+
+        On a GPU it makes as many steps as a recording takes, whose graph has temporaries of its own.
+        """
         self._refresh()
         if self.steps:
             stretch = min(_STRETCH, self.config.eval_every, self.steps)
             # kept alive until the end, as in training; memory is counted in this thread alone
             stepper = self._stepper(threads=False)
-            losses = next(iter(stepper.run(0, stretch)))
+            steps = CALLS_UNTIL_RECORDED if self.best_score.is_cuda else 1
+            *_, losses = islice(stepper.run(0, stretch), steps)
             self._refresh()
             self._validate(losses, None)
         self._leave(dict.fromkeys(range(len(self.members)), "done"))

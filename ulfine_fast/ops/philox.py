@@ -98,7 +98,8 @@ def integers(seeds: Tensor, steps: Tensor, purpose: Purpose, count: int, below: 
 
 def uniforms(seeds: Tensor, step: int, purpose: Purpose, count: int) -> Tensor:
     """Numbers strictly between 0 and 1, float64 (T, count)."""
-    steps = torch.tensor([step], device=seeds.device)
+    # filled on the device: a copy from main memory would wait for the work before it
+    steps = torch.full((1,), step, device=seeds.device)
     return (words(seeds, steps, purpose, count)[0].double() + 0.5) / 2.0**32
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 # libraries make their plans and workspaces on the first calls, which cannot be recorded
 _WARM_UP = 3
+CALLS_UNTIL_RECORDED = _WARM_UP + 1
 
 
 class Captured:
