@@ -7,7 +7,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.special import stdtrit
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,5 +33,7 @@ def mean_interval(values: Iterable[float]) -> Interval | None:
         return None
     if n == 1:
         return Interval(float(finite[0]), math.nan, 1)
+    from scipy.special import stdtrit  # imported on use: it takes as long as a short fit, and one seed has no interval
+
     half = float(stdtrit(n - 1, 0.975)) * float(finite.std(ddof=1)) / math.sqrt(n)
     return Interval(float(finite.mean()), half, n)

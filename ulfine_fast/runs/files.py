@@ -24,6 +24,7 @@ from ulfine_fast.cache.io.files import opened_regular_file, read_regular_file
 from ulfine_fast.cache.io.json_files import MAX_BYTES, check_schema, parse_json
 from ulfine_fast.cache.io.paths import names_another_machine
 from ulfine_fast.data.splits import MAX_SPLIT_BYTES, SavedSplit, Split, read_split
+from ulfine_fast.runs.columns import number_column, text_column
 from ulfine_fast.runs.folder import (
     CONFIG,
     FILES,
@@ -553,12 +554,12 @@ def _read_history(file: Path, *, needed: bool) -> dict[str, np.ndarray]:
 def _write_predictions(file: Path, run: Run) -> None:
     probabilities = run.test_probabilities
     columns = {
-        "id": pa.array(run.test_ids, pa.string()),
-        "split": pa.array(["test"] * len(run.test_ids), pa.string()),
-        "label": pa.array(run.test_labels, pa.int32()),
-        "predicted": pa.array(probabilities.argmax(1) if len(probabilities) else [], pa.int32()),
-        "confidence": pa.array(probabilities.max(1) if len(probabilities) else [], pa.float32()),
-        "probabilities": pa.array(list(probabilities), pa.list_(pa.float32())),
+        "id": text_column(run.test_ids),
+        "split": text_column(["test"] * len(run.test_ids)),
+        "label": number_column(run.test_labels, np.int32),
+        "predicted": number_column(probabilities.argmax(1) if len(probabilities) else [], np.int32),
+        "confidence": number_column(probabilities.max(1) if len(probabilities) else [], np.float32),
+        "probabilities": number_column(probabilities, np.float32),
     }
     pq.write_table(pa.table(columns), file)
 
