@@ -17,12 +17,12 @@ import importlib.util
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
 
 from benchmarks.gpu.parts import Part, Settings, run_parts
 from benchmarks.gpu.summary import aims, failures, machine, memory_rows, print_summary
 from benchmarks.results import Row, write_json
-from ulfine_fast.cache.io.device import pick_device
 from ulfine_fast.cache.io.errors import InputError
 from ulfine_fast.cli.main import guarded
 
@@ -109,7 +109,8 @@ def main(
             raise InputError(f"parts are {', '.join(known)}, got {name!r}")
     if device == "cpu" and not tiny:
         raise InputError("a processor would take hours for the sizes of a GPU; add --tiny to try the script")
-    pick_device(device)
+    if device != "cpu" and not torch.cuda.is_available():
+        raise InputError("no GPU is available here; --tiny --device cpu tries the script without one")
     run(tuple(known[name] for name in names), Settings(device, tiny), minutes, as_json)
 
 

@@ -73,31 +73,20 @@ def run_extraction(settings: Settings, report: Report, name: str) -> None:
     config = _TINY if settings.tiny else open_clip.get_model_config(name)
     net = random_model(config)
 
-    # the model alone; torch.compile comes last, since it takes longest
-    rates: dict[tuple[str, bool], float] = {}
-    ways = [(precision, False) for precision in PRECISIONS] + [("bf16", True)]
-    if settings.tiny:
-        ways.remove(("bf16", True))
-    for precision, compiled in ways:
-        kind = "compiled" if compiled else "eager"
-        with report.attempt(f"{name} {precision} {kind}", model=name, precision=precision, way=kind):
-            rate = model_rate(new_encoder(net, device, precision, compiled=compiled), sizes)
-            rates[precision, compiled] = rate
-            report(
-                f"{name} {precision} {kind}: {rate:,.0f} images/s",
-                model=name,
-                precision=precision,
-                way=kind,
-                stage="model alone",
-                images_per_second=rate,
-            )
+    # the model alone
+    encoders: dict[str, Encoder] = {}
+    rates: dict[str, float] = {}
+    for precision in PRECISIONS:
+        with report.attempt(f"{name} {precision}", model=name, precision=precision):
+            encoders[precision] = new_encoder(net, device, precision)
+            rates[precision] = _report_model(report, name, precision, "eager", encoders[precision], sizes)
 
     # stages and the whole, at the precision that is meant for a GPU
     folder = large_jpeg(sizes.distinct)
-    encoder = new_encoder(net, device, "bf16")
     with report.attempt(f"{name} stages", model=name):
+        encoder = encoders["bf16"]
         stages = stage_rates(image_source(str(folder), sizes.distinct), encoder, sizes)
-        stages["model"] = rates["bf16", False] / _VIEWS
+        stages["model"] = rates["bf16"] / _VIEWS
         slowest = min(stages, key=lambda stage: stages[stage])
         report(
             f"{name} bf16, three views, each stage alone: "
@@ -126,9 +115,9 @@ def run_extraction(settings: Settings, report: Report, name: str) -> None:
     # features
     source = image_source(str(folder), sizes.compared)
     reference = features_of(source, new_encoder(net, torch.device("cpu"), "fp32"))
-    for precision in PRECISIONS:
+    for precision, encoder in encoders.items():
         with report.attempt(f"{name} {precision} features", model=name, precision=precision):
-            values = agreement(features_of(source, new_encoder(net, device, precision)), reference)
+            values = agreement(features_of(source, encoder), reference)
             report(
                 f"{name} {precision} against the processor's fp32: cosine at least {values['cosine_least']:.6f}, "
                 f"mean {values['cosine_mean']:.6f}; around the mean feature at least {values['centred_least']:.4f}",
@@ -137,6 +126,25 @@ def run_extraction(settings: Settings, report: Report, name: str) -> None:
                 stage="features",
                 **values,
             )
+
+    # kernels of torch.compile, which takes longest to begin
+    if not settings.tiny:
+        with report.attempt(f"{name} bf16 compiled", model=name, precision="bf16"):
+            _report_model(report, name, "bf16", "compiled", new_encoder(net, device, "bf16", compiled=True), sizes)
+
+
+def _report_model(report: Report, name: str, precision: str, way: str, encoder: Encoder, sizes: Sizes) -> float:
+    """Images per second of the model alone."""
+    rate = model_rate(encoder, sizes)
+    report(
+        f"{name} {precision} {way}: {rate:,.0f} images/s",
+        model=name,
+        precision=precision,
+        way=way,
+        stage="model alone",
+        images_per_second=rate,
+    )
+    return rate
 
 
 def random_model(config: dict[str, Any]) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import time
 from collections.abc import Sequence
 
@@ -20,6 +19,7 @@ from ulfine_fast.cache.store import FeatureCache
 from ulfine_fast.config import FitConfig
 from ulfine_fast.data.splits import draw_split
 from ulfine_fast.engine.fit import fit_many
+from ulfine_fast.engine.memory import free_memory
 from ulfine_fast.engine.steps import make_stepper
 from ulfine_fast.methods.registry import method_of
 
@@ -35,7 +35,7 @@ def run_sweep(settings: Settings, report: Report) -> None:
     """Time 256 trials of 1,000 steps: steps alone, with validations, and with the final metrics."""
     device = torch.device(settings.device)
     shape = TINY if settings.tiny else SHAPES["S1"]
-    trials, steps, images = (4, 20, 100) if settings.tiny else (256, 1000, 200)
+    trials, steps, images = (4, 20, 100) if settings.tiny else (256, 1000, 300)
     cache = new_cache(shape, images_per_class=images)
     configs = sweep_configs(shape, cache, trials, steps)
     training_set = TrainingSet(
@@ -76,16 +76,16 @@ def run_sweep(settings: Settings, report: Report) -> None:
 
 
 def sweep_configs(shape: Shape, cache: FeatureCache, trials: int, steps: int) -> list[FitConfig]:
-    """Random trials over the options that matter most; half of the images are for tests."""
+    """Random trials over the options that matter most; a third of the images are for tests."""
     random = np.random.default_rng(0)
     return [
         dataclasses.replace(
             config_of(shape, cache, seed),
-            n1=len(cache.labels) // shape.classes // 4,
+            n1=len(cache.labels) // shape.classes // 3,
             steps=steps,
             eval_every=steps // _VALIDATIONS,
-            val_fraction=0.12,
-            test_fraction=0.5,
+            val_fraction=0.5,
+            test_fraction=1 / 3,
             lr=float(10 ** random.uniform(-3, -1)),
             mu=float(10 ** random.uniform(-3, -1)),
             threshold=float(random.uniform(0.3, 0.95)),
@@ -150,7 +150,7 @@ def _too_large(size: Size, device: torch.device, seconds_left: float, seconds: f
     features = 3 * 2 * size.images * size.dim
     if seconds > seconds_left:
         return f"about {seconds:.0f} s are needed and {seconds_left:.0f} s are left"
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    free = free_memory()
     if 2 * features > free:
         return f"{2 * features / 1e9:.0f} GB of memory are needed and {free / 1e9:.0f} GB are free"
     if device.type == "cuda" and 3 * features > (free := torch.cuda.mem_get_info(device)[0]):

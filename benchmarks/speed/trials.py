@@ -26,6 +26,7 @@ from benchmarks.speed.floor import SHAPES, Shape, floor_rate, seconds_of
 from benchmarks.speed.trial_steps import CONTENDERS, ONE_TRIAL, TrainingSet, contender
 from ulfine_fast.cache.io.device import pick_device
 from ulfine_fast.cli.main import guarded
+from ulfine_fast.engine.memory import budget
 
 # compiling, first touch of buffers, threads that start; on a GPU the fourth step is recorded and later ones replayed
 _WARM_UP = 8
@@ -108,6 +109,9 @@ def measured(
                 entry.measure()
         floor = statistics.median(floors)
         yield [_row(training_set, count, name, entry, floor) for name, entry in entries.items()]
+        # the next number of trials finds the memory of these free
+        entries.clear()
+        taking_part.clear()
 
 
 def _entry(name: str, training_set: TrainingSet, trials: int, seconds: float) -> Entry | str:
@@ -143,7 +147,7 @@ def _reset_peak(device: torch.device) -> int:
 def _free_bytes(device: torch.device) -> int:
     """Memory that a contender may take: half of what is free, as others take part beside it."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0] // 2
+        return budget(device)
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from PIL import Image
+if TYPE_CHECKING:
+    from PIL import Image
 
 # This order is the order of the rows, and of the codes in a shard.
 SPLITS = ("train", "unlabeled", "val", "test")

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import ndtri, stdtrit
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,13 +36,15 @@ def mean_interval(values: Iterable[float]) -> Interval | None:
         return None
     if n == 1:
         return Interval(float(finite[0]), math.nan, 1)
+    from scipy.special import stdtrit  # imported on use: it takes as long as a short fit, and one seed has no interval
+
     half = float(stdtrit(n - 1, 0.975)) * float(finite.std(ddof=1)) / math.sqrt(n)
     return Interval(float(finite.mean()), half, n)
 
 
 def fraction_interval(fraction: float, rows: float) -> tuple[float, float]:
     """Wilson's 95% interval of a fraction of so many rows (Wilson 1927), also good near 0 and 1 and for few rows."""
-    z = float(ndtri(0.975))
+    z = NormalDist().inv_cdf(0.975)
     center = (fraction + z * z / (2 * rows)) / (1 + z * z / rows)
     half = z / (1 + z * z / rows) * math.sqrt(fraction * (1 - fraction) / rows + z * z / (4 * rows * rows))
     return max(0.0, center - half), min(1.0, center + half)
@@ -88,5 +90,7 @@ def balanced_difference(difference: NDArray[np.floating[Any]], labels: NDArray[n
     means = np.divide(sums, rows, out=np.zeros(len(rows)), where=seen)
     spread = float(np.square(difference - means[labels]).sum()) / freedom
     variance = spread * float((1 / rows[seen]).sum()) / int(seen.sum()) ** 2
+    from scipy.special import stdtrit  # imported on use, see above
+
     half = float(stdtrit(freedom, 0.975)) * math.sqrt(variance)
     return Interval(float(means[seen].mean()), half, len(labels))

@@ -24,6 +24,7 @@ from ulfine_fast.cache.io.files import opened_regular_file, read_regular_file
 from ulfine_fast.cache.io.json_files import MAX_BYTES, check_schema, parse_json
 from ulfine_fast.cache.io.paths import names_another_machine
 from ulfine_fast.data.splits import MAX_SPLIT_BYTES, SavedSplit, Split, read_split
+from ulfine_fast.runs.columns import number_column, text_column
 from ulfine_fast.runs.folder import (
     CONFIG,
     FILES,
@@ -581,15 +582,15 @@ def _write_predictions(file: Path, run: Run) -> None:
     else:
         ids, labels, probabilities, split = held_out.ids, held_out.labels, held_out.probabilities, HELD_OUT
     columns = {
-        "id": pa.array(ids, pa.string()),
-        "split": pa.array([split] * len(ids), pa.string()),
-        "label": pa.array(labels, pa.int32()),
-        "predicted": pa.array(probabilities.argmax(1) if len(probabilities) else [], pa.int32()),
-        "confidence": pa.array(probabilities.max(1) if len(probabilities) else [], pa.float32()),
-        "probabilities": pa.array(list(probabilities), pa.list_(pa.float32())),
+        "id": text_column(ids),
+        "split": text_column([split] * len(ids)),
+        "label": number_column(labels, np.int32),
+        "predicted": number_column(probabilities.argmax(1) if len(probabilities) else [], np.int32),
+        "confidence": number_column(probabilities.max(1) if len(probabilities) else [], np.float32),
+        "probabilities": number_column(probabilities, np.float32),
     }
     if held_out is not None:
-        columns["correct"] = pa.array(held_out.correct, pa.float32())
+        columns["correct"] = number_column(held_out.correct, np.float32)
     pq.write_table(pa.table(columns), file)
 
 
