@@ -85,7 +85,7 @@ def engine(
         for seed in seeds
         for value in values
     ]
-    started = time.perf_counter()
+    started = Seconds.now()
     split_of = [split for split in splits for _ in values]
     runs = fit_many(cache, configs, split=split_of, device=device, progress=False, read_test=False)
     seconds = Seconds.now() - started
