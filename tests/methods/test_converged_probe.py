@@ -185,8 +185,9 @@ def test_a_sweep_over_penalties_is_one_trial_batch(clusters, tmp_path, monkeypat
     result = sweep(
         clusters, space, settings=fixed, out=tmp_path / "sweep", trials=99, sampler="grid", seeds=2, refit_seeds=2
     )
-    # five penalties of each seed share a product, and so do the refits of each
-    assert sizes == [5, 5, 1, 1]
+    # five penalties of each seed share products, as many as there are cores, and so do the refits of each
+    assert sum(sizes) == 12
+    assert len(sizes) == 2 * min(5, torch.get_num_threads()) + 2
     assert len(result.leaderboard) == 5
     scores = [trial.metrics["balanced_accuracy"].mean for trial in result.leaderboard]
     assert scores[0] > scores[-1]

@@ -20,7 +20,8 @@ from ulfine_fast.cache.io.errors import InputError
 from ulfine_fast.config import FitConfig, option
 from ulfine_fast.core.fused.step import FusedStep
 from ulfine_fast.core.heads import Tensors, cosine_logits
-from ulfine_fast.core.types import Batch, Losses, Pool, Report, State, Trials
+from ulfine_fast.core.threads import interleaved
+from ulfine_fast.core.types import Batch, Losses, Pool, State, Trials
 from ulfine_fast.methods.base import LabeledOptions, Method
 from ulfine_fast.methods.registry import register
 from ulfine_fast.ops.logistic import AXES_ROWS, Axes, LogisticFit, Stop, fit_affine, fit_cosine, principal_axes
@@ -156,10 +157,6 @@ class ConvergedProbe(LinearProbe):
         for group in _groups(pool, trials.log_prior.shape[1]):
             own = group.trials
 
-            def report(fraction: float, done: int = done, size: int = len(own)) -> None:
-                """Report the part of all trials."""
-                pool.report((done + fraction * size) / len(stops))
-
             # rows, each with its views, and their weights
             rows = pool.features.rows(group.rows).unsqueeze(1)  # (N, 1, D)
             if trials.config.train_views == "weak":
@@ -173,12 +170,17 @@ class ConvergedProbe(LinearProbe):
             weights = torch.where(balanced, weights * inverse[:, group.labels], weights)
             weights = weights.repeat_interleave(views, 1) / views
 
-            fit = _fit(trials, own, rows.flatten(0, 1), labels, weights, axes, report)
-            state.memory["linear"][own] = fit.weight
-            if trials.config.head == "affine":
-                state.memory["bias"][own] = fit.bias
-            stops[own], steps[own] = fit.stop, fit.steps
-            done += len(own)
+            # cores work on different trials, each on strong and weak penalties
+            cores = 1 if rows.is_cuda else min(torch.get_num_threads(), len(own))
+            parts = [slice(core, None, cores) for core in range(cores)]
+            fits = [_fit(trials, own[part], rows.flatten(0, 1), labels, weights[part], axes) for part in parts]
+            for positions, fit in fits[0] if cores == 1 else interleaved(fits):
+                state.memory["linear"][positions] = fit.weight
+                if trials.config.head == "affine":
+                    state.memory["bias"][positions] = fit.bias
+                stops[positions], steps[positions] = fit.stop, fit.steps
+                done += len(positions)
+                pool.report(done / len(stops))
         state.scratch |= {
             "converged": (stops <= Stop.ROUNDING).to(trials.log_prior),
             "separable": (stops == Stop.SEPARABLE).to(trials.log_prior),
@@ -234,24 +236,27 @@ def _groups(pool: Pool, classes: int) -> Iterator[_Group]:
 
 
 def _fit(
-    trials: Trials, own: Tensor, rows: Tensor, labels: Tensor, weights: Tensor, axes: Axes, report: Report
-) -> LogisticFit:
-    """Fit the heads of the trials at positions `own` to rows (N, D) by weight (t, N)."""
+    trials: Trials, own: Tensor, rows: Tensor, labels: Tensor, weights: Tensor, axes: Axes
+) -> Iterator[tuple[Tensor, LogisticFit]]:
+    """Fit the trials at positions `own` to rows (N, D) by weight (t, N); yields the positions and the heads.
+
+    Args:
+        trials: all trials.
+        own: (t,).
+        rows: (N, D).
+        labels: (N,).
+        weights: (t, N).
+        axes: of the features.
+    """
     values = {name: tensor[own] for name, tensor in trials.values.items()}
     log_prior = trials.log_prior[own]
     offsets = values["tau"].unsqueeze(1) * log_prior
-    if trials.config.head == "cosine":
-        return fit_cosine(
-            rows,
-            labels,
-            weights,
-            values["ridge"],
-            trials.prototypes[own],
-            values["scale"],
-            offsets=offsets,
-            axes=axes,
-            report=report,
-        )
-    # a class without labels would push its bias down without end
-    offsets = offsets.masked_fill(log_prior <= _NO_LABELS, -torch.inf)
-    return fit_affine(rows, labels, weights, values["ridge"], offsets=offsets, axes=axes, report=report)
+    with torch.no_grad():  # a setting of each thread
+        if trials.config.head == "cosine":
+            start, scale = trials.prototypes[own], values["scale"]
+            fit = fit_cosine(rows, labels, weights, values["ridge"], start, scale, offsets=offsets, axes=axes)
+        else:
+            # a class without labels would push its bias down without end
+            offsets = offsets.masked_fill(log_prior <= _NO_LABELS, -torch.inf)
+            fit = fit_affine(rows, labels, weights, values["ridge"], offsets=offsets, axes=axes)
+    yield own, fit
