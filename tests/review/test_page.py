@@ -46,7 +46,9 @@ def press(page, key, saved):
 
 def selected(page):
     """Positions of the selected images."""
-    return page.evaluate("[...document.querySelectorAll('.tile')].flatMap((t, i) => t.ariaSelected === 'true' ? [i] : [])")
+    return page.evaluate(
+        "[...document.querySelectorAll('.tile')].flatMap((t, i) => t.ariaSelected === 'true' ? [i] : [])"
+    )
 
 
 def test_single_images_are_answered_by_keys(browser, address, session):
@@ -185,7 +187,8 @@ def test_the_page_fits_its_window_and_shows_names_as_text(browser, address, sess
 
 def test_every_button_is_reached_by_the_tab_key(browser, address):
     page, _ = opened(browser, address)
-    reachable = "[...document.querySelectorAll('button, input, select, .tile')].filter(e => !e.disabled && e.checkVisibility() && e.tabIndex >= 0)"
+    candidates = "[...document.querySelectorAll('button, input, select, .tile')]"
+    reachable = f"{candidates}.filter(e => !e.disabled && e.checkVisibility() && e.tabIndex >= 0)"
     wanted = page.evaluate(f"{reachable}.length")
     seen = set()
     for _ in range(wanted + 4):

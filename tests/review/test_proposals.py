@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from tests.conftest import make_clusters
-from ulfine_fast.review.proposals import outcome, propose
+from ulfine_fast.review.estimates import gain_per_label
+from ulfine_fast.review.proposals import outcome, pool_classes, propose
 from ulfine_fast.review.quick import quick_fit
 
 NONE = np.zeros(0, dtype=np.int64)
@@ -14,7 +15,7 @@ NONE = np.zeros(0, dtype=np.int64)
 
 @pytest.fixture(scope="module")
 def started():
-    """Four overlapping classes, the last of which is rare: two labels, ten unlabelled images; cache and rows of both."""
+    """Four overlapping classes, the last one rare: two labels, ten unlabelled images; the cache and rows of both."""
     cache = make_clusters(noise=1.2, text_noise=0.8, train=80)
     rows = [np.flatnonzero((cache.splits == "train") & (cache.labels == k)) for k in range(4)]
     labeled = np.concatenate([of_class[:count] for of_class, count in zip(rows, (20, 20, 20, 2), strict=True)])
@@ -42,22 +43,37 @@ def test_updates_of_rank_one_are_those_of_the_definition(started):
     rows /= np.linalg.norm(rows, axis=1, keepdims=True)
     p = fit.probabilities.astype(np.float64)
     v = (p * (1 - p)).sum(1) + 0.02
-    from ulfine_fast.review.estimates import gain_per_label
-
-    w = v[pool] * (p[pool] @ (gain_per_label(fit) / (p[pool].mean(0) + 1e-6)))
+    members, prior = pool_classes(fit.probabilities[pool])
+    gains = gain_per_label(fit) / gain_per_label(fit).max()
+    ordered = np.sort(p[pool], axis=1)
+    doubt = 1 - (ordered[:, -1] - ordered[:, -2]) + 1e-4
+    w = v[pool] * (members @ (gains / prior))
     wanted = (rows[pool] * w[:, None]).T @ rows[pool]
     precision = np.eye(rows.shape[1]) + (rows[labeled] * v[labeled, None]).T @ rows[labeled]
     chosen = []
     for _ in range(6):
-        inverse = np.linalg.inv(precision)
-        gains = [
-            -np.inf if row in chosen else np.trace(inverse @ wanted)
-            - np.trace(np.linalg.inv(precision + v[row] * np.outer(rows[row], rows[row])) @ wanted)
-            for row in pool
-        ]
-        chosen.append(int(pool[np.argmax(gains)]))
-        precision += v[chosen[-1]] * np.outer(rows[chosen[-1]], rows[chosen[-1]])
+        before = np.trace(np.linalg.inv(precision) @ wanted)
+        more = [precision + doubt[i] * np.outer(rows[row], rows[row]) for i, row in enumerate(pool)]
+        reduced = np.array([before - np.trace(np.linalg.inv(matrix) @ wanted) for matrix in more])
+        worth = np.where(np.isin(pool, chosen), -1, reduced * (members @ gains))
+        best = int(worth.argmax())
+        chosen.append(int(pool[best]))
+        precision = more[best]
     assert propose(cache.plain, fit, pool, 6).rows.tolist() == chosen
+
+
+def test_the_class_prior_of_a_pool_is_estimated():
+    """Of classes that overlap, one is a tenth as frequent as the fit takes it to be."""
+    random = np.random.default_rng(0)
+    truth = np.array([0.6, 0.35, 0.05])
+    labels = random.choice(3, 4000, p=truth)
+    values = random.normal(labels * 1.5)
+    likelihoods = np.exp(-0.5 * (values[:, None] - 1.5 * np.arange(3)) ** 2)
+    even = (likelihoods / likelihoods.sum(1, keepdims=True)).astype(np.float32)
+    members, prior = pool_classes(even)
+    assert abs(even.mean(0) - truth).max() > 0.1
+    np.testing.assert_allclose(prior, truth, atol=0.03)
+    np.testing.assert_allclose(members.sum(1), 1, atol=1e-5)
 
 
 def test_of_copies_one_is_proposed(started):

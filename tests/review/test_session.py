@@ -91,7 +91,9 @@ def test_answers_change_what_is_measured(session):
     assert after["changed"]["labels"] == before["balanced_accuracy"]["labels"]
     assert [point["labels"] for point in after["history"]] == [sum(one.values()) for one in counts]
     # what has an answer is asked about no more
-    asked = {item["row"] for tab in TABS for i in range(len(after["tabs"][tab])) for item in session.page(tab, i, 0)["items"]}
+    asked = {
+        item["row"] for tab in TABS for i in range(len(after["tabs"][tab])) for item in session.page(tab, i, 0)["items"]
+    }
     assert not asked & set(rows)
 
 
@@ -142,7 +144,9 @@ def test_other_images_are_proposed_when_asked_for(session, monkeypatch):
 def test_the_only_label_of_a_class_is_unknown_and_its_loss_is_reported(session):
     """All labels of a class but one are taken away, then the last."""
     class_index = session.cache.class_names.index(BAD)
-    rows = [int(row) for row in [*session.split.labeled, *session.split.val] if session.cache.labels[row] == class_index]
+    rows = [
+        int(row) for row in [*session.split.labeled, *session.split.val] if session.cache.labels[row] == class_index
+    ]
     session.put([Change(row, "", None) for row in rows[1:]])
     session.wait()
     state = session.state()

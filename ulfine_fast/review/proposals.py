@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-
 import numpy as np
 from numpy.typing import NDArray
 
@@ -13,7 +12,6 @@ from ulfine_fast.data.splits import Rows
 from ulfine_fast.review.estimates import Floats, Interval, change, expected_gain, gain_per_label
 from ulfine_fast.review.quick import QuickFit
 
-
 PROPOSED = 20
 """Images proposed together."""
 
@@ -21,6 +19,9 @@ _MOST = 10_000  # images of the pool that are considered; of more, evenly drawn 
 _CANDIDATES = 3000  # of them that are chosen from: a chosen image only lowers the gain of others
 _COPY = 1e-3  # weight of a near-duplicate of a chosen image: it comes after all others
 _LEAST_VARIANCE = 0.02  # of a label: a fit is never quite certain
+_LEAST_DOUBT = 1e-4
+_PRIOR_STEPS = 30
+_EVEN = 0.01
 
 
 @dataclass(frozen=True)
@@ -63,11 +64,13 @@ def propose(features: NDArray[np.generic], fit: QuickFit, pool: Rows, count: int
     """Choose the images whose labels most reduce the variance of predictions for all images, rare classes first.
 
     A linear head fitted to labels has the precision M = I + sum of v x x' over labelled images x, where v is the
-    variance of their label, sum of p (1 - p). A label more at x reduces the variance of the predictions, which is the
-    trace of T / M, by v x' M^-1 T M^-1 x / (1 + v x' M^-1 x). T is the mean of w x x' over the pool, with w the image's
-    own variance times the gain of the next label of its class, each class counted by the pool's images of it. Images
-    are chosen one by one, so that each is unlike those before it. The criterion is that of V-optimal design, as in
-    BAIT (arXiv 2106.09675), whose Fisher matrix is replaced by one for all classes; the weights are ours.
+    variance of their label, sum of p (1 - p). The variance of the predictions is the trace of T / M. T is the mean of
+    w x x' over the pool, w being an image's own variance times what the next label of its class gains, each class
+    counted by the pool's images of it. One label more at x, in as much as the two likeliest classes of x are close,
+    u = 1 - (p1 - p2), reduces that variance by u x' M^-1 T M^-1 x / (1 + u x' M^-1 x), which counts by what a label
+    of the class of x gains. Images are chosen one by one, so that each is unlike those before it. The criterion is
+    that of V-optimal design, as in BAIT (arXiv 2106.09675), whose Fisher matrix is replaced by one for all classes; the
+    weights are ours.
 
     Args:
         features: of the whole cache (n, D).
@@ -78,14 +81,17 @@ def propose(features: NDArray[np.generic], fit: QuickFit, pool: Rows, count: int
     if not len(pool):
         return Proposal(fit, pool, 0.0, np.zeros(fit.classes))
 
-    # what a label of each image of the pool is worth, if it is of each class
+    # what a label of each image of the pool is worth
     if len(pool) > _MOST:
         pool = pool[np.linspace(0, len(pool) - 1, _MOST).astype(np.int64)]
     probabilities = fit.probabilities[pool]
-    prior = probabilities.mean(0) + 1e-6
-    variance = _variance(probabilities)
-    weight = variance * (probabilities @ (gain_per_label(fit) / prior).astype(np.float32))
-    weight /= max(float(weight.mean()), 1e-12)
+    highest = np.sort(probabilities, axis=1)[:, -2:] if fit.classes > 1 else np.ones((len(pool), 2), np.float32)
+    doubt = 1 - (highest[:, 1] - highest[:, 0]) + _LEAST_DOUBT
+    gains = (gain_per_label(fit) / gain_per_label(fit).max()).astype(np.float32)
+    members, prior = pool_classes(probabilities)
+    weight = _variance(probabilities) * (members @ (gains / prior))
+    weight /= weight.mean()
+    worth = members @ gains
 
     # the precision that the labels give, and the directions in which it is wanted
     rows = _unit(features[pool])  # (p, D)
@@ -99,26 +105,47 @@ def propose(features: NDArray[np.generic], fit: QuickFit, pool: Rows, count: int
     gain = ((spread @ wanted) * spread).sum(1)  # x' M^-1 T M^-1 x
 
     # one by one; a chosen image changes M by a matrix of rank one
-    best = np.argsort(-variance * gain / (1 + variance * own), kind="stable")[:_CANDIDATES]
+    best = np.argsort(-worth * doubt * gain / (1 + doubt * own), kind="stable")[:_CANDIDATES]
     rows, spread, own, gain = rows[best], spread[best], own[best], gain[best]
-    variance, probabilities, pool = variance[best], probabilities[best], pool[best]
-    wish = np.ones(len(rows))
+    worth, doubt, members, pool = worth[best], doubt[best], members[best], pool[best]
     chosen: list[int] = []
     for _ in range(min(count, len(rows))):
-        index = int(np.where(wish > 0, wish * variance * gain / (1 + variance * own), -1.0).argmax())
+        index = int((worth * doubt * gain / (1 + doubt * own)).argmax())
         chosen.append(index)
-        wish[rows @ rows[index] >= THRESHOLD] *= _COPY
-        wish[index] = 0
+        worth[rows @ rows[index] >= THRESHOLD] *= _COPY
+        worth[index] = -1
         direction = spread[index]
-        step = variance[index] / (1 + variance[index] * own[index])
+        step = doubt[index] / (1 + doubt[index] * own[index])
         along = rows @ direction
         turned = wanted @ direction
         gain += step * along * (step * along * (direction @ turned) - 2 * (spread @ turned))
         own -= step * along**2
         spread -= step * np.outer(along, direction)
 
-    classes = probabilities[chosen].sum(0).astype(np.float64)
+    classes = members[chosen].sum(0).astype(np.float64)
     return Proposal(fit, pool[chosen], float(expected_gain(fit, classes)), classes)
+
+
+def pool_classes(probabilities: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Class probabilities under the class prior that a pool itself suggests, and that prior.
+
+    The fit takes all classes for equally frequent, and so sees a rare one far too often. The prior is estimated by
+    expectation maximisation (Saerens, Latinne and Decaestecker 2002), with a hundredth of it spread evenly.
+
+    Args:
+        probabilities: under an even prior (p, K).
+
+    Returns:
+        Probabilities (p, K), and prior (K,).
+    """
+    classes = probabilities.shape[1]
+    prior = np.full(classes, 1 / classes, dtype=np.float32)
+    members = probabilities
+    for _ in range(_PRIOR_STEPS):
+        members = probabilities * prior
+        members /= members.sum(1, keepdims=True)
+        prior = (1 - _EVEN) * members.mean(0) + _EVEN / classes
+    return members, prior
 
 
 def _variance(probabilities: NDArray[np.float32]) -> NDArray[np.float32]:
