@@ -99,11 +99,11 @@ def test_clusters_come_by_class_and_most_typical_first():
 def test_clusters_are_mostly_of_one_class(clusters, quick, method):
     """Those of ulfine_plus are its classes, those of other methods come from k-means."""
     [run] = fit_many(clusters, [quick(method=method)])
-    found = find_clusters(run, clusters.plain, clusters.plain)
-    assert found.of_classes == (method == "ulfine_plus")
-    assert len(found.number) == len(clusters)
-    assert set(found.number) <= set(range(found.count))
-    purity = [np.bincount(clusters.labels[found.number == k]).max() for k in np.unique(found.number)]
+    assigned = find_clusters(run, clusters.plain, clusters.plain)
+    assert assigned.of_classes == (method == "ulfine_plus")
+    assert len(assigned.number) == len(clusters)
+    assert set(assigned.number) <= set(range(assigned.count))
+    purity = [np.bincount(clusters.labels[assigned.number == k]).max() for k in np.unique(assigned.number)]
     assert sum(purity) / len(clusters) > 0.7
 
 

@@ -89,16 +89,16 @@ def cluster_groups(class_names: list[str], fit: QuickFit, pool: Rows, clusters: 
     Those of k-means come in the order of their class, the surest first, so that similar pages follow each other.
     """
     number, typical = clusters.number[pool], clusters.typical[pool]
-    found = []
+    ordered = []
     for k in np.unique(number):
         members = np.flatnonzero(number == k)
         rows = pool[members[np.argsort(-typical[members], kind="stable")]]
         mean = fit.probabilities[rows].mean(0)
         suggested = int(k) if clusters.of_classes else int(mean.argmax())
-        found.append((suggested, float(mean[suggested]), rows))
-    found.sort(key=lambda one: (one[0], -one[1]))
+        ordered.append((suggested, float(mean[suggested]), rows))
+    ordered.sort(key=lambda one: (one[0], -one[1]))
     seen: dict[int, int] = {}
-    for suggested, _, rows in found:
+    for suggested, _, rows in ordered:
         seen[suggested] = seen.get(suggested, 0) + 1
         name = class_names[suggested] if clusters.of_classes else f"{class_names[suggested]} {seen[suggested]}"
         yield _group(name, rows, np.full(len(rows), suggested))

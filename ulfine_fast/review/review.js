@@ -8,7 +8,7 @@ const POLL = 300; // milliseconds between looks at a fit that is running
 const TABS = {
   proposed: ["Help most", "The images whose labels should help most: uncertain, of classes with few labels, and unlike each other. Each has its own answer."],
   cluster: ["One cluster", "Images that are alike. Take out those that do not fit, and answer for all others together."],
-  wrong: ["Likely wrong", "Labelled images that a fit without their label takes for another class, the clearest first."],
+  wrong: ["Likely wrong", "Labelled images that a fit without their label takes for the class of the group. Below each are its label and the probability of that class."],
   rare: ["Rare classes", "Unlabelled images that may be of a class with few labels, the likeliest first."],
   nothing: ["Fits no class", "Unlabelled images that are unlike all classes, the farthest first."],
 };
@@ -234,7 +234,9 @@ function drawPage() {
 
 function caption(item) {
   if (item.correction !== null) return [item.correction === "" ? "none" : item.correction, "✓"];
-  if (item.label >= 0) return [`${className(item.label)} → ${suggestion(item)}`, ""];
+  if (item.duplicate) return [`${className(item.label)} → ${suggestion(item)}`, ""];
+  // what it is instead is the group's name
+  if (item.label >= 0) return [className(item.label), `→ ${percent(item.probability, 0)}`];
   if (item.suggested < 0) return ["", ""];
   return [suggestion(item), percent(item.probability, 0)];
 }
@@ -280,7 +282,7 @@ const likely = () => (view.selected.size || !items().length ? view.page.likely :
 function drawBar() {
   const selected = chosen();
   const names = [...new Set(selected.map(suggestion))];
-  const what = view.selected.size ? `${view.selected.size} of ${images(items().length)} selected` : "The image in focus";
+  const what = view.selected.size ? `${view.selected.size} of ${images(items().length)} selected` : "Keys act on the image in focus";
   $("selected").textContent = view.said ? `${view.said} ${what}.` : `${what}.`;
   const buttons = likely().map((k, i) => answerButton(className(k), `${(i + 1) % 10}`, false, () => answer(className(k))));
   if (selected.length) {
