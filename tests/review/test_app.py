@@ -28,9 +28,8 @@ def client(session):
 
 def put(client, row=0, *, origin=HOME, host=HOME, token=TOKEN, **body):
     headers = {} if origin is None else {"Origin": origin}
-    return client.put(
-        f"/{token}/labels/{row}", json={"label": "cat", "expected": None, **body}, headers=headers, base_url=host
-    )
+    change = {"row": row, "label": "cat", "expected": None, **body}
+    return client.put(f"/{token}/labels", json={"changes": [change]}, headers=headers, base_url=host)
 
 
 def test_the_page_itself_may_write(client, session):
@@ -54,7 +53,7 @@ def test_no_other_page_may_write(client, session, how, status):
     assert not session.labels.exists()
 
 
-@pytest.mark.parametrize("path", ["state", "images/0", "", "review.js"])
+@pytest.mark.parametrize("path", ["state", "images/0", "thumbnails/0", "pages/cluster/0/0", "", "review.js"])
 def test_nothing_is_read_without_the_token_or_under_another_name(client, path):
     assert client.get(f"/{TOKEN}/{path}", base_url=HOME).status_code == 200
     assert client.get(f"/guess/{path}", base_url=HOME).status_code == 404
@@ -63,9 +62,11 @@ def test_nothing_is_read_without_the_token_or_under_another_name(client, path):
 
 def test_a_form_of_another_page_cannot_write(client, session):
     """A form sends no JSON, and a browser sends it without asking."""
-    done = client.post(f"/{TOKEN}/fit", data="{}", content_type="text/plain", headers={"Origin": HOME}, base_url=HOME)
-    assert done.status_code == 403
+    for path in ("fit", "proposal"):
+        form = {"data": "{}", "content_type": "text/plain", "headers": {"Origin": HOME}}
+        assert client.post(f"/{TOKEN}/{path}", **form, base_url=HOME).status_code == 403
     assert not session.fitting
+    assert not session.refitting
 
 
 def test_every_answer_forbids_scripts_from_elsewhere(client):
@@ -80,15 +81,47 @@ def test_every_answer_forbids_scripts_from_elsewhere(client):
 def test_a_conflict_returns_the_label(client):
     assert put(client).status_code == 200
     again = put(client, label="dog")
-    assert (again.status_code, again.get_json()["correction"]) == (409, "cat")
+    assert (again.status_code, again.get_json()["labels"]) == (409, {"0": "cat"})
 
 
-@pytest.mark.parametrize("body", [{"label": 3}, {"expected": []}, {"more": 1}, {"label": "bird"}])
+@pytest.mark.parametrize(
+    "body", [{"label": 3}, {"expected": []}, {"more": 1}, {"label": "bird"}, {"row": -1}, {"row": 99999}, {"row": "0"}]
+)
 def test_a_wrong_body_is_answered_by_a_sentence(client, session, body):
     answer = put(client, **body)
     assert answer.status_code == 422
     assert answer.get_json()["error"]
     assert not session.labels.exists()
+
+
+@pytest.mark.parametrize("count", [0, 31])
+def test_a_request_holds_labels_of_one_page(client, session, count):
+    changes = [{"row": row, "label": "cat", "expected": None} for row in range(count)]
+    headers = {"Origin": HOME}
+    answer = client.put(f"/{TOKEN}/labels", json={"changes": changes}, headers=headers, base_url=HOME)
+    assert answer.status_code == 422
+    twice = client.put(f"/{TOKEN}/labels", json={"changes": changes[:1] * 2}, headers=headers, base_url=HOME)
+    assert twice.status_code == 422
+    assert not session.labels.exists()
+
+
+def test_all_labels_of_a_page_are_saved_together(client, session):
+    changes = [{"row": row, "label": "dog", "expected": None} for row in range(5)]
+    answer = client.put(f"/{TOKEN}/labels", json={"changes": changes}, headers={"Origin": HOME}, base_url=HOME)
+    assert answer.get_json() == {"saved": 5}
+    assert list(read_corrections(session.labels).values()) == ["dog"] * 5
+
+
+@pytest.mark.parametrize("path", ["pages/cluster/0/0?version=x", "pages/rare/99999999999/5", "pages/nothing/0/7"])
+def test_a_page_that_is_not_there_is_the_last_one_or_empty(client, path):
+    answer = client.get(f"/{TOKEN}/{path}", base_url=HOME)
+    assert answer.status_code == 200
+    assert answer.get_json()["page"] == 0
+
+
+@pytest.mark.parametrize("path", ["pages/other/0/0", "pages/cluster/-1/0", "pages/cluster/0", "thumbnails/-1"])
+def test_an_address_of_another_form_does_not_exist(client, path):
+    assert client.get(f"/{TOKEN}/{path}", base_url=HOME).status_code == 404
 
 
 def test_a_damaged_file_is_reported_and_not_overwritten(client, session):
@@ -99,7 +132,7 @@ def test_a_damaged_file_is_reported_and_not_overwritten(client, session):
 
 def send(client, data):
     headers = {"Origin": HOME, "Content-Type": "application/json"}
-    return client.put(f"/{TOKEN}/labels/0", data=data, headers=headers, base_url=HOME)
+    return client.put(f"/{TOKEN}/labels", data=data, headers=headers, base_url=HOME)
 
 
 @pytest.mark.parametrize(
@@ -122,20 +155,22 @@ def test_random_requests_are_answered_by_a_sentence_or_change_one_label(client, 
     count = request.config.getoption("--mutations") or 400
     rng = random.Random(count)
     values = [*damages.VALUES, "cat", "dog", "", None]
-    paths = ["labels/0", "labels/1", "labels/99999999999999999999", "labels/-1", "labels/x", "images/0", "images/99"]
-    paths += ["state", "undo", "labels/0/../../state", "%00", "%FF", "a" * 5000, "?x=1", "."]
+    paths = ["labels"] * 6 + ["labels/x", "images/0", "images/99", "thumbnails/99999999999999999999", "pages/rare/0/0"]
+    paths += ["pages/x/0/0", "pages/wrong/0/0?version=%00", "proposal", "labels/../../state", "%00", "%FF", "a" * 5000]
+    paths += ["state", "?x=1", "."]
     statuses: Counter[int] = Counter()
     for _ in range(count):
-        content = {"label": rng.choice(values), "expected": rng.choice([None, *values])}
+        row = rng.choice([0, 1, 2, 3, -1, 10**20, None])
+        change = {"row": row, "label": rng.choice(values), "expected": rng.choice([None, *values])}
         if rng.random() < 0.2:
-            content[rng.choice(["more", "label", "\0"])] = rng.choice(values)
-        data = json.dumps(content).encode()
-        change = rng.randrange(6)
-        if change == 0:
+            change[rng.choice(["more", "label", "\0"])] = rng.choice(values)
+        data = json.dumps({"changes": rng.choice([[change], [change], change, [change] * 2])}).encode()
+        damage = rng.randrange(6)
+        if damage == 0:
             data = data[: rng.randrange(len(data))]
-        elif change == 1:
+        elif damage == 1:
             data = bytes(byte ^ (rng.random() < 0.02) * rng.randrange(256) for byte in data)
-        elif change == 2:
+        elif damage == 2:
             data = rng.choice(damages.RAW_VALUES)
         headers = {"Origin": rng.choice([HOME, HOME, HOME, "null"]), "Content-Type": "application/json"}
         path = f"/{rng.choice([TOKEN, TOKEN, TOKEN, 'guess'])}/{rng.choice(paths)}"
@@ -170,7 +205,7 @@ def test_the_token_is_in_no_message(session, monkeypatch, capfd, caplog):
         f"GET /{TOKEN}/state more HTTP/1.1\r\nHost: {host}": b"400",
         f"GET /{TOKEN}/state HTTP/{TOKEN}\r\nHost: {host}": b"400",
         f"{TOKEN} /{TOKEN}/ HTTP/1.1\r\nHost: {host}": b"403",
-        f"PUT /{TOKEN}/labels/{'9' * 5000} HTTP/1.1\r\nHost: {host}\r\nOrigin: http://{host}": b"4",
+        f"PUT /{TOKEN}/thumbnails/{'9' * 5000} HTTP/1.1\r\nHost: {host}\r\nOrigin: http://{host}": b"4",
         f"GET /{TOKEN}/{'a' * 70000} HTTP/1.1\r\nHost: {host}": b"414",
     }
     try:
@@ -195,6 +230,8 @@ def test_images_come_without_their_metadata(client, session):
     image = Image.open(io.BytesIO(answer.data))
     assert (answer.mimetype, image.size, dict(image.getexif())) == ("image/png", (24, 20), {})
     assert client.get(f"/{TOKEN}/images/99999", base_url=HOME).status_code == 404
+    small = client.get(f"/{TOKEN}/thumbnails/0", base_url=HOME)
+    assert dict(Image.open(io.BytesIO(small.data)).getexif()) == {}
 
 
 def test_tokens_differ_and_a_port_in_use_is_reported(session):

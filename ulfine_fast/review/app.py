@@ -5,24 +5,27 @@ from __future__ import annotations
 import secrets
 import traceback
 from importlib.resources import files
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 from urllib.parse import urlsplit
 
+import msgspec
 from flask import Blueprint, Flask, Response, abort, current_app, jsonify, request
 from werkzeug.serving import WSGIRequestHandler
 from werkzeug.serving import make_server as _make_server
 
 from ulfine_fast.cache.io.errors import InputError
-from ulfine_fast.cache.io.json_files import parse_json
+from ulfine_fast.cache.io.json_files import check_schema, parse_json
 from ulfine_fast.report.images import UNREADABLE, encode_preview
-from ulfine_fast.review.session import Conflict, Session
+from ulfine_fast.review.groups import TABS, Tab
+from ulfine_fast.review.session import PAGE, Change, Conflict, Session
 
 if TYPE_CHECKING:
     from werkzeug.serving import BaseWSGIServer
 
 HOST = "127.0.0.1"
 _SIDE = 512  # pixels of the longer side of an image
-_MAX_BODY = 256 << 10  # bytes of a request; the page sends a class name
+_THUMBNAIL = 192  # pixels of the longer side of one in the grid
+_MAX_BODY = 256 << 10  # bytes of a request; the page sends labels of the images on it
 _TIMEOUT = 30  # seconds that a request may take to arrive
 _HEADERS = {
     "Content-Security-Policy": (
@@ -35,6 +38,17 @@ _HEADERS = {
     "Cross-Origin-Resource-Policy": "same-origin",
     "Cache-Control": "no-store",
 }
+
+
+class _Change(msgspec.Struct, forbid_unknown_fields=True):
+    row: Annotated[int, msgspec.Meta(ge=0, le=2**53)]
+    label: str | None
+    expected: str | None
+
+
+class _Changes(msgspec.Struct, forbid_unknown_fields=True):
+    changes: Annotated[list[_Change], msgspec.Meta(min_length=1, max_length=PAGE)]
+
 
 _page = Blueprint("page", __name__)
 
@@ -136,7 +150,7 @@ def _failure(_error: Exception) -> tuple[Response, int]:
 
 
 def _conflict(error: Conflict) -> tuple[Response, int]:
-    return jsonify(error=str(error), correction=error.label), 409
+    return jsonify(error=str(error), labels=error.labels), 409
 
 
 # -- addresses
@@ -154,28 +168,46 @@ def _state() -> Response:
     return jsonify(_session().state())
 
 
+@_page.get(f"/pages/<any({', '.join(TABS)}):tab>/<int:group>/<int:page>")
+def _group_page(tab: Tab, group: int, page: int) -> Response:
+    return jsonify(_session().page(tab, group, page, request.args.get("version", type=int)))
+
+
 @_page.get("/images/<int:row>")
 def _image(row: int) -> Response:
+    return _preview(row, _SIDE, quality=90)
+
+
+@_page.get("/thumbnails/<int:row>")
+def _thumbnail(row: int) -> Response:
+    return _preview(row, _THUMBNAIL, quality=80)
+
+
+def _preview(row: int, side: int, quality: int) -> Response:
     try:
-        data, kind = encode_preview(_session().image(row), side=_SIDE, quality=90)
+        data, kind = encode_preview(_session().image(row), side=side, quality=quality)
     except UNREADABLE:
         abort(404)
     return Response(data, mimetype=f"image/{kind}")
 
 
-@_page.put("/labels/<int:row>")
-def _put_label(row: int) -> Response | tuple[Response, int]:
+@_page.put("/labels")
+def _put_labels() -> Response | tuple[Response, int]:
     try:
         body = parse_json(request.get_data(), object, name="the request", fix="send JSON")
     except InputError as error:
         return jsonify(error=str(error)), 400
-    if not isinstance(body, dict) or set(body) != {"label", "expected"}:
-        raise InputError("the request for a label must hold label and expected, each a text or null")
-    for value in body.values():
-        if not (value is None or isinstance(value, str)):
-            raise InputError(f"label and expected must be texts or null, got {value!r}")
-    _session().put(row, body["label"], body["expected"])
-    return jsonify(correction=body["label"])
+    changes = check_schema(body, _Changes, name="the request", fix="send the changes of the page").changes
+    if len({one.row for one in changes}) < len(changes):
+        raise InputError("the request changes one image twice; send one label for each")
+    _session().put([Change(one.row, one.label, one.expected) for one in changes])
+    return jsonify(saved=len(changes))
+
+
+@_page.post("/proposal")
+def _propose_others() -> tuple[Response, int]:
+    _session().propose_others()
+    return jsonify(started=True), 202
 
 
 @_page.post("/fit")
