@@ -10,9 +10,9 @@ SCALE = 20.0
 NONE = [[False] * 10] * 2
 
 
-def slow_supervised(trials, pool, t):
+def slow_supervised(trials, pool, t, text_weight=1.0):
     labeled, labels, _ = rows_of(pool, t)
-    prototypes = trials.prototypes[t].double().clone()
+    prototypes = text_weight * trials.prototypes[t].double()
     for k in range(K):
         members = [labeled[i] for i in range(len(labels)) if labels[i] == k]
         if members:
@@ -20,14 +20,14 @@ def slow_supervised(trials, pool, t):
     return prototypes
 
 
-def slow_solver(trials, pool, t, weight):
+def slow_solver(trials, pool, t, weight, text_weight):
     """Prototypes and plan of one trial, entry by entry."""
     _, labels, unlabeled = rows_of(pool, t)
     counts = [labels.count(k) for k in range(K)]
     least = min(n for n in counts if n)
     prior = torch.tensor([n if n else least / 4 for n in counts]).double()
     prior = prior / prior.sum()
-    supervised = slow_supervised(trials, pool, t)
+    supervised = slow_supervised(trials, pool, t, text_weight)
     prototypes = supervised
     for _ in range(3):
         plan = slow_sinkhorn(SCALE * unlabeled @ normalize(prototypes).T, prior, 10)
@@ -37,12 +37,14 @@ def slow_solver(trials, pool, t, weight):
     return prototypes, slow_sinkhorn(SCALE * unlabeled @ normalize(prototypes).T, prior, 10)
 
 
-@pytest.mark.parametrize("weight", [1.0, 0.3])
-def test_rounds_of_plan_and_prototypes_follow_the_solver(weight):
-    trials, method, state, pool = clustered("ss_text_u", plan_scale=SCALE, unlabeled_weight=weight)
+@pytest.mark.parametrize(("weight", "text_weight"), [(1.0, 1.0), (0.3, 2.0)])
+def test_rounds_of_plan_and_prototypes_follow_the_solver(weight, text_weight):
+    trials, method, state, pool = clustered(
+        "ss_text_u", plan_scale=SCALE, unlabeled_weight=weight, text_weight=text_weight
+    )
     plan = plan_of(trials, method, state, pool)
     for t in range(2):
-        prototypes, wanted = slow_solver(trials, pool, t, weight)
+        prototypes, wanted = slow_solver(trials, pool, t, weight, text_weight)
         torch.testing.assert_close(state.memory["prototypes"][t].double(), prototypes, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(plan[t, : len(wanted)].double(), wanted, rtol=1e-3, atol=1e-5)
 

@@ -44,6 +44,7 @@ class OTTEROptions:
         "class prior of the unlabelled images; own is the zero-shot classifier's",
         choices=("estimated", "labeled", "uniform", "own"),
         structural=True,
+        search=["estimated", "labeled", "uniform"],
     )
     prior_shrinkage: float = option(
         0.01,
@@ -52,7 +53,12 @@ class OTTEROptions:
         search={"low": 1e-4, "high": 1.0, "log": True},
     )
     transport_entropy: float = option(
-        0.1, "entropy of the plan, in logits; near 0 every image has one class", low=0.01, high=1.0, structural=True
+        0.1,
+        "entropy of the plan, in logits; near 0 every image has one class",
+        low=0.01,
+        high=1.0,
+        structural=True,
+        search=[0.03, 0.1, 0.3, 1.0],
     )
 
 

@@ -3,8 +3,8 @@
 Rounds alternate between a transport plan of the unlabelled images onto the labelled class frequencies and the
 prototypes that minimise the objective under it. As published: three rounds of ten scalings; text counts the less the
 more labels a class has; a class without labels has a quarter of the rarest one's frequency; the temperature of plan and
-prototypes is one over CLIP's logit scale. Ours: `unlabeled_weight`, one in the paper. At zero the method is SS-Text
-(arXiv 2506.17500); without labels too it is `zero_shot`.
+prototypes is one over CLIP's logit scale. Ours: `text_weight` and `unlabeled_weight`, both one in the paper. Without
+weight of the unlabelled images the method is SS-Text (arXiv 2506.17500); without labels too it is `zero_shot`.
 """
 
 from __future__ import annotations
@@ -38,6 +38,12 @@ class SSTextUOptions:
         low=0.01,
         search={"low": 10.0, "high": 200.0, "log": True},
     )
+    text_weight: float = option(
+        1.0,
+        "weight of the text in the prototypes",
+        low=0.0,
+        search={"low": 0.1, "high": 10.0, "log": True},
+    )
     unlabeled_weight: float = option(
         1.0,
         "weight of the unlabelled images in the prototypes; 0 is SS-Text",
@@ -65,7 +71,7 @@ class SSTextU(StreamedMethod):
         labeled = class_totals(pool.labeled_chunks, label_weights(pool.labels, texts.shape[1]), texts)
         total = labeled.mass.sum(1, keepdim=True).clamp(min=1)  # (T, 1)
         pace = scale.view(-1, 1) * labeled.mass / (2 * total)  # (T, K)
-        supervised = texts + pace.unsqueeze(-1) * labeled.sums
+        supervised = trials.values["text_weight"].view(-1, 1, 1) * texts + pace.unsqueeze(-1) * labeled.sums
 
         # plan and prototypes
         prototypes = supervised
