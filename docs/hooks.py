@@ -1,7 +1,7 @@
 """Hooks of mkdocs: the three source folders shown as one package, the tables of docs/options.md, and pages as text.
 
-Programs that read documentation find it at `llms.txt`, a list of all pages with a sentence each, beside which every page
-lies as Markdown, and in `llms-full.txt`, all pages in one file.
+Programs that read documentation find it at `llms.txt`, a list of all pages with a sentence each. Each page lies beside
+it as Markdown, and `llms-full.txt` is all pages in one file.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import importlib
+import json
 import os
 import re
 import shlex
@@ -171,6 +172,38 @@ def test_the_site_is_built_without_a_warning(site):
     for name in ("FeatureCache", "FitConfig", "fit_many", "FeatureClassifier"):
         assert name in page
     assert "hyper-parameters, seeds, adapter ranks" in page  # a docstring's own words
+
+
+def test_the_start_page_shows_the_report_and_the_review(site):
+    page = (site / "index.html").read_text(encoding="utf-8")
+    shown = re.findall(r'<img[^>]* src="(images/[^"]+)"', page)
+    assert [name.partition("-")[0] for name in shown] == ["images/report", "images/review"]
+    for name in shown:
+        assert (site / name).is_file()
+
+
+def test_the_site_has_four_parts_and_a_search(site):
+    page = (site / "index.html").read_text(encoding="utf-8")
+    tabs = re.findall(r'class="md-tabs__link">\s*([\w-]+)\s*<', page)
+    assert tabs == ["Start", "Tutorial", "How-to", "Reference", "Explanation"]
+    found = json.loads((site / "search/search_index.json").read_text(encoding="utf-8"))["docs"]
+    indexed = {entry["location"].partition("#")[0] for entry in found}
+    pages = [path.relative_to(ROOT / "docs").with_suffix("").as_posix() for path in PAGES if path.name != "README.md"]
+    assert {"" if name == "index" else f"{name.removesuffix('index').rstrip('/')}/" for name in pages} == indexed
+
+
+def test_pages_are_there_as_text_too(site):
+    """llms.txt names each page, whose Markdown lies beside it; docstrings and tables of options are in the text."""
+    listed = re.findall(r"^- \[[^]]+\]\(([^)]+)\)", (site / "llms.txt").read_text(encoding="utf-8"), re.MULTILINE)
+    assert sorted(listed) == sorted(
+        path.relative_to(ROOT / "docs").as_posix() for path in PAGES if path.name != "README.md"
+    )
+    whole = (site / "llms-full.txt").read_text(encoding="utf-8")
+    for name in listed:
+        assert (site / name).read_text(encoding="utf-8") in whole
+    for name, text in (("options.md", "| `probe_weight`"), ("api.md", "hyper-parameters, seeds, adapter ranks")):
+        assert text in (site / name).read_text(encoding="utf-8")
+    assert not re.search(r"^::: ", whole, re.MULTILINE)
 
 
 def test_every_option_has_a_row_in_the_table_of_its_method(site):
