@@ -106,7 +106,5 @@ def draw_folds(labels: Rows, split: Split, classes: int, config: FitConfig) -> F
             held_out = split.labeled[own_numbers == fold]
             # a labelled image may be an unlabelled one too
             rest = unlabeled[~np.isin(unlabeled, held_out)]
-            splits.append(
-                replace(split, labeled=split.labeled[own_numbers != fold], unlabeled=rest, test=held_out)
-            )
+            splits.append(replace(split, labeled=split.labeled[own_numbers != fold], unlabeled=rest, test=held_out))
     return Folds(numbers, splits)
