@@ -113,7 +113,7 @@ def _result(run: Run) -> Row:
 
 
 def table(rows: Sequence[Row]) -> list[list[str]]:
-    """A line for each number of labels, in percent: coverage with Wilson's interval, mean width, bias, true accuracy."""
+    """A line for each number of labels, in percent: coverage and its interval, mean width, bias, true accuracy."""
     lines = []
     for (labels,), own in grouped(rows, "labels").items():
         covered = [row["low"] <= row["true"] <= row["high"] for row in own]

@@ -41,7 +41,7 @@ def test_a_fold_trains_on_all_other_labels():
     assert folds.count == 4
     assert len(folds.splits) == 8
     for number, split in enumerate(folds.splits):
-        assert sorted([*split.labeled, *split.test]) == rows.tolist()
+        np.testing.assert_array_equal(np.sort([*split.labeled, *split.test]), rows)
         np.testing.assert_array_equal(split.test, rows[folds.numbers[number // 4] == number % 4])
         assert len(split.val) == 0
     for repeat in range(2):
