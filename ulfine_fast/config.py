@@ -131,10 +131,10 @@ class FitConfig(metaclass=_ByMethod):
         panel="Split",
     )
     cv_folds: int = option(
-        5, "folds of the cross-validation of labels; 0: no estimate", low=0, high=100, structural=True, panel="Split"
+        10, "folds of the cross-validation of labels; 0: no estimate", low=0, high=100, structural=True, panel="Split"
     )
     cv_repeats: int = option(
-        3, "repeats of the cross-validation with other folds", low=1, high=100, structural=True, panel="Split"
+        2, "repeats of the cross-validation with other folds", low=1, high=100, structural=True, panel="Split"
     )
     label_noise: float = option(0.0, "fraction of labelled images with a wrong label", low=0.0, high=1.0, panel="Split")
 

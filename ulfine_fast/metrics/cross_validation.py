@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ulfine_fast.metrics.classification import classification
-from ulfine_fast.metrics.intervals import balanced_interval, fraction_interval
+from ulfine_fast.metrics.intervals import balanced_interval, recall_interval
 
 Floats = NDArray[np.floating[Any]]
 Labels = NDArray[np.int64]
@@ -46,7 +46,7 @@ def cross_validated(
     }
     if len(known):
         recall = np.array([result["per_class_accuracy"][k] for k in known])
-        result["balanced_accuracy_interval"] = list(balanced_interval(recall, rows[known]))
+        result["balanced_accuracy_interval"] = list(balanced_interval(recall, rows[known], folds))
         for k, value in zip(known, recall, strict=True):
-            intervals[k] = list(fraction_interval(float(value), int(rows[k])))
+            intervals[k] = list(recall_interval(float(value), int(rows[k]), folds))
     return result

@@ -50,23 +50,35 @@ def fraction_interval(fraction: float, rows: float) -> tuple[float, float]:
     return max(0.0, center - half), min(1.0, center + half)
 
 
-def balanced_interval(fractions: NDArray[np.floating[Any]], rows: NDArray[np.int64]) -> tuple[float, float]:
-    """95% interval of the mean of independent fractions, such as recalls of classes.
+def balanced_interval(fractions: NDArray[np.floating[Any]], rows: NDArray[np.int64], folds: int) -> tuple[float, float]:
+    """95% interval of balanced accuracy from recalls that cross-validation estimates.
 
-    Wilson's interval at the number of rows that a single fraction of this mean would need for the mean's variance.
-    The variance of a class of few rows is that of (correct + 1) / (rows + 2) (Agresti and Coull 1998), as none or all
-    right of a few says little.
+    Wilson's interval at as many rows as a single fraction would need for the variance of the mean of the recalls. Three
+    things make that variance larger than the plain one, p (1 - p) / n: of few rows it is unbiased with n - 1; a class
+    with none or all right counts as (correct + 1) / (n + 2) (Agresti and Coull 1998); and as fits of k folds share
+    labels and lack a fraction 1 / k of them, it is k / (k - 1) as large. `benchmarks.studies.cv_coverage` measures the
+    result.
 
     Args:
-        fractions: (K,).
-        rows: of each (K,), at least 1.
+        fractions: recall of each class (K,).
+        rows: images of each (K,), at least 1.
+        folds: k, at least 2.
     """
-    mean = float(fractions.mean())
     smoothed = (fractions * rows + 1) / (rows + 2)
-    variance = float((smoothed * (1 - smoothed) / rows).sum()) / len(rows) ** 2
-    # the mean, smoothed alike
+    variances = smoothed * (1 - smoothed) / np.maximum(rows - 1, 1)
+    variance = _of_folds(folds) * float(variances.sum()) / len(rows) ** 2
     level = float(smoothed.mean())
-    return fraction_interval(mean, level * (1 - level) / variance)
+    return fraction_interval(float(fractions.mean()), level * (1 - level) / variance)
+
+
+def recall_interval(fraction: float, rows: int, folds: int) -> tuple[float, float]:
+    """The same of one class: Wilson's interval at (k - 1) / k times its rows."""
+    return fraction_interval(fraction, rows / _of_folds(folds))
+
+
+def _of_folds(folds: int) -> float:
+    """How many times as large cross-validation makes the variance."""
+    return folds / (folds - 1)
 
 
 def balanced_difference(difference: NDArray[np.floating[Any]], labels: NDArray[np.int64]) -> Interval | None:

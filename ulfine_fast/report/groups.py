@@ -62,8 +62,9 @@ def group_runs(runs: Sequence[RunFiles]) -> tuple[list[Group], list[RunFiles]]:
     """Group runs that differ only by seed.
 
     Returns:
-        The groups, best validation balanced accuracy first (groups without one, then cross-validated ones, last), and the runs left out because
-        another run has the same setting and seed: counted twice, they would make the intervals too narrow.
+        The groups, best validation balanced accuracy first (groups without one last, then those that are
+        cross-validated), and the runs left out because another run has the same setting and seed: counted twice, they
+        would make the intervals too narrow.
     """
     # runs by setting, then by seed
     by_setting: dict[str, dict[str, RunFiles]] = {}

@@ -138,8 +138,8 @@ def results_table(groups: Sequence[Group], shown: Group, charted: Sequence[Group
 def paired_table(groups: Sequence[Group], shown: Group) -> dict[str, Any] | None:
     """Differences between the shown group and each other one on the same images; None where no group shares them.
 
-    With a test split these are pairs of seeds with one split, at least two; by cross-validation the labelled images that
-    both hold out.
+    With a test split these are pairs of seeds with one split, at least two; by cross-validation the labelled images
+    that both hold out.
     """
     if shown.is_cross_validated:
         return _held_out_table(groups, shown)

@@ -105,8 +105,8 @@ class Run:
         config: the trial's settings.
         class_names: (K,).
         tensors: the trained tensors by name, without a trials axis, e.g. "linear" (K, D).
-        metrics: metrics on the test split, under "val" on validation, and under "cross_validation" what cross-validation
-            estimates where there is no test split; fractions in [0, 1].
+        metrics: metrics on the test split, under "val" on validation, and under "cross_validation" what that estimates
+            where there is no test split; fractions in [0, 1].
         split: image ids by role, see :mod:`ulfine_fast.data.splits`.
         history: one dictionary per evaluation.
         test_ids: image ids of the test split (E,).

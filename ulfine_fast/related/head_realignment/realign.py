@@ -130,8 +130,8 @@ class _Task:
         refuse_other_encoder(run, cache)
         if run.metrics.get("cross_validation"):
             raise InputError(
-                f"the {run.config.method} run trained on every label, and realign chooses on validation images; fit with "
-                "--test-fraction 0.2"
+                f"the {run.config.method} run trained on every label, and realign chooses on validation images; fit "
+                "with --test-fraction 0.2"
             )
         if not run.split["labeled"]:
             raise InputError(
