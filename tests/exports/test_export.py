@@ -165,7 +165,7 @@ def test_nothing_of_a_run_is_markup_in_the_card(fitted, tmp_path):
     assert "\x1b" not in text
     # in the tables nothing of it adds a cell or a line
     rows = [line for line in text.splitlines() if line.startswith("|")]
-    assert {re.sub(r"\\\|", "", row).count("|") for row in rows} == {3, 4}
+    assert {re.sub(r"\\\|", "", row).count("|") for row in rows} == {3, 5}
     assert len([row for row in rows if "img" in row]) == 4
 
 

@@ -25,6 +25,7 @@ from ulfine_fast.engine.validation import Metrics, Validation, finite
 from ulfine_fast.methods.registry import method_of
 from ulfine_fast.metrics import classification as metrics
 from ulfine_fast.metrics.calibration import fit_temperature
+from ulfine_fast.runs.held_out import HeldOut
 from ulfine_fast.runs.run import Run, describe_encoder
 
 if TYPE_CHECKING:
@@ -51,6 +52,8 @@ class TrialBatch:
         status: of each trial: "done", also while it trains, "stopped", "pruned" or "failed".
         left: after which step each trial left.
         finished: kept heads of the trials that left, in main memory.
+        held_out: labelled images as fits without them see them, see `Method.held_out`; of methods without steps alone,
+            in main memory.
         report: called with the fraction of the work done, where the method trains no steps.
     """
 
@@ -98,6 +101,7 @@ class TrialBatch:
         self.waited = torch.zeros_like(self.inputs.patience)
         self.finished: dict[int, Tensors] = {}
         self.health: Metrics = {}
+        self.held_out: Tensors = {}
         self.report: Report = unheard
         self.history = History([len(split.unlabeled) > 0 for split in splits])
 
@@ -130,6 +134,8 @@ class TrialBatch:
                 | {name: values.double().cpu().numpy() for name, values in evidence.items()},
                 self.members,
             )
+            held_out = self.method.held_out(self.inputs.trials, self.state)
+            self.held_out = {name: values.cpu() for name, values in held_out.items()}
             self._end_of_round(clock, save)
 
     def _end_of_round(self, clock: float, save: Callable[[TrialBatch], None] | None) -> float:
@@ -307,13 +313,14 @@ class TrialBatch:
             kept = {name: torch.stack([self.finished[t][name] for t in chosen]).to(device) for name in names}
             inputs = select_trials(self.all_inputs, torch.tensor(chosen, device=device))
             validation = Validation(self.method, inputs.trials, State({}, kept), inputs.features, inputs.labels)
-            val = validation.logits(inputs.val).numpy()
+            val, scores = validation.logits(inputs.val).numpy(), validation.scores(inputs.val).numpy()
             test = validation.logits(inputs.test).numpy() if read_test else None
             for i, t in enumerate(chosen):
                 runs[t].tensors = unpadded(self.finished[t], self.configs[t].rank)
                 # what a sweep drops must not have been seen on the test split
                 own_test = None if test is None or self.status[t] == "pruned" else test[i]
                 self._evaluate(runs[t], t, val[i], own_test)
+                runs[t].held_out = self._held_out(runs[t], t, val[i], scores[i])
         return runs
 
     def _evaluate(self, run: Run, t: int, val: Any, test: Any | None) -> None:
@@ -339,6 +346,29 @@ class TrialBatch:
         run.metrics["class_counts"] = counts.tolist()
         run.metrics["val"] = metrics.classification(val, labels[split.val], counts, temperature)
 
+    def _held_out(self, run: Run, t: int, val: Any, scores: Any) -> HeldOut:
+        """Validation images of trial t, from their logits (n, K) and scores (n,) with padding, and those of folds."""
+        split, rows = self.splits[t], len(self.splits[t].val)
+        ids = [self.cache.ids[row] for row in split.val]
+        validated = HeldOut.of_validation(
+            ids, self.cache.labels[split.val], val[:rows] / run.metrics["temperature"], scores[:rows]
+        )
+        if not self.held_out:
+            return validated
+        probabilities, fold_scores = (
+            self.held_out[name][t, : len(split.labeled)].numpy() for name in ("probabilities", "scores")
+        )
+        in_fold = np.flatnonzero(np.isfinite(fold_scores))
+        labels = self.all_inputs.training_labels[t, : len(split.labeled)].cpu().numpy()
+        folds = HeldOut(
+            [self.cache.ids[row] for row in split.labeled[in_fold]],
+            labels[in_fold],
+            np.ones(len(in_fold), np.bool_),
+            probabilities[in_fold],
+            fold_scores[in_fold],
+        )
+        return validated.joined(folds)
+
     # -- interrupted
 
     def saved(self) -> tuple[Tensors, dict[str, Any]]:
@@ -352,6 +382,7 @@ class TrialBatch:
             "health": {name: torch.from_numpy(values) for name, values in self.health.items()},
             "history": {name: torch.from_numpy(values) for name, values in self.history.arrays().items()},
             "score": {"best": self.best_score, "waited": self.waited},
+            "held_out": self.held_out,
         }
         if self.finished:
             order = sorted(self.finished)
@@ -395,5 +426,6 @@ class TrialBatch:
         stacked = groups.get("finished", {})
         self.finished = {t: {name: stack[i] for name, stack in stacked.items()} for i, t in enumerate(order)}
         self.health = {name: tensor.numpy() for name, tensor in groups.get("health", {}).items()}
+        self.held_out = groups.get("held_out", {})
         history = {name: tensor.numpy() for name, tensor in groups.get("history", {}).items()}
         self.history.restore(notes["evaluations"], notes["rows"], history)

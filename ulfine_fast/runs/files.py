@@ -27,6 +27,7 @@ from ulfine_fast.data.splits import MAX_SPLIT_BYTES, SavedSplit, Split, read_spl
 from ulfine_fast.runs.folder import (
     CONFIG,
     FILES,
+    HELD_OUT,
     HIDDEN,
     STAGING,
     SUMMARY,
@@ -37,6 +38,7 @@ from ulfine_fast.runs.folder import (
     swap_in,
     write_error,
 )
+from ulfine_fast.runs.held_out import SCORE, HeldOut
 from ulfine_fast.runs.schemas import Config, Metrics
 
 if TYPE_CHECKING:
@@ -64,8 +66,8 @@ _HISTORY = (
     "confidence_on_false",
 )
 _HISTORY_PER_CLASS = ("rate", "precision", "recall")
-# files that a run of version 2 has a digest of, beside summary.json where one was written
-_DIGESTED = tuple(name for name in FILES if name not in (CONFIG, SUMMARY))
+# files that a run of version 2 has a digest of, beside summary.json and held_out.parquet where they were written
+_DIGESTED = tuple(name for name in FILES if name not in (CONFIG, SUMMARY, HELD_OUT))
 _METRICS_PER_CLASS = (
     "per_class_accuracy",
     "class_counts",
@@ -191,6 +193,33 @@ class RunFiles:
             raise InputError(f"{file} names a class outside 0..{classes - 1}; fit the run again")
         return Predictions(ids, labels, predicted, confidence, probabilities)
 
+    def held_out(self) -> HeldOut | None:
+        """Read held_out.parquet: what rejection and sets are calibrated on; None where the run has no such file.
+
+        Raises:
+            InputError: the file is cut, lacks a column, names a class that does not exist, or has another score.
+        """
+        file, classes = self.path / HELD_OUT, len(self.class_names)
+        if not os.path.lexists(file):
+            return None
+        _check_parquet(file)
+        try:
+            table = pq.read_table(file)
+            score = (table.schema.metadata or {}).get(b"score", b"").decode()
+            ids, parts = (table[name].cast(pa.string()).to_pylist() for name in ("id", "part"))
+            labels = table["label"].cast(pa.int64()).to_numpy()
+            probabilities, scores = (table[name].cast(pa.float32()).to_numpy() for name in ("probability", "score"))
+            missing = sum(column.null_count for column in table.columns)
+        except (pa.ArrowException, KeyError, OSError, ValueError, TypeError, AttributeError, MemoryError) as error:
+            raise InputError(f"{file} cannot be read ({_one_line(error)}); it is damaged, {_FIX}") from error
+        if score != SCORE:
+            raise InputError(f"{file} holds the score {score!r}, this program rejects by {SCORE!r}; {_FIX}")
+        if missing or not (np.isfinite(probabilities).all() and np.isfinite(scores).all()):
+            raise InputError(f"{file} has an empty cell or a score that is no number; {_FIX}")
+        if ((labels < 0) | (labels >= classes)).any():
+            raise InputError(f"{file} names a class outside 0..{classes - 1}; {_FIX}")
+        return HeldOut(ids, labels, np.array(parts) == "fold", probabilities, scores)
+
     def split(self) -> dict[str, Any]:
         """Read split.json: image ids by role, see :mod:`ulfine_fast.data.splits`.
 
@@ -304,6 +333,8 @@ def _write_files(run: Run, folder: Path) -> None:
     _write_json(folder / "metrics.json", run.metrics)
     _write_history(folder / "history.csv", run.history, len(run.class_names))
     _write_predictions(folder / "predictions.parquet", run)
+    if run.held_out is not None:
+        _write_held_out(folder / HELD_OUT, run.held_out)
     config = {
         "format": RUN_FORMAT,
         "version": VERSIONS[-1],
@@ -561,6 +592,18 @@ def _write_predictions(file: Path, run: Run) -> None:
         "probabilities": pa.array(list(probabilities), pa.list_(pa.float32())),
     }
     pq.write_table(pa.table(columns), file)
+
+
+def _write_held_out(file: Path, held_out: HeldOut) -> None:
+    parts = np.where(held_out.in_fold, "fold", "val").tolist()
+    columns = {
+        "id": pa.array(held_out.ids, pa.string()),
+        "part": pa.array(parts, pa.string()),
+        "label": pa.array(held_out.labels, pa.int32()),
+        "probability": pa.array(held_out.probabilities, pa.float32()),
+        "score": pa.array(held_out.scores, pa.float32()),
+    }
+    pq.write_table(pa.table(columns).replace_schema_metadata({"score": SCORE}), file)
 
 
 def _check_parquet(file: Path) -> None:

@@ -13,10 +13,11 @@ from filelock import FileLock, Timeout
 from ulfine_fast.cache.io.errors import InputError
 from ulfine_fast.cache.io.files import flush_folder
 
-CONFIG, SUMMARY = "config.json", "summary.json"
+CONFIG, SUMMARY, HELD_OUT = "config.json", "summary.json", "held_out.parquet"
 FILES = (
     CONFIG,
     SUMMARY,
+    HELD_OUT,
     "heads.safetensors",
     "history.csv",
     "metrics.json",
