@@ -25,8 +25,8 @@ from ulfine_fast.config import FitConfig, own_options, shared_options
 from ulfine_fast.data.splits import Split
 from ulfine_fast.engine.fit import fit
 from ulfine_fast.methods import registry
-from ulfine_fast.runs.held_out import class_sets
-from ulfine_fast.runs.held_out import reject as judge
+from ulfine_fast.runs.calibration import class_sets
+from ulfine_fast.runs.calibration import reject as judge
 
 UNLABELED = -1
 # Options that say which images are labelled, or how a run is watched: the arrays say the first, and no one watches.

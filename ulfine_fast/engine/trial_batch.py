@@ -25,7 +25,7 @@ from ulfine_fast.engine.validation import Metrics, Validation, finite
 from ulfine_fast.methods.registry import method_of
 from ulfine_fast.metrics import classification as metrics
 from ulfine_fast.metrics.calibration import fit_temperature
-from ulfine_fast.runs.held_out import HeldOut
+from ulfine_fast.runs.calibration import Calibration
 from ulfine_fast.runs.run import Run, describe_encoder
 
 if TYPE_CHECKING:
@@ -320,7 +320,7 @@ class TrialBatch:
                 # what a sweep drops must not have been seen on the test split
                 own_test = None if test is None or self.status[t] == "pruned" else test[i]
                 self._evaluate(runs[t], t, val[i], own_test)
-                runs[t].held_out = self._held_out(runs[t], t, val[i], scores[i])
+                runs[t].calibration = self._calibration(runs[t], t, val[i], scores[i])
         return runs
 
     def _evaluate(self, run: Run, t: int, val: Any, test: Any | None) -> None:
@@ -346,11 +346,11 @@ class TrialBatch:
         run.metrics["class_counts"] = counts.tolist()
         run.metrics["val"] = metrics.classification(val, labels[split.val], counts, temperature)
 
-    def _held_out(self, run: Run, t: int, val: Any, scores: Any) -> HeldOut:
+    def _calibration(self, run: Run, t: int, val: Any, scores: Any) -> Calibration:
         """Validation images of trial t, from their logits (n, K) and scores (n,) with padding, and those of folds."""
         split, rows = self.splits[t], len(self.splits[t].val)
         ids = [self.cache.ids[row] for row in split.val]
-        validated = HeldOut.of_validation(
+        validated = Calibration.of_validation(
             ids, self.cache.labels[split.val], val[:rows] / run.metrics["temperature"], scores[:rows]
         )
         if not self.held_out:
@@ -360,7 +360,7 @@ class TrialBatch:
         )
         in_fold = np.flatnonzero(np.isfinite(fold_scores))
         labels = self.all_inputs.training_labels[t, : len(split.labeled)].cpu().numpy()
-        folds = HeldOut(
+        folds = Calibration(
             [self.cache.ids[row] for row in split.labeled[in_fold]],
             labels[in_fold],
             np.ones(len(in_fold), np.bool_),

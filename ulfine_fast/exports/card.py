@@ -124,8 +124,8 @@ def _results(run: Run) -> str:
 
 def _rejection(run: Run) -> str:
     """How images of no class are rejected, and classes excluded."""
-    usual = usual_thresholds(run.held_out, len(run.class_names))
-    if usual is None or run.held_out is None:
+    usual = usual_thresholds(run.calibration, len(run.class_names))
+    if usual is None or run.calibration is None:
         return "No labels were held out, so that neither rejection nor sets of classes are calibrated."
     if math.isfinite(usual.score):
         rejection = (
@@ -135,7 +135,7 @@ def _rejection(run: Run) -> str:
     else:
         rejection = f"They are too few to reject images at a rate of {REJECT:g}"
     return (
-        f"Calibrated on {len(run.held_out)} held-out labels, each class counting the same. {rejection}. A class is "
+        f"Calibrated on {len(run.calibration)} held-out labels, each class counting the same. {rejection}. A class is "
         f"excluded where its probability is below that in the table, so that {COVERAGE:.0%} of the sets hold the true "
         "class; 0 is for classes with too few held-out labels ever to be excluded."
     )
@@ -145,7 +145,7 @@ def _classes(run: Run) -> str:
     unknown = [None] * len(run.class_names)
     counts = run.metrics.get("class_counts") or unknown
     accuracies = run.metrics.get("per_class_accuracy") or unknown
-    usual = usual_thresholds(run.held_out, len(run.class_names))
+    usual = usual_thresholds(run.calibration, len(run.class_names))
     excluded = unknown if usual is None else usual.probability
     rows = [
         f"| {escaped(name)} | {'-' if count is None else escaped(count)} | {_three_decimals(accuracy)} | "

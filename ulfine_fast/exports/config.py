@@ -15,8 +15,8 @@ from ulfine_fast.cache.io.digests import BLANK, file_digest, is_sealed, sealed
 from ulfine_fast.cache.io.errors import InputError
 from ulfine_fast.cache.io.files import read_regular_file
 from ulfine_fast.cache.io.json_files import MAX_BYTES, check_schema, parse_json
+from ulfine_fast.runs.calibration import SCORE, Calibration
 from ulfine_fast.runs.files import as_unicode
-from ulfine_fast.runs.held_out import SCORE, HeldOut
 from ulfine_fast.runs.schemas import Encoder as EncoderRecord
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ class _Images(msgspec.Struct):
     resampling: dict[str, Any] | None
 
 
-class _HeldOut(msgspec.Struct):
+class _Calibration(msgspec.Struct):
     """What rejection and sets are calibrated on: images by position, without their ids."""
 
     score: Literal["energy"]
@@ -79,7 +79,7 @@ class _Config(msgspec.Struct):
     encoder: EncoderRecord | None
     config: dict[str, Any]
     pictures: _Images | None = None
-    held_out: _HeldOut | None = None
+    calibration: _Calibration | None = None
 
 
 def export_config(run: Run, to: str, encoder: Encoder | None) -> dict[str, Any]:
@@ -109,12 +109,12 @@ def export_config(run: Run, to: str, encoder: Encoder | None) -> dict[str, Any]:
         "config": run.config.to_dict(),
         "created_by": f"ulfine-fast {__version__}",
     }
-    if run.held_out is not None:
-        config["held_out"] = {
+    if run.calibration is not None:
+        config["calibration"] = {
             "score": SCORE,
-            "labels": run.held_out.labels.tolist(),
-            "probabilities": run.held_out.probabilities.tolist(),
-            "scores": run.held_out.scores.tolist(),
+            "labels": run.calibration.labels.tolist(),
+            "probabilities": run.calibration.probabilities.tolist(),
+            "scores": run.calibration.scores.tolist(),
         }
     if to == "onnx":
         config["opset"] = OPSET
@@ -130,25 +130,25 @@ def export_config(run: Run, to: str, encoder: Encoder | None) -> dict[str, Any]:
     return config
 
 
-def held_out_of(config: dict[str, Any]) -> HeldOut | None:
+def calibration_of(config: dict[str, Any]) -> Calibration | None:
     """What rejection and sets are calibrated on, without ids; None in folders of versions that wrote none.
 
     Raises:
         ValueError: columns of other lengths, or a class that does not exist.
     """
-    if config.get("held_out") is None:
+    if config.get("calibration") is None:
         return None
-    columns = config["held_out"]
+    columns = config["calibration"]
     labels = np.array(columns["labels"], np.int64)
     probabilities, scores = (np.array(columns[name], np.float32) for name in ("probabilities", "scores"))
     if not len(labels) == len(probabilities) == len(scores) or (labels >= len(config["class_names"])).any():
-        raise ValueError("held_out has columns of other lengths, or a class that does not exist")
-    return HeldOut([""] * len(labels), labels, np.zeros(len(labels), np.bool_), probabilities, scores)
+        raise ValueError("calibration has columns of other lengths, or a class that does not exist")
+    return Calibration([""] * len(labels), labels, np.zeros(len(labels), np.bool_), probabilities, scores)
 
 
 def outputs_of(config: dict[str, Any]) -> list[str]:
     """Names of the outputs of an ONNX graph: scores are among them where rejection is calibrated."""
-    return ["probabilities"] if config.get("held_out") is None else ["probabilities", "scores"]
+    return ["probabilities"] if config.get("calibration") is None else ["probabilities", "scores"]
 
 
 class UsualThresholds(NamedTuple):
@@ -163,12 +163,12 @@ class UsualThresholds(NamedTuple):
     probability: list[float]
 
 
-def usual_thresholds(held_out: HeldOut | None, classes: int) -> UsualThresholds | None:
+def usual_thresholds(calibration: Calibration | None, classes: int) -> UsualThresholds | None:
     """Thresholds of K classes; None where nothing is calibrated."""
-    if held_out is None or not len(held_out):
+    if calibration is None or not len(calibration):
         return None
-    sets = held_out.set_thresholds(classes, COVERAGE).threshold
-    return UsualThresholds(held_out.rejection_threshold(REJECT), np.maximum(sets, 0.0).tolist())
+    sets = calibration.set_thresholds(classes, COVERAGE).threshold
+    return UsualThresholds(calibration.rejection_threshold(REJECT), np.maximum(sets, 0.0).tolist())
 
 
 def write_config(folder: Path, config: dict[str, Any]) -> None:

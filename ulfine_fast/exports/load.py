@@ -10,9 +10,9 @@ from numpy.typing import ArrayLike, NDArray
 
 from ulfine_fast.cache.io.errors import InputError
 from ulfine_fast.config import FitConfig
-from ulfine_fast.exports.config import IMAGES, check_model_file, held_out_of, outputs_of, read_config
+from ulfine_fast.exports.config import IMAGES, calibration_of, check_model_file, outputs_of, read_config
 from ulfine_fast.exports.hub import SCHEME, pull
-from ulfine_fast.runs.held_out import class_sets, reject
+from ulfine_fast.runs.calibration import class_sets, reject
 from ulfine_fast.runs.run import Run, refuse_incomplete_encoder
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ class Loaded:
             tensors=tensors,
             metrics={"temperature": config["temperature"]},
             encoder=config["encoder"],
-            held_out=held_out_of(config),
+            calibration=calibration_of(config),
         )
         if self._session is None:
             self._run.refuse_other_tensors(file)

@@ -22,8 +22,8 @@ from ulfine_fast.exports.config import (
     FORMATS,
     OPSET,
     REJECT,
+    calibration_of,
     export_config,
-    held_out_of,
     outputs_of,
     usual_thresholds,
     write_config,
@@ -63,7 +63,7 @@ def export(run: Run, out: str | Path, *, to: str = "safetensors", encoder: Encod
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{folder} exists and is not an empty folder; choose a new one")
     # of other formats, programs expect one output
-    scorer = Scorer(run, with_scores=to == "onnx" and run.held_out is not None).eval()
+    scorer = Scorer(run, with_scores=to == "onnx" and run.calibration is not None).eval()
     module = scorer if encoder is None else ImageScorer(encoder, scorer).eval()
     config = export_config(run, to, encoder)
 
@@ -146,7 +146,7 @@ def _write_onnx(file: Path, module: nn.Module, example: Tensor, config: dict[str
     if not model.graph.input[0].type.tensor_type.shape.dim[0].dim_param:
         raise InputError(f"method {config['method']} would take {len(example)} rows at a time; export to safetensors")
     properties = {"class_names": json.dumps(config["class_names"]), "made_by": config["created_by"]}
-    usual = usual_thresholds(held_out_of(config), len(config["class_names"]))
+    usual = usual_thresholds(calibration_of(config), len(config["class_names"]))
     if usual is not None:
         # -inf as JSON has it, null
         score = usual.score if math.isfinite(usual.score) else None

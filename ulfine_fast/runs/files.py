@@ -24,10 +24,11 @@ from ulfine_fast.cache.io.files import opened_regular_file, read_regular_file
 from ulfine_fast.cache.io.json_files import MAX_BYTES, check_schema, parse_json
 from ulfine_fast.cache.io.paths import names_another_machine
 from ulfine_fast.data.splits import MAX_SPLIT_BYTES, SavedSplit, Split, read_split
+from ulfine_fast.runs.calibration import SCORE, Calibration
 from ulfine_fast.runs.folder import (
+    CALIBRATION,
     CONFIG,
     FILES,
-    HELD_OUT,
     HIDDEN,
     STAGING,
     SUMMARY,
@@ -38,7 +39,6 @@ from ulfine_fast.runs.folder import (
     swap_in,
     write_error,
 )
-from ulfine_fast.runs.held_out import SCORE, HeldOut
 from ulfine_fast.runs.schemas import Config, Metrics
 
 if TYPE_CHECKING:
@@ -66,8 +66,8 @@ _HISTORY = (
     "confidence_on_false",
 )
 _HISTORY_PER_CLASS = ("rate", "precision", "recall")
-# files that a run of version 2 has a digest of, beside summary.json and held_out.parquet where they were written
-_DIGESTED = tuple(name for name in FILES if name not in (CONFIG, SUMMARY, HELD_OUT))
+# files that a run of version 2 has a digest of, beside summary.json and calibration.parquet where they were written
+_DIGESTED = tuple(name for name in FILES if name not in (CONFIG, SUMMARY, CALIBRATION))
 _METRICS_PER_CLASS = (
     "per_class_accuracy",
     "class_counts",
@@ -193,13 +193,13 @@ class RunFiles:
             raise InputError(f"{file} names a class outside 0..{classes - 1}; fit the run again")
         return Predictions(ids, labels, predicted, confidence, probabilities)
 
-    def held_out(self) -> HeldOut | None:
-        """Read held_out.parquet: what rejection and sets are calibrated on; None where the run has no such file.
+    def calibration(self) -> Calibration | None:
+        """Read calibration.parquet: what rejection and sets are calibrated on; None where the run has no such file.
 
         Raises:
             InputError: the file is cut, lacks a column, names a class that does not exist, or has another score.
         """
-        file, classes = self.path / HELD_OUT, len(self.class_names)
+        file, classes = self.path / CALIBRATION, len(self.class_names)
         if not os.path.lexists(file):
             return None
         _check_parquet(file)
@@ -218,7 +218,7 @@ class RunFiles:
             raise InputError(f"{file} has an empty cell or a score that is no number; {_FIX}")
         if ((labels < 0) | (labels >= classes)).any():
             raise InputError(f"{file} names a class outside 0..{classes - 1}; {_FIX}")
-        return HeldOut(ids, labels, np.array(parts) == "fold", probabilities, scores)
+        return Calibration(ids, labels, np.array(parts) == "fold", probabilities, scores)
 
     def split(self) -> dict[str, Any]:
         """Read split.json: image ids by role, see :mod:`ulfine_fast.data.splits`.
@@ -333,8 +333,8 @@ def _write_files(run: Run, folder: Path) -> None:
     _write_json(folder / "metrics.json", run.metrics)
     _write_history(folder / "history.csv", run.history, len(run.class_names))
     _write_predictions(folder / "predictions.parquet", run)
-    if run.held_out is not None:
-        _write_held_out(folder / HELD_OUT, run.held_out)
+    if run.calibration is not None:
+        _write_calibration(folder / CALIBRATION, run.calibration)
     config = {
         "format": RUN_FORMAT,
         "version": VERSIONS[-1],
@@ -594,14 +594,14 @@ def _write_predictions(file: Path, run: Run) -> None:
     pq.write_table(pa.table(columns), file)
 
 
-def _write_held_out(file: Path, held_out: HeldOut) -> None:
-    parts = np.where(held_out.in_fold, "fold", "val").tolist()
+def _write_calibration(file: Path, calibration: Calibration) -> None:
+    parts = np.where(calibration.in_fold, "fold", "val").tolist()
     columns = {
-        "id": pa.array(held_out.ids, pa.string()),
+        "id": pa.array(calibration.ids, pa.string()),
         "part": pa.array(parts, pa.string()),
-        "label": pa.array(held_out.labels, pa.int32()),
-        "probability": pa.array(held_out.probabilities, pa.float32()),
-        "score": pa.array(held_out.scores, pa.float32()),
+        "label": pa.array(calibration.labels, pa.int32()),
+        "probability": pa.array(calibration.probabilities, pa.float32()),
+        "score": pa.array(calibration.scores, pa.float32()),
     }
     pq.write_table(pa.table(columns).replace_schema_metadata({"score": SCORE}), file)
 

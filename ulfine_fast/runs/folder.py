@@ -13,11 +13,11 @@ from filelock import FileLock, Timeout
 from ulfine_fast.cache.io.errors import InputError
 from ulfine_fast.cache.io.files import flush_folder
 
-CONFIG, SUMMARY, HELD_OUT = "config.json", "summary.json", "held_out.parquet"
+CONFIG, SUMMARY, CALIBRATION = "config.json", "summary.json", "calibration.parquet"
 FILES = (
     CONFIG,
     SUMMARY,
-    HELD_OUT,
+    CALIBRATION,
     "heads.safetensors",
     "history.csv",
     "metrics.json",

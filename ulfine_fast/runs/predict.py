@@ -25,7 +25,7 @@ from ulfine_fast.cache.pipeline.views import ViewRecipe
 from ulfine_fast.cache.sources import ImageFolder, ImageTable
 from ulfine_fast.cache.sources.table import SUFFIXES
 from ulfine_fast.metrics import classification as metrics
-from ulfine_fast.runs.held_out import ClassSets, HeldOut, Rejected, class_sets, reject
+from ulfine_fast.runs.calibration import Calibration, ClassSets, Rejected, class_sets, reject
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -105,13 +105,13 @@ class Scorer:
         probabilities: features (n, ...) to calibrated probabilities (n, K).
         scores: features to how much each image looks like one of a known class (n,).
         class_names: (K,).
-        held_out: what rejection and sets are calibrated on, asked for where they are.
+        calibration: what rejection and sets are calibrated on, asked for where they are.
     """
 
     probabilities: Callable[[NDArray[Any]], NDArray[np.float32]]
     scores: Callable[[NDArray[Any]], NDArray[np.floating[Any]]]
     class_names: list[str]
-    held_out: Callable[[], HeldOut]
+    calibration: Callable[[], Calibration]
 
     def check(self, rate: float | None, coverage: float | None, five_crops: bool = False) -> None:
         """Refuse a rate or coverage before any image is encoded.
@@ -123,11 +123,11 @@ class Scorer:
             return
         if five_crops:
             raise InputError("rejection and sets are calibrated on whole images; leave out five crops")
-        held_out = self.held_out()
+        calibration = self.calibration()
         if rate is not None:
-            held_out.rejection_threshold(rate)
+            calibration.rejection_threshold(rate)
         if coverage is not None:
-            held_out.set_thresholds(len(self.class_names), coverage)
+            calibration.set_thresholds(len(self.class_names), coverage)
 
 
 class EncodedImages(NamedTuple):
@@ -211,8 +211,8 @@ def judged(
         scorer.class_names,
         skipped,
         None if scores is None else scores.astype(np.float32),
-        None if rate is None or scores is None else reject(scorer.held_out(), scores, rate),
-        None if coverage is None else class_sets(scorer.held_out(), probabilities, coverage),
+        None if rate is None or scores is None else reject(scorer.calibration(), scores, rate),
+        None if coverage is None else class_sets(scorer.calibration(), probabilities, coverage),
     )
 
 

@@ -18,8 +18,8 @@ from ulfine_fast.core.types import Trials
 from ulfine_fast.methods.registry import method_of
 from ulfine_fast.metrics import classification as metrics
 from ulfine_fast.ops.prototypes import normalize
+from ulfine_fast.runs.calibration import Calibration, class_sets, reject
 from ulfine_fast.runs.files import load_run, write_run
-from ulfine_fast.runs.held_out import HeldOut, class_sets, reject
 
 if TYPE_CHECKING:
     from ulfine_fast.cache.store import FeatureCache
@@ -112,7 +112,7 @@ class Run:
         status: "done"; "stopped" early, without progress; "pruned" by a sweep; or "failed", its numbers no longer
             finite, without tensors. For all but "done", `metrics` has the step: "stopped_at" and so on.
         relabeled: digest of the labels that replaced the cache's own, None where none did.
-        held_out: labelled images that it did not learn from, on which :meth:`reject` and :meth:`predict_sets` are
+        calibration: labelled images that it did not learn from, on which :meth:`reject` and :meth:`predict_sets` are
             calibrated; None for runs of versions that kept none.
     """
 
@@ -129,7 +129,7 @@ class Run:
     cache_path: Path | None = None
     status: str = "done"
     relabeled: str | None = None
-    held_out: HeldOut | None = None
+    calibration: Calibration | None = None
 
     def head(self, dtype: torch.dtype = torch.float32) -> Head:
         """The run's head, computing in `dtype`.
@@ -218,18 +218,18 @@ class Run:
         """
         return class_sets(self.calibrated(), self.predict_proba(features), coverage).sets
 
-    def calibrated(self) -> HeldOut:
-        """The held-out images.
+    def calibrated(self) -> Calibration:
+        """What rejection and sets are calibrated on.
 
         Raises:
             InputError: the run was saved by a version that kept none.
         """
-        if self.held_out is None:
+        if self.calibration is None:
             raise InputError(
                 "this run was saved without scores of held-out labels, on which rejection and sets are calibrated; fit "
                 "it again"
             )
-        return self.held_out
+        return self.calibration
 
     def save(self, folder: str | Path) -> Path:
         """Write the run folder; replaces an earlier run there.
@@ -273,7 +273,7 @@ class Run:
             cache_path=None if files.cache is None else Path(files.cache),
             status=files.status,
             relabeled=files.relabeled,
-            held_out=files.held_out(),
+            calibration=files.calibration(),
         )
         run.refuse_other_tensors(folder / "heads.safetensors")
         return run

@@ -33,8 +33,8 @@ from ulfine_fast.related.head_realignment.gaussians import (
     discriminant,
     text_anchors,
 )
+from ulfine_fast.runs.calibration import Calibration
 from ulfine_fast.runs.evaluate import inputs_of, refuse_other_encoder, rows_of
-from ulfine_fast.runs.held_out import HeldOut
 from ulfine_fast.runs.run import Run
 
 if TYPE_CHECKING:
@@ -189,7 +189,7 @@ class _Task:
             "val": metrics.classification(val_logits, labels[self.val], self.counts, temperature),
             "realigned": note,
         }
-        run.held_out = HeldOut.of_validation(
+        run.calibration = Calibration.of_validation(
             [self.cache.ids[row] for row in self.val], labels[self.val], val_logits / temperature, val_scores
         )
         run.test_ids = [self.cache.ids[row] for row in self.test]

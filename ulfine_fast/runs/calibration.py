@@ -18,7 +18,7 @@ SCORE = "energy"
 
 
 @dataclass(frozen=True)
-class HeldOut:
+class Calibration:
     """Held-out labelled images as the run sees them.
 
     Attributes:
@@ -42,15 +42,15 @@ class HeldOut:
         labels: NDArray[np.int64],
         logits: NDArray[np.floating[Any]],
         scores: NDArray[np.floating[Any]],
-    ) -> HeldOut:
+    ) -> Calibration:
         """Validation images, from their calibrated logits (n, K) and scores (n,)."""
         own = metrics.softmax(logits)[np.arange(len(labels)), labels] if len(labels) else np.zeros(0)
         in_fold = np.zeros(len(labels), np.bool_)
         return cls(ids, labels, in_fold, own.astype(np.float32), scores.astype(np.float32))
 
-    def joined(self, other: HeldOut) -> HeldOut:
+    def joined(self, other: Calibration) -> Calibration:
         """These images, then the other ones."""
-        return HeldOut(
+        return Calibration(
             [*self.ids, *other.ids],
             np.concatenate([self.labels, other.labels]),
             np.concatenate([self.in_fold, other.in_fold]),
@@ -170,23 +170,23 @@ class ClassSets:
         return lines
 
 
-def reject(held_out: HeldOut, scores: NDArray[np.floating[Any]], rate: float) -> Rejected:
+def reject(calibration: Calibration, scores: NDArray[np.floating[Any]], rate: float) -> Rejected:
     """Rejects the images (n,) whose score is lower than those of nearly all held-out images.
 
     Raises:
         InputError: a rate outside 0..1, or no held-out label.
     """
-    threshold = held_out.rejection_threshold(rate)
-    return Rejected(rate, threshold, len(held_out), np.asarray(scores, np.float32) < np.float32(threshold))
+    threshold = calibration.rejection_threshold(rate)
+    return Rejected(rate, threshold, len(calibration), np.asarray(scores, np.float32) < np.float32(threshold))
 
 
-def class_sets(held_out: HeldOut, probabilities: NDArray[np.floating[Any]], coverage: float) -> ClassSets:
+def class_sets(calibration: Calibration, probabilities: NDArray[np.floating[Any]], coverage: float) -> ClassSets:
     """The classes of images with these calibrated probabilities (n, K) that cannot be excluded.
 
     Raises:
         InputError: a coverage outside 0..1, or no held-out label.
     """
-    thresholds = held_out.set_thresholds(probabilities.shape[1], coverage)
+    thresholds = calibration.set_thresholds(probabilities.shape[1], coverage)
     return ClassSets(coverage, thresholds, thresholds.sets(probabilities))
 
 
