@@ -103,7 +103,10 @@ def test_scores_are_the_energy_of_the_logits(runs, clusters):
     # log-probabilities have none, and the probe of ulfine_plus has
     np.testing.assert_allclose(np.exp(plus.logits(clusters.plain)).sum(1), 1, atol=1e-4)
     unit = clusters.plain / np.linalg.norm(clusters.plain.astype(np.float64), axis=1, keepdims=True)
-    by_hand = np.log(np.exp(unit @ plus.tensors["linear"].double().numpy().T).sum(1))
+    texts = clusters.prototypes / np.linalg.norm(clusters.prototypes, axis=1, keepdims=True)
+    probe = plus.tensors["linear"].double().numpy()
+    halfway = (probe + np.linalg.norm(probe, axis=1, keepdims=True) * texts) / 2
+    by_hand = np.log(np.exp(unit @ halfway.T).sum(1))
     np.testing.assert_allclose(plus.scores(clusters.plain), by_hand, rtol=1e-4)
     assert plus.scores(clusters.plain).std() > 0.1
 

@@ -225,10 +225,15 @@ class ULFinePlus(Method):
             last = replace(schedule, rounds=LAST_ROUNDS, sharpness_start=schedule.sharpness_end)
             clusters = fit_clusters(replace(chosen, unlabeled=everything), last, clusters, work.part("all"))
 
+        # texts as long as the probe: the head halfway between them knows best which images are none of the classes,
+        # see docs/none-of-these.md
+        texts = heads[:, 0].norm(dim=-1, keepdim=True) * trials.prototypes
+
         # what predicts
         columns = torch.cat([torch.zeros_like(best[:, :1]), best + 1], dim=1)  # (T, 1 + S')
         state.memory |= {
             "linear": heads[:, 0],
+            "known": (heads[:, 0] + texts) / 2,
             "mean": space.mean,
             "map": space.map,
             "centers": clusters.centers,
@@ -248,7 +253,8 @@ class ULFinePlus(Method):
             by_mixture.append(mixture.argmax(-1) == labels)
             own = torch.softmax(mixture, dim=-1).gather(-1, labels.clamp(min=0).unsqueeze(-1))
             probabilities.append(own.squeeze(-1))
-            scores.append(torch.logsumexp(logits[:, :, 0], dim=-1))
+            text = products(pool.features.rows(pool.labeled_rows[:, position]), texts.unsqueeze(1)).squeeze(2)
+            scores.append(torch.logsumexp((logits[:, :, 0] + text) / 2, dim=-1))
         right = torch.cat(by_probe, dim=1).to(weights.dtype)  # (T, L)
         gain = torch.cat(by_mixture, dim=1).to(weights.dtype) - right
         state.scratch["held_out"] = known.sum(1)
@@ -275,8 +281,11 @@ class ULFinePlus(Method):
         return {name: state.scratch[f"held_out_{name}"] for name in ("probabilities", "scores")}
 
     def known_logits(self, trials: Trials, tensors: Tensors, features: Tensor) -> Tensor:
-        """The probe's logits (T, B, K): those of the prediction are log-probabilities, which sum to one everywhere."""
-        return products(features, tensors["linear"].unsqueeze(1)).squeeze(2)
+        """Logits (T, B, K) of the head halfway between texts and probe.
+
+        Those of the prediction are log-probabilities, whose log-sum-exp is zero everywhere.
+        """
+        return products(features, tensors.get("known", tensors["linear"]).unsqueeze(1)).squeeze(2)
 
     def logits(self, trials: Trials, tensors: Tensors, features: Tensor) -> Tensor:
         """Log of the mixed class probabilities (T, B, K), of equal class priors."""

@@ -20,8 +20,6 @@ Labels = NDArray[np.int64]
 
 # a rate of 0.1 is 1 - 0.9 with its rounding
 _ROUNDING = 1e-9
-# of what may be excluded, the part that one image may weigh
-_HEAVIEST = 0.2
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,21 +80,22 @@ def least_rows(rate: float) -> int:
     return math.ceil((1 / rate - 1) * (1 - _ROUNDING)) if rate > 0 else 0
 
 
-def balanced_weights(labels: Labels, rate: float) -> Floats:
+def balanced_weights(labels: Labels, rate: float, heaviest: float = 0.2) -> Floats:
     """Weights (n,) by which classes count the same, as far as the rate allows it.
 
     As the new score counts like the heaviest image, one that weighs much leaves little to exclude. Weights are
-    1 / max(n_k, m), with the smallest m by which no image weighs more than a fifth of what may be excluded; or all
-    equal where none does.
+    1 / max(n_k, m), with the smallest m by which no image weighs too much; or all equal where there is none.
 
     Args:
         labels: of held-out images (n,).
         rate: of the threshold, see :func:`exclusion_threshold`.
+        heaviest: the part of what may be excluded that one image may weigh, above 0 and at most 1. The larger it is,
+            the more rare classes count, and the less is excluded.
     """
     counts = np.bincount(labels)[labels].astype(np.float64)  # (n,)
     for least in range(1, int(counts.max(initial=0)) + 1):
         weights = 1 / np.maximum(counts, least)
-        if weights.max() <= _HEAVIEST * rate * (weights.sum() + weights.max()) * (1 + _ROUNDING):
+        if weights.max() <= heaviest * rate * (weights.sum() + weights.max()) * (1 + _ROUNDING):
             return weights
     return np.ones(len(labels))
 
@@ -136,5 +135,7 @@ def set_thresholds(probabilities: Floats, labels: Labels, classes: int, coverage
     for k in np.flatnonzero((rows > 0) & ~pooled):
         threshold[k] = exclusion_threshold(probabilities[labels == k], rate)
     shared = pooled[labels]
-    threshold[pooled] = rejection_threshold(probabilities[shared], labels[shared], rate)
+    # few images, and the rarest must count: better sets that are too wide
+    weights = balanced_weights(labels[shared], rate, heaviest=1.0)
+    threshold[pooled] = exclusion_threshold(probabilities[shared], rate, weights)
     return SetThresholds(threshold, rows, pooled & ~np.isneginf(threshold))
