@@ -41,11 +41,12 @@ def fit(
     from ulfine_fast.data.corrections import corrected, corrected_split, read_corrections
     from ulfine_fast.engine.checkpoint import saved_step
     from ulfine_fast.engine.fit import fit_many
+    from ulfine_fast.runs.estimate import estimate_lines, next_steps
     from ulfine_fast.runs.evidence import evidence_lines
     from ulfine_fast.runs.files import load_runs, split_at
     from ulfine_fast.runs.folder import CHECKPOINT, locked
     from ulfine_fast.runs.loggers import log_run, refuse_unknown
-    from ulfine_fast.runs.seeds import refuse_other_content, save_runs
+    from ulfine_fast.runs.seeds import refuse_other_content, run_folders, save_runs
 
     # before minutes of training, not after
     refuse_other_content(out, [config.seed for config in configs])
@@ -78,10 +79,18 @@ def fit(
                     log_run(saved, name, Path("logs") / name)
             print_metrics({first.method: summary}, as_json=as_json)
             if not as_json:
-                done = [run.metrics for run in runs if run.status != "failed"]
-                for line in evidence_lines(done, features.class_names):
+                fitted = {
+                    folder: run
+                    for folder, run in zip(run_folders(out, [config.seed for config in configs]), runs, strict=True)
+                    if run.status != "failed"
+                }
+                done = [run.metrics for run in fitted.values()]
+                lines = [*estimate_lines(done, features.class_names), *evidence_lines(done, features.class_names)]
+                for line in lines:
                     typer.echo(printable(line))
                 typer.echo(f"run: {out}")
+                for line in next_steps(done, features.class_names, next(iter(fitted))):
+                    typer.echo(printable(line))
         if failed:
             for run in failed:
                 typer.echo(f"error: {printable(run.failure)}", err=True)

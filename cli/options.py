@@ -25,6 +25,7 @@ _TYPES: dict[str, Any] = {
     "bool": bool,
     "str": str,
     "int | None": int | None,
+    "float | None": float | None,
     "str | None": str | None,
 }
 # keys of what a command's context keeps: parameters of the methods, and their values

@@ -13,7 +13,7 @@ from ulfine_fast.cli.filling import print_notes
 
 
 def predict(
-    run: Annotated[Path, typer.Argument(help="Run folder that `fit` wrote.")],
+    run: Annotated[Path, typer.Argument(help="Run folder that `fit` wrote; several seeds are averaged.")],
     images: Annotated[
         Path, typer.Argument(help="An image, a folder of images at any depth, or a csv or parquet table.")
     ],
@@ -42,20 +42,28 @@ def predict(
     as_json: Annotated[bool, typer.Option("--json", help="Print counts as JSON.")] = False,
 ) -> None:
     """Predict the class of each image: id, class, probability and the five likeliest classes."""
-    from ulfine_fast.runs.predict import images_at, predict_images, refuse_output, write_predictions
-    from ulfine_fast.runs.run import Run
+    from ulfine_fast.runs.predict import images_at, mean_of_seeds, predict_images, refuse_output, write_predictions
+    from ulfine_fast.runs.seeds import load_seeds
 
     refuse_output(out)
-    loaded, source = Run.load(run), images_at(images)
+    runs, source = load_seeds(run), images_at(images)
     print_notes(source)
     predictions = predict_images(
-        loaded, source, device=device, batch_size=batch_size, five_crops=five_crops, rate=reject, coverage=sets
+        runs[0],
+        source,
+        device=device,
+        batch_size=batch_size,
+        five_crops=five_crops,
+        scorer=mean_of_seeds(runs),
+        rate=reject,
+        coverage=sets,
     )
     write_predictions(predictions, out)
     if as_json:
-        typer.echo(json.dumps({**predictions.summary(), "out": str(out)}))
+        typer.echo(json.dumps({**predictions.summary(), "seeds": len(runs), "out": str(out)}))
         return
-    typer.echo(f"{len(predictions.ids)} images: {out}")
+    seeds = f", mean of {len(runs)} seeds" if len(runs) > 1 else ""
+    typer.echo(f"{len(predictions.ids)} images{seeds}: {out}")
     for line in predictions.lines():
         typer.echo(printable(line))
     for name, reason in predictions.skipped:

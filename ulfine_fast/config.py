@@ -123,8 +123,18 @@ class FitConfig(metaclass=_ByMethod):
     val_fraction: float = option(
         0.1, "fraction of labelled images held out for validation", low=0.0, high=0.5, panel="Split"
     )
-    test_fraction: float = option(
-        0.2, "fraction held out for testing, without a test split", low=0.01, high=0.9, panel="Split"
+    test_fraction: float | None = option(
+        None,
+        "fraction held out for testing, without a test split; default: none, labels are cross-validated; 0.2 with n1",
+        low=0.01,
+        high=0.9,
+        panel="Split",
+    )
+    cv_folds: int = option(
+        10, "folds of the cross-validation of labels; 0: no estimate", low=0, high=100, structural=True, panel="Split"
+    )
+    cv_repeats: int = option(
+        2, "repeats of the cross-validation with other folds", low=1, high=100, structural=True, panel="Split"
     )
     label_noise: float = option(0.0, "fraction of labelled images with a wrong label", low=0.0, high=1.0, panel="Split")
 
@@ -192,6 +202,8 @@ class FitConfig(metaclass=_ByMethod):
     def __post_init__(self) -> None:
         for spec in dataclasses.fields(self):
             check(spec, getattr(self, spec.name))
+        if self.cv_folds == 1:
+            raise InputError("cv_folds must be 0, for no estimate, or at least 2, got 1")
 
     if TYPE_CHECKING:
 

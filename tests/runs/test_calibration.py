@@ -17,8 +17,11 @@ from tests.cli.program import refused
 from tests.cli.program import run as command
 from tests.conftest import make_clusters
 from ulfine_fast import FitConfig, InputError, Run, fit, fit_many
+from ulfine_fast.data.folds import draw_folds
+from ulfine_fast.data.splits import draw_split
+from ulfine_fast.metrics.classification import softmax
 from ulfine_fast.metrics.rejection import least_rows, rejection_threshold, set_thresholds
-from ulfine_fast.runs.calibration import Calibration, class_sets, reject
+from ulfine_fast.runs.calibration import Calibration, class_sets, mean_calibration, reject
 
 SPLIT = {"n1": 40, "gamma_l": 4, "gamma_u": 4, "steps": 20, "eval_every": 20, "val_fraction": 0.3}
 
@@ -91,6 +94,46 @@ def test_labels_of_folds_are_those_that_training_sees(clusters):
     clean = clusters.labels[rows_of(clusters, own.ids)]
     assert (own.labels == clean)[~own.in_fold].all()
     assert 0.3 < (own.labels == clean)[own.in_fold].mean() < 0.7
+
+
+@pytest.mark.parametrize("method", ["ulfine_plus", "linear_probe"])
+def test_cross_validation_sees_every_label_without_it(method):
+    cache = make_clusters(train=12, test=0)
+    run = fit(cache, FitConfig(method=method, labeled_fraction=0.5, cv_folds=3, cv_repeats=2, steps=20, eval_every=20))
+    own = run.calibration
+    assert sorted(own.ids) == sorted(run.split["labeled"])
+    assert own.in_fold.all()
+    rows = rows_of(cache, own.ids)
+    np.testing.assert_array_equal(own.labels, cache.labels[rows])
+    # the first repeat, by hand
+    split = draw_split(cache.labels, cache.splits, cache.class_names, run.config, hold_out=False)
+    folds = draw_folds(cache.labels, split, 4, run.config)
+    expected = {}
+    for fold in folds.splits[: folds.count]:
+        one = fit(cache, run.config, split=fold)
+        features = cache.plain[fold.test]
+        logits = one.logits(features) / run.metrics["temperature"]
+        probabilities = softmax(logits)[np.arange(len(fold.test)), cache.labels[fold.test]]
+        for row, probability, score in zip(fold.test, probabilities, one.scores(features), strict=True):
+            expected[cache.ids[row]] = probability, score
+    np.testing.assert_allclose(own.probabilities, [expected[name][0] for name in own.ids], atol=1e-3)
+    np.testing.assert_allclose(own.scores, [expected[name][1] for name in own.ids], atol=1e-3)
+
+
+def test_the_mean_of_seeds_is_calibrated_where_they_hold_the_same_labels_out():
+    one, other = scattered([6, 6]), scattered([6, 6])
+    # the same images in another order
+    turned = Calibration(
+        other.ids[::-1], other.labels[::-1], other.in_fold[::-1], other.probabilities[::-1], other.scores[::-1] + 2
+    )
+    mean = mean_calibration([one, turned])
+    at = {name: row for row, name in enumerate(mean.ids)}
+    assert [mean.scores[at[name]] for name in one.ids] == (one.scores + 1).tolist()
+    assert [mean.labels[at[name]] for name in one.ids] == one.labels.tolist()
+    np.testing.assert_allclose([mean.probabilities[at[name]] for name in one.ids], one.probabilities)
+    assert mean_calibration([one]) is one
+    with pytest.raises(InputError, match=r"these 2 runs held different labels out, .*; name one of the runs"):
+        mean_calibration([one, scattered([6, 7])])
 
 
 # -- scores

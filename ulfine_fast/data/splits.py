@@ -28,6 +28,9 @@ RULE = (
 
 MAX_SPLIT_BYTES = 4 << 30  # a hundred million image ids
 
+TEST_FRACTION = 0.2
+"""Fraction of each class held out for testing where the protocol or a search needs a test split that the data lack."""
+
 KEPT_BY_TRAINING = 3
 """Labelled images of a class that validation takes none of: it takes some where there are more."""
 
@@ -135,7 +138,9 @@ def unlabeled_counts(m1: int, gamma: float, shape: str, classes: int) -> Rows:
     return falling
 
 
-def draw_split(labels: Rows, splits: NDArray[Any], class_names: list[str], config: FitConfig) -> Split:
+def draw_split(
+    labels: Rows, splits: NDArray[Any], class_names: list[str], config: FitConfig, *, hold_out: bool = True
+) -> Split:
     """Draw a trial's split from the cache's rows.
 
     Args:
@@ -143,6 +148,7 @@ def draw_split(labels: Rows, splits: NDArray[Any], class_names: list[str], confi
         splits: "train", "unlabeled", "val" or "test" for each row (n,).
         class_names: (K,).
         config: n1, m1, gamma_l, gamma_u, shape and the split seed decide.
+        hold_out: whether labelled images are held out for testing and validation, where the cache has none of its own.
 
     Raises:
         InputError: too few images for the counts asked for, or a class with no labelled image.
@@ -154,8 +160,9 @@ def draw_split(labels: Rows, splits: NDArray[Any], class_names: list[str], confi
     pools = [
         _rows(random.permutation(np.flatnonzero((splits == "train") & (labels == k)))) for k in range(len(class_names))
     ]
-    if not len(test):
-        test, pools = _held_out(pools, config.test_fraction, keep=2)
+    if hold_out and not len(test):
+        fraction = TEST_FRACTION if config.test_fraction is None else config.test_fraction
+        test, pools = _held_out(pools, fraction, keep=2)
     for name, pool in zip(class_names, pools, strict=True):
         if not len(pool):
             raise InputError(f"class {name!r} has no labelled training image; add one or remove the class")
@@ -175,7 +182,7 @@ def draw_split(labels: Rows, splits: NDArray[Any], class_names: list[str], confi
 
     # validation images: the cache's, else some of the labelled ones
     val = _rows(np.flatnonzero((splits == "val") & (labels >= 0)))
-    if not len(val):
+    if hold_out and not len(val):
         val, labeled = _held_out(labeled, config.val_fraction, keep=KEPT_BY_TRAINING)
     return Split(
         labeled=np.sort(np.concatenate(labeled)),

@@ -14,8 +14,10 @@ from ulfine_fast.cache.io.progress import progress_bar, working
 from ulfine_fast.config import FitConfig, own_options, split_key
 from ulfine_fast.core.features import DeviceFeatures
 from ulfine_fast.core.types import Report
+from ulfine_fast.data.folds import Folds, draw_folds, is_cross_validated
 from ulfine_fast.data.splits import Split, draw_split
 from ulfine_fast.engine.checkpoint import Checkpoint, damaged
+from ulfine_fast.engine.cross_validation import add_estimate
 from ulfine_fast.engine.scheduling import schedule
 from ulfine_fast.engine.steps import ENGINES
 from ulfine_fast.engine.trial_batch import TrialBatch, Watch
@@ -59,6 +61,7 @@ def fit_many(
     progress: bool | None = None,
     engine: str = "auto",
     read_test: bool = True,
+    cross_validate: bool = True,
     checkpoint: str | Path | None = None,
     watch: Watch | None = None,
     report: Report | None = None,
@@ -77,6 +80,9 @@ def fit_many(
         engine: "specification" for steps through autograd; "fused" for steps without it, which some methods have;
             "auto" for the fused steps where the method has them.
         read_test: whether test metrics and predictions are made; a search must not see them.
+        cross_validate: whether a trial without a test split, drawn from a config that neither has `test_fraction` nor
+            follows the protocol (`n1`), trains on every label and is judged by repeated stratified cross-validation,
+            whose folds are further trials. False holds test and validation images out instead.
         checkpoint: folder that every trial batch is saved in after each validation. A later call with the same configs,
             splits and cache continues from there, without repeating finished trial batches; at the end the folder is
             removed.
@@ -97,7 +103,18 @@ def fit_many(
     with working("prepare the fit", progress):
         torch_device = pick_device(device)
         check_tokens(cache, configs)
-        splits = draw_splits(cache, configs) if split is None else _checked_splits(cache, configs, split)
+        judged: dict[int, Folds] = {}
+        asked = list(configs)
+        if split is None:
+            cross_validate = cross_validate and read_test
+            splits = draw_splits(cache, configs, hold_out=not cross_validate)
+            if cross_validate:
+                judged = _folds(cache, configs, splits)
+            # the trials of the folds come after those that were asked for
+            configs = [*asked, *(asked[i] for i, folds in judged.items() for _ in folds.splits)]
+            splits = [*splits, *(own for folds in judged.values() for own in folds.splits)]
+        else:
+            splits = _checked_splits(cache, configs, split)
         splits = _prepared(cache, configs, splits)
         check_crops(cache, configs)
 
@@ -146,7 +163,7 @@ def fit_many(
 
             if not batch.steps:
                 batch.report = work
-            for step in batch.train(_watch_of_batch(trials, watch), _save_of_batch(trials, saved)):
+            for step in batch.train(_watch_of_batch(trials, watch, len(asked)), _save_of_batch(trials, saved)):
                 bar.update(task, completed=step)
             if not batch.steps:
                 work(1.0)
@@ -156,11 +173,23 @@ def fit_many(
             bar.update(task, total=total, completed=total, note=note)
     if saved is not None:
         saved.remove()
-    return [runs[i] for i in range(len(configs))]
+
+    # what the folds say of their trials
+    fold_runs = [runs[i] for i in range(len(asked), len(configs))]
+    for i, folds in judged.items():
+        add_estimate(runs[i], cache, splits[i], folds, fold_runs[: len(folds.splits)])
+        fold_runs = fold_runs[len(folds.splits) :]
+    return [runs[i] for i in range(len(asked))]
 
 
-def draw_splits(cache: FeatureCache, configs: Sequence[FitConfig]) -> list[Split]:
-    """The split of each config, by its method or by the protocol, drawn once for all configs that draw the same."""
+def draw_splits(cache: FeatureCache, configs: Sequence[FitConfig], *, hold_out: bool = True) -> list[Split]:
+    """The split of each config, by its method or by the protocol, drawn once for all configs that draw the same.
+
+    Args:
+        cache: features.
+        configs: of the trials.
+        hold_out: False for trials that are to be cross-validated, where :func:`is_cross_validated` says so.
+    """
     # a search draws one split many times, and drawing one takes longer than some trials
     drawn: dict[tuple[Any, ...], Split] = {}
     splits = []
@@ -171,11 +200,24 @@ def draw_splits(cache: FeatureCache, configs: Sequence[FitConfig]) -> list[Split
             if split is None:
                 protocol_key = split_key(config)
                 if protocol_key not in drawn:
-                    drawn[protocol_key] = draw_split(cache.labels, cache.splits, cache.class_names, config)
+                    held_out = hold_out or not is_cross_validated(cache.labels, cache.splits, config)
+                    drawn[protocol_key] = draw_split(
+                        cache.labels, cache.splits, cache.class_names, config, hold_out=held_out
+                    )
                 split = drawn[protocol_key]
             drawn[key] = split
         splits.append(drawn[key])
     return splits
+
+
+def _folds(cache: FeatureCache, configs: Sequence[FitConfig], splits: Sequence[Split]) -> dict[int, Folds]:
+    """The folds of the trials that are cross-validated, by their positions."""
+    folds = {}
+    for i, (config, split) in enumerate(zip(configs, splits, strict=True)):
+        drawn = method_of(config).split(cache, config) is None
+        if drawn and config.cv_folds and is_cross_validated(cache.labels, cache.splits, config):
+            folds[i] = draw_folds(cache.labels, split, len(cache.class_names), config)
+    return folds
 
 
 def _checked_splits(cache: FeatureCache, configs: Sequence[FitConfig], split: Split | Sequence[Split]) -> list[Split]:
@@ -213,13 +255,14 @@ def _prepared(cache: FeatureCache, configs: Sequence[FitConfig], splits: Sequenc
     return result
 
 
-def _watch_of_batch(trials: Sequence[int], watch: Watch | None) -> Watch | None:
-    """The watch of a trial batch, which numbers its trials by their positions in it."""
+def _watch_of_batch(trials: Sequence[int], watch: Watch | None, asked: int) -> Watch | None:
+    """The watch of a trial batch, which numbers its trials by their positions in it; it sees the first `asked`."""
     if watch is None:
         return None
 
     def ask(step: int, rows: dict[int, dict[str, Any]]) -> Collection[int]:
-        dropped = set(watch(step, {trials[position]: row for position, row in rows.items()}))
+        seen = {trials[position]: row for position, row in rows.items() if trials[position] < asked}
+        dropped = set(watch(step, seen)) if seen else set()
         return [position for position in rows if trials[position] in dropped]
 
     return ask

@@ -350,8 +350,8 @@ class TrialBatch:
         """Validation images of trial t, from their logits (n, K) and scores (n,) with padding, and those of folds."""
         split, rows = self.splits[t], len(self.splits[t].val)
         ids = [self.cache.ids[row] for row in split.val]
-        validated = Calibration.of_validation(
-            ids, self.cache.labels[split.val], val[:rows] / run.metrics["temperature"], scores[:rows]
+        validated = Calibration.held_out(
+            ids, self.cache.labels[split.val], val[:rows] / run.metrics["temperature"], scores[:rows], in_fold=False
         )
         if not self.held_out:
             return validated

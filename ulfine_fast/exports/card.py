@@ -29,7 +29,7 @@ _METRICS = {
 }
 _LIMITS = (
     "- It knows these classes alone: an image of anything else gets one of them, unless it is rejected.\n"
-    "- The results are for images like those of the test split; elsewhere accuracy may be lower and probabilities less "
+    "- The results are for images like those of the {images}; elsewhere accuracy may be lower and probabilities less "
     "reliable.\n"
     "- Classes with few labels are the least certain, and so are their results.\n"
     "- Everything the encoder learned from the web, its biases among it, is in the features."
@@ -60,7 +60,7 @@ def model_card(run: Run, config: dict[str, Any]) -> str:
         "## Classes",
         _classes(run),
         "## Limits",
-        _LIMITS,
+        _LIMITS.format(images="labelled images" if _estimate(run) else "test split"),
     ]
     return "\n\n".join(sections) + "\n"
 
@@ -105,21 +105,37 @@ def _data(run: Run) -> str:
     rows = {role: len(run.split.get(role, [])) for role in ("labeled", "unlabeled", "val", "test")}
     counts = [count for count in run.metrics.get("class_counts") or [] if isinstance(count, int)]
     spread = f", {max(counts)} of the largest class and {min(counts)} of the smallest" if counts else ""
+    if _estimate(run):
+        return (
+            f"{rows['labeled']} labelled images{spread}, none held out; {rows['unlabeled']} unlabelled; no test split."
+        )
     return (
         f"{rows['labeled']} labelled images{spread}; {rows['unlabeled']} unlabelled; {rows['val']} for validation and "
         f"the temperature; {rows['test']} for the results below, read once at the end."
     )
 
 
+def _estimate(run: Run) -> dict[str, Any]:
+    """What cross-validation estimates of a run without a test split, else empty."""
+    return run.metrics.get("cross_validation") or {}
+
+
 def _results(run: Run) -> str:
+    estimate = _estimate(run)
+    values = estimate or run.metrics
     rows = [
-        f"| {name} | {_three_decimals(run.metrics[key])} |"
-        for key, name in _METRICS.items()
-        if run.metrics.get(key) is not None
+        f"| {name} | {_three_decimals(values[key])} |" for key, name in _METRICS.items() if values.get(key) is not None
     ]
     if not rows:
         return "None: there were no test images."
-    return "\n".join(["On the test split of one run.", "", "| metric | value |", "|---|---|", *rows])
+    about = "On the test split of one run."
+    if estimate:
+        low, high = map(_three_decimals, estimate.get("balanced_accuracy_interval") or (None, None))
+        about = (
+            "Estimated by cross-validation on the labelled images, by classifiers that trained without them. The 95% "
+            f"interval of the balanced accuracy is {low} to {high}."
+        )
+    return "\n".join([about, "", "| metric | value |", "|---|---|", *rows])
 
 
 def _rejection(run: Run) -> str:
@@ -144,7 +160,7 @@ def _rejection(run: Run) -> str:
 def _classes(run: Run) -> str:
     unknown = [None] * len(run.class_names)
     counts = run.metrics.get("class_counts") or unknown
-    accuracies = run.metrics.get("per_class_accuracy") or unknown
+    accuracies = (_estimate(run) or run.metrics).get("per_class_accuracy") or unknown
     usual = usual_thresholds(run.calibration, len(run.class_names))
     excluded = unknown if usual is None else usual.probability
     rows = [

@@ -13,6 +13,9 @@ Labels = NDArray[np.int64]
 
 BINS = 15
 
+LEAST_ROWS = 20
+"""Rows of which a temperature is fitted at least."""
+
 
 @dataclass(frozen=True, slots=True)
 class Reliability:
@@ -79,7 +82,9 @@ def expected_calibration_error(probabilities: Floats, labels: Labels, bins: int 
     return reliability(probabilities.max(axis=1), probabilities.argmax(axis=1) == labels, bins).ece
 
 
-def fit_temperature(logits: Floats, labels: Labels, *, low: float = 0.2, high: float = 5.0, least: int = 20) -> float:
+def fit_temperature(
+    logits: Floats, labels: Labels, *, low: float = 0.2, high: float = 5.0, least: int = LEAST_ROWS
+) -> float:
     """The temperature with the lowest negative log-likelihood on validation logits.
 
     Args:

@@ -36,10 +36,21 @@ def rank_thirds(counts: Labels) -> tuple[Labels, Labels, Labels]:
     return many, medium, few
 
 
+def differ_by_group(counts: Labels) -> bool:
+    """Whether the thirds by labelled count (K,) differ: the first has on average at least twice as many as the last."""
+    many, _, few = rank_thirds(counts)
+    return bool(len(few) and counts[many].mean() >= 2 * counts[few].mean())
+
+
 def class_groups(counts: Labels) -> dict[str, Labels]:
-    """Classes by group name, from labelled counts (K,): many / medium / few (rank thirds) and *_shot (by count)."""
+    """Classes by group name, from labelled counts (K,): many / medium / few (rank thirds) and *_shot (by count).
+
+    The thirds have no class where their counts do not differ, see :func:`differ_by_group`.
+    """
+    none = np.empty(0, dtype=np.int64)
+    thirds = rank_thirds(counts) if differ_by_group(counts) else (none, none, none)
     return {
-        **dict(zip(("many", "medium", "few"), rank_thirds(counts), strict=True)),
+        **dict(zip(("many", "medium", "few"), thirds, strict=True)),
         "many_shot": np.flatnonzero(counts > SHOT_MANY),
         "medium_shot": np.flatnonzero((counts <= SHOT_MANY) & (counts >= SHOT_FEW)),
         "few_shot": np.flatnonzero(counts < SHOT_FEW),

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from ulfine_fast.metrics.intervals import Interval, mean_interval
+from ulfine_fast.metrics.intervals import Interval, balanced_difference, mean_interval
 from ulfine_fast.runs.files import RunFiles
 
 _SEED_FIELDS = ("seed", "split_seed")
@@ -46,13 +46,25 @@ class Group:
         """Mean and interval of one metric over the seeds; None where no run has it."""
         return mean_interval(run.number(key) for run in self.runs)
 
+    @property
+    def is_cross_validated(self) -> bool:
+        """Whether cross-validation estimates the metrics of its runs, which have no test split."""
+        return all(run.is_cross_validated for run in self.runs)
+
+    @property
+    def choice(self) -> str:
+        """The metric by which groups are compared: balanced accuracy on validation, or by cross-validation."""
+        validated = self.interval("val.balanced_accuracy") is not None or not self.is_cross_validated
+        return "val.balanced_accuracy" if validated else "cross_validation.balanced_accuracy"
+
 
 def group_runs(runs: Sequence[RunFiles]) -> tuple[list[Group], list[RunFiles]]:
     """Group runs that differ only by seed.
 
     Returns:
-        The groups, best validation balanced accuracy first (groups without one last), and the runs left out because
-        another run has the same setting and seed: counted twice, they would make the intervals too narrow.
+        The groups, best validation balanced accuracy first (groups without one last, then those that are
+        cross-validated), and the runs left out because another run has the same setting and seed: counted twice, they
+        would make the intervals too narrow.
     """
     # runs by setting, then by seed
     by_setting: dict[str, dict[str, RunFiles]] = {}
@@ -85,19 +97,21 @@ def group_runs(runs: Sequence[RunFiles]) -> tuple[list[Group], list[RunFiles]]:
 
 
 def best_by_validation(groups: Sequence[Group]) -> Group:
-    """The group with the best mean validation balanced accuracy; the first where none has validation rows."""
+    """The group with the best mean of :attr:`Group.choice`; the first where no group has it."""
     return max(groups, key=_validation)
 
 
 def indistinguishable(best: Group, groups: Sequence[Group]) -> list[Group]:
-    """The other groups that validation cannot tell from the best one.
+    """The other groups that validation, or cross-validation, cannot tell from the best one.
 
-    Their paired difference of validation balanced accuracy has an interval that reaches zero, or rests on one seed.
-    Groups without a shared split or without validation are left out.
+    Their paired difference of balanced accuracy has an interval that reaches zero, or rests on one seed. Groups without
+    a shared split, or neither validated nor cross-validated, are left out.
     """
     close = []
     for group in groups:
-        difference = None if group is best else paired_difference(best, group, "val.balanced_accuracy")
+        if group is best:
+            continue
+        difference = held_out_difference(best, group) or paired_difference(best, group, "val.balanced_accuracy")
         # a single seed has a half width of NaN, which no comparison exceeds
         if difference is not None and not difference.mean - difference.half > 0:
             close.append(group)
@@ -117,6 +131,42 @@ def paired_difference(group: Group, other: Group, key: str) -> Interval | None:
     values = {(json.dumps(run.seed), run.split_digest): run.number(key) for run in other.runs}
     pairs = [(run, values.get((json.dumps(run.seed), run.split_digest))) for run in group.runs]
     return mean_interval(run.number(key) - value for run, value in pairs if value is not None)
+
+
+def held_out_difference(group: Group, other: Group, *, balanced: bool = True) -> Interval | None:
+    """`group` minus `other` in correctness on the labelled images that cross-validation held out, image by image.
+
+    Every image has the mean over repeats and seeds, since all of them hold out the same images.
+
+    Args:
+        group: cross-validated.
+        other: likewise.
+        balanced: whether every class has the same weight; False takes the mean over images.
+
+    Returns:
+        Mean and interval; None where one of them has a test split, or they were fitted on other labels.
+    """
+    if not (group.is_cross_validated and other.is_cross_validated):
+        return None
+    rows, other_rows = _held_out(group), _held_out(other)
+    if rows is None or other_rows is None or rows.keys() != other_rows.keys():
+        return None
+    difference = np.array([rows[key] - other_rows[key] for key in rows])
+    labels = np.array([label for _, label in rows])
+    return balanced_difference(difference, labels if balanced else np.zeros_like(labels))
+
+
+def _held_out(group: Group) -> dict[tuple[str, int], float] | None:
+    """Mean correctness of each held-out image by id and label; None where the seeds have other images."""
+    sums: dict[tuple[str, int], float] = {}
+    for i, run in enumerate(group.runs):
+        rows = run.predictions()
+        assert rows.correct is not None
+        own = dict(zip(zip(rows.ids, rows.labels.tolist(), strict=True), rows.correct.tolist(), strict=True))
+        if i and own.keys() != sums.keys():
+            return None
+        sums = {key: sums.get(key, 0.0) + value for key, value in own.items()}
+    return {key: value / len(group.runs) for key, value in sums.items()}
 
 
 def rank_order(run: RunFiles) -> np.ndarray:
@@ -154,9 +204,10 @@ def _setting(run: RunFiles) -> dict[str, Any]:
     return setting | {"encoder": run.encoder.get("sha256") or run.encoder.get("name"), "realigned": by}
 
 
-def _validation(group: Group) -> float:
-    interval = group.interval("val.balanced_accuracy")
-    return -math.inf if interval is None else interval.mean
+def _validation(group: Group) -> tuple[bool, float]:
+    """What groups are ordered by; estimates by cross-validation are of other images, and come after the others."""
+    interval = group.interval(group.choice)
+    return not group.is_cross_validated, -math.inf if interval is None else interval.mean
 
 
 def _shorten(value: object) -> str:

@@ -36,17 +36,30 @@ class Calibration:
     scores: NDArray[np.float32]
 
     @classmethod
-    def of_validation(
+    def held_out(
         cls,
         ids: list[str],
         labels: NDArray[np.int64],
         logits: NDArray[np.floating[Any]],
         scores: NDArray[np.floating[Any]],
+        *,
+        in_fold: bool,
     ) -> Calibration:
-        """Validation images, from their calibrated logits (n, K) and scores (n,)."""
+        """Images of a fold or of validation, from their calibrated logits (n, K) and scores (n,)."""
         own = metrics.softmax(logits)[np.arange(len(labels)), labels] if len(labels) else np.zeros(0)
-        in_fold = np.zeros(len(labels), np.bool_)
-        return cls(ids, labels, in_fold, own.astype(np.float32), scores.astype(np.float32))
+        folds = np.full(len(labels), in_fold)
+        return cls(ids, labels, folds, own.astype(np.float32), scores.astype(np.float32))
+
+    def of_validation(self) -> Calibration:
+        """Those of validation alone."""
+        rows = np.flatnonzero(~self.in_fold)
+        return Calibration(
+            [self.ids[row] for row in rows],
+            self.labels[rows],
+            self.in_fold[rows],
+            self.probabilities[rows],
+            self.scores[rows],
+        )
 
     def joined(self, other: Calibration) -> Calibration:
         """These images, then the other ones."""
@@ -168,6 +181,32 @@ class ClassSets:
         if about["in_every_set"]:
             lines.append(f"too few held-out labels to leave it out of any set: {_some(about['in_every_set'])}")
         return lines
+
+
+def mean_calibration(calibrations: Sequence[Calibration]) -> Calibration:
+    """What the mean of several runs says of the labels that all of them held out.
+
+    Raises:
+        InputError: they held other labels out.
+    """
+    first = calibrations[0]
+    if len(calibrations) == 1:
+        return first
+    orders = [sorted(range(len(each)), key=each.ids.__getitem__) for each in calibrations]
+    ids = [[each.ids[row] for row in order] for each, order in zip(calibrations, orders, strict=True)]
+    if any(others != ids[0] for others in ids[1:]):
+        raise InputError(
+            f"these {len(calibrations)} runs held different labels out, so that their mean is not calibrated; name one "
+            "of the runs, or fit them with one split_seed"
+        )
+    pairs = list(zip(calibrations, orders, strict=True))
+    return Calibration(
+        ids[0],
+        first.labels[orders[0]],
+        first.in_fold[orders[0]],
+        np.mean([each.probabilities[order] for each, order in pairs], axis=0, dtype=np.float32),
+        np.mean([each.scores[order] for each, order in pairs], axis=0, dtype=np.float32),
+    )
 
 
 def reject(calibration: Calibration, scores: NDArray[np.floating[Any]], rate: float) -> Rejected:

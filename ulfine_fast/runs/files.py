@@ -39,7 +39,7 @@ from ulfine_fast.runs.folder import (
     swap_in,
     write_error,
 )
-from ulfine_fast.runs.schemas import Config, Metrics
+from ulfine_fast.runs.schemas import Config, CrossValidation, Metrics
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -53,6 +53,8 @@ _REQUIRED = ("config.json", "split.json", "metrics.json", "predictions.parquet")
 _FIX = "fit the run again"
 _MAX_HISTORY_BYTES = 1 << 30
 _ROLES = ("labeled", "unlabeled", "val", "test")
+# the part of predictions.parquet with labelled images by fits without them
+HELD_OUT = "cross-validation"
 # columns of history.csv; those of class K are "rate_K" and so on
 _HISTORY = (
     "step",
@@ -78,7 +80,7 @@ _METRICS_PER_CLASS = (
 
 @dataclass(frozen=True, slots=True)
 class Predictions:
-    """Predictions of a run's test images.
+    """Predictions of a run's test images, or of its labelled images by fits without them.
 
     Attributes:
         ids: image ids, length n.
@@ -86,6 +88,8 @@ class Predictions:
         predicted: predicted class (n,) int64.
         confidence: probability of the predicted class (n,) float64, 0..1, after temperature scaling.
         probabilities: the same of all classes (n, K) float32, rows sum to 1.
+        correct: of cross-validation the fraction of its repeats in which the prediction is right (n,) float64; of test
+            images None.
     """
 
     ids: list[str]
@@ -93,6 +97,7 @@ class Predictions:
     predicted: np.ndarray
     confidence: np.ndarray
     probabilities: np.ndarray
+    correct: np.ndarray | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,15 +150,18 @@ class RunFiles:
         return None if self.cache is None or names_another_machine(self.cache) else self.cache
 
     def number(self, key: str) -> float:
-        """One metric as a float; NaN where it is null or absent, `val.` looks into the validation metrics."""
-        values = self.metrics
-        if key.startswith("val."):
-            values, key = self.metrics.get("val") or {}, key[4:]
+        """One metric as a float, NaN where it is null or absent; `val.` and `cross_validation.` look into these."""
+        part, _, name = key.rpartition(".")
+        values, key = (self.metrics.get(part) or {}, name) if part else (self.metrics, name)
         return _number(values.get(key), key, self.path / "metrics.json")
 
     def per_class(self, key: str) -> np.ndarray:
-        """One metric per class (K,) float64; NaN where it is null, all NaN when the metric is absent."""
-        values = self.metrics.get(key) or [None] * len(self.class_names)
+        """One metric per class (K,) float64; NaN where it is null, all NaN when the metric is absent.
+
+        Accuracies are those of cross-validation where there is no test split.
+        """
+        estimate = self.metrics.get("cross_validation") or {}
+        values = self.metrics.get(key) or estimate.get(key) or [None] * len(self.class_names)
         return np.array([_number(value, key, self.path / "metrics.json") for value in values], dtype=np.float64)
 
     def history_rows(self) -> list[dict[str, Any]]:
@@ -168,30 +176,44 @@ class RunFiles:
             rows.append(row)
         return rows
 
+    @property
+    def is_cross_validated(self) -> bool:
+        """Whether its metrics are estimates by cross-validation, as it has no test split."""
+        return bool((self.metrics.get("cross_validation") or {}).get("rows"))
+
     def predictions(self) -> Predictions:
-        """Read the test rows of predictions.parquet.
+        """Read what the metrics are of in predictions.parquet: test rows, or labelled rows by cross-validation.
 
         Raises:
             InputError: the file is cut, lacks a column, or names a class that does not exist.
         """
+        return self._predictions(HELD_OUT if self.is_cross_validated else "test")
+
+    def test_predictions(self) -> Predictions:
+        """Read the test rows of predictions.parquet, none of a run without a test split; raises likewise."""
+        return self._predictions("test")
+
+    def _predictions(self, split: str) -> Predictions:
         file, classes = self.path / "predictions.parquet", len(self.class_names)
         _check_parquet(file)
         try:
-            table = pq.read_table(file, columns=["id", "split", "label", "predicted", "confidence", "probabilities"])
-            table = table.filter(pa.compute.equal(table["split"], "test"))
+            columns = ["id", "split", "label", "predicted", "confidence", "probabilities"]
+            table = pq.read_table(file, columns=[*columns, *(["correct"] if split == HELD_OUT else [])])
+            table = table.filter(pa.compute.equal(table["split"], split))
             ids = table["id"].cast(pa.string()).to_pylist()
             labels, predicted = (table[name].cast(pa.int64()).to_numpy() for name in ("label", "predicted"))
             confidence = table["confidence"].cast(pa.float64()).to_numpy()
             flat = table["probabilities"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
             probabilities = flat.astype(np.float32).reshape(len(labels), classes)  # (n, K)
+            correct = table["correct"].cast(pa.float64()).to_numpy() if split == HELD_OUT else None
             missing = sum(table[name].null_count for name in ("id", "label", "predicted"))
         except (pa.ArrowException, KeyError, OSError, ValueError, TypeError, AttributeError, MemoryError) as error:
             raise InputError(f"{file} cannot be read ({_one_line(error)}); it is damaged, {_FIX}") from error
-        if missing or not np.isfinite(probabilities).all():
+        if missing or not np.isfinite(probabilities).all() or (correct is not None and np.isnan(correct).any()):
             raise InputError(f"{file} has an empty cell or a probability that is no number; {_FIX}")
         if ((labels < -1) | (labels >= classes) | (predicted < 0) | (predicted >= classes)).any():
             raise InputError(f"{file} names a class outside 0..{classes - 1}; fit the run again")
-        return Predictions(ids, labels, predicted, confidence, probabilities)
+        return Predictions(ids, labels, predicted, confidence, probabilities, correct)
 
     def calibration(self) -> Calibration | None:
         """Read calibration.parquet: what rejection and sets are calibrated on; None where the run has no such file.
@@ -397,8 +419,10 @@ def load_run(folder: Path) -> RunFiles:
     metrics = _read_object(metrics_file)
     numbers = check_schema(metrics, Metrics, name=str(metrics_file), fix=_FIX)
     classes = len(known.class_names)
-    for key in _METRICS_PER_CLASS:
-        values = getattr(numbers, key)
+    estimate = numbers.cross_validation or CrossValidation()
+    per_class = [(key, getattr(numbers, key)) for key in _METRICS_PER_CLASS]
+    per_class += [(key, getattr(estimate, key)) for key in ("per_class_accuracy", "per_class_interval")]
+    for key, values in per_class:
         if values is not None and len(values) != classes:
             raise InputError(f"metrics.json in {folder}: {key} should have {classes} values, got {len(values)}; {_FIX}")
 
@@ -582,15 +606,21 @@ def _read_history(file: Path, *, needed: bool) -> dict[str, np.ndarray]:
 
 
 def _write_predictions(file: Path, run: Run) -> None:
-    probabilities = run.test_probabilities
+    held_out = run.held_out
+    if held_out is None:
+        ids, labels, probabilities, split = run.test_ids, run.test_labels, run.test_probabilities, "test"
+    else:
+        ids, labels, probabilities, split = held_out.ids, held_out.labels, held_out.probabilities, HELD_OUT
     columns = {
-        "id": pa.array(run.test_ids, pa.string()),
-        "split": pa.array(["test"] * len(run.test_ids), pa.string()),
-        "label": pa.array(run.test_labels, pa.int32()),
+        "id": pa.array(ids, pa.string()),
+        "split": pa.array([split] * len(ids), pa.string()),
+        "label": pa.array(labels, pa.int32()),
         "predicted": pa.array(probabilities.argmax(1) if len(probabilities) else [], pa.int32()),
         "confidence": pa.array(probabilities.max(1) if len(probabilities) else [], pa.float32()),
         "probabilities": pa.array(list(probabilities), pa.list_(pa.float32())),
     }
+    if held_out is not None:
+        columns["correct"] = pa.array(held_out.correct, pa.float32())
     pq.write_table(pa.table(columns), file)
 
 

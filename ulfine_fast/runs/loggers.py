@@ -58,8 +58,8 @@ def evaluations(run: RunFiles) -> Iterator[tuple[int, dict[str, float]]]:
 
 
 def final_metrics(run: RunFiles) -> dict[str, float]:
-    """Numbers of metrics.json: "test/accuracy", "val/accuracy" and so on."""
-    splits = {"test": run.metrics, "val": run.metrics.get("val") or {}}
+    """Numbers of metrics.json: "test/accuracy", "val/accuracy", "cross_validation/accuracy" and so on."""
+    splits = {"test": run.metrics, **{name: run.metrics.get(name) or {} for name in ("val", "cross_validation")}}
     return {
         f"{split}/{name}": float(value)
         for split, values in splits.items()

@@ -25,7 +25,7 @@ from ulfine_fast.cache.pipeline.views import ViewRecipe
 from ulfine_fast.cache.sources import ImageFolder, ImageTable
 from ulfine_fast.cache.sources.table import SUFFIXES
 from ulfine_fast.metrics import classification as metrics
-from ulfine_fast.runs.calibration import Calibration, ClassSets, Rejected, class_sets, reject
+from ulfine_fast.runs.calibration import Calibration, ClassSets, Rejected, class_sets, mean_calibration, reject
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -224,6 +224,16 @@ def images_at(where: str | Path | Any) -> ListedSource:
         return ImageTable(where)
     path = Path(where)
     return ImageTable(path) if path.suffix.lower() in SUFFIXES else ImageFolder(path)
+
+
+def mean_of_seeds(runs: Sequence[Run]) -> Scorer:
+    """A scorer for :func:`predict_images`: mean probabilities (n, K) and scores (n,) of the seeds of one fit."""
+    return Scorer(
+        lambda features: np.mean([run.predict_proba(features) for run in runs], axis=0, dtype=np.float32),
+        lambda features: np.mean([run.scores(features) for run in runs], axis=0, dtype=np.float32),
+        runs[0].class_names,
+        lambda: mean_calibration([run.calibrated() for run in runs]),
+    )
 
 
 def mean_of_logits(probabilities: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:

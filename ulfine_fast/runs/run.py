@@ -19,7 +19,7 @@ from ulfine_fast.methods.registry import method_of
 from ulfine_fast.metrics import classification as metrics
 from ulfine_fast.ops.prototypes import normalize
 from ulfine_fast.runs.calibration import Calibration, class_sets, reject
-from ulfine_fast.runs.files import load_run, write_run
+from ulfine_fast.runs.files import RunFiles, load_run, write_run
 
 if TYPE_CHECKING:
     from ulfine_fast.cache.store import FeatureCache
@@ -93,6 +93,23 @@ class Head:
         return apply_adapter(self.tensors, rows.unsqueeze(0), self.trials.values["adapter_scale"])  # (1, n, D)
 
 
+@dataclass(frozen=True)
+class HeldOut:
+    """Labelled images, as fits without them predict them in cross-validation; means over its repeats.
+
+    Attributes:
+        ids: image ids (L,), of images that were held out.
+        labels: their class indices (L,).
+        probabilities: calibrated (L, K).
+        correct: fraction of the repeats in which the most likely class is the label (L,).
+    """
+
+    ids: list[str]
+    labels: NDArray[np.int64]
+    probabilities: NDArray[np.float32]
+    correct: NDArray[np.float64]
+
+
 @dataclass
 class Run:
     """What :func:`ulfine_fast.fit` returns.
@@ -101,7 +118,8 @@ class Run:
         config: the trial's settings.
         class_names: (K,).
         tensors: the trained tensors by name, without a trials axis, e.g. "linear" (K, D).
-        metrics: metrics on the test split, and under "val" on validation; fractions in [0, 1].
+        metrics: metrics on the test split, under "val" on validation, and under "cross_validation" what that estimates
+            where there is no test split; fractions in [0, 1].
         split: image ids by role, see :mod:`ulfine_fast.data.splits`.
         history: one dictionary per evaluation.
         test_ids: image ids of the test split (E,).
@@ -112,6 +130,7 @@ class Run:
         status: "done"; "stopped" early, without progress; "pruned" by a sweep; or "failed", its numbers no longer
             finite, without tensors. For all but "done", `metrics` has the step: "stopped_at" and so on.
         relabeled: digest of the labels that replaced the cache's own, None where none did.
+        held_out: the images of cross-validation, None where there was none.
         calibration: labelled images that it did not learn from, on which :meth:`reject` and :meth:`predict_sets` are
             calibrated; None for runs of versions that kept none.
     """
@@ -129,6 +148,7 @@ class Run:
     cache_path: Path | None = None
     status: str = "done"
     relabeled: str | None = None
+    held_out: HeldOut | None = None
     calibration: Calibration | None = None
 
     def head(self, dtype: torch.dtype = torch.float32) -> Head:
@@ -258,7 +278,7 @@ class Run:
         files = load_run(folder)
         if files.encoder:
             refuse_incomplete_encoder(files.encoder, folder)
-        predictions = files.predictions()
+        predictions = files.test_predictions()
         run = cls(
             config=FitConfig.from_dict(files.config, saved=True),
             class_names=files.class_names,
@@ -273,6 +293,7 @@ class Run:
             cache_path=None if files.cache is None else Path(files.cache),
             status=files.status,
             relabeled=files.relabeled,
+            held_out=_held_out(files),
             calibration=files.calibration(),
         )
         run.refuse_other_tensors(folder / "heads.safetensors")
@@ -313,6 +334,16 @@ class Run:
         """
         if self.failure is not None:
             raise InputError(self.failure)
+
+
+def _held_out(files: RunFiles) -> HeldOut | None:
+    """The images of cross-validation in a run folder, None where there are none."""
+    if not files.is_cross_validated:
+        return None
+    rows = files.predictions()
+    if not rows.ids or rows.correct is None:
+        return None
+    return HeldOut(rows.ids, rows.labels, rows.probabilities, rows.correct)
 
 
 def refuse_incomplete_encoder(encoder: dict[str, Any], folder: Path) -> None:

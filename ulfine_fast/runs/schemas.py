@@ -8,6 +8,7 @@ import msgspec
 
 _Count = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
 _Fractions = list[float | None]
+_Ends = Annotated[list[float], msgspec.Meta(min_length=2, max_length=2)]
 _Interval = Annotated[list[float | None], msgspec.Meta(min_length=3, max_length=3)]
 
 
@@ -60,10 +61,22 @@ class SplitMetrics(msgspec.Struct):
     temperature: Annotated[float, msgspec.Meta(gt=0)] = 1.0
 
 
+class CrossValidation(SplitMetrics):
+    """The metrics that cross-validation estimates."""
+
+    folds: _Count = 0
+    repeats: _Count = 0
+    rows: _Count = 0
+    balanced_accuracy_interval: _Ends | None = None
+    per_class_accuracy: _Fractions | None = None
+    per_class_interval: list[_Ends | None] | None = None
+
+
 class Metrics(SplitMetrics):
     """metrics.json."""
 
     val: SplitMetrics | None = None
+    cross_validation: CrossValidation | None = None
     pseudo_label_rate: float | None = None
     pseudo_label_precision: float | None = None
     confidence_on_false: float | None = None

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ulfine_fast.cache.io.errors import InputError
 from ulfine_fast.metrics.intervals import mean_interval
 from ulfine_fast.runs.files import may_replace, write_runs
@@ -29,8 +31,19 @@ HEADLINE = (
     "seconds",
 )
 
+ESTIMATED = {
+    "cross_validated_accuracy": "accuracy",
+    "cross_validated_balanced_accuracy": "balanced_accuracy",
+    "cross_validated_ece": "ece_temperature_scaled",
+}
+"""Names of the main metrics that cross-validation estimates, and what metrics.json calls them."""
+
 MeanMetrics = dict[str, dict[str, float | int]]
-"""By metric: mean, half_width of the 95% t-interval (0 for a single run), and n, the runs that have it."""
+"""By metric: mean, half_width of the 95% t-interval (0 for a single run), and n, the runs that have it.
+
+Estimates by cross-validation are of the same labels for every seed, so that a t-interval over seeds would be too
+narrow: where they have an interval, `low` and `high` are the means of its ends, and half_width is half of it.
+"""
 
 
 def mean_metrics(metrics: Sequence[dict[str, Any]], names: Sequence[str] = HEADLINE) -> MeanMetrics:
@@ -46,6 +59,14 @@ def mean_metrics(metrics: Sequence[dict[str, Any]], names: Sequence[str] = HEADL
         if interval is not None:
             half_width = 0.0 if interval.n == 1 else interval.half
             means[name] = {"mean": interval.mean, "half_width": half_width, "n": interval.n}
+
+    # estimates by cross-validation
+    estimates = [values["cross_validation"] for values in metrics if (values.get("cross_validation") or {}).get("rows")]
+    for name, key in ESTIMATED.items() if estimates else ():
+        means[name] = {"mean": float(np.mean([estimate[key] for estimate in estimates])), "n": len(estimates)}
+        if f"{key}_interval" in estimates[0]:
+            low, high = np.mean([estimate[f"{key}_interval"] for estimate in estimates], axis=0)
+            means[name] |= {"half_width": float(high - low) / 2, "low": float(low), "high": float(high)}
     return means
 
 
@@ -76,6 +97,24 @@ def save_runs(runs: Sequence[Run], out: Path) -> MeanMetrics:
     failed = [folder for folder in folders if folder not in saved and folder.exists()]
     write_runs(saved, (out, summary), emptied=failed)
     return means
+
+
+def load_seeds(folder: Path) -> list[Run]:
+    """The run in a folder, or those of several seeds in the folders below it.
+
+    Raises:
+        InputError: no run there, runs that are not seeds of one fit, or one of another version or damaged.
+    """
+    inner = [] if (folder / CONFIG).exists() else sorted(folder.glob(f"*/{CONFIG}"))
+    if not inner:
+        return [Run.load(folder)]
+    runs = [Run.load(file.parent) for file in inner]
+    for file, run in zip(inner, runs, strict=True):
+        same = (run.config.method, run.class_names, run.input_shape, (run.encoder or {}).get("sha256"))
+        first = (runs[0].config.method, runs[0].class_names, runs[0].input_shape, (runs[0].encoder or {}).get("sha256"))
+        if same != first:
+            raise InputError(f"{file.parent} is no seed of the same fit as {inner[0].parent}; name one of them")
+    return runs
 
 
 def run_folders(out: Path, seeds: Sequence[int]) -> list[Path]:

@@ -279,6 +279,8 @@ def _refit(
         device=plan.device,
         engine=plan.engine,
         progress=progress,
+        # as in the search, validation images are held out
+        cross_validate=False,
         # named after its trials: an interrupted refit may be of others than those that are best now
         checkpoint=plan.out / CHECKPOINTS / "-".join(["refit", *(str(trial.trial) for trial in best)]),
     )

@@ -129,6 +129,11 @@ class _Task:
         """Refuses features or labels that are not those the run was fitted on, and a run realigned before."""
         run.refuse_failed()
         refuse_other_encoder(run, cache)
+        if run.metrics.get("cross_validation"):
+            raise InputError(
+                f"the {run.config.method} run trained on every label, and realign chooses on validation images; fit "
+                "with --test-fraction 0.2"
+            )
         if not run.split["labeled"]:
             raise InputError(
                 f"the {run.config.method} run was fitted without labelled images, and realign needs some; fit with "
@@ -189,8 +194,12 @@ class _Task:
             "val": metrics.classification(val_logits, labels[self.val], self.counts, temperature),
             "realigned": note,
         }
-        run.calibration = Calibration.of_validation(
-            [self.cache.ids[row] for row in self.val], labels[self.val], val_logits / temperature, val_scores
+        run.calibration = Calibration.held_out(
+            [self.cache.ids[row] for row in self.val],
+            labels[self.val],
+            val_logits / temperature,
+            val_scores,
+            in_fold=False,
         )
         run.test_ids = [self.cache.ids[row] for row in self.test]
         run.test_labels = labels[self.test]
