@@ -25,6 +25,20 @@ def predict(
     five_crops: Annotated[
         bool, typer.Option("--five-crops", help="Average the logits of four corners and the middle, as LIFT does.")
     ] = False,
+    reject: Annotated[
+        float | None,
+        typer.Option(
+            help="Mark images that are none of the classes, at this rate of false rejection, such as 0.05 (between 0 "
+            "and 1)."
+        ),
+    ] = None,
+    sets: Annotated[
+        float | None,
+        typer.Option(
+            help="List every class that cannot be excluded, so that this fraction of the lists, such as 0.9, holds the "
+            "true class (between 0 and 1)."
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print counts as JSON.")] = False,
 ) -> None:
     """Predict the class of each image: id, class, probability and the five likeliest classes."""
@@ -35,14 +49,22 @@ def predict(
     runs, source = load_seeds(run), images_at(images)
     print_notes(source)
     predictions = predict_images(
-        runs[0], source, device=device, batch_size=batch_size, five_crops=five_crops, scorer=mean_of_seeds(runs)
+        runs[0],
+        source,
+        device=device,
+        batch_size=batch_size,
+        five_crops=five_crops,
+        scorer=mean_of_seeds(runs),
+        rate=reject,
+        coverage=sets,
     )
     write_predictions(predictions, out)
     if as_json:
-        counts = {"images": len(predictions.ids), "seeds": len(runs), "skipped": predictions.skipped, "out": str(out)}
-        typer.echo(json.dumps(counts))
+        typer.echo(json.dumps({**predictions.summary(), "seeds": len(runs), "out": str(out)}))
         return
     seeds = f", mean of {len(runs)} seeds" if len(runs) > 1 else ""
     typer.echo(f"{len(predictions.ids)} images{seeds}: {out}")
+    for line in predictions.lines():
+        typer.echo(printable(line))
     for name, reason in predictions.skipped:
         typer.echo(f"skipped {printable(name)}: {printable(reason)}", err=True)

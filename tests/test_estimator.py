@@ -48,6 +48,69 @@ def digits():
     return features, labels, y
 
 
+# -- none of the classes, and sets of them
+
+
+@pytest.fixture(scope="module")
+def without_two():
+    """Standardised digits, their classes, y with 30 of each class but eight and nine, and which rows are new."""
+    features, labels = load_digits(return_X_y=True)
+    # in the data's own order, one writer follows the other
+    order = np.random.default_rng(0).permutation(len(labels))
+    features, labels = StandardScaler().fit_transform(features)[order], labels[order]
+    y = np.full(len(labels), -1)
+    for k in range(8):
+        y[np.flatnonzero(labels == k)[:30]] = k
+    new = np.arange(len(labels)) >= 900
+    return features, labels, y, new
+
+
+def test_rows_of_no_class_are_rejected_and_sets_hold_the_class(without_two):
+    features, labels, y, new = without_two
+    trained = ~new & (labels < 8)
+    model = ULFinePlusClassifier().fit(features[trained], y[trained])
+    known, unknown = new & (labels < 8), new & (labels >= 8)
+    predicted = model.predict(features[new], reject=0.05)
+    plain = model.predict(features[new])
+    assert ((predicted == plain) | (predicted == -1)).all()
+    assert (model.predict(features[known], reject=0.05) == -1).mean() < 0.12
+    assert (model.predict(features[unknown], reject=0.2) == -1).mean() > (
+        model.predict(features[known], reject=0.2) == -1
+    ).mean() + 0.1
+    sets = model.predict_sets(features[known], coverage=0.9)
+    assert sets.shape == (known.sum(), 8)
+    assert 0.85 < sets[np.arange(known.sum()), labels[known]].mean() < 0.99
+    wide = model.predict_sets(features[known], coverage=0.99).sum(1)
+    assert (wide >= sets.sum(1)).all()
+
+
+@pytest.mark.parametrize(
+    ("classes", "rejected"),
+    [(["a", "bb"], "-1"), ([3, 7], -1), (np.array([3, 7], np.uint8), -1), (np.array(["a", "b"], object), "-1")],
+)
+def test_rejected_rows_are_marked_as_rows_without_a_class_are(digits, classes, rejected):
+    features, labels, _ = digits
+    kept = labels < 2
+    y = np.asarray(classes)[labels[kept]]
+    model = LinearProbeClassifier(steps=20, val_fraction=0.5).fit(features[kept], y)
+    found = model.predict(features, reject=0.1)
+    assert set(found[(found != classes[0]) & (found != classes[1])]) == {rejected}
+    assert (found[kept] == y).mean() > 0.8
+
+
+def test_what_cannot_be_rejected_is_said(digits):
+    features, labels, _ = digits
+    kept = labels < 2
+    model = LinearProbeClassifier(steps=5).fit(features[kept], labels[kept])
+    for call in (lambda: model.predict(features, reject=0.1), lambda: model.predict_sets(features)):
+        with pytest.raises(InputError, match=r"held no labels out.*val_fraction above 0"):
+            call()
+    signs = np.where(labels[kept] == 0, -1, 1)
+    model = LinearProbeClassifier(steps=5, val_fraction=0.2).fit(features[kept], signs)
+    with pytest.raises(InputError, match="a class is called -1, which marks rejected rows"):
+        model.predict(features, reject=0.1)
+
+
 # -- what scikit-learn does with classifiers
 
 

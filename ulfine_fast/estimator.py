@@ -25,6 +25,8 @@ from ulfine_fast.config import FitConfig, own_options, shared_options
 from ulfine_fast.data.splits import Split
 from ulfine_fast.engine.fit import fit
 from ulfine_fast.methods import registry
+from ulfine_fast.runs.calibration import class_sets
+from ulfine_fast.runs.calibration import reject as judge
 from ulfine_fast.runs.run import Run
 
 UNLABELED = -1
@@ -179,16 +181,55 @@ class FeatureClassifier(ClassifierMixin, BaseEstimator):
         odds = np.exp(logits - logits.max(axis=1, keepdims=True))
         return odds / odds.sum(axis=1, keepdims=True)
 
-    def predict(self, X: ArrayLike) -> NDArray[Any]:
-        """Classes (n,)."""
-        logits = self._logits(X)
-        predicted: NDArray[Any] = self.classes_[logits.argmax(axis=1)]
-        return predicted
+    def predict(self, X: ArrayLike, *, reject: float | None = None) -> NDArray[Any]:
+        """Classes (n,).
 
-    def _logits(self, X: ArrayLike) -> NDArray[np.float64]:
+        Args:
+            X: features (n, D).
+            reject: fraction of the known classes' rows that may be rejected as none of the classes, such as 0.05; these
+                are -1, or "-1" among texts, as rows without a class are in `fit`. None rejects none.
+
+        Raises:
+            InputError: a fraction outside 0..1, or no labels that were held out: see `predict_sets`.
+        """
+        rows = self._rows(X)
+        logits = self.run_.logits(rows, exact=True)
+        predicted: NDArray[Any] = self.classes_[logits.argmax(axis=1)]
+        if reject is None:
+            return predicted
+        if np.isin(str(UNLABELED), self.classes_.astype(str)):
+            raise InputError(
+                f"a class is called {UNLABELED}, which marks rejected rows; rename it, or leave out reject"
+            )
+        rejected = judge(self.run_.calibrated(), self.run_.scores(rows, exact=True), reject).rejected
+        texts = isinstance(self.classes_[0], str)
+        # of 64 bits, so that NumPy takes a type that holds both
+        return np.where(rejected, str(UNLABELED) if texts else np.int64(UNLABELED), predicted)
+
+    def predict_sets(self, X: ArrayLike, coverage: float = 0.9) -> NDArray[np.bool_]:
+        """The classes of each row that cannot be excluded (n, K), in the order of `classes_`.
+
+        They are calibrated class by class on labelled rows that were held out: those of `val_fraction`, and those of
+        the folds of a method with folds, such as ulfine_plus.
+
+        Args:
+            X: features (n, D).
+            coverage: fraction of rows whose set holds their class, above 0 and below 1.
+
+        Raises:
+            InputError: another coverage, or no labels that were held out.
+        """
+        probabilities = self.predict_proba(X)
+        return class_sets(self.run_.calibrated(), probabilities, coverage).sets
+
+    def _rows(self, X: ArrayLike) -> NDArray[np.float64]:
         check_is_fitted(self, "run_")
         refuse_masked("X", X)
-        rows = validate_data(self, X, dtype=np.float64, reset=False)
+        rows: NDArray[np.float64] = validate_data(self, X, dtype=np.float64, reset=False)
+        return rows
+
+    def _logits(self, X: ArrayLike) -> NDArray[np.float64]:
+        rows = self._rows(X)
         return self.run_.logits(rows, exact=True).astype(np.float64)
 
     def _labels(self, y: ArrayLike, weights: NDArray[np.float64]) -> tuple[NDArray[Any], NDArray[np.int64]]:

@@ -25,7 +25,7 @@ def test_every_class_is_spread_evenly_and_a_single_label_is_never_held_out():
         assert (repeat[LABELS == 3] == -1).all()
         assert (repeat[LABELS < 3] >= 0).all()
         for k, most in ((0, 3), (1, 2), (2, 1)):
-            sizes = np.bincount(repeat[LABELS == k], minlength=5)
+            sizes = np.bincount(repeat[k == LABELS], minlength=5)
             assert sizes.max() == most
             assert sizes.max() - sizes.min() <= 1
         # classes go on where the one before ended

@@ -53,6 +53,9 @@ def same(runs, others):
         assert one.tensors.keys() == other.tensors.keys()
         assert all(torch.equal(one.tensors[name], other.tensors[name]) for name in one.tensors)
         np.testing.assert_array_equal(one.test_probabilities, other.test_probabilities)
+        if one.status != "failed":
+            assert one.calibration.ids == other.calibration.ids
+            np.testing.assert_array_equal(one.calibration.scores, other.calibration.scores)
 
 
 class Died(BaseException):

@@ -68,6 +68,64 @@ def test_onnx_agrees_for_batches_of_any_size(fitted, clusters, tmp_path, method)
     assert json.loads((tmp_path / "out/config.json").read_text())["opset"] == 18
 
 
+@pytest.mark.parametrize("to", ["safetensors", "onnx"])
+def test_an_export_rejects_and_excludes_as_the_run_does(fitted, clusters, tmp_path, to):
+    run = fitted("ulfine_plus")
+    folder = export(run, tmp_path / "out", to=to)
+    again = load(folder)
+    np.testing.assert_allclose(again.scores(clusters.plain), run.scores(clusters.plain), atol=1e-3)
+    for rate, coverage in ((0.1, 0.9), (0.3, 0.6)):
+        # a score or probability at its threshold may fall on either side
+        assert (again.reject(clusters.plain, rate) != run.reject(clusters.plain, rate)).sum() <= 1
+        assert (again.predict_sets(clusters.plain, coverage) != run.predict_sets(clusters.plain, coverage)).sum() <= 1
+    assert 0 < run.reject(clusters.plain, 0.3).sum() < len(clusters)
+    assert again.reject(clusters.plain[:0]).shape == (0,)
+    card = (folder / "README.md").read_text()
+    assert f"Calibrated on {len(run.calibration)} held-out labels" in card
+    # image ids stay here
+    assert run.calibration.ids[0] not in (folder / "config.json").read_text()
+    with pytest.raises(InputError, match="must be above 0 and below 1"):
+        again.reject(clusters.plain, 2)
+
+
+def test_a_graph_has_its_thresholds_for_other_programs(fitted, clusters, tmp_path):
+    run = fitted("linear_probe")
+    session = onnxruntime.InferenceSession(export(run, tmp_path / "out", to="onnx") / "model.onnx")
+    properties = session.get_modelmeta().custom_metadata_map
+    features = np.asarray(clusters.plain, np.float32)
+    probabilities, scores = session.run(None, {"features": features})
+    sets = probabilities >= np.array(json.loads(properties["sets_0.9"]), np.float32)
+    assert (sets != run.predict_sets(features, 0.9)).sum() <= 1
+    assert ((scores < json.loads(properties["reject_0.05"])) != run.reject(features, 0.05)).sum() <= 1
+    # with too few labels for the rate, the metadata say so
+    few = replace(
+        run,
+        calibration=replace(
+            run.calibration,
+            **{
+                name: getattr(run.calibration, name)[:10]
+                for name in ("ids", "labels", "in_fold", "probabilities", "scores")
+            },
+        ),
+    )
+    folder = export(few, tmp_path / "few", to="onnx")
+    few_properties = onnxruntime.InferenceSession(folder / "model.onnx").get_modelmeta().custom_metadata_map
+    assert json.loads(few_properties["reject_0.05"]) is None
+    assert "too few to reject images at a rate of 0.05" in (folder / "README.md").read_text()
+
+
+@pytest.mark.parametrize("to", ["safetensors", "onnx"])
+def test_an_export_of_a_run_saved_before_says_to_fit_again(fitted, clusters, tmp_path, to):
+    again = load(export(replace(fitted("linear_probe"), calibration=None), tmp_path / "out", to=to))
+    np.testing.assert_allclose(
+        again.predict_proba(clusters.plain), fitted("linear_probe").predict_proba(clusters.plain), atol=1e-4
+    )
+    for call in (again.reject, again.predict_sets):
+        with pytest.raises(InputError, match="fit it again"):
+            call(clusters.plain)
+    assert "neither rejection nor sets of classes are calibrated" in (tmp_path / "out/README.md").read_text()
+
+
 def test_torchs_own_formats_agree_and_are_not_opened_here(fitted, clusters, tmp_path):
     run, rows = fitted("ulfine"), clusters.plain[:7].astype(np.float32)
     traced = export(run, tmp_path / "ts", to="torchscript")
@@ -99,6 +157,11 @@ def test_the_encoder_inside_takes_image_files(world, tmp_path):
         predictions = model.predict_images(images, device="cpu")
         assert predictions.ids == expected.ids
         np.testing.assert_allclose(predictions.probabilities, expected.probabilities, atol=tolerance)
+        judged = model.predict_images(images, device="cpu", rate=0.3, coverage=0.6)
+        own = predict_images(run, images, device="cpu", rate=0.3, coverage=0.6)
+        np.testing.assert_allclose(judged.scores, own.scores, atol=1e-3)
+        assert judged.summary()["sets"]["held_out"] == len(run.calibration)
+        assert (judged.sets.sets != own.sets.sets).sum() <= 1
     # new images in a table have no labels
     table = tmp_path / "images.csv"
     table.write_text("path\n" + "".join(f"{images / name}\n" for name in expected.ids))
@@ -165,7 +228,7 @@ def test_nothing_of_a_run_is_markup_in_the_card(fitted, tmp_path):
     assert "\x1b" not in text
     # in the tables nothing of it adds a cell or a line
     rows = [line for line in text.splitlines() if line.startswith("|")]
-    assert {re.sub(r"\\\|", "", row).count("|") for row in rows} == {3, 4}
+    assert {re.sub(r"\\\|", "", row).count("|") for row in rows} == {3, 5}
     assert len([row for row in rows if "img" in row]) == 4
 
 

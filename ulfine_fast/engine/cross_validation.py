@@ -14,6 +14,8 @@ from ulfine_fast.methods.registry import method_of
 from ulfine_fast.metrics.calibration import LEAST_ROWS, fit_temperature
 from ulfine_fast.metrics.classification import softmax
 from ulfine_fast.metrics.cross_validation import cross_validated
+from ulfine_fast.runs.calibration import Calibration
+from ulfine_fast.runs.evaluate import inputs_of
 from ulfine_fast.runs.run import HeldOut, Run
 
 if TYPE_CHECKING:
@@ -47,6 +49,10 @@ def add_estimate(run: Run, cache: FeatureCache, split: Split, folds: Folds, fold
     temperature = run.metrics["temperature"]
     run.metrics["cross_validation"] = cross_validated(logits, labels, counts, folds.count, temperature)
 
+    # what rejection and sets are calibrated on: each image by one fit, as new images are seen by one
+    if len(logits):
+        run.calibration = _calibration(run, cache, split, folds, fold_runs[: folds.count], logits[0] / temperature)
+
     # mean predictions of the images that were held out
     rows = np.flatnonzero(held_out.any(0))
     if not len(rows):
@@ -60,6 +66,25 @@ def add_estimate(run: Run, cache: FeatureCache, split: Split, folds: Folds, fold
         probabilities=np.nanmean(probabilities, axis=0).astype(np.float32),
         correct=np.nanmean(correct, axis=0),
     )
+
+
+def _calibration(
+    run: Run, cache: FeatureCache, split: Split, folds: Folds, fold_runs: Sequence[Run], logits: NDArray[np.float32]
+) -> Calibration:
+    """Validation images, and labelled ones by the fits (one repeat's) without them, of calibrated logits (L, K)."""
+    inputs = inputs_of(run, cache)
+    scores = np.full(len(logits), np.nan, dtype=np.float32)
+    for fold, fitted in enumerate(fold_runs):
+        rows = np.flatnonzero(folds.numbers[0] == fold)
+        if fitted.status != "failed" and len(rows):
+            scores[rows] = fitted.scores(inputs[split.labeled[rows]])
+    known = np.flatnonzero(np.isfinite(scores) & ~np.isnan(logits[:, 0]))
+    rows = split.labeled[known]
+    by_folds = Calibration.held_out(
+        [cache.ids[row] for row in rows], cache.labels[rows], logits[known], scores[known], in_fold=True
+    )
+    # folds of the method's own are of smaller fits
+    return by_folds if run.calibration is None else run.calibration.of_validation().joined(by_folds)
 
 
 def _held_out_logits(folds: Folds, fold_runs: Sequence[Run], classes: int) -> NDArray[np.float32]:

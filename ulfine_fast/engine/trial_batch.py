@@ -28,6 +28,7 @@ from ulfine_fast.methods.base import Method
 from ulfine_fast.methods.registry import method_of
 from ulfine_fast.metrics import classification as metrics
 from ulfine_fast.ops.calibration import confidences, fit_temperatures, shift_to_largest_
+from ulfine_fast.runs.calibration import Calibration
 from ulfine_fast.runs.run import Run, describe_encoder
 
 if TYPE_CHECKING:
@@ -56,6 +57,8 @@ class TrialBatch:
         status: of each trial: "done", also while it trains, "stopped", "pruned" or "failed".
         left: after which step each trial left.
         finished: kept heads of the trials that left, in main memory.
+        held_out: labelled images as fits without them see them, see `Method.held_out`; of methods without steps alone,
+            in main memory.
         report: called with the fraction of the work done, where the method trains no steps.
     """
 
@@ -106,6 +109,7 @@ class TrialBatch:
         # a method that has the probabilities of all images at hand has them in the order of all images
         has_all = type(self.method).pool_probabilities is not Method.pool_probabilities
         self.health_rows = None if has_all else _HEALTH_ROWS
+        self.held_out: Tensors = {}
         self.report: Report = unheard
         self.history = History([len(split.unlabeled) > 0 for split in splits])
 
@@ -138,6 +142,8 @@ class TrialBatch:
                 | {name: values.double().cpu().numpy() for name, values in evidence.items()},
                 self.members,
             )
+            held_out = self.method.held_out(self.inputs.trials, self.state)
+            self.held_out = {name: values.cpu() for name, values in held_out.items()}
             self._end_of_round(clock, save)
 
     def _end_of_round(self, clock: float, save: Callable[[TrialBatch], None] | None) -> float:
@@ -327,6 +333,8 @@ class TrialBatch:
             if not self.method.calibrates:
                 val_labels = inputs.labels[inputs.val.index].clamp(min=0)
                 temperatures = fit_temperatures(val, val_labels, inputs.val.present)
+            scores = validation.scores(inputs.val).numpy()
+            scaled_val = (val / temperatures.view(-1, 1, 1)).float().cpu().numpy()
             on_val = _predictions(val, val_classes, temperatures)
             if read_test:
                 test = validation.logits(inputs.test)
@@ -357,7 +365,29 @@ class TrialBatch:
                         run.metrics[name] = plain(values[t])
                 run.metrics["class_counts"] = counts.tolist()
                 run.metrics["val"] = metrics.of_predictions(on_val[i].first(len(split.val)), labels[split.val], counts)
+                run.calibration = self._calibration(run, t, scaled_val[i], scores[i])
         return runs
+
+    def _calibration(self, run: Run, t: int, val: Any, scores: Any) -> Calibration:
+        """Validation images of trial t, from calibrated logits (n, K) and scores (n,) with padding, and those of folds."""
+        split, rows = self.splits[t], len(self.splits[t].val)
+        ids = [self.cache.ids[row] for row in split.val]
+        validated = Calibration.held_out(ids, self.cache.labels[split.val], val[:rows], scores[:rows], in_fold=False)
+        if not self.held_out:
+            return validated
+        probabilities, fold_scores = (
+            self.held_out[name][t, : len(split.labeled)].numpy() for name in ("probabilities", "scores")
+        )
+        in_fold = np.flatnonzero(np.isfinite(fold_scores))
+        labels = self.all_inputs.training_labels[t, : len(split.labeled)].cpu().numpy()
+        folds = Calibration(
+            [self.cache.ids[row] for row in split.labeled[in_fold]],
+            labels[in_fold],
+            np.ones(len(in_fold), np.bool_),
+            probabilities[in_fold],
+            fold_scores[in_fold],
+        )
+        return validated.joined(folds)
 
     # -- interrupted
 
@@ -372,6 +402,7 @@ class TrialBatch:
             "health": {name: torch.from_numpy(values) for name, values in self.health.items()},
             "history": {name: torch.from_numpy(values) for name, values in self.history.arrays().items()},
             "score": {"best": self.best_score, "waited": self.waited},
+            "held_out": self.held_out,
         }
         if self.finished:
             order = sorted(self.finished)
@@ -415,6 +446,7 @@ class TrialBatch:
         stacked = groups.get("finished", {})
         self.finished = {t: {name: stack[i] for name, stack in stacked.items()} for i, t in enumerate(order)}
         self.health = {name: tensor.numpy() for name, tensor in groups.get("health", {}).items()}
+        self.held_out = groups.get("held_out", {})
         history = {name: tensor.numpy() for name, tensor in groups.get("history", {}).items()}
         self.history.restore(notes["evaluations"], notes["rows"], history)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ulfine_fast.core.batches import PaddedRows
 from ulfine_fast.core.features import DeviceFeatures
+from ulfine_fast.core.heads import Tensors
 from ulfine_fast.core.types import State, Trials
 from ulfine_fast.methods.base import Method
 
@@ -49,7 +50,7 @@ class Validation:
         classes = self.trials.log_prior.shape[1]
         correct = torch.zeros_like(self.trials.log_prior, dtype=torch.int64)  # (T, K)
         total = torch.zeros_like(correct)
-        for start, stop, first, logits in self._blocks(rows, pseudo=False):
+        for start, stop, first, logits in self._blocks(rows, self.method.logits):
             index, present = _block(rows, start, stop, first, logits.shape[1])
             labels = self.labels[index]
             total[start:stop] += _class_counts(labels, present, classes)
@@ -85,7 +86,7 @@ class Validation:
             yield 0, len(probabilities), 0, probabilities.float()
             return
         temperature = self.method.temperature(self.trials)
-        for start, stop, first, logits in self._blocks(rows, pseudo=True):
+        for start, stop, first, logits in self._blocks(rows, self.method.pseudo_logits):
             if temperature is not None:
                 logits = logits / temperature[start:stop].view(-1, 1, 1)
             yield start, stop, first, torch.softmax(logits, dim=-1)
@@ -93,14 +94,22 @@ class Validation:
     def logits(self, rows: PaddedRows) -> Tensor:
         """Logits of each trial's rows, padding included (T, N, K), on the device."""
         result = torch.zeros(*rows.index.shape, self.trials.log_prior.shape[1], device=rows.index.device)
-        for start, stop, first, logits in self._blocks(rows, pseudo=False):
+        for start, stop, first, logits in self._blocks(rows, self.method.logits):
             result[start:stop, first : first + logits.shape[1]] = logits
         return result
 
+    def scores(self, rows: PaddedRows) -> Tensor:
+        """How much each trial's rows look like one of a known class, padding included (T, N), in main memory."""
+        result = torch.zeros(*rows.index.shape)
+        for start, stop, first, logits in self._blocks(rows, self.method.known_logits):
+            result[start:stop, first : first + logits.shape[1]] = torch.logsumexp(logits, dim=-1).cpu()
+        return result
+
     @torch.no_grad()
-    def _blocks(self, rows: PaddedRows, *, pseudo: bool) -> Iterator[tuple[int, int, int, Tensor]]:
-        """Logits (t, n, K) of trials [start, stop) and n rows from `first` on, block after block."""
-        forward = self.method.pseudo_logits if pseudo else self.method.logits
+    def _blocks(
+        self, rows: PaddedRows, forward: Callable[[Trials, Tensors, Tensor], Tensor]
+    ) -> Iterator[tuple[int, int, int, Tensor]]:
+        """Logits (t, n, K), by `forward`, of trials [start, stop) and n rows from `first` on, block after block."""
         trials, total = rows.index.shape
         width = min(total, ROWS)
         together = trials_together(self.features, width)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from typing import TYPE_CHECKING, Any
 
 from ulfine_fast.cache.io.terminal import printable
+from ulfine_fast.exports.config import COVERAGE, REJECT, usual_thresholds
 
 if TYPE_CHECKING:
     from ulfine_fast.runs.run import Run
@@ -26,7 +28,7 @@ _METRICS = {
     "ece_temperature_scaled": "calibration error (ECE), after the temperature",
 }
 _LIMITS = (
-    "- It knows these classes alone: an image of anything else gets one of them.\n"
+    "- It knows these classes alone: an image of anything else gets one of them, unless it is rejected.\n"
     "- The results are for images like those of the {images}; elsewhere accuracy may be lower and probabilities less "
     "reliable.\n"
     "- Classes with few labels are the least certain, and so are their results.\n"
@@ -53,6 +55,8 @@ def model_card(run: Run, config: dict[str, Any]) -> str:
         _data(run),
         "## Results",
         _results(run),
+        "## None of these",
+        _rejection(run),
         "## Classes",
         _classes(run),
         "## Limits",
@@ -134,15 +138,38 @@ def _results(run: Run) -> str:
     return "\n".join([about, "", "| metric | value |", "|---|---|", *rows])
 
 
+def _rejection(run: Run) -> str:
+    """How images of no class are rejected, and classes excluded."""
+    usual = usual_thresholds(run.calibration, len(run.class_names))
+    if usual is None or run.calibration is None:
+        return "No labels were held out, so that neither rejection nor sets of classes are calibrated."
+    if math.isfinite(usual.score):
+        rejection = (
+            "An image is none of the classes where its score, the log-sum-exp of the logits, is below "
+            f"{usual.score:.4g}: at most {REJECT:.0%} of the known classes' images are"
+        )
+    else:
+        rejection = f"They are too few to reject images at a rate of {REJECT:g}"
+    return (
+        f"Calibrated on {len(run.calibration)} held-out labels, each class counting the same. {rejection}. A class is "
+        f"excluded where its probability is below that in the table, so that {COVERAGE:.0%} of the sets hold the true "
+        "class; 0 is for classes with too few held-out labels ever to be excluded."
+    )
+
+
 def _classes(run: Run) -> str:
     unknown = [None] * len(run.class_names)
     counts = run.metrics.get("class_counts") or unknown
     accuracies = (_estimate(run) or run.metrics).get("per_class_accuracy") or unknown
+    usual = usual_thresholds(run.calibration, len(run.class_names))
+    excluded = unknown if usual is None else usual.probability
     rows = [
-        f"| {escaped(name)} | {'-' if count is None else escaped(count)} | {_three_decimals(accuracy)} |"
-        for name, count, accuracy in zip(run.class_names, counts, accuracies, strict=True)
+        f"| {escaped(name)} | {'-' if count is None else escaped(count)} | {_three_decimals(accuracy)} | "
+        f"{'-' if least is None else f'{least:.2g}'} |"
+        for name, count, accuracy, least in zip(run.class_names, counts, accuracies, excluded, strict=True)
     ]
-    return "\n".join(["| class | labelled | accuracy |", "|---|---|---|", *rows])
+    head = ["| class | labelled | accuracy | excluded below |", "|---|---|---|---|"]
+    return "\n".join([*head, *rows])
 
 
 def _three_decimals(value: object) -> str:

@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import msgspec
+import numpy as np
 
 from ulfine_fast._version import __version__
 from ulfine_fast.cache.io.digests import BLANK, file_digest, is_sealed, sealed
 from ulfine_fast.cache.io.errors import InputError
 from ulfine_fast.cache.io.files import read_regular_file
 from ulfine_fast.cache.io.json_files import MAX_BYTES, check_schema, parse_json
+from ulfine_fast.runs.calibration import SCORE, Calibration
 from ulfine_fast.runs.files import as_unicode
 from ulfine_fast.runs.schemas import Encoder as EncoderRecord
 
@@ -35,6 +37,8 @@ FORMATS = {
 OPSET = 18
 # what the format calls images: the name of their input, and the key of their preprocessing
 IMAGES = "pictures"
+# the rate of false rejection, and the coverage of sets, whose thresholds a graph has in its metadata
+REJECT, COVERAGE = 0.05, 0.9
 _FIX = "export the run again"
 
 
@@ -53,6 +57,15 @@ class _Images(msgspec.Struct):
     resampling: dict[str, Any] | None
 
 
+class _Calibration(msgspec.Struct):
+    """What rejection and sets are calibrated on: images by position, without their ids."""
+
+    score: Literal["energy"]
+    labels: list[Annotated[int, msgspec.Meta(ge=0)]]
+    probabilities: list[float]
+    scores: list[float]
+
+
 class _Config(msgspec.Struct):
     """config.json, as far as it is read."""
 
@@ -66,6 +79,7 @@ class _Config(msgspec.Struct):
     encoder: EncoderRecord | None
     config: dict[str, Any]
     pictures: _Images | None = None
+    calibration: _Calibration | None = None
 
 
 def export_config(run: Run, to: str, encoder: Encoder | None) -> dict[str, Any]:
@@ -95,6 +109,13 @@ def export_config(run: Run, to: str, encoder: Encoder | None) -> dict[str, Any]:
         "config": run.config.to_dict(),
         "created_by": f"ulfine-fast {__version__}",
     }
+    if run.calibration is not None:
+        config["calibration"] = {
+            "score": SCORE,
+            "labels": run.calibration.labels.tolist(),
+            "probabilities": run.calibration.probabilities.tolist(),
+            "scores": run.calibration.scores.tolist(),
+        }
     if to == "onnx":
         config["opset"] = OPSET
     if encoder is not None:
@@ -107,6 +128,47 @@ def export_config(run: Run, to: str, encoder: Encoder | None) -> dict[str, Any]:
             "resampling": reduced,
         }
     return config
+
+
+def calibration_of(config: dict[str, Any]) -> Calibration | None:
+    """What rejection and sets are calibrated on, without ids; None in folders of versions that wrote none.
+
+    Raises:
+        ValueError: columns of other lengths, or a class that does not exist.
+    """
+    if config.get("calibration") is None:
+        return None
+    columns = config["calibration"]
+    labels = np.array(columns["labels"], np.int64)
+    probabilities, scores = (np.array(columns[name], np.float32) for name in ("probabilities", "scores"))
+    if not len(labels) == len(probabilities) == len(scores) or (labels >= len(config["class_names"])).any():
+        raise ValueError("calibration has columns of other lengths, or a class that does not exist")
+    return Calibration([""] * len(labels), labels, np.zeros(len(labels), np.bool_), probabilities, scores)
+
+
+def outputs_of(config: dict[str, Any]) -> list[str]:
+    """Names of the outputs of an ONNX graph: scores are among them where rejection is calibrated."""
+    return ["probabilities"] if config.get("calibration") is None else ["probabilities", "scores"]
+
+
+class UsualThresholds(NamedTuple):
+    """Thresholds for programs without this package, at `REJECT` and `COVERAGE`.
+
+    Attributes:
+        score: images of lower scores are none of the classes; -inf where too few labels are held out to reject any.
+        probability: classes of lower probability are excluded (K,); 0 for those that never are.
+    """
+
+    score: float
+    probability: list[float]
+
+
+def usual_thresholds(calibration: Calibration | None, classes: int) -> UsualThresholds | None:
+    """Thresholds of K classes; None where nothing is calibrated."""
+    if calibration is None or not len(calibration):
+        return None
+    sets = calibration.set_thresholds(classes, COVERAGE).threshold
+    return UsualThresholds(calibration.rejection_threshold(REJECT), np.maximum(sets, 0.0).tolist())
 
 
 def write_config(folder: Path, config: dict[str, Any]) -> None:

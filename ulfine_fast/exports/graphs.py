@@ -22,10 +22,12 @@ class Scorer(nn.Module):
 
     Args:
         run: a fitted run.
+        with_scores: whether it returns `Run.scores` too.
     """
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: Run, *, with_scores: bool = False) -> None:
         super().__init__()
+        self.with_scores = with_scores
         run.refuse_failed()
         self._names = list(run.tensors)
         for number, tensor in enumerate(run.tensors.values()):
@@ -37,11 +39,13 @@ class Scorer(nn.Module):
     def _tensors(self) -> Tensors:
         return {name: self.get_buffer(f"t{number}") for number, name in enumerate(self._names)}
 
-    def forward(self, features: Tensor) -> Tensor:
-        """Features (n, D) of any length, or tokens (n, S, W), to calibrated probabilities (n, K)."""
+    def forward(self, features: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        """Features (n, D) of any length, or tokens (n, S, W), to calibrated probabilities (n, K), and scores (n,)."""
         # an exporter sees the buffers where they are looked up
         head = replace(self._head, tensors=self._tensors())
-        return torch.softmax(head.logits(head.rows(features)) / self.temperature, dim=-1)
+        rows = head.rows(features)
+        probabilities = torch.softmax(head.logits(rows) / self.temperature, dim=-1)
+        return (probabilities, head.scores(rows)) if self.with_scores else probabilities
 
 
 class ImageScorer(nn.Module):
@@ -67,8 +71,8 @@ class ImageScorer(nn.Module):
         self.register_buffer("std", torch.tensor(encoder.std).view(3, 1, 1))
 
     # the argument is named as the input in config.json
-    def forward(self, pictures: Tensor) -> Tensor:
-        """Images uint8 (n, H, W, 3) of the model's size to calibrated probabilities (n, K)."""
+    def forward(self, pictures: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        """Images uint8 (n, H, W, 3) of the model's size to what the scorer returns."""
         pixels = pictures.permute(0, 3, 1, 2).to(torch.float32) / 255.0
         features = self.visual((pixels - self.get_buffer("mean")) / self.get_buffer("std"))
         # some trunks return their tokens beside the feature

@@ -17,25 +17,31 @@ from ulfine_fast.cache.pipeline.read import ImageReader
 from ulfine_fast.cache.pipeline.resample import Resampling
 from ulfine_fast.cache.pipeline.views import ViewRecipe
 from ulfine_fast.exports.config import IMAGES
-from ulfine_fast.runs.predict import Predictions, images_at
+from ulfine_fast.runs.predict import Predictions, Scorer, images_at, judged
 
 if TYPE_CHECKING:
     from ulfine_fast.exports.load import Loaded
 
 
-def predict_without_encoder(model: Loaded, images: Path | Any, batch_size: int) -> Predictions:
+def predict_without_encoder(
+    model: Loaded, scorer: Scorer, images: Path | Any, batch_size: int, rate: float | None, coverage: float | None
+) -> Predictions:
     """Classes of image files.
 
     Args:
         model: one that takes images.
+        scorer: its outputs.
         images: an image, a folder of images at any depth, a table with a column `path`, or a data frame with one.
         batch_size: images read together, at least 1.
+        rate: as `Loaded.predict_images` takes it.
+        coverage: likewise.
 
     Raises:
-        InputError: no images there, none readable.
+        InputError: no images there, none readable, or nothing to calibrate rate or coverage on.
     """
     if batch_size < 1:
         raise InputError(f"batch_size must be at least 1, got {batch_size}")
+    scorer.check(rate, coverage)
     source = images_at(images)
 
     # the reader of the encoder; the last two transforms scale and normalise numbers, which the graph does
@@ -54,7 +60,7 @@ def predict_without_encoder(model: Loaded, images: Path | Any, batch_size: int) 
 
     ids: list[str] = []
     skipped: list[tuple[str, str]] = []
-    blocks = [np.zeros((0, len(model.class_names)), np.float32)]
+    blocks, scores = [np.zeros((0, len(model.class_names)), np.float32)], [np.zeros(0, np.float32)]
     with progress_bar() as bar:
         task = bar.add_task("predict", total=len(source.rows), unit="images", note="")
         for rows in batches_of(source.rows, batch_size):
@@ -62,8 +68,12 @@ def predict_without_encoder(model: Loaded, images: Path | Any, batch_size: int) 
             ids += [row.id for row in batch.kept]
             skipped += [(row.id, reason) for row, reason in batch.skipped]
             if batch.kept:
-                blocks.append(model.predict_proba(reader.pixels_on(torch.device("cpu"), batch).numpy()))
+                pixels = reader.pixels_on(torch.device("cpu"), batch).numpy()
+                blocks.append(scorer.probabilities(pixels))
+                if rate is not None:
+                    scores.append(scorer.scores(pixels))
             bar.advance(task, len(rows))
     if not ids:
         raise InputError(f"none of the {len(skipped)} images at {images} can be read; the first: {skipped[0][1]}")
-    return Predictions(ids, np.concatenate(blocks), model.class_names, skipped)
+    all_scores = None if rate is None else np.concatenate(scores)
+    return judged(ids, np.concatenate(blocks), all_scores, skipped, scorer, rate, coverage)

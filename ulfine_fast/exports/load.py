@@ -10,8 +10,9 @@ from numpy.typing import ArrayLike, NDArray
 
 from ulfine_fast.cache.io.errors import InputError
 from ulfine_fast.config import FitConfig
-from ulfine_fast.exports.config import IMAGES, check_model_file, read_config
+from ulfine_fast.exports.config import IMAGES, calibration_of, check_model_file, outputs_of, read_config
 from ulfine_fast.exports.hub import SCHEME, pull
+from ulfine_fast.runs.calibration import class_sets, reject
 from ulfine_fast.runs.run import Run, refuse_incomplete_encoder
 
 if TYPE_CHECKING:
@@ -51,6 +52,7 @@ class Loaded:
             tensors=tensors,
             metrics={"temperature": config["temperature"]},
             encoder=config["encoder"],
+            calibration=calibration_of(config),
         )
         if self._session is None:
             self._run.refuse_other_tensors(file)
@@ -71,45 +73,89 @@ class Loaded:
         Raises:
             InputError: another shape.
         """
+        array = self._checked(inputs)
+        return self._run.predict_proba(array) if self._session is None else self._outputs(array, "probabilities")
+
+    def scores(self, inputs: ArrayLike) -> NDArray[np.float32]:
+        """How much each image looks like one of a known class (n,), of what `predict_proba` takes.
+
+        Raises:
+            InputError: another shape, or an ONNX file of a version that wrote none.
+        """
+        array = self._checked(inputs)
+        if self._session is None:
+            return self._run.scores(array).astype(np.float32)
+        self._run.calibrated()
+        return self._outputs(array, "scores")
+
+    def reject(self, inputs: ArrayLike, rate: float = 0.05) -> NDArray[np.bool_]:
+        """Which images are none of the classes (n,), see `Run.reject`."""
+        return reject(self._run.calibrated(), self.scores(inputs), rate).rejected
+
+    def predict_sets(self, inputs: ArrayLike, coverage: float = 0.9) -> NDArray[np.bool_]:
+        """The classes of each image that cannot be excluded (n, K), see `Run.predict_sets`."""
+        return class_sets(self._run.calibrated(), self.predict_proba(inputs), coverage).sets
+
+    def _checked(self, inputs: ArrayLike) -> NDArray[Any]:
         name, shape, dtype = (self.config["input"][key] for key in ("name", "shape", "dtype"))
         array = np.asarray(inputs)
         if self.takes_images and array.dtype != np.uint8:
             raise InputError(f"images must be uint8, 0 to 255, got {array.dtype}")
         if array.ndim != len(shape) or list(array.shape[1:]) != shape[1:]:
             raise InputError(f"{name} must have shape ({', '.join(map(str, shape))}), got {array.shape}")
-        array = np.ascontiguousarray(array, dtype=dtype)
-        if self._session is None:
-            return self._run.predict_proba(array)
+        return np.ascontiguousarray(array, dtype=dtype)
+
+    def _outputs(self, array: NDArray[Any], output: str) -> NDArray[np.float32]:
+        """One output of the ONNX graph, for checked inputs."""
         if not len(array):
-            return np.zeros((0, len(self.class_names)), np.float32)
-        probabilities: NDArray[np.float32] = self._session.run(["probabilities"], {name: array})[0]
-        return probabilities
+            return np.zeros((0, len(self.class_names)) if output == "probabilities" else 0, np.float32)
+        values: NDArray[np.float32] = self._session.run([output], {self.config["input"]["name"]: array})[0]
+        return values
 
     def predict(self, inputs: ArrayLike) -> NDArray[np.int64]:
         """Class indices (n,) of what `predict_proba` takes."""
         return self.predict_proba(inputs).argmax(axis=1).astype(np.int64)
 
-    def predict_images(self, images: str | Path | Any, *, device: str = "auto", batch_size: int = 32) -> Predictions:
+    def predict_images(
+        self,
+        images: str | Path | Any,
+        *,
+        device: str = "auto",
+        batch_size: int = 32,
+        rate: float | None = None,
+        coverage: float | None = None,
+    ) -> Predictions:
         """Classes of image files, by the open_clip model that the features came from.
 
         Args:
             images: as for :func:`ulfine_fast.runs.predict.predict_images`.
             device: where to encode; a graph with the encoder inside runs on the CPU.
             batch_size: images taken together, at least 1.
+            rate: fraction of the known classes' images that may be rejected as none of them; None rejects none.
+            coverage: fraction of images whose set of classes holds their own; None makes no sets.
 
         Raises:
-            InputError: no images there, or the model cannot be loaded.
+            InputError: no images there, the model cannot be loaded, or nothing to calibrate rate or coverage on.
             CacheMismatch: other weights under the model's name.
         """
         # both import open_clip, which features do without
+        from ulfine_fast.runs.predict import Scorer, predict_images, recorded_encoder
+
+        scorer = Scorer(self.predict_proba, self.scores, self.class_names, self._run.calibrated)
         if self.takes_images:
             from ulfine_fast.exports.images import predict_without_encoder
 
-            return predict_without_encoder(self, images, batch_size)
-        from ulfine_fast.runs.predict import predict_images, recorded_encoder
-
+            return predict_without_encoder(self, scorer, images, batch_size, rate, coverage)
         encoder = recorded_encoder(self.config["encoder"], self.config["input"]["shape"][1:], device)
-        return predict_images(self._run, images, batch_size=batch_size, encoder=encoder, scorer=self.predict_proba)
+        return predict_images(
+            self._run,
+            images,
+            batch_size=batch_size,
+            encoder=encoder,
+            scorer=scorer,
+            rate=rate,
+            coverage=coverage,
+        )
 
 
 def load(folder: str | Path) -> Loaded:
@@ -144,12 +190,12 @@ def _onnx_session(path: Path, config: dict[str, Any]) -> Any:
     except ImportError as error:
         raise InputError('an ONNX folder needs onnxruntime; pip install "ulfine-fast[export]"') from error
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    for kind, graph, recorded in (
-        ("input", session.get_inputs(), config["input"]),
-        ("output", session.get_outputs(), config["output"]),
+    for kind, graph, recorded, expected in (
+        ("input", session.get_inputs(), config["input"], [config["input"]["name"]]),
+        ("output", session.get_outputs(), config["output"], outputs_of(config)),
     ):
         names, shape = [each.name for each in graph], list(graph[0].shape[1:])
-        if names != [recorded["name"]] or shape != recorded["shape"][1:]:
+        if names != expected or shape != recorded["shape"][1:]:
             raise ValueError(f"the graph has the {kind} {names} of shape {shape}")
     if config["output"]["shape"][1:] != [len(config["class_names"])]:
         raise ValueError(f"the graph has {config['output']['shape'][1:]} classes, not {len(config['class_names'])}")

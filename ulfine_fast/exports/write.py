@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -15,7 +16,18 @@ from torch import Tensor, nn
 
 from ulfine_fast.cache.io.errors import InputError
 from ulfine_fast.exports.card import model_card
-from ulfine_fast.exports.config import CARD, FORMATS, OPSET, export_config, write_config
+from ulfine_fast.exports.config import (
+    CARD,
+    COVERAGE,
+    FORMATS,
+    OPSET,
+    REJECT,
+    calibration_of,
+    export_config,
+    outputs_of,
+    usual_thresholds,
+    write_config,
+)
 from ulfine_fast.exports.graphs import ImageScorer, Scorer
 from ulfine_fast.runs.files import write_tensors
 from ulfine_fast.runs.folder import flush_file
@@ -50,7 +62,8 @@ def export(run: Run, out: str | Path, *, to: str = "safetensors", encoder: Encod
     folder = Path(out)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{folder} exists and is not an empty folder; choose a new one")
-    scorer = Scorer(run).eval()
+    # of other formats, programs expect one output
+    scorer = Scorer(run, with_scores=to == "onnx" and run.calibration is not None).eval()
     module = scorer if encoder is None else ImageScorer(encoder, scorer).eval()
     config = export_config(run, to, encoder)
 
@@ -122,7 +135,7 @@ def _write_onnx(file: Path, module: nn.Module, example: Tensor, config: dict[str
         (example,),
         dynamo=True,
         input_names=[config["input"]["name"]],
-        output_names=["probabilities"],
+        output_names=outputs_of(config),
         dynamic_shapes=({0: torch.export.Dim("n")},),
         opset_version=OPSET,
         verbose=False,
@@ -133,6 +146,12 @@ def _write_onnx(file: Path, module: nn.Module, example: Tensor, config: dict[str
     if not model.graph.input[0].type.tensor_type.shape.dim[0].dim_param:
         raise InputError(f"method {config['method']} would take {len(example)} rows at a time; export to safetensors")
     properties = {"class_names": json.dumps(config["class_names"]), "made_by": config["created_by"]}
+    usual = usual_thresholds(calibration_of(config), len(config["class_names"]))
+    if usual is not None:
+        # -inf as JSON has it, null
+        score = usual.score if math.isfinite(usual.score) else None
+        properties[f"reject_{REJECT:g}"] = json.dumps(score)
+        properties[f"sets_{COVERAGE:g}"] = json.dumps(usual.probability)
     onnx.helper.set_model_props(model, properties)
     onnx.save_model(model, file)
 

@@ -207,6 +207,15 @@ class Method(ABC):
         """What the method says of its own fit, for the metrics: tensors (T, ...) by name."""
         return {}
 
+    def held_out(self, trials: Trials, state: State) -> Tensors:
+        """The labelled images as fits without them see them, where the method has folds.
+
+        Returns:
+            "probabilities", calibrated, of each image's own class, and "scores", the log-sum-exp of
+            :meth:`known_logits`; both (T, L), NaN for images that no fit was without. Empty for methods without folds.
+        """
+        return {}
+
     def threshold(self, trials: Trials) -> Tensor:
         """Smallest probability (T,) with which pseudo-labels count in their metrics; 0 where all predictions do."""
         by_threshold = self.uses_unlabeled and self.uses_threshold
@@ -223,6 +232,14 @@ class Method(ABC):
     @abstractmethod
     def logits(self, trials: Trials, tensors: Tensors, features: Tensor) -> Tensor:
         """Logits (T, B, K) of the prediction, for unit features (T, B, D)."""
+
+    def known_logits(self, trials: Trials, tensors: Tensors, features: Tensor) -> Tensor:
+        """Logits (T, B, K) that are large only for images like those of the class, for unit features (T, B, D).
+
+        Their log-sum-exp says how much an image looks like any known class. By default those of the prediction, which
+        do unless they are log-probabilities.
+        """
+        return self.logits(trials, tensors, features)
 
 
 class StreamedMethod(Method):

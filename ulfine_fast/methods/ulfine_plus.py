@@ -266,11 +266,16 @@ class ULFinePlus(Method):
             last = replace(schedule, rounds=LAST_ROUNDS, sharpness_start=schedule.sharpness_end)
             clusters = fit_clusters(replace(chosen, unlabeled=everything), last, clusters, work.part("all"))
 
+        # texts as long as the probe: the head halfway between them knows best which images are none of the classes,
+        # see docs/none-of-these.md
+        texts = heads[:, 0].norm(dim=-1, keepdim=True) * trials.prototypes
+
         # what predicts
         columns = torch.cat([torch.zeros_like(best[:, :1]), best + 1], dim=1)  # (T, 1 + S')
         state.memory |= {
             **joining,
             "linear": heads[:, 0],
+            "known": (heads[:, 0] + texts) / 2,
             "mean": space.mean,
             "map": space.map,
             "centers": clusters.centers,
@@ -282,14 +287,21 @@ class ULFinePlus(Method):
 
         # what it says of itself
         known = folds > 0
-        by_probe, by_mixture = [], []
+        by_probe, by_mixture, probabilities, scores = [], [], [], []
         for position, logits, _ in _held_out_logits(values, pool, heads, judged, evidence, folds):
             labels = pool.labels[:, position]
+            mixture = _log_mixture(logits, weights, temperatures)  # (T, n, K)
             by_probe.append(logits[:, :, 0].argmax(-1) == labels)
-            by_mixture.append(_log_mixture(logits, weights, temperatures).argmax(-1) == labels)
+            by_mixture.append(mixture.argmax(-1) == labels)
+            own = torch.softmax(mixture, dim=-1).gather(-1, labels.clamp(min=0).unsqueeze(-1))
+            probabilities.append(own.squeeze(-1))
+            text = products(pool.features.rows(pool.labeled_rows[:, position]), texts.unsqueeze(1)).squeeze(2)
+            scores.append(torch.logsumexp((logits[:, :, 0] + text) / 2, dim=-1))
         right = torch.cat(by_probe, dim=1).to(weights.dtype)  # (T, L)
         gain = torch.cat(by_mixture, dim=1).to(weights.dtype) - right
         state.scratch["held_out"] = known.sum(1)
+        for name, columns_of in (("probabilities", probabilities), ("scores", scores)):
+            state.scratch[f"held_out_{name}"] = torch.where(known, torch.cat(columns_of, dim=1), torch.nan)
         state.scratch["gain_unlabeled"] = balanced_gain(gain, pool.labels, known, classes)
         if bool(trials.inputs.shared["has_text"]):
             blind = _right_without_text(pool, views, trials, kept, folds, kinds)
@@ -305,6 +317,18 @@ class ULFinePlus(Method):
         """Gains on held-out labels, with intervals, and what the unlabelled images are like."""
         names = ("held_out", "gain_unlabeled", "gain_text", "weight_of_probe", "no_class", "estimated_prior")
         return {name: state.scratch[name] for name in names if name in state.scratch}
+
+    def held_out(self, trials: Trials, state: State) -> Tensors:
+        """The labelled images as the fits without their folds see them."""
+        return {name: state.scratch[f"held_out_{name}"] for name in ("probabilities", "scores")}
+
+    def known_logits(self, trials: Trials, tensors: Tensors, features: Tensor) -> Tensor:
+        """Logits (T, B, K) of the head halfway between texts and probe.
+
+        Those of the prediction are log-probabilities, whose log-sum-exp is zero everywhere.
+        """
+        rows = _join(tensors, features)
+        return products(rows, tensors.get("known", tensors["linear"]).unsqueeze(1)).squeeze(2)
 
     def logits(self, trials: Trials, tensors: Tensors, features: Tensor) -> Tensor:
         """Log of the mixed class probabilities (T, B, K), of equal class priors."""

@@ -24,8 +24,10 @@ from ulfine_fast.cache.io.files import opened_regular_file, read_regular_file
 from ulfine_fast.cache.io.json_files import MAX_BYTES, check_schema, parse_json
 from ulfine_fast.cache.io.paths import names_another_machine
 from ulfine_fast.data.splits import MAX_SPLIT_BYTES, SavedSplit, Split, read_split
+from ulfine_fast.runs.calibration import SCORE, Calibration
 from ulfine_fast.runs.columns import number_column, text_column
 from ulfine_fast.runs.folder import (
+    CALIBRATION,
     CONFIG,
     FILES,
     HIDDEN,
@@ -67,8 +69,8 @@ _HISTORY = (
     "confidence_on_false",
 )
 _HISTORY_PER_CLASS = ("rate", "precision", "recall")
-# files that a run of version 2 has a digest of, beside summary.json where one was written
-_DIGESTED = tuple(name for name in FILES if name not in (CONFIG, SUMMARY))
+# files that a run of version 2 has a digest of, beside summary.json and calibration.parquet where they were written
+_DIGESTED = tuple(name for name in FILES if name not in (CONFIG, SUMMARY, CALIBRATION))
 _METRICS_PER_CLASS = (
     "per_class_accuracy",
     "class_counts",
@@ -214,6 +216,33 @@ class RunFiles:
             raise InputError(f"{file} names a class outside 0..{classes - 1}; fit the run again")
         return Predictions(ids, labels, predicted, confidence, probabilities, correct)
 
+    def calibration(self) -> Calibration | None:
+        """Read calibration.parquet: what rejection and sets are calibrated on; None where the run has no such file.
+
+        Raises:
+            InputError: the file is cut, lacks a column, names a class that does not exist, or has another score.
+        """
+        file, classes = self.path / CALIBRATION, len(self.class_names)
+        if not os.path.lexists(file):
+            return None
+        _check_parquet(file)
+        try:
+            table = pq.read_table(file)
+            score = (table.schema.metadata or {}).get(b"score", b"").decode()
+            ids, parts = (table[name].cast(pa.string()).to_pylist() for name in ("id", "part"))
+            labels = table["label"].cast(pa.int64()).to_numpy()
+            probabilities, scores = (table[name].cast(pa.float32()).to_numpy() for name in ("probability", "score"))
+            missing = sum(column.null_count for column in table.columns)
+        except (pa.ArrowException, KeyError, OSError, ValueError, TypeError, AttributeError, MemoryError) as error:
+            raise InputError(f"{file} cannot be read ({_one_line(error)}); it is damaged, {_FIX}") from error
+        if score != SCORE:
+            raise InputError(f"{file} holds the score {score!r}, this program rejects by {SCORE!r}; {_FIX}")
+        if missing or not (np.isfinite(probabilities).all() and np.isfinite(scores).all()):
+            raise InputError(f"{file} has an empty cell or a score that is no number; {_FIX}")
+        if ((labels < 0) | (labels >= classes)).any():
+            raise InputError(f"{file} names a class outside 0..{classes - 1}; {_FIX}")
+        return Calibration(ids, labels, np.array(parts) == "fold", probabilities, scores)
+
     def split(self) -> dict[str, Any]:
         """Read split.json: image ids by role, see :mod:`ulfine_fast.data.splits`.
 
@@ -327,6 +356,8 @@ def _write_files(run: Run, folder: Path) -> None:
     _write_json(folder / "metrics.json", run.metrics)
     _write_history(folder / "history.csv", run.history, len(run.class_names))
     _write_predictions(folder / "predictions.parquet", run)
+    if run.calibration is not None:
+        _write_calibration(folder / CALIBRATION, run.calibration)
     config = {
         "format": RUN_FORMAT,
         "version": VERSIONS[-1],
@@ -592,6 +623,18 @@ def _write_predictions(file: Path, run: Run) -> None:
     if held_out is not None:
         columns["correct"] = number_column(held_out.correct, np.float32)
     pq.write_table(pa.table(columns), file)
+
+
+def _write_calibration(file: Path, calibration: Calibration) -> None:
+    parts = np.where(calibration.in_fold, "fold", "val").tolist()
+    columns = {
+        "id": pa.array(calibration.ids, pa.string()),
+        "part": pa.array(parts, pa.string()),
+        "label": pa.array(calibration.labels, pa.int32()),
+        "probability": pa.array(calibration.probabilities, pa.float32()),
+        "score": pa.array(calibration.scores, pa.float32()),
+    }
+    pq.write_table(pa.table(columns).replace_schema_metadata({"score": SCORE}), file)
 
 
 def _check_parquet(file: Path) -> None:

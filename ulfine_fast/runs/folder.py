@@ -13,10 +13,11 @@ from filelock import FileLock, Timeout
 from ulfine_fast.cache.io.errors import InputError
 from ulfine_fast.cache.io.files import flush_folder
 
-CONFIG, SUMMARY = "config.json", "summary.json"
+CONFIG, SUMMARY, CALIBRATION = "config.json", "summary.json", "calibration.parquet"
 FILES = (
     CONFIG,
     SUMMARY,
+    CALIBRATION,
     "heads.safetensors",
     "history.csv",
     "metrics.json",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import os
 from collections.abc import Callable, Sequence
 from contextlib import closing
@@ -24,6 +25,7 @@ from ulfine_fast.cache.pipeline.views import ViewRecipe
 from ulfine_fast.cache.sources import ImageFolder, ImageTable
 from ulfine_fast.cache.sources.table import SUFFIXES
 from ulfine_fast.metrics import classification as metrics
+from ulfine_fast.runs.calibration import Calibration, ClassSets, Rejected, class_sets, mean_calibration, reject
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -44,6 +46,8 @@ class Predictions:
         class_names: (K,).
         skipped: id and reason of each image that could not be read.
         scores: how much each image looks like one of a known class (n,); None where that is not asked.
+        rejected: which images are none of the classes; None likewise.
+        sets: the classes of each image that cannot be excluded; None likewise.
     """
 
     ids: list[str]
@@ -51,6 +55,8 @@ class Predictions:
     class_names: list[str]
     skipped: list[tuple[str, str]]
     scores: NDArray[np.float32] | None = None
+    rejected: Rejected | None = None
+    sets: ClassSets | None = None
 
     def to_arrow(self) -> pa.Table:
         """The table that `write_predictions` writes; `.to_pandas()` and `polars.from_arrow` make data frames of it."""
@@ -59,7 +65,7 @@ class Predictions:
         return pa.table(self.columns())
 
     def columns(self) -> dict[str, list[Any]]:
-        """The table's columns by name: id, class and probability, the next likeliest classes, and the score."""
+        """The table's columns by name: id, class, probability, the next likeliest classes, what was asked of more."""
         order = np.argsort(-self.probabilities, axis=1, kind="stable")  # (n, K)
         columns: dict[str, list[Any]] = {"id": self.ids}
         for rank in range(min(TOP, order.shape[1])):
@@ -70,7 +76,58 @@ class Predictions:
             columns[f"probability{ending}"] = [round(float(p), 6) for p in probabilities]
         if self.scores is not None:
             columns["score"] = [round(float(score), 6) for score in self.scores]
+        if self.rejected is not None:
+            columns["rejected"] = self.rejected.rejected.tolist()
+        if self.sets is not None:
+            columns["set"] = [[self.class_names[k] for k in np.flatnonzero(row)] for row in self.sets.sets]
         return columns
+
+    def summary(self) -> dict[str, Any]:
+        """JSON values: how many images, and what rejection and sets are calibrated on, where they were asked for."""
+        about: dict[str, Any] = {"images": len(self.ids), "skipped": self.skipped}
+        if self.rejected is not None:
+            about["reject"] = self.rejected.summary()
+        if self.sets is not None:
+            about["sets"] = self.sets.summary(self.class_names)
+        return about
+
+    def lines(self) -> list[str]:
+        """What a person should know of rejection and sets; none where they were not asked for."""
+        rejected = [] if self.rejected is None else self.rejected.lines()
+        return rejected + ([] if self.sets is None else self.sets.lines(self.class_names))
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """What makes predictions of features: a run, or an exported one.
+
+    Attributes:
+        probabilities: features (n, ...) to calibrated probabilities (n, K).
+        scores: features to how much each image looks like one of a known class (n,).
+        class_names: (K,).
+        calibration: what rejection and sets are calibrated on, asked for where they are.
+    """
+
+    probabilities: Callable[[NDArray[Any]], NDArray[np.float32]]
+    scores: Callable[[NDArray[Any]], NDArray[np.floating[Any]]]
+    class_names: list[str]
+    calibration: Callable[[], Calibration]
+
+    def check(self, rate: float | None, coverage: float | None, five_crops: bool = False) -> None:
+        """Refuse a rate or coverage before any image is encoded.
+
+        Raises:
+            InputError: one outside 0..1, nothing to calibrate on, or five crops, which nothing is calibrated for.
+        """
+        if rate is None and coverage is None:
+            return
+        if five_crops:
+            raise InputError("rejection and sets are calibrated on whole images; leave out five crops")
+        calibration = self.calibration()
+        if rate is not None:
+            calibration.rejection_threshold(rate)
+        if coverage is not None:
+            calibration.set_thresholds(len(self.class_names), coverage)
 
 
 class EncodedImages(NamedTuple):
@@ -95,7 +152,9 @@ def predict_images(
     batch_size: int = 32,
     five_crops: bool = False,
     encoder: Encoder | None = None,
-    scorer: Callable[[NDArray[Any]], NDArray[np.float32]] | None = None,
+    scorer: Scorer | None = None,
+    rate: float | None = None,
+    coverage: float | None = None,
 ) -> Predictions:
     """Encode images with the encoder named in the run and predict their classes.
 
@@ -108,27 +167,53 @@ def predict_images(
         five_crops: average the logits of four corners and the middle of each image (LIFT's test-time ensembling,
             arXiv 2309.10019), for five times the work.
         encoder: the run's encoder where it is loaded already; None loads it.
-        scorer: features to probabilities, instead of `run.predict_proba`.
+        scorer: what makes predictions of the features, instead of the run itself.
+        rate: fraction of the known classes' images that may be rejected as none of them; None rejects none.
+        coverage: fraction of images whose set of classes holds their own; None makes no sets.
 
     Raises:
-        InputError: no images there, none readable, or a run without an encoder.
+        InputError: no images there, none readable, or a run without an encoder; a rate or coverage outside 0..1, with
+            five crops, or of a run without held-out labels.
         CacheMismatch: the model's weights are no longer those that the run was fitted with.
     """
     if batch_size < 1:
         raise InputError(f"batch_size must be at least 1, got {batch_size}")
+    scorer = scorer or Scorer(run.predict_proba, run.scores, run.class_names, run.calibrated)
+    scorer.check(rate, coverage, five_crops)
     source = images_at(images)
     if encoder is None:
         with working("load model"):
             encoder = encoder_of_run(run, device)
-    score = scorer or run.predict_proba
     probabilities = []
     for crop in range(NUM_CROPS) if five_crops else (None,):
         ids, features, skipped = encode_images(source, encoder, batch_size, crop)
         if not ids:
             where = source.describe()["path"]
             raise InputError(f"none of the {len(skipped)} images at {where} can be read; the first: {skipped[0][1]}")
-        probabilities.append(score(features))
-    return Predictions(ids, mean_of_logits(probabilities), run.class_names, skipped)
+        probabilities.append(scorer.probabilities(features))
+    scores = None if rate is None else scorer.scores(features)
+    return judged(ids, mean_of_logits(probabilities), scores, skipped, scorer, rate, coverage)
+
+
+def judged(
+    ids: list[str],
+    probabilities: NDArray[np.float32],
+    scores: NDArray[np.floating[Any]] | None,
+    skipped: list[tuple[str, str]],
+    scorer: Scorer,
+    rate: float | None,
+    coverage: float | None,
+) -> Predictions:
+    """Predictions with what is rejected, where scores (n,) and a rate are given, and sets, where a coverage is."""
+    return Predictions(
+        ids,
+        probabilities,
+        scorer.class_names,
+        skipped,
+        None if scores is None else scores.astype(np.float32),
+        None if rate is None or scores is None else reject(scorer.calibration(), scores, rate),
+        None if coverage is None else class_sets(scorer.calibration(), probabilities, coverage),
+    )
 
 
 def images_at(where: str | Path | Any) -> ListedSource:
@@ -141,9 +226,14 @@ def images_at(where: str | Path | Any) -> ListedSource:
     return ImageTable(path) if path.suffix.lower() in SUFFIXES else ImageFolder(path)
 
 
-def mean_of_seeds(runs: Sequence[Run]) -> Callable[[NDArray[Any]], NDArray[np.float32]]:
-    """A scorer for :func:`predict_images`: the mean probabilities (n, K) of runs of one fit, such as its seeds."""
-    return lambda features: np.mean([run.predict_proba(features) for run in runs], axis=0, dtype=np.float32)
+def mean_of_seeds(runs: Sequence[Run]) -> Scorer:
+    """A scorer for :func:`predict_images`: mean probabilities (n, K) and scores (n,) of the seeds of one fit."""
+    return Scorer(
+        lambda features: np.mean([run.predict_proba(features) for run in runs], axis=0, dtype=np.float32),
+        lambda features: np.mean([run.scores(features) for run in runs], axis=0, dtype=np.float32),
+        runs[0].class_names,
+        lambda: mean_calibration([run.calibrated() for run in runs]),
+    )
 
 
 def mean_of_logits(probabilities: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:
@@ -243,7 +333,7 @@ def refuse_output(out: Path) -> None:
 
 
 def write_predictions(predictions: Predictions, out: Path) -> None:
-    """Write id, class, probability, then the next likeliest classes, as .csv or .parquet.
+    """Write id, class, probability, the next likeliest classes, and what was asked of more, as .csv or .parquet.
 
     Raises:
         InputError: another suffix, or a path that cannot be written.
@@ -260,6 +350,11 @@ def write_predictions(predictions: Predictions, out: Path) -> None:
         with out.open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
             writer.writerow(columns)
-            writer.writerows(zip(*columns.values(), strict=True))
+            # a set of names as a JSON list, since names may hold any sign
+            cells = [
+                [json.dumps(cell, ensure_ascii=False) if isinstance(cell, list) else cell for cell in column]
+                for column in columns.values()
+            ]
+            writer.writerows(zip(*cells, strict=True))
     except OSError as error:
         raise InputError(f"cannot write {out}: {error.strerror or error}") from error

@@ -18,6 +18,7 @@ from ulfine_fast.core.types import Trials
 from ulfine_fast.methods.registry import method_of
 from ulfine_fast.metrics import classification as metrics
 from ulfine_fast.ops.prototypes import normalize
+from ulfine_fast.runs.calibration import Calibration, class_sets, reject
 from ulfine_fast.runs.files import RunFiles, load_run, write_run
 
 if TYPE_CHECKING:
@@ -76,6 +77,18 @@ class Head:
             logits = logits + self.tensors["realigned.bias"].unsqueeze(1)
         return logits[0]
 
+    def scores(self, rows: Tensor) -> Tensor:
+        """How much images look like one of a known class (n,): the log-sum-exp of logits, of what :meth:`rows` returns.
+
+        The energy score of Liu et al., arXiv 2010.03759, at temperature 1.
+        """
+        if "realigned.weight" in self.tensors:
+            return torch.logsumexp(self.logits(rows), dim=-1)
+        known = method_of(self.trials.config).known_logits(self.trials, self.tensors, rows.unsqueeze(0))
+        if "realigned.bias" in self.tensors:
+            known = known + self.tensors["realigned.bias"].unsqueeze(1)
+        return torch.logsumexp(known[0], dim=-1)
+
     def _adapted(self, rows: Tensor) -> Tensor:
         return apply_adapter(self.tensors, rows.unsqueeze(0), self.trials.values["adapter_scale"])  # (1, n, D)
 
@@ -118,6 +131,8 @@ class Run:
             finite, without tensors. For all but "done", `metrics` has the step: "stopped_at" and so on.
         relabeled: digest of the labels that replaced the cache's own, None where none did.
         held_out: the images of cross-validation, None where there was none.
+        calibration: labelled images that it did not learn from, on which :meth:`reject` and :meth:`predict_sets` are
+            calibrated; None for runs of versions that kept none.
     """
 
     config: FitConfig
@@ -134,6 +149,7 @@ class Run:
     status: str = "done"
     relabeled: str | None = None
     held_out: HeldOut | None = None
+    calibration: Calibration | None = None
 
     def head(self, dtype: torch.dtype = torch.float32) -> Head:
         """The run's head, computing in `dtype`.
@@ -170,6 +186,18 @@ class Run:
         Raises:
             InputError: features of another shape, or not finite; or the run failed.
         """
+        head, inputs = self._inputs(features, exact)
+        with torch.no_grad():
+            return np.asarray(head.logits(head.rows(inputs)).to(inputs.dtype).numpy())
+
+    def scores(self, features: ArrayLike | Tensor, *, exact: bool = False) -> NDArray[np.floating[Any]]:
+        """How much images look like one of a known class (n,), see :meth:`Head.scores`; arguments as of `logits`."""
+        head, inputs = self._inputs(features, exact)
+        with torch.no_grad():
+            return np.asarray(head.scores(head.rows(inputs)).to(inputs.dtype).numpy())
+
+    def _inputs(self, features: ArrayLike | Tensor, exact: bool) -> tuple[Head, Tensor]:
+        """The head, and the features checked, both in float64 where `exact`."""
         head = self.head(torch.float64 if exact else torch.float32)
         # checked in float32 in both cases: a number too large for it counts as not finite
         inputs = _tensor(features, torch.float32)
@@ -178,10 +206,7 @@ class Run:
             raise InputError(f"features must have shape ({expected}), got {tuple(inputs.shape)}")
         if not bool(torch.isfinite(inputs).all()):
             raise InputError("features must be finite, got NaN or infinity; extract these images again")
-        if exact:
-            inputs = _tensor(features, torch.float64)
-        with torch.no_grad():
-            return np.asarray(head.logits(head.rows(inputs)).to(inputs.dtype).numpy())
+        return head, _tensor(features, torch.float64) if exact else inputs
 
     def predict_proba(self, features: ArrayLike | Tensor) -> NDArray[np.float32]:
         """Class probabilities (n, K) of features (n, D), at the temperature fitted on validation."""
@@ -190,6 +215,43 @@ class Run:
     def predict(self, features: ArrayLike | Tensor) -> NDArray[np.int64]:
         """Class indices (n,) of features (n, D)."""
         return self.logits(features).argmax(axis=1).astype(np.int64)
+
+    def reject(self, features: ArrayLike | Tensor, rate: float = 0.05) -> NDArray[np.bool_]:
+        """Which images of features (n, D) are none of the classes (n,).
+
+        Args:
+            features: as for :meth:`logits`.
+            rate: fraction of the known classes' images that may be rejected, above 0 and below 1.
+
+        Raises:
+            InputError: another rate, or a run without held-out labels.
+        """
+        return reject(self.calibrated(), self.scores(features), rate).rejected
+
+    def predict_sets(self, features: ArrayLike | Tensor, coverage: float = 0.9) -> NDArray[np.bool_]:
+        """The classes of each image of features (n, D) that cannot be excluded (n, K), class by class.
+
+        Args:
+            features: as for :meth:`logits`.
+            coverage: fraction of images whose set holds their class, above 0 and below 1.
+
+        Raises:
+            InputError: another coverage, or a run without held-out labels.
+        """
+        return class_sets(self.calibrated(), self.predict_proba(features), coverage).sets
+
+    def calibrated(self) -> Calibration:
+        """What rejection and sets are calibrated on.
+
+        Raises:
+            InputError: the run was saved by a version that kept none.
+        """
+        if self.calibration is None:
+            raise InputError(
+                "this run was saved without scores of held-out labels, on which rejection and sets are calibrated; fit "
+                "it again"
+            )
+        return self.calibration
 
     def save(self, folder: str | Path) -> Path:
         """Write the run folder; replaces an earlier run there.
@@ -234,6 +296,7 @@ class Run:
             status=files.status,
             relabeled=files.relabeled,
             held_out=_held_out(files),
+            calibration=files.calibration(),
         )
         run.refuse_other_tensors(folder / "heads.safetensors")
         return run

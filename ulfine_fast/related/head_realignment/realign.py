@@ -33,6 +33,7 @@ from ulfine_fast.related.head_realignment.gaussians import (
     discriminant,
     text_anchors,
 )
+from ulfine_fast.runs.calibration import Calibration
 from ulfine_fast.runs.evaluate import inputs_of, refuse_other_encoder, rows_of
 from ulfine_fast.runs.run import Run
 
@@ -179,8 +180,9 @@ class _Task:
         """The run with this head, its metrics on validation and test, and a note of how it was realigned."""
         run, labels = self._with(head), self.cache.labels
         val_logits = np.zeros((0, len(self.counts)), dtype=np.float32)
+        val_scores = np.zeros(0, dtype=np.float32)
         if len(self.val):
-            val_logits = run.logits(self.inputs[self.val])
+            val_logits, val_scores = run.logits(self.inputs[self.val]), run.scores(self.inputs[self.val])
         test_logits = run.logits(self.inputs[self.test])
         temperature = fit_temperature(val_logits, labels[self.val])
         run.metrics = {
@@ -192,6 +194,13 @@ class _Task:
             "val": metrics.classification(val_logits, labels[self.val], self.counts, temperature),
             "realigned": note,
         }
+        run.calibration = Calibration.held_out(
+            [self.cache.ids[row] for row in self.val],
+            labels[self.val],
+            val_logits / temperature,
+            val_scores,
+            in_fold=False,
+        )
         run.test_ids = [self.cache.ids[row] for row in self.test]
         run.test_labels = labels[self.test]
         run.test_probabilities = metrics.softmax(test_logits / temperature).astype(np.float32)
