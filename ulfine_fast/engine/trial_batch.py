@@ -369,7 +369,7 @@ class TrialBatch:
         return runs
 
     def _calibration(self, run: Run, t: int, val: Any, scores: Any) -> Calibration:
-        """Validation images of trial t, from calibrated logits (n, K) and scores (n,) with padding, and those of folds."""
+        """Validation images of trial t, from calibrated logits (n, K) and scores (n,), padded, and those of folds."""
         split, rows = self.splits[t], len(self.splits[t].val)
         ids = [self.cache.ids[row] for row in split.val]
         validated = Calibration.held_out(ids, self.cache.labels[split.val], val[:rows], scores[:rows], in_fold=False)
