@@ -76,6 +76,22 @@ def test_cross_entropy_and_gradient(size, heads):
     torch.testing.assert_close(buffer, logits.grad, rtol=1e-4, atol=1e-6)
 
 
+def test_a_diverged_row_has_a_loss_that_is_no_number():
+    logits = random(1, 2, 1, 5)
+    logits[0, 0, 0, 2] = float("nan")
+    weights = torch.ones(1, 2, device=DEVICE)
+    result = kernels.cross_entropy_gradient_(logits, torch.zeros(1, 2, dtype=torch.int64, device=DEVICE), weights)
+    assert result.isnan().flatten().tolist() == [True, False]
+    assert logits[0, 0].isnan().all()
+
+
+def test_a_hopeless_row_has_a_finite_loss():
+    logits = torch.tensor([[[[0.0, 500.0]]]], device=DEVICE)
+    one = torch.ones(1, 1, device=DEVICE)
+    assert kernels.cross_entropy_gradient_(logits, torch.zeros(1, 1, dtype=torch.int64, device=DEVICE), one).isfinite()
+    assert logits.flatten().tolist() == [-1.0, 1.0]
+
+
 @pytest.mark.parametrize("size", SIZES)
 def test_pseudo_labels(size):
     trials, rows, classes, _ = size

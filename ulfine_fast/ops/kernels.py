@@ -170,7 +170,9 @@ if triton is not None:
         probability = z / tl.sum(z, axis=0)
         label, weight = tl.load(labels + row), tl.load(weights + row)
         picked = tl.sum(tl.where(columns == label, probability, 0.0), axis=0)
-        tl.store(log_probabilities + program, tl.log(tl.maximum(picked, TINY)))
+        # a diverged trial's loss stays NaN, as in plain PyTorch
+        picked = tl.maximum(picked, TINY, propagate_nan=tl.PropagateNan.ALL)
+        tl.store(log_probabilities + program, tl.log(picked))
         gradient = weight * (probability - tl.where(columns == label, 1.0, 0.0))
         tl.store(start + columns, gradient, mask=inside)
 
