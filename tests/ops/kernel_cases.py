@@ -18,6 +18,9 @@ from ulfine_fast.ops.prototypes import class_means, fit_prototypes, move_visual,
 
 DEVICE = os.environ["KERNEL_DEVICE"]
 SIZES = [(1, 1, 1, 1), (3, 5, 2, 3), (1, 3, 10, 7), (3, 2, 101, 33), (1, 1, 1000, 5)]  # T, rows, K, D
+WIDE = [(1, 3, 10, 384), (2, 2, 1, 512), (1, 3, 1000, 768), (1, 2, 1025, 1280)]
+SIZES += WIDE
+TILES = [(2, 19, 10, 1), (1, 9, 1500, 1)]  # more rows than a tile has
 
 
 @pytest.fixture(autouse=True)
@@ -92,7 +95,7 @@ def test_a_hopeless_row_has_a_finite_loss():
     assert logits.flatten().tolist() == [-1.0, 1.0]
 
 
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("size", [*SIZES, *TILES])
 def test_pseudo_labels(size):
     trials, rows, classes, _ = size
     both = 5 * random(trials, rows + 1, 2, classes)
@@ -104,6 +107,14 @@ def test_pseudo_labels(size):
     assert torch.equal(labels, wanted.labels)
     assert torch.equal(mask, wanted.mask)
     torch.testing.assert_close(mean, wanted.probabilities.mean(1), rtol=1e-4, atol=1e-6)
+
+
+def test_the_mean_of_a_trial_does_not_depend_on_its_neighbours():
+    both = 5 * random(3, 20, 2, 10)
+    half = torch.full((3,), 0.5, device=DEVICE)
+    mean = kernels.pseudo_labels(both[:, :, 0], both[:, :, 1], half, half, half)[2]
+    alone = kernels.pseudo_labels(both[1:2, :, 0], both[1:2, :, 1], half[:1], half[:1], half[:1])[2]
+    assert torch.equal(mean[1:2], alone)
 
 
 def test_pseudo_labels_of_equal_classes_take_the_first():

@@ -19,6 +19,9 @@ except ImportError:  # macOS, Windows, or a PyTorch built without it
     triton = None
 
 _EPS = 1e-12
+# rows of a tile of pseudo-labels, and values that it may have
+_ROWS = 8
+_TILE_VALUES = 8192
 
 
 def why_not(device: torch.device) -> str | None:
@@ -45,6 +48,11 @@ def _interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
+def _warps(values: int) -> int:
+    """Warps of a program that holds so many values: one needs no barrier, and many keep large rows in registers."""
+    return 1 if values <= 256 else 4 if values <= 2048 else 8 if values <= 8192 else 16
+
+
 def gather_rows(store: Tensor, slots: Tensor, out: Tensor) -> None:
     """Rows of a store, widened and at unit length; see :meth:`ulfine_fast.core.features.DeviceFeatures.at`.
 
@@ -56,7 +64,9 @@ def gather_rows(store: Tensor, slots: Tensor, out: Tensor) -> None:
     trials, rows, dim = out.shape
     slots = slots.contiguous()
     block = triton.next_power_of_2(dim)
-    _gather[(trials * rows,)](store, slots, out, rows, dim, out.stride(0), out.stride(1), BLOCK=block)
+    _gather[(trials * rows,)](
+        store, slots, out, rows, dim, out.stride(0), out.stride(1), BLOCK=block, num_warps=_warps(block)
+    )
 
 
 def cross_entropy_gradient_(logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
@@ -68,7 +78,17 @@ def cross_entropy_gradient_(logits: Tensor, labels: Tensor, weights: Tensor) -> 
     strides = logits.stride()[:3]
     tiny = torch.finfo(torch.float32).tiny
     _cross_entropy[(trials * rows * heads,)](
-        logits, labels, weights, log_probabilities, rows, heads, classes, *strides, TINY=tiny, BLOCK=block
+        logits,
+        labels,
+        weights,
+        log_probabilities,
+        rows,
+        heads,
+        classes,
+        *strides,
+        TINY=tiny,
+        BLOCK=block,
+        num_warps=_warps(block),
     )
     return log_probabilities
 
@@ -76,7 +96,7 @@ def cross_entropy_gradient_(logits: Tensor, labels: Tensor, weights: Tensor) -> 
 def pseudo_labels(
     linear: Tensor, similarity: Tensor, eta: Tensor, threshold: Tensor, temperature: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Fusion of standardised logits, then hard pseudo-labels; no probability is stored.
+    """Fusion of standardised logits, then hard pseudo-labels; no probability of a row is stored.
 
     See :func:`ulfine_fast.ops.fusion.fuse` (rule "standardize") and :func:`ulfine_fast.ops.losses.pseudo_labels`.
 
@@ -97,8 +117,18 @@ def pseudo_labels(
     per_trial = [tensor.contiguous() for tensor in (eta, threshold, temperature)]
     strides = (*linear.stride()[:2], *similarity.stride()[:2])
     block = triton.next_power_of_2(classes)
-    # one program a trial, so that the mean is added up in one order
-    _pseudo[(trials,)](linear, similarity, *per_trial, labels, mask, mean, rows, classes, *strides, BLOCK=block)
+    # a program takes a tile of rows, as many as registers hold; its sum of probabilities is one part of the mean
+    tile = min(_ROWS, max(1, _TILE_VALUES // block))
+    tiles = triton.cdiv(rows, tile)
+    parts = torch.empty(trials, tiles, classes, dtype=linear.dtype, device=linear.device)
+    _pseudo[(trials, tiles)](
+        linear, similarity, *per_trial, labels, mask, parts, rows, classes, *strides,
+        ROWS=tile, BLOCK=block, num_warps=_warps(tile * block),
+    )  # fmt: skip
+    # added up in one order, whatever the number of trials
+    columns = min(block, 1024)
+    grid = (trials, triton.cdiv(classes, columns))
+    _mean_of_parts[grid](parts, mean, rows, tiles, classes, BLOCK=columns, num_warps=_warps(columns))
     return labels, mask, mean
 
 
@@ -139,7 +169,7 @@ def move_prototypes_(
     block = triton.next_power_of_2(dim)
     _prototypes[(trials, classes)](
         visual, marks, textual, rows, inverse, labels, momentum.contiguous(), alpha,
-        classes, dim, labels.shape[1], *strides, EPS=_EPS, BLOCK=block,
+        classes, dim, labels.shape[1], *strides, EPS=_EPS, BLOCK=block, num_warps=_warps(block),
     )  # fmt: skip
 
 
@@ -178,34 +208,47 @@ if triton is not None:
 
     @triton.jit
     def _pseudo(
-        linear, similarity, eta, threshold, temperature, labels, mask, mean, rows, classes,
-        linear_trial, linear_row, similar_trial, similar_row, BLOCK: tl.constexpr,
+        linear, similarity, eta, threshold, temperature, labels, mask, parts, rows, classes,
+        linear_trial, linear_row, similar_trial, similar_row, ROWS: tl.constexpr, BLOCK: tl.constexpr,
     ):  # fmt: skip
         trial = tl.program_id(0).to(tl.int64)
+        row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
         columns = tl.arange(0, BLOCK)
-        inside = columns < classes
+        inside = (row < rows)[:, None] & (columns < classes)[None, :]
         weight, least, divisor = tl.load(eta + trial), tl.load(threshold + trial), tl.load(temperature + trial)
+        at = trial * linear_trial + row[:, None] * linear_row + columns[None, :]
+        x = tl.load(linear + at, mask=inside, other=0.0)
+        at = trial * similar_trial + row[:, None] * similar_row + columns[None, :]
+        s = tl.load(similarity + at, mask=inside, other=0.0)
+        level = tl.sum(s, axis=1)[:, None] / classes
+        x = tl.where(inside, x - tl.sum(x, axis=1)[:, None] / classes, 0.0)
+        spread = tl.sqrt(tl.sum(x * x, axis=1)) + 1e-6
+        off = tl.where(inside, s - level, 0.0)
+        wanted = tl.sqrt(tl.sum(off * off, axis=1)) + 1e-6
+        fused = s + weight * (level + x * (wanted / spread)[:, None] - s)
+        # padding has the probability 0; a row of padding alone must not be a quotient of zeros
+        fused = tl.where((columns < classes)[None, :], fused / divisor, float("-inf"))
+        fused = tl.exp(fused - tl.max(fused, axis=1)[:, None])
+        probability = fused / tl.sum(fused, axis=1)[:, None]
+        confidence = tl.max(probability, axis=1)
+        # the first of equal classes, as torch has it
+        label = tl.min(tl.where(probability == confidence[:, None], columns[None, :], BLOCK), axis=1)
+        # a diverged trial's rows are equal to nothing; its label must not point beyond the classes
+        label = tl.where(label < classes, label, 0)
+        tl.store(labels + trial * rows + row, label.to(tl.int64), mask=row < rows)
+        tl.store(mask + trial * rows + row, tl.where(confidence >= least, 1.0, 0.0), mask=row < rows)
+        total = tl.sum(tl.where(inside, probability, 0.0), axis=0)
+        start = parts + (trial * tl.num_programs(1) + tl.program_id(1)) * classes
+        tl.store(start + columns, total, mask=columns < classes)
+
+    @triton.jit
+    def _mean_of_parts(parts, mean, rows, tiles, classes, BLOCK: tl.constexpr):
+        trial = tl.program_id(0).to(tl.int64)
+        columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        inside = columns < classes
         total = tl.zeros((BLOCK,), dtype=tl.float32)
-        for u in range(rows):
-            x = tl.load(linear + trial * linear_trial + u * linear_row + columns, mask=inside, other=0.0)
-            s = tl.load(similarity + trial * similar_trial + u * similar_row + columns, mask=inside, other=0.0)
-            level = tl.sum(s, axis=0) / classes
-            x = tl.where(inside, x - tl.sum(x, axis=0) / classes, 0.0)
-            spread = tl.sqrt(tl.sum(x * x, axis=0)) + 1e-6
-            off = tl.where(inside, s - level, 0.0)
-            wanted = tl.sqrt(tl.sum(off * off, axis=0)) + 1e-6
-            fused = s + weight * (level + x * (wanted / spread) - s)
-            fused = tl.where(inside, fused / divisor, float("-inf"))
-            fused = tl.exp(fused - tl.max(fused, axis=0))
-            probability = fused / tl.sum(fused, axis=0)
-            confidence = tl.max(probability, axis=0)
-            # the first of equal classes, as torch has it
-            label = tl.min(tl.where(probability == confidence, columns, BLOCK), axis=0)
-            # a diverged trial's rows are equal to nothing; its label must not point beyond the classes
-            label = tl.where(label < classes, label, 0)
-            tl.store(labels + trial * rows + u, label.to(tl.int64))
-            tl.store(mask + trial * rows + u, tl.where(confidence >= least, 1.0, 0.0))
-            total += tl.where(inside, probability, 0.0)
+        for tile in range(tiles):
+            total += tl.load(parts + (trial * tiles + tile) * classes + columns, mask=inside, other=0.0)
         tl.store(mean + trial * classes + columns, total / rows, mask=inside)
 
     @triton.jit
