@@ -149,7 +149,7 @@ def test_decay(size):
     assert torch.equal(buffer[:, :3], first)
 
 
-@pytest.mark.parametrize("size", [*SIZES[:3], (1, 2, 17, 33)])
+@pytest.mark.parametrize("size", [*SIZES[:3], (1, 2, 17, 33), (1, 2, 3, 768), (2, 70, 4, 5)])
 def test_prototypes(size):
     trials, rows, classes, dim = size
     labels, adapted = integers(classes, trials, rows), random(trials, rows + 1, dim)[:, :rows]
@@ -162,8 +162,10 @@ def test_prototypes(size):
     moved = move_visual(visual, means, counts, seen, momentum)
     now = seen | (counts > 0)
     fitted = fit_prototypes(textual, moved, alpha, now)
+    before = visual.clone()
     kernels.move_prototypes_(visual, seen, textual, adapted, inverse_lengths(adapted), labels, momentum, alpha)
     assert torch.equal(seen, now)
+    assert torch.equal(visual[counts == 0], before[counts == 0])  # a class that is not in the batch keeps its vector
     torch.testing.assert_close(visual, moved, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(textual, fitted, rtol=1e-4, atol=1e-5)
 

@@ -169,7 +169,8 @@ def move_prototypes_(
     block = triton.next_power_of_2(dim)
     _prototypes[(trials, classes)](
         visual, marks, textual, rows, inverse, labels, momentum.contiguous(), alpha,
-        classes, dim, labels.shape[1], *strides, EPS=_EPS, BLOCK=block, num_warps=_warps(block),
+        classes, dim, labels.shape[1], *strides,
+        EPS=_EPS, BATCH=triton.next_power_of_2(labels.shape[1]), BLOCK=block, num_warps=_warps(block),
     )  # fmt: skip
 
 
@@ -264,33 +265,33 @@ if triton is not None:
     @triton.jit
     def _prototypes(
         visual, seen, textual, rows, inverse, labels, momentum, alpha, classes, dim, batch,
-        text_trial, rows_trial, rows_row, EPS: tl.constexpr, BLOCK: tl.constexpr,
+        text_trial, rows_trial, rows_row, EPS: tl.constexpr, BATCH: tl.constexpr, BLOCK: tl.constexpr,
     ):  # fmt: skip
         trial, k = tl.program_id(0).to(tl.int64), tl.program_id(1)
-        columns = tl.arange(0, BLOCK)
+        columns, positions = tl.arange(0, BLOCK), tl.arange(0, BATCH)
         inside = columns < dim
-        total, count = tl.zeros((BLOCK,), dtype=tl.float32), tl.zeros((BLOCK,), dtype=tl.float32)
-        for b in range(batch):
-            # one label, as often as there are columns, so that rows of other classes are not read
-            is_member = tl.load(labels + trial * batch + b + columns * 0) == k
-            row = tl.load(rows + trial * rows_trial + b * rows_row + columns, mask=inside & is_member, other=0.0)
-            total += row * tl.load(inverse + trial * batch + b)
-            count += tl.where(is_member, 1.0, 0.0)
+        members = tl.load(labels + trial * batch + positions, mask=positions < batch, other=-1) == k
+        count = tl.sum(members.to(tl.int32), axis=0)
         index = trial * classes + k
         met = tl.load(seen + index) != 0
-        v = tl.load(visual + index * dim + columns, mask=inside, other=0.0)
-        # a class that is met for the first time keeps nothing of its old vector
-        keep = tl.where(met, tl.load(momentum + trial), 0.0)
-        moved = keep * v + (1.0 - keep) * total / tl.maximum(count, 1.0)
-        moved = moved * tl.rsqrt(tl.sum(moved * moved, axis=0) + EPS)
-        v = tl.where(count > 0.0, moved, v)
-        sighted = tl.maximum(met.to(tl.int32), tl.max((count > 0.0).to(tl.int32), axis=0))
-        tl.store(visual + index * dim + columns, v, mask=inside)
-        tl.store(seen + index, sighted.to(tl.int8))
-        at = textual + trial * text_trial + k * dim + columns
-        c = tl.load(at, mask=inside, other=0.0)
-        pace = tl.load(alpha + index)
-        unit = c * tl.rsqrt(tl.sum(c * c, axis=0) + EPS)
-        fitted = (1.0 - pace) * unit + pace * v
-        fitted = fitted * tl.rsqrt(tl.sum(fitted * fitted, axis=0) + EPS)
-        tl.store(at, tl.where(sighted > 0, fitted, c), mask=inside)
+        # most classes are not in the batch, and of those not met before nothing is read
+        if met | (count > 0):
+            v = tl.load(visual + index * dim + columns, mask=inside & met, other=0.0)
+            if count > 0:
+                total = tl.zeros((BLOCK,), dtype=tl.float32)
+                for b in range(batch):
+                    if tl.load(labels + trial * batch + b) == k:
+                        row = tl.load(rows + trial * rows_trial + b * rows_row + columns, mask=inside, other=0.0)
+                        total += row * tl.load(inverse + trial * batch + b)
+                # a class that is met for the first time keeps nothing of its old vector
+                keep = tl.where(met, tl.load(momentum + trial), 0.0)
+                v = keep * v + (1.0 - keep) * total / count
+                v = v * tl.rsqrt(tl.sum(v * v, axis=0) + EPS)
+                tl.store(visual + index * dim + columns, v, mask=inside)
+                tl.store(seen + index, 1)
+            at = textual + trial * text_trial + k * dim + columns
+            c = tl.load(at, mask=inside, other=0.0)
+            pace = tl.load(alpha + index)
+            unit = c * tl.rsqrt(tl.sum(c * c, axis=0) + EPS)
+            fitted = (1.0 - pace) * unit + pace * v
+            tl.store(at, fitted * tl.rsqrt(tl.sum(fitted * fitted, axis=0) + EPS), mask=inside)
