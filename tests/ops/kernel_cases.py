@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from tests.conftest import make_clusters
 from ulfine_fast import FitConfig, fit_many
 from ulfine_fast.core.fused.heads import inverse_lengths
-from ulfine_fast.ops import kernels
+from ulfine_fast.ops import kernels, philox
 from ulfine_fast.ops.fusion import fuse
 from ulfine_fast.ops.losses import adjusted_cross_entropy
 from ulfine_fast.ops.losses import pseudo_labels as plain_pseudo_labels
@@ -168,6 +169,31 @@ def test_prototypes(size):
     assert torch.equal(visual[counts == 0], before[counts == 0])  # a class that is not in the batch keeps its vector
     torch.testing.assert_close(visual, moved, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(textual, fitted, rtol=1e-4, atol=1e-5)
+
+
+SEEDS = [0, 1, 2**31, 2**32 + 5, -1, 2**63 - 1]
+
+
+@pytest.mark.parametrize("count", [1, 3, 64, 1027])
+def test_random_integers_are_those_of_the_specification(count):
+    seeds, steps = torch.tensor(SEEDS, device=DEVICE), torch.tensor([0, 7, 2**31 - 1], device=DEVICE)
+    below = torch.tensor([1, 2, 1000, 2**31 - 1, 45_000, 3], device=DEVICE)
+    wanted = (philox.words(seeds, steps, philox.Purpose.WEAK_VIEW, count) * below.view(1, -1, 1)) >> 32
+    drawn = philox.integers(seeds, steps, philox.Purpose.WEAK_VIEW, count, below)
+    assert kernels.runs_on(seeds.device)
+    assert torch.equal(drawn, wanted)
+    assert drawn.amax((0, 2))[0] == 0
+
+
+@pytest.mark.parametrize("count", [1, 5, 1500])
+def test_random_normals_are_those_of_the_specification(count):
+    seeds = torch.tensor(SEEDS, device=DEVICE)
+    uniform = philox.uniforms(seeds, 9, philox.Purpose.STRONG_NOISE, 2 * count)
+    wanted = torch.sqrt(-2.0 * torch.log(uniform[:, :count])) * torch.cos(2.0 * math.pi * uniform[:, count:])
+    drawn = philox.normals(seeds, 9, philox.Purpose.STRONG_NOISE, count)
+    torch.testing.assert_close(drawn, wanted.float(), rtol=1e-6, atol=1e-7)
+    step = torch.tensor([9], device=DEVICE)
+    assert torch.equal(philox.normals(seeds, step, philox.Purpose.STRONG_NOISE, count), drawn)
 
 
 @pytest.mark.parametrize(

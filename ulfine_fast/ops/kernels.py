@@ -35,11 +35,12 @@ def why_not(device: torch.device) -> str | None:
 
 def usable(tensor: Tensor) -> bool:
     """Whether kernels take a tensor: float32 on a CUDA device, or anywhere under Triton's interpreter."""
-    return tensor.dtype == torch.float32 and _runs_on(tensor.device)
+    return tensor.dtype == torch.float32 and runs_on(tensor.device)
 
 
 @functools.cache
-def _runs_on(device: torch.device) -> bool:
+def runs_on(device: torch.device) -> bool:
+    """Whether kernels run on a device, see :func:`why_not`."""
     return why_not(device) is None
 
 
@@ -174,7 +175,58 @@ def move_prototypes_(
     )  # fmt: skip
 
 
+def random_integers(seeds: Tensor, steps: Tensor, purpose: int, count: int, below: Tensor) -> Tensor:
+    """See :func:`ulfine_fast.ops.philox.integers`: int64 (S, T, count) from seeds (T,), steps (S,), bounds (T,)."""
+    out = torch.empty(len(steps), len(seeds), count, dtype=torch.int64, device=seeds.device)
+    block = min(1024, triton.next_power_of_2(count))
+    grid = (len(steps) * len(seeds), triton.cdiv(count, block))
+    tensors = (seeds.contiguous(), steps.contiguous(), below.contiguous())
+    _integers[grid](*tensors, out, purpose, len(seeds), count, BLOCK=block, num_warps=_warps(block))
+    return out
+
+
+def random_normals(seeds: Tensor, step: Tensor, purpose: int, count: int) -> Tensor:
+    """See :func:`ulfine_fast.ops.philox.normals`: float32 (T, count) from seeds (T,) and one step (1,)."""
+    out = torch.empty(len(seeds), count, dtype=torch.float32, device=seeds.device)
+    grid = (len(seeds), triton.cdiv(count, 1024))
+    _normals[grid](seeds.contiguous(), step, out, purpose, count, BLOCK=1024)
+    return out
+
+
 if triton is not None:
+
+    @triton.jit
+    def _words(seed, step, purpose, position):
+        """Random words uint32 at positions of the stream of (seed, step, purpose): the block's four, one of them."""
+        zero = position * 0
+        a, b, c, d = tl.philox(seed, position // 4, zero + step, zero + purpose, zero)
+        lane = position % 4
+        return tl.where(lane == 0, a, tl.where(lane == 1, b, tl.where(lane == 2, c, d)))
+
+    @triton.jit
+    def _integers(seeds, steps, below, out, purpose, trials, count, BLOCK: tl.constexpr):
+        program = tl.program_id(0)
+        trial = program % trials
+        position = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        step = tl.load(steps + program // trials).to(tl.int32)
+        word = _words(tl.load(seeds + trial), step, purpose, position).to(tl.int64)
+        # multiply-shift, exact in int64
+        tl.store(
+            out + program.to(tl.int64) * count + position,
+            (word * tl.load(below + trial)) >> 32,
+            mask=position < count,
+        )
+
+    @triton.jit
+    def _normals(seeds, step, out, purpose, count, BLOCK: tl.constexpr):
+        trial = tl.program_id(0)
+        position = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        seed, number = tl.load(seeds + trial), tl.load(step).to(tl.int32)
+        # Box-Muller on float64 numbers strictly between 0 and 1, which are 2^-32 apart
+        first = (_words(seed, number, purpose, position).to(tl.float64) + 0.5) * 2.3283064365386963e-10
+        second = (_words(seed, number, purpose, position + count).to(tl.float64) + 0.5) * 2.3283064365386963e-10
+        normal = tl.sqrt(-2.0 * tl.log(first)) * tl.cos(6.283185307179586 * second)
+        tl.store(out + trial.to(tl.int64) * count + position, normal.to(tl.float32), mask=position < count)
 
     @triton.jit
     def _gather(store, slots, out, rows, dim, out_trial, out_row, BLOCK: tl.constexpr):
