@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import functools
 import os
+import warnings
 
 import torch
 from torch import Tensor
+
+from ulfine_fast.cache.io.device import current_device
 
 try:
     import triton
@@ -30,7 +33,27 @@ def why_not(device: torch.device) -> str | None:
         return "Triton is not installed here; the same steps run in plain PyTorch"
     if device.type != "cuda" and not _interpreted():
         return f"Triton needs a CUDA device, this one is {device.type}; the same steps run in plain PyTorch"
+    return _why_not_built(device)
+
+
+@functools.cache
+def _why_not_built(device: torch.device) -> str | None:
+    """Why no kernel can be built and run on a device; Triton needs a C compiler, Python's headers and a recent GPU."""
+    try:
+        with current_device(device):
+            velocity, one = torch.ones(1, 1, device=device), torch.ones(1, device=device)
+            decay_velocity_(velocity, velocity, one, one)
+            velocity.cpu()
+    # whatever compilers, linkers and drivers raise
+    except Exception as error:
+        reason = f"Triton cannot build kernels here ({_first_line(error)}); the same steps run in plain PyTorch"
+        warnings.warn(reason, stacklevel=2)
+        return reason
     return None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:160]
 
 
 def usable(tensor: Tensor) -> bool:
