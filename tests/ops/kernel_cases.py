@@ -197,7 +197,8 @@ def test_random_normals_are_those_of_the_specification(count):
 
 
 @pytest.mark.parametrize(
-    "values", [{"method": "ulfine"}, {"method": "ulfine", "prior": "hard"}, {"method": "lightweight"}]
+    "values",
+    [{"method": "ulfine"}, {"method": "ulfine", "prior": "hard"}, {"method": "lightweight", "feature_noise": 0.2}],
 )
 def test_whole_steps_go_through_the_kernels(values):
     cache = make_clusters(classes=3, dim=6)
