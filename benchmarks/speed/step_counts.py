@@ -123,7 +123,18 @@ def _counted_kernels(counts: Counts) -> Iterator[None]:
         moved = _bytes(visual) * classes // visual.shape[1]
         counts.add("kernel", _bytes(visual) + moved + 2 * _bytes(textual) + _bytes(rows))
 
-    stand_ins = (gather_rows, cross_entropy_gradient_, pseudo_labels, decay_velocity_, move_prototypes_)
+    def orthogonality_gradient_(gram: Tensor, inverse: Tensor, weight: Tensor) -> Tensor:
+        counts.add("kernel", 2 * _bytes(gram) + 2 * _bytes(inverse))
+        return weight.clone()
+
+    stand_ins = (
+        gather_rows,
+        cross_entropy_gradient_,
+        pseudo_labels,
+        decay_velocity_,
+        orthogonality_gradient_,
+        move_prototypes_,
+    )
     with (
         mock.patch.object(kernels, "usable", return_value=True),
         mock.patch.object(fused_step, "_WORTH_SKIPPING", float("inf")),

@@ -10,12 +10,13 @@ import torch
 
 from tests.conftest import make_clusters
 from ulfine_fast import FitConfig, fit_many
-from ulfine_fast.core.fused.heads import inverse_lengths
+from ulfine_fast.core.fused.buffers import Buffers
+from ulfine_fast.core.fused.heads import add_orthogonality_gradient, inverse_lengths
 from ulfine_fast.ops import kernels, philox
 from ulfine_fast.ops.fusion import fuse
 from ulfine_fast.ops.losses import adjusted_cross_entropy
 from ulfine_fast.ops.losses import pseudo_labels as plain_pseudo_labels
-from ulfine_fast.ops.prototypes import class_means, fit_prototypes, move_visual, normalize
+from ulfine_fast.ops.prototypes import class_means, fit_prototypes, move_visual, normalize, orthogonality
 
 DEVICE = os.environ["KERNEL_DEVICE"]
 SIZES = [(1, 1, 1, 1), (3, 5, 2, 3), (1, 3, 10, 7), (3, 2, 101, 33), (1, 1, 1000, 5)]  # T, rows, K, D
@@ -169,6 +170,21 @@ def test_prototypes(size):
     assert torch.equal(visual[counts == 0], before[counts == 0])  # a class that is not in the batch keeps its vector
     torch.testing.assert_close(visual, moved, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(textual, fitted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [(1, 1, 1), (3, 2, 3), (2, 10, 7), (1, 33, 5)])  # T, K, D
+def test_orthogonality(size):
+    trials, classes, dim = size
+    vectors, weight = random(trials, classes, dim), torch.rand(trials, device=DEVICE)
+    c = vectors.double().requires_grad_()
+    wanted = orthogonality(c)
+    (weight.double() * wanted).sum().backward()
+    velocity = torch.full((trials, classes, dim), 2.0, device=DEVICE)
+    # the inverse lengths may be a part of those of two heads
+    both = torch.cat([random(trials, classes), inverse_lengths(vectors)], dim=1)
+    result = add_orthogonality_gradient(vectors, both[:, classes:], weight, velocity, Buffers(vectors))
+    torch.testing.assert_close(result, wanted.detach().float(), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(velocity - 2.0, c.grad.float(), rtol=1e-4, atol=1e-5)
 
 
 SEEDS = [0, 1, 2**31, 2**32 + 5, -1, 2**63 - 1]

@@ -164,6 +164,27 @@ def decay_velocity_(velocity: Tensor, parameters: Tensor, momentum: Tensor, deca
     _decay[grid](velocity, parameters, momentum, decay, size, velocity.stride(0), parameters.stride(0), BLOCK=1024)
 
 
+def orthogonality_gradient_(gram: Tensor, inverse: Tensor, weight: Tensor) -> Tensor:
+    """Turn Gram matrices into the factor of the orthogonality's gradient; one pass over K x K.
+
+    See :func:`ulfine_fast.core.fused.heads.add_orthogonality_gradient`.
+
+    Args:
+        gram: C C^T (T, K, K), contiguous; becomes G, so that G C is the gradient.
+        inverse: 1 / length of the vectors (T, K).
+        weight: (T,).
+
+    Returns:
+        || U U^T - I ||_F^2 / K^2 without its weight (T,).
+    """
+    trials, classes, _ = gram.shape
+    squares = torch.empty(trials, classes, dtype=gram.dtype, device=gram.device)
+    block = triton.next_power_of_2(classes)
+    inverse, factor = inverse.contiguous(), 4.0 / classes**2 * weight
+    _orthogonality[(trials, classes)](gram, inverse, factor, squares, classes, BLOCK=block, num_warps=_warps(block))
+    return squares.sum(1) / classes**2
+
+
 def move_prototypes_(
     visual: Tensor,
     seen: Tensor,
@@ -336,6 +357,23 @@ if triton is not None:
         p = tl.load(parameters + trial * p_trial + columns, mask=inside)
         moved = tl.load(momentum + trial) * v + tl.load(decay + trial) * p
         tl.store(velocity + trial * v_trial + columns, moved, mask=inside)
+
+    @triton.jit
+    def _orthogonality(gram, inverse, factor, squares, classes, BLOCK: tl.constexpr):
+        trial, k = tl.program_id(0).to(tl.int64), tl.program_id(1)
+        columns = tl.arange(0, BLOCK)
+        inside = columns < classes
+        at = gram + (trial * classes + k) * classes + columns
+        own = tl.load(inverse + trial * classes + k)
+        scale = own * tl.load(inverse + trial * classes + columns, mask=inside, other=0.0)
+        cosine = scale * tl.load(at, mask=inside, other=0.0)
+        # the gradient by the cosines, without the part along the vector, which only changes its length
+        off = tl.where(inside, cosine - tl.where(columns == k, 1.0, 0.0), 0.0)
+        gradient = tl.load(factor + trial) * off
+        along = tl.sum(cosine * gradient, axis=0)
+        result = gradient * scale - tl.where(columns == k, along * own * own, 0.0)
+        tl.store(at, result, mask=inside)
+        tl.store(squares + trial * classes + k, tl.sum(off * off, axis=0))
 
     @triton.jit
     def _prototypes(
