@@ -127,7 +127,7 @@ def _counted_kernels(counts: Counts) -> Iterator[None]:
         counts.add("kernel", 2 * _bytes(gram) + 2 * _bytes(inverse))
         return weight.clone()
 
-    stand_ins = (
+    stand_ins: tuple[Any, ...] = (
         gather_rows,
         cross_entropy_gradient_,
         pseudo_labels,
@@ -135,10 +135,11 @@ def _counted_kernels(counts: Counts) -> Iterator[None]:
         orthogonality_gradient_,
         move_prototypes_,
     )
+    by_name: dict[str, Any] = {stand_in.__name__: stand_in for stand_in in stand_ins}
     with (
         mock.patch.object(kernels, "usable", return_value=True),
         mock.patch.object(fused_step, "_WORTH_SKIPPING", float("inf")),
-        mock.patch.multiple(kernels, **{stand_in.__name__: stand_in for stand_in in stand_ins}),
+        mock.patch.multiple(kernels, **by_name),
     ):
         yield
 
