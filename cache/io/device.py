@@ -63,7 +63,7 @@ def float32_products(device: torch.device, *, tf32: bool) -> Iterator[None]:
     if device.type != "cuda":
         yield
         return
-    parts = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    parts: tuple[Any, Any] = (torch.backends.cuda.matmul, torch.backends.cudnn)
     before = [part.allow_tf32 for part in parts]
     try:
         for part in parts:

@@ -283,7 +283,7 @@ def encoded(
         encoder: the frozen model.
         batches: rows of one split each; drawn a few ahead, never all of them.
         workers: on a processor threads, which read and encode a batch each; elsewhere processes, which read. 0 for
-            none; by default one for each core, at most 16 processes.
+            none; by default one for each core, of processes two fewer and at most 16.
 
     Raises:
         InputError: a reader process ended, or a single image is too large for the GPU's memory.
@@ -297,7 +297,8 @@ def encoded(
 
 def default_workers(device: torch.device) -> int:
     """Threads or processes where the user gives no number."""
-    return cores() if device.type == "cpu" else min(cores(), 16)
+    # two cores launch the GPU's work and pin its memory
+    return cores() if device.type == "cpu" else max(1, min(cores() - 2, 16))
 
 
 def _encode_on_core(reader: ImageReader, encoder: Encoder, rows: list[Row]) -> EncodedBatch:

@@ -62,7 +62,9 @@ class Batch(NamedTuple):
         """The same with the pixels of images [start, stop) alone, for `ImageReader.pixels_on`."""
         if self.sampling is None:
             return self._replace(pixels=self.pixels[start:stop])
-        sampling = Sampling(*(values[start:stop] for values in self.sampling))
+        sampling = Sampling(
+            self.sampling.sizes[start:stop], self.sampling.windows[start:stop], self.sampling.mirrored[start:stop]
+        )
         first, last = self.sampling.offsets[[start, stop]]
         drawn = self.drawn[start * self.views : stop * self.views]
         return self._replace(pixels=self.pixels[first:last], sampling=sampling, drawn=drawn)

@@ -117,7 +117,7 @@ def by_products(values: torch.Tensor, sampling: Sampling, how: Resampling) -> to
     # Whole and fractional parts apart: float32 holds the distance to a pixel well, float64 is slow on a device.
     whole = np.floor(centers)
     arrays = (whole, centers - whole, np.maximum(step, 1.0), sampling.sizes, sampling.mirrored)
-    *places, positions = _uploaded([*(array[order] for array in arrays), np.argsort(order)], device)
+    *pixels_of_views, positions = _uploaded([*(array[order] for array in arrays), np.argsort(order)], device)
 
     views, done = [], 0
     for rows in chunks:
@@ -126,14 +126,14 @@ def by_products(values: torch.Tensor, sampling: Sampling, how: Resampling) -> to
         for index, row in enumerate(rows):
             h, w = sampling.sizes[row]
             padded[index, :h, :w] = values[offsets[row] : offsets[row + 1]].view(int(h), int(w), 3)
-        where = _Places(*(tensor[done : done + len(rows)] for tensor in places))
+        where = _ViewPixels(*(tensor[done : done + len(rows)] for tensor in pixels_of_views))
         with float32_products(device, tf32=False):
             views.append(_resample_chunk(padded, where, how))
         done += len(rows)
     return torch.cat(views).index_select(0, positions.long())
 
 
-class _Places(NamedTuple):
+class _ViewPixels(NamedTuple):
     """Where the V views of B images are in them, on the device: float32 all.
 
     Attributes:
@@ -190,11 +190,11 @@ def _chunks(sizes: NDArray[np.int64]) -> Iterator[list[int]]:
         yield chunk
 
 
-def _resample_chunk(padded: torch.Tensor, places: _Places, how: Resampling) -> torch.Tensor:
+def _resample_chunk(padded: torch.Tensor, where: _ViewPixels, how: Resampling) -> torch.Tensor:
     """Views uint8 (B, V, 3, S, S) of images (B, H, W, 3) that are padded at the right and at the bottom."""
     batch, height, width, _ = padded.shape
-    down, across = (_weights(places, side, length, how) for side, length in ((0, height), (1, width)))
-    mirrored = places.mirrored.bool()[:, :, None, None]  # (B, V, 1, 1)
+    down, across = (_weights(where, side, length, how) for side, length in ((0, height), (1, width)))
+    mirrored = where.mirrored.bool()[:, :, None, None]  # (B, V, 1, 1)
     across = torch.where(mirrored, across.flip(2), across)  # (B, V, S, W)
     pixels = padded.permute(0, 3, 1, 2).reshape(batch, 3 * height, width).float()
     # The views of an image are columns of one product, as a product of each view would copy the image for it. PIL
@@ -209,16 +209,16 @@ def _rounded(values: torch.Tensor) -> torch.Tensor:
     return values.add_(0.5).floor_().clamp_(0, 255)
 
 
-def _weights(places: _Places, side: int, length: int, how: Resampling) -> torch.Tensor:
+def _weights(where: _ViewPixels, side: int, length: int, how: Resampling) -> torch.Tensor:
     """Weight of each pixel of a side in each pixel of a view: float32 (B, V, S, length), rows that sum to one."""
-    whole, fraction = places.whole[:, :, side, :, None], places.fraction[:, :, side, :, None]  # (B, V, S, 1)
+    whole, fraction = where.whole[:, :, side, :, None], where.fraction[:, :, side, :, None]  # (B, V, S, 1)
     positions = torch.arange(length, dtype=torch.float32, device=whole.device)
-    distance = ((positions - whole) + (0.5 - fraction)).div_(places.spread[:, :, side, None, None])  # (B, V, S, L)
+    distance = ((positions - whole) + (0.5 - fraction)).div_(where.spread[:, :, side, None, None])  # (B, V, S, L)
     # the plain view by the model's filter, drawn ones as `views.draw` makes them
     weights = _bicubic(distance)
     if how.filter == "bilinear":
         weights[:, 0] = (1 - distance[:, 0].abs()).clamp_min_(0)
-    weights = weights * (positions < places.sizes[:, side, None, None, None])
+    weights = weights * (positions < where.sizes[:, side, None, None, None])
     return weights.div_(weights.sum(dim=-1, keepdim=True))
 
 

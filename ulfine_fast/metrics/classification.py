@@ -72,7 +72,7 @@ class Predictions(NamedTuple):
 
     def first(self, rows: int) -> Predictions:
         """The predictions of the first rows alone."""
-        return Predictions(*(values[:rows] for values in self))
+        return Predictions(self.classes[:rows], self.confidence[:rows], self.scaled_confidence[:rows])
 
 
 def classification(logits: Floats, labels: Labels, counts: Labels, temperature: float = 1.0) -> dict[str, Any]:

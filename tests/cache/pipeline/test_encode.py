@@ -245,3 +245,8 @@ def test_default_workers(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(24)), raising=False)
     assert default_workers(torch.device("cuda")) == 16
     assert default_workers(torch.device("cpu")) == 24
+    # two cores are left to the process that launches the GPU's work
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)), raising=False)
+    assert default_workers(torch.device("cuda")) == 14
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0}, raising=False)
+    assert default_workers(torch.device("cuda")) == 1
