@@ -249,9 +249,9 @@ def agreement(features: NDArray[np.float32], reference: NDArray[np.float32]) -> 
 
 
 def _cosines(left: NDArray[np.float32], right: NDArray[np.float32]) -> NDArray[np.float64]:
-    left, right = left.astype(np.float64), right.astype(np.float64)  # type: ignore[assignment]
-    lengths = np.linalg.norm(left, axis=1) * np.linalg.norm(right, axis=1)
-    cosines: NDArray[np.float64] = (left * right).sum(1) / np.maximum(lengths, 1e-30)
+    one, other = left.astype(np.float64), right.astype(np.float64)
+    lengths = np.linalg.norm(one, axis=1) * np.linalg.norm(other, axis=1)
+    cosines: NDArray[np.float64] = (one * other).sum(1) / np.maximum(lengths, 1e-30)
     return cosines
 
 
