@@ -63,7 +63,10 @@ def extract(
     shard_size: Annotated[int, typer.Option(help="Rows a shard covers; a stop loses at most one shard.")] = 1024,
     workers: Workers = None,
     device: Device = "auto",
-    precision: Annotated[Literal["fp32", "bf16", "fp16"], typer.Option(help="Of the model while it runs.")] = "fp32",
+    precision: Annotated[
+        Literal["fp32", "tf32", "bf16", "fp16"],
+        typer.Option(help="Of the model while it runs; fp32 is exact and slow on a GPU, which wants bf16 or tf32."),
+    ] = "fp32",
     mode: Annotated[
         Literal["resume", "overwrite", "verify"],
         typer.Option(help="Continue, start anew, or check and extract nothing."),

@@ -20,7 +20,7 @@ from PIL import Image
 from torch.nn import functional
 from torchvision.transforms import Compose
 
-from ulfine_fast.cache.io.device import pick_device
+from ulfine_fast.cache.io.device import float32_products, pick_device
 from ulfine_fast.cache.io.errors import InputError
 from ulfine_fast.cache.io.home import cache_home
 from ulfine_fast.cache.models import lite0_minilm
@@ -39,7 +39,8 @@ __all__ = [
 
 DEFAULT_MODEL = "ViT-B-16"
 DEFAULT_PRETRAINED = "openai"
-PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+PRECISIONS = {"fp32": None, "tf32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""Types of mixed precision by name; the first two are float32, on a GPU exactly or with inputs rounded to TF32."""
 _TEXT_BATCH = 128
 _SCHEMES = ("local-dir:", "hf-hub:")
 _OFFLINE_FIX = f"use --model {lite0_minilm.NAME}, which needs no network, or --pretrained FILE"
@@ -91,6 +92,7 @@ class Encoder:
         exact: whether images go through `resize`, not through `resampling`.
         mean: of the normalisation per channel, for pixel values 0..1.
         std: likewise.
+        precision: as given to `load_encoder`.
         dtype: autocast type, None for float32; the vision tower's matrices and filters are then stored in it.
         features: as given to `load_encoder`.
         compiled: whether `torch.compile` has made kernels for the vision tower.
@@ -105,7 +107,7 @@ class Encoder:
         pretrained: str | None,
         *,
         device: torch.device,
-        dtype: torch.dtype | None = None,
+        precision: str = "fp32",
         handle: str | None = None,
         features: str = "projected",
         exact: bool | None = None,
@@ -118,17 +120,21 @@ class Encoder:
             name: see `ModelSpec`.
             pretrained: see `ModelSpec`.
             device: see the class.
-            dtype: see the class.
+            precision: see `load_encoder`.
             handle: open_clip's name of the model; `name` by default.
             features: see `load_encoder`.
             exact: see `load_encoder`.
             compiled: see `load_encoder`.
 
         Raises:
-            InputError: a model with another kind of input, preprocessing or tokens.
+            InputError: a precision that the device does not have, or a model with another kind of input, preprocessing
+                or tokens.
         """
+        if precision == "tf32" and device.type != "cuda":
+            raise InputError(f"precision tf32 is one of CUDA devices, this one is {device.type}; use fp32")
         self.device = device
-        self.dtype = dtype
+        self.precision = precision
+        self.dtype = dtype = PRECISIONS[precision]
         self.features = features
         self.compiled = compiled
         self._handle = handle or name
@@ -137,6 +143,8 @@ class Encoder:
         settings = open_clip.get_model_preprocess_cfg(model)
         self.mean: tuple[float, ...] = tuple(float(value) for value in settings["mean"])
         self.std: tuple[float, ...] = tuple(float(value) for value in settings["std"])
+        # made once: an upload for each batch would wait for the work before it
+        self._mean, self._std = (torch.tensor(values, device=device).view(3, 1, 1) for values in (self.mean, self.std))
         self.transform: Callable[[Image.Image], torch.Tensor] = image_transform_v2(
             PreprocessCfg(**settings), is_train=False
         )
@@ -237,12 +245,12 @@ class Encoder:
         """The last part of `transform` for a batch: uint8 (B, H, W, 3) to float32 (B, 3, H, W), on the device."""
         # Bytes in the order of an image are channels last already; the operations are in torchvision's order.
         images = pixels.permute(0, 3, 1, 2).to(torch.float32).contiguous(memory_format=self._layout)
-        mean, std = (torch.tensor(values, device=pixels.device).view(3, 1, 1) for values in (self.mean, self.std))
-        return images.div_(255.0).sub_(mean).div_(std)
+        return images.div_(255.0).sub_(self._mean).div_(self._std)
 
     def _encode(self, batch: torch.Tensor) -> torch.Tensor:
         """Preprocessed images (B, 3, H, W) on the device to rows (B, D + S W) there, see `encode_pixels`."""
-        with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype is not None):
+        mixed = torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype is not None)
+        with mixed, float32_products(self.device, tf32=self.precision == "tf32"):
             features = self.model.encode_image(batch)  # (B, D)
         unit = functional.normalize(features.float(), dim=-1)
         tokens = self._hooks.take()
@@ -258,7 +266,8 @@ class Encoder:
         if not texts:
             return torch.empty(0, self.spec.dim)
         parts = self.tokenize(texts).split(_TEXT_BATCH)
-        features = torch.cat([self.model.encode_text(part.to(self.device)) for part in parts])  # (n, D)
+        with float32_products(self.device, tf32=False):
+            features = torch.cat([self.model.encode_text(part.to(self.device)) for part in parts])  # (n, D)
         return functional.normalize(features.float(), dim=-1).cpu()
 
     def tokenize(self, texts: Sequence[str]) -> torch.Tensor:
@@ -317,7 +326,8 @@ def load_encoder(
         pretrained: open_clip's tag, or a checkpoint file (read with `weights_only`); only for open_clip names, and
             "openai" for the default model.
         device: "auto" (a GPU if there is one), "cpu", "cuda", "cuda:1", "mps".
-        precision: "fp32", or "bf16" / "fp16" for mixed precision.
+        precision: "fp32", exact on every device; "tf32", the same on a GPU with inputs of products rounded to 10 bits;
+            "bf16" or "fp16" for mixed precision.
         features: "projected"; "pre-projection" to keep also the input of the projection, "last-block" the class token
             before and after the last block's MLP.
         exact: whether the model's own preprocessing resizes and crops every image at full size; else large images are
@@ -339,7 +349,7 @@ def load_encoder(
         name,
         pretrained,
         device=target,
-        dtype=PRECISIONS[precision],
+        precision=precision,
         handle=handle,
         features=features,
         exact=exact,

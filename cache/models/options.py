@@ -17,7 +17,7 @@ class ModelOptions:
     Attributes:
         model: its name.
         pretrained: tag or checkpoint.
-        precision: "fp32", "bf16" or "fp16".
+        precision: "fp32", "tf32", "bf16" or "fp16".
         features: "projected", "last-block" or "pre-projection".
         exact: whether images are preprocessed exactly; None for the default of the model.
         compiled: whether `torch.compile` makes the kernels.

@@ -24,6 +24,7 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
+from ulfine_fast.cache.io.device import current_device
 from ulfine_fast.cache.io.errors import InputError
 from ulfine_fast.cache.pipeline.fill import MakeShards, RowsDone, ShardContent, ShardWriter
 from ulfine_fast.cache.pipeline.plan import batches_of, is_listed, open_parts
@@ -156,7 +157,7 @@ def encode_parts(
             writer.write(finished.part, partial(finished.content, job.manifest))
 
     try:
-        with ShardWriter(job.out, job.manifest, on_shard) as writer:
+        with current_device(encoder.device), ShardWriter(job.out, job.manifest, on_shard) as writer:
             with closing(encoded(reader, encoder, batches(), workers=workers)) as stream:
                 for batch in stream:
                     # a part without a single row brings no batch
@@ -282,7 +283,7 @@ def encoded(
         encoder: the frozen model.
         batches: rows of one split each; drawn a few ahead, never all of them.
         workers: on a processor threads, which read and encode a batch each; elsewhere processes, which read. 0 for
-            none; by default one for each core, at most 16 processes.
+            none; by default one for each core, of processes two fewer and at most 16.
 
     Raises:
         InputError: a reader process ended, or a single image is too large for the GPU's memory.
@@ -296,7 +297,8 @@ def encoded(
 
 def default_workers(device: torch.device) -> int:
     """Threads or processes where the user gives no number."""
-    return cores() if device.type == "cpu" else min(cores(), 16)
+    # two cores launch the GPU's work and pin its memory
+    return cores() if device.type == "cpu" else max(1, min(cores() - 2, 16))
 
 
 def _encode_on_core(reader: ImageReader, encoder: Encoder, rows: list[Row]) -> EncodedBatch:
@@ -312,17 +314,18 @@ def _encode_on_device(
 ) -> Iterator[EncodedBatch]:
     """The model runs here, one batch behind what was started on it, so that a GPU never waits for the copy back."""
     model = _DeviceModel(encoder)
-    running: tuple[Batch, torch.Tensor | None] | None = None
+    running: tuple[Batch, _CopyToHost | None] | None = None
     started = time.perf_counter()
     try:
         for batch in _read_in_processes(reader, batches, workers):
-            features = model.encode(reader.pixels_on(encoder.device, batch)) if batch.kept else None
+            # the copy is queued before the next batch, or it would wait for that one too
+            copy = _CopyToHost(model.encode(reader, batch)) if batch.kept else None
             if running is not None:
-                yield _with_features(*running, encoder.columns, time.perf_counter() - started)
-            running = batch, features
+                yield _from_device(*running, encoder.columns, started)
+            running = batch, copy
             started = time.perf_counter()
         if running is not None:
-            yield _with_features(*running, encoder.columns, time.perf_counter() - started)
+            yield _from_device(*running, encoder.columns, started)
     except RuntimeError as error:
         # torch says so when a reader process is gone; what a reader itself raised comes with its traceback
         if "DataLoader worker" not in str(error) or "Traceback" in str(error):
@@ -333,12 +336,41 @@ def _encode_on_device(
         ) from error
 
 
+class _CopyToHost:
+    """Features on their way from a GPU to main memory; nothing waits until they are asked for.
+
+    Args:
+        features: on the device, complete once the work queued so far is done.
+    """
+
+    def __init__(self, features: torch.Tensor) -> None:
+        self._ready: torch.cuda.Event | None = None
+        if features.is_cuda:
+            self._features = features.to("cpu", non_blocking=True)  # to pinned memory
+            self._ready = torch.cuda.Event()
+            self._ready.record(torch.cuda.current_stream(features.device))
+        else:
+            self._features = features.cpu()
+
+    def wait(self) -> torch.Tensor:
+        """The features, when they are there."""
+        if self._ready is not None:
+            self._ready.synchronize()
+        return self._features
+
+
+def _from_device(batch: Batch, copy: _CopyToHost | None, columns: int, started: float) -> EncodedBatch:
+    """A batch whose features may still be on their way; `started` is when its work was started."""
+    features = None if copy is None else copy.wait()
+    return _with_features(batch, features, columns, time.perf_counter() - started)
+
+
 def _with_features(batch: Batch, features: torch.Tensor | None, columns: int, seconds: float) -> EncodedBatch:
     """A batch and its features (B * V, D + S W); None where no image could be read."""
     if features is None:
         by_image = np.empty((0, 1, columns), np.float32)
     else:
-        by_image = features.cpu().numpy().reshape(len(batch.kept), -1, columns)  # (B, V, D + S W)
+        by_image = features.numpy().reshape(len(batch.kept), -1, columns)  # (B, V, D + S W)
     times = {"read": batch.seconds, "encode": seconds}
     return EncodedBatch(batch.kept, batch.skipped, by_image, batch.scale, batch.flip, times)
 
@@ -350,12 +382,13 @@ class _DeviceModel:
         self.encoder = encoder
         self.limit = 0  # images in one call; 0 for no limit
 
-    def encode(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Views (B * V, H, W, 3) to features (B * V, D + S W) on the device."""
+    def encode(self, reader: ImageReader, batch: Batch) -> torch.Tensor:
+        """A batch to the features of its views (B * V, D + S W) on the device."""
+        total = len(batch.kept) * batch.views
         while True:
-            count = self.limit or len(pixels)
+            count = self.limit or total
             try:
-                return torch.cat([self.encoder.encode_pixels(piece) for piece in pixels.split(count)])
+                return torch.cat(list(self._pieces(reader, batch, count)))
             except torch.OutOfMemoryError as error:
                 if count == 1:
                     raise InputError("a single image is too large for the GPU's memory; use --device cpu") from error
@@ -368,6 +401,14 @@ class _DeviceModel:
                 )
             self.limit = max(1, count // 2)
             torch.cuda.empty_cache()
+
+    def _pieces(self, reader: ImageReader, batch: Batch, count: int) -> Iterator[torch.Tensor]:
+        """Features of at most `count` views at a time, which are made on the device for as many images at a time."""
+        images = max(1, count // batch.views)
+        for start in range(0, len(batch.kept), images):
+            pixels = reader.pixels_on(self.encoder.device, batch.pixels_of(start, start + images))
+            for piece in pixels.split(count):
+                yield self.encoder.encode_pixels(piece)
 
 
 # -- reader processes

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import h5py
-import torch
 
 from ulfine_fast._version import __version__
 from ulfine_fast.cache import text as texts
@@ -35,7 +34,6 @@ if TYPE_CHECKING:
     from ulfine_fast.cache.sources.rows import Part, Source
 
 MODES = ("resume", "overwrite", "verify")
-_PRECISIONS = {None: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 _LIBRARIES = ("torch", "torchvision", "open_clip_torch", "timm", "transformers", "numpy", "pillow", "h5py")
 
 
@@ -167,7 +165,7 @@ def make_manifest(
         std=list(encoder.std),
         views=asdict(recipe),
         dtype=dtype,
-        precision=_PRECISIONS[encoder.dtype],
+        precision=encoder.precision,
         batch_size=batch_size,
         shard_size=shard_size,
         class_names=list(source.class_names),

@@ -53,6 +53,22 @@ class Batch(NamedTuple):
     sampling: Sampling | None = None
     drawn: tuple[Drawing, ...] = ()
 
+    @property
+    def views(self) -> int:
+        """V, how many views each image has."""
+        return self.scale.shape[1] + 1
+
+    def pixels_of(self, start: int, stop: int) -> Batch:
+        """The same with the pixels of images [start, stop) alone, for `ImageReader.pixels_on`."""
+        if self.sampling is None:
+            return self._replace(pixels=self.pixels[start:stop])
+        sampling = Sampling(
+            self.sampling.sizes[start:stop], self.sampling.windows[start:stop], self.sampling.mirrored[start:stop]
+        )
+        first, last = self.sampling.offsets[[start, stop]]
+        drawn = self.drawn[start * self.views : stop * self.views]
+        return self._replace(pixels=self.pixels[first:last], sampling=sampling, drawn=drawn)
+
 
 class _ReadImage(NamedTuple):
     """One image with its views, or whole and with what is drawn for its views.

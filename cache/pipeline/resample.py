@@ -8,14 +8,16 @@ rows always come first, so that now and then a pixel beside a sharp edge differs
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
+
+from ulfine_fast.cache.io.device import float32_products, upload
 
 PIL_FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 # Values of padded images resampled together: 256 MB of float32, and less than as much again between the two steps.
@@ -46,6 +48,11 @@ class Sampling(NamedTuple):
     sizes: NDArray[np.int64]
     windows: NDArray[np.float64]
     mirrored: NDArray[np.bool_]
+
+    @property
+    def offsets(self) -> NDArray[np.int64]:
+        """Index of each image's first value, and of the end of the last image: (B + 1,)."""
+        return np.concatenate([[0], np.cumsum(self.sizes.prod(axis=1))]) * 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,29 +106,61 @@ def resampled(values: torch.Tensor, sampling: Sampling, how: Resampling) -> torc
 
 
 def by_products(values: torch.Tensor, sampling: Sampling, how: Resampling) -> torch.Tensor:
-    """`resampled` on a device: two batched matrix products."""
-    offsets = _offsets(sampling)
-    batch, views = sampling.windows.shape[:2]
-    out = torch.empty(batch, views, 3, how.side, how.side, dtype=torch.uint8, device=values.device)
-    for rows in _chunks(sampling.sizes):
+    """`resampled` on a device: two batched matrix products, exact ones as bytes times weights need more than TF32."""
+    offsets, device = sampling.offsets, values.device
+    chunks = list(_chunks(sampling.sizes))
+    order = np.concatenate(chunks)
+
+    # everything that the device must know travels together, in the order of the chunks
+    start, step = sampling.windows[..., 0], sampling.windows[..., 1]  # (B, V, 2)
+    centers = start[..., None] + (np.arange(how.side) + 0.5) * step[..., None]  # (B, V, 2, S)
+    # Whole and fractional parts apart: float32 holds the distance to a pixel well, float64 is slow on a device.
+    whole = np.floor(centers)
+    arrays = (whole, centers - whole, np.maximum(step, 1.0), sampling.sizes, sampling.mirrored)
+    *pixels_of_views, positions = _uploaded([*(array[order] for array in arrays), np.argsort(order)], device)
+
+    views, done = [], 0
+    for rows in chunks:
         height, width = sampling.sizes[rows].max(axis=0)
         padded = values.new_zeros(len(rows), int(height), int(width), 3)
         for index, row in enumerate(rows):
             h, w = sampling.sizes[row]
             padded[index, :h, :w] = values[offsets[row] : offsets[row + 1]].view(int(h), int(w), 3)
-        chosen = Sampling(sampling.sizes[rows], sampling.windows[rows], sampling.mirrored[rows])
-        out[torch.as_tensor(rows, device=out.device)] = _resample_chunk(padded, chosen, how)
-    return out
+        where = _ViewPixels(*(tensor[done : done + len(rows)] for tensor in pixels_of_views))
+        with float32_products(device, tf32=False):
+            views.append(_resample_chunk(padded, where, how))
+        done += len(rows)
+    return torch.cat(views).index_select(0, positions.long())
 
 
-def _offsets(sampling: Sampling) -> NDArray[np.int64]:
-    """Index of each image's first value, and of the end of the last image: (B + 1,)."""
-    return np.concatenate([[0], np.cumsum(sampling.sizes.prod(axis=1))]) * 3
+class _ViewPixels(NamedTuple):
+    """Where the V views of B images are in them, on the device: float32 all.
+
+    Attributes:
+        whole: pixel that the center of each pixel of a view is in, of the rows and of the columns (B, V, 2, S).
+        fraction: where it is in that pixel, in [0, 1), likewise.
+        spread: pixels of the image that the filter is stretched to, at least 1 (B, V, 2).
+        sizes: H and W of each image (B, 2).
+        mirrored: 1 or 0 (B, V).
+    """
+
+    whole: torch.Tensor
+    fraction: torch.Tensor
+    spread: torch.Tensor
+    sizes: torch.Tensor
+    mirrored: torch.Tensor
+
+
+def _uploaded(arrays: Sequence[NDArray[Any]], device: torch.device) -> list[torch.Tensor]:
+    """Arrays on the device as float32, in one copy that nothing waits for."""
+    flat = torch.from_numpy(np.concatenate([array.astype(np.float32).ravel() for array in arrays]))
+    parts = upload(flat, device).split([array.size for array in arrays])
+    return [part.view(array.shape) for part, array in zip(parts, arrays, strict=True)]
 
 
 def _by_pil(values: NDArray[np.uint8], sampling: Sampling, how: Resampling) -> torch.Tensor:
     """`resampled` on a processor, where PIL, which leaves out weights of zero, is four times as fast."""
-    offsets = _offsets(sampling)
+    offsets = sampling.offsets
     batch, views = sampling.windows.shape[:2]
     out = np.empty((batch, views, how.side, how.side, 3), dtype=np.uint8)
     for row, size in enumerate(sampling.sizes):
@@ -151,16 +190,18 @@ def _chunks(sizes: NDArray[np.int64]) -> Iterator[list[int]]:
         yield chunk
 
 
-def _resample_chunk(padded: torch.Tensor, sampling: Sampling, how: Resampling) -> torch.Tensor:
+def _resample_chunk(padded: torch.Tensor, where: _ViewPixels, how: Resampling) -> torch.Tensor:
     """Views uint8 (B, V, 3, S, S) of images (B, H, W, 3) that are padded at the right and at the bottom."""
     batch, height, width, _ = padded.shape
-    down, across = (_weights(sampling, side, length, how, padded.device) for side, length in ((0, height), (1, width)))
-    mirrored = torch.as_tensor(sampling.mirrored, device=padded.device)[:, :, None, None]  # (B, V, 1, 1)
+    down, across = (_weights(where, side, length, how) for side, length in ((0, height), (1, width)))
+    mirrored = where.mirrored.bool()[:, :, None, None]  # (B, V, 1, 1)
     across = torch.where(mirrored, across.flip(2), across)  # (B, V, S, W)
-    pixels = padded.permute(0, 3, 1, 2).reshape(batch, 1, 3 * height, width).float()
-    # PIL rounds to bytes between the two steps, so the same is done here.
-    wide = _rounded(pixels @ across.mT).unflatten(2, (3, height))  # (B, V, 3, H, S)
-    return _rounded(down[:, :, None] @ wide).to(torch.uint8)  # (B, V, 3, S, S)
+    pixels = padded.permute(0, 3, 1, 2).reshape(batch, 3 * height, width).float()
+    # The views of an image are columns of one product, as a product of each view would copy the image for it. PIL
+    # rounds to bytes between the two steps, so the same is done here.
+    wide = _rounded(across.flatten(1, 2) @ pixels.mT)  # (B, V S, 3 H)
+    tall = _rounded(wide.view(-1, 3 * how.side, height) @ down.flatten(0, 1).mT)  # (B V, S 3, S), columns first
+    return tall.view(batch, -1, how.side, 3, how.side).permute(0, 1, 3, 4, 2).to(torch.uint8)  # (B, V, 3, S, S)
 
 
 def _rounded(values: torch.Tensor) -> torch.Tensor:
@@ -168,23 +209,16 @@ def _rounded(values: torch.Tensor) -> torch.Tensor:
     return values.add_(0.5).floor_().clamp_(0, 255)
 
 
-def _weights(sampling: Sampling, side: int, length: int, how: Resampling, device: torch.device) -> torch.Tensor:
+def _weights(where: _ViewPixels, side: int, length: int, how: Resampling) -> torch.Tensor:
     """Weight of each pixel of a side in each pixel of a view: float32 (B, V, S, length), rows that sum to one."""
-    start, step = sampling.windows[:, :, side, 0, None], sampling.windows[:, :, side, 1, None]  # (B, V, 1)
-    centers = start + (np.arange(how.side) + 0.5) * step  # (B, V, S)
-    # Whole and fractional parts apart: float32 holds the distance to a pixel well, float64 is slow on a device.
-    floor = np.floor(centers)
-    whole = torch.as_tensor(floor, dtype=torch.float32, device=device)[..., None]
-    fraction = torch.as_tensor(centers - floor, dtype=torch.float32, device=device)[..., None]
-    spread = torch.as_tensor(np.maximum(step, 1.0), dtype=torch.float32, device=device)[..., None]
-    positions = torch.arange(length, dtype=torch.float32, device=device)
-    distance = ((positions - whole) + (0.5 - fraction)).div_(spread)  # (B, V, S, L)
+    whole, fraction = where.whole[:, :, side, :, None], where.fraction[:, :, side, :, None]  # (B, V, S, 1)
+    positions = torch.arange(length, dtype=torch.float32, device=whole.device)
+    distance = ((positions - whole) + (0.5 - fraction)).div_(where.spread[:, :, side, None, None])  # (B, V, S, L)
     # the plain view by the model's filter, drawn ones as `views.draw` makes them
     weights = _bicubic(distance)
     if how.filter == "bilinear":
         weights[:, 0] = (1 - distance[:, 0].abs()).clamp_min_(0)
-    ends = torch.as_tensor(sampling.sizes[:, side], device=device)[:, None, None, None]
-    weights = weights * (positions < ends)
+    weights = weights * (positions < where.sizes[:, side, None, None, None])
     return weights.div_(weights.sum(dim=-1, keepdim=True))
 
 

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torchvision.transforms import v2
 
+from ulfine_fast.cache.io.device import upload
 from ulfine_fast.cache.io.errors import InputError
 
 # Of RandAugment: magnitudes are 0..30, as in its paper and in torchvision.
@@ -158,13 +159,19 @@ def augmented(views: torch.Tensor, drawn: Sequence[Drawing], recipe: ViewRecipe)
         recipe: that they were drawn from.
     """
     augment = _transforms(recipe)[1]
+    groups: list[tuple[tuple[str, float], list[int]]] = []
     for step in range(recipe.strong_ops):
         rows_by_operation: dict[tuple[str, float], list[int]] = {}
         for row, drawing in enumerate(drawn):
             if step < len(drawing.operations):
                 rows_by_operation.setdefault(drawing.operations[step], []).append(row)
-        for operation, rows in rows_by_operation.items():
-            views[rows] = augment.apply(views[rows], operation)
+        groups += rows_by_operation.items()
+
+    # the rows of all groups travel together, as an index made for each group would wait for the one before
+    index = upload(torch.tensor([row for _, rows in groups for row in rows], dtype=torch.int64), views.device)
+    parts = index.split([len(rows) for _, rows in groups]) if groups else ()
+    for (operation, _), rows_of_group in zip(groups, parts, strict=True):
+        views.index_copy_(0, rows_of_group, augment.apply(views.index_select(0, rows_of_group), operation))
     return views
 
 

@@ -103,7 +103,7 @@ def test_a_wrong_value_is_said_with_the_value(images, model, tmp_path, options, 
     [
         (["--mode", "append"], "'append' is not one of 'resume', 'overwrite', 'verify'"),
         (["--dtype", "int4"], "'int4' is not one of 'float16', 'float32', 'int8'"),
-        (["--precision", "int8"], "'int8' is not one of 'fp32', 'bf16', 'fp16'"),
+        (["--precision", "int8"], "'int8' is not one of 'fp32', 'tf32', 'bf16', 'fp16'"),
         (["--features", "cls"], "'cls' is not one of 'projected', 'pre-projection', 'last-block'"),
         (["--engine", "spark"], "'spark' is not one of 'local', 'ray'"),
     ],

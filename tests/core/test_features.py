@@ -8,6 +8,7 @@ import torch
 import ulfine_fast.core.features
 from tests.conftest import make_clusters
 from ulfine_fast.core.features import DeviceFeatures
+from ulfine_fast.engine.memory import peak_bytes
 from ulfine_fast.ops.prototypes import normalize
 
 CPU = torch.device("cpu")
@@ -24,6 +25,19 @@ def features(request, monkeypatch):
         (True, torch.float32) if request.param == "widened" else (False, torch.float16)
     )
     return loaded
+
+
+def test_views_loaded_in_blocks_of_rows_are_the_same(features, monkeypatch):
+    monkeypatch.setattr(ulfine_fast.core.features, "_ROWS", 7)
+    assert torch.equal(DeviceFeatures.load(make_clusters(train=10, test=4), CPU).views, features.views)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_loading_holds_one_copy_of_the_views_on_a_gpu(monkeypatch):
+    monkeypatch.setattr(ulfine_fast.core.features, "_ROWS", 256)
+    cache, loaded = make_clusters(dim=512, train=2000), []
+    peak = peak_bytes(lambda: loaded.append(DeviceFeatures.load(cache, torch.device("cuda"))), torch.device("cuda"))
+    assert peak < 1.2 * (loaded[0].plain.nbytes + loaded[0].views.nbytes)
 
 
 def test_slots_count_through_the_views_of_all_rows(features):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
+import weakref
 
 import numpy as np
 import pytest
@@ -68,8 +70,8 @@ def doubled(tensors):
     return {name: value.double() if value.is_floating_point() else value for name, value in tensors.items()}
 
 
-def trained(cache, configs, engine):
-    """State, velocity and summed losses after STEPS float64 steps by an engine."""
+def started(cache, configs, engine):
+    """State, velocity and a stepper in float64."""
     splits = [draw_split(cache.labels, cache.splits, cache.class_names, config) for config in configs]
     trials, method = double_trials(cache, configs, splits), method_of(configs[0])
     features = DeviceFeatures.load(cache, torch.device("cpu"))
@@ -84,11 +86,17 @@ def trained(cache, configs, engine):
         config=configs[0],
         pairs=method.uses_unlabeled,
     )
-    started = method.start(trials)
-    state = State(doubled(started.parameters), doubled(started.memory))
+    initial = method.start(trials)
+    state = State(doubled(initial.parameters), doubled(initial.memory))
     velocity = {name: torch.zeros_like(value) for name, value in state.parameters.items()}
     stepper = make_stepper(method, trials, state, velocity, source, STEPS, engine)
     assert isinstance(stepper, AutogradSteps) == (engine == "specification")
+    return state, velocity, stepper
+
+
+def trained(cache, configs, engine):
+    """State, velocity and summed losses after STEPS float64 steps by an engine."""
+    state, velocity, stepper = started(cache, configs, engine)
     losses = sum(stepper.run(0, 5)) + sum(stepper.run(5, STEPS))
     return {name: value.detach() for name, value in state.tensors.items()}, velocity, losses
 
@@ -175,6 +183,24 @@ def test_parameters_and_velocities_are_views_of_one_buffer_each(cache):
     learned = [state[name] for name in velocity]
     assert len({tensor.untyped_storage().data_ptr() for tensor in learned}) == 1
     assert len({tensor.untyped_storage().data_ptr() for tensor in velocity.values()}) == 1
+
+
+@pytest.mark.parametrize("method", ["linear_probe", "lightweight", "ulfine"])
+def test_a_stepper_is_freed_without_the_garbage_collector(cache, method):
+    # on a GPU a reference cycle would keep buffers, graph and memory pool of every stepper that was replaced
+    _, _, stepper = started(cache, configs_of(method=method), "fused")
+    for _ in stepper.run(0, 5):
+        pass
+    blocks = [weakref.ref(block) for queue in stepper.queues for _, block in queue]
+    buffers = weakref.ref(stepper.queues[0][0][1].buffers)
+    gc.disable()
+    try:
+        del stepper
+        assert blocks
+        assert [block() for block in blocks] == [None] * len(blocks)
+        assert buffers() is None
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("method", ["linear_probe", "lightweight", "ulfine"])

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from contextlib import contextmanager
 from dataclasses import replace
 
 import numpy as np
@@ -12,7 +13,7 @@ from ulfine_fast.config import readable
 from ulfine_fast.core.features import DeviceFeatures
 from ulfine_fast.data.splits import draw_split
 from ulfine_fast.engine import fit as fitting
-from ulfine_fast.engine import scheduling
+from ulfine_fast.engine import scheduling, trial_batch
 from ulfine_fast.engine.trial_batch import TrialBatch
 
 METHODS = ["zero_shot", "linear_probe", "lightweight", "ulfine"]
@@ -191,6 +192,37 @@ def test_cpu_and_gpu_draw_the_same_and_agree(clusters, quick):
     np.testing.assert_allclose(here.test_probabilities, there.test_probabilities, atol=1e-3)
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_second_gpu_trains_as_the_first(clusters, quick):
+    first, second = (fit(clusters, quick(), device=device) for device in ("cuda:0", "cuda:1"))
+    np.testing.assert_allclose(first.test_probabilities, second.test_probabilities, atol=1e-5)
+
+
+def test_all_work_is_done_with_the_device_as_the_current_one(clusters, quick, monkeypatch):
+    # Triton and CUDA graphs run on the current device, whatever the tensors' device is
+    inside = []
+
+    @contextmanager
+    def entered(device):
+        inside.append(device)
+        yield
+        inside.append(None)
+
+    def seen(function):
+        def call(*args, **kwargs):
+            assert inside == [torch.device("cpu")]
+            return function(*args, **kwargs)
+
+        return call
+
+    monkeypatch.setattr(fitting, "current_device", entered)
+    for name in ("train", "finish"):
+        monkeypatch.setattr(TrialBatch, name, seen(getattr(TrialBatch, name)))
+    monkeypatch.setattr(DeviceFeatures, "load", seen(DeviceFeatures.load))
+    fit(clusters, quick(), device="cpu")
+    assert inside == [torch.device("cpu"), None]
+
+
 def test_unlabelled_rows_with_unknown_labels_train_and_are_not_judged():
     whole = make_clusters()
     hidden = whole.splits == "train"
@@ -209,6 +241,21 @@ def test_unlabelled_rows_with_unknown_labels_train_and_are_not_judged():
     run = fit(cache, FitConfig(method="ulfine", steps=30, threshold=0.5))
     assert run.metrics["pseudo_label_rate"] > 0
     assert run.metrics["pseudo_label_precision"] is None
+
+
+@pytest.mark.parametrize("select", ["best", "last"])
+def test_pseudo_label_metrics_read_a_sample_while_training_and_all_images_in_the_end(
+    clusters, quick, monkeypatch, select
+):
+    configs = [quick(threshold=0.5, select=select, seed=seed, n1=20 + 10 * seed) for seed in range(2)]
+    whole = fit_many(clusters, configs)
+    monkeypatch.setattr(trial_batch, "_HEALTH_ROWS", 20)
+    sampled = fit_many(clusters, configs)
+    for one, other in zip(whole, sampled, strict=True):
+        assert one.metrics == {**other.metrics, "seconds": one.metrics["seconds"]}
+        rates = [[row["per_class_pseudo_label_rate"] for row in run.history] for run in (one, other)]
+        assert rates[0] != rates[1]
+        np.testing.assert_allclose(*rates, atol=0.2)
 
 
 def test_a_trial_without_unlabelled_images_learns_nothing_from_its_neighbours(clusters, quick):

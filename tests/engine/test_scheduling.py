@@ -7,6 +7,7 @@ import torch
 from tests.conftest import make_clusters
 from ulfine_fast import FitConfig, fit_many
 from ulfine_fast.core.features import DeviceFeatures
+from ulfine_fast.core.fused.cuda_graph import Captured
 from ulfine_fast.engine import scheduling
 from ulfine_fast.engine.fit import draw_splits
 from ulfine_fast.engine.memory import peak_bytes
@@ -99,6 +100,22 @@ def test_measuring_changes_no_result(clusters, monkeypatch, method):
     monkeypatch.setattr(scheduling, "estimate", lambda *args: 1 << 60)
     for one, other in zip(whole, fit_many(clusters, configs), strict=True):
         np.testing.assert_array_equal(one.test_probabilities, other.test_probabilities)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine")
+def test_a_rehearsal_on_a_gpu_records_a_step(clusters, monkeypatch):
+    graphs = []
+    record = Captured._record
+
+    def noted(self, *inputs):
+        record(self, *inputs)
+        graphs.append(self.graph)
+
+    monkeypatch.setattr(Captured, "_record", noted)
+    config = FitConfig(**{**SMALL, "steps": 20, "eval_every": 20}, method="ulfine")
+    features = DeviceFeatures.load(clusters, torch.device("cuda"))
+    TrialBatch(clusters, features, [config], draw_splits(clusters, [config])).rehearse()
+    assert [graph is not None for graph in graphs] == [True]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine")

@@ -12,6 +12,7 @@ from ulfine_fast.engine.fit import draw_splits
 from ulfine_fast.engine.history import plain
 from ulfine_fast.engine.trial_batch import TrialBatch
 from ulfine_fast.metrics import classification as metrics
+from ulfine_fast.metrics.calibration import fit_temperature
 
 NAMES = ["pseudo_label_rate", "pseudo_label_precision", "confidence_on_false"]
 NAMES += [f"per_class_pseudo_label_{name}" for name in ("rate", "precision", "recall")]
@@ -58,6 +59,45 @@ def test_health_is_that_of_each_trial_alone(batch, clusters):
         wanted = metrics.pseudo_label_health(probabilities, clusters.labels[split.unlabeled], 0.5, 4)
         for name in NAMES:
             assert plain(result[name][t]) == pytest.approx(wanted[name], abs=1e-6)
+
+
+def test_health_of_a_sample_is_that_of_every_other_row(batch, clusters):
+    longest = batch.inputs.unlabeled.index.shape[1]
+    result = batch._validation().health(batch.inputs.unlabeled, most=-(-longest // 2))
+    for t, split in enumerate(batch.splits):
+        probabilities = metrics.softmax(logits_of(batch, t, "unlabeled", pseudo=True))[::2]
+        wanted = metrics.pseudo_label_health(probabilities, clusters.labels[split.unlabeled[::2]], 0.5, 4)
+        for name in NAMES:
+            assert plain(result[name][t]) == pytest.approx(wanted[name], abs=1e-6)
+
+
+def test_closing_metrics_are_those_of_each_trial_alone(batch, clusters):
+    alone = {(t, role): logits_of(batch, t, role) for t in range(5) for role in ("val", "test")}
+    batch._leave(dict.fromkeys(range(5), "done") | {1: "pruned"})
+    runs = batch.finish()
+    for t, (run, split) in enumerate(zip(runs, batch.splits, strict=True)):
+        counts = np.array(run.metrics["class_counts"])
+        labels = {role: clusters.labels[getattr(split, role)] for role in ("val", "test")}
+        temperature = fit_temperature(alone[t, "val"], labels["val"])
+        assert run.metrics["temperature"] == pytest.approx(temperature, rel=1e-4)
+        wanted = metrics.classification(alone[t, "val"], labels["val"], counts, temperature)
+        assert_equal_metrics(run.metrics["val"], wanted)
+        wanted = metrics.classification(alone[t, "test"], labels["test"], counts, temperature)
+        if t == 1:  # no trial that was dropped has seen the test split
+            assert not wanted.keys() & run.metrics.keys()
+            continue
+        assert run.metrics["test_rows"] == len(labels["test"])
+        assert_equal_metrics({name: run.metrics[name] for name in wanted}, wanted)
+        probabilities = metrics.softmax(alone[t, "test"] / temperature)
+        assert run.test_probabilities.dtype == np.float32
+        np.testing.assert_allclose(run.test_probabilities, probabilities, rtol=1e-3, atol=1e-6)
+        assert list(run.test_ids) == [clusters.ids[row] for row in split.test]
+
+
+def assert_equal_metrics(result, wanted):
+    assert list(result) == list(wanted)
+    for name, value in wanted.items():
+        assert result[name] == pytest.approx(value, abs=1e-5), name
 
 
 def test_logits_are_in_the_order_of_the_rows(batch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 
 import pytest
@@ -9,15 +10,19 @@ import torch
 
 from tests.conftest import make_clusters
 from ulfine_fast import FitConfig, fit_many
-from ulfine_fast.core.fused.heads import inverse_lengths
-from ulfine_fast.ops import kernels
+from ulfine_fast.core.fused.buffers import Buffers
+from ulfine_fast.core.fused.heads import add_orthogonality_gradient, inverse_lengths
+from ulfine_fast.ops import kernels, philox
 from ulfine_fast.ops.fusion import fuse
 from ulfine_fast.ops.losses import adjusted_cross_entropy
 from ulfine_fast.ops.losses import pseudo_labels as plain_pseudo_labels
-from ulfine_fast.ops.prototypes import class_means, fit_prototypes, move_visual, normalize
+from ulfine_fast.ops.prototypes import class_means, fit_prototypes, move_visual, normalize, orthogonality
 
 DEVICE = os.environ["KERNEL_DEVICE"]
 SIZES = [(1, 1, 1, 1), (3, 5, 2, 3), (1, 3, 10, 7), (3, 2, 101, 33), (1, 1, 1000, 5)]  # T, rows, K, D
+WIDE = [(1, 3, 10, 384), (2, 2, 1, 512), (1, 3, 1000, 768), (1, 2, 1025, 1280)]
+SIZES += WIDE
+TILES = [(2, 19, 10, 1), (1, 9, 1500, 1)]  # more rows than a tile has
 
 
 @pytest.fixture(autouse=True)
@@ -76,7 +81,23 @@ def test_cross_entropy_and_gradient(size, heads):
     torch.testing.assert_close(buffer, logits.grad, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("size", SIZES)
+def test_a_diverged_row_has_a_loss_that_is_no_number():
+    logits = random(1, 2, 1, 5)
+    logits[0, 0, 0, 2] = float("nan")
+    weights = torch.ones(1, 2, device=DEVICE)
+    result = kernels.cross_entropy_gradient_(logits, torch.zeros(1, 2, dtype=torch.int64, device=DEVICE), weights)
+    assert result.isnan().flatten().tolist() == [True, False]
+    assert logits[0, 0].isnan().all()
+
+
+def test_a_hopeless_row_has_a_finite_loss():
+    logits = torch.tensor([[[[0.0, 500.0]]]], device=DEVICE)
+    one = torch.ones(1, 1, device=DEVICE)
+    assert kernels.cross_entropy_gradient_(logits, torch.zeros(1, 1, dtype=torch.int64, device=DEVICE), one).isfinite()
+    assert logits.flatten().tolist() == [-1.0, 1.0]
+
+
+@pytest.mark.parametrize("size", [*SIZES, *TILES])
 def test_pseudo_labels(size):
     trials, rows, classes, _ = size
     both = 5 * random(trials, rows + 1, 2, classes)
@@ -88,6 +109,14 @@ def test_pseudo_labels(size):
     assert torch.equal(labels, wanted.labels)
     assert torch.equal(mask, wanted.mask)
     torch.testing.assert_close(mean, wanted.probabilities.mean(1), rtol=1e-4, atol=1e-6)
+
+
+def test_the_mean_of_a_trial_does_not_depend_on_its_neighbours():
+    both = 5 * random(3, 20, 2, 10)
+    half = torch.full((3,), 0.5, device=DEVICE)
+    mean = kernels.pseudo_labels(both[:, :, 0], both[:, :, 1], half, half, half)[2]
+    alone = kernels.pseudo_labels(both[1:2, :, 0], both[1:2, :, 1], half[:1], half[:1], half[:1])[2]
+    assert torch.equal(mean[1:2], alone)
 
 
 def test_pseudo_labels_of_equal_classes_take_the_first():
@@ -122,7 +151,7 @@ def test_decay(size):
     assert torch.equal(buffer[:, :3], first)
 
 
-@pytest.mark.parametrize("size", [*SIZES[:3], (1, 2, 17, 33)])
+@pytest.mark.parametrize("size", [*SIZES[:3], (1, 2, 17, 33), (1, 2, 3, 768), (2, 70, 4, 5)])
 def test_prototypes(size):
     trials, rows, classes, dim = size
     labels, adapted = integers(classes, trials, rows), random(trials, rows + 1, dim)[:, :rows]
@@ -135,14 +164,57 @@ def test_prototypes(size):
     moved = move_visual(visual, means, counts, seen, momentum)
     now = seen | (counts > 0)
     fitted = fit_prototypes(textual, moved, alpha, now)
+    before = visual.clone()
     kernels.move_prototypes_(visual, seen, textual, adapted, inverse_lengths(adapted), labels, momentum, alpha)
     assert torch.equal(seen, now)
+    assert torch.equal(visual[counts == 0], before[counts == 0])  # a class that is not in the batch keeps its vector
     torch.testing.assert_close(visual, moved, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(textual, fitted, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("size", [(1, 1, 1), (3, 2, 3), (2, 10, 7), (1, 33, 5)])  # T, K, D
+def test_orthogonality(size):
+    trials, classes, dim = size
+    vectors, weight = random(trials, classes, dim), torch.rand(trials, device=DEVICE)
+    c = vectors.double().requires_grad_()
+    wanted = orthogonality(c)
+    (weight.double() * wanted).sum().backward()
+    velocity = torch.full((trials, classes, dim), 2.0, device=DEVICE)
+    # the inverse lengths may be a part of those of two heads
+    both = torch.cat([random(trials, classes), inverse_lengths(vectors)], dim=1)
+    result = add_orthogonality_gradient(vectors, both[:, classes:], weight, velocity, Buffers(vectors))
+    torch.testing.assert_close(result, wanted.detach().float(), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(velocity - 2.0, c.grad.float(), rtol=1e-4, atol=1e-5)
+
+
+SEEDS = [0, 1, 2**31, 2**32 + 5, -1, 2**63 - 1]
+
+
+@pytest.mark.parametrize("count", [1, 3, 64, 1027])
+def test_random_integers_are_those_of_the_specification(count):
+    seeds, steps = torch.tensor(SEEDS, device=DEVICE), torch.tensor([0, 7, 2**31 - 1], device=DEVICE)
+    below = torch.tensor([1, 2, 1000, 2**31 - 1, 45_000, 3], device=DEVICE)
+    wanted = (philox.words(seeds, steps, philox.Purpose.WEAK_VIEW, count) * below.view(1, -1, 1)) >> 32
+    drawn = philox.integers(seeds, steps, philox.Purpose.WEAK_VIEW, count, below)
+    assert kernels.runs_on(seeds.device)
+    assert torch.equal(drawn, wanted)
+    assert drawn.amax((0, 2))[0] == 0
+
+
+@pytest.mark.parametrize("count", [1, 5, 1500])
+def test_random_normals_are_those_of_the_specification(count):
+    seeds = torch.tensor(SEEDS, device=DEVICE)
+    uniform = philox.uniforms(seeds, 9, philox.Purpose.STRONG_NOISE, 2 * count)
+    wanted = torch.sqrt(-2.0 * torch.log(uniform[:, :count])) * torch.cos(2.0 * math.pi * uniform[:, count:])
+    drawn = philox.normals(seeds, 9, philox.Purpose.STRONG_NOISE, count)
+    torch.testing.assert_close(drawn, wanted.float(), rtol=1e-6, atol=1e-7)
+    step = torch.tensor([9], device=DEVICE)
+    assert torch.equal(philox.normals(seeds, step, philox.Purpose.STRONG_NOISE, count), drawn)
+
+
 @pytest.mark.parametrize(
-    "values", [{"method": "ulfine"}, {"method": "ulfine", "prior": "hard"}, {"method": "lightweight"}]
+    "values",
+    [{"method": "ulfine"}, {"method": "ulfine", "prior": "hard"}, {"method": "lightweight", "feature_noise": 0.2}],
 )
 def test_whole_steps_go_through_the_kernels(values):
     cache = make_clusters(classes=3, dim=6)

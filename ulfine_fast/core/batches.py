@@ -159,7 +159,7 @@ class BatchSource:
         # cached: reading a value from a GPU waits for all work before it
         return bool((self.trials.values["feature_noise"] > 0).any())
 
-    def noisy(self, features: Tensor, step: int, purpose: Purpose) -> Tensor:
+    def noisy(self, features: Tensor, step: int | Tensor, purpose: Purpose) -> Tensor:
         """Add Gaussian noise of expected length `feature_noise` to unit rows (T, B, D)."""
         if not self.any_noise:
             return features

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 # caches up to this size are kept as float32 on a processor
 _WIDENED_BYTES = 1 << 29
+# rows copied to a device together
+_ROWS = 1 << 14
 
 
 def encoder_tokens(cache: FeatureCache) -> list[str]:
@@ -56,10 +58,16 @@ class DeviceFeatures:
         position = torch.full((len(plain),), -1, dtype=torch.int64, device=device)
         position[rows] = torch.arange(len(rows), device=device)
         views_of = cache.tokens if tokens else cache.views
-        weak, strong = (
-            torch.from_numpy(np.asarray(views_of(kind))).flatten(2).to(device) for kind in ("weak", "strong")
-        )
-        views = torch.cat([plain[rows].unsqueeze(1), weak, strong], dim=1)  # (m, V, D)
+        weak, strong = (torch.from_numpy(np.asarray(views_of(kind))).flatten(2) for kind in ("weak", "strong"))
+        # one copy on the device: each kind goes to its columns, a block of rows at a time
+        count = 1 + weak.shape[1] + strong.shape[1]
+        kind = torch.promote_types(plain.dtype, torch.promote_types(weak.dtype, strong.dtype))
+        views = torch.empty(len(rows), count, plain.shape[1], dtype=kind, device=device)  # (m, V, D)
+        for start in range(0, len(rows), _ROWS):
+            stop = start + _ROWS
+            views[start:stop, 0] = plain[rows[start:stop]]
+            views[start:stop, 1 : 1 + weak.shape[1]] = weak[start:stop].to(device)
+            views[start:stop, 1 + weak.shape[1] :] = strong[start:stop].to(device)
         # a processor converts slowly, and a small cache fits in memory as float32; a GPU converts while it gathers
         unit = not tokens and device.type == "cpu" and 4 * (plain.numel() + views.numel()) <= _WIDENED_BYTES
         if unit:

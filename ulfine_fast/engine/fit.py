@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.progress import TaskID
 
-from ulfine_fast.cache.io.device import pick_device
+from ulfine_fast.cache.io.device import current_device, pick_device
 from ulfine_fast.cache.io.errors import InputError
 from ulfine_fast.cache.io.progress import progress_bar, working
 from ulfine_fast.config import FitConfig, own_options, split_key
@@ -94,69 +94,70 @@ def fit_many(
     """
     if engine not in ENGINES:
         raise InputError(f"engine must be one of {', '.join(ENGINES)}, got {engine!r}")
-    with working("prepare the fit", progress):
-        torch_device = pick_device(device)
-        check_tokens(cache, configs)
-        splits = draw_splits(cache, configs) if split is None else _checked_splits(cache, configs, split)
-        splits = _prepared(cache, configs, splits)
-        check_crops(cache, configs)
+    torch_device = pick_device(device)
+    with current_device(torch_device):
+        with working("prepare the fit", progress):
+            check_tokens(cache, configs)
+            splits = draw_splits(cache, configs) if split is None else _checked_splits(cache, configs, split)
+            splits = _prepared(cache, configs, splits)
+            check_crops(cache, configs)
 
-        # features on the device: trials of one trial batch read the same memory
-        features = {
-            tokens: DeviceFeatures.load(cache, torch_device, tokens=tokens)
-            for tokens in {config.reads_tokens for config in configs}
-        }
+            # features on the device: trials of one trial batch read the same memory
+            features = {
+                tokens: DeviceFeatures.load(cache, torch_device, tokens=tokens)
+                for tokens in {config.reads_tokens for config in configs}
+            }
 
-        # trial batches: those of a checkpoint continue, the other trials are grouped anew
-        saved = None if checkpoint is None else Checkpoint(Path(checkpoint), cache, configs, splits, engine)
-        begun = {} if saved is None else {tuple(batch.trials): batch for batch in saved.load()}
-        not_begun = sorted(set(range(len(configs))).difference(*begun))
-        members = list(begun)
-        for tokens, batch_features in sorted(features.items()):
-            chosen = [i for i in not_begun if configs[i].reads_tokens == tokens]
-            members += map(tuple, schedule(cache, batch_features, configs, splits, chosen, engine))
+            # trial batches: those of a checkpoint continue, the other trials are grouped anew
+            saved = None if checkpoint is None else Checkpoint(Path(checkpoint), cache, configs, splits, engine)
+            begun = {} if saved is None else {tuple(batch.trials): batch for batch in saved.load()}
+            not_begun = sorted(set(range(len(configs))).difference(*begun))
+            members = list(begun)
+            for tokens, batch_features in sorted(features.items()):
+                chosen = [i for i in not_begun if configs[i].reads_tokens == tokens]
+                members += map(tuple, schedule(cache, batch_features, configs, splits, chosen, engine))
 
-    runs: dict[int, Run] = {}
-    with progress_bar(progress) as bar:
-        for trials in members:
-            method = configs[trials[0]].method.replace("_", " ")
-            # methods without steps, and the start of others, may take long too
-            task = bar.add_task(f"fit {method}", total=None, unit="steps", note="starts")
-            batch = TrialBatch(
-                cache,
-                features[configs[trials[0]].reads_tokens],
-                [configs[i] for i in trials],
-                [splits[i] for i in trials],
-                engine,
-            )
-            if saved is not None and trials in begun:
-                try:
-                    batch.restore(begun[trials].tensors, begun[trials].notes)
-                # written by another program: names, types and shapes may be anything
-                except Exception as error:
-                    raise damaged(saved.folder, error) from error
-            note = f"{len(trials)} trials"
-            bar.update(task, total=batch.steps or None, unit="steps" if batch.steps else "%", note=note)
+        runs: dict[int, Run] = {}
+        with progress_bar(progress) as bar:
+            for trials in members:
+                method = configs[trials[0]].method.replace("_", " ")
+                # methods without steps, and the start of others, may take long too
+                task = bar.add_task(f"fit {method}", total=None, unit="steps", note="starts")
+                batch = TrialBatch(
+                    cache,
+                    features[configs[trials[0]].reads_tokens],
+                    [configs[i] for i in trials],
+                    [splits[i] for i in trials],
+                    engine,
+                )
+                if saved is not None and trials in begun:
+                    try:
+                        batch.restore(begun[trials].tensors, begun[trials].notes)
+                    # written by another program: names, types and shapes may be anything
+                    except Exception as error:
+                        raise damaged(saved.folder, error) from error
+                note = f"{len(trials)} trials"
+                bar.update(task, total=batch.steps or None, unit="steps" if batch.steps else "%", note=note)
 
-            def work(fraction: float, trials: Sequence[int] = trials, task: TaskID = task) -> None:
-                """Show the part of a fit without steps that is done."""
-                bar.update(task, total=100, completed=100 * fraction)
-                if report is not None:
-                    report((len(runs) + fraction * len(trials)) / len(configs))
+                def work(fraction: float, trials: Sequence[int] = trials, task: TaskID = task) -> None:
+                    """Show the part of a fit without steps that is done."""
+                    bar.update(task, total=100, completed=100 * fraction)
+                    if report is not None:
+                        report((len(runs) + fraction * len(trials)) / len(configs))
 
-            if not batch.steps:
-                batch.report = work
-            for step in batch.train(_watch_of_batch(trials, watch), _save_of_batch(trials, saved)):
-                bar.update(task, completed=step)
-            if not batch.steps:
-                work(1.0)
-            bar.update(task, note=f"{note}, metrics")
-            runs.update(zip(trials, batch.finish(read_test=read_test), strict=True))
-            total = batch.steps or 100
-            bar.update(task, total=total, completed=total, note=note)
-    if saved is not None:
-        saved.remove()
-    return [runs[i] for i in range(len(configs))]
+                if not batch.steps:
+                    batch.report = work
+                for step in batch.train(_watch_of_batch(trials, watch), _save_of_batch(trials, saved)):
+                    bar.update(task, completed=step)
+                if not batch.steps:
+                    work(1.0)
+                bar.update(task, note=f"{note}, metrics")
+                runs.update(zip(trials, batch.finish(read_test=read_test), strict=True))
+                total = batch.steps or 100
+                bar.update(task, total=total, completed=total, note=note)
+        if saved is not None:
+            saved.remove()
+        return [runs[i] for i in range(len(configs))]
 
 
 def draw_splits(cache: FeatureCache, configs: Sequence[FitConfig]) -> list[Split]:

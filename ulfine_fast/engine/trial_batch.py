@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from dataclasses import replace
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from torch import Tensor
 from ulfine_fast.cache.io.errors import InputError
 from ulfine_fast.config import FitConfig
 from ulfine_fast.core.features import DeviceFeatures
+from ulfine_fast.core.fused.cuda_graph import CALLS_UNTIL_RECORDED
 from ulfine_fast.core.heads import Tensors, unpadded
 from ulfine_fast.core.selection import select_trials
 from ulfine_fast.core.types import Report, State, unheard
@@ -22,9 +24,10 @@ from ulfine_fast.engine.history import History, plain
 from ulfine_fast.engine.inputs import trial_inputs
 from ulfine_fast.engine.steps import Steps, make_stepper
 from ulfine_fast.engine.validation import Metrics, Validation, finite
+from ulfine_fast.methods.base import Method
 from ulfine_fast.methods.registry import method_of
 from ulfine_fast.metrics import classification as metrics
-from ulfine_fast.metrics.calibration import fit_temperature
+from ulfine_fast.ops.calibration import confidences, fit_temperatures, shift_to_largest_
 from ulfine_fast.runs.run import Run, describe_encoder
 
 if TYPE_CHECKING:
@@ -35,6 +38,8 @@ Watch = Callable[[int, dict[int, dict[str, Any]]], Collection[int]]
 
 # steps whose mini-batches are drawn together
 _STRETCH = 50
+# unlabelled images that pseudo-label metrics read while training: more would take longer than the training
+_HEALTH_ROWS = 8192
 # logits in memory together when runs are made
 _LOGITS = 1 << 24
 
@@ -98,6 +103,9 @@ class TrialBatch:
         self.waited = torch.zeros_like(self.inputs.patience)
         self.finished: dict[int, Tensors] = {}
         self.health: Metrics = {}
+        # a method that has the probabilities of all images at hand has them in the order of all images
+        has_all = type(self.method).pool_probabilities is not Method.pool_probabilities
+        self.health_rows = None if has_all else _HEALTH_ROWS
         self.report: Report = unheard
         self.history = History([len(split.unlabeled) > 0 for split in splits])
 
@@ -126,7 +134,7 @@ class TrialBatch:
         if self.members:
             evidence = self.method.evidence(self.inputs.trials, self.state)
             self._keep_health(
-                self._validation().health(self.inputs.unlabeled)
+                self._validation().health(self.inputs.unlabeled, self.health_rows)
                 | {name: values.double().cpu().numpy() for name, values in evidence.items()},
                 self.members,
             )
@@ -143,13 +151,17 @@ class TrialBatch:
         return now
 
     def rehearse(self) -> None:
-        """Do everything that training does once, with a single step, to measure its memory."""
+        """Do everything that training does once, with a single step, to measure its memory.
+
+        On a GPU it makes as many steps as a recording takes, whose graph has temporaries of its own.
+        """
         self._refresh()
         if self.steps:
             stretch = min(_STRETCH, self.config.eval_every, self.steps)
             # kept alive until the end, as in training; memory is counted in this thread alone
             stepper = self._stepper(threads=False)
-            losses = next(iter(stepper.run(0, stretch)))
+            steps = CALLS_UNTIL_RECORDED if self.best_score.is_cuda else 1
+            *_, losses = islice(stepper.run(0, stretch), steps)
             self._refresh()
             self._validate(losses, None)
         self._leave(dict.fromkeys(range(len(self.members)), "done"))
@@ -209,7 +221,7 @@ class TrialBatch:
         metrics_now = {"loss": parts.sum(0), "loss_labeled": parts[0], "loss_unlabeled": parts[1]}
         for name, values in validation.accuracy(self.inputs.val).items():
             metrics_now[f"val_{name}"] = values
-        metrics_now |= validation.health(self.inputs.unlabeled)
+        metrics_now |= validation.health(self.inputs.unlabeled, self.health_rows)
         self.history.add(self.step, self.members, metrics_now)
         self._keep_best(metrics_now)
 
@@ -277,7 +289,9 @@ class TrialBatch:
 
     def finish(self, *, read_test: bool = True) -> list[Run]:
         """The runs, in order; the test split is read once, with the kept heads, where `read_test`."""
-        split_dicts = {id(split): split.to_dict(self.cache.ids) for split in self.splits}
+        different = {id(split): split for split in self.splits}
+        split_dicts = {key: split.to_dict(self.cache.ids) for key, split in different.items()}
+        test_ids = {key: [self.cache.ids[row] for row in split.test] for key, split in different.items()}
         runs = []
         for t, (config, split) in enumerate(zip(self.configs, self.splits, strict=True)):
             run = Run(
@@ -296,7 +310,7 @@ class TrialBatch:
                 run.metrics |= {"status": self.status[t], f"{self.status[t]}_at": self.left[t]}
             runs.append(run)
 
-        # logits of as many trials together as memory allows, then the metrics of each
+        # logits of as many trials together as memory allows, and what the metrics read of them
         device = self.best_score.device
         rows = self.all_inputs.val.index.shape[1] + read_test * self.all_inputs.test.index.shape[1]
         together = max(1, _LOGITS // (rows * len(self.cache.class_names)))
@@ -307,37 +321,41 @@ class TrialBatch:
             kept = {name: torch.stack([self.finished[t][name] for t in chosen]).to(device) for name in names}
             inputs = select_trials(self.all_inputs, torch.tensor(chosen, device=device))
             validation = Validation(self.method, inputs.trials, State({}, kept), inputs.features, inputs.labels)
-            val = validation.logits(inputs.val).numpy()
-            test = validation.logits(inputs.test).numpy() if read_test else None
-            for i, t in enumerate(chosen):
-                runs[t].tensors = unpadded(self.finished[t], self.configs[t].rank)
+            val = validation.logits(inputs.val)  # (t, n, K)
+            val_classes = shift_to_largest_(val)
+            temperatures = torch.ones(len(chosen), dtype=torch.float64, device=device)
+            if not self.method.calibrates:
+                val_labels = inputs.labels[inputs.val.index].clamp(min=0)
+                temperatures = fit_temperatures(val, val_labels, inputs.val.present)
+            on_val = _predictions(val, val_classes, temperatures)
+            if read_test:
+                test = validation.logits(inputs.test)
+                on_test = _predictions(test, shift_to_largest_(test), temperatures)
+            # those of the kept heads are over all images
+            if self.health_rows is not None and inputs.unlabeled.index.shape[1] > self.health_rows:
+                self._keep_health(validation.health(inputs.unlabeled), chosen)
+            for i, (t, temperature) in enumerate(zip(chosen, temperatures.tolist(), strict=True)):
+                run, split, labels = runs[t], self.splits[t], self.cache.labels
+                counts = labeled_counts(labels, split, len(run.class_names))
+                run.tensors = unpadded(self.finished[t], self.configs[t].rank)
+                run.metrics |= {
+                    "steps": self.left[t],
+                    "seconds": self.seconds / len(self.configs),
+                    "temperature": temperature,
+                }
                 # what a sweep drops must not have been seen on the test split
-                own_test = None if test is None or self.status[t] == "pruned" else test[i]
-                self._evaluate(runs[t], t, val[i], own_test)
+                if read_test and self.status[t] != "pruned":
+                    run.metrics["test_rows"] = len(split.test)
+                    run.metrics |= metrics.of_predictions(on_test[i].first(len(split.test)), labels[split.test], counts)
+                    run.test_ids = test_ids[id(split)].copy()
+                    run.test_labels = labels[split.test]
+                    scaled = test[i, : len(split.test)] / temperature
+                    run.test_probabilities = torch.softmax(scaled, dim=-1).cpu().numpy()
+                if len(split.unlabeled):
+                    run.metrics |= {name: plain(values[t]) for name, values in self.health.items()}
+                run.metrics["class_counts"] = counts.tolist()
+                run.metrics["val"] = metrics.of_predictions(on_val[i].first(len(split.val)), labels[split.val], counts)
         return runs
-
-    def _evaluate(self, run: Run, t: int, val: Any, test: Any | None) -> None:
-        """Fill in metrics and predictions of trial t from its logits of validation and test (n, K), with padding."""
-        split, labels = self.splits[t], self.cache.labels
-        counts = labeled_counts(labels, split, len(run.class_names))
-        val = val[: len(split.val)]
-        temperature = 1.0 if self.method.calibrates else fit_temperature(val, labels[split.val])
-        run.metrics |= {
-            "steps": self.left[t],
-            "seconds": self.seconds / len(self.configs),
-            "temperature": temperature,
-        }
-        if test is not None:
-            test = test[: len(split.test)]
-            run.metrics["test_rows"] = len(test)
-            run.metrics |= metrics.classification(test, labels[split.test], counts, temperature)
-            run.test_ids = [self.cache.ids[row] for row in split.test]
-            run.test_labels = labels[split.test]
-            run.test_probabilities = metrics.softmax(test / temperature).astype(np.float32)
-        if len(split.unlabeled):
-            run.metrics |= {name: plain(values[t]) for name, values in self.health.items()}
-        run.metrics["class_counts"] = counts.tolist()
-        run.metrics["val"] = metrics.classification(val, labels[split.val], counts, temperature)
 
     # -- interrupted
 
@@ -397,3 +415,9 @@ class TrialBatch:
         self.health = {name: tensor.numpy() for name, tensor in groups.get("health", {}).items()}
         history = {name: tensor.numpy() for name, tensor in groups.get("history", {}).items()}
         self.history.restore(notes["evaluations"], notes["rows"], history)
+
+
+def _predictions(shifted: Tensor, classes: Tensor, temperatures: Tensor) -> list[metrics.Predictions]:
+    """Predictions of each trial from logits (T, n, K) whose largest is 0, and its classes (T, n)."""
+    parts = (classes, confidences(shifted, torch.ones_like(temperatures)), confidences(shifted, temperatures))
+    return [metrics.Predictions(*rows) for rows in zip(*(part.cpu().numpy() for part in parts), strict=True)]

@@ -58,8 +58,15 @@ class Validation:
         balanced = _quotients(np.where(seen, recall, 0.0).sum(1), seen.sum(1))
         return {"accuracy": _fractions(correct.sum(1), total.sum(1)), "balanced_accuracy": balanced}
 
-    def health(self, rows: PaddedRows) -> Metrics:
-        """Pseudo-label metrics over each trial's unlabelled rows, those of :func:`metrics.pseudo_label_health`."""
+    def health(self, rows: PaddedRows, most: int | None = None) -> Metrics:
+        """Pseudo-label metrics over each trial's unlabelled rows, those of :func:`metrics.pseudo_label_health`.
+
+        Args:
+            rows: of each trial.
+            most: how many rows are read at most, evenly spaced; None for all.
+        """
+        if most is not None:
+            rows = _evenly_spaced(rows, most)
         threshold = self.method.threshold(self.trials)
         counts = torch.zeros(4, *self.trials.log_prior.shape, dtype=torch.int64, device=self.labels.device)
         false = torch.zeros(2, len(threshold), dtype=torch.float64, device=self.labels.device)
@@ -83,10 +90,10 @@ class Validation:
             yield start, stop, first, torch.softmax(logits, dim=-1)
 
     def logits(self, rows: PaddedRows) -> Tensor:
-        """Logits of each trial's rows, padding included (T, N, K), in main memory."""
-        result = torch.zeros(*rows.index.shape, self.trials.log_prior.shape[1])
+        """Logits of each trial's rows, padding included (T, N, K), on the device."""
+        result = torch.zeros(*rows.index.shape, self.trials.log_prior.shape[1], device=rows.index.device)
         for start, stop, first, logits in self._blocks(rows, pseudo=False):
-            result[start:stop, first : first + logits.shape[1]] = logits.cpu()
+            result[start:stop, first : first + logits.shape[1]] = logits
         return result
 
     @torch.no_grad()
@@ -112,6 +119,12 @@ class Validation:
 def finite(*tensors: Tensor) -> Tensor:
     """Whether all values of each trial are finite: tensors (T, ...) give bool (T,)."""
     return torch.stack([torch.isfinite(tensor.detach()).reshape(len(tensor), -1).all(1) for tensor in tensors]).all(0)
+
+
+def _evenly_spaced(rows: PaddedRows, most: int) -> PaddedRows:
+    """At most so many rows, every n-th of each trial; all of them where there are no more."""
+    stride = -(-rows.index.shape[1] // most)
+    return PaddedRows(rows.index[:, ::stride], (rows.count + stride - 1) // stride)
 
 
 def _block(rows: PaddedRows, start: int, stop: int, first: int, count: int) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""Calibration: reliability bins, the expected calibration error, and the temperature that reduces it."""
+"""Calibration of one trial: reliability bins, the expected calibration error, and the temperature that reduces it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,10 @@ class Reliability:
 
     @property
     def ece(self) -> float:
-        """Expected calibration error, 0..1: mean gap between accuracy and confidence, weighted by rows per bin."""
+        """Expected calibration error, 0..1 (Guo et al., arXiv 1706.04599, equation 3).
+
+        The mean gap between accuracy and confidence, weighted by rows per bin; 0 without rows.
+        """
         gap = np.abs(np.nan_to_num(self.accuracy) - np.nan_to_num(self.confidence))
         return float((gap * self.count).sum() / max(1, self.count.sum()))
 
@@ -61,22 +64,6 @@ def raw_confidence(probabilities: np.ndarray, temperature: float) -> np.ndarray:
     largest = probabilities.max(axis=1, keepdims=True).astype(np.float64)  # (n, 1)
     # relative to the largest class, so that no row underflows to zero
     return 1.0 / ((probabilities / largest) ** temperature).sum(axis=1)  # (n,)
-
-
-def expected_calibration_error(probabilities: Floats, labels: Labels, bins: int = BINS) -> float:
-    """ECE of the top label over equal-width bins (Guo et al., arXiv 1706.04599, equation 3).
-
-    Args:
-        probabilities: (n, K).
-        labels: (n,).
-        bins: number of bins.
-
-    Returns:
-        The error in 0..1; NaN without rows.
-    """
-    if not len(labels):
-        return float("nan")
-    return reliability(probabilities.max(axis=1), probabilities.argmax(axis=1) == labels, bins).ece
 
 
 def fit_temperature(logits: Floats, labels: Labels, *, low: float = 0.2, high: float = 5.0, least: int = 20) -> float:

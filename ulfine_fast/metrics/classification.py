@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ulfine_fast.metrics.calibration import expected_calibration_error
+from ulfine_fast.metrics.calibration import reliability
 
 Floats = NDArray[np.floating[Any]]
 Labels = NDArray[np.int64]
@@ -46,6 +46,24 @@ def class_groups(counts: Labels) -> dict[str, Labels]:
     }
 
 
+class Predictions(NamedTuple):
+    """What the metrics of n rows read of their logits.
+
+    Attributes:
+        classes: of the largest logit, the first of equal ones (n,).
+        confidence: largest probability (n,).
+        scaled_confidence: the same of the logits divided by the temperature (n,).
+    """
+
+    classes: Labels
+    confidence: Floats
+    scaled_confidence: Floats
+
+    def first(self, rows: int) -> Predictions:
+        """The predictions of the first rows alone."""
+        return Predictions(self.classes[:rows], self.confidence[:rows], self.scaled_confidence[:rows])
+
+
 def classification(logits: Floats, labels: Labels, counts: Labels, temperature: float = 1.0) -> dict[str, Any]:
     """Accuracy and calibration on labelled rows.
 
@@ -56,6 +74,25 @@ def classification(logits: Floats, labels: Labels, counts: Labels, temperature: 
         temperature: divides the logits for `ece_temperature_scaled`; fitted on validation.
 
     Returns:
+        See :func:`of_predictions`.
+    """
+    predictions = Predictions(
+        classes=logits.argmax(axis=1),
+        confidence=softmax(logits).max(axis=1),
+        scaled_confidence=softmax(logits / temperature).max(axis=1),
+    )
+    return of_predictions(predictions, labels, counts)
+
+
+def of_predictions(predictions: Predictions, labels: Labels, counts: Labels) -> dict[str, Any]:
+    """Accuracy and calibration on labelled rows.
+
+    Args:
+        predictions: of n rows.
+        labels: (n,).
+        counts: labelled training images of each class (K,).
+
+    Returns:
         accuracy, balanced_accuracy (mean recall over the classes that have rows), many / medium / few (rank thirds),
         many_shot / medium_shot / few_shot (by count), worst_class, macro_f1, ece, ece_temperature_scaled,
         per_class_accuracy. A metric without rows is None; without any row the dictionary is empty.
@@ -63,16 +100,16 @@ def classification(logits: Floats, labels: Labels, counts: Labels, temperature: 
     classes = len(counts)
     if not len(labels):
         return {}
-    predicted = logits.argmax(axis=1)
-    recall = per_class_accuracy(labels, predicted, classes)
+    correct = predictions.classes == labels
+    recall = per_class_accuracy(labels, predictions.classes, classes)
     return {
-        "accuracy": float((predicted == labels).mean()),
+        "accuracy": float(correct.mean()),
         "balanced_accuracy": _mean_or_none(recall),
         **{name: _mean_or_none(recall[group]) for name, group in class_groups(counts).items()},
         "worst_class": float(np.nanmin(recall)),
-        "macro_f1": _macro_f1(labels, predicted, classes),
-        "ece": expected_calibration_error(softmax(logits), labels),
-        "ece_temperature_scaled": expected_calibration_error(softmax(logits / temperature), labels),
+        "macro_f1": _macro_f1(labels, predictions.classes, classes),
+        "ece": reliability(predictions.confidence, correct).ece,
+        "ece_temperature_scaled": reliability(predictions.scaled_confidence, correct).ece,
         "per_class_accuracy": [None if np.isnan(value) else float(value) for value in recall],
     }
 

@@ -11,6 +11,8 @@ import math
 import torch
 from torch import Tensor
 
+from ulfine_fast.ops import kernels
+
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 _MASK = 0xFFFFFFFF
@@ -92,18 +94,26 @@ def integers(seeds: Tensor, steps: Tensor, purpose: Purpose, count: int, below: 
     Returns:
         int64 of shape (S, T, B).
     """
+    if kernels.runs_on(seeds.device):
+        return kernels.random_integers(seeds, steps, int(purpose), count, below)
     # multiply-shift: exact in int64, so that CPU and GPU draw the same rows
     return (words(seeds, steps, purpose, count) * below.view(1, -1, 1)) >> 32
 
 
-def uniforms(seeds: Tensor, step: int, purpose: Purpose, count: int) -> Tensor:
-    """Numbers strictly between 0 and 1, float64 (T, count)."""
-    steps = torch.tensor([step], device=seeds.device)
-    return (words(seeds, steps, purpose, count)[0].double() + 0.5) / 2.0**32
+def uniforms(seeds: Tensor, step: int | Tensor, purpose: Purpose, count: int) -> Tensor:
+    """Numbers strictly between 0 and 1, float64 (T, count); the step is a number, or a tensor (1,) on the device."""
+    return (words(seeds, _one_step(step, seeds), purpose, count)[0].double() + 0.5) / 2.0**32
 
 
-def normals(seeds: Tensor, step: int, purpose: Purpose, count: int) -> Tensor:
+def normals(seeds: Tensor, step: int | Tensor, purpose: Purpose, count: int) -> Tensor:
     """Standard normal numbers (T, count), float32, by the Box-Muller transform."""
+    if kernels.runs_on(seeds.device):
+        return kernels.random_normals(seeds, _one_step(step, seeds), int(purpose), count)
     uniform = uniforms(seeds, step, purpose, 2 * count)  # (T, 2 count)
     radius = torch.sqrt(-2.0 * torch.log(uniform[:, :count]))
     return (radius * torch.cos(2.0 * math.pi * uniform[:, count:])).float()
+
+
+def _one_step(step: int | Tensor, seeds: Tensor) -> Tensor:
+    """The step as int64 (1,); filled on the device, as a copy from main memory would wait for the work before it."""
+    return step if isinstance(step, Tensor) else torch.full((1,), step, device=seeds.device)

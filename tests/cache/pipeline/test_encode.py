@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from PIL import Image
 from ulfine_fast.cache.io.errors import InputError
 from ulfine_fast.cache.pipeline import encode as encoding
 from ulfine_fast.cache.pipeline.encode import default_workers, encoded
+from ulfine_fast.cache.pipeline.extract import extract
 from ulfine_fast.cache.pipeline.plan import batches_of
 from ulfine_fast.cache.pipeline.read import ImageReader
 from ulfine_fast.cache.pipeline.views import ViewRecipe
@@ -101,6 +103,48 @@ def test_reader_processes_change_nothing(source, reader, tiny_encoder, workers):
     assert_same(alone, list(encoded(reader, Elsewhere(tiny_encoder), train(source), workers=workers)))
 
 
+def test_the_copy_back_is_queued_before_the_next_batch_is_encoded(source, reader, tiny_encoder, monkeypatch):
+    order = []
+
+    class Copy(encoding._CopyToHost):
+        def __init__(self, features):
+            order.append("copy")
+            super().__init__(features)
+
+        def wait(self):
+            order.append("wait")
+            return super().wait()
+
+    class Noted(Elsewhere):
+        def encode_pixels(self, pixels):
+            order.append("encode")
+            return super().encode_pixels(pixels)
+
+    monkeypatch.setattr(encoding, "_CopyToHost", Copy)
+    list(encoded(reader, Noted(tiny_encoder), train(source), workers=0))
+    assert order == ["encode", "copy", "encode", "copy", "wait", "encode", "copy", "wait", "wait"]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_batch_is_there_before_the_next_one_is_done(source, reader, tiny_encoder):
+    ends = []
+
+    class Slow(Elsewhere):
+        """An encoder of about a second a batch."""
+
+        def encode_pixels(self, pixels):
+            torch.cuda._sleep(1_500_000_000)
+            ends.append(torch.cuda.Event())
+            features = super().encode_pixels(pixels).pin_memory().cuda(non_blocking=True)
+            ends[-1].record()
+            return features
+
+    stream = encoded(reader, Slow(tiny_encoder), train(source), workers=0)
+    next(stream)
+    assert [end.query() for end in ends] == [True, False]
+    stream.close()
+
+
 def test_a_pipe_serves_where_shared_memory_is_small(source, reader, tiny_encoder, monkeypatch):
     alone = list(encoded(reader, tiny_encoder, train(source), workers=0))
     monkeypatch.setattr(encoding, "_fits_shared_memory", lambda *_: False)
@@ -141,6 +185,28 @@ def test_where_memory_is_short_batches_are_halved_and_the_user_is_warned_once(so
         assert np.allclose(one.features, two.features, atol=1e-6)
 
 
+def test_views_are_made_of_fewer_images_where_memory_is_short(source, tiny_encoder, monkeypatch):
+    encoder = Elsewhere(tiny_encoder)
+    reader = ImageReader.for_encoder(source, encoder, ViewRecipe(weak=1, strong=1))
+    pixels_on, made = ImageReader.pixels_on, []
+
+    def pixels_here(self, device, batch):
+        if len(batch.sampling.sizes) > most:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        made.append(len(batch.sampling.sizes))
+        return pixels_on(self, torch.device("cpu"), batch)
+
+    monkeypatch.setattr(ImageReader, "pixels_on", pixels_here)
+    rows = batches_of([row for row in source.rows if row.split == "train"], 5)
+    most = 5
+    whole = list(encoded(reader, encoder, rows, workers=0))
+    most, made = 1, []
+    with pytest.warns(UserWarning, match="15 images together do not fit"):
+        parts = list(encoded(reader, encoder, rows, workers=0))
+    assert made == [1] * 5
+    np.testing.assert_allclose(parts[0].features, whole[0].features, atol=1e-6)
+
+
 def test_a_image_too_large_for_the_gpu_ends_in_one_sentence(source, reader, tiny_encoder):
     with (
         pytest.warns(UserWarning, match="do not fit"),
@@ -155,7 +221,32 @@ def test_a_killed_reader_ends_in_one_sentence(source, tiny_encoder):
         list(encoded(reader, Elsewhere(tiny_encoder), train(source), workers=1))
 
 
+def test_parts_are_encoded_with_the_encoders_device_as_the_current_one(source, tiny_encoder, monkeypatch, tmp_path):
+    # a loader pins memory for the current device, and would open a context on the first GPU
+    events = []
+
+    @contextmanager
+    def entered(device):
+        events.append(device)
+        yield
+        events.append("left")
+
+    def encoded_here(*args, **kwargs):
+        events.append("encoded")
+        return encoded(*args, **kwargs)
+
+    monkeypatch.setattr(encoding, "current_device", entered)
+    monkeypatch.setattr(encoding, "encoded", encoded_here)
+    extract(source, tiny_encoder, tmp_path / "cache", progress=False)
+    assert events == [tiny_encoder.device, "encoded", "left"]
+
+
 def test_default_workers(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(24)), raising=False)
     assert default_workers(torch.device("cuda")) == 16
     assert default_workers(torch.device("cpu")) == 24
+    # two cores are left to the process that launches the GPU's work
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)), raising=False)
+    assert default_workers(torch.device("cuda")) == 14
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0}, raising=False)
+    assert default_workers(torch.device("cuda")) == 1

@@ -10,6 +10,7 @@ from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resiz
 
 from ulfine_fast.cache.pipeline import resample
 from ulfine_fast.cache.pipeline.resample import Resampling, Sampling, Window, by_products, resampled
+from ulfine_fast.engine.memory import peak_bytes
 
 SIDE = 24
 
@@ -122,6 +123,27 @@ def test_a_reduced_image_shows_the_same_part():
     whole = bytes_of(by_products(flat([image]), sampled([image], windows), how))
     reduced = bytes_of(by_products(flat([half]), sampled([half], windows / 2), how))
     assert np.abs(whole - reduced).max() <= 1
+
+
+def test_views_of_an_image_do_not_copy_it():
+    """Eight small views of two large images: they are 3.8 MB of float32, and eight copies would be 31 MB."""
+    originals, how = [Image.new("RGB", (400, 400), (10, 200, 30))] * 2, Resampling(8)
+    windows = [[how.cropped((view, view, 380, 390)) for view in range(8)]] * 2
+    peak = peak_bytes(lambda: by_products(flat(originals), sampled(originals, windows), how), torch.device("cpu"))
+    assert peak < 12e6
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+def test_nothing_waits_for_a_gpu():
+    originals, how = images(40, wide=True), Resampling(SIDE)
+    sampling = sampled(originals, [[how.whole(one.height, one.width)] for one in originals])
+    values = flat(originals).cuda()
+    resampled(values, sampling, how)  # the first products wait
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        resampled(values, sampling, how)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")

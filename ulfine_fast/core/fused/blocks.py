@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from ulfine_fast.cache.io.device import upload
 from ulfine_fast.core.batches import BatchSource
 from ulfine_fast.core.fused.buffers import Buffers, flatten
 from ulfine_fast.core.fused.step import Flat, FusedStep
@@ -82,7 +83,9 @@ class FusedSteps:
         """Make steps [start, stop), one block after another; see :meth:`ulfine_fast.engine.steps.Steps.run`."""
         peak, warmup = self.trials.values["lr"], self.trials.values["warmup"]
         schedule = [(cosine_rate(step, self.steps), (step + 1) / self.steps) for step in range(start, stop)]
-        factors, done = torch.tensor(schedule, dtype=torch.float64).to(peak.device).unsqueeze(2).unbind(1)  # (S, 1)
+        factors, done = (
+            upload(torch.tensor(schedule, dtype=torch.float64), peak.device).unsqueeze(2).unbind(1)
+        )  # (S, 1)
         rates = (factors * peak).to(peak)  # (S, T)
         ramps = (done / warmup.clamp(min=1e-9)).clamp(max=1.0).to(peak)  # (S, T)
         works = [self._work(blocks, range(start, stop), rates, ramps) for blocks in self.queues]

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ulfine_fast.core.fused.buffers import Buffers
+from ulfine_fast.ops import kernels
 
 # the square root of the specification's epsilon, under which a row counts as zero
 _SHORTEST = 1e-6
@@ -130,6 +131,12 @@ def add_orthogonality_gradient(
         The penalties without their weight (T,).
     """
     trials, classes, _ = vectors.shape
+    if kernels.usable(vectors):
+        gram = buffers.lend("gram", trials, classes, classes)
+        torch.bmm(vectors, vectors.transpose(1, 2), out=gram)
+        penalty = kernels.orthogonality_gradient_(gram, inverse, weight)
+        velocity.baddbmm_(gram, vectors)
+        return penalty
     scales = inverse.unsqueeze(2) * inverse.unsqueeze(1)  # (T, K, K)
     gram = buffers.lend("gram", trials, classes, classes)
     gradient = buffers.lend("gram_gradient", trials, classes, classes)

@@ -91,7 +91,7 @@ class FusedStep:
         self.decay = values["weight_decay"].unsqueeze(1)
         self.skips = self._skips()
         self.tally = flat.parameters.new_zeros(len(flat.parameters), 3)  # (T, 3)
-        self.recorded = Captured(lambda *inputs: self.run(0, Draws(*inputs[:-2]), *inputs[-2:]))
+        self.recorded = Captured()
         self._allocate()
 
     # -- what differs between methods
@@ -123,18 +123,25 @@ class FusedStep:
     # -- the step
 
     def advance(self, step: int, draws: Draws, rate: Tensor, ramp: Tensor) -> None:
-        """One step, see :meth:`run`; on a GPU recorded and replayed, unless noise is drawn for its number."""
+        """One step, see :meth:`run`; on a GPU recorded and replayed."""
+        inputs = [*draws, rate, ramp]
         if self.batches.any_noise:
-            self.run(step, draws, rate, ramp)
-        else:
-            self.recorded(*draws, rate, ramp)
+            # a recording reads the number from the device
+            inputs.append(torch.full((1,), step, device=rate.device))
+        self.recorded(self._run_of_tensors, *inputs)
+
+    def _run_of_tensors(self, *inputs: Tensor) -> None:
+        """:meth:`run` of the tensors that :meth:`advance` makes; only noise depends on the step's number."""
+        count = len(Draws._fields)
+        rate, ramp, *step = inputs[count:]
+        self.run(step[0] if step else 0, Draws(*inputs[:count]), rate, ramp)
 
     @torch.inference_mode()
-    def run(self, step: int, draws: Draws, rate: Tensor, ramp: Tensor) -> None:
+    def run(self, step: int | Tensor, draws: Draws, rate: Tensor, ramp: Tensor) -> None:
         """One step; its losses are added to `tally` (T, 3): labelled, unlabelled, regularizer.
 
         Args:
-            step: its number, for the noise.
+            step: its number, for the noise; an int, or a tensor (1,).
             draws: rows of this step's mini-batches.
             rate: learning rates (T,).
             ramp: factor of the unlabelled losses (T, 1).
@@ -198,7 +205,7 @@ class FusedStep:
         self.tally.zero_()
         return losses
 
-    def _forward_all(self, step: int, draws: Draws) -> tuple[PseudoLabels | None, int]:
+    def _forward_all(self, step: int | Tensor, draws: Draws) -> tuple[PseudoLabels | None, int]:
         """Gather and forward all rows; returns the pseudo-labels, and how many strong views of each trial train."""
         weak, stop = self.weak, self.weak + self.labeled
         features = self._rows(0, stop).features
@@ -227,14 +234,14 @@ class FusedStep:
         torch.mul(mask, self.unlabeled_weight, out=self.row_weights[:, self.labeled : end])
         return pseudo, count
 
-    def _read_strong(self, step: int, slots: Tensor) -> None:
+    def _read_strong(self, step: int | Tensor, slots: Tensor) -> None:
         """Gather strong views (T, n)."""
         stop = self.weak + self.labeled
         features = self._rows(stop, stop + slots.shape[1]).features
         self.batches.features.at_into(slots, features)
         self._add_noise(features, step, Purpose.STRONG_NOISE)
 
-    def _add_noise(self, features: Tensor, step: int, purpose: Purpose) -> None:
+    def _add_noise(self, features: Tensor, step: int | Tensor, purpose: Purpose) -> None:
         if self.batches.any_noise:
             features.copy_(self.batches.noisy(features, step, purpose))
 
