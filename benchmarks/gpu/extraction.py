@@ -77,6 +77,8 @@ def run_extraction(settings: Settings, report: Report, name: str) -> None:
     encoders: dict[str, Encoder] = {}
     rates: dict[str, float] = {}
     for precision in PRECISIONS:
+        if precision == "tf32" and device.type != "cuda":
+            continue
         with report.attempt(f"{name} {precision}", model=name, precision=precision):
             encoders[precision] = new_encoder(net, device, precision)
             rates[precision] = _report_model(report, name, precision, "eager", encoders[precision], sizes)
@@ -163,7 +165,7 @@ def new_encoder(net: Any, device: torch.device, precision: str, *, compiled: boo
         "random",
         None,
         device=device,
-        dtype=PRECISIONS[precision],
+        precision=precision,
         handle=_TOKENIZER,
         compiled=compiled,
     )
