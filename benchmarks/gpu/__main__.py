@@ -2,9 +2,10 @@
 
     python -m benchmarks.gpu --minutes 8 --json gpu.json
 
-It needs a checkout, PyTorch with Triton, torchvision, timm, h5py, pyarrow and scikit-learn, and as wheels what it names
-at its start where it is missing. There need be no network; it installs nothing and leaves nothing behind. Without
-pytest the suite's own tests are left out.
+It needs a checkout, PyTorch with Triton, torchvision, timm, h5py, pyarrow and scikit-learn, and as wheels rich, typer,
+msgspec and blake3, for the encoders also open_clip_torch with ftfy, wcwidth and regex. It names at its start what is
+missing. There need be no network; it installs nothing and leaves nothing behind. Without pytest the suite's own tests
+are left out.
 
 Each part runs in a process of its own and has its part of the minutes, so one that fails, hangs or takes all memory
 costs its own results alone. Results are printed as they come, and the file is written anew after each part.
@@ -42,7 +43,7 @@ PARTS = (
 # a part for each of the modules is enough to try the script
 TINY = ("tests", "checks", "trials S1", "sweep", "ulfine_plus", "extraction ViT-B-32")
 
-# by module: what the parts import beside PyTorch, and the wheels that bring it, dependencies without a wheel of CUDA's
+# what the parts import beside PyTorch, by module, and the wheels that bring it
 PACKAGES = {
     "h5py": "h5py",
     "torchvision": "torchvision",

@@ -210,10 +210,10 @@ def steps_errors(device: torch.device, shape: Shape) -> dict[str, float]:
 
 def _configs(training_set: TrainingSet, trials: int, steps: int = 100) -> list[FitConfig]:
     """Trials that differ in their seed and in what a step reads; a schedule in which everything moves."""
+    moving = {"steps": steps, "eval_every": steps, "mu": 0.2, "threshold": 0.2, "warmup": 0.1}
     configs = training_set.configs(trials)
     return [
-        dataclasses.replace(config, steps=steps, eval_every=steps, lr=0.02 * (1 + i), mu=0.2, threshold=0.2, warmup=0.1)
-        for i, config in enumerate(configs)
+        FitConfig.from_dict({**config.to_dict(), **moving, "lr": 0.02 * (1 + i)}) for i, config in enumerate(configs)
     ]
 
 

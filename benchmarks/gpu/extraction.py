@@ -77,6 +77,8 @@ def run_extraction(settings: Settings, report: Report, name: str) -> None:
     encoders: dict[str, Encoder] = {}
     rates: dict[str, float] = {}
     for precision in PRECISIONS:
+        if precision == "tf32" and device.type != "cuda":
+            continue
         with report.attempt(f"{name} {precision}", model=name, precision=precision):
             encoders[precision] = new_encoder(net, device, precision)
             rates[precision] = _report_model(report, name, precision, "eager", encoders[precision], sizes)
@@ -163,7 +165,7 @@ def new_encoder(net: Any, device: torch.device, precision: str, *, compiled: boo
         "random",
         None,
         device=device,
-        dtype=PRECISIONS[precision],
+        precision=precision,
         handle=_TOKENIZER,
         compiled=compiled,
     )
@@ -249,9 +251,9 @@ def agreement(features: NDArray[np.float32], reference: NDArray[np.float32]) -> 
 
 
 def _cosines(left: NDArray[np.float32], right: NDArray[np.float32]) -> NDArray[np.float64]:
-    left, right = left.astype(np.float64), right.astype(np.float64)  # type: ignore[assignment]
-    lengths = np.linalg.norm(left, axis=1) * np.linalg.norm(right, axis=1)
-    cosines: NDArray[np.float64] = (left * right).sum(1) / np.maximum(lengths, 1e-30)
+    one, other = left.astype(np.float64), right.astype(np.float64)
+    lengths = np.linalg.norm(one, axis=1) * np.linalg.norm(other, axis=1)
+    cosines: NDArray[np.float64] = (one * other).sum(1) / np.maximum(lengths, 1e-30)
     return cosines
 
 

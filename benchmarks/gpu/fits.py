@@ -78,21 +78,23 @@ def run_sweep(settings: Settings, report: Report) -> None:
 def sweep_configs(shape: Shape, cache: FeatureCache, trials: int, steps: int) -> list[FitConfig]:
     """Random trials over the options that matter most; a third of the images are for tests."""
     random = np.random.default_rng(0)
-    return [
-        dataclasses.replace(
-            config_of(shape, cache, seed),
-            n1=len(cache.labels) // shape.classes // 3,
-            steps=steps,
-            eval_every=steps // _VALIDATIONS,
-            val_fraction=0.5,
-            test_fraction=1 / 3,
-            lr=float(10 ** random.uniform(-3, -1)),
-            mu=float(10 ** random.uniform(-3, -1)),
-            threshold=float(random.uniform(0.3, 0.95)),
-            lambda_o=float(10 ** random.uniform(-2, 0)),
-        )
-        for seed in range(trials)
-    ]
+    values = {
+        "n1": len(cache.labels) // shape.classes // 3,
+        "steps": steps,
+        "eval_every": steps // _VALIDATIONS,
+        "val_fraction": 0.5,
+        "test_fraction": 1 / 3,
+    }
+    configs = []
+    for seed in range(trials):
+        searched = {
+            "lr": float(10 ** random.uniform(-3, -1)),
+            "mu": float(10 ** random.uniform(-3, -1)),
+            "threshold": float(random.uniform(0.3, 0.95)),
+            "lambda_o": float(10 ** random.uniform(-2, 0)),
+        }
+        configs.append(FitConfig.from_dict({**config_of(shape, cache, seed).to_dict(), **values, **searched}))
+    return configs
 
 
 def _seconds_of_steps(training_set: TrainingSet, configs: Sequence[FitConfig]) -> float:

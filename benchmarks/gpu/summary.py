@@ -19,7 +19,7 @@ _IMAGENET_IMAGES = 1_280_000
 
 def machine() -> Row:
     """Card and driver as nvidia-smi names them, versions, processor and date; the GPU is not touched."""
-    versions = {}
+    versions: dict[str, str | None] = {}
     for name in _LIBRARIES:
         try:
             versions[name] = importlib.metadata.version(name)

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
 
-from braceexpand import braceexpand
 from fsspec.core import url_to_fs
 
 from ulfine_fast.cache.io.errors import InputError
@@ -88,6 +87,8 @@ def list_files(location: str, suffix: str) -> list[File]:
     Raises:
         InputError: no such files, or the store refuses.
     """
+    from braceexpand import braceexpand  # imported on use: a folder of images needs none of it
+
     # What exists under the very name that was given is not a pattern.
     try:
         # The library makes all numbers of a range before the first name.

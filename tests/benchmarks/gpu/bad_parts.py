@@ -17,8 +17,8 @@ def raises(settings, report):
 
 def hangs(settings, report):
     report("before it hangs", number=2)
-    subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)", str(report.seconds_left)])
-    report("a child", pid=os.getpid())
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    report("a child", pid=child.pid)
     time.sleep(600)
 
 
