@@ -240,19 +240,19 @@ class ULFinePlus(Method):
 
         # what it says of itself
         known = folds > 0
-        by_probe, by_mixture, probabilities, scores = [], [], [], []
+        by_probe, by_mixture, own_probabilities, own_scores = [], [], [], []
         for position, logits, _ in _held_out_logits(values, pool, heads, judged, evidence, folds):
             labels = pool.labels[:, position]
             mixture = _log_mixture(logits, weights, temperatures)  # (T, n, K)
             by_probe.append(logits[:, :, 0].argmax(-1) == labels)
             by_mixture.append(mixture.argmax(-1) == labels)
             own = torch.softmax(mixture, dim=-1).gather(-1, labels.clamp(min=0).unsqueeze(-1))
-            probabilities.append(own.squeeze(-1))
-            scores.append(torch.logsumexp(_mixed_logits(logits, weights, temperatures), dim=-1))
+            own_probabilities.append(own.squeeze(-1))
+            own_scores.append(torch.logsumexp(_mixed_logits(logits, weights, temperatures), dim=-1))
         right = torch.cat(by_probe, dim=1).to(weights.dtype)  # (T, L)
         gain = torch.cat(by_mixture, dim=1).to(weights.dtype) - right
         state.scratch["held_out"] = known.sum(1)
-        for name, columns_of in (("probabilities", probabilities), ("scores", scores)):
+        for name, columns_of in (("probabilities", own_probabilities), ("scores", own_scores)):
             state.scratch[f"held_out_{name}"] = torch.where(known, torch.cat(columns_of, dim=1), torch.nan)
         state.scratch["gain_unlabeled"] = balanced_gain(gain, pool.labels, known, classes)
         if bool(trials.inputs.shared["has_text"]):
