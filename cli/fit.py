@@ -41,7 +41,7 @@ def fit(
     from ulfine_fast.data.corrections import corrected, corrected_split, read_corrections
     from ulfine_fast.engine.checkpoint import saved_step
     from ulfine_fast.engine.fit import fit_many
-    from ulfine_fast.runs.estimate import estimate_lines, next_steps
+    from ulfine_fast.runs.estimate import estimate_lines, next_steps, selection_lines
     from ulfine_fast.runs.evidence import evidence_lines
     from ulfine_fast.runs.files import load_runs, split_at
     from ulfine_fast.runs.folder import CHECKPOINT, locked
@@ -85,8 +85,11 @@ def fit(
                     if run.status != "failed"
                 }
                 done = [run.metrics for run in fitted.values()]
-                lines = [*estimate_lines(done, features.class_names), *evidence_lines(done, features.class_names)]
-                for line in lines:
+                for line in [
+                    *estimate_lines(done, features.class_names),
+                    *selection_lines(list(fitted.values())),
+                    *evidence_lines(done, features.class_names),
+                ]:
                     typer.echo(printable(line))
                 typer.echo(f"run: {out}")
                 for line in next_steps(done, features.class_names, next(iter(fitted))):

@@ -273,9 +273,9 @@ def test_unlabelled_rows_that_joined_the_labelled_ones_are_an_oracle(quick):
 def test_a_split_is_drawn_once_for_all_configs_that_draw_the_same(clusters, quick, monkeypatch):
     drawn = []
 
-    def counting(*args):
+    def counting(*args, **options):
         drawn.append(args[-1])
-        return draw_split(*args)
+        return draw_split(*args, **options)
 
     monkeypatch.setattr(fitting, "draw_split", counting)
     configs = [quick(method="zero_shot", seed=s, lr=lr) for s in (0, 1) for lr in (0.1, 0.2)]

@@ -106,9 +106,7 @@ def _data(run: Run) -> str:
     counts = [count for count in run.metrics.get("class_counts") or [] if isinstance(count, int)]
     spread = f", {max(counts)} of the largest class and {min(counts)} of the smallest" if counts else ""
     if _estimate(run):
-        return (
-            f"{rows['labeled']} labelled images{spread}, none held out; {rows['unlabeled']} unlabelled; no test split."
-        )
+        return f"{rows['labeled']} labelled images{spread}, none held out; {rows['unlabeled']} unlabelled."
     return (
         f"{rows['labeled']} labelled images{spread}; {rows['unlabeled']} unlabelled; {rows['val']} for validation and "
         f"the temperature; {rows['test']} for the results below, read once at the end."

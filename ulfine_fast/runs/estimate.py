@@ -5,10 +5,13 @@ from __future__ import annotations
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from ulfine_fast.runs.run import Run
 
 UNCERTAIN = 0.4
 """Width of an interval from which a class's accuracy counts as too uncertain to tell."""
@@ -45,6 +48,16 @@ def estimate_lines(metrics: Sequence[Mapping[str, Any]], class_names: Sequence[s
         f"({first['folds']} folds){seeds}; the classifier trains on every label",
         f"{title}, 95% interval: {', '.join(classes)}",
     ]
+
+
+def selection_lines(runs: Sequence[Run]) -> list[str]:
+    """A line where options that need validation images did nothing, since every label trains."""
+    config = runs[0].config
+    asked = [name for name, on in (("select best", config.select == "best"), ("patience", config.patience > 0)) if on]
+    if not asked or not any(run.metrics.get("cross_validation") and not run.split["val"] for run in runs):
+        return []
+    verb = "need" if len(asked) > 1 else "needs"
+    return [f"{' and '.join(asked)} {verb} validation images, and every label trains: the last step is kept"]
 
 
 def next_steps(metrics: Sequence[Mapping[str, Any]], class_names: Sequence[str], folder: Path) -> list[str]:
