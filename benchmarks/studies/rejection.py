@@ -4,14 +4,14 @@
 
 Some classes, drawn by the seed, are taken out of the cache before the fit: no label, text or unlabelled image of them
 is left. The test images of the other classes are "known", those of the removed ones "unknown". The first table ranks
-both by a score: the run's own (of ulfine_plus the energy of the head halfway between texts and probe, of other methods
-that of their logits), maximum softmax, energy (arXiv 2010.03759; of ulfine_plus that of its probe), MCM (arXiv
-2211.13445), the mean cosine with the five nearest labelled images, and the cosine with the nearest cluster of
-ulfine_plus. The second table has what is promised and what is reached: false rejection of known images, and coverage of
-sets by thirds of the classes.
+both by a score: the run's own (energy of its logits; of ulfine_plus that of its candidates, mixed before they are made
+probabilities), maximum softmax, energy (arXiv 2010.03759; of ulfine_plus that of its probe), MCM (arXiv 2211.13445),
+the mean cosine with the five nearest labelled images, and the cosine with the nearest cluster of ulfine_plus. The
+second table has what is promised and what is reached: false rejection of known images, and coverage of sets by thirds
+of the classes.
 
-The score was chosen with `--on train --seeds 10-25`, on training images that the split of the seed leaves unused; the
-test split was read after that.
+The score was chosen with `--on train` and seeds from 10 on, on training images that the split of the seed leaves
+unused; the test split was read after that.
 """
 
 from __future__ import annotations

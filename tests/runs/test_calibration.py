@@ -21,6 +21,8 @@ from ulfine_fast.data.folds import draw_folds
 from ulfine_fast.data.splits import draw_split
 from ulfine_fast.metrics.classification import softmax
 from ulfine_fast.metrics.rejection import least_rows, rejection_threshold, set_thresholds
+from ulfine_fast.ops.clustering import cosines
+from ulfine_fast.ops.mixture import Metric
 from ulfine_fast.runs.calibration import Calibration, class_sets, mean_calibration, reject
 
 SPLIT = {"n1": 40, "gamma_l": 4, "gamma_u": 4, "steps": 20, "eval_every": 20, "val_fraction": 0.3}
@@ -143,14 +145,20 @@ def test_scores_are_the_energy_of_the_logits(runs, clusters):
     probe, plus = runs["linear_probe"], runs["ulfine_plus"]
     logits = probe.logits(clusters.plain).astype(np.float64)
     np.testing.assert_allclose(probe.scores(clusters.plain), np.log(np.exp(logits).sum(1)), rtol=1e-5)
-    # log-probabilities have none, and the probe of ulfine_plus has
+    # log-probabilities have none, and the candidates of ulfine_plus have
     np.testing.assert_allclose(np.exp(plus.logits(clusters.plain)).sum(1), 1, atol=1e-4)
-    unit = clusters.plain / np.linalg.norm(clusters.plain.astype(np.float64), axis=1, keepdims=True)
-    texts = clusters.prototypes / np.linalg.norm(clusters.prototypes, axis=1, keepdims=True)
-    probe = plus.tensors["linear"].double().numpy()
-    halfway = (probe + np.linalg.norm(probe, axis=1, keepdims=True) * texts) / 2
-    by_hand = np.log(np.exp(unit @ halfway.T).sum(1))
-    np.testing.assert_allclose(plus.scores(clusters.plain), by_hand, rtol=1e-4)
+    head = plus.head(torch.float64)
+    mixed = 0
+    unit = head.rows(torch.from_numpy(np.asarray(clusters.plain, np.float64)))
+    tensors, values = head.tensors, head.trials.values
+    linear = unit @ tensors["linear"][0].T
+    whitened = (unit - tensors["mean"][0]) @ tensors["map"][0]
+    whitened = whitened / whitened.norm(dim=1, keepdim=True)
+    similarity = cosines(whitened.unsqueeze(0), tensors["centers"], Metric(tensors["factors"]))[0]  # (n, S, K)
+    for s, (weight, temperature) in enumerate(zip(tensors["weights"][0], tensors["temperature"][0], strict=True)):
+        own = linear if s == 0 else values["sharpness_end"] * similarity[:, s - 1] + values["probe_weight"] * linear
+        mixed = mixed + weight * torch.exp(own / temperature).sum(1)
+    np.testing.assert_allclose(plus.scores(clusters.plain), np.log(mixed.numpy()), rtol=1e-4)
     assert plus.scores(clusters.plain).std() > 0.1
 
 

@@ -266,16 +266,11 @@ class ULFinePlus(Method):
             last = replace(schedule, rounds=LAST_ROUNDS, sharpness_start=schedule.sharpness_end)
             clusters = fit_clusters(replace(chosen, unlabeled=everything), last, clusters, work.part("all"))
 
-        # texts as long as the probe: the head halfway between them knows best which images are none of the classes,
-        # see docs/none-of-these.md
-        texts = heads[:, 0].norm(dim=-1, keepdim=True) * trials.prototypes
-
         # what predicts
         columns = torch.cat([torch.zeros_like(best[:, :1]), best + 1], dim=1)  # (T, 1 + S')
         state.memory |= {
             **joining,
             "linear": heads[:, 0],
-            "known": (heads[:, 0] + texts) / 2,
             "mean": space.mean,
             "map": space.map,
             "centers": clusters.centers,
@@ -287,20 +282,19 @@ class ULFinePlus(Method):
 
         # what it says of itself
         known = folds > 0
-        by_probe, by_mixture, probabilities, scores = [], [], [], []
+        by_probe, by_mixture, own_probabilities, own_scores = [], [], [], []
         for position, logits, _ in _held_out_logits(values, pool, heads, judged, evidence, folds):
             labels = pool.labels[:, position]
             mixture = _log_mixture(logits, weights, temperatures)  # (T, n, K)
             by_probe.append(logits[:, :, 0].argmax(-1) == labels)
             by_mixture.append(mixture.argmax(-1) == labels)
             own = torch.softmax(mixture, dim=-1).gather(-1, labels.clamp(min=0).unsqueeze(-1))
-            probabilities.append(own.squeeze(-1))
-            text = products(pool.features.rows(pool.labeled_rows[:, position]), texts.unsqueeze(1)).squeeze(2)
-            scores.append(torch.logsumexp((logits[:, :, 0] + text) / 2, dim=-1))
+            own_probabilities.append(own.squeeze(-1))
+            own_scores.append(torch.logsumexp(_mixed_logits(logits, weights, temperatures), dim=-1))
         right = torch.cat(by_probe, dim=1).to(weights.dtype)  # (T, L)
         gain = torch.cat(by_mixture, dim=1).to(weights.dtype) - right
         state.scratch["held_out"] = known.sum(1)
-        for name, columns_of in (("probabilities", probabilities), ("scores", scores)):
+        for name, columns_of in (("probabilities", own_probabilities), ("scores", own_scores)):
             state.scratch[f"held_out_{name}"] = torch.where(known, torch.cat(columns_of, dim=1), torch.nan)
         state.scratch["gain_unlabeled"] = balanced_gain(gain, pool.labels, known, classes)
         if bool(trials.inputs.shared["has_text"]):
@@ -323,12 +317,11 @@ class ULFinePlus(Method):
         return {name: state.scratch[f"held_out_{name}"] for name in ("probabilities", "scores")}
 
     def known_logits(self, trials: Trials, tensors: Tensors, features: Tensor) -> Tensor:
-        """Logits (T, B, K) of the head halfway between texts and probe.
-
-        Those of the prediction are log-probabilities, whose log-sum-exp is zero everywhere.
-        """
-        rows = _join(tensors, features)
-        return products(rows, tensors.get("known", tensors["linear"]).unsqueeze(1)).squeeze(2)
+        """The candidates' logits (T, B, K), mixed before they are made probabilities, which sum to one everywhere."""
+        logits = self._candidates(trials, tensors, features)
+        if "centers" not in tensors:
+            return logits.squeeze(2)
+        return _mixed_logits(logits, tensors["weights"], tensors["temperature"])
 
     def logits(self, trials: Trials, tensors: Tensors, features: Tensor) -> Tensor:
         """Log of the mixed class probabilities (T, B, K), of equal class priors."""
@@ -339,19 +332,27 @@ class ULFinePlus(Method):
         return self._mixture(trials, tensors, features, prior=tensors.get("shares"))
 
     def _mixture(self, trials: Trials, tensors: Tensors, features: Tensor, prior: Tensor | None) -> Tensor:
+        logits = self._candidates(trials, tensors, features)
+        if "centers" not in tensors:
+            return logits.squeeze(2)
+        if prior is not None:
+            # the probe, which is first, knows no prior
+            logits = torch.cat([logits[:, :, :1], logits[:, :, 1:] + torch.log(prior).unsqueeze(1)], dim=2)
+        return _log_mixture(logits, tensors["weights"], tensors["temperature"])
+
+    def _candidates(self, trials: Trials, tensors: Tensors, features: Tensor) -> Tensor:
+        """Logits of the probe and of each clustering (T, B, 1 + S, K), of equal class priors."""
         features = _join(tensors, features)
         linear = products(features, tensors["linear"].unsqueeze(1))  # (T, B, 1, K)
         if "centers" not in tensors:
-            return linear.squeeze(2)
+            return linear
         factors = tensors["factors"]
         if "core" in tensors:
             # a run of version 0.1 has a matrix between the factors
             factors = torch.linalg.cholesky_ex(tensors["core"]).L.transpose(-1, -2) @ factors
         rows = Whitening(tensors["mean"], tensors["map"])(features)
         fused = _fused(trials.values, cosines(rows, tensors["centers"], Metric(factors)), linear)  # (T, B, S, K)
-        if prior is not None:
-            fused = fused + torch.log(prior).unsqueeze(1)
-        return _log_mixture(torch.cat([linear, fused], dim=2), tensors["weights"], tensors["temperature"])
+        return torch.cat([linear, fused], dim=2)
 
 
 class _Work:
@@ -616,3 +617,9 @@ def _log_mixture(logits: Tensor, weights: Tensor, temperatures: Tensor) -> Tenso
     """Log of the weighted mean of the candidates' probabilities: (T, n, 1 + S, K) to (T, n, K)."""
     log_probabilities = torch.log_softmax(logits / temperatures[:, None, :, None], dim=-1)
     return torch.logsumexp(log_probabilities + torch.log(weights + 1e-12)[:, None, :, None], dim=2)
+
+
+def _mixed_logits(logits: Tensor, weights: Tensor, temperatures: Tensor) -> Tensor:
+    """The same of exponentials that are not normalised: large only where a candidate's own logits are."""
+    scaled = logits / temperatures[:, None, :, None]
+    return torch.logsumexp(scaled + torch.log(weights + 1e-12)[:, None, :, None], dim=2)

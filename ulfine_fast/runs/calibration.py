@@ -163,8 +163,8 @@ class ClassSets:
             "held_out": int(self.thresholds.rows.sum()),
             "mean_size": float(sizes.mean()) if len(sizes) else None,
             "empty": int((sizes == 0).sum()),
-            "shared_threshold": [class_names[k] for k in np.flatnonzero(self.thresholds.pooled)],
-            "in_every_set": [class_names[k] for k in np.flatnonzero(self.thresholds.always)],
+            "shared_threshold": [class_names[k] for k in np.flatnonzero(self.thresholds.pooled).tolist()],
+            "in_every_set": [class_names[k] for k in np.flatnonzero(self.thresholds.always).tolist()],
         }
 
     def lines(self, class_names: Sequence[str]) -> list[str]:
