@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from functools import partial
 
 import pytest
 
@@ -12,6 +13,7 @@ from ulfine_fast import Run
 from ulfine_fast.cache.io.errors import InputError
 from ulfine_fast.data.corrections import read_corrections
 from ulfine_fast.review.groups import TABS
+from ulfine_fast.review.proposals import propose
 from ulfine_fast.review.session import Change, Conflict, Session
 
 
@@ -127,18 +129,20 @@ def test_a_proposal_says_what_it_expected_and_what_came(session):
     assert came["gained"]["low"] <= came["gained"]["value"] <= came["gained"]["high"]
 
 
-def test_other_images_are_proposed_when_asked_for(session, monkeypatch):
-    from ulfine_fast.review import proposals
+def test_other_images_are_proposed_when_asked_for(reviewed, tmp_path, monkeypatch):
+    from ulfine_fast.review import session as module
 
-    monkeypatch.setattr(proposals.propose, "__defaults__", (2,))
-    put(session, session.page("proposed", 0, 0)["items"][0]["row"], "cat")
-    session.wait()
-    before = {item["row"] for item in session.page("proposed", 0, 0)["items"]}
-    session.propose_others()
-    session.wait()
-    after = {item["row"] for item in session.page("proposed", 0, 0)["items"]}
-    assert after
-    assert not after & before
+    monkeypatch.setattr(module, "propose", partial(propose, count=2))
+    session = Session(reviewed, tmp_path / "labels.csv", tmp_path / "fitted", device="cpu")
+    shown = [{item["row"] for item in session.page("proposed", 0, 0)["items"]}]
+    for _ in range(len(session.split.unlabeled) // 2):
+        session.propose_others()
+        session.wait()
+        shown.append({item["row"] for item in session.page("proposed", 0, 0)["items"]})
+    assert not shown[0] & shown[1]
+    # all of them have been shown, and come again
+    assert set().union(*shown) == set(session.split.unlabeled.tolist())
+    assert all(shown)
 
 
 def test_the_only_label_of_a_class_is_unknown_and_its_loss_is_reported(session):

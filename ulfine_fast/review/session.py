@@ -260,7 +260,12 @@ class Session:
                 came = outcome(proposal, fit, self._classes_of(proposal.rows, corrections))
                 proposal = None
         if proposal is None or not len(proposal.rows) or np.isin(proposal.rows, self._passed).any():
-            proposal = propose(self.cache.plain, fit, np.setdiff1d(pool, self._passed))
+            others = np.setdiff1d(pool, self._passed)
+            # those that were passed over come again when no other is left
+            if not len(others):
+                self._passed = others
+                others = pool
+            proposal = propose(self.cache.plain, fit, others)
 
         groups = make_groups(self.cache.class_names, fit, pool, answered, self._clusters, self._duplicates, proposal)
         measured = estimate(fit)
