@@ -179,7 +179,8 @@ def test_of_many_methods_a_message_names_a_few():
 
 def test_only_its_own_and_the_shared_options_are_there():
     config = FitConfig(method="linear_probe")
-    assert set(config.to_dict()) == {*shared_options(), "tau"}
+    own = {"tau", "solver", "head", "ridge", "class_weighted", "train_views"}
+    assert set(config.to_dict()) == {*shared_options(), *own}
     assert not hasattr(config, "mu")
     assert set(own_options("ulfine")) > {"mu", "eta", "tau", "threshold", "rho"}
     assert options_of("ulfine")["mu"].metadata["help"]

@@ -36,7 +36,7 @@ from ulfine_fast.engine.fit import draw_splits, fit_many
 INVERSE_PENALTIES = (1e-6, 1e5)
 CLOSE = 1e-4
 _TOLERANCES = (1e-4, 1e-5, 1e-6, 1e-7, 1e-8)
-_MOST_ITERATIONS = 1000
+_MOST_ITERATIONS = 10_000
 
 
 class Seconds(NamedTuple):
