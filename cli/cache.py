@@ -79,7 +79,8 @@ def export(
     cache: Annotated[Path, typer.Argument(help="Folder of a finished cache.", show_default=False)],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write to.", show_default=False)],
     to: Annotated[
-        Literal["clip-retrieval", "npy"], typer.Option(help="img_emb, text_emb and metadata, or one array each.")
+        Literal["clip-retrieval", "npy", "parquet"],
+        typer.Option(help="img_emb, text_emb and metadata; one array each; one table with a 2-d map."),
     ] = "clip-retrieval",
     rows_per_file: Annotated[int, typer.Option(help="Rows of a file of clip-retrieval at most.")] = 1_000_000,
     as_json: AsJson = False,
@@ -97,7 +98,7 @@ def import_(
     where: Annotated[
         Path,
         typer.Argument(
-            help="clip-retrieval's folder, a folder of .npy files, an .npz or .npy file.", show_default=False
+            help="clip-retrieval's folder, a folder of .npy files, an .npz, .npy or .parquet file.", show_default=False
         ),
     ],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the cache.", show_default=False)],
@@ -115,8 +116,12 @@ def import_(
         Path | None,
         typer.Option(help="Text file, one prompt a line, {} for the class name.", show_default=False),
     ] = None,
+    column: Annotated[
+        str | None,
+        typer.Option(help="Column of a .parquet file's features.", show_default="the only one of lists of floats"),
+    ] = None,
     label_column: Annotated[
-        str | None, typer.Option(help="Column of clip-retrieval's metadata.", show_default="label")
+        str | None, typer.Option(help="Column of the labels in a .parquet file.", show_default="label")
     ] = None,
     id_column: Annotated[
         str | None, typer.Option(help="Column of the rows' ids.", show_default="id, image_path or key")
@@ -148,6 +153,7 @@ def import_(
     features = open_features(
         where,
         class_names=None if class_names is None else read_class_names_alone(class_names),
+        column=column,
         label_column=label_column,
         id_column=id_column,
         split=split,

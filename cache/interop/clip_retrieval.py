@@ -30,7 +30,7 @@ from ulfine_fast.cache.io.files import refuse_irregular_file
 from ulfine_fast.cache.sources.rows import UNKNOWN
 
 # Columns of the metadata that identify rows, the surest first.
-_ID_COLUMNS = ("id", "image_path", "key")
+ID_COLUMNS = ("id", "image_path", "key")
 _NUMBERED = re.compile(r"_(\d+)\.(npy|parquet)$")
 
 
@@ -89,7 +89,7 @@ def _read_rows(table: Path | None, n: int, label_column: str | None) -> RowLabel
     if column is not None and column not in columns:
         raise InputError(f"{table} has no column {column!r}; it has {', '.join(columns)}")
     if column is not None:
-        labels, names = _read_labels(table, column, n)
+        labels, names = column_labels(_read_column(table, column, n), table, column)
     if "split" in columns:
         splits = split_indices(_read_column(table, "split", n).to_pylist(), table)
     return RowLabels(labels, splits, names)
@@ -120,8 +120,17 @@ def _read_column(table: Path, name: str, n: int | None) -> Any:
     return column
 
 
-def _read_labels(table: Path, name: str, n: int) -> tuple[NDArray[np.int32], list[str] | None]:
-    column = _read_column(table, name, n)
+def column_labels(column: Any, table: Path, name: str) -> tuple[NDArray[np.int32], list[str] | None]:
+    """Labels of a column of numbers or texts, see `RowLabels`.
+
+    Args:
+        column: of Arrow.
+        table: its file, for messages.
+        name: of the column, likewise.
+
+    Raises:
+        InputError: labels of another type, or a number that is not whole.
+    """
     if pa.types.is_dictionary(column.type):
         column = column.dictionary_decode()
     if pa.types.is_dictionary(column.type):
@@ -146,10 +155,10 @@ def _read_ids(table: Path | None, number: int, id_column: str | None) -> Ids:
     if table is None:
         return lambda rows: [f"{number}/{name}" for name in numbered_ids(rows)]
     columns = _columns(table)
-    column = id_column or next((name for name in _ID_COLUMNS if name in columns), None)
+    column = id_column or next((name for name in ID_COLUMNS if name in columns), None)
     if column not in columns:
         raise InputError(
-            f"{table} has no column {id_column or ', '.join(_ID_COLUMNS)} to tell rows apart; give --id-column: "
+            f"{table} has no column {id_column or ', '.join(ID_COLUMNS)} to tell rows apart; give --id-column: "
             f"one of {', '.join(columns)}"
         )
 

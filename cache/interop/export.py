@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,9 +14,11 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from ulfine_fast._version import __version__
 from ulfine_fast.cache.ids import read_ids
+from ulfine_fast.cache.interop.embedding_table import CLASS_NAMES, FILE
 from ulfine_fast.cache.interop.writers import array_writer, table_writer
 from ulfine_fast.cache.io.errors import InputError
 from ulfine_fast.cache.io.files import make_folder, write_atomically
@@ -24,6 +26,7 @@ from ulfine_fast.cache.io.json_files import read_json
 from ulfine_fast.cache.io.paths import to_path
 from ulfine_fast.cache.io.progress import progress_bar
 from ulfine_fast.cache.manifest import Manifest
+from ulfine_fast.cache.plane import fit_plane
 from ulfine_fast.cache.shard import VIEWED_SPLITS, Shard, ShardRecord, read_shard, shard_path
 from ulfine_fast.cache.sources.rows import SPLITS
 from ulfine_fast.cache.store import read_records
@@ -31,7 +34,7 @@ from ulfine_fast.cache.text import TextFeatures, read_text
 
 FORMAT = "ulfine-fast-export"
 NOTE = "ulfine-fast.json"
-LAYOUTS = ("clip-retrieval", "npy")
+LAYOUTS = ("clip-retrieval", "npy", "parquet")
 # Sources whose ids are paths below (the folder of) their own path.
 _ROOTS = {"folder": lambda path: path, "table": os.path.dirname}
 _METADATA = pa.schema(
@@ -81,7 +84,8 @@ def export(
         cache: folder of a finished cache.
         out: folder to write to: new, empty, or what an interrupted export of the same cache left.
         to: "clip-retrieval" (img_emb, text_emb and metadata, as its index and back end read them) or "npy" (one
-            array for each of features, views, labels, splits, ids, class names and text features).
+            array for each of features, views, labels, splits, ids, class names and text features) or "parquet" (one
+            table of id, image_uri, label, split, vector, and x and y, a 2-d map by PCA).
         rows_per_file: rows of a file of "clip-retrieval" at most, at least 1; a shard is never split.
         progress: whether to draw a bar on stderr; by default where that is a terminal.
 
@@ -89,7 +93,7 @@ def export(
         InputError: another layout, a folder that holds something else, a damaged cache, or a disk that refuses.
     """
     if to not in LAYOUTS:
-        raise InputError(f"a cache can be exported to {' or '.join(LAYOUTS)}, got {to!r}")
+        raise InputError(f"a cache can be exported to {', '.join(LAYOUTS[:-1])} or {LAYOUTS[-1]}, got {to!r}")
     if rows_per_file < 1:
         raise InputError(f"rows per file must be at least 1, got {rows_per_file}")
     opened = _FinishedCache.open(to_path(cache))
@@ -98,16 +102,19 @@ def export(
     rows = sum(record.rows for record in opened.records)
     kept = 0
     with progress_bar(progress) as bar:
-        task = bar.add_task("export", total=rows, unit="rows", note="")
+        # a table reads the features twice, first for its map
+        task = bar.add_task("export", total=2 * rows if to == "parquet" else rows, unit="rows", note="")
 
         def advance(rows: int) -> None:
             bar.update(task, advance=rows)
 
         if to == "clip-retrieval":
             files, kept = _write_clip_retrieval(opened, target, rows_per_file, advance)
+        elif to == "parquet":
+            files = _write_parquet(opened, target, advance)
         else:
             files = _write_arrays(opened, target, advance)
-    # The classes, in both layouts.
+    # The classes, in every layout.
     classes = {"text_features": opened.text.features, "class_names": np.asarray(opened.manifest.class_names)}
     for name, content in classes.items():
         with array_writer(target / f"{name}.npy", content.shape, content.dtype) as append:
@@ -240,9 +247,7 @@ def _metadata_of(manifest: Manifest, shard: Shard) -> pa.Table:
     """What clip-retrieval shows of each row (image_path and caption), and id, class and split."""
     names = [*manifest.class_names, ""]
     classes = [names[label] for label in shard.labels]
-    source = manifest.source
-    root_of = _ROOTS.get(source["kind"])
-    root = root_of(source["path"]) if root_of is not None and source.get("path") else ""
+    root = _root(manifest) or ""
     columns = {
         "image_path": [os.path.join(root, name) for name in shard.ids],
         "caption": classes,
@@ -252,6 +257,67 @@ def _metadata_of(manifest: Manifest, shard: Shard) -> pa.Table:
         "split": [shard.split] * len(shard.ids),
     }
     return pa.table(columns, schema=_METADATA)
+
+
+def _root(manifest: Manifest) -> str | None:
+    """The folder that ids are paths below; None where they are not."""
+    source = manifest.source
+    root_of = _ROOTS.get(source["kind"])
+    return root_of(source["path"]) if root_of is not None and source.get("path") else None
+
+
+# -- one table
+
+
+def _write_parquet(cache: _FinishedCache, out: Path, advance: Callable[[int], None]) -> int:
+    """One table, a row group for each shard, written again from the start after an interruption."""
+
+    def plain_features() -> Iterator[NDArray[Any]]:
+        for record in cache.records:
+            yield cache.shard(record).plain[:, 0]  # (n, D)
+            advance(record.rows)
+
+    manifest = cache.manifest
+    plane = fit_plane(plain_features(), manifest.dim)
+    model = manifest.model
+    metadata = {
+        "model": model["name"],
+        "pretrained": model["pretrained"] or "",
+        "sha256": model["sha256"],
+        "map": f"PCA, {100 * plane.variance:.0f}% of the variance",
+        CLASS_NAMES: json.dumps(manifest.class_names),
+    }
+    vector = pa.list_(pa.from_numpy_dtype(cache.dtype), manifest.dim)
+    schema = pa.schema(
+        [
+            ("id", pa.string()),
+            ("image_uri", pa.string()),
+            ("label", pa.string()),
+            ("split", pa.string()),
+            ("vector", vector),
+            ("x", pa.float32()),
+            ("y", pa.float32()),
+        ],
+        metadata=metadata,
+    )
+    names, root = [*manifest.class_names, None], _root(manifest)  # label -1 is the last one
+    with table_writer(out / FILE, schema) as append:
+        for record in cache.records:
+            shard = cache.shard(record)
+            features = shard.plain[:, 0]  # (n, D)
+            positions = plane.positions(features).astype(np.float32)  # (n, 2)
+            columns = {
+                "id": shard.ids,
+                "image_uri": [None if root is None else os.path.join(root, name) for name in shard.ids],
+                "label": [names[label] for label in shard.labels],
+                "split": [shard.split] * len(shard.ids),
+                "vector": pa.FixedSizeListArray.from_arrays(np.ascontiguousarray(features).ravel(), type=vector),
+                "x": positions[:, 0],
+                "y": positions[:, 1],
+            }
+            append(pa.table(columns, schema=schema))
+            advance(record.rows)
+    return 1
 
 
 # -- arrays

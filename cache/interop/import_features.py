@@ -17,6 +17,7 @@ from ulfine_fast.cache.arrays import refuse_equal_texts
 from ulfine_fast.cache.ids import refuse_shared_ids
 from ulfine_fast.cache.interop.arrays import open_arrays
 from ulfine_fast.cache.interop.clip_retrieval import open_clip_retrieval
+from ulfine_fast.cache.interop.embedding_table import FILE, open_embedding_table
 from ulfine_fast.cache.interop.export import FORMAT, NOTE
 from ulfine_fast.cache.interop.external_features import ExternalFeatures, OpenedFiles, RowLabels, check_texts
 from ulfine_fast.cache.io.errors import InputError
@@ -49,6 +50,7 @@ def open_features(
     where: str | Path,
     *,
     class_names: Sequence[str] | None = None,
+    column: str | None = None,
     label_column: str | None = None,
     id_column: str | None = None,
     split: str | None = None,
@@ -57,10 +59,12 @@ def open_features(
 
     Args:
         where: a folder of clip-retrieval (`img_emb` and `metadata`), a folder of .npy files or an .npz file with
-            `features` and perhaps labels, ids, splits, weak, strong, class_names, text_features, or one .npy file.
+            `features` and perhaps labels, ids, splits, weak, strong, class_names, text_features, one .npy file, a
+            .parquet table with a column of features, or the folder of an export to one.
         class_names: (K,) in the order of the labels; replace those of the files.
-        label_column: of the metadata; "label" by default, where there is one.
-        id_column: of the metadata; id, image_path or key by default.
+        column: of a .parquet table's features; by default the only one of lists of floats.
+        label_column: of the metadata or the table; "label" by default, where there is one.
+        id_column: likewise; id, image_path or key by default.
         split: of rows without one; by default train where the label is known, else unlabeled.
 
     Raises:
@@ -69,7 +73,12 @@ def open_features(
     path = Path(where).expanduser().absolute()
     if split is not None and split not in SPLITS:
         raise InputError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
-    if (path / "img_emb").is_dir():
+    is_table = (path / FILE).is_file() or path.suffix.lower() == ".parquet"
+    if column is not None and not is_table:
+        raise InputError(f"{path} is no .parquet table; leave out the column {column!r} of features")
+    if is_table:
+        opened = open_embedding_table(path, column, label_column, id_column)
+    elif (path / "img_emb").is_dir():
         opened = open_clip_retrieval(path, label_column, id_column)
     elif label_column or id_column:
         raise InputError(f"{path} has no metadata with columns; leave out the names of columns")

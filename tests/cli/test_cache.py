@@ -52,7 +52,7 @@ def test_merge_ends_in_one_sentence(two, tmp_path):
 # -- there and back
 
 
-@pytest.mark.parametrize(("to", "files"), [("clip-retrieval", 5), ("npy", 8)])
+@pytest.mark.parametrize(("to", "files"), [("clip-retrieval", 5), ("npy", 8), ("parquet", 3)])
 def test_out_and_back(two, tmp_path, to, files):
     assert f"12 rows, {files} files written" in run("cache", "export", two[0], "--out", tmp_path / "out", "--to", to)
     assert json.loads(run("cache", "export", two[0], "--out", tmp_path / "out", "--to", to, "--json"))["rows"] == 12

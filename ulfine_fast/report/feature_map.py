@@ -10,6 +10,7 @@ from typing import Any, get_args
 import numpy as np
 
 from ulfine_fast.cache.io.errors import InputError
+from ulfine_fast.cache.plane import fit_plane
 from ulfine_fast.report.charts import map_chart
 from ulfine_fast.report.choices import Projection
 from ulfine_fast.report.groups import Group
@@ -96,15 +97,12 @@ def _map_run(run: RunFiles, projection: str) -> FeatureMap | None:
         return None
     # evenly through the test images, which are in the order of their classes
     rows = np.unique(np.linspace(0, len(features) - 1, min(_POINTS, len(features))).astype(np.int64))
-    unit = features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
     if projection == "umap":
+        unit = features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
         import umap
 
         reducer = umap.UMAP(n_components=2, metric="cosine", random_state=_SEED, n_jobs=1)
         return FeatureMap("UMAP", rows, np.asarray(reducer.fit_transform(unit[rows]), dtype=np.float64))
-    from sklearn.decomposition import PCA
-
     # fitted on all images, not only on those that are drawn
-    pca = PCA(n_components=2, svd_solver="full").fit(unit)
-    variance = 100 * float(pca.explained_variance_ratio_.sum())
-    return FeatureMap(f"PCA, {variance:.0f}% of the variance", rows, pca.transform(unit[rows]).astype(np.float64))
+    plane = fit_plane([features], features.shape[1])
+    return FeatureMap(f"PCA, {100 * plane.variance:.0f}% of the variance", rows, plane.positions(features[rows]))

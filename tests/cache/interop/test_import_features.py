@@ -86,7 +86,7 @@ def same(one: FeatureCache, other: FeatureCache, *, views: bool) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
-@pytest.mark.parametrize("to", ["clip-retrieval", "npy"])
+@pytest.mark.parametrize("to", ["clip-retrieval", "npy", "parquet"])
 def test_an_exported_cache_comes_back_bit_by_bit(tmp_path, to, dtype):
     write_named_cache(tmp_path / "pets", NAMES, dtype=dtype, model={**make_manifest().model, "dim": 12})
     export(tmp_path / "pets", tmp_path / "out", to=to, rows_per_file=5)
