@@ -84,13 +84,13 @@ class FeatureCache:
         """Use `FeatureCache.open` or `FeatureCache.from_arrays`."""
         self.path = path
         self.manifest = manifest
-        self.class_names = list(class_names)
+        self.class_names: list[str] = list(class_names)
         self.dim = dim
         self.text_features = text_features
         self.prototypes = prototypes
-        self.logit_scale = float(logit_scale)
-        self.head = head or {}
-        self.records = list(records)
+        self.logit_scale: float = float(logit_scale)
+        self.head: dict[str, NDArray[np.float32]] = head or {}
+        self.records: list[ShardRecord] = list(records)
         self.relabeled: str | None = None
         self._loaded = arrays
         self._tokens: Tokens | None = None

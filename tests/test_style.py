@@ -26,7 +26,10 @@ def test_ruff(command):
 
 
 def test_mypy(tmp_path):
-    """Types of all rooms, three of them seen as one package: mypy does not follow pyproject.toml's mapping."""
+    """Types of all rooms, three of them seen as one package: mypy does not follow pyproject.toml's mapping.
+
+    A user's program is checked with them, by the rules of --strict (pyproject.toml).
+    """
     package = tmp_path / "ulfine_fast"
     package.mkdir()
     for path in (ROOT / "ulfine_fast").iterdir():
@@ -34,6 +37,7 @@ def test_mypy(tmp_path):
     for room in ("cache", "cli"):
         (package / room).symlink_to(ROOT / room)
     (tmp_path / "benchmarks").symlink_to(ROOT / "benchmarks")
+    (tmp_path / "users_program.py").symlink_to(ROOT / "tests/fixtures/users_program.py")
     done = subprocess.run(
         [
             sys.executable,
@@ -43,6 +47,8 @@ def test_mypy(tmp_path):
             "ulfine_fast",
             "-p",
             "benchmarks",
+            "-m",
+            "users_program",
             "--cache-dir",
             str(ROOT / ".mypy_cache"),
         ],

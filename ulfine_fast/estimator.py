@@ -286,28 +286,32 @@ class ULFineClassifier(FeatureClassifier):
     """ULFine (arXiv 2505.05062): prototypes fitted to the images, two fused heads; see `FeatureClassifier`."""
 
     _method = "ulfine"
-    __init__ = _initializer(_method)
+    if not TYPE_CHECKING:
+        __init__ = _initializer(_method)
 
 
 class ULFinePlusClassifier(FeatureClassifier):
     """A labelled-only probe and clusters anchored by it, weighed on held-out labels; see `FeatureClassifier`."""
 
     _method = "ulfine_plus"
-    __init__ = _initializer(_method)
+    if not TYPE_CHECKING:
+        __init__ = _initializer(_method)
 
 
 class LinearProbeClassifier(FeatureClassifier):
     """Logistic regression on the labelled rows alone; see `FeatureClassifier`."""
 
     _method = "linear_probe"
-    __init__ = _initializer(_method)
+    if not TYPE_CHECKING:
+        __init__ = _initializer(_method)
 
 
 class FixMatchClassifier(FeatureClassifier):
     """FixMatch (arXiv 2001.07685) over features; see `FeatureClassifier`."""
 
     _method = "fixmatch"
-    __init__ = _initializer(_method)
+    if not TYPE_CHECKING:
+        __init__ = _initializer(_method)
 
 
 def _is_known(y: NDArray[Any], missing: NDArray[np.bool_]) -> NDArray[np.bool_]:

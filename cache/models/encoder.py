@@ -39,7 +39,7 @@ __all__ = [
 
 DEFAULT_MODEL = "ViT-B-16"
 DEFAULT_PRETRAINED = "openai"
-PRECISIONS = {"fp32": None, "tf32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+PRECISIONS: dict[str, torch.dtype | None] = {"fp32": None, "tf32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 """Types of mixed precision by name; the first two are float32, on a GPU exactly or with inputs rounded to TF32."""
 _TEXT_BATCH = 128
 _SCHEMES = ("local-dir:", "hf-hub:")
@@ -148,13 +148,13 @@ class Encoder:
         self.transform: Callable[[Image.Image], torch.Tensor] = image_transform_v2(
             PreprocessCfg(**settings), is_train=False
         )
-        self.resize = _before_normalisation(name, self.transform)
-        self.resampling = _resampling(settings)
+        self.resize: Callable[[Image.Image], Image.Image] = _before_normalisation(name, self.transform)
+        self.resampling: Resampling | None = _resampling(settings)
         if exact is False and self.resampling is None:
             raise InputError(
                 f"the images of {name} are padded to a square, which is done exactly or not at all; use --exact"
             )
-        self.exact = self.resampling is None if exact is None else exact
+        self.exact: bool = self.resampling is None if exact is None else exact
         sides = {settings["size"]} if isinstance(settings["size"], int) else set(settings["size"])
         if len(sides) != 1:
             raise InputError(
@@ -164,7 +164,7 @@ class Encoder:
 
         # Weights; the digest before the model moves, so that nothing is copied back from a GPU
         digest = weights_sha256(model)
-        self.model = model.eval().requires_grad_(False).to(device)
+        self.model: Any = model.eval().requires_grad_(False).to(device)
         # Convolutions on the CPU prefer the channels last (Lite0: 144 images/s against 92); a ViT does not care. A ViT
         # has one convolution, its patch embedding.
         convolutions = sum(isinstance(module, torch.nn.Conv2d) for module in self.model.visual.modules())
@@ -176,11 +176,11 @@ class Encoder:
         with torch.inference_mode():
             dim = int(model.encode_image(torch.zeros(1, 3, side, side, device=device)).shape[-1])
         tokens = self._hooks.take()
-        self.token_kinds = self._hooks.kinds
-        self.token_width = 0 if tokens is None else tokens.shape[-1]
+        self.token_kinds: tuple[str, ...] = self._hooks.kinds
+        self.token_width: int = 0 if tokens is None else tokens.shape[-1]
         # The model stores the logarithm; some models store it as a vector of one.
         scale = float(model.logit_scale.detach().float().exp().max())
-        self.spec = ModelSpec(name, pretrained, digest, side, dim, scale)
+        self.spec: ModelSpec = ModelSpec(name, pretrained, digest, side, dim, scale)
 
         # The last layers, before rounding changes the weights
         self._head = self._read_head()

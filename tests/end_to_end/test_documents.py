@@ -16,6 +16,7 @@ from tests.docs.test_pages import blocks, commands
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "docs/examples"
+METHODS = ("zero_shot", "linear_probe", "ulfine_plus")
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +63,21 @@ def test_predictions_from_and_to_tables(workspace):
     run, images = workspace / "demo-output/runs/linear_probe/seed-0", workspace / "demo-output/images/test"
     printed = program(workspace, EXAMPLES / "tables.py", run, images)
     assert printed.startswith("20 rows: id, class, probability")
+
+
+def test_the_notebook_runs_from_its_start_to_its_end(workspace):
+    """Its cells one after another, as a program; the demo has encoded the images, which takes the longest."""
+    cells = json.loads((EXAMPLES / "first-steps.ipynb").read_text(encoding="utf-8"))["cells"]
+    code = [cell for cell in cells if cell["cell_type"] == "code"]
+    printed = program(workspace, "-c", "\n\n".join("".join(cell["source"]) for cell in code) + "\nprint(sheet.size)")
+    few = {row[0]: float(row[-1]) for row in map(str.split, printed.splitlines()) if row[0] in METHODS}
+    assert few["ulfine_plus"] > few["linear_probe"] > few["zero_shot"]
+    assert printed.endswith("(650, 300)\n")
+    assert (workspace / "demo-output/notebook.html").stat().st_size > 50_000
+    # a reader on the web sees what it printed
+    stored = "".join("".join(output.get("text", "")) for cell in code for output in cell["outputs"])
+    assert all(method in stored for method in METHODS)
+    assert any("image/png" in output.get("data", {}) for cell in code for output in cell["outputs"])
 
 
 def test_many_trials_from_python(workspace):
