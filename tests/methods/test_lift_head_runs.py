@@ -198,7 +198,7 @@ def test_what_it_cannot_do_is_said(caches, clusters):
     ):
         with pytest.raises(InputError, match=message):
             fit(clusters, config, device="cpu", progress=False)
-    with pytest.raises(InputError, match="method ulfine does not read feature, which lift_head reads"):
+    with pytest.raises(InputError, match="method ulfine does not read feature, which lift_head"):
         dataclasses.replace(projected, method="ulfine", feature="pre-projection")
     bare = FeatureCache.from_arrays(clusters.plain, clusters.labels, text_features=clusters.text_features)
     with pytest.raises(InputError, match="this cache holds no weak views; extract the images again with --weak 4"):

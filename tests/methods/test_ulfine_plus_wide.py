@@ -101,5 +101,5 @@ def test_a_trial_alone_is_the_same_as_among_others(caches):
 def test_what_it_cannot_do_is_said(caches, clusters):
     with pytest.raises(InputError, match="extract again with --features pre-projection, or take feature projected"):
         fit(clusters, WIDE, device="cpu", progress=False)
-    with pytest.raises(InputError, match="method ulfine_plus trains no adapter; leave out adapter adaptformer"):
+    with pytest.raises(InputError, match="method ulfine_plus takes no adapter adaptformer; use one of abc, "):
         fit(caches["last-block"], FitConfig(adapter="adaptformer"), device="cpu", progress=False)

@@ -32,8 +32,11 @@ def check_tokens(cache: FeatureCache, configs: Sequence[FitConfig]) -> None:
                 "adapter adaptformer trains on the tokens of the encoder's last block, which this cache does not hold; "
                 "extract again with --features last-block, or take adapter residual"
             )
-        if not method_of(config).takes_tokens:
-            others = [name for name in registry.names() if registry.find(name).method.takes_tokens]
+        method = method_of(config)
+        # one without training steps may read tokens, and trains no adapter on them
+        if not method.takes_tokens or (config.adapter == "adaptformer" and not method.trains):
+            candidates = {name: registry.find(name).method for name in registry.names()}
+            others = [name for name, other in candidates.items() if other.takes_tokens and other.trains]
             raise InputError(f"method {config.method} takes no adapter adaptformer; use one of {', '.join(others)}")
         if config.feature_noise > 0:
             raise InputError(

@@ -158,9 +158,7 @@ class ULFinePlus(Method):
     takes_tokens = True
 
     def check(self, cache: FeatureCache, config: FitConfig, split: Split) -> None:
-        """Refuse a feature that the cache does not hold, and an adapter inside the encoder."""
-        if config.adapter == "adaptformer":
-            raise InputError("method ulfine_plus trains no adapter; leave out adapter adaptformer")
+        """Refuse a feature that the cache does not hold."""
         if config.feature == "pre-projection" and not encoder_tokens(cache):
             raise InputError(
                 "feature pre-projection reads what the encoder has before its projection, which this cache does not "
@@ -399,7 +397,7 @@ def _joining(trials: Trials, features: DeviceFeatures, index: Tensor, present: T
         # two tokens of the last block, from before the encoder's last norm
         encoder = frozen_end(trials.head, len(index))
 
-    def parts(read: Callable[[Tensor, Tensor], Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+    def parts(read: Callable[[Tensors, Tensor], Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
         for rows, rows_present in zip(index.split(TOGETHER, 1), present.split(TOGETHER, 1), strict=True):
             yield read(encoder, features.rows(rows)), rows_present
 

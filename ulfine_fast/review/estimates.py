@@ -118,7 +118,8 @@ def change(before: QuickFit, after: QuickFit) -> Interval | None:
         torch.ones(1, len(labels), dtype=torch.bool),
         after.classes,
     )[0].tolist()
-    return None if np.isnan(gain).any() else Interval(*gain, labels=len(labels))
+    value, low, high = gain
+    return None if np.isnan(gain).any() else Interval(value, low, high, labels=len(labels))
 
 
 def class_errors(fit: QuickFit) -> Floats:

@@ -628,11 +628,11 @@ def _write_predictions(file: Path, run: Run) -> None:
 def _write_calibration(file: Path, calibration: Calibration) -> None:
     parts = np.where(calibration.in_fold, "fold", "val").tolist()
     columns = {
-        "id": pa.array(calibration.ids, pa.string()),
-        "part": pa.array(parts, pa.string()),
-        "label": pa.array(calibration.labels, pa.int32()),
-        "probability": pa.array(calibration.probabilities, pa.float32()),
-        "score": pa.array(calibration.scores, pa.float32()),
+        "id": text_column(calibration.ids),
+        "part": text_column(parts),
+        "label": number_column(calibration.labels, np.int32),
+        "probability": number_column(calibration.probabilities, np.float32),
+        "score": number_column(calibration.scores, np.float32),
     }
     pq.write_table(pa.table(columns).replace_schema_metadata({"score": SCORE}), file)
 
