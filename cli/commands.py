@@ -123,7 +123,7 @@ COMMANDS: dict[str, Command | Group] = {
     ),
     "review": Command(
         "ulfine_fast.cli.review:review",
-        "Correct labels on a local page: likely wrong ones, near-duplicates, images of rare classes; Ctrl-C ends it.",
+        "Label many images together on a local page: clusters, likely wrong labels, rare classes; Ctrl-C ends it.",
     ),
     "demo": Command(
         "ulfine_fast.cli.demo:demo",

@@ -1,4 +1,4 @@
-"""`ulfine-fast review`: a local page to correct labels on."""
+"""`ulfine-fast review`: a local page to label images and correct labels on."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def review(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print the page's address as JSON.")] = False,
 ) -> None:
-    """Correct labels on a local page: likely wrong ones, near-duplicates, images of rare classes; Ctrl-C ends it.
+    """Label many images together on a local page: clusters, likely wrong labels, rare classes; Ctrl-C ends it.
 
     Each label is saved immediately; `fit --labels FILE` reads them.
     """

@@ -1,5 +1,7 @@
-"""A local page to correct labels on.
+"""A local page to label images and correct labels on, many of them together.
 
-`ranking` (which images to look at), `session` (a run, its cache, the file of corrections, fits in the background),
-`app` (the server). May import `report` and what `report` may import; `engine`; `cache`.
+`quick` (a probe that is fitted again after each answer), `estimates` (what held-out labels say of it), `proposals` (the
+images whose labels would help most), `clusters` and `groups` (images to look at together), `session` (a run, its cache,
+the file of corrections, fits in the background), `app` (the server). May import `report` and what `report` may import;
+`engine`; `cache`.
 """

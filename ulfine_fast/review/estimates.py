@@ -112,14 +112,13 @@ def change(before: QuickFit, after: QuickFit) -> Interval | None:
     rows, labels = rows[both], labels[both]
     right = (after.probabilities[rows].argmax(1) == labels).astype(np.float32)
     difference = right - (before.probabilities[rows].argmax(1) == labels)
-    gain = balanced_gain(
+    value, low, high = balanced_gain(
         torch.from_numpy(difference).unsqueeze(0),
         torch.from_numpy(labels).unsqueeze(0),
         torch.ones(1, len(labels), dtype=torch.bool),
         after.classes,
     )[0].tolist()
-    value, low, high = gain
-    return None if np.isnan(gain).any() else Interval(value, low, high, labels=len(labels))
+    return None if np.isnan([value, low, high]).any() else Interval(value, low, high, len(labels))
 
 
 def class_errors(fit: QuickFit) -> Floats:

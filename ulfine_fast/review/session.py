@@ -21,7 +21,7 @@ from ulfine_fast.data.corrections import corrected, corrected_split, read_correc
 from ulfine_fast.data.splits import Rows, read_split
 from ulfine_fast.engine.fit import fit_many
 from ulfine_fast.report.images import find_images
-from ulfine_fast.review.clusters import find_clusters
+from ulfine_fast.review.clusters import Clusters, find_clusters
 from ulfine_fast.review.estimates import Estimate, Interval, change, estimate
 from ulfine_fast.review.groups import TABS, Group, Groups, Tab, make_groups
 from ulfine_fast.review.proposals import Outcome, Proposal, outcome, propose
@@ -297,7 +297,7 @@ class Session:
     def _latest(self) -> View:
         return self._views[next(reversed(self._views))]
 
-    def _find_clusters(self) -> Any:
+    def _find_clusters(self) -> Clusters:
         inputs = self.cache.tokens("plain") if self.run.config.reads_tokens else self.cache.plain
         return find_clusters(self.run, inputs, self.cache.plain)
 
