@@ -81,7 +81,7 @@ def engine(
 ) -> tuple[Seconds, NDArray[np.float64], int]:
     """All fits in one call: seconds, objectives (seeds, penalties), and how many did not converge."""
     options: dict[str, Any] = {"method": "linear_probe", "solver": "converged", "head": "affine", "tau": 0.0}
-    configs = [FitConfig(**options, **{"ridge": 1 / value}, seed=seed) for seed in seeds for value in values]
+    configs = [FitConfig(**{**options, "ridge": 1 / value, "seed": seed}) for seed in seeds for value in values]
     started = Seconds.now()
     split_of = [split for split in splits for _ in values]
     runs = fit_many(cache, configs, split=split_of, device=device, progress=False, read_test=False)
