@@ -159,6 +159,7 @@ def test_every_command_refuses_one_changed_byte_of_any_file(world, tmp_path):
     rng = random.Random(0)
     assert set(whole) == {
         *("config.json", "heads.safetensors", "history.csv", "metrics.json", "predictions.parquet", "split.json"),
+        "calibration.parquet",
         "summary.json",
     }
     for name in whole:
