@@ -5,9 +5,9 @@
 Both minimise the same objective on the same unit features and splits: the sum of the labelled images' losses and
 |W|^2 / (2 C), for C from 1e-6 to 1e5, the range of DINOv2's protocol (arXiv 2304.07193, appendix B.3). scikit-learn's
 `LogisticRegression` goes from the smallest C to the largest, each from the solution before. Where its loss is more than
-1e-4 above the lower of both, it continues with a tighter tolerance; it is given the tolerance that it needs for each C,
-which its users do not know. The engine's time includes its metrics on validation, scikit-learn's is of its fits alone.
-Beside seconds are those that the process had a core for: on a busy machine they alone compare the work.
+1e-4 above the lower of both, it continues with a tighter tolerance, and then in float64; it is given what it needs for
+each C, which its users do not know. The engine's time includes its metrics on validation, scikit-learn's is of its fits
+alone. Beside seconds are those that the process had a core for: on a busy machine they alone compare the work.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ from ulfine_fast.engine.fit import draw_splits, fit_many
 
 INVERSE_PENALTIES = (1e-6, 1e5)
 CLOSE = 1e-4
-_TOLERANCES = (1e-4, 1e-5, 1e-6, 1e-7, 1e-8)
+# the last ones in float64: the rounding of float32 stops scikit-learn early at weak penalties
+_TOLERANCES = ((1e-4, np.float32), (1e-6, np.float32), (1e-6, np.float64), (1e-8, np.float64))
 _MOST_ITERATIONS = 10_000
 
 
@@ -80,8 +81,8 @@ def engine(
     cache: FeatureCache, splits: Sequence[Split], seeds: Sequence[int], values: Sequence[float], device: str
 ) -> tuple[Seconds, NDArray[np.float64], int]:
     """All fits in one call: seconds, objectives (seeds, penalties), and how many did not converge."""
-    options: dict[str, Any] = {"method": "linear_probe", "solver": "converged", "head": "affine", "tau": 0.0}
-    configs = [FitConfig(**{**options, "ridge": 1 / value, "seed": seed}) for seed in seeds for value in values]
+    shared = {"method": "linear_probe", "solver": "converged", "head": "affine", "tau": 0.0}
+    configs = [FitConfig.from_dict({**shared, "ridge": 1 / value, "seed": seed}) for seed in seeds for value in values]
     started = Seconds.now()
     split_of = [split for split in splits for _ in values]
     runs = fit_many(cache, configs, split=split_of, device=device, progress=False, read_test=False)
@@ -123,9 +124,10 @@ def sklearn(
     with threadpool_limits(threads), warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
         for value, goal in zip(values, goals, strict=True):
-            for tolerance in _TOLERANCES:
+            for tolerance, dtype in _TOLERANCES:
+                typed = rows.astype(dtype)
                 started = Seconds.now()
-                model.set_params(C=value, tol=tolerance).fit(rows, labels)
+                model.set_params(C=value, tol=tolerance).fit(typed, labels)
                 seconds = seconds.plus(Seconds.now() - started)
                 loss = objective(rows, labels, model.coef_, model.intercept_, value)
                 if loss <= goal * (1 + CLOSE):

@@ -449,12 +449,9 @@ class _History:
 
     def part(self, index: Tensor) -> _History:
         """The trials at some positions alone."""
-        return _History(
-            steps=[tensor[index] for tensor in self.steps],
-            changes=[tensor[index] for tensor in self.changes],
-            inverses=[tensor[index] for tensor in self.inverses],
-            factor=self.factor[index],
-        )
+        groups = (self.steps, self.changes, self.inverses)
+        steps, changes, inverses = ([tensor[index] for tensor in group] for group in groups)
+        return _History(steps, changes, inverses, self.factor[index])
 
     def add(self, step: Tensor, change: Tensor, curvature: Tensor) -> None:
         """Add a pair, and forget the oldest one; a pair without positive curvature is left out."""
