@@ -42,7 +42,7 @@ PROGRAMS_NOT_RUN = {
 }
 # Pages whose commands and programs run in another test, with the demo's own images.
 ELSEWHERE = {"tour.md", "own-features.md", "own-method.md", "cache-format.md"}
-OTHER_PROGRAMS = {"make", "pip", "python", "ray", "optuna-dashboard"}
+OTHER_PROGRAMS = {"make", "pip", "uvx", "python", "ray", "optuna-dashboard"}
 # Numbers that are too large for a few noise images.
 SMALLER = {
     "--trials": "2",
