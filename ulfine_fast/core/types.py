@@ -21,7 +21,7 @@ Report = Callable[[float], None]
 
 
 def unheard(fraction: float) -> None:
-    """The report of a work that nobody watches."""
+    """The report of a work whose progress is not shown."""
 
 
 @dataclass(frozen=True)

@@ -328,12 +328,12 @@ class TrialBatch:
             inputs = select_trials(self.all_inputs, torch.tensor(chosen, device=device))
             validation = Validation(self.method, inputs.trials, State({}, kept), inputs.features, inputs.labels)
             val = validation.logits(inputs.val)  # (t, n, K)
+            scores = validation.scores(inputs.val, val).numpy()
             val_classes = shift_to_largest_(val)
             temperatures = torch.ones(len(chosen), dtype=torch.float64, device=device)
             if not self.method.calibrates:
                 val_labels = inputs.labels[inputs.val.index].clamp(min=0)
                 temperatures = fit_temperatures(val, val_labels, inputs.val.present)
-            scores = validation.scores(inputs.val).numpy()
             scaled_val = (val / temperatures.view(-1, 1, 1)).float().cpu().numpy()
             on_val = _predictions(val, val_classes, temperatures)
             if read_test:

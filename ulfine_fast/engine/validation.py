@@ -98,11 +98,18 @@ class Validation:
             result[start:stop, first : first + logits.shape[1]] = logits
         return result
 
-    def scores(self, rows: PaddedRows) -> Tensor:
-        """How much each trial's rows look like one of a known class, padding included (T, N), in main memory."""
+    def scores(self, rows: PaddedRows, logits: Tensor) -> Tensor:
+        """How much each trial's rows look like one of a known class, padding included (T, N), in main memory.
+
+        Args:
+            rows: of each trial.
+            logits: theirs (T, N, K), which are not computed again where the method scores by its prediction.
+        """
+        if type(self.method).known_logits is Method.known_logits:
+            return torch.logsumexp(logits, dim=-1).cpu()
         result = torch.zeros(*rows.index.shape)
-        for start, stop, first, logits in self._blocks(rows, self.method.known_logits):
-            result[start:stop, first : first + logits.shape[1]] = torch.logsumexp(logits, dim=-1).cpu()
+        for start, stop, first, known in self._blocks(rows, self.method.known_logits):
+            result[start:stop, first : first + known.shape[1]] = torch.logsumexp(known, dim=-1).cpu()
         return result
 
     @torch.no_grad()

@@ -69,7 +69,7 @@ def test_every_part_reports_numbers(tmp_path):
 
 
 def runs(pid):
-    """Whether a process still runs; one that nobody has waited for does not."""
+    """Whether a process still runs; a zombie does not."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
     except OSError:
