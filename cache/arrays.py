@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ulfine_fast.cache.io.errors import InputError
+from ulfine_fast.cache.io.names import did_you_mean
 from ulfine_fast.cache.shard import VIEWED_SPLITS
 from ulfine_fast.cache.sources.rows import SPLITS
 
@@ -79,7 +80,8 @@ def check_arrays(
         row_splits = np.asarray(splits, dtype=np.str_)
     unknown = set(row_splits.tolist()) - set(SPLITS)
     if unknown or row_splits.shape != (n,):
-        raise InputError(f"splits must be {n} of {', '.join(SPLITS)}, got {sorted(unknown) or row_splits.shape}")
+        hint = did_you_mean(min(unknown), SPLITS) if unknown else ""
+        raise InputError(f"splits must be {n} of {', '.join(SPLITS)}, got {sorted(unknown) or row_splits.shape}{hint}")
 
     # Ids
     names = [str(row) for row in range(n)] if ids is None else [str(name) for name in ids]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 from pathlib import Path
 from typing import Any
@@ -43,13 +42,15 @@ def printed(context: Any) -> str:
 
 def _checked(content: dict[str, Any], group: Any, path: Path, where: str) -> dict[str, Any]:
     from ulfine_fast.cache.io.errors import InputError
+    from ulfine_fast.cache.io.names import did_you_mean
 
     checked: dict[str, Any] = {}
     for name, values in content.items():
         command = group.commands.get(name)
         if command is None or not isinstance(values, dict):
             known = ", ".join(f"[{where}{one}]" for one in group.commands)
-            raise InputError(f"{path} says {where}{name}, and options stand under their command: {known}")
+            hint = "" if command is not None else did_you_mean(name, group.commands)
+            raise InputError(f"{path} says {where}{name}, and options stand under their command: {known}{hint}")
         if hasattr(command, "commands"):
             checked[name] = _checked(values, command, path, f"{name}.")
         else:
@@ -60,6 +61,7 @@ def _checked(content: dict[str, Any], group: Any, path: Path, where: str) -> dic
 def _option(name: str, command: Any, path: Path) -> str:
     """The parameter that a name in the file means; dashes are underscores."""
     from ulfine_fast.cache.io.errors import InputError
+    from ulfine_fast.cache.io.names import did_you_mean
 
     own = _options(command)
     wanted = name.replace("-", "_")
@@ -67,8 +69,7 @@ def _option(name: str, command: Any, path: Path) -> str:
         # which method reads it is known when the command line is
         return wanted
     if wanted not in own:
-        close = difflib.get_close_matches(wanted, own, n=1)
-        hint = f"; did you mean {close[0]}?" if close else f"; `ulfine-fast {command.name} --help` lists them"
+        hint = did_you_mean(wanted, own, f"`ulfine-fast {command.name} --help` lists them")
         raise InputError(f"{path} sets {name}, which {command.name} has no option for{hint}")
     return own[wanted]
 

@@ -14,7 +14,9 @@ def log(
     to: Annotated[
         Literal["tensorboard", "wandb", "mlflow"], typer.Option(help="Program that will show them.")
     ] = "tensorboard",
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder to add them to.  [default: logs/TO]")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Folder to add them to.", show_default="logs/TO")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print what was written as JSON.")] = False,
 ) -> None:
     """Write runs in the files of an experiment tracker, without a network."""

@@ -12,7 +12,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 from typer.core import TyperCommand, TyperGroup
@@ -23,6 +23,7 @@ from ulfine_fast.cache.io.errors import InputError
 from ulfine_fast.cache.io.terminal import printable
 from ulfine_fast.cli.commands import COMMANDS, Command, Group
 from ulfine_fast.cli.config_file import defaults_from, printed
+from ulfine_fast.cli.guess import examples_in_words, unknown_command, with_near_choice, wrong_argument
 
 _PRINT = "ulfine_fast.print_config"
 
@@ -60,11 +61,22 @@ def guarded(command: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-def _command_class(command: Callable[..., Any]) -> type[TyperCommand]:
-    """The command's own class, which `--print-config` makes print its options instead of running."""
+def _command_class(name: str, entry: Command, command: Callable[..., Any]) -> type[TyperCommand]:
+    """The command's own class, with `--print-config`, and refusals that say what was meant."""
     own: Any = getattr(command, "command_class", TyperCommand)
 
-    class Command(own):
+    class ListedCommand(own):
+        def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+            try:
+                rest: list[str] = super().parse_args(ctx, args)
+            except typer.BadParameter as error:
+                meant = wrong_argument(name, entry, _arguments(ctx, self.params))
+                if meant is not None:
+                    _refuse(meant)
+                error.message = with_near_choice(error.message)
+                raise
+            return rest
+
         def get_params(self, ctx: Any) -> list[Any]:
             params: list[Any] = super().get_params(ctx)
             for param in params:
@@ -76,24 +88,47 @@ def _command_class(command: Callable[..., Any]) -> type[TyperCommand]:
             if ctx.meta.get(_PRINT):
                 print(printed(ctx))
                 return None
-            return super().invoke(ctx)
+            return guarded(self._run)(ctx)
 
-    return Command
+        def _run(self, ctx: Any) -> Any:
+            try:
+                return super().invoke(ctx)
+            except (InputError, OSError) as error:
+                meant = wrong_argument(name, entry, _arguments(ctx, self.params))
+                raise error if meant is None else InputError(meant) from error
+
+    return ListedCommand
+
+
+def _arguments(ctx: Any, params: list[Any]) -> list[str]:
+    """The arguments of a call that were read, without its options."""
+    values = [ctx.params.get(param.name) for param in params if param.param_type_name == "argument"]
+    lists = [value if isinstance(value, (list, tuple)) else [value] for value in values if value is not None]
+    return [str(value) for inner in lists for value in inner]
+
+
+def _refuse(error: object) -> NoReturn:
+    print(f"error: {printable(error)}", file=sys.stderr)
+    raise typer.Exit(2)
 
 
 class _LazyCommands(Mapping[str, Any]):
     """Commands by name, each imported when it is looked up."""
 
-    def __init__(self, listed: Mapping[str, Command | Group]) -> None:
+    def __init__(self, listed: Mapping[str, Command | Group], group: str) -> None:
         self._listed = listed
+        self._group = group
 
     def __getitem__(self, name: str) -> Any:
         entry = self._listed[name]
         if isinstance(entry, Group):
-            return _LazyGroup(name=name, listed=entry.commands, help=entry.help, no_args_is_help=True)
+            return _LazyGroup(name=name, listed=entry.commands, group=name, help=entry.help, no_args_is_help=True)
         single = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
         function = pkgutil.resolve_name(entry.function)
-        single.command(name, cls=_command_class(function))(guarded(function))
+        full_name = f"{self._group} {name}".strip()
+        single.command(name, cls=_command_class(full_name, entry, function), epilog=examples_in_words(entry.examples))(
+            function
+        )
         return get_command(single)
 
     def __iter__(self) -> Iterator[str]:
@@ -106,13 +141,19 @@ class _LazyCommands(Mapping[str, Any]):
 class _LazyGroup(TyperGroup):
     """A group of listed commands; its help shows their lines of the list and imports none of them."""
 
-    def __init__(self, *, listed: Mapping[str, Command | Group] = COMMANDS, **settings: Any) -> None:
+    def __init__(self, *, listed: Mapping[str, Command | Group] = COMMANDS, group: str = "", **settings: Any) -> None:
         super().__init__(**settings)
         self.listed = listed
-        self.commands: Any = _LazyCommands(listed)
+        self.commands: Any = _LazyCommands(listed, group)
 
     def list_commands(self, ctx: Any) -> list[str]:
         return list(self.listed)
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """The command that the first word names; a word that is none is refused with what was likely meant."""
+        if args and args[0] not in self.listed and not ctx.resilient_parsing:
+            _refuse(unknown_command(args, self.listed))
+        return super().resolve_command(ctx, args)
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         overview = copy.copy(self)

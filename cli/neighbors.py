@@ -16,7 +16,8 @@ def neighbors(
     threshold: Annotated[float, typer.Option(help="Least cosine of a near-duplicate, above 0, at most 1.")] = 0.98,
     k: Annotated[int, typer.Option(help="Nearest images of each, for --out.", min=1)] = 10,
     out: Annotated[
-        Path | None, typer.Option(help="Write each image's nearest ones to this .parquet.", show_default=False)
+        Path | None,
+        typer.Option("--out", "-o", help="Write each image's nearest ones to this .parquet.", show_default=False),
     ] = None,
     limit: Annotated[int, typer.Option(help="Pairs to print.", min=0)] = 20,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object, with all pairs.")] = False,

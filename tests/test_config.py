@@ -65,7 +65,7 @@ def test_every_option_says_what_it_is():
 def test_an_unknown_option_is_named_with_the_closest():
     with pytest.raises(InputError, match="unknown option 'learning_rate'"):
         FitConfig.from_dict({"learning_rate": 0.1})
-    with pytest.raises(InputError, match=r"unknown option 'threshhold'; did you mean 'threshold'\?"):
+    with pytest.raises(InputError, match=r"unknown option 'threshhold'; did you mean threshold\?"):
         FitConfig(method="ulfine", threshhold=0.1)
 
 

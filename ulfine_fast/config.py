@@ -7,7 +7,6 @@ from these declarations.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 import re
 import warnings
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ulfine_fast.cache.io.errors import InputError
+from ulfine_fast.cache.io.names import did_you_mean, one_of
 from ulfine_fast.cache.io.toml import parse_toml, toml_bytes
 from ulfine_fast.methods import registry
 
@@ -425,9 +425,8 @@ def _unknown(name: str, method: str, *, is_named: bool = True) -> InputError:
         if len(readers) > _MOST_NAMED:
             readers = [*readers[: _MOST_NAMED - 1], f"{len(readers) - _MOST_NAMED + 1} others"]
         return InputError(f"method {method} does not read {name}, which {_listed(readers)} {verb}; {fix}")
-    close = difflib.get_close_matches(name, all_options(), n=1)
-    hint = f"did you mean {close[0]!r}?" if close else f"`ulfine-fast fit --method {method} --help` lists the options"
-    return InputError(f"unknown option {name!r}; {hint}")
+    hint = did_you_mean(name, all_options(), f"`ulfine-fast fit --method {method} --help` lists the options")
+    return InputError(f"unknown option {name!r}{hint}")
 
 
 def _listed(names: list[str]) -> str:
@@ -448,7 +447,7 @@ def check(spec: dataclasses.Field[Any], value: Any) -> None:
     choices = spec.metadata["choices"]
     if choices:
         if value not in choices:
-            raise InputError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+            raise one_of(name, value, choices)
         return
     kind = str(spec.type).split(" ")[0]
     if kind == "str":

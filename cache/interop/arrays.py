@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import struct
 import zipfile
 import zlib
@@ -29,6 +28,7 @@ from ulfine_fast.cache.interop.external_features import (
 )
 from ulfine_fast.cache.io.errors import InputError
 from ulfine_fast.cache.io.files import refuse_irregular_file
+from ulfine_fast.cache.io.names import did_you_mean
 from ulfine_fast.cache.sources.rows import UNKNOWN
 
 NAMES = ("features", "labels", "ids", "splits", "weak", "strong", "class_names", "text_features")
@@ -60,8 +60,7 @@ def open_arrays(path: Path) -> OpenedFiles:
         arrays = {"features": read_array(path)}
     for name in arrays:
         if name not in NAMES:
-            close = difflib.get_close_matches(name, NAMES, n=1)
-            hint = f"; did you mean {close[0]}?" if close else f"; known are {', '.join(NAMES)}"
+            hint = did_you_mean(name, NAMES, f"known are {', '.join(NAMES)}")
             raise InputError(f"{path} holds an array {name!r} of unknown meaning{hint}")
     if "features" not in arrays:
         raise InputError(

@@ -27,6 +27,7 @@ from ulfine_fast.cache.interop.external_features import (
 )
 from ulfine_fast.cache.io.errors import InputError
 from ulfine_fast.cache.io.files import refuse_irregular_file
+from ulfine_fast.cache.io.names import did_you_mean, listed
 from ulfine_fast.cache.sources.rows import UNKNOWN
 
 # Columns of the metadata that identify rows, the surest first.
@@ -87,7 +88,8 @@ def _read_rows(table: Path | None, n: int, label_column: str | None) -> RowLabel
     columns = _columns(table)
     column = label_column or ("label" if "label" in columns else None)
     if column is not None and column not in columns:
-        raise InputError(f"{table} has no column {column!r}; it has {', '.join(columns)}")
+        hint = did_you_mean(column, columns)
+        raise InputError(f"{table} has no column {column!r}; it has {listed(columns)}{hint}")
     if column is not None:
         labels, names = column_labels(_read_column(table, column, n), table, column)
     if "split" in columns:

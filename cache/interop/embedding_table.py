@@ -24,6 +24,7 @@ from ulfine_fast.cache.interop.external_features import (
 )
 from ulfine_fast.cache.io.errors import InputError
 from ulfine_fast.cache.io.files import refuse_irregular_file
+from ulfine_fast.cache.io.names import did_you_mean, listed
 from ulfine_fast.cache.sources.rows import UNKNOWN
 
 FILE = "features.parquet"
@@ -58,7 +59,8 @@ def open_embedding_table(
         column = _chosen_column(file, schema, column)
         for name in (label_column, id_column):
             if name is not None and name not in schema.names:
-                raise InputError(f"{file} has no column {name!r}; it has {', '.join(schema.names)}")
+                hint = did_you_mean(name, schema.names)
+                raise InputError(f"{file} has no column {name!r}; it has {listed(schema.names)}{hint}")
         label = label_column or ("label" if "label" in schema.names else None)
         identity = id_column or next((name for name in ID_COLUMNS if name in schema.names), None)
         kept = list(dict.fromkeys(name for name in (column, label, identity) if name is not None))

@@ -23,6 +23,7 @@ from ulfine_fast.cache.interop.writers import array_writer, table_writer
 from ulfine_fast.cache.io.errors import InputError
 from ulfine_fast.cache.io.files import make_folder, write_atomically
 from ulfine_fast.cache.io.json_files import read_json
+from ulfine_fast.cache.io.names import one_of
 from ulfine_fast.cache.io.paths import to_path
 from ulfine_fast.cache.io.progress import progress_bar
 from ulfine_fast.cache.manifest import Manifest
@@ -93,7 +94,7 @@ def export(
         InputError: another layout, a folder that holds something else, a damaged cache, or a disk that refuses.
     """
     if to not in LAYOUTS:
-        raise InputError(f"a cache can be exported to {', '.join(LAYOUTS[:-1])} or {LAYOUTS[-1]}, got {to!r}")
+        raise one_of("the layout of an export", to, LAYOUTS)
     if rows_per_file < 1:
         raise InputError(f"rows per file must be at least 1, got {rows_per_file}")
     opened = _FinishedCache.open(to_path(cache))

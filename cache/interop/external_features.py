@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from ulfine_fast.cache.io.errors import InputError
 from ulfine_fast.cache.io.files import refuse_irregular_file
+from ulfine_fast.cache.io.names import did_you_mean
 from ulfine_fast.cache.io.tables import label_key, whole_number
 from ulfine_fast.cache.manifest import Manifest
 from ulfine_fast.cache.shard import VIEWED_SPLITS
@@ -182,7 +183,10 @@ def split_indices(texts: Sequence[str | None], file: Path) -> NDArray[np.int8]:
     """Splits as indices into `SPLITS`, -1 for an empty one."""
     unknown = {text for text in texts if text} - set(SPLITS)
     if unknown:
-        raise InputError(f"{file}: unknown split {min(unknown)!r}; use {', '.join(SPLITS)} or leave it empty")
+        raise InputError(
+            f"{file}: unknown split {min(unknown)!r}; use {', '.join(SPLITS)} or leave it empty"
+            f"{did_you_mean(min(unknown), SPLITS)}"
+        )
     index = {split: number for number, split in enumerate(SPLITS)}
     return np.fromiter((index[text] if text else -1 for text in texts), dtype=np.int8, count=len(texts))
 

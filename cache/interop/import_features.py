@@ -22,6 +22,7 @@ from ulfine_fast.cache.interop.export import FORMAT, NOTE
 from ulfine_fast.cache.interop.external_features import ExternalFeatures, OpenedFiles, RowLabels, check_texts
 from ulfine_fast.cache.io.errors import InputError
 from ulfine_fast.cache.io.json_files import check_schema, read_json
+from ulfine_fast.cache.io.names import did_you_mean, one_of
 from ulfine_fast.cache.io.paths import to_path
 from ulfine_fast.cache.io.tables import label_key
 from ulfine_fast.cache.manifest import Manifest
@@ -72,7 +73,7 @@ def open_features(
     """
     path = Path(where).expanduser().absolute()
     if split is not None and split not in SPLITS:
-        raise InputError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
+        raise one_of("split", split, SPLITS)
     is_table = (path / FILE).is_file() or path.suffix.lower() == ".parquet"
     if column is not None and not is_table:
         raise InputError(f"{path} is no .parquet table; leave out the column {column!r} of features")
@@ -145,6 +146,7 @@ def _class_indices(path: Path, rows: RowLabels, class_names: list[str]) -> NDArr
         if unknown:
             raise InputError(
                 f"{path} has the label {unknown[0]!r}, which is none of the {len(class_names)} class names"
+                f"{did_you_mean(unknown[0], class_names)}"
             )
         index = {name: label for label, name in enumerate(class_names)}
         return np.array([*(index[name] for name in rows.names), UNKNOWN], dtype=np.int32)[rows.labels]
@@ -214,7 +216,7 @@ def import_features(
         CacheMismatch: `out` holds another cache.
     """
     if dtype not in (None, *DTYPES):
-        raise InputError(f"dtype must be {' or '.join(DTYPES)}, got {dtype!r}")
+        raise one_of("dtype", dtype, DTYPES)
     if shard_size < 1:
         raise InputError(f"shard size must be at least 1, got {shard_size}")
     if logit_scale is not None and not 0 < logit_scale < float("inf"):

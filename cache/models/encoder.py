@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import os
 import re
@@ -23,6 +22,8 @@ from torchvision.transforms import Compose
 from ulfine_fast.cache.io.device import float32_products, pick_device
 from ulfine_fast.cache.io.errors import InputError
 from ulfine_fast.cache.io.home import cache_home
+from ulfine_fast.cache.io.hub import load_from_hub, one_line
+from ulfine_fast.cache.io.names import did_you_mean, one_of
 from ulfine_fast.cache.models import lite0_minilm
 from ulfine_fast.cache.models.tokens import TokenHooks
 from ulfine_fast.cache.pipeline.resample import Resampling
@@ -43,6 +44,7 @@ PRECISIONS: dict[str, torch.dtype | None] = {"fp32": None, "tf32": None, "bf16":
 """Types of mixed precision by name; the first two are float32, on a GPU exactly or with inputs rounded to TF32."""
 _TEXT_BATCH = 128
 _SCHEMES = ("local-dir:", "hf-hub:")
+_MODELS_FIX = "take a name such as ViT-B-16 of open_clip.list_models(), hf-hub:OWNER/NAME, or local-dir:FOLDER"
 _OFFLINE_FIX = f"use --model {lite0_minilm.NAME}, which needs no network, or --pretrained FILE"
 
 
@@ -302,10 +304,12 @@ class Encoder:
     def _tokenizer(self) -> Callable[[list[str]], torch.Tensor]:
         # On first use only: encoding images should not need the tokenizer's files.
         try:
-            return open_clip.get_tokenizer(self._handle)
+            return load_from_hub(
+                lambda: open_clip.get_tokenizer(self._handle), f"the tokenizer files of {self._handle}", _OFFLINE_FIX
+            )
         except (OSError, RuntimeError, ValueError) as error:
             raise InputError(
-                f"the tokenizer of {self._handle} cannot be loaded ({_one_line(error)}); {_OFFLINE_FIX}"
+                f"the tokenizer of {self._handle} cannot be loaded ({one_line(error)}); {_OFFLINE_FIX}"
             ) from error
 
 
@@ -341,7 +345,7 @@ def load_encoder(
             model without the tokens asked for.
     """
     if precision not in PRECISIONS:
-        raise InputError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
+        raise one_of("precision", precision, PRECISIONS)
     target = pick_device(device)
     name, pretrained, handle = _resolve(model, pretrained)
     return Encoder(
@@ -382,7 +386,8 @@ def _resolve(model: str, pretrained: str | None) -> tuple[str, str | None, str]:
         return model, None, model
     known = open_clip.list_models()
     if model not in known:
-        raise InputError(f"unknown model {model!r}{_did_you_mean(model, [*known, lite0_minilm.NAME])}")
+        hint = did_you_mean(model, [*known, lite0_minilm.NAME], _MODELS_FIX, most=3)
+        raise InputError(f"unknown model {model!r}{hint}")
 
     # A tag, or a checkpoint file
     tags = open_clip.list_pretrained_tags_by_model(model)
@@ -396,14 +401,15 @@ def _resolve(model: str, pretrained: str | None) -> tuple[str, str | None, str]:
     checkpoint = Path(pretrained).expanduser()
     if os.path.isfile(checkpoint):
         return model, str(checkpoint.absolute()), model
-    hint = _did_you_mean(pretrained, tags) or "; " + ", ".join(tags)
+    hint = did_you_mean(pretrained, tags, f"the tags are {', '.join(tags) or 'none'}", most=3)
     raise InputError(f"{pretrained!r} is neither a file nor a tag of {model}{hint}")
 
 
 def _create(handle: str, pretrained: str | None) -> Any:
     """The open_clip module with its weights; every failure becomes one sentence."""
     tag = open_clip.get_pretrained_cfg(handle, pretrained) if pretrained else {}
-    try:
+
+    def create() -> Any:
         # open_clip only warns when a tag was trained with QuickGELU and the architecture says GELU (ViT-B-16 with
         # openai): the features would be off, so the tag decides.
         return open_clip.create_model(
@@ -412,16 +418,16 @@ def _create(handle: str, pretrained: str | None) -> Any:
             require_pretrained=True,
             force_quick_gelu=bool(tag.get("quick_gelu")),
         )
-    # The loaders below open_clip raise their own types: the hub's, pickle's, safetensors'.
-    except Exception as error:
-        if handle.startswith("local-dir:") or (pretrained and not tag):
+
+    if handle.startswith("local-dir:") or (pretrained and not tag):
+        try:
+            return create()
+        # The loaders below open_clip raise their own types: pickle's, safetensors'.
+        except Exception as error:
             source = pretrained or handle.removeprefix("local-dir:")
-            raise InputError(f"the weights in {source} do not load: {_one_line(error)}") from error
-        weights = f"{handle} ({pretrained})" if pretrained else handle
-        raise InputError(
-            f"the weights of {weights} are not on this machine and no model hub could be reached "
-            f"({_one_line(error)}); {_OFFLINE_FIX}"
-        ) from error
+            raise InputError(f"the weights in {source} do not load: {one_line(error)}") from error
+    weights = f"{handle} ({pretrained})" if pretrained else handle
+    return load_from_hub(create, f"the weights of {weights}", _OFFLINE_FIX)
 
 
 def _before_normalisation(name: str, transform: Any) -> Callable[[Image.Image], Image.Image]:
@@ -454,14 +460,3 @@ def _round_weights(visual: torch.nn.Module, dtype: torch.dtype) -> None:
             # Attention calls no layer for these two.
             if all_weights or name in ("in_proj_weight", "in_proj_bias"):
                 weight.data = weight.data.to(dtype)
-
-
-def _did_you_mean(value: str, known: Sequence[str]) -> str:
-    near = difflib.get_close_matches(value, known, n=3, cutoff=0.5)
-    return f"; did you mean {', '.join(near)}?" if near else ""
-
-
-def _one_line(error: BaseException) -> str:
-    """The start of an error's text, fit for the middle of a sentence."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 160 else text[:157] + "..."

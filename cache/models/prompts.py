@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ulfine_fast.cache.io.errors import InputError
 from ulfine_fast.cache.io.files import read_regular_file
+from ulfine_fast.cache.io.names import did_you_mean
 from ulfine_fast.cache.io.tables import SUFFIXES, label_key, read_table, whole_number
 
 # The plain prompt of the literature, and the seven that CLIP's authors found best for ImageNet by forward selection
@@ -93,7 +94,10 @@ def match_class_names(file: Path, classes: Sequence[str], *, ordered: bool = Fal
         by_folder = _names_by_folder(file)
         unknown = sorted(set(by_folder) - set(keys))
         if unknown:
-            raise InputError(f"{file} names {unknown[0]!r}, which is not a class of the source: {_first(classes)}")
+            hint = did_you_mean(unknown[0], classes)
+            raise InputError(
+                f"{file} names {unknown[0]!r}, which is not a class of the source: {_first(classes)}{hint}"
+            )
         renamed = [by_folder.get(key) or key for key in keys]
         for name, times in Counter(renamed).most_common(1):
             if times > 1:

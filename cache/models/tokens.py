@@ -11,6 +11,7 @@ from open_clip.transformer import VisionTransformer
 from torch import Tensor
 
 from ulfine_fast.cache.io.errors import InputError
+from ulfine_fast.cache.io.names import one_of
 
 FEATURES = ("projected", "pre-projection", "last-block")
 """What a cache may hold of an image: the feature alone; also the input of its projection; also the last block's class
@@ -41,7 +42,7 @@ class TokenHooks:
         self._kept = threading.local()
         self.kinds: tuple[str, ...] = ()
         if features not in FEATURES:
-            raise InputError(f"features must be one of {', '.join(FEATURES)}, got {features!r}")
+            raise one_of("features", features, FEATURES)
         if features == "projected":
             return
 

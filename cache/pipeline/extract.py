@@ -13,6 +13,7 @@ import h5py
 from ulfine_fast._version import __version__
 from ulfine_fast.cache import text as texts
 from ulfine_fast.cache.io.errors import InputError
+from ulfine_fast.cache.io.names import one_of
 from ulfine_fast.cache.io.paths import to_path
 from ulfine_fast.cache.io.progress import working
 from ulfine_fast.cache.manifest import DTYPES, Manifest
@@ -80,9 +81,9 @@ def extract(
     # Values out of range.
     recipe = ViewRecipe() if views is None else views
     if dtype not in DTYPES:
-        raise InputError(f"dtype must be {' or '.join(DTYPES)}, got {dtype!r}")
+        raise one_of("dtype", dtype, DTYPES)
     if mode not in MODES:
-        raise InputError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
+        raise one_of("mode", mode, MODES)
     for name, value, least in (("batch size", batch_size, 1), ("shard size", shard_size, 1), ("workers", workers, 0)):
         if value is not None and value < least:
             raise InputError(f"{name} must be at least {least}, got {value}")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ulfine_fast.cache.io.errors import InputError
+from ulfine_fast.cache.io.names import did_you_mean
 from ulfine_fast.cache.io.tables import cell_text, find_column, label_key, whole_number
 from ulfine_fast.cache.models.prompts import (
     TABLE_FIX,
@@ -77,7 +78,10 @@ class Labels:
                 self._refuse_mixture(where, "index", text)
             return self._order[number]
         count = len(self._names)
-        raise InputError(f"{where}: the label {text!r} is no class; there are {count} in the list of names")
+        raise InputError(
+            f"{where}: the label {text!r} is no class; there are {count} in the list of names"
+            f"{did_you_mean(text, self._names)}"
+        )
 
     def _refuse_mixture(self, where: str, meaning: str, text: str) -> None:
         """Refuses texts of numbers of which some can be names alone, and others indices alone."""

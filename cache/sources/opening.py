@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ulfine_fast.cache.io.errors import InputError
+from ulfine_fast.cache.io.names import did_you_mean
 from ulfine_fast.cache.sources.folder import FolderSource, ImageFolder, holds_labelled_images
 from ulfine_fast.cache.sources.huggingface import PREFIX as HF
 from ulfine_fast.cache.sources.huggingface import HuggingFaceSource, is_saved
@@ -62,8 +62,7 @@ def open_source(where: str | Path, *, class_names_file: Path | None = None) -> S
     if name in NAMES:
         return TorchvisionSource(name, class_names_file=class_names_file)
     # A name close to a known one is a typo; otherwise the user most likely meant a path.
-    near = difflib.get_close_matches(name, NAMES, n=1)
-    hint = f"; did you mean {near[0]}?" if near else f"; data sets by name are {', '.join(NAMES)}"
+    hint = did_you_mean(name, NAMES, f"data sets by name are {', '.join(NAMES)}")
     raise InputError(f"no such folder or table: {where}{hint}")
 
 

@@ -17,6 +17,7 @@ from pyarrow import parquet
 from ulfine_fast.cache.io.errors import InputError
 from ulfine_fast.cache.io.files import refuse_irregular_file
 from ulfine_fast.cache.io.json_files import parse_json
+from ulfine_fast.cache.io.names import did_you_mean
 from ulfine_fast.cache.io.tables import find_column
 from ulfine_fast.cache.sources.image import UnreadableImage, load_image
 from ulfine_fast.cache.sources.labels import (
@@ -211,7 +212,10 @@ class ParquetSource:
             return self._default_split
         split = split_named(str(value))
         if split is None:
-            raise InputError(f"{file.url}: unknown split {value!r}; use {', '.join(SPLITS)} or leave it empty")
+            raise InputError(
+                f"{file.url}: unknown split {value!r}; use {', '.join(SPLITS)} or leave it empty"
+                f"{did_you_mean(value, SPLITS)}"
+            )
         return split
 
     @property

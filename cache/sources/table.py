@@ -11,6 +11,7 @@ from typing import Any
 from PIL import Image
 
 from ulfine_fast.cache.io.errors import InputError
+from ulfine_fast.cache.io.names import did_you_mean
 from ulfine_fast.cache.io.tables import SUFFIXES, Table, read_frame, read_table, whole_number
 from ulfine_fast.cache.models.prompts import ClassNames
 from ulfine_fast.cache.sources.image import load_image
@@ -57,6 +58,7 @@ class TableSource:
             if split not in SPLITS:
                 raise InputError(
                     f"{table.where(row)}: unknown split {split!r}; use {', '.join(SPLITS)} or leave it empty"
+                    f"{did_you_mean(split, SPLITS)}"
                 )
             if split == "train" and not label:
                 raise InputError(

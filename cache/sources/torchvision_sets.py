@@ -14,6 +14,7 @@ from torchvision import datasets
 
 from ulfine_fast.cache.io.errors import InputError
 from ulfine_fast.cache.io.home import cache_home
+from ulfine_fast.cache.io.names import one_of
 from ulfine_fast.cache.sources.image import UnreadableImage, load_image
 from ulfine_fast.cache.sources.labels import name_classes
 from ulfine_fast.cache.sources.rows import UNKNOWN, Row, sorted_rows
@@ -70,7 +71,7 @@ class TorchvisionSource:
             InputError: unknown name, or the download failed.
         """
         if name not in NAMES:
-            raise InputError(f"unknown data set {name!r}; torchvision sets known here: {', '.join(NAMES)}")
+            raise one_of("the data set", name, NAMES)
         self.name = name
         self._idx_folder = idx_folder
         classes, self._splits = self._open()

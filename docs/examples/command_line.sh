@@ -19,4 +19,4 @@ ulfine-fast --config options.toml fit cache --out runs/plus
 ulfine-fast --config options.toml fit cache --method linear_probe --log tensorboard --out runs/probe
 ulfine-fast report runs --out report.html
 ulfine-fast predict runs/plus/seed-0 "$images/test" --out predictions.csv
-ulfine-fast export runs/plus/seed-0 model
+ulfine-fast export runs/plus/seed-0 --out model

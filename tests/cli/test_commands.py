@@ -5,13 +5,16 @@ from __future__ import annotations
 import inspect
 import os
 import pkgutil
+import shlex
 import subprocess
 import sys
 
 import pytest
+from typer.main import get_command
 
 from tests.cli.program import run
 from ulfine_fast.cli.commands import COMMANDS, Command, Group
+from ulfine_fast.cli.main import app
 
 LISTED = {name: entry for name, entry in COMMANDS.items() if isinstance(entry, Command)}
 LISTED |= {
@@ -42,6 +45,14 @@ def test_help_shows_every_command_with_its_line(monkeypatch):
         assert any(name in line and entry.help in line for line in shown.splitlines()), name
 
 
+def app_command(name):
+    """The parsed command of this name."""
+    command = get_command(app)
+    for word in name.split():
+        command = command.commands[word]
+    return command
+
+
 PROGRAM = """
 import atexit, sys
 atexit.register(lambda: print(*[name for name in sys.modules if name.startswith("ulfine_fast.")], file=sys.stderr))
@@ -58,11 +69,32 @@ def test_help_imports_no_command(arguments):
     assert imported.isdisjoint(command.function.partition(":")[0] for command in LISTED.values())
 
 
-def test_an_unknown_command_is_refused_with_a_near_one():
-    done = run("fitt", "cache")
-    assert done.exit_code == 2
-    assert "No such command 'fitt'. Did you mean 'fit'?" in done.stderr
-    assert run("cache", "marge").exit_code == 2
+EXAMPLES = [(name, example) for name, command in LISTED.items() for example in command.examples]
+
+
+def test_every_command_has_examples_of_itself():
+    assert {name for name, _ in EXAMPLES} == set(LISTED)
+    assert all(example.split()[: len(name.split())] == name.split() for name, example in EXAMPLES)
+
+
+@pytest.mark.parametrize(("name", "example"), EXAMPLES, ids=[example for _, example in EXAMPLES])
+def test_an_example_parses_and_is_shown(name, example, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    done = run("--print-config", *shlex.split(example))
+    assert done.exit_code == 0, done.output
+    assert done.stdout.startswith(f"[{name.replace(' ', '.')}]")
+    monkeypatch.setenv("COLUMNS", "200")
+    assert f"ulfine-fast {example}" in run(*name.split(), "--help").stdout
+
+
+@pytest.mark.parametrize("name", LISTED)
+def test_the_list_says_what_each_argument_is(name):
+    """As many as the command has; a hidden one has the option of another name."""
+    command = app_command(name)
+    arguments = [param for param in command.params if param.param_type_name == "argument" and not param.hidden]
+    takes = [one for one in LISTED[name].takes if one != "text"]
+    assert len(takes) <= len(arguments)
+    assert len(LISTED[name].takes) >= len(arguments)
 
 
 @pytest.mark.parametrize(

@@ -201,7 +201,7 @@ def test_configs_that_are_refused(cache, tmp_path):
         (["--trials", 0], "trials must be at least 1, got 0"),
         (["--lr", 0.1], "lr is in the space and given as 0.1 beside it"),
         (["--method", "ulfine"], "method is in the space and given as 'ulfine' beside it"),
-        (["--forecast", "luck"], "a forecast must be over labels, views, steps, got 'luck'"),
+        (["--forecast", "luck"], "over must be one of labels, views, steps, got 'luck'"),
         (["--forecast", "views"], "a forecast over views needs 4 of each kind, this cache has 1"),
         (["--forecast", "steps", "--forecast-times", 9], "times must be above 1 and at most 4, got 9"),
         (["--split", "nowhere.json"], "is not a saved split"),

@@ -142,8 +142,6 @@ def smaller(words: list[str], model: str) -> list[str]:
     for option in ("--out", "-o"):
         if option in words:
             remove(Path(words[words.index(option) + 1]))
-    if command == "export":
-        remove(Path(words[2]))
     if command == "extract" or "--pretrained" in words:
         words = without(words, "--pretrained")
         words += ["--model", model]

@@ -112,7 +112,7 @@ def test_other_folders_and_caches_are_refused(searched, tmp_path):
 
 
 REFUSED = [
-    ({"over": "images"}, "a forecast must be over labels, views, steps, got 'images'"),
+    ({"over": "images"}, "over must be one of labels, views, steps, got 'images'"),
     ({"times": 5.0}, "times must be above 1 and at most 4, got 5"),
     ({"times": 1.0}, "times must be above 1"),
     ({"seeds": 2}, "needs runs of at least 3 seeds, got 2"),

@@ -45,7 +45,7 @@ def test_a_config_has_fixed_and_searched_values_and_its_seed():
 @pytest.mark.parametrize(
     ("entries", "words"),
     [
-        ({"lrr": 0.1}, "unknown option 'lrr'; did you mean 'lr'?"),
+        ({"lrr": 0.1}, "unknown option 'lrr'; did you mean lr?"),
         ({"zzzzz": 0.1}, "unknown option 'zzzzz'; `ulfine-fast fit --method NAME --help` lists"),
         ({"lr": {"low": 0.1, "high": 0.1}}, "lr needs low below high, got low = 0.1 and high = 0.1"),
         ({"lr": {"low": 0.0, "high": 0.1, "log": True}}, "lr has log = true and needs low above 0, got 0.0"),

@@ -13,6 +13,7 @@ import numpy as np
 
 from ulfine_fast.cache.io.errors import InputError
 from ulfine_fast.cache.io.files import write_atomically
+from ulfine_fast.cache.io.names import did_you_mean, listed
 from ulfine_fast.cache.io.tables import delimiter, label_key, label_text, read_table
 from ulfine_fast.data.splits import Rows, Split, labeled_counts
 
@@ -67,7 +68,8 @@ def corrected(cache: FeatureCache, labels: Mapping[str, str]) -> FeatureCache:
         # A class may itself be called "1.0", so the exact text comes first.
         index = indices.get(label_key(label), indices.get(label_text(label)))
         if index is None:
-            raise InputError(f"{name!r} has the label {label!r}, which is none of {', '.join(cache.class_names)}")
+            classes, hint = listed(cache.class_names), did_you_mean(label, cache.class_names)
+            raise InputError(f"{name!r} has the label {label!r}, which is none of {classes}{hint}")
         new[row] = index
     return cache.with_labels(new)
 

@@ -10,6 +10,7 @@ from rich.progress import TaskID
 
 from ulfine_fast.cache.io.device import current_device, pick_device
 from ulfine_fast.cache.io.errors import InputError
+from ulfine_fast.cache.io.names import one_of
 from ulfine_fast.cache.io.progress import progress_bar, working
 from ulfine_fast.config import FitConfig, own_options, split_key
 from ulfine_fast.core.features import DeviceFeatures
@@ -99,7 +100,7 @@ def fit_many(
             without the views or tokens a method trains on, or a checkpoint of something else.
     """
     if engine not in ENGINES:
-        raise InputError(f"engine must be one of {', '.join(ENGINES)}, got {engine!r}")
+        raise one_of("engine", engine, ENGINES)
     torch_device = pick_device(device)
     with current_device(torch_device):
         with working("prepare the fit", progress):

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ulfine_fast.cache.io.errors import InputError
+from ulfine_fast.cache.io.names import one_of
 from ulfine_fast.exports.card import model_card
 from ulfine_fast.exports.config import (
     CARD,
@@ -56,7 +57,7 @@ def export(run: Run, out: str | Path, *, to: str = "safetensors", encoder: Encod
             missing, a method whose prediction has no graph.
     """
     if to not in FORMATS:
-        raise InputError(f"the format must be one of {', '.join(FORMATS)}, got {to!r}")
+        raise one_of("the format", to, FORMATS)
     if encoder is not None and to == "safetensors":
         raise InputError("safetensors holds the run alone; choose onnx, torchscript or torch.export for the encoder")
     folder = Path(out)

@@ -8,7 +8,6 @@ method before it is asked for, so that configs can look up a method's options.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import functools
 import importlib
 from collections.abc import Callable
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ulfine_fast.cache.io.errors import InputError
+from ulfine_fast.cache.io.names import one_of
 
 if TYPE_CHECKING:
     from ulfine_fast.config import FitConfig
@@ -129,9 +129,7 @@ def find(name: str) -> Registration:
         elif name in _entry_points():
             _entry_points()[name].load()
     if name not in _REGISTERED:
-        close = difflib.get_close_matches(str(name), names(), n=1)
-        hint = f"did you mean {close[0]!r}?" if close else "`ulfine-fast methods` lists them"
-        raise InputError(f"method must be one of {', '.join(names())}, got {name!r}; {hint}")
+        raise one_of("method", name, names(), "`ulfine-fast methods` lists them")
     return _REGISTERED[name]
 
 

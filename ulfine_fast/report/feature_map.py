@@ -10,6 +10,7 @@ from typing import Any, get_args
 import numpy as np
 
 from ulfine_fast.cache.io.errors import InputError
+from ulfine_fast.cache.io.names import one_of
 from ulfine_fast.cache.plane import fit_plane
 from ulfine_fast.report.charts import map_chart
 from ulfine_fast.report.choices import Projection
@@ -46,7 +47,7 @@ def mapper(projection: str) -> Callable[[RunFiles], FeatureMap | None] | None:
     """
     choices = get_args(Projection)
     if projection not in choices:
-        raise InputError(f"the map must be one of {', '.join(choices)}, got {projection!r}")
+        raise one_of("the map", projection, choices)
     if projection == "umap" and importlib.util.find_spec("umap") is None:
         raise InputError('a map by UMAP needs umap-learn; pip install "ulfine-fast[umap]", or take --map pca')
     return None if projection == "none" else lambda run: _map_run(run, projection)

@@ -15,6 +15,7 @@ from filelock import FileLock
 from PIL import Image
 
 from ulfine_fast.cache.io.errors import InputError
+from ulfine_fast.cache.io.names import one_of
 from ulfine_fast.cache.neighbors import near_duplicates
 from ulfine_fast.cache.store import FeatureCache
 from ulfine_fast.data.corrections import corrected, corrected_split, read_corrections, write_corrections
@@ -170,7 +171,7 @@ class Session:
             if not 0 <= one.row < len(self.cache):
                 raise InputError(f"row must be below {len(self.cache)}, got {one.row}")
             if one.label is not None and one.label not in ("", *names):
-                raise InputError(f"label must be one of {', '.join(names)} or empty, got {one.label!r}")
+                raise one_of("label, unless it is empty,", one.label, names)
         # a separate file is locked, since the file of labels is replaced as a whole
         with FileLock(self.labels.with_name(f".{self.labels.name}.lock")):
             corrections = self.corrections()

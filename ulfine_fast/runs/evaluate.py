@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ulfine_fast.cache.io.errors import CacheMismatch, InputError
+from ulfine_fast.cache.io.names import did_you_mean, listed
 from ulfine_fast.cache.store import FeatureCache
 from ulfine_fast.metrics import classification as metrics
 from ulfine_fast.runs.run import Run, describe_encoder
@@ -119,5 +120,6 @@ def _labels_by_name(run: Run, names: Sequence[str]) -> NDArray[np.int64]:
     index = {name: k for k, name in enumerate(run.class_names)}
     unknown = sorted(set(names) - set(index))
     if unknown:
-        raise InputError(f"the cache has class {unknown[0]!r}, which the run does not know: {', '.join(index)}")
+        hint = did_you_mean(unknown[0], index)
+        raise InputError(f"the cache has class {unknown[0]!r}, which the run does not know: {listed(index)}{hint}")
     return np.array([index[name] for name in names], dtype=np.int64)

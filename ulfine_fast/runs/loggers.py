@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ulfine_fast.cache.io.errors import InputError
+from ulfine_fast.cache.io.names import one_of
 
 if TYPE_CHECKING:
     from ulfine_fast.runs.files import RunFiles
@@ -44,7 +45,7 @@ def refuse_unknown(to: str) -> None:
         InputError: another program, or one that is not installed.
     """
     if to not in LOGGERS:
-        raise InputError(f"runs are logged to {', '.join(LOGGERS)}, got {to!r}")
+        raise one_of("the program to log to", to, LOGGERS)
     if importlib.util.find_spec(to) is None:
         raise InputError(f'{to} is not installed; pip install "ulfine-fast[{to}]"')
 

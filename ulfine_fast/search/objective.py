@@ -9,6 +9,7 @@ from typing import Any, Literal
 import numpy as np
 
 from ulfine_fast.cache.io.errors import InputError
+from ulfine_fast.cache.io.names import one_of
 from ulfine_fast.search.choices import Metric
 
 METRICS = tuple(metric.value for metric in Metric)
@@ -26,7 +27,7 @@ def check_metrics(metrics: Sequence[str]) -> tuple[str, ...]:
         raise InputError(f"a sweep needs a metric; choose among {', '.join(METRICS)}")
     for i, name in enumerate(metrics):
         if name not in METRICS:
-            raise InputError(f"metric must be one of {', '.join(METRICS)}, got {name!r}")
+            raise one_of("metric", name, METRICS)
         if name in metrics[:i]:
             raise InputError(f"metric {name} is given twice; name each once")
     return tuple(metrics)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from ulfine_fast.cache.io.device import pick_device
 from ulfine_fast.cache.io.errors import InputError
+from ulfine_fast.cache.io.names import one_of
 from ulfine_fast.data.splits import Split
 from ulfine_fast.engine.steps import ENGINES
 from ulfine_fast.search.objective import check_metrics, direction
@@ -129,7 +130,7 @@ def check_options(
             raise InputError(f"{name} must be at most {most.get(name, MOST_TRIALS)}, got {count}")
     pick_device(device)
     if engine not in ENGINES:
-        raise InputError(f"engine must be one of {', '.join(ENGINES)}, got {engine!r}")
+        raise one_of("engine", engine, ENGINES)
 
 
 def check_search(space: Space, sampler: str, metrics: tuple[str, ...], pruning: str) -> tuple[str, ...]:

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import get_args
 
 from ulfine_fast.cache.io.errors import InputError
+from ulfine_fast.cache.io.names import one_of
 from ulfine_fast.search.choices import Pruning
 
 PRUNINGS: tuple[str, ...] = get_args(Pruning)
@@ -78,7 +79,7 @@ def check_pruning(pruning: str, metrics: tuple[str, ...], steps_searched: bool) 
         InputError: an unknown kind, several metrics, a metric that evaluations do not have, or a searched length.
     """
     if pruning not in PRUNINGS:
-        raise InputError(f"pruning must be one of {', '.join(PRUNINGS)}, got {pruning!r}")
+        raise one_of("pruning", pruning, PRUNINGS)
     if pruning == "none":
         return
     if len(metrics) > 1:

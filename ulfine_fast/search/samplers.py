@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from ulfine_fast.cache.io.errors import InputError
+from ulfine_fast.cache.io.names import one_of
 from ulfine_fast.search.choices import Sampler
 from ulfine_fast.search.space import Range, Space
 
@@ -53,7 +54,7 @@ def check_sampler(sampler: str, space: Space, metrics: Sequence[str]) -> None:
         InputError: an unknown sampler, or CMA-ES with several metrics or without two ranges.
     """
     if sampler not in SAMPLERS:
-        raise InputError(f"sampler must be one of {', '.join(SAMPLERS)}, got {sampler!r}")
+        raise one_of("sampler", sampler, SAMPLERS)
     ranges = [name for name, entry in space.searched.items() if isinstance(entry, Range)]
     if sampler == "cmaes" and len(metrics) > 1:
         raise InputError(f"cmaes searches for one metric, got {', '.join(metrics)}; use tpe or random")

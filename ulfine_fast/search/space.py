@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 import warnings
 from collections import Counter
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ulfine_fast.cache.io.errors import InputError
+from ulfine_fast.cache.io.names import did_you_mean
 from ulfine_fast.cache.io.toml import read_toml
 from ulfine_fast.config import FitConfig, all_options, check, options_of, readable
 from ulfine_fast.methods import registry
@@ -232,9 +232,8 @@ def _refuse_name(name: str, fixed: Mapping[str, Value]) -> None:
     if name == "seed":
         raise InputError("seed cannot be in a space: --seed and --seeds say which seeds every trial is averaged over")
     if name not in all_options():
-        close = difflib.get_close_matches(name, all_options(), n=1)
-        hint = f"did you mean {close[0]!r}?" if close else "`ulfine-fast fit --method NAME --help` lists the options"
-        raise InputError(f"unknown option {name!r}; {hint}")
+        hint = did_you_mean(name, all_options(), "`ulfine-fast fit --method NAME --help` lists the options")
+        raise InputError(f"unknown option {name!r}{hint}")
     if name in fixed:
         raise InputError(f"{name} is in the space and given as {fixed[name]!r} beside it; keep one of them")
 

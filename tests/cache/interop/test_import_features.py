@@ -305,7 +305,7 @@ def test_what_is_not_known_of_the_model_is_said(tmp_path):
         ({"text_features": TEXT.astype(int)}, "text features must be floats"),
         ({"text_features": TEXT * np.array([[1], [np.nan], [1]])}, "text features of class 1 are not finite"),
         ({"text_features": TEXT, "prompts": ["{}", "a {}"]}, "1 text features a class and 2 prompts"),
-        ({"text_features": TEXT, "dtype": "int8"}, "dtype must be float16 or float32, got 'int8'"),
+        ({"text_features": TEXT, "dtype": "int8"}, "dtype must be one of float16, float32, got 'int8'"),
         ({"text_features": TEXT, "shard_size": 0}, "shard size must be at least 1, got 0"),
         ({"text_features": TEXT, "logit_scale": -1.0}, r"logit scale must be above 0, got -1\.0"),
     ],

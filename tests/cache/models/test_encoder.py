@@ -254,12 +254,13 @@ def test_nothing_is_unpickled(tmp_path: Path):
 @pytest.mark.parametrize(
     ("model", "pretrained", "sentence"),
     [
-        ("ViT-B16", None, "unknown model 'ViT-B16'; did you mean .*ViT-B-16"),
+        ("ViT-B16", None, r"unknown model 'ViT-B16'; did you mean ViT-B-16\?"),
+        ("vitb16", None, r"unknown model 'vitb16'; did you mean ViT-B-16\?"),
         ("lite0-minilm2", None, "did you mean lite0-minilm"),
-        ("qqqqqqqq", None, "unknown model 'qqqqqqqq'$"),
+        ("qqqqqqqq", None, "unknown model 'qqqqqqqq'; take a name such as ViT-B-16"),
         ("ViT-B-32", None, "ViT-B-32 needs --pretrained: openai"),
         ("ViT-B-32", "openaj", "'openaj' is neither a file nor a tag of ViT-B-32; did you mean openai"),
-        ("ViT-B-32", "x" * 5000, "is neither a file nor a tag of ViT-B-32; openai, "),
+        ("ViT-B-32", "x" * 5000, "is neither a file nor a tag of ViT-B-32; the tags are openai, "),
         ("lite0-minilm", "openai", "lite0-minilm brings its own weights, so leave out --pretrained openai"),
         ("local-dir:/nowhere", None, "no open_clip model in /nowhere: open_clip_config.json is missing"),
         ("local-dir:/nowhere", "openai", "brings its own weights"),

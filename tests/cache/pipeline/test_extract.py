@@ -605,7 +605,7 @@ def test_a_read_only_disk_is_named(source, tiny_encoder, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"dtype": "int4"}, "dtype must be float16 or float32 or int8, got 'int4'"),
+        ({"dtype": "int4"}, "dtype must be one of float16, float32, int8, got 'int4'; did you mean int8?"),
         ({"mode": "extend"}, "mode must be one of resume, overwrite, verify, got 'extend'"),
         ({"batch_size": 0}, "batch size must be at least 1, got 0"),
         ({"shard_size": -3}, "shard size must be at least 1, got -3"),

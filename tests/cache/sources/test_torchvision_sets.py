@@ -183,7 +183,7 @@ def test_no_network(home: Path, monkeypatch: pytest.MonkeyPatch):
 
 
 def test_unknown_name():
-    with pytest.raises(InputError, match=r"unknown data set 'imagenet'; .*cifar10, cifar100"):
+    with pytest.raises(InputError, match=r"the data set must be one of cifar10, cifar100, .*got 'imagenet'"):
         TorchvisionSource("imagenet")
 
 

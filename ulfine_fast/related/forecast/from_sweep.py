@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from ulfine_fast.cache.io.errors import InputError
+from ulfine_fast.cache.io.names import one_of
 from ulfine_fast.cache.store import FeatureCache
 from ulfine_fast.config import FitConfig
 from ulfine_fast.data.splits import Split, read_split
@@ -119,7 +120,7 @@ def check_forecast(cache: FeatureCache, over: str, times: float, seeds: int, met
         InputError: an unknown budget, a factor out of range, too few seeds or views, or a metric that is no accuracy.
     """
     if over not in BUDGETS:
-        raise InputError(f"a forecast must be over {', '.join(BUDGETS)}, got {over!r}")
+        raise one_of("over", over, BUDGETS)
     if not 1 < times <= FURTHEST:
         raise InputError(f"times must be above 1 and at most {FURTHEST:g}, got {times:g}")
     if seeds < LEAST_SEEDS:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ulfine_fast.cache.io.device import pick_device
 from ulfine_fast.cache.io.errors import InputError
+from ulfine_fast.cache.io.names import one_of
 from ulfine_fast.cache.io.progress import progress_bar
 from ulfine_fast.core.heads import Tensors, cosine_logits
 from ulfine_fast.data.splits import Rows
@@ -79,7 +80,7 @@ def realign(
     """
     # the arguments
     if by not in WAYS:
-        raise InputError(f"by must be one of {', '.join(WAYS)}, got {by!r}")
+        raise one_of("by", by, WAYS)
     if not kappas or not all(np.isfinite(kappa) and kappa >= 0 for kappa in kappas):
         raise InputError(f"kappa must be numbers of at least 0, got {', '.join(map(str, kappas)) or 'none'}")
     if not (np.isfinite(tau) and tau >= 0):

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ulfine_fast.cache.io.errors import InputError
+from ulfine_fast.cache.io.names import did_you_mean, listed
 from ulfine_fast.cache.io.tables import find_column, label_key, label_text, read_table
 from ulfine_fast.data.splits import Split
 from ulfine_fast.related.label_proportions.bags import Bags
@@ -126,7 +127,8 @@ def _proportions(path: Path, classes: list[str]) -> dict[str, NDArray[np.float64
     for bag, label, text in entries:
         name = written.get(label_key(label), written.get(label_text(label)))
         if name is None:
-            raise InputError(f"{path} names class {label!r}, which is none of {', '.join(classes)}")
+            hint = did_you_mean(label, classes)
+            raise InputError(f"{path} names class {label!r}, which is none of {listed(classes)}{hint}")
         if name in values[bag]:
             raise InputError(f"{path} gives two proportions of class {name!r} in bag {bag!r}; keep one")
         try:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ulfine_fast.cache.io.errors import InputError
+from ulfine_fast.cache.io.names import did_you_mean
 from ulfine_fast.config import check, option
 
 METHODS = ("comic", "asymmetric", "bce")
@@ -102,7 +103,8 @@ class MultiLabelConfig:
         names = [spec.name for spec in dataclasses.fields(cls)]
         unknown = sorted(set(values) - set(names))
         if unknown:
-            raise InputError(f"unknown setting {unknown[0]!r}; the settings are {', '.join(names)}")
+            hint = did_you_mean(unknown[0], names, f"the settings are {', '.join(names)}")
+            raise InputError(f"unknown setting {unknown[0]!r}{hint}")
         return cls(**values)
 
 

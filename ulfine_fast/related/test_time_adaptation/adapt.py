@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ulfine_fast.cache.io.errors import InputError
+from ulfine_fast.cache.io.names import one_of
 from ulfine_fast.cache.io.progress import progress_bar
 from ulfine_fast.ops.prototypes import normalize
 from ulfine_fast.related.test_time_adaptation.losses import (
@@ -71,7 +72,7 @@ class Adaptation:
     def __post_init__(self) -> None:
         """Refuse values out of range."""
         if self.by not in BY:
-            raise InputError(f"by must be one of {', '.join(BY)}, got {self.by!r}")
+            raise one_of("by", self.by, BY)
         if not 0 < self.lr <= _LARGEST or not 0 < (1.0 if self.scale is None else self.scale) <= _LARGEST:
             raise InputError(f"lr and scale must be above 0 and at most {_LARGEST}, got {self.lr} and {self.scale}")
         for name, least in (("steps", 1), ("batch", 1), ("sample", 1), ("marginal", 0), ("shots", 0), ("exposure", 0)):
