@@ -55,6 +55,7 @@ def report(
             sweeps=find_sweeps(runs),
             map_run=map_run,
             rounding_cost=rounder(),
+            page=out,
         )
         page = write_page(text, out)
     size = page.stat().st_size

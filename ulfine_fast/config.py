@@ -166,7 +166,12 @@ class FitConfig(metaclass=_ByMethod):
         panel="Optimiser",
     )
     precision: str = option(
-        "float32", "precision of the logits", choices=("float32", "amp"), structural=True, panel="Optimiser"
+        "float32",
+        "precision of a training step; bf16 rounds the inputs of matrix products to bfloat16 and sums in float32, amp "
+        "computes the logits under autocast",
+        choices=("float32", "bf16", "amp"),
+        structural=True,
+        panel="Optimiser",
     )
     eval_every: int = option(50, "steps between two validations", low=1, structural=True, panel="Optimiser")
     select: str = option("last", "heads of which validation are kept", choices=("last", "best"), panel="Optimiser")

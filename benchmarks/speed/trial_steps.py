@@ -24,7 +24,7 @@ from ulfine_fast.engine.inputs import TrialInputs, trial_inputs
 from ulfine_fast.engine.steps import make_stepper
 from ulfine_fast.methods.registry import method_of
 
-CONTENDERS = ("eager", "compiled", "vmap", "specification", "fused")
+CONTENDERS = ("eager", "compiled", "vmap", "specification", "fused", "native")
 ONE_TRIAL = ("eager", "compiled")
 """Those that train one trial after another, so that their rate is the same for any number of trials."""
 

@@ -460,5 +460,5 @@ def test_the_metrics_kept_are_those_of_the_kept_heads(clusters, quick):
 
 
 def test_an_unknown_engine_is_refused(clusters, quick):
-    with pytest.raises(InputError, match="engine must be one of auto, fused, specification, got 'warp'"):
+    with pytest.raises(InputError, match="engine must be one of auto, fused, native, specification, got 'warp'"):
         fit(clusters, quick(), engine="warp")

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from html import unescape
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import pytest
 
@@ -57,6 +59,42 @@ def test_a_page_about_a_sweep_has_its_runs_and_its_leaderboard(swept: Path, tmp_
     assert len(re.findall(r"<td class=\"num\">\d+</td><td class=\"num\">\d+</td><td class=\"num\"><span", text)) == 12
     assert "<b>first" not in text
     assert "&lt;b&gt;first" in text
+
+
+LINK = re.compile(r'<a href="([^"]*)">')
+
+
+def links(page: Path, words: str) -> list[str]:
+    """The addresses in the paragraphs of a page that say these words, as a browser reads them."""
+    paragraphs = [line for line in page.read_text().splitlines() if words in line]
+    return [unquote(unescape(address)) for line in paragraphs for address in LINK.findall(line)]
+
+
+def test_a_sweep_and_the_runs_of_its_refit_link_to_each_other_where_both_move(swept: Path, tmp_path: Path):
+    folder = tmp_path / "here" / "<b>first"
+    shutil.copytree(swept, folder)
+    run = build_report([folder / "best-1"], folder / "best-1" / "report.html")
+    assert links(run, "of the sweep") == ["../leaderboard.csv"]
+    sweep_page = build_report([folder], folder / "report.html")
+    assert links(sweep_page, "Refit with fresh seeds") == ["#results", "best-1/report.html", "best-1.toml"]
+    assert links(sweep_page, "of the sweep") == ["#h-sweep-1"]
+    assert 'id="h-sweep-1"' in sweep_page.read_text()
+    assert links(build_report([folder / "best-1"], run), "of the sweep") == ["../report.html"]
+    elsewhere = build_report([folder / "best-1" / "seed-2"], tmp_path / "pages" / "one.html")
+    assert links(elsewhere, "of the sweep") == ["../here/<b>first/report.html"]
+
+    # every file that a page names is there, also after the folder moved
+    (tmp_path / "here").rename(tmp_path / "there")
+    for page in (tmp_path / "there" / "<b>first" / "report.html", tmp_path / "there" / "<b>first/best-1/report.html"):
+        for address in links(page, "weep") + links(page, "Refit"):
+            assert address.startswith("#") or (page.parent / address).exists(), address
+
+
+def test_runs_of_a_damaged_sweep_have_no_link(swept: Path, tmp_path: Path):
+    folder = tmp_path / "sweep"
+    shutil.copytree(swept, folder)
+    (folder / "sweep.json").write_text("{")
+    assert links(build_report([folder / "best-1"], tmp_path / "page.html"), "of the sweep") == []
 
 
 def test_without_a_sweep_there_is_no_section(tmp_path: Path):

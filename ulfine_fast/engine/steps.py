@@ -11,12 +11,14 @@ from torch import Tensor
 
 from ulfine_fast.cache.io.errors import InputError
 from ulfine_fast.core.batches import BatchSource
+from ulfine_fast.core.fused.arithmetic import Arithmetic
 from ulfine_fast.core.fused.blocks import FusedSteps
 from ulfine_fast.core.types import Batch, State, Trials
 from ulfine_fast.methods.base import Method
+from ulfine_fast.ops import native
 from ulfine_fast.ops.sgd import cosine_rate, sgd_step
 
-ENGINES = ("auto", "fused", "specification")
+ENGINES = ("auto", "fused", "native", "specification")
 
 
 class Steps(Protocol):
@@ -117,17 +119,31 @@ def make_stepper(
         threads: whether cores work on different trials; otherwise all is computed in the calling thread.
 
     Raises:
-        InputError: the engine is "fused" and the method, its features or the precision allow no fused step.
+        InputError: the engine is "fused" or "native" and the method, its features or the precision allow no fused step;
+            or it is "native" and passes cannot be compiled, or run on another device.
     """
     config = trials.config
-    # the fused steps are in float32, over features
-    possible = engine != "specification" and config.precision == "float32" and not config.reads_tokens
+    # the fused steps read features, and have no autocast
+    possible = engine != "specification" and config.precision != "amp" and not config.reads_tokens
     fused = method.fused(trials, state) if possible else None
     if fused is not None:
-        return FusedSteps(fused, trials, state, velocity, batches, steps, threads)
-    if engine == "fused":
+        if engine == "native":
+            _check_native(trials.seeds.device)
+        arithmetic = Arithmetic(compiled=engine == "native", bfloat16=config.precision == "bf16")
+        return FusedSteps(fused, trials, state, velocity, batches, steps, threads, arithmetic=arithmetic)
+    if config.precision == "bf16" and engine == "auto":
+        raise InputError(f"precision bf16 needs a fused step, which method {config.method} has not; use float32 or amp")
+    if engine in ("fused", "native") or config.precision == "bf16":
         tokens = f" with {config.reads_tokens_for}" if config.reads_tokens else ""
         raise InputError(
             f"method {config.method}{tokens} at precision {config.precision} has no fused step; use engine auto"
         )
     return AutogradSteps(method, trials, state, velocity, batches, steps)
+
+
+def _check_native(device: torch.device) -> None:
+    if device.type != "cpu":
+        raise InputError(f"engine native is one of processors, this device is {device.type}; use engine fused")
+    reason = native.why_not()
+    if reason is not None:
+        raise InputError(reason)

@@ -24,7 +24,7 @@ from ulfine_fast.methods.base import (
     RunningOptions,
 )
 from ulfine_fast.methods.registry import register
-from ulfine_fast.ops import kernels
+from ulfine_fast.ops import kernels, native
 from ulfine_fast.ops.fusion import fuse
 from ulfine_fast.ops.losses import PseudoLabels, adjusted_cross_entropy, masked_mean, pseudo_labels
 from ulfine_fast.ops.prototypes import (
@@ -248,8 +248,10 @@ class FusedULFine(FusedStep):
         """From both heads' fused logits, or the linear head's alone where DLF is off."""
         values, config = self.trials.values, self.trials.config
         eta = fusion_weight(values)
-        if kernels.usable(logits) and (config.align, config.prior) == ("standardize", "soft"):
-            labels, mask, mean = kernels.pseudo_labels(
+        in_one = self.compiled or kernels.usable(logits)
+        if in_one and (config.align, config.prior) == ("standardize", "soft"):
+            passes = native if self.compiled else kernels
+            labels, mask, mean = passes.pseudo_labels(
                 logits[:, :, 0], logits[:, :, 1], eta, values["threshold"], values["sharpen"]
             )
             # the running distribution needs the mean alone, here as that of one row
@@ -271,7 +273,9 @@ class FusedULFine(FusedStep):
         values = self.trials.values
         weight = values["lambda_o"] * values["paf"]
         vectors, inverse = self.state.parameters["prototypes"], self.class_heads.inverse[:, self.classes :]
-        penalty = add_orthogonality_gradient(vectors, inverse, weight, self.velocity["prototypes"], self.buffers)
+        penalty = add_orthogonality_gradient(
+            vectors, inverse, weight, self.velocity["prototypes"], self.buffers, arithmetic=self.arithmetic
+        )
         return weight * penalty
 
     def after_step(self, labeled: HeadRows, labels: Tensor, pseudo: PseudoLabels | None) -> None:
@@ -282,8 +286,9 @@ class FusedULFine(FusedStep):
             prior.copy_(move_prior(prior, pseudo.probabilities, pseudo.mask, values["rho"], config.prior))
         alpha = fitting_pace(prior, values["mu"] * values["paf"], config.alpha)
         textual = self.state.parameters["prototypes"]
-        if kernels.usable(memory["visual"]):
-            kernels.move_prototypes_(
+        if self.compiled or kernels.usable(memory["visual"]):
+            passes = native if self.compiled else kernels
+            passes.move_prototypes_(
                 visual=memory["visual"],
                 seen=memory["seen"],
                 textual=textual,

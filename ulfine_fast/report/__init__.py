@@ -2,8 +2,8 @@
 
 `page` (the sections put together, the file written), `groups` (runs by method and setting), one module a section:
 `results`, `classes`, `calibration`, `one_byte`, `confusion`, `feature_map`, `gallery` (with `images`), `sweeps`,
-`settings`; `plugins` (sections of other packages), `leakage` (warnings), `charts` on `svg`, `formats`. May import
-`runs` and what `runs` may import; `cache`.
+`sweep_links`, `settings`; `plugins` (sections of other packages), `leakage` (warnings), `charts` on `svg`, `formats`.
+May import `runs` and what `runs` may import; `cache`.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ def build_report(
     """Write one HTML page about the runs at or below the given folders.
 
     The page needs no network, no other file and no script (its script only sorts tables). It depends on nothing but
-    the run folders, the images and the cache: writing it twice gives the same bytes.
+    the run folders, the images, the cache and where it is: writing it twice gives the same bytes. Runs of a sweep's
+    refit and the sweep link to each other, also to a page called report.html in the other's folder.
 
     Args:
         runs: run folders, or folders above them (`OUT/seed-0`, `OUT`, or deeper), of sweeps too; all with the same
@@ -56,6 +57,8 @@ def build_report(
         InputError: there is no run, a file is missing, truncated or of another version, the runs have different
             classes, or `out` cannot be written.
     """
+    from pathlib import Path
+
     # loaded on use: the sections need numpy, pyarrow and jinja2, and importing the package must stay quick
     from ulfine_fast.report.feature_map import mapper
     from ulfine_fast.report.one_byte import rounder
@@ -72,5 +75,6 @@ def build_report(
         sweeps=find_sweeps(runs),
         map_run=mapper(projection),
         rounding_cost=rounder() if one_byte else None,
+        page=Path(out),
     )
     return write_page(page, out)

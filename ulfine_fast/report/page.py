@@ -26,6 +26,7 @@ from ulfine_fast.report.one_byte import RoundingCost, one_byte_section
 from ulfine_fast.report.plugins import PageInputs, added_sections, render_template
 from ulfine_fast.report.results import paired_table, results_table, summary
 from ulfine_fast.report.settings import settings_section
+from ulfine_fast.report.sweep_links import links_to_sweeps
 from ulfine_fast.report.sweeps import SweepFiles, sweeps_section
 from ulfine_fast.runs.evidence import evidence_lines
 from ulfine_fast.runs.files import RunFiles
@@ -43,6 +44,7 @@ def render_page(
     sweeps: Sequence[SweepFiles] = (),
     map_run: Callable[[RunFiles], FeatureMap | None] | None = None,
     rounding_cost: Callable[[RunFiles], RoundingCost | None] | None = None,
+    page: Path | None = None,
 ) -> str:
     """Render the page of the given runs.
 
@@ -55,13 +57,14 @@ def render_page(
         sweeps: the sweeps to show.
         map_run: returns the map of a run's test images, None where it cannot; see :func:`feature_map.mapper`.
         rounding_cost: returns what int8 features cost a run, None where it cannot; see :func:`one_byte.rounder`.
+        page: where the page will be, for relative links to sweeps and runs; None for a page without them.
     """
     groups, repeated = group_runs(runs)
     shown = best_by_validation(groups)
     charted = groups_to_chart(groups, limit=SLOTS)
     predictions = [run.predictions() for run in shown.runs]
     script = _read_text("sort.js")
-    page = render_template(
+    text = render_template(
         _PACKAGE,
         "page.html.jinja",
         percent=percent,
@@ -94,10 +97,11 @@ def render_page(
         confusion=confusion_section(shown, predictions),
         map=map_section(shown, map_run),
         gallery=gallery_section(shown, predictions[0], images),
-        sweeps=sweeps_section(sweeps),
+        sweeps=sweeps_section(sweeps, groups, page),
+        of_sweeps=links_to_sweeps(groups, [sweep.path for sweep in sweeps], page),
         settings=settings_section(groups, repeated),
     )
-    return str(page)
+    return str(text)
 
 
 def write_page(text: str, out: Path) -> Path:

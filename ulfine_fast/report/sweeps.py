@@ -10,8 +10,10 @@ from typing import Any
 
 from ulfine_fast.cache.io.errors import InputError
 from ulfine_fast.report.charts import bar_chart
+from ulfine_fast.report.groups import Group
 from ulfine_fast.report.plugins import sweep_notes
-from ulfine_fast.search.saved import is_of_another_program, read_sweep
+from ulfine_fast.report.sweep_links import links_to_refits
+from ulfine_fast.search.saved import Refit, is_of_another_program, read_sweep
 
 _TRIALS = 30  # rows of the leaderboard on the page
 _BARS = 12  # settings in a chart of importance
@@ -27,6 +29,7 @@ class SweepFiles:
         counts: number of trials by state.
         leaderboard: rows of leaderboard.csv, best first.
         importance: metric -> setting -> fraction of the importance, 0..1.
+        refits: the trials that were refit, best first.
         notes: text that other packages add below the table.
     """
 
@@ -35,6 +38,7 @@ class SweepFiles:
     counts: dict[str, int]
     leaderboard: list[dict[str, str]]
     importance: dict[str, dict[str, float]]
+    refits: list[Refit] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -54,8 +58,16 @@ def find_sweeps(paths: Sequence[Path]) -> list[SweepFiles]:
     return [sweep for folder in folders if (sweep := _read_sweep(folder)) is not None]
 
 
-def sweeps_section(sweeps: Sequence[SweepFiles]) -> list[dict[str, Any]]:
-    """Template values: leaderboard and importance of each sweep."""
+def sweeps_section(
+    sweeps: Sequence[SweepFiles], groups: Sequence[Group] = (), page: Path | None = None
+) -> list[dict[str, Any]]:
+    """Template values: leaderboard, importance and refits of each sweep.
+
+    Args:
+        sweeps: to show.
+        groups: the runs on the page.
+        page: where the page will be; None for one without links to files.
+    """
     sections = []
     for sweep in sweeps:
         # the leaderboard: "mean ± half width" of each metric, then the settings
@@ -91,6 +103,7 @@ def sweeps_section(sweeps: Sequence[SweepFiles]) -> list[dict[str, Any]]:
                 "rows": rows,
                 "left_out": max(0, len(sweep.leaderboard) - _TRIALS),
                 "charts": charts,
+                "refits": links_to_refits(sweep.path, sweep.refits, groups, page),
                 "notes": sweep.notes,
             }
         )
@@ -109,6 +122,7 @@ def _read_sweep(folder: Path) -> SweepFiles | None:
             counts=saved.summary.counts,
             leaderboard=saved.leaderboard,
             importance=saved.importance,
+            refits=saved.summary.best,
             notes=sweep_notes(folder),
         )
     except (OSError, InputError) as error:

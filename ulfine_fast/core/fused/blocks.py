@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ulfine_fast.cache.io.device import upload
 from ulfine_fast.core.batches import BatchSource
+from ulfine_fast.core.fused.arithmetic import FLOAT32, Arithmetic
 from ulfine_fast.core.fused.buffers import Buffers, flatten
 from ulfine_fast.core.fused.step import Flat, FusedStep
 from ulfine_fast.core.threads import interleaved
@@ -36,6 +37,7 @@ class FusedSteps:
         batches: the mini-batches.
         steps: length of the schedule.
         threads: whether cores work on different blocks; otherwise all of them on one.
+        arithmetic: how they compute.
     """
 
     def __init__(
@@ -47,11 +49,14 @@ class FusedSteps:
         batches: BatchSource,
         steps: int,
         threads: bool = True,
+        *,
+        arithmetic: Arithmetic = FLOAT32,
     ) -> None:
         # all parameters in one buffer, class vectors first
         order = [*step.heads, *(name for name in state.parameters if name not in step.heads)]
         flat = Flat(parameters=_flatten(state.parameters, order), velocity=_flatten(velocity, order))
         self.trials = trials
+        self.arithmetic = arithmetic
         self.steps = steps
 
         # sizes: a GPU takes all trials together
@@ -80,6 +85,7 @@ class FusedSteps:
                 flat=Flat(flat.parameters[start:stop], flat.velocity[start:stop]),
                 batches=batches.part(start, stop),
                 buffers=buffers,
+                arithmetic=arithmetic,
             )
             self.queues[i % workers].append((slice(start, stop), block_step))
         self.parts = math.ceil(count / size)
@@ -94,7 +100,8 @@ class FusedSteps:
         rates = (factors * peak).to(peak)  # (S, T)
         ramps = (done / warmup.clamp(min=1e-9)).clamp(max=1.0).to(peak)  # (S, T)
         works = [self._work(blocks, range(start, stop), rates, ramps) for blocks in self.queues]
-        yield from interleaved(works) if self.one_core_each else works[0]
+        with self.arithmetic.applied(peak.device):
+            yield from interleaved(works) if self.one_core_each else works[0]
 
     def _work(
         self, blocks: list[tuple[slice, FusedStep]], steps: range, rates: Tensor, ramps: Tensor

@@ -13,8 +13,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ulfine_fast.core.fused.arithmetic import FLOAT32, Arithmetic
 from ulfine_fast.core.fused.buffers import Buffers
-from ulfine_fast.ops import kernels
+from ulfine_fast.ops import kernels, native
 
 # the square root of the specification's epsilon, under which a row counts as zero
 _SHORTEST = 1e-6
@@ -45,11 +46,21 @@ class FusedHeads:
         scale: sigma (T,).
         learns: 1 for vectors that get a gradient, 0 for others, (T, M); None for all.
         buffers: where activations go.
+        arithmetic: how it computes.
     """
 
     def __init__(
-        self, weights: Tensor, velocity: Tensor, scale: Tensor, learns: Tensor | None, buffers: Buffers
+        self,
+        weights: Tensor,
+        velocity: Tensor,
+        scale: Tensor,
+        learns: Tensor | None,
+        buffers: Buffers,
+        *,
+        arithmetic: Arithmetic = FLOAT32,
     ) -> None:
+        self.arithmetic = arithmetic
+        self.compiled = arithmetic.compiled
         self.weights = weights
         self.velocity = velocity
         self.scale = scale.view(-1, 1, 1)
@@ -58,9 +69,14 @@ class FusedHeads:
         self.transposed = weights.transpose(1, 2)
         self.inverse = buffers.lend("vector_inverse", weights.shape[0], weights.shape[1])
         self.column_scale = self.inverse.unsqueeze(1)  # (T, 1, M)
+        # with compiled passes: what backward leaves to the update, the velocity's multiples of the vectors
+        self.factors = torch.zeros_like(self.inverse)
 
     def prepare(self) -> None:
         """Measure the class vectors; once a step, before :meth:`forward`."""
+        if self.compiled:
+            native.inverse_lengths(self.weights, self.inverse)
+            return
         inverse_lengths(self.weights, out=self.inverse)
 
     def rows(self, adapted: Tensor) -> HeadRows:
@@ -76,9 +92,15 @@ class FusedHeads:
 
     def forward(self, rows: HeadRows) -> None:
         """Logits of the rows."""
-        inverse_lengths(rows.adapted, out=rows.inverse.squeeze(2))
+        if self.compiled:
+            native.inverse_lengths(rows.adapted, rows.inverse)
+        else:
+            inverse_lengths(rows.adapted, out=rows.inverse.squeeze(2))
         torch.mul(rows.inverse, self.scale, out=rows.row_scale)
-        torch.bmm(rows.adapted, self.transposed, out=rows.logits)
+        self.arithmetic.multiply(rows.adapted, self.transposed, out=rows.logits)
+        if self.compiled:
+            native.scale_logits_(rows.logits, rows.row_scale, self.column_scale)
+            return
         rows.logits.mul_(rows.row_scale).mul_(self.column_scale)
 
     def backward(
@@ -93,19 +115,39 @@ class FusedHeads:
             momentum: of all trials.
             decay: weight decay (T, 1).
         """
+        if self.compiled:
+            self._backward(rows, logit_gradient, rows_gradient, momentum, decay)
+            return
         shared = torch.mul(logit_gradient, rows.logits, out=self.buffers.lend("shared", *rows.logits.shape))
         along = shared.sum(1).mul_(self.inverse).mul_(self.inverse)  # (T, M)
         logit_gradient.mul_(rows.row_scale).mul_(self.column_scale)
         if rows_gradient is not None:
-            torch.bmm(logit_gradient, self.weights, out=rows_gradient)
+            self.arithmetic.multiply(logit_gradient, self.weights, out=rows_gradient)
             along_rows = shared.sum(2, keepdim=True).mul_(rows.inverse).mul_(rows.inverse)  # (T, n, 1)
             rows_gradient.addcmul_(rows.adapted, along_rows, value=-1.0)
         if self.learns is not None:
             logit_gradient.mul_(self.learns.unsqueeze(1))
             along.mul_(self.learns)
-        self.velocity.baddbmm_(logit_gradient.transpose(1, 2), rows.adapted, beta=momentum)
+        self.arithmetic.add(logit_gradient.transpose(1, 2), rows.adapted, out=self.velocity, kept=momentum)
         # weight decay and the part of the gradient along a vector are multiples of it: one product for both
         self.velocity.addcmul_(self.weights, (decay - along).unsqueeze(2))
+
+    def _backward(
+        self, rows: HeadRows, logit_gradient: Tensor, rows_gradient: Tensor | None, momentum: float, decay: Tensor
+    ) -> None:
+        """:meth:`backward` in compiled passes, but for the multiples of the vectors, which are left in `factors`."""
+        trials, count, vectors = logit_gradient.shape
+        along = self.buffers.lend("along", trials, vectors)
+        along_rows = self.buffers.lend("along_rows", trials, count, 1)
+        native.logit_gradient_(logit_gradient, rows.logits, rows.row_scale, self.column_scale, along, along_rows)
+        if rows_gradient is not None:
+            self.arithmetic.multiply(logit_gradient, self.weights, out=rows_gradient)
+            native.subtract_rows_(rows_gradient, rows.adapted, along_rows, rows.inverse)
+        if self.learns is not None:
+            logit_gradient.mul_(self.learns.unsqueeze(1))
+            along.mul_(self.learns)
+        self.arithmetic.add(logit_gradient.transpose(1, 2), rows.adapted, out=self.velocity, kept=momentum)
+        self.factors = torch.addcmul(decay, along, self.inverse.square(), value=-1.0)  # (T, M)
 
 
 def inverse_lengths(rows: Tensor, out: Tensor | None = None) -> Tensor:
@@ -114,7 +156,13 @@ def inverse_lengths(rows: Tensor, out: Tensor | None = None) -> Tensor:
 
 
 def add_orthogonality_gradient(
-    vectors: Tensor, inverse: Tensor, weight: Tensor, velocity: Tensor, buffers: Buffers
+    vectors: Tensor,
+    inverse: Tensor,
+    weight: Tensor,
+    velocity: Tensor,
+    buffers: Buffers,
+    *,
+    arithmetic: Arithmetic = FLOAT32,
 ) -> Tensor:
     """Add the gradient of weight * || U U^T - I ||_F^2 / K^2, U the vectors at unit length.
 
@@ -126,26 +174,28 @@ def add_orthogonality_gradient(
         weight: (T,).
         velocity: added to, (T, K, D).
         buffers: where the Gram matrix goes.
+        arithmetic: how it computes.
 
     Returns:
         The penalties without their weight (T,).
     """
     trials, classes, _ = vectors.shape
-    if kernels.usable(vectors):
+    if arithmetic.compiled or kernels.usable(vectors):
         gram = buffers.lend("gram", trials, classes, classes)
-        torch.bmm(vectors, vectors.transpose(1, 2), out=gram)
-        penalty = kernels.orthogonality_gradient_(gram, inverse, weight)
-        velocity.baddbmm_(gram, vectors)
+        arithmetic.multiply(vectors, vectors.transpose(1, 2), out=gram)
+        passes = native if arithmetic.compiled else kernels
+        penalty = passes.orthogonality_gradient_(gram, inverse, weight)
+        arithmetic.add(gram, vectors, out=velocity)
         return penalty
     scales = inverse.unsqueeze(2) * inverse.unsqueeze(1)  # (T, K, K)
     gram = buffers.lend("gram", trials, classes, classes)
     gradient = buffers.lend("gram_gradient", trials, classes, classes)
-    torch.bmm(vectors, vectors.transpose(1, 2), out=gram).mul_(scales)
+    arithmetic.multiply(vectors, vectors.transpose(1, 2), out=gram).mul_(scales)
     gradient.copy_(gram).diagonal(dim1=1, dim2=2).sub_(1.0)
     penalty = torch.linalg.vector_norm(gradient, dim=(1, 2)).square_().div_(classes**2)
     # the gradient by the Gram matrix, without the part along the vectors, which only changes their length
     gradient.mul_((4.0 / classes**2 * weight).view(-1, 1, 1))
     along = gram.mul_(gradient).sum(2)  # (T, K)
     gradient.mul_(scales).diagonal(dim1=1, dim2=2).addcmul_(along, inverse.square(), value=-1.0)
-    velocity.baddbmm_(gradient, vectors)
+    arithmetic.add(gradient, vectors, out=velocity)
     return penalty

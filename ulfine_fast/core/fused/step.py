@@ -13,17 +13,21 @@ from torch import Tensor
 
 from ulfine_fast.core.batches import BatchSource, Draws
 from ulfine_fast.core.fused.adapter import AdapterRows, FusedAdapter
+from ulfine_fast.core.fused.arithmetic import FLOAT32, Arithmetic
 from ulfine_fast.core.fused.buffers import Buffers, unflatten
 from ulfine_fast.core.fused.cuda_graph import Captured
 from ulfine_fast.core.fused.heads import FusedHeads, HeadRows
 from ulfine_fast.core.fused.loss import cross_entropy_gradient_
 from ulfine_fast.core.types import State, Trials
+from ulfine_fast.ops import native
 from ulfine_fast.ops.losses import PseudoLabels, pseudo_labels
 from ulfine_fast.ops.philox import Purpose
 from ulfine_fast.ops.sgd import decay_velocity_
 
 # multiply-adds of a block's strong views, from which on skipping rows pays for finding out which
 _WORTH_SKIPPING = 20e6
+# and the fraction of strong views that trained in the last step, in the trial with most of them, up to which it pays
+_FEW = 0.75
 
 _Fields = TypeVar("_Fields", AdapterRows, HeadRows)
 
@@ -54,6 +58,7 @@ class FusedStep:
         flat: parameters and velocities.
         batches: where rows are gathered from.
         buffers: activations; shared with other steps of as many trials that run before or after.
+        arithmetic: how it computes.
 
     Attributes:
         heads: names of the parameters that are linear heads.
@@ -61,8 +66,19 @@ class FusedStep:
 
     heads: tuple[str, ...] = ("linear",)
 
-    def __init__(self, trials: Trials, state: State, flat: Flat, batches: BatchSource, buffers: Buffers) -> None:
+    def __init__(
+        self,
+        trials: Trials,
+        state: State,
+        flat: Flat,
+        batches: BatchSource,
+        buffers: Buffers,
+        *,
+        arithmetic: Arithmetic = FLOAT32,
+    ) -> None:
         self.trials = trials
+        self.arithmetic = arithmetic
+        self.compiled = arithmetic.compiled
         self.state = state
         self.flat = flat
         self.batches = batches
@@ -80,16 +96,20 @@ class FusedStep:
             scale=values["scale"],
             learns=self.learning(),
             buffers=buffers,
+            arithmetic=arithmetic,
         )
         self.adapter: FusedAdapter | None = None
         if "adapter.up" in state.parameters:
-            self.adapter = FusedAdapter(state.parameters, self.velocity, values["adapter_scale"], buffers)
+            self.adapter = FusedAdapter(
+                state.parameters, self.velocity, values["adapter_scale"], buffers, arithmetic=arithmetic
+            )
 
         # a momentum that all trials share is applied inside a matrix product
         momentum = values["momentum"]
         self.momentum = float(momentum[0]) if bool((momentum == momentum[0]).all()) else None
         self.decay = values["weight_decay"].unsqueeze(1)
         self.skips = self._skips()
+        self.kept_fraction = 0.0
         self.tally = flat.parameters.new_zeros(len(flat.parameters), 3)  # (T, 3)
         self.recorded = Captured()
         self._allocate()
@@ -163,12 +183,15 @@ class FusedStep:
         logits = self.by_head[:, self.weak :]
         gradient = self.buffers.lend("logit_gradient", *rows.heads.logits.shape)
         by_head = gradient.unflatten(2, (len(self.heads), -1))  # (T, B + count, H, K)
-        torch.add(logits[:, :labeled], self.adjustment, out=by_head[:, :labeled])
-        if count:
-            torch.add(logits[:, labeled:end], self.unlabeled_adjustment().unsqueeze(1), out=by_head[:, labeled:])
-        log_probabilities = cross_entropy_gradient_(
-            by_head, self.row_labels[:, :end], self.gradient_weights[:, :end]
-        )  # (T, n, H)
+        if self.compiled:
+            log_probabilities = self._cross_entropies(logits, by_head)  # (T, n, H)
+        else:
+            torch.add(logits[:, :labeled], self.adjustment, out=by_head[:, :labeled])
+            if count:
+                torch.add(logits[:, labeled:end], self.unlabeled_adjustment().unsqueeze(1), out=by_head[:, labeled:])
+            log_probabilities = cross_entropy_gradient_(
+                by_head, self.row_labels[:, :end], self.gradient_weights[:, :end]
+            )
         losses = log_probabilities.sum(2).mul_(self.row_weights[:, :end])
         self.tally[:, 0] -= losses[:, :labeled].sum(1)
         self.tally[:, 1] -= losses[:, labeled:].sum(1)
@@ -176,9 +199,12 @@ class FusedStep:
         # the velocity: momentum and weight decay of all that the heads do not decay themselves, then gradients
         values, first = self.trials.values, self.class_heads.weights[0].numel()
         velocity, parameters = self.flat.velocity, self.flat.parameters
-        decay_velocity_(velocity[:, first:], parameters[:, first:], values["momentum"], values["weight_decay"])
+        if not self.compiled:
+            decay_velocity_(velocity[:, first:], parameters[:, first:], values["momentum"], values["weight_decay"])
         if self.momentum is None:
-            velocity[:, :first].mul_(values["momentum"].unsqueeze(1))
+            moved = velocity if self.compiled else velocity[:, :first]
+            moved.mul_(values["momentum"].unsqueeze(1))
+        momentum = 1.0 if self.momentum is None else self.momentum
         adapted_gradient = None
         if self.adapter is not None:
             adapted_gradient = self.buffers.lend("adapted_gradient", *rows.features.shape)
@@ -186,17 +212,21 @@ class FusedStep:
             rows=rows.heads,
             logit_gradient=gradient,
             rows_gradient=adapted_gradient,
-            momentum=1.0 if self.momentum is None else self.momentum,
+            momentum=momentum,
             decay=self.decay,
         )
         if self.adapter is not None and rows.adapter is not None and adapted_gradient is not None:
-            self.adapter.backward(rows.adapter, adapted_gradient)
+            self.adapter.backward(rows.adapter, adapted_gradient, momentum)
         regularizer = self.regularize()
         if regularizer is not None:
             self.tally[:, 2] += regularizer
 
         # the update, and the method's memory
-        parameters.addcmul_(velocity, rate.unsqueeze(1), value=-1.0)
+        if self.compiled:
+            dim = rows.features.shape[-1]
+            native.update_(parameters, velocity, self.class_heads.factors, self.decay, dim, rate)
+        else:
+            parameters.addcmul_(velocity, rate.unsqueeze(1), value=-1.0)
         self.after_step(self._rows(self.weak, self.weak + labeled).heads, draws.labels, pseudo)
 
     def losses(self) -> Tensor:
@@ -205,26 +235,47 @@ class FusedStep:
         self.tally.zero_()
         return losses
 
+    def _cross_entropies(self, logits: Tensor, gradient: Tensor) -> Tensor:
+        """Gradients (T, n, H, K) by adjusted logits, from logits of at least as many rows; log softmax_y (T, n, H)."""
+        trials, rows, heads, _ = gradient.shape
+        log_probabilities = self.buffers.lend("log_probabilities", trials, rows, heads)
+        parts = [(0, self.labeled, self.adjustment.squeeze(1))]
+        if rows > self.labeled:
+            parts.append((self.labeled, rows, self.unlabeled_adjustment()))
+        for start, stop, adjustment in parts:
+            native.cross_entropy_gradient(
+                logits[:, start:stop],
+                adjustment,
+                self.row_labels[:, start:stop],
+                self.gradient_weights[:, start:stop],
+                gradient[:, start:stop],
+                log_probabilities[:, start:stop],
+            )
+        return log_probabilities
+
     def _forward_all(self, step: int | Tensor, draws: Draws) -> tuple[PseudoLabels | None, int]:
         """Gather and forward all rows; returns the pseudo-labels, and how many strong views of each trial train."""
         weak, stop = self.weak, self.weak + self.labeled
-        features = self._rows(0, stop).features
-        self.batches.features.at_into(torch.cat([draws.weak, draws.labeled], dim=1), features)
+        self._gather(torch.cat([draws.weak, draws.labeled], dim=1), 0, stop)
         self._add_noise(self._rows(weak, stop).features, step, Purpose.LABELED_NOISE)
         if not weak:
             self._forward(self._rows(0, stop))
             return None, 0
 
-        # weak views and labelled rows, with all strong views unless some may be skipped
-        if not self.skips:
+        # weak views and labelled rows, with all strong views unless many may be skipped
+        skips = self.skips and self.kept_fraction < _FEW
+        if not skips:
             self._read_strong(step, draws.strong)
-        self._forward(self._rows(0, stop if self.skips else stop + weak))
+        self._forward(self._rows(0, stop if skips else stop + weak))
         pseudo = self.pseudo_labels(self.by_head[:, :weak])
 
         # strong views that train, first; the sort is stable, so that the order does not depend on other trials
         labels, mask, count = pseudo.labels, pseudo.mask, weak
         if self.skips:
-            count = int(mask.sum(1).max())
+            most = int(mask.count_nonzero(1).max())
+            self.kept_fraction = most / weak
+        if skips:
+            count = most
             order = mask.argsort(dim=1, descending=True, stable=True)[:, :count]  # (T, count)
             labels, mask = labels.gather(1, order), mask.gather(1, order)
             self._read_strong(step, draws.strong.gather(1, order))
@@ -237,9 +288,17 @@ class FusedStep:
     def _read_strong(self, step: int | Tensor, slots: Tensor) -> None:
         """Gather strong views (T, n)."""
         stop = self.weak + self.labeled
-        features = self._rows(stop, stop + slots.shape[1]).features
-        self.batches.features.at_into(slots, features)
-        self._add_noise(features, step, Purpose.STRONG_NOISE)
+        self._gather(slots, stop, stop + slots.shape[1])
+        self._add_noise(self._rows(stop, stop + slots.shape[1]).features, step, Purpose.STRONG_NOISE)
+
+    def _gather(self, slots: Tensor, start: int, stop: int) -> None:
+        """Read views (T, n) into rows [start, stop)."""
+        rows, store = self._rows(start, stop), self.batches.features
+        if self.compiled and store.unit:
+            copy = rows.features if rows.adapter is None else rows.adapter.adapted
+            native.gather(store.views, slots, rows.features, copy, self.means[:, start:stop])
+        else:
+            store.at_into(slots, rows.features)
 
     def _add_noise(self, features: Tensor, step: int | Tensor, purpose: Purpose) -> None:
         if self.batches.any_noise:
@@ -248,6 +307,9 @@ class FusedStep:
     def _forward(self, rows: Rows) -> None:
         """Logits, and all that the backward computation needs beside them."""
         if self.adapter is not None and rows.adapter is not None:
+            if self.compiled and (self.batches.any_noise or not self.batches.features.unit):
+                rows.adapter.adapted.copy_(rows.features)
+                torch.mean(rows.features, -1, keepdim=True, out=rows.adapter.mean)
             self.adapter.forward(rows.adapter)
         self.class_heads.forward(rows.heads)
 
@@ -266,6 +328,7 @@ class FusedStep:
             adapter = self.adapter.rows(features, adapted)
         self.all_rows = Rows(features, adapter, self.class_heads.rows(adapted))
         self.by_head = self.all_rows.heads.logits.unflatten(2, (len(self.heads), -1))  # (T, n, H, K)
+        self.means = lend("means", trials, self.weak + trained, 1) if adapter is None else adapter.mean
         self.slices: dict[tuple[int, int], Rows] = {}
 
         # labels, and weights in the loss and in its gradient, where those of unlabelled rows have the ramp too
