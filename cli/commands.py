@@ -109,6 +109,10 @@ COMMANDS: dict[str, Command | Group] = {
         "ulfine_fast.cli.export:export",
         "Write a run's classifier with its settings and a model card.",
     ),
+    "distill": Command(
+        "ulfine_fast.cli.distill:distill",
+        "Train a small network on a run's soft labels over all images; it needs no encoder.",
+    ),
     "push": Command(
         "ulfine_fast.cli.push:push",
         "Send an export folder to a model repository, with the token of `hf auth login` or HF_TOKEN.",
