@@ -204,6 +204,10 @@ COMMANDS: dict[str, Command | Group] = {
             "export run --out model --to onnx --with-encoder",
         ),
     ),
+    "distill": Command(
+        "ulfine_fast.cli.distill:distill",
+        "Train a small network on a run's soft labels over all images; it needs no encoder.",
+    ),
     "push": Command(
         "ulfine_fast.cli.push:push",
         "Send an export folder to a model repository, with the token of `hf auth login` or HF_TOKEN.",

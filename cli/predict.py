@@ -13,7 +13,10 @@ from ulfine_fast.cli.filling import print_notes
 
 
 def predict(
-    run: Annotated[Path, typer.Argument(help="Run folder that `fit` wrote; several seeds are averaged.")],
+    run: Annotated[
+        Path,
+        typer.Argument(help="Run folder that `fit` wrote, of which seeds are averaged, or what `export` wrote."),
+    ],
     images: Annotated[
         Path, typer.Argument(help="An image, a folder of images at any depth, or a csv or parquet table.")
     ],
@@ -42,27 +45,20 @@ def predict(
     as_json: Annotated[bool, typer.Option("--json", help="Print counts as JSON.")] = False,
 ) -> None:
     """Predict the class of each image: id, class, probability and the five likeliest classes."""
-    from ulfine_fast.runs.predict import images_at, mean_of_seeds, predict_images, refuse_output, write_predictions
-    from ulfine_fast.runs.seeds import load_seeds
+    from ulfine_fast.exports.load import open_predictor
+    from ulfine_fast.runs.predict import images_at, refuse_output, write_predictions
 
     refuse_output(out)
-    runs, source = load_seeds(run), images_at(images)
+    predictor, source = open_predictor(run), images_at(images)
     print_notes(source)
-    predictions = predict_images(
-        runs[0],
-        source,
-        device=device,
-        batch_size=batch_size,
-        five_crops=five_crops,
-        scorer=mean_of_seeds(runs),
-        rate=reject,
-        coverage=sets,
+    predictions = predictor.predict(
+        source, device=device, batch_size=batch_size, five_crops=five_crops, rate=reject, coverage=sets
     )
     write_predictions(predictions, out)
     if as_json:
-        typer.echo(json.dumps({**predictions.summary(), "seeds": len(runs), "out": str(out)}))
+        typer.echo(json.dumps({**predictions.summary(), "seeds": predictor.seeds, "out": str(out)}))
         return
-    seeds = f", mean of {len(runs)} seeds" if len(runs) > 1 else ""
+    seeds = f", mean of {predictor.seeds} seeds" if predictor.seeds > 1 else ""
     typer.echo(f"{len(predictions.ids)} images{seeds}: {out}")
     for line in predictions.lines():
         typer.echo(printable(line))

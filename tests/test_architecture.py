@@ -29,12 +29,13 @@ MAY_IMPORT = {
     "runs": RUNS,
     "engine": ENGINE,
     "exports": RUNS,
+    "distillation": {*RUNS, "exports"},
     "search": ENGINE,
     "report": {*ENGINE, "search"},
     "review": {*ENGINE, "search", "report"},
     "estimator": ENGINE,
     "related": {*ENGINE, "exports", "search", "report"},
-    "cli": {*ENGINE, "demo", "exports", "search", "report", "review"},
+    "cli": {*ENGINE, "demo", "exports", "distillation", "search", "report", "review"},
     "command": {*ENGINE, "exports", "search", "report", "related", "cli"},
 }
 
@@ -183,6 +184,7 @@ KEPT = {
     "ulfine_fast/exports/config.py": {"pictures"},
     "ulfine_fast/exports/hub.py": {"pull"},
     "ulfine_fast/exports/load.py": {"pull"},
+    "ulfine_fast/exports/student.py": {"pictures"},
     "ulfine_fast/methods/label_propagation.py": {"pictures"},
 }
 

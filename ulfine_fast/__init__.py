@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from ulfine_fast.cache.io.errors import CacheMismatch, InputError
     from ulfine_fast.cache.store import FeatureCache
     from ulfine_fast.config import FitConfig
+    from ulfine_fast.distillation import distill
     from ulfine_fast.engine.fit import fit, fit_many
     from ulfine_fast.estimator import (
         FeatureClassifier,
@@ -41,6 +42,7 @@ _HOMES = {
     "ULFineClassifier": "ulfine_fast.estimator",
     "ULFinePlusClassifier": "ulfine_fast.estimator",
     "build_report": "ulfine_fast.report",
+    "distill": "ulfine_fast.distillation",
     "fit": "ulfine_fast.engine.fit",
     "fit_many": "ulfine_fast.engine.fit",
     "export": "ulfine_fast.exports",
@@ -63,6 +65,7 @@ __all__ = [
     "ULFinePlusClassifier",
     "__version__",
     "build_report",
+    "distill",
     "export",
     "fit",
     "fit_many",

@@ -14,6 +14,7 @@ BLANK = "0" * 64
 # quotes within a JSON text are escaped, so that only a key of an object matches
 _FIELD = re.compile(rb'"digest": ?"([0-9a-f]{64})"')
 _CHUNK = 1 << 20
+_MAX_HEADER = 256 << 20
 
 
 def file_digest(path: Path) -> str:
@@ -52,6 +53,18 @@ def is_sealed(data: bytes, end: int | None = None) -> bool:
     except ValueError:
         return False
     return _blank_digest(data, start, stop) == digest
+
+
+def safetensors_header_end(data: bytes) -> int:
+    """Where the JSON at the beginning of a safetensors file ends.
+
+    Raises:
+        ValueError: the file is cut.
+    """
+    end = 8 + int.from_bytes(data[:8], "little")
+    if len(data) < 8 or not 8 < end <= min(len(data), _MAX_HEADER):
+        raise ValueError("its header is cut")
+    return end
 
 
 def _only_field(data: bytes, end: int | None) -> tuple[int, int, str]:

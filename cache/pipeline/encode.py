@@ -26,6 +26,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ulfine_fast.cache.io.device import current_device
 from ulfine_fast.cache.io.errors import InputError
+from ulfine_fast.cache.io.prefetch import prefetch
 from ulfine_fast.cache.pipeline.fill import MakeShards, RowsDone, ShardContent, ShardWriter
 from ulfine_fast.cache.pipeline.plan import batches_of, is_listed, open_parts
 from ulfine_fast.cache.pipeline.read import Batch, ImageReader
@@ -316,24 +317,15 @@ def _encode_on_device(
     model = _DeviceModel(encoder)
     running: tuple[Batch, _CopyToHost | None] | None = None
     started = time.perf_counter()
-    try:
-        for batch in _read_in_processes(reader, batches, workers):
-            # the copy is queued before the next batch, or it would wait for that one too
-            copy = _CopyToHost(model.encode(reader, batch)) if batch.kept else None
-            if running is not None:
-                yield _from_device(*running, encoder.columns, started)
-            running = batch, copy
-            started = time.perf_counter()
+    for batch in _read_in_processes(reader, batches, workers):
+        # the copy is queued before the next batch, or it would wait for that one too
+        copy = _CopyToHost(model.encode(reader, batch)) if batch.kept else None
         if running is not None:
             yield _from_device(*running, encoder.columns, started)
-    except RuntimeError as error:
-        # torch says so when a reader process is gone; what a reader itself raised comes with its traceback
-        if "DataLoader worker" not in str(error) or "Traceback" in str(error):
-            raise
-        raise InputError(
-            f"a reader process ended ({str(error).partition(chr(10))[0][:120]}), most likely for want of memory; use "
-            "fewer --workers or a smaller --batch-size and run again: finished shards stay"
-        ) from error
+        running = batch, copy
+        started = time.perf_counter()
+    if running is not None:
+        yield _from_device(*running, encoder.columns, started)
 
 
 class _CopyToHost:
@@ -411,7 +403,28 @@ class _DeviceModel:
                 yield self.encoder.encode_pixels(piece)
 
 
-# -- reader processes
+# -- readers
+
+
+def read_batches(
+    reader: ImageReader, batches: Iterable[list[Row]], device: torch.device, *, workers: int | None = None
+) -> Generator[Batch, None, None]:
+    """Reads batches for a model that computes in this thread, in their order and a few ahead.
+
+    Args:
+        reader: makes the views.
+        batches: rows, all of splits with views or all of splits without.
+        device: of the model. For a processor threads read, and PyTorch keeps its own; else processes do.
+        workers: threads or processes; by default as of `encoded`.
+
+    Raises:
+        InputError: a reader process ended.
+    """
+    count = default_workers(device) if workers is None else workers
+    if device.type == "cpu":
+        yield from prefetch(reader.read, batches, threads=count, in_hand=count + _AHEAD)
+    else:
+        yield from _read_in_processes(reader, batches, count)
 
 
 @dataclass(frozen=True)
@@ -451,6 +464,14 @@ def _read_in_processes(reader: ImageReader, batches: Iterable[list[Row]], worker
     loading = iter(loader)
     try:
         yield from loading
+    except RuntimeError as error:
+        # torch says so when a reader process is gone; what a reader itself raised comes with its traceback
+        if "DataLoader worker" not in str(error) or "Traceback" in str(error):
+            raise
+        raise InputError(
+            f"a reader process ended ({str(error).partition(chr(10))[0][:120]}), most likely for want of memory; use "
+            "fewer --workers or a smaller --batch-size and run again: what is finished stays"
+        ) from error
     finally:
         getattr(loading, "_shutdown_workers", lambda: None)()
 

@@ -54,6 +54,7 @@ SMALLER = {
     "--batch-size": "8",
     "--batch-labeled": "8",
     "--bag-size": "4",
+    "--epochs": "1",
 }
 SMALLER_IN_PROGRAMS = {"trials": 2, "n1": 8, "m1": 8, "gamma_l": 2, "gamma_u": 2}
 QUICK = ["--steps", "4", "--eval-every", "1"]

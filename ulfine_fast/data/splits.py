@@ -162,7 +162,7 @@ def draw_split(
     ]
     if hold_out and not len(test):
         fraction = TEST_FRACTION if config.test_fraction is None else config.test_fraction
-        test, pools = _held_out(pools, fraction, keep=2)
+        test, pools = held_out_rows(pools, fraction, keep=2)
     for name, pool in zip(class_names, pools, strict=True):
         if not len(pool):
             raise InputError(f"class {name!r} has no labelled training image; add one or remove the class")
@@ -183,7 +183,7 @@ def draw_split(
     # validation images: the cache's, else some of the labelled ones
     val = _rows(np.flatnonzero((splits == "val") & (labels >= 0)))
     if hold_out and not len(val):
-        val, labeled = _held_out(labeled, config.val_fraction, keep=KEPT_BY_TRAINING)
+        val, labeled = held_out_rows(labeled, config.val_fraction, keep=KEPT_BY_TRAINING)
     return Split(
         labeled=np.sort(np.concatenate(labeled)),
         unlabeled=np.sort(unlabeled),
@@ -233,7 +233,7 @@ def _rows(values: Any) -> Rows:
     return np.asarray(values, dtype=np.int64)
 
 
-def _held_out(pools: list[Rows], fraction: float, keep: int) -> tuple[Rows, list[Rows]]:
+def held_out_rows(pools: list[Rows], fraction: float, keep: int) -> tuple[Rows, list[Rows]]:
     """Hold out a fraction of each class: at least one row of classes with more than `keep`, none of others.
 
     Returns:

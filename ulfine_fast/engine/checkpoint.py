@@ -17,10 +17,10 @@ import msgspec
 import numpy as np
 
 from ulfine_fast._version import __version__
-from ulfine_fast.cache.io.digests import BLANK, is_sealed, sealed
+from ulfine_fast.cache.io.digests import BLANK, is_sealed, safetensors_header_end, sealed
 from ulfine_fast.cache.io.errors import InputError
 from ulfine_fast.cache.io.files import make_folder, opened_regular_file, write_atomically
-from ulfine_fast.cache.io.json_files import MAX_BYTES, parse_json, read_json
+from ulfine_fast.cache.io.json_files import parse_json, read_json
 from ulfine_fast.config import FitConfig
 from ulfine_fast.core.heads import Tensors
 from ulfine_fast.data.splits import Split
@@ -128,7 +128,9 @@ class Checkpoint:
             make_folder(self.folder)
             write_atomically(self.folder / "head.json", json.dumps(self.head).encode())
         content = save(tensors, {"notes": json.dumps({"trials": list(trials), **notes}), "digest": BLANK})
-        write_atomically(self.folder / f"batch-{trials[0]}.safetensors", sealed(content, _header_end(content)))
+        write_atomically(
+            self.folder / f"batch-{trials[0]}.safetensors", sealed(content, safetensors_header_end(content))
+        )
 
     def remove(self) -> None:
         """Remove the folder, once all trial batches are done."""
@@ -216,7 +218,7 @@ def _read_batch(path: Path) -> tuple[dict[str, Any], bytes]:
     try:
         with opened_regular_file(path) as file:
             data = file.read()
-        end = _header_end(data)
+        end = safetensors_header_end(data)
         if not is_sealed(data, end):
             raise ValueError("it has changed since it was written")
     except (OSError, ValueError) as error:
@@ -225,14 +227,6 @@ def _read_batch(path: Path) -> tuple[dict[str, Any], bytes]:
     text = parse_json(data[8:end], _Header, name=str(path), fix=fix).metadata.get("notes", "").encode()
     parse_json(text, _Notes, name=str(path), fix=fix)
     return parse_json(text, dict[str, Any], name=str(path), fix=fix), data
-
-
-def _header_end(data: bytes) -> int:
-    """Where the JSON at the beginning of a safetensors file ends."""
-    end = 8 + int.from_bytes(data[:8], "little")
-    if len(data) < 8 or not 8 < end <= min(len(data), MAX_BYTES):
-        raise ValueError("its header is cut")
-    return end
 
 
 def damaged(folder: Path, error: Exception, name: str = "the checkpoint") -> InputError:

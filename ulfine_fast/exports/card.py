@@ -8,9 +8,10 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from ulfine_fast.cache.io.terminal import printable
-from ulfine_fast.exports.config import COVERAGE, REJECT, usual_thresholds
+from ulfine_fast.exports.config import COVERAGE, REJECT, calibration_of, usual_thresholds
 
 if TYPE_CHECKING:
+    from ulfine_fast.runs.calibration import Calibration
     from ulfine_fast.runs.run import Run
 
 _SPECIAL = "\\`*_{}[]()#+-.!|~$:@\"'"
@@ -56,13 +57,93 @@ def model_card(run: Run, config: dict[str, Any]) -> str:
         "## Results",
         _results(run),
         "## None of these",
-        _rejection(run),
+        _rejection(run.calibration, len(run.class_names)),
         "## Classes",
         _classes(run),
         "## Limits",
         _LIMITS.format(images="labelled images" if _estimate(run) else "test split"),
     ]
     return "\n\n".join(sections) + "\n"
+
+
+def student_card(config: dict[str, Any]) -> str:
+    """The card of a student, as :func:`model_card`, of the export folder's config.json."""
+    about = config["student"]
+    sections = [
+        _front_matter(config),
+        f"# {len(config['class_names'])} classes by {escaped(about['timm'])}",
+        f"A network of {about['parameters'] / 1e6:.2f} million parameters, trained by ulfine-fast on the soft labels "
+        f"of a classifier over frozen CLIP features ({escaped(config['method'])}, its teacher).",
+        "## Use",
+        *_use_of_student(config),
+        "## Data",
+        f"{about['images']} images trained it, each with the teacher's probabilities; {about['labels']} of them also "
+        f"with their label, at a weight of {about['label_weight']:g}. {about['held_out']} images were held out: "
+        f"{escaped(about['held_out_from'])}.",
+        "## Results",
+        _student_results(about),
+        "## None of these",
+        _rejection(calibration_of(config), len(config["class_names"])),
+        "## Classes",
+        _student_classes(config),
+        "## Limits",
+        _LIMITS.format(images="held-out images"),
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def _use_of_student(config: dict[str, Any]) -> list[str]:
+    side = config["student"]["image_size"]
+    graph = ", `model.onnx` for any ONNX runtime" if config["student"]["onnx"] else ""
+    code = 'import ulfine_fast\n\nmodel = ulfine_fast.load("this/folder")\nmodel.predict_images("images")'
+    return [
+        f"`model.safetensors` holds the weights of timm's `{escaped(config['student']['timm'])}`{graph}. Input: uint8 "
+        f"(n, {side}, {side}, 3).",
+        f"```python\n{code}\n```",
+    ]
+
+
+def _student_results(about: dict[str, Any]) -> str:
+    lines = [
+        f"It agrees with its teacher on {about['agreement']:.1%} of the {about['held_out']} held-out images, of which "
+        "it saw neither pixels nor labels."
+    ]
+    student, teacher = about["metrics"], about["teacher_metrics"]
+    if not student:
+        return "\n".join([*lines, "None of them is labelled, so that its accuracy is not known."])
+    lines += [
+        f"{about['held_out_labels']} of them are labelled.",
+        "",
+        "| metric | student | teacher |",
+        "|---|---|---|",
+    ]
+    for key, name in _METRICS.items():
+        if student.get(key) is not None and key != "ece_temperature_scaled":
+            lines.append(f"| {name} | {_three_decimals(student[key])} | {_three_decimals(teacher[key])} |")
+    lines.append(f"| calibration error (ECE) | {_three_decimals(student['ece'])} | {_three_decimals(teacher['ece'])} |")
+    difference = about["difference"]
+    if difference:
+        lines += [
+            "",
+            f"Balanced accuracy of the student less that of the teacher: {difference['mean']:+.3f}, 95% interval "
+            f"{difference['low']:+.3f} to {difference['high']:+.3f}.",
+        ]
+    return "\n".join(lines)
+
+
+def _student_classes(config: dict[str, Any]) -> str:
+    unknown = [None] * len(config["class_names"])
+    student, teacher = (
+        (config["student"][key] or {}).get("per_class_accuracy") or unknown for key in ("metrics", "teacher_metrics")
+    )
+    usual = usual_thresholds(calibration_of(config), len(unknown))
+    excluded = unknown if usual is None else usual.probability
+    rows = [
+        f"| {escaped(name)} | {_three_decimals(own)} | {_three_decimals(teachers)} | "
+        f"{'-' if least is None else f'{least:.2g}'} |"
+        for name, own, teachers, least in zip(config["class_names"], student, teacher, excluded, strict=True)
+    ]
+    return "\n".join(["| class | student | teacher | excluded below |", "|---|---|---|---|", *rows])
 
 
 def escaped(text: object) -> str:
@@ -136,10 +217,10 @@ def _results(run: Run) -> str:
     return "\n".join([about, "", "| metric | value |", "|---|---|", *rows])
 
 
-def _rejection(run: Run) -> str:
+def _rejection(calibration: Calibration | None, classes: int) -> str:
     """How images of no class are rejected, and classes excluded."""
-    usual = usual_thresholds(run.calibration, len(run.class_names))
-    if usual is None or run.calibration is None:
+    usual = usual_thresholds(calibration, classes)
+    if usual is None or calibration is None:
         return "No labels were held out, so that neither rejection nor sets of classes are calibrated."
     if math.isfinite(usual.score):
         rejection = (
@@ -149,7 +230,7 @@ def _rejection(run: Run) -> str:
     else:
         rejection = f"They are too few to reject images at a rate of {REJECT:g}"
     return (
-        f"Calibrated on {len(run.calibration)} held-out labels, each class counting the same. {rejection}. A class is "
+        f"Calibrated on {len(calibration)} held-out labels, each class counting the same. {rejection}. A class is "
         f"excluded where its probability is below that in the table, so that {COVERAGE:.0%} of the sets hold the true "
         "class; 0 is for classes with too few held-out labels ever to be excluded."
     )

@@ -13,7 +13,7 @@ import numpy as np
 from ulfine_fast._version import __version__
 from ulfine_fast.cache.io.digests import BLANK, file_digest, is_sealed, sealed
 from ulfine_fast.cache.io.errors import InputError
-from ulfine_fast.cache.io.files import read_regular_file
+from ulfine_fast.cache.io.files import read_regular_file, write_atomically
 from ulfine_fast.cache.io.json_files import MAX_BYTES, check_schema, parse_json
 from ulfine_fast.runs.calibration import SCORE, Calibration
 from ulfine_fast.runs.files import as_unicode
@@ -21,10 +21,11 @@ from ulfine_fast.runs.schemas import Encoder as EncoderRecord
 
 if TYPE_CHECKING:
     from ulfine_fast.cache.models.encoder import Encoder
+    from ulfine_fast.exports.student import Student
     from ulfine_fast.runs.run import Run
 
-# version 2 has a digest of config.json in itself
-FORMAT, VERSIONS = "ulfine-fast-model", (1, 2)
+# version 2 has a digest of config.json in itself; version 3 is of a student, which earlier programs do not open
+FORMAT, VERSIONS, STUDENT_VERSION = "ulfine-fast-model", (1, 2), 3
 CONFIG = "config.json"
 CARD = "README.md"
 # the model file of each format
@@ -66,6 +67,13 @@ class _Calibration(msgspec.Struct):
     scores: list[float]
 
 
+class _Student(msgspec.Struct):
+    """The network of a student."""
+
+    timm: str
+    image_size: Annotated[int, msgspec.Meta(ge=1)]
+
+
 class _Config(msgspec.Struct):
     """config.json, as far as it is read."""
 
@@ -80,6 +88,7 @@ class _Config(msgspec.Struct):
     config: dict[str, Any]
     pictures: _Images | None = None
     calibration: _Calibration | None = None
+    student: _Student | None = None
 
 
 def export_config(run: Run, to: str, encoder: Encoder | None) -> dict[str, Any]:
@@ -110,12 +119,7 @@ def export_config(run: Run, to: str, encoder: Encoder | None) -> dict[str, Any]:
         "created_by": f"ulfine-fast {__version__}",
     }
     if run.calibration is not None:
-        config["calibration"] = {
-            "score": SCORE,
-            "labels": run.calibration.labels.tolist(),
-            "probabilities": run.calibration.probabilities.tolist(),
-            "scores": run.calibration.scores.tolist(),
-        }
+        config["calibration"] = calibration_section(run.calibration)
     if to == "onnx":
         config["opset"] = OPSET
     if encoder is not None:
@@ -128,6 +132,43 @@ def export_config(run: Run, to: str, encoder: Encoder | None) -> dict[str, Any]:
             "resampling": reduced,
         }
     return config
+
+
+def student_config(run: Run, student: Student, calibration: Calibration, about: dict[str, Any]) -> dict[str, Any]:
+    """The content of config.json of a student, but for the two digests.
+
+    Args:
+        run: its teacher, or the first one of several seeds.
+        student: the trained network.
+        calibration: of the student's own outputs.
+        about: JSON values on its training and its results.
+    """
+    side = student.image_size
+    config = export_config(run, "safetensors", None)
+    return {
+        **config,
+        "version": STUDENT_VERSION,
+        "input": {"name": IMAGES, "shape": ["n", side, side, 3], "dtype": "uint8"},
+        "temperature": 1.0,
+        "calibration": calibration_section(calibration),
+        IMAGES: student.preprocessing,
+        "student": {
+            "timm": student.name,
+            "image_size": side,
+            "parameters": student.parameter_count,
+            **about,
+        },
+    }
+
+
+def calibration_section(calibration: Calibration) -> dict[str, Any]:
+    """What rejection and sets are calibrated on, without the ids of images."""
+    return {
+        "score": SCORE,
+        "labels": calibration.labels.tolist(),
+        "probabilities": calibration.probabilities.tolist(),
+        "scores": calibration.scores.tolist(),
+    }
 
 
 def calibration_of(config: dict[str, Any]) -> Calibration | None:
@@ -175,7 +216,16 @@ def write_config(folder: Path, config: dict[str, Any]) -> None:
     """Write an export folder's config.json, whose model file is there."""
     digests = {"sha256": file_digest(folder / config["file"]), "digest": BLANK}
     text = json.dumps({**config, **digests}, indent=2, sort_keys=True, allow_nan=False) + "\n"
-    (folder / CONFIG).write_bytes(sealed(text.encode()))
+    write_atomically(folder / CONFIG, sealed(text.encode()))
+
+
+def is_export(folder: Path) -> bool:
+    """Whether a folder has a config.json of this format, of any version; a damaged one is of none."""
+    try:
+        data = read_regular_file(folder / CONFIG, MAX_BYTES)
+        return bool(parse_json(data, dict[str, Any], name=CONFIG, fix=_FIX).get("format") == FORMAT)
+    except (OSError, InputError):
+        return False
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -193,13 +243,15 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise InputError(f"{path} cannot be read ({error.strerror or error}); {_FIX}") from error
     config = parse_json(data, dict[str, Any], name=str(path), fix=_FIX)
     written_as, version = config.get("format"), config.get("version")
-    if written_as != FORMAT or version not in VERSIONS or isinstance(version, bool):
+    if written_as != FORMAT or version not in (*VERSIONS, STUDENT_VERSION) or isinstance(version, bool):
         raise InputError(f"{path} says {written_as!r} version {version!r}, which this program does not read")
     # a file of version 1 has no digest: one with a digest had another version once
     if ("digest" in config) if version == 1 else not is_sealed(data):
         raise InputError(f"{path} has changed since it was written; {_FIX}")
     known = check_schema(config, _Config, name=str(path), fix=_FIX)
     takes_images = known.input.name == IMAGES
+    if (known.student is not None) != (version == STUDENT_VERSION) or (known.student and known.to != "safetensors"):
+        raise InputError(f"{path} is of version {version}, and its model is not; {_FIX}")
     if known.file != FORMATS[known.to] or takes_images != (known.pictures is not None):
         raise InputError(f"{path} names the file {known.file!r} and the input {known.input.name!r}; {_FIX}")
     return config

@@ -43,7 +43,9 @@ def push(
 
     config = read_config(Path(folder))
     check_model_file(Path(folder), config)
-    files = [Path(folder) / name for name in (CARD, CONFIG, config["file"]) if (Path(folder) / name).is_file()]
+    # a student may have a graph beside its model
+    names = dict.fromkeys((CARD, CONFIG, config["file"], *([FORMATS["onnx"]] if "student" in config else [])))
+    files = [Path(folder) / name for name in names if (Path(folder) / name).is_file()]
     operations = [CommitOperationAdd(path_in_repo=path.name, path_or_fileobj=path) for path in files]
     message = message or f"{config['method']} over {len(config['class_names'])} classes, as {config['to']}"
     api = HfApi(endpoint=endpoint or os.environ.get("HF_ENDPOINT"), token=token)

@@ -20,7 +20,10 @@ from ulfine_fast.exports.config import IMAGES
 from ulfine_fast.runs.predict import Predictions, Scorer, images_at, judged
 
 if TYPE_CHECKING:
+    from ulfine_fast.cache.sources.rows import Source
     from ulfine_fast.exports.load import Loaded
+
+_PLAIN_ALONE = ViewRecipe(weak=0, strong=0)
 
 
 def predict_without_encoder(
@@ -44,11 +47,8 @@ def predict_without_encoder(
     scorer.check(rate, coverage)
     source = images_at(images)
 
-    # the reader of the encoder; the last two transforms scale and normalise numbers, which the graph does
-    preprocessing, resampling = model.config[IMAGES]["open_clip"], model.config[IMAGES]["resampling"]
     try:
-        transform = Compose(image_transform_v2(PreprocessCfg(**preprocessing), is_train=False).transforms[:-2])
-        reduced = None if resampling is None else Resampling(**resampling)
+        reader = image_reader(source, model.config[IMAGES])
     # of another program: names and types may be anything
     except Exception as error:
         reason = " ".join(str(error).split())[:160] or type(error).__name__
@@ -56,7 +56,6 @@ def predict_without_encoder(
             f"config.json in {model.folder} has a preprocessing that is not one of open_clip's ({reason}); export the "
             "run again"
         ) from error
-    reader = ImageReader(source, transform, ViewRecipe(weak=0, strong=0), model.config["input"]["shape"][1], reduced)
 
     ids: list[str] = []
     skipped: list[tuple[str, str]] = []
@@ -77,3 +76,22 @@ def predict_without_encoder(
         raise InputError(f"none of the {len(skipped)} images at {images} can be read; the first: {skipped[0][1]}")
     all_scores = None if rate is None else np.concatenate(scores)
     return judged(ids, np.concatenate(blocks), all_scores, skipped, scorer, rate, coverage)
+
+
+def image_reader(
+    source: Source, preprocessing: dict[str, Any], recipe: ViewRecipe = _PLAIN_ALONE, *, on_device: bool = False
+) -> ImageReader:
+    """A reader that makes images as the encoder's does; scaling and normalisation of the numbers are left out.
+
+    Args:
+        source: of the images.
+        preprocessing: "open_clip" and "resampling" as config.json has them.
+        recipe: of the drawn views.
+        on_device: whether views are made on a device other than a processor.
+    """
+    settings = PreprocessCfg(**preprocessing["open_clip"])
+    # the last two transforms scale and normalise
+    transform = Compose(image_transform_v2(settings, is_train=False).transforms[:-2])
+    side = settings.size if isinstance(settings.size, int) else settings.size[0]
+    resampling = None if preprocessing["resampling"] is None else Resampling(**preprocessing["resampling"])
+    return ImageReader(source, transform, recipe, side, resampling, on_device)

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from numpy.typing import ArrayLike, NDArray
 
+from ulfine_fast.cache.io.device import pick_device
 from ulfine_fast.cache.io.errors import InputError
 from ulfine_fast.config import FitConfig
-from ulfine_fast.exports.config import IMAGES, calibration_of, check_model_file, outputs_of, read_config
+from ulfine_fast.exports.config import IMAGES, calibration_of, check_model_file, is_export, outputs_of, read_config
 from ulfine_fast.exports.hub import SCHEME, pull
 from ulfine_fast.runs.calibration import class_sets, reject
 from ulfine_fast.runs.run import Run, refuse_incomplete_encoder
 
 if TYPE_CHECKING:
+    from ulfine_fast.exports.student import Student
     from ulfine_fast.runs.predict import Predictions
 
 _READ_HERE = ("safetensors", "onnx")
@@ -34,18 +40,26 @@ class Loaded:
         self.folder = folder
         self.config = config
         self.class_names: list[str] = list(config["class_names"])
-        self._session: Any = None
+        # from inputs and the name of an output to its values, where a graph or a network computes them
+        self._outputs_of: Callable[[NDArray[Any], str], NDArray[np.float32]] | None = None
+        self._student: Student | None = None
         if config["encoder"] is not None:
             refuse_incomplete_encoder(config["encoder"], folder)
         file = folder / config["file"]
         tensors = {}
         if config["to"] == "onnx":
-            self._session = _onnx_session(file, config)
+            self._outputs_of = _onnx_outputs(file, config)
+        elif "student" in config:
+            # imports timm, which other models do without
+            from ulfine_fast.exports.student import opened_student, outputs_on
+
+            self._student = opened_student(config["student"], len(self.class_names), file)
+            self._outputs_of = outputs_on(self._student, torch.device("cpu"))
         else:
             from safetensors.torch import load_file
 
             tensors = load_file(file)
-        # as far as predictions need it; an ONNX file holds its tensors itself
+        # as far as predictions need it; an ONNX file and a student hold their tensors themselves
         self._run = Run(
             config=FitConfig.from_dict(config["config"], saved=True),
             class_names=self.class_names,
@@ -54,27 +68,27 @@ class Loaded:
             encoder=config["encoder"],
             calibration=calibration_of(config),
         )
-        if self._session is None:
+        if self._outputs_of is None:
             self._run.refuse_other_tensors(file)
             if [*self._run.input_shape] != config["input"]["shape"][1:]:
                 raise ValueError(f"input.shape is {config['input']['shape']}, the tensors take {self._run.input_shape}")
 
     @property
     def takes_images(self) -> bool:
-        """Whether the encoder is inside, so that inputs are images of its size."""
+        """Whether inputs are images of the model's size: of a student, or with the encoder inside."""
         return bool(self.config["input"]["name"] == IMAGES)
 
     def predict_proba(self, inputs: ArrayLike) -> NDArray[np.float32]:
         """Calibrated probabilities (n, K).
 
         Args:
-            inputs: features (n, D); or, with the encoder inside, images uint8 (n, H, W, 3) of its size.
+            inputs: features (n, D); or, where the model `takes_images`, uint8 (n, H, W, 3) of its size.
 
         Raises:
             InputError: another shape.
         """
         array = self._checked(inputs)
-        return self._run.predict_proba(array) if self._session is None else self._outputs(array, "probabilities")
+        return self._run.predict_proba(array) if self._outputs_of is None else self._outputs(array, "probabilities")
 
     def scores(self, inputs: ArrayLike) -> NDArray[np.float32]:
         """How much each image looks like one of a known class (n,), of what `predict_proba` takes.
@@ -83,7 +97,7 @@ class Loaded:
             InputError: another shape, or an ONNX file of a version that wrote none.
         """
         array = self._checked(inputs)
-        if self._session is None:
+        if self._outputs_of is None:
             return self._run.scores(array).astype(np.float32)
         self._run.calibrated()
         return self._outputs(array, "scores")
@@ -106,11 +120,10 @@ class Loaded:
         return np.ascontiguousarray(array, dtype=dtype)
 
     def _outputs(self, array: NDArray[Any], output: str) -> NDArray[np.float32]:
-        """One output of the ONNX graph, for checked inputs."""
-        if not len(array):
+        """One output of the graph or network, for checked inputs."""
+        if not len(array) or self._outputs_of is None:
             return np.zeros((0, len(self.class_names)) if output == "probabilities" else 0, np.float32)
-        values: NDArray[np.float32] = self._session.run([output], {self.config["input"]["name"]: array})[0]
-        return values
+        return self._outputs_of(array, output)
 
     def predict(self, inputs: ArrayLike) -> NDArray[np.int64]:
         """Class indices (n,) of what `predict_proba` takes."""
@@ -129,7 +142,7 @@ class Loaded:
 
         Args:
             images: as for :func:`ulfine_fast.runs.predict.predict_images`.
-            device: where to encode; a graph with the encoder inside runs on the CPU.
+            device: where to encode, or to run a student; a graph with the encoder inside runs on the CPU.
             batch_size: images taken together, at least 1.
             rate: fraction of the known classes' images that may be rejected as none of them; None rejects none.
             coverage: fraction of images whose set of classes holds their own; None makes no sets.
@@ -145,6 +158,10 @@ class Loaded:
         if self.takes_images:
             from ulfine_fast.exports.images import predict_without_encoder
 
+            if self._student is not None:
+                from ulfine_fast.exports.student import outputs_on
+
+                self._outputs_of = outputs_on(self._student, pick_device(device))
             return predict_without_encoder(self, scorer, images, batch_size, rate, coverage)
         encoder = recorded_encoder(self.config["encoder"], self.config["input"]["shape"][1:], device)
         return predict_images(
@@ -158,8 +175,44 @@ class Loaded:
         )
 
 
+@dataclass(frozen=True)
+class Predictor:
+    """A run, several seeds of one, or a model from an export folder, for image files.
+
+    Attributes:
+        seeds: runs whose probabilities are averaged.
+        predict: as :func:`ulfine_fast.runs.predict.predict_images`, without its first argument.
+    """
+
+    seeds: int
+    predict: Callable[..., Predictions]
+
+
+def open_predictor(folder: Path) -> Predictor:
+    """Opens a run folder, or one that `export` or `distill` wrote.
+
+    Raises:
+        InputError: neither, or damaged.
+    """
+    # imports open_clip, which predictions of features do without
+    from ulfine_fast.runs.predict import mean_of_seeds, predict_images
+    from ulfine_fast.runs.seeds import load_seeds
+
+    if not is_export(folder):
+        runs = load_seeds(folder)
+        return Predictor(len(runs), partial(predict_images, runs[0], scorer=mean_of_seeds(runs)))
+    model = load(folder)
+
+    def predict(images: Any, *, five_crops: bool, **options: Any) -> Predictions:
+        if five_crops:
+            raise InputError(f"{folder} is an exported model, which takes whole images; leave out --five-crops")
+        return model.predict_images(images, **options)
+
+    return Predictor(1, predict)
+
+
 def load(folder: str | Path) -> Loaded:
-    """Opens a folder that `export` wrote, as ONNX or safetensors.
+    """Opens a folder that `export` or `distill` wrote, as ONNX or safetensors.
 
     Args:
         folder: its path; "hf://owner/name", or "hf://owner/name@revision", for a repository of the Hugging Face Hub.
@@ -184,7 +237,7 @@ def load(folder: str | Path) -> Loaded:
         raise InputError(f"{folder} is damaged or of another program ({reason}); export the run again") from error
 
 
-def _onnx_session(path: Path, config: dict[str, Any]) -> Any:
+def _onnx_outputs(path: Path, config: dict[str, Any]) -> Callable[[NDArray[Any], str], NDArray[np.float32]]:
     try:
         import onnxruntime
     except ImportError as error:
@@ -199,4 +252,9 @@ def _onnx_session(path: Path, config: dict[str, Any]) -> Any:
             raise ValueError(f"the graph has the {kind} {names} of shape {shape}")
     if config["output"]["shape"][1:] != [len(config["class_names"])]:
         raise ValueError(f"the graph has {config['output']['shape'][1:]} classes, not {len(config['class_names'])}")
-    return session
+
+    def outputs(array: NDArray[Any], output: str) -> NDArray[np.float32]:
+        values: NDArray[np.float32] = session.run([output], {config["input"]["name"]: array})[0]
+        return values
+
+    return outputs

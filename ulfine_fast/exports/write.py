@@ -109,7 +109,7 @@ def _write_graph(file: Path, run: Run, module: nn.Module, config: dict[str, Any]
     else:
         example = torch.randn(shape, generator=generator)
 
-    write = {"onnx": _write_onnx, "torchscript": _write_torchscript, "torch.export": _write_exported}[config["to"]]
+    write = {"onnx": write_onnx, "torchscript": _write_torchscript, "torch.export": _write_exported}[config["to"]]
     try:
         # the exporters warn of their own internals
         with torch.no_grad(), warnings.catch_warnings():
@@ -125,12 +125,34 @@ def _write_graph(file: Path, run: Run, module: nn.Module, config: dict[str, Any]
         ) from error
 
 
-def _write_onnx(file: Path, module: nn.Module, example: Tensor, config: dict[str, Any]) -> None:
+def refuse_without_onnx() -> None:
+    """Refuse to write a graph where the packages for it are missing.
+
+    Raises:
+        InputError: names the extra to install.
+    """
     try:
-        import onnx
+        import onnx  # noqa: F401
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise InputError('export to onnx needs two more packages; pip install "ulfine-fast[export]"') from error
+
+
+def write_onnx(file: Path, module: nn.Module, example: Tensor, config: dict[str, Any]) -> None:
+    """Write a module as an ONNX graph for batches of any size.
+
+    Args:
+        file: to write.
+        module: from `example` to the outputs that `outputs_of` names.
+        example: inputs of a few rows.
+        config: the export folder's config.json.
+
+    Raises:
+        InputError: the packages are missing, or the graph would be for one size of batch.
+    """
+    refuse_without_onnx()
+    import onnx
+
     program = torch.onnx.export(
         module,
         (example,),
