@@ -8,7 +8,6 @@ from benchmarks.gpu.checks import TINY
 from benchmarks.gpu.parts import Report, Settings
 from benchmarks.results import Row
 from benchmarks.speed.floor import SHAPES, Shape
-from benchmarks.speed.trial_steps import CONTENDERS
 from benchmarks.speed.trials import measured
 
 _COUNTS = (1, 16, 64, 256, 1024)
@@ -22,7 +21,7 @@ def run_trials(settings: Settings, report: Report, name: str) -> None:
     """Measure one shape, the smallest number of trials first; torch.compile, which takes longest, comes last."""
     device = torch.device(settings.device)
     shape = TINY if settings.tiny else SHAPES[name]
-    names = [contender for contender in CONTENDERS if contender != "compiled"]
+    names = ["eager", "vmap", "specification", "fused"]
     counts = (1, 2) if settings.tiny else _COUNTS
     rounds = 1 if settings.tiny else _ROUNDS
     seconds = 0.0 if settings.tiny else _SECONDS

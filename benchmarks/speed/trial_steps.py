@@ -1,4 +1,4 @@
-"""What `benchmarks.speed.trials` compares: plain loop, compiled, vmapped; the engine's specification and fused path.
+"""What `benchmarks.speed.trials` compares: plain loop, compiled, vmapped; the engine's specification and fused paths.
 
 All of them train on the same cache and split, and start from the same weights.
 """
@@ -6,7 +6,7 @@ All of them train on the same cache and split, and start from the same weights.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -18,14 +18,19 @@ from benchmarks.speed.floor import Shape
 from ulfine_fast.cache.store import FeatureCache
 from ulfine_fast.config import FitConfig
 from ulfine_fast.core.features import DeviceFeatures
+from ulfine_fast.core.fused.arithmetic import Arithmetic
 from ulfine_fast.core.types import State
 from ulfine_fast.data.splits import Split, draw_split
 from ulfine_fast.engine.inputs import TrialInputs, trial_inputs
 from ulfine_fast.engine.steps import make_stepper
 from ulfine_fast.methods.registry import method_of
 
-CONTENDERS = ("eager", "compiled", "vmap", "specification", "fused", "native")
-ONE_TRIAL = ("eager", "compiled")
+CONTENDERS = (
+    *("eager", "compiled", "vmap", "specification", "fused", "native"),
+    *("eager_bf16", "fused_bf16", "native_bf16"),
+)
+"""Of `_bf16`, products round their inputs to bfloat16."""
+ONE_TRIAL = ("eager", "compiled", "eager_bf16")
 """Those that train one trial after another, so that their rate is the same for any number of trials."""
 
 # a schedule so long that its end is never reached
@@ -100,9 +105,10 @@ class TrainingSet:
         split = draw_split(cache.labels, cache.splits, cache.class_names, config_of(shape, cache))
         return cls(shape, cache, split, device)
 
-    def configs(self, trials: int) -> list[FitConfig]:
+    def configs(self, trials: int, precision: str = "float32") -> list[FitConfig]:
         """T trials, which differ in their seed."""
-        return [config_of(self.shape, self.cache, seed) for seed in range(trials)]
+        one = config_of(self.shape, self.cache)
+        return [replace(one, precision=precision, seed=seed) for seed in range(trials)]
 
     def inputs(self, configs: Sequence[FitConfig]) -> TrialInputs:
         """What the engine gives to a method, and draws its mini-batches from."""
@@ -154,13 +160,25 @@ def contender(name: str, training_set: TrainingSet, trials: int) -> tuple[Work, 
 
     All start from the same weights as the engine, which draws the adapter from each trial's seed.
     """
+    engine, _, rounded = name.partition("_")
     if name in ONE_TRIAL:
-        return _one_trial(training_set, None if name == "eager" else "inductor"), 1
-    inputs = training_set.inputs(training_set.configs(trials))
+        work = _one_trial(training_set, "inductor" if name == "compiled" else None)
+        return (_rounding(work, training_set.device) if rounded else work), 1
+    inputs = training_set.inputs(training_set.configs(trials, rounded or "float32"))
     state = method_of(inputs.trials.config).start(inputs.trials)
     if name == "vmap":
         return _vmapped(training_set, inputs, state), trials
-    return _engine(name, inputs, state), trials
+    return _engine(engine, inputs, state), trials
+
+
+def _rounding(work: Work, device: torch.device) -> Work:
+    """The same work with products of bfloat16, as the processor has them."""
+
+    def rounded(steps: int) -> None:
+        with Arithmetic(bfloat16=True).applied(device):
+            work(steps)
+
+    return rounded
 
 
 def _one_trial(training_set: TrainingSet, backend: str | None) -> Work:

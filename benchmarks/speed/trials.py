@@ -1,11 +1,12 @@
-"""Trial-steps per second of ULFine on cached features, by five ways to train T trials, beside what the machine allows.
+"""Trial-steps per second of ULFine on cached features, by several ways to train trials, beside what the machine allows.
 
     python -m benchmarks.speed.trials --shape S1 --trials 1,4,16,64 --threads 2 --json trials.json
 
 `eager` is a well-written loop, one trial after another; `compiled` the same under torch.compile; `vmap` the same
 functions under torch.func.vmap; `specification` the engine through autograd; `fused` its path without an autograd
-graph. Only steps are timed, not validations. Contenders are measured one after the other, several times, and a rate is
-the median of a contender's own measurements; the floor is that of `benchmarks.speed.floor`.
+graph; `native` that path with passes compiled for the processor. Names that end in `_bf16` have products of bfloat16.
+Only steps are timed, not validations. Contenders are measured one after the other, several times, and a rate is the
+median of a contender's own measurements; the floor is that of `benchmarks.speed.floor`, of float32 products.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from benchmarks.speed.trial_steps import CONTENDERS, ONE_TRIAL, TrainingSet, con
 from ulfine_fast.cache.io.device import pick_device
 from ulfine_fast.cli.main import guarded
 from ulfine_fast.engine.memory import budget
+from ulfine_fast.ops import native
 
 # compiling, first touch of buffers, threads that start; on a GPU the fourth step is recorded and later ones replayed
 _WARM_UP = 8
@@ -119,8 +121,10 @@ def _entry(name: str, training_set: TrainingSet, trials: int, seconds: float) ->
     device = training_set.device
     if name == "compiled":
         reason = _no_compiler(device)
+    elif name.startswith("native") and _why_no_native(device):
+        reason = _why_no_native(device)
     else:
-        need = training_set.shape.memory(trials, graph=name != "fused")
+        need = training_set.shape.memory(trials, graph=name in ("vmap", "specification"))
         free = _free_bytes(device)
         too_large = name not in ONE_TRIAL and need > free
         reason = f"about {need / 2**30:.0f} GiB are needed and {free / 2**30:.0f} GiB are free" if too_large else ""
@@ -136,6 +140,11 @@ def _no_compiler(device: torch.device) -> str:
         return "" if importlib.util.find_spec("triton") else "torch.compile needs Triton and it is not installed"
     compiler = shutil.which(os.environ.get("CXX", "g++"))
     return "" if compiler else "torch.compile needs a C++ compiler and none was found"
+
+
+def _why_no_native(device: torch.device) -> str:
+    """What compiled passes lack; an empty text where they have all."""
+    return (native.why_not() or "") if device.type == "cpu" else "engine native is one of processors"
 
 
 def _reset_peak(device: torch.device) -> int:

@@ -56,6 +56,14 @@ def test_without_a_compiler_compiled_is_left_out_with_the_reason(monkeypatch):
     assert trials.table(rows)[1][-1] == rows[1]["left_out"]
 
 
+@pytest.mark.parametrize("name", ["native", "native_bf16"])
+def test_compiled_passes_are_left_out_with_the_reason(name, monkeypatch):
+    monkeypatch.setattr(trials.native, "why_not", lambda: "engine native needs a C compiler")
+    rows = measure(TINY, [1], [name], CPU, rounds=1, seconds=0.0)
+    assert rows[0]["left_out"] == "engine native needs a C compiler"
+    assert trials._why_no_native(torch.device("cuda")) == "engine native is one of processors"
+
+
 def test_a_gpu_compiles_with_triton(monkeypatch):
     for module, reason in ((None, "Triton"), (object(), "")):
         monkeypatch.setattr(trials.importlib.util, "find_spec", lambda name, module=module: module)
