@@ -93,14 +93,14 @@ def _view_order(cache: FeatureCache, second: FeatureCache, order: NDArray[np.int
         )
     position = np.full(len(second), -1, dtype=np.int64)
     position[second.view_rows] = np.arange(len(second.view_rows))
-    places = position[order[cache.view_rows]]
-    if (places < 0).any():
-        name = cache.ids[int(cache.view_rows[int(np.flatnonzero(places < 0)[0])])]
+    positions = position[order[cache.view_rows]]
+    if (positions < 0).any():
+        name = cache.ids[int(cache.view_rows[int(np.flatnonzero(positions < 0)[0])])]
         raise InputError(
-            f"{int((places < 0).sum())} training images of {_name(cache)} are held out in {_name(second)}, such as "
+            f"{int((positions < 0).sum())} training images of {_name(cache)} are held out in {_name(second)}, such as "
             f"{name!r}; extract both from the same images"
         )
-    return places
+    return positions
 
 
 def _side_by_side(first: NDArray[Any], second: NDArray[Any]) -> NDArray[Any]:

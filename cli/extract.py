@@ -37,7 +37,10 @@ def extract(
     source: SourceName,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the cache.", show_default=False)],
     model: Annotated[
-        str, typer.Option(help="open_clip name, local-dir:FOLDER, hf-hub:OWNER/NAME, timm:NAME (images alone), or lite0-minilm.")
+        str,
+        typer.Option(
+            help="open_clip name, local-dir:FOLDER, hf-hub:OWNER/NAME, timm:NAME (images alone), or lite0-minilm."
+        ),
     ] = "ViT-B-16",
     pretrained: Annotated[
         str | None,

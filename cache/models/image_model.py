@@ -80,7 +80,9 @@ def create(model: str, pretrained: str | None) -> ImageModel:
     # a transformer has as many positions as its input; a convolution takes any
     size = {"img_size": side} if side and known is not None and known.fixed_input_size else {}
     overlay = {} if pretrained is None else {"pretrained_cfg_overlay": {"file": pretrained}}
-    trunk = timm.create_model(name, pretrained=True, num_classes=0, **overlay, **size)
+    # with its classifier, as timm leaves weights random that it does not find where there is to be none
+    trunk = timm.create_model(name, pretrained=True, **overlay, **size)
+    trunk.reset_classifier(0)
     data = timm.data.resolve_model_data_config(trunk)
     preprocess = {
         "size": side or data["input_size"][-2:],

@@ -104,8 +104,8 @@ def refuse_other_encoder(run: Run, cache: FeatureCache) -> None:
     pairs = [(run.encoder, describe_encoder(cache))]
     if second is not None and cache.second is not None:
         pairs.append((second, describe_encoder(cache.second)))
-    for wanted, found in pairs:
-        expected, actual = wanted or {}, found or {}
+    for wanted, read in pairs:
+        expected, actual = wanted or {}, read or {}
         for name in _ENCODER_FIELDS:
             if name in expected and expected[name] != actual.get(name):
                 raise CacheMismatch(

@@ -179,9 +179,14 @@ class Run:
 
     @property
     def input_shape(self) -> tuple[int, ...]:
-        """Shape of one image's input to :meth:`logits`: (D,), or (S, W) for tokens; (1, S W + E) beside a second one."""
+        """Shape of one image's input to :meth:`logits`: (D,), or (S, W) for tokens; (1, S W + E) with two encoders."""
         if "second_center" in self.tensors:
-            return method_of(self.config).joined_shape(self.tensors)
+            width = self.tensors["second_center"].shape[-1]
+            if "backbone.projection" in self.tensors:
+                return 1, 2 * self.tensors["backbone.projection"].shape[0] + width
+            if "projection" in self.tensors:
+                return 1, self.tensors["projection"].shape[0] + width
+            return (self.tensors["center"].shape[-1] + width,)
         if "backbone.projection" in self.tensors:
             return 2, self.tensors["backbone.projection"].shape[0]
         if "projection" in self.tensors:
