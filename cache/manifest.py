@@ -96,7 +96,7 @@ class _Fields(msgspec.Struct):
     batch_size: _Count
     shard_size: _Count
     class_names: _Texts
-    prompts: _Texts
+    prompts: list[str]
     source: _SourceFields
     tokens: list[str] = []
     token_width: _Size = 0
@@ -122,7 +122,7 @@ class Manifest:
         batch_size: images encoded together.
         shard_size: source rows that a shard covers at most.
         class_names: (K,) texts.
-        prompts: (P,) texts with {} for the class.
+        prompts: (P,) texts with {} for the class; none where the model has no text tower.
         source: kind, path or name, rows, fingerprint (over ids, labels, splits and file sizes); of a stream the number
             of parts instead of that of rows.
         tokens: names of the S tokens stored beside each feature, see `ulfine_fast.cache.models.tokens.TokenHooks`.

@@ -59,12 +59,14 @@ class FeatureCache:
         manifest: what the features are, None for a cache in memory.
         class_names: (K,) texts.
         dim: D, length of a feature.
-        text_features: float32 (K, P, D), None for a cache in memory without text.
-        prototypes: float32 (K, D) of length 1, None for a cache in memory without text.
+        text_features: float32 (K, P, D), None for a cache without text.
+        prototypes: float32 (K, D) of length 1, None for a cache without text.
         logit_scale: the model's factor on cosine similarities.
         head: the last layers of an open_clip ViT, see `ulfine_fast.cache.text.TextFeatures`; else empty.
         records: the record of each shard, in order.
         relabeled: hex SHA-256 of labels that replace the cache's own; None where they do not.
+        second: the cache of the same images by a second encoder, whose features are behind this one's in every row, see
+            `ulfine_fast.cache.two_encoders.beside`; None for one encoder.
     """
 
     def __init__(
@@ -92,6 +94,7 @@ class FeatureCache:
         self.head: dict[str, NDArray[np.float32]] = head or {}
         self.records: list[ShardRecord] = list(records)
         self.relabeled: str | None = None
+        self.second: FeatureCache | None = None
         self._loaded = arrays
         self._tokens: Tokens | None = None
         self._ids: list[str] | None = None
@@ -110,8 +113,8 @@ class FeatureCache:
         return cls(
             class_names=manifest.class_names,
             dim=manifest.dim,
-            text_features=text.features,
-            prototypes=text.prototypes,
+            text_features=text.features if manifest.prompts else None,
+            prototypes=text.prototypes if manifest.prompts else None,
             logit_scale=text.logit_scale,
             path=folder,
             manifest=manifest,

@@ -36,9 +36,9 @@ class TextFeatures:
     """Features of every class in every prompt.
 
     Attributes:
-        prompts: (K, P) texts with the class names filled in.
+        prompts: (K, P) texts with the class names filled in; P is 0 for a model without a text tower.
         features: float32 (K, P, D), rows of length 1, not averaged.
-        prototypes: float32 (K, D), mean over the prompts, then length 1.
+        prototypes: float32 (K, D), mean over the prompts, then length 1; zeros where there are no prompts.
         logit_scale: the model's factor on cosine similarities.
         head: the last layers of an open_clip ViT: `ln_post_weight` (W,), `ln_post_bias` (W,), `ln_post_eps` (1,) and
             `projection` (W, D); else empty.
@@ -52,7 +52,9 @@ class TextFeatures:
 
 
 def average(features: NDArray[Any]) -> NDArray[np.float32]:
-    """Prototypes of classes: (K, P, D) -> (K, D), mean over the prompts, then length 1."""
+    """Prototypes of classes: (K, P, D) -> (K, D), mean over the prompts, then length 1; zeros without prompts."""
+    if not features.shape[1]:
+        return np.zeros((features.shape[0], features.shape[2]), np.float32)
     mean = features.astype(np.float32).mean(axis=1)  # (K, D)
     # The small term keeps prompts that cancel out from becoming NaN.
     return mean / np.sqrt((mean**2).sum(axis=1, keepdims=True) + 1e-12)
@@ -70,7 +72,7 @@ def encode_classes(encoder: Encoder, texts: Sequence[Sequence[str]]) -> TextFeat
     """
     flat = [text for row in texts for text in row]
     refuse_same_texts(encoder, texts)
-    features = encoder.encode_texts(flat).numpy().reshape(len(texts), -1, encoder.spec.dim)  # (K, P, D)
+    features = encoder.encode_texts(flat).numpy().reshape(len(texts), len(texts[0]), encoder.spec.dim)  # (K, P, D)
     if not np.isfinite(features).all():
         bad = int(np.flatnonzero(~np.isfinite(features).all(axis=2).reshape(-1))[0])
         raise InputError(f"the model gives a feature that is not finite for the text {flat[bad]!r}; use another model")
@@ -81,7 +83,7 @@ def encode_classes(encoder: Encoder, texts: Sequence[Sequence[str]]) -> TextFeat
 def refuse_same_texts(encoder: Encoder, texts: Sequence[Sequence[str]]) -> None:
     """Refuses two classes of the same tokens in every prompt, whose prototypes would be equal."""
     seen: dict[bytes, Sequence[str]] = {}
-    for row in texts:
+    for row in filter(None, texts):
         tokens = encoder.tokenize(row)  # (P, L)
         other = seen.setdefault(tokens.numpy().tobytes(), row)
         if other is not row:

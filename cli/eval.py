@@ -16,6 +16,9 @@ def evaluate(
     cache: Annotated[
         Path | None, typer.Option(help="Evaluate on this cache's test images (all labelled ones if it has no test).")
     ] = None,
+    second: Annotated[
+        Path | None, typer.Option("--with", help="Of a run of two encoders: the same images' cache by the second one.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the metrics as JSON.")] = False,
 ) -> None:
     """Compute a run's metrics again from its head, on its own test split or another cache of the same encoder.
@@ -31,7 +34,7 @@ def evaluate(
 
     fitted = Run.load(run)
     with working("evaluate"):
-        metrics = evaluate_run(fitted, cache)
+        metrics = evaluate_run(fitted, cache, second)
     if as_json:
         typer.echo(json.dumps(metrics))
         return

@@ -37,7 +37,10 @@ def extract(
     source: SourceName,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the cache.", show_default=False)],
     model: Annotated[
-        str, typer.Option(help="open_clip name, local-dir:FOLDER, hf-hub:OWNER/NAME, or lite0-minilm.")
+        str,
+        typer.Option(
+            help="open_clip name, local-dir:FOLDER, hf-hub:OWNER/NAME, timm:NAME (images alone), or lite0-minilm."
+        ),
     ] = "ViT-B-16",
     pretrained: Annotated[
         str | None,
@@ -113,13 +116,13 @@ def extract(
         return
     from ulfine_fast.cache.io.progress import working
     from ulfine_fast.cache.models.options import ModelOptions
-    from ulfine_fast.cache.models.prompts import DEFAULT_PROMPTS, read_prompts
+    from ulfine_fast.cache.models.prompts import read_prompts
     from ulfine_fast.cache.pipeline.extract import extract as run
     from ulfine_fast.cache.pipeline.views import ViewRecipe
     from ulfine_fast.cache.sources import open_source
 
     recipe = ViewRecipe(weak=weak, strong=strong, seed=view_seed, weak_scale=(smallest_crop, 1.0))
-    templates = DEFAULT_PROMPTS if prompts is None else read_prompts(prompts)
+    templates = None if prompts is None else read_prompts(prompts)
     options = ModelOptions(model, pretrained, precision, features, exact, compiled)
     # The source first: a wrong path should not cost the loading of a model.
     with working("list images"):

@@ -18,6 +18,10 @@ def fit(
     out: Annotated[Path, typer.Option("--out", "-o", help="Run folder to write.")] = Path("run"),
     config: Annotated[Path | None, typer.Option(help="TOML file of options, such as best.toml of a sweep.")] = None,
     seeds: Annotated[int, typer.Option(help="How many seeds to fit together.", min=1, max=10_000)] = 1,
+    second: Annotated[
+        Path | None,
+        typer.Option("--with", help="Cache of the same images by a second encoder; ulfine_plus reads both."),
+    ] = None,
     split: Annotated[Path | None, typer.Option(help="Saved split.json, or a run, for every seed.")] = None,
     labels: Annotated[Path | None, typer.Option(help="Table of corrected labels: id, label.")] = None,
     log: Annotated[list[str] | None, typer.Option(help="Also log for tensorboard, wandb or mlflow.")] = None,
@@ -37,7 +41,9 @@ def fit(
     first = print_warnings(lambda: FitConfig(**options))
     configs = [FitConfig.from_dict({**first.to_dict(), "seed": first.seed + i}) for i in range(seeds)]
 
+    from ulfine_fast.cache.io.progress import working
     from ulfine_fast.cache.store import FeatureCache
+    from ulfine_fast.cache.two_encoders import beside
     from ulfine_fast.data.corrections import corrected, corrected_split, read_corrections
     from ulfine_fast.engine.checkpoint import saved_step
     from ulfine_fast.engine.fit import fit_many
@@ -55,6 +61,9 @@ def fit(
 
     # features and split, under corrected labels where there are any
     features = FeatureCache.open(cache)
+    if second is not None:
+        with working("join the caches"):
+            features = beside(features, FeatureCache.open(second))
     saved_split = None if split is None else split_at(split, features.ids)
     if labels is not None:
         corrections = read_corrections(labels)

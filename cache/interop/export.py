@@ -98,6 +98,8 @@ def export(
     if rows_per_file < 1:
         raise InputError(f"rows per file must be at least 1, got {rows_per_file}")
     opened = _FinishedCache.open(to_path(cache))
+    if to == "clip-retrieval" and not opened.manifest.prompts:
+        raise InputError(f"{opened.folder} has no texts of its classes, which clip-retrieval reads; use --to npy")
     target = Path(out)
     _prepare_folder(opened, target, to, rows_per_file)
     rows = sum(record.rows for record in opened.records)
@@ -116,7 +118,9 @@ def export(
         else:
             files = _write_arrays(opened, target, advance)
     # The classes, in every layout.
-    classes = {"text_features": opened.text.features, "class_names": np.asarray(opened.manifest.class_names)}
+    classes = {"class_names": np.asarray(opened.manifest.class_names)}
+    if opened.manifest.prompts:
+        classes = {"text_features": opened.text.features, **classes}
     for name, content in classes.items():
         with array_writer(target / f"{name}.npy", content.shape, content.dtype) as append:
             append(content)

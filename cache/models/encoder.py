@@ -24,7 +24,7 @@ from ulfine_fast.cache.io.errors import InputError
 from ulfine_fast.cache.io.home import cache_home
 from ulfine_fast.cache.io.hub import load_from_hub, one_line
 from ulfine_fast.cache.io.names import did_you_mean, one_of
-from ulfine_fast.cache.models import lite0_minilm
+from ulfine_fast.cache.models import image_model, lite0_minilm
 from ulfine_fast.cache.models.tokens import TokenHooks
 from ulfine_fast.cache.pipeline.resample import Resampling
 
@@ -53,7 +53,7 @@ class ModelSpec:
     """What identifies a frozen model.
 
     Attributes:
-        name: an open_clip name, `local-dir:/absolute/path`, `hf-hub:owner/name`, or `lite0-minilm`.
+        name: an open_clip name, `local-dir:/absolute/path`, `hf-hub:owner/name`, `timm:name`, or `lite0-minilm`.
         pretrained: tag or absolute path of a checkpoint; None where the name alone identifies the weights.
         sha256: over the names, types and bytes of all tensors, so independent of the file's form.
         image_size: side of the square input, in pixels.
@@ -193,6 +193,11 @@ class Encoder:
             self.model.visual.compile()
 
     @property
+    def reads_texts(self) -> bool:
+        """Whether the model has a text tower; a model of timm has none."""
+        return not isinstance(self.model, image_model.ImageModel)
+
+    @property
     def preprocessing(self) -> str:
         """The evaluation preprocessing as text, the same in every process."""
         # Functions in a Compose print their addresses, which would make two equal manifests differ.
@@ -267,6 +272,8 @@ class Encoder:
         """
         if not texts:
             return torch.empty(0, self.spec.dim)
+        if not self.reads_texts:
+            raise InputError(f"{self.spec.name} encodes images alone; name a model with a text tower, such as ViT-B-16")
         parts = self.tokenize(texts).split(_TEXT_BATCH)
         with float32_products(self.device, tf32=False):
             features = torch.cat([self.model.encode_text(part.to(self.device)) for part in parts])  # (n, D)
@@ -326,9 +333,10 @@ def load_encoder(
     """Loads a model and its weights; a hub is asked only for names whose weights are not on this machine yet.
 
     Args:
-        model: an open_clip name, `local-dir:FOLDER`, `hf-hub:OWNER/NAME`, or `lite0-minilm` (built on first use).
-        pretrained: open_clip's tag, or a checkpoint file (read with `weights_only`); only for open_clip names, and
-            "openai" for the default model.
+        model: an open_clip name, `local-dir:FOLDER`, `hf-hub:OWNER/NAME`, `timm:NAME` for images alone, or
+            `lite0-minilm` (built on first use).
+        pretrained: open_clip's tag, or a checkpoint file (read with `weights_only`); only for names of open_clip and
+            timm, and "openai" for the default model.
         device: "auto" (a GPU if there is one), "cpu", "cuda", "cuda:1", "mps".
         precision: "fp32", exact on every device; "tf32", the same on a GPU with inputs of products rounded to 10 bits;
             "bf16" or "fp16" for mixed precision.
@@ -375,6 +383,9 @@ def _resolve(model: str, pretrained: str | None) -> tuple[str, str | None, str]:
     """Name and tag for the record, and open_clip's name; paths become absolute, so that a run works from any folder."""
     if pretrained is not None and (model == lite0_minilm.NAME or model.startswith(_SCHEMES)):
         raise InputError(f"{model} brings its own weights, so leave out --pretrained {pretrained}")
+    if model.startswith(image_model.SCHEME):
+        name, weights = image_model.resolve(model, pretrained)
+        return name, weights, name
     if model == lite0_minilm.NAME:
         return model, None, f"local-dir:{lite0_minilm.ensure_built()}"
     if model.startswith("local-dir:"):
@@ -386,6 +397,8 @@ def _resolve(model: str, pretrained: str | None) -> tuple[str, str | None, str]:
         return model, None, model
     known = open_clip.list_models()
     if model not in known:
+        if image_model.is_known(model):
+            raise InputError(f"unknown model {model!r}; for images alone name {image_model.SCHEME}{model}")
         hint = did_you_mean(model, [*known, lite0_minilm.NAME], _MODELS_FIX, most=3)
         raise InputError(f"unknown model {model!r}{hint}")
 
@@ -407,9 +420,12 @@ def _resolve(model: str, pretrained: str | None) -> tuple[str, str | None, str]:
 
 def _create(handle: str, pretrained: str | None) -> Any:
     """The open_clip module with its weights; every failure becomes one sentence."""
-    tag = open_clip.get_pretrained_cfg(handle, pretrained) if pretrained else {}
+    images_only = handle.startswith(image_model.SCHEME)
+    tag = open_clip.get_pretrained_cfg(handle, pretrained) if pretrained and not images_only else {}
 
     def create() -> Any:
+        if images_only:
+            return image_model.create(handle, pretrained)
         # open_clip only warns when a tag was trained with QuickGELU and the architecture says GELU (ViT-B-16 with
         # openai): the features would be off, so the tag decides.
         return open_clip.create_model(

@@ -44,7 +44,7 @@ def extract(
     out: str | Path,
     *,
     views: ViewRecipe | None = None,
-    prompts: Sequence[str] = DEFAULT_PROMPTS,
+    prompts: Sequence[str] | None = None,
     dtype: str = "float16",
     batch_size: int = 32,
     shard_size: int = 1024,
@@ -61,7 +61,8 @@ def extract(
         encoder: the frozen model.
         out: folder of the cache, or a URL that fsspec knows, such as s3://bucket/cache; new, empty, or a cache.
         views: what to draw beside the plain view; one weak and one strong view by default.
-        prompts: (P,) texts with {} for the class name.
+        prompts: (P,) texts with {} for the class name; `DEFAULT_PROMPTS` by default, and none for a model without a
+            text tower.
         dtype: "float16", "float32" or "int8" with a scale a row, of the stored features.
         batch_size: images encoded together, at least 1. Part of the cache's identity: it moves the last bits.
         shard_size: source rows a shard covers, at least 1; an interruption loses at most this much work.
@@ -89,7 +90,11 @@ def extract(
             raise InputError(f"{name} must be at least {least}, got {value}")
     if not 0 <= max_skipped <= 1:
         raise InputError(f"max skipped must be a fraction from 0 to 1, got {max_skipped}")
-    if not prompts:
+    if prompts and not encoder.reads_texts:
+        raise InputError(f"{encoder.spec.name} encodes images alone and reads no prompts; leave them out")
+    if prompts is None:
+        prompts = DEFAULT_PROMPTS if encoder.reads_texts else ()
+    if not prompts and encoder.reads_texts:
         raise InputError("there must be at least one prompt, such as 'a photo of a {}.'")
     if not -(2**63) <= recipe.seed < 2**63:
         raise InputError(f"view seed must fit into 64 bits, got {recipe.seed}")

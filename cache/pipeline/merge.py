@@ -234,7 +234,7 @@ def _united_text(inputs: Sequence[_Input], keys: Sequence[str]) -> TextFeatures:
                 continue  # another form of the name, which a model may read as another text: the first one counts
             if known != again:
                 raise CachesDiffer(f"text of {name!r}", owner.folder, known[0], cache.folder, again[0])
-            gap = float(np.abs(owner.text.features[owner_label] - cache.text.features[label]).max())
+            gap = float(np.abs(owner.text.features[owner_label] - cache.text.features[label]).max(initial=0.0))
             if gap > _TEXT_TOLERANCE:
                 raise InputError(
                     f"the text features of class {name!r} differ by up to {gap:.2g} between {owner.folder} and "

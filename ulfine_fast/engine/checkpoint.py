@@ -151,6 +151,8 @@ def cache_fingerprint(cache: FeatureCache) -> str:
         for record in cache.records:
             digest.update(record.checksum.encode())
         digest.update((cache.relabeled or "").encode())
+        if cache.second is not None:
+            digest.update(cache_fingerprint(cache.second).encode())
         return digest.hexdigest()
     digest.update(json.dumps([cache.class_names, cache.ids, cache.splits.tolist()]).encode())
     arrays = [cache.labels, cache.plain, cache.views("weak"), cache.views("strong"), cache.view_rows]

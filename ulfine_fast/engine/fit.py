@@ -22,7 +22,7 @@ from ulfine_fast.engine.cross_validation import add_estimate
 from ulfine_fast.engine.scheduling import schedule
 from ulfine_fast.engine.steps import ENGINES
 from ulfine_fast.engine.trial_batch import TrialBatch, Watch
-from ulfine_fast.engine.validate import check_crops, check_held_out, check_labels, check_tokens
+from ulfine_fast.engine.validate import check_crops, check_held_out, check_labels, check_second, check_tokens
 from ulfine_fast.methods.registry import method_of
 from ulfine_fast.runs.run import Run
 
@@ -105,6 +105,7 @@ def fit_many(
     with current_device(torch_device):
         with working("prepare the fit", progress):
             check_tokens(cache, configs)
+            check_second(cache, configs)
             judged: dict[int, Folds] = {}
             asked = list(configs)
             if split is None:

@@ -29,7 +29,7 @@ from ulfine_fast.methods.registry import method_of
 from ulfine_fast.metrics import classification as metrics
 from ulfine_fast.ops.calibration import confidences, fit_temperatures, shift_to_largest_
 from ulfine_fast.runs.calibration import Calibration
-from ulfine_fast.runs.run import Run, describe_encoder
+from ulfine_fast.runs.run import Run, describe_encoder, describe_second
 
 if TYPE_CHECKING:
     from ulfine_fast.cache.store import FeatureCache
@@ -311,6 +311,7 @@ class TrialBatch:
                 cache_path=None if self.cache.path is None else self.cache.path.resolve(),
                 status=self.status[t],
                 relabeled=self.cache.relabeled,
+                second=describe_second(self.cache),
             )
             if self.status[t] != "done":
                 run.metrics |= {"status": self.status[t], f"{self.status[t]}_at": self.left[t]}

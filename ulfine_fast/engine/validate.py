@@ -44,6 +44,21 @@ def check_tokens(cache: FeatureCache, configs: Sequence[FitConfig]) -> None:
             )
 
 
+def check_second(cache: FeatureCache, configs: Sequence[FitConfig]) -> None:
+    """Refuse features of a second encoder for methods that read one space.
+
+    Raises:
+        InputError: names the methods that read both.
+    """
+    for config in configs:
+        if cache.second is not None and not method_of(config).takes_second:
+            others = [name for name in registry.names() if registry.find(name).method.takes_second]
+            raise InputError(
+                f"method {config.method} reads the features of one encoder; fit it without the second cache, or use "
+                f"{', '.join(others)}"
+            )
+
+
 def check_crops(cache: FeatureCache, configs: Sequence[FitConfig]) -> None:
     """Refuse a schedule of crops where there are none, or where their areas are not recorded.
 

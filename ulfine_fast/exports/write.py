@@ -60,6 +60,10 @@ def export(run: Run, out: str | Path, *, to: str = "safetensors", encoder: Encod
         raise one_of("the format", to, FORMATS)
     if encoder is not None and to == "safetensors":
         raise InputError("safetensors holds the run alone; choose onnx, torchscript or torch.export for the encoder")
+    if run.second is not None:
+        raise InputError(
+            "a run of two encoders is not exported; predict with the run, or fit one encoder and export it"
+        )
     folder = Path(out)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{folder} exists and is not an empty folder; choose a new one")

@@ -117,6 +117,7 @@ class Method(ABC):
         uses_threshold: whether pseudo-labels train only over `threshold`; False where all train, by weight.
         calibrates: whether its probabilities are calibrated by itself, so that no temperature is fitted on validation.
         takes_tokens: whether it reads features through the adapter alone, so that the adapter may be in the encoder.
+        takes_second: whether it reads features of two encoders side by side, see `cache.two_encoders.beside`.
         not_read: options that only another way of fitting it reads, see :meth:`of`; sweeps do not try them by default.
     """
 
@@ -129,6 +130,7 @@ class Method(ABC):
     uses_threshold: bool = True
     calibrates: bool = False
     takes_tokens: bool = False
+    takes_second: bool = False
     not_read: frozenset[str] = frozenset()
 
     @classmethod

@@ -49,8 +49,10 @@ from ulfine_fast.ops.prototypes import class_means, normalize
 if TYPE_CHECKING:
     from ulfine_fast.cache.store import FeatureCache
 
-# dimensions of the feature before the projection that are kept beside the projected one
+# dimensions of the feature before the projection that are kept beside the projected one, and of a second encoder
 WIDE = 192
+# candidates: the length of a second encoder's feature in the joined one, beside leaving it out
+SECOND_WEIGHTS = (0.5, 0.5**0.5, 0.75**0.5)
 PROBE_STEPS = 100
 PROBE_RATE = 0.2
 # candidates: scale, and whether strong views train too; which of them is best depends on the encoder
@@ -156,6 +158,7 @@ class ULFinePlus(Method):
     # each candidate has its temperature by all held-out labels; a few validation images would only spoil it
     calibrates = True
     takes_tokens = True
+    takes_second = True
 
     def check(self, cache: FeatureCache, config: FitConfig, split: Split) -> None:
         """Refuse a feature that the cache does not hold."""
@@ -175,15 +178,50 @@ class ULFinePlus(Method):
         return sample * (dim + candidates) + clusters + probes + labeled + 4 * TOGETHER * views * dim + 8 * dim * dim
 
     def inputs(self, cache: FeatureCache, splits: Sequence[Split], device: torch.device) -> Inputs:
-        """Whether the classes have texts, whose worth is then measured."""
-        return Inputs(shared={"has_text": torch.tensor(cache.prototypes is not None)})
+        """Whether the classes have texts, whose worth is then measured, and the length of a second encoder's rows."""
+        second = 0 if cache.second is None else cache.second.dim
+        return Inputs(shared={"has_text": torch.tensor(cache.prototypes is not None), "second": torch.tensor(second)})
 
     def start(self, trials: Trials) -> State:
         """The textual prototypes (T, K, D), until the pool has been seen."""
         return State({}, {"linear": trials.prototypes.clone()})
 
     def refresh(self, trials: Trials, state: State, pool: Pool, step: int) -> None:
-        """Judge the starting priors by labels that are held out, then fit those that are worth it with all labels."""
+        """Fit the clusters; of two encoders with each weight of the second, of which held-out labels choose one."""
+        if not int(trials.inputs.shared.get("second", torch.zeros(()))):
+            self._fit(trials, state, pool)
+            return
+        fits = []
+        weights = (0.0, *SECOND_WEIGHTS)
+        for number, weight in enumerate(weights):
+
+            def report(fraction: float, number: int = number) -> None:
+                pool.report((number + fraction) / len(weights))
+
+            fits.append(State({}))
+            self._fit(trials, fits[-1], replace(pool, report=report), weight)
+
+        # the weight under which held-out labels are most likely, where they are more so than by chance
+        classes = trials.prototypes.shape[1]
+        known = fits[0].scratch["held_out_probabilities"].isfinite()  # (T, L)
+        likelihoods = torch.stack([_log_likelihoods(one.scratch) for one in fits])  # (V, T, L)
+        gains = torch.stack([balanced_gain(one - likelihoods[0], pool.labels, known, classes) for one in likelihoods])
+        best, best_gain = _best_gain(gains)
+        chosen = torch.where(_exceeds_error(best_gain), best, 0)  # (T,)
+        state.memory |= _of_variant([one.memory for one in fits], chosen)
+        state.scratch |= _of_variant([one.scratch for one in fits], chosen)
+        state.scratch["weight_of_second"] = torch.tensor(weights, device=chosen.device)[chosen].square()
+
+        # what the second encoder is worth at its best weight, whether it was chosen or not
+        rights = torch.stack([one.scratch["held_out_right"] for one in fits]).nan_to_num()  # (V, T, L)
+        right = rights[best, torch.arange(len(best), device=best.device)]
+        state.scratch["gain_second"] = balanced_gain(right - rights[0], pool.labels, known, classes)
+
+    def _fit(self, trials: Trials, state: State, pool: Pool, weight: float | None = None) -> None:
+        """Judge the starting priors by labels that are held out, then fit those that are worth it with all labels.
+
+        With the features of two encoders the second one's has the length `weight` in the joined feature.
+        """
         values = trials.values
         classes = trials.prototypes.shape[1]
 
@@ -199,12 +237,12 @@ class ULFinePlus(Method):
             pool.report,
         )
 
-        # the feature before the projection, in its main directions, which a sample shows
+        # the feature before the projection, or of a second encoder, in main directions, which a sample shows
         index, present = _sample_rows(trials.seeds, pool, sample_size)
         joining: Tensors = {}
-        if trials.config.feature == "pre-projection":
+        if trials.config.feature == "pre-projection" or weight is not None:
             rows = torch.cat([pool.labeled_rows, index], dim=1)
-            joining = _joining(trials, pool.features, rows, torch.cat([pool.labels >= 0, present], dim=1))
+            joining = _joining(trials, pool.features, rows, torch.cat([pool.labels >= 0, present], dim=1), weight)
             pool = replace(pool, features=_Joined.of(pool.features, joining))
             trials = replace(trials, prototypes=_joined_texts(trials.prototypes, joining))
 
@@ -290,7 +328,9 @@ class ULFinePlus(Method):
             own_probabilities.append(own.squeeze(-1))
             own_scores.append(torch.logsumexp(_mixed_logits(logits, weights, temperatures), dim=-1))
         right = torch.cat(by_probe, dim=1).to(weights.dtype)  # (T, L)
-        gain = torch.cat(by_mixture, dim=1).to(weights.dtype) - right
+        right_by_mixture = torch.cat(by_mixture, dim=1).to(weights.dtype)
+        gain = right_by_mixture - right
+        state.scratch["held_out_right"] = torch.where(known, right_by_mixture, torch.nan)
         state.scratch["held_out"] = known.sum(1)
         for name, columns_of in (("probabilities", own_probabilities), ("scores", own_scores)):
             state.scratch[f"held_out_{name}"] = torch.where(known, torch.cat(columns_of, dim=1), torch.nan)
@@ -307,7 +347,10 @@ class ULFinePlus(Method):
 
     def evidence(self, trials: Trials, state: State) -> Tensors:
         """Gains on held-out labels, with intervals, and what the unlabelled images are like."""
-        names = ("held_out", "gain_unlabeled", "gain_text", "weight_of_probe", "no_class", "estimated_prior")
+        names = (
+            *("held_out", "gain_unlabeled", "gain_text", "gain_second", "weight_of_second"),
+            *("weight_of_probe", "no_class", "estimated_prior"),
+        )
         return {name: state.scratch[name] for name in names if name in state.scratch}
 
     def held_out(self, trials: Trials, state: State) -> Tensors:
@@ -390,55 +433,156 @@ def _sample_rows(seeds: Tensor, pool: Pool, most: int) -> tuple[Tensor, Tensor]:
     return index, present
 
 
-def _joining(trials: Trials, features: DeviceFeatures, index: Tensor, present: Tensor) -> Tensors:
-    """What :func:`_join` needs, from training rows (T, n) that are present (T, n), and the encoder's end."""
-    encoder: Tensors = {"projection": trials.head["projection"].expand(len(index), -1, -1)}
-    if "ln_post_weight" in trials.head:
-        # two tokens of the last block, from before the encoder's last norm
-        encoder = frozen_end(trials.head, len(index))
+def _joining(trials: Trials, features: DeviceFeatures, index: Tensor, present: Tensor, weight: float | None) -> Tensors:
+    """What :func:`_join` needs, from training rows (T, n) that are present (T, n), and the encoder's end.
+
+    Without a second encoder `weight` is None; with one it is the length of its feature in the joined one, at least 0.
+    """
 
     def parts(read: Callable[[Tensors, Tensor], Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
         for rows, rows_present in zip(index.split(TOGETHER, 1), present.split(TOGETHER, 1), strict=True):
-            yield read(encoder, features.rows(rows)), rows_present
+            yield read(tensors, features.rows(rows)), rows_present
 
-    scatter = Scatter.of(parts(_wide)).covariance
-    return {
-        **encoder,
-        "center": Scatter.of(parts(_projected)).mean,
-        "basis": leading_directions(scatter, min(WIDE, scatter.shape[-1])),
-    }
+    tensors: Tensors = {}
+    trial_count = len(index)
+    if weight is not None:
+        # its length says where the second feature begins
+        width = int(trials.inputs.shared["second"])
+        tensors["second_center"] = trials.zeros().view(-1, 1, 1).expand(-1, 1, width)
+    if trials.config.feature == "pre-projection":
+        if "ln_post_weight" in trials.head:
+            # two tokens of the last block, from before the encoder's last norm
+            tensors |= frozen_end(trials.head, trial_count)
+        else:
+            tensors["projection"] = trials.head["projection"].expand(trial_count, -1, -1)
+        scatter = Scatter.of(parts(_wide)).covariance
+        tensors["center"] = Scatter.of(parts(_projected)).mean
+        tensors["basis"] = leading_directions(scatter, min(WIDE, scatter.shape[-1]))
+    if weight:
+        scatter_of_second = Scatter.of(parts(_second))
+        if "center" not in tensors:
+            tensors["center"] = Scatter.of(parts(_projected)).mean
+        tensors |= {
+            "second_center": scatter_of_second.mean,
+            "second_basis": leading_directions(scatter_of_second.covariance, min(WIDE, width)),
+            "second_weight": trials.zeros() + weight,
+        }
+    return tensors
 
 
-def _wide(tensors: Tensors, tokens: Tensor) -> Tensor:
+def _split(tensors: Tensors, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows of the first encoder (T, B, ...) and features of the second (T, B, E), where E may be 0."""
+    width = tensors["second_center"].shape[-1] if "second_center" in tensors else 0
+    return rows[..., : rows.shape[-1] - width], rows[..., rows.shape[-1] - width :]
+
+
+def _second(tensors: Tensors, rows: Tensor) -> Tensor:
+    """Unit features of the second encoder (T, B, E)."""
+    return normalize(_split(tensors, rows)[1])
+
+
+def _wide(tensors: Tensors, rows: Tensor) -> Tensor:
     """The feature before the projection (T, B, W), of any length, from tokens (T, B, S W)."""
-    if "projection" in tensors:
+    tokens = _split(tensors, rows)[0]
+    if "backbone.projection" not in tensors:
         return tokens
     return last_norm(tensors, tokens, tokens.new_zeros(len(tokens)))
 
 
-def _projected(tensors: Tensors, tokens: Tensor) -> Tensor:
-    """Unit features (T, B, D) from tokens (T, B, S W)."""
-    projection = tensors["projection"] if "projection" in tensors else tensors["backbone.projection"]
-    return normalize(_wide(tensors, tokens) @ projection)
+def _projected(tensors: Tensors, rows: Tensor) -> Tensor:
+    """Unit features (T, B, D) from tokens (T, B, S W), or from features where there is no projection."""
+    wide = _wide(tensors, rows)
+    for name in ("projection", "backbone.projection"):
+        if name in tensors:
+            wide = wide @ tensors[name]
+    return normalize(wide)
 
 
 def _join(tensors: Tensors, features: Tensor) -> Tensor:
-    """Unit rows (T, B, D + R): projected features around their mean, beside the wider features' main directions.
+    """Unit rows of what is classified, side by side (T, B, D + R).
+
+    Projected features around their mean; with a "basis" half of the row is the wider feature in main directions; with a
+    "second_basis" a part as long as the second weight is the second encoder's feature around its mean, likewise.
 
     Args:
-        tensors: "center" (T, 1, D), "basis" (T, W, R), and the encoder's end; without them features stay as they are.
-        features: unit features (T, B, D), or tokens (T, B, S W).
+        tensors: "center" (T, 1, D), "basis" (T, W, R), the encoder's end, "second_center" (T, 1, E), "second_basis"
+            (T, E, R), "second_weight" (T,), as far as there are any; without them features stay as they are.
+        features: unit features (T, B, D), or tokens (T, B, S W), each with the second encoder's feature behind it.
     """
-    if "basis" not in tensors:
-        return features
-    centered = normalize(_projected(tensors, features) - tensors["center"])
-    return torch.cat([centered, normalize(_wide(tensors, features) @ tensors["basis"])], dim=-1) * 0.5**0.5
+    if "center" not in tensors:
+        return normalize(_split(tensors, features)[0]) if "second_center" in tensors else features
+    own = normalize(_projected(tensors, features) - tensors["center"])
+    if "basis" in tensors:
+        own = torch.cat([own, normalize(_wide(tensors, features) @ tensors["basis"])], dim=-1) * 0.5**0.5
+    if "second_basis" not in tensors:
+        return own
+    second = normalize((_second(tensors, features) - tensors["second_center"]) @ tensors["second_basis"])
+    return _weighed(own, second, tensors["second_weight"])
+
+
+def _weighed(own: Tensor, second: Tensor, weight: Tensor) -> Tensor:
+    """Unit rows (T, n, D + R) of unit rows (T, n, D) and (T, n, R), the second of length weight (T,)."""
+    weight = weight.view(-1, 1, 1)
+    return torch.cat([(1 - weight.square()).sqrt() * own, weight * second], dim=-1)
 
 
 def _joined_texts(prototypes: Tensor, tensors: Tensors) -> Tensor:
-    """Prototypes (T, K, D) around their mean, zero in the wider features' directions (T, K, D + R)."""
-    centered = normalize(prototypes - prototypes.mean(1, keepdim=True))
-    return F.pad(centered, (0, tensors["basis"].shape[-1]))
+    """Prototypes (T, K, D) around their mean, zero in the wider features' directions (T, K, D + R).
+
+    Of two encoders (T, K, D + E), where those of an encoder without texts are zero.
+    """
+    texts, second = _split(tensors, prototypes)
+    if "center" not in tensors:
+        return normalize(texts)
+    own = normalize(texts - texts.mean(1, keepdim=True))
+    if "basis" in tensors:
+        own = F.pad(own, (0, tensors["basis"].shape[-1]))
+    if "second_basis" not in tensors:
+        return own
+    turned = normalize((second - second.mean(1, keepdim=True)) @ tensors["second_basis"])
+    return normalize(_weighed(own, turned, tensors["second_weight"]))
+
+
+def _log_likelihoods(scratch: Tensors) -> Tensor:
+    """Log-likelihood of each label by the fit without it (T, L), zero where no fit was without it."""
+    return torch.log(scratch["held_out_probabilities"].nan_to_num(1.0).clamp(min=1e-12))
+
+
+def _best_gain(gains: Tensor) -> tuple[Tensor, Tensor]:
+    """The variant of the largest mean gain but the first, which the others are compared with (T,), and its gain (T, 3).
+
+    Args:
+        gains: mean, lower and upper end (V, T, 3), NaN where there are too few labels.
+    """
+    best = 1 + gains[1:, :, 0].nan_to_num(-torch.inf).argmax(0)
+    return best, gains[best, torch.arange(len(best), device=best.device)]
+
+
+def _exceeds_error(gain: Tensor) -> Tensor:
+    """Whether a gain (T, 3) is larger than its standard error (T,); one of too few labels is not."""
+    return gain[:, 0] > (gain[:, 2] - gain[:, 0]) / 1.96
+
+
+def _of_variant(variants: Sequence[Tensors], chosen: Tensor) -> Tensors:
+    """Each trial's tensors (T, ...) from the variant that was chosen for it (T,).
+
+    Shorter tensors are padded to the longest: zeros behind a feature change no product, and a candidate without weight
+    has the temperature and the prior of one.
+    """
+    result = {}
+    trials = torch.arange(len(chosen), device=chosen.device)
+    for name in dict.fromkeys(name for tensors in variants for name in tensors):
+        shapes = [tensors[name].shape[1:] for tensors in variants if name in tensors]
+        shape = [max(sizes) for sizes in zip(*shapes, strict=True)]
+        padded = []
+        for tensors in variants:
+            like = next(other[name] for other in variants if name in other)
+            filled = like.new_full((len(chosen), *shape), 1.0 if name in ("temperature", "shares") else 0.0)
+            if name in tensors:
+                filled[tuple(slice(size) for size in tensors[name].shape)] = tensors[name]
+            padded.append(filled)
+        result[name] = torch.stack(padded)[chosen, trials]
+    return result
 
 
 @dataclass(frozen=True)

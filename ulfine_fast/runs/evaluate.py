@@ -12,19 +12,21 @@ from numpy.typing import NDArray
 from ulfine_fast.cache.io.errors import CacheMismatch, InputError
 from ulfine_fast.cache.io.names import did_you_mean, listed
 from ulfine_fast.cache.store import FeatureCache
+from ulfine_fast.cache.two_encoders import beside
 from ulfine_fast.metrics import classification as metrics
 from ulfine_fast.runs.run import Run, describe_encoder
 
 _ENCODER_FIELDS = ("sha256", "dim", "image_size", "preprocessing")
 
 
-def evaluate(run: Run, other: Path | None = None) -> dict[str, Any]:
+def evaluate(run: Run, other: Path | None = None, second: Path | None = None) -> dict[str, Any]:
     """Classification metrics of a run, from its head and a cache.
 
     Args:
         run: the fitted run.
         other: a cache of other images through the same encoder; its labelled test images are taken, or all labelled
             images where it has no test split. None takes the run's own test split.
+        second: of a run of two encoders, a cache of the same images by the second one, beside `other`.
 
     Returns:
         The metrics of :func:`ulfine_fast.metrics.classification.classification`, and test_rows. Of a run without a test
@@ -38,7 +40,7 @@ def evaluate(run: Run, other: Path | None = None) -> dict[str, Any]:
     estimate = run.metrics.get("cross_validation")
     if other is None and estimate:
         return {"cross_validation": estimate, "test_rows": 0}
-    cache = open_cache(run, other)
+    cache = open_cache(run, other, second)
     refuse_other_encoder(run, cache)
     if other is None:
         rows, labels = own_rows(run, cache)
@@ -61,13 +63,22 @@ def evaluate_inputs(run: Run, inputs: NDArray[Any], labels: NDArray[np.int64]) -
     )
 
 
-def open_cache(run: Run, path: Path | None = None) -> FeatureCache:
-    """The cache at `path`, or the one that the run was fitted on.
+def open_cache(run: Run, path: Path | None = None, second: Path | None = None) -> FeatureCache:
+    """The cache at `path`, or the one that the run was fitted on; of a run of two encoders, both side by side.
 
     Raises:
-        InputError: the run has no cache of its own, or there is none.
+        InputError: the run has no cache of its own, or there is none; or another number of caches than encoders.
     """
-    path = path or run.cache_path
+    if second is not None and run.second is None:
+        raise InputError(f"this run has one encoder; leave out the second cache {second}")
+    if run.second is not None and (path is None) != (second is None):
+        raise InputError("this run has two encoders; name a cache of each with --cache and --with")
+    first = _opened(path or run.cache_path)
+    return first if run.second is None else beside(first, _opened(second or run.second.cache_path))
+
+
+def _opened(path: Path | None) -> FeatureCache:
+    """The cache in a folder that a run or its user names."""
     if path is None:
         raise InputError("this run was fitted on arrays in memory; name a cache with --cache")
     if not (path / "manifest.json").exists():
@@ -84,17 +95,26 @@ def refuse_other_encoder(run: Run, cache: FeatureCache) -> None:
     """Refuse features that the run's head was not trained on.
 
     Raises:
+        InputError: a cache of another number of encoders than the run has.
         CacheMismatch: naming the first field that differs.
     """
-    expected, actual = run.encoder or {}, describe_encoder(cache) or {}
-    for name in _ENCODER_FIELDS:
-        if name in expected and expected[name] != actual.get(name):
-            raise CacheMismatch(
-                f"model.{name}" if name != "preprocessing" else name,
-                actual.get(name),
-                expected[name],
-                fix="evaluate on a cache made with the run's own encoder",
-            )
+    if (run.second is None) != (cache.second is None):
+        counts = ("one encoder", "two") if run.second is None else ("two encoders", "one")
+        raise InputError(f"this run has {counts[0]} and the cache features of {counts[1]}; use the run's own cache")
+    second = None if run.second is None else run.second.encoder
+    pairs = [(run.encoder, describe_encoder(cache))]
+    if second is not None and cache.second is not None:
+        pairs.append((second, describe_encoder(cache.second)))
+    for wanted, read in pairs:
+        expected, actual = wanted or {}, read or {}
+        for name in _ENCODER_FIELDS:
+            if name in expected and expected[name] != actual.get(name):
+                raise CacheMismatch(
+                    f"model.{name}" if name != "preprocessing" else name,
+                    actual.get(name),
+                    expected[name],
+                    fix="evaluate on a cache made with the run's own encoder",
+                )
 
 
 def own_rows(run: Run, cache: FeatureCache) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

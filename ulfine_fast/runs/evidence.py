@@ -30,7 +30,11 @@ def evidence_lines(metrics: Sequence[Mapping[str, Any]], class_names: Sequence[s
     # gains
     gains = [
         f"{title} {gain}"
-        for title, key in (("unlabelled images", "gain_unlabeled"), ("text", "gain_text"))
+        for title, key in (
+            ("unlabelled images", "gain_unlabeled"),
+            ("text", "gain_text"),
+            ("second encoder", "gain_second"),
+        )
         if (gain := _gain(metrics, key))
     ]
     if held_out < LEAST_HELD_OUT or not gains:
@@ -39,6 +43,11 @@ def evidence_lines(metrics: Sequence[Mapping[str, Any]], class_names: Sequence[s
         lines = [f"evidence on {held_out} held-out labels, points of balanced accuracy: {'; '.join(gains)}{seeds}"]
 
     # what predicts
+    chosen = [float(values["weight_of_second"]) for values in metrics if values.get("weight_of_second") is not None]
+    if chosen and held_out >= LEAST_HELD_OUT:
+        unused = sum(weight == 0 for weight in chosen)
+        left_out = f"; left out of {unused} of {len(chosen)} fits" if unused else ""
+        lines.append(f"share of the second encoder in the feature: {sum(chosen) / len(chosen):.2f}{left_out}")
     probe = _mean(metrics, "weight_of_probe")
     if probe > 0.5:
         lines.append(

@@ -114,6 +114,7 @@ class RunFiles:
         created_by: name and version of the program that wrote the run.
         status: "done" or "stopped", as :class:`ulfine_fast.Run` has it.
         relabeled: digest of the labels that replaced the cache's own, None where none did.
+        second: "encoder" and "cache" of the second encoder, None for a run of one.
         split_rule: how the split was drawn, in words.
         split_rows: number of rows in "labeled", "unlabeled", "val" and "test".
         split_digest: equal for two runs exactly when their labelled, unlabelled and test ids are equal.
@@ -129,6 +130,7 @@ class RunFiles:
     created_by: str
     status: str
     relabeled: str | None
+    second: dict[str, Any] | None
     split_rule: str
     split_rows: dict[str, int]
     split_digest: str
@@ -371,6 +373,12 @@ def _write_files(run: Run, folder: Path) -> None:
         "digests": {path.name: file_digest(path) for path in sorted(folder.iterdir())},
         "digest": BLANK,
     }
+    if run.second is not None:
+        path = run.second.cache_path
+        config["second"] = {
+            "encoder": run.second.encoder,
+            "cache": None if path is None else as_unicode(str(path)),
+        }
     (folder / CONFIG).write_bytes(sealed(_json_bytes(config)))
 
 
@@ -437,6 +445,7 @@ def load_run(folder: Path) -> RunFiles:
         created_by=known.created_by,
         status=known.status,
         relabeled=known.relabeled,
+        second=content.get("second"),
         split_rule=split.rule,
         split_rows={role: len(ids) for role, ids in roles.items()},
         split_digest=hashlib.sha256(json.dumps(members).encode()).hexdigest(),

@@ -166,7 +166,7 @@ def predict_images(
         batch_size: images encoded together, at least 1.
         five_crops: average the logits of four corners and the middle of each image (LIFT's test-time ensembling,
             arXiv 2309.10019), for five times the work.
-        encoder: the run's encoder where it is loaded already; None loads it.
+        encoder: the run's encoder where it is loaded already, of two the first; None loads it.
         scorer: what makes predictions of the features, instead of the run itself.
         rate: fraction of the known classes' images that may be rejected as none of them; None rejects none.
         coverage: fraction of images whose set of classes holds their own; None makes no sets.
@@ -184,9 +184,15 @@ def predict_images(
     if encoder is None:
         with working("load model"):
             encoder = encoder_of_run(run, device)
+    second = None
+    if run.second is not None:
+        with working("load the second model"):
+            second = recorded_encoder(run.second.encoder, (run.input_shape[-1],), device)
     probabilities = []
     for crop in range(NUM_CROPS) if five_crops else (None,):
         ids, features, skipped = encode_images(source, encoder, batch_size, crop)
+        if second is not None and ids:
+            features = _both(features, encode_images(source, second, batch_size, crop).features)
         if not ids:
             where = source.describe()["path"]
             raise InputError(f"none of the {len(skipped)} images at {where} can be read; the first: {skipped[0][1]}")
@@ -246,8 +252,12 @@ def mean_of_logits(probabilities: Sequence[NDArray[np.float32]]) -> NDArray[np.f
 
 
 def encoder_of_run(run: Run, device: str) -> Encoder:
-    """Load the encoder a run was fitted with, see :func:`recorded_encoder`."""
-    return recorded_encoder(run.encoder, run.input_shape, device)
+    """Load the encoder a run was fitted with, see :func:`recorded_encoder`; of two, the first."""
+    shape = run.input_shape
+    if run.second is not None and run.config.reads_tokens:
+        # one token or two, whose second encoder's feature follows
+        shape = (2 if "backbone.projection" in run.tensors else 1, shape[-1])
+    return recorded_encoder(run.encoder, shape, device)
 
 
 def recorded_encoder(record: dict[str, Any] | None, input_shape: Sequence[int], device: str) -> Encoder:
@@ -313,6 +323,16 @@ def encode_images(source: ListedSource, encoder: Encoder, batch_size: int, crop:
     if encoder.token_kinds:
         features = features[:, encoder.spec.dim :].reshape(len(features), -1, encoder.token_width)
     return EncodedImages(ids, features, skipped)
+
+
+def _both(features: NDArray[np.float32], second: NDArray[np.float32]) -> NDArray[np.float32]:
+    """What a run of two encoders reads, of features (n, D) or tokens (n, S, W) and features (n, E) of the same images.
+
+    Both encoders read the same files, so that both have skipped the same ones.
+    """
+    if features.ndim == 2:
+        return np.concatenate([features, second], axis=1)
+    return np.concatenate([features.reshape(len(features), 1, -1), second[:, None]], axis=2)
 
 
 def refuse_output(out: Path) -> None:

@@ -28,6 +28,19 @@ _ENCODER = ("name", "pretrained", "sha256", "image_size")
 
 
 @dataclass(frozen=True)
+class SecondEncoder:
+    """What a run of two encoders records of the second one.
+
+    Attributes:
+        encoder: as `Run.encoder`; None for plain arrays.
+        cache_path: the folder of the cache of its features, None for a cache in memory.
+    """
+
+    encoder: dict[str, Any] | None
+    cache_path: Path | None
+
+
+@dataclass(frozen=True)
 class Head:
     """From inputs to logits: the one definition that predict, eval, adapt, export and realign use.
 
@@ -130,6 +143,7 @@ class Run:
         status: "done"; "stopped" early, without progress; "pruned" by a sweep; or "failed", its numbers no longer
             finite, without tensors. For all but "done", `metrics` has the step: "stopped_at" and so on.
         relabeled: digest of the labels that replaced the cache's own, None where none did.
+        second: the second encoder, whose features are behind those of the first; None for a run of one.
         held_out: the images of cross-validation, None where there was none.
         calibration: labelled images that it did not learn from, on which :meth:`reject` and :meth:`predict_sets` are
             calibrated; None for runs of versions that kept none.
@@ -148,6 +162,7 @@ class Run:
     cache_path: Path | None = None
     status: str = "done"
     relabeled: str | None = None
+    second: SecondEncoder | None = None
     held_out: HeldOut | None = None
     calibration: Calibration | None = None
 
@@ -164,7 +179,14 @@ class Run:
 
     @property
     def input_shape(self) -> tuple[int, ...]:
-        """Shape of one image's input to :meth:`logits`: (D,), or (S, W) for tokens."""
+        """Shape of one image's input to :meth:`logits`: (D,), or (S, W) for tokens; (1, S W + E) with two encoders."""
+        if "second_center" in self.tensors:
+            width = self.tensors["second_center"].shape[-1]
+            if "backbone.projection" in self.tensors:
+                return 1, 2 * self.tensors["backbone.projection"].shape[0] + width
+            if "projection" in self.tensors:
+                return 1, self.tensors["projection"].shape[0] + width
+            return (self.tensors["center"].shape[-1] + width,)
         if "backbone.projection" in self.tensors:
             return 2, self.tensors["backbone.projection"].shape[0]
         if "projection" in self.tensors:
@@ -177,7 +199,8 @@ class Run:
 
         Args:
             features: image features of the run's encoder (n, D), of any length; for a run with the adapter adaptformer
-                or the feature pre-projection, tokens from its cache (n, S, W).
+                or the feature pre-projection, tokens from its cache (n, S, W). For a run of two encoders those of both
+                side by side, as the cache that :func:`ulfine_fast.cache.two_encoders.beside` makes holds them.
             exact: whether to compute in float64, so that a row's logits do not depend on the rows beside it.
 
         Returns:
@@ -203,7 +226,8 @@ class Run:
         inputs = _tensor(features, torch.float32)
         if tuple(inputs.shape[1:]) != self.input_shape:
             expected = ", ".join(map(str, ("n", *self.input_shape)))
-            raise InputError(f"features must have shape ({expected}), got {tuple(inputs.shape)}")
+            both = ", those of both encoders side by side" if self.second is not None else ""
+            raise InputError(f"features must have shape ({expected}){both}, got {tuple(inputs.shape)}")
         if not bool(torch.isfinite(inputs).all()):
             raise InputError("features must be finite, got NaN or infinity; extract these images again")
         return head, _tensor(features, torch.float64) if exact else inputs
@@ -295,6 +319,7 @@ class Run:
             cache_path=None if files.cache is None else Path(files.cache),
             status=files.status,
             relabeled=files.relabeled,
+            second=_second(files, folder),
             held_out=_held_out(files),
             calibration=files.calibration(),
         )
@@ -366,6 +391,23 @@ def describe_encoder(cache: FeatureCache) -> dict[str, Any] | None:
         return None
     manifest = cache.manifest.to_dict()
     return {**manifest["model"], **{name: manifest[name] for name in ("preprocessing", "exact", "mean", "std")}}
+
+
+def describe_second(cache: FeatureCache) -> SecondEncoder | None:
+    """A run's record of its second encoder; None for a cache of one."""
+    if cache.second is None:
+        return None
+    path = cache.second.path
+    return SecondEncoder(describe_encoder(cache.second), None if path is None else path.resolve())
+
+
+def _second(files: RunFiles, folder: Path) -> SecondEncoder | None:
+    if files.second is None:
+        return None
+    encoder, path = files.second.get("encoder") or None, files.second.get("cache")
+    if encoder is not None:
+        refuse_incomplete_encoder(encoder, folder)
+    return SecondEncoder(encoder, None if path is None else Path(path))
 
 
 def _tensor(values: ArrayLike | Tensor, dtype: torch.dtype) -> Tensor:

@@ -27,6 +27,13 @@ class Encoder(msgspec.Struct):
     std: list[float] | None = None
 
 
+class Second(msgspec.Struct):
+    """The second encoder of a run of two, and the cache of its features."""
+
+    cache: Annotated[str, msgspec.Meta(pattern="^[^\0]*$")] | None = None
+    encoder: Encoder | None = None
+
+
 class Method(msgspec.Struct):
     """The part of a run's settings that is read without a `FitConfig`, which checks the others."""
 
@@ -43,6 +50,7 @@ class Config(msgspec.Struct):
     created_by: str = "unknown"
     status: str = "done"
     relabeled: str | None = None
+    second: Second | None = None
     digests: dict[str, str] | None = None
 
 
@@ -89,6 +97,8 @@ class Metrics(SplitMetrics):
     no_class: float | None = None
     gain_unlabeled: _Interval | None = None
     gain_text: _Interval | None = None
+    gain_second: _Interval | None = None
+    weight_of_second: float | None = None
     estimated_prior: list[float] | None = None
     per_class_accuracy: _Fractions | None = None
     per_class_pseudo_label_precision: _Fractions | None = None
