@@ -143,7 +143,7 @@ class FitConfig(metaclass=_ByMethod):
     batch_labeled: int = option(32, "labelled images in a mini-batch", low=1, structural=True, panel="Optimiser")
     batch_unlabeled: int = option(64, "unlabelled images in a mini-batch", low=1, structural=True, panel="Optimiser")
     lr: float = option(
-        0.03,
+        0.01,
         "peak learning rate of SGD; cosine schedule",
         low=0.0,
         search={"low": 0.003, "high": 0.3, "log": True},

@@ -26,11 +26,11 @@ class ImageModel(nn.Module):
         logit_scale: logarithm of the factor on cosine similarities.
     """
 
-    def __init__(self, visual: nn.Module, preprocess: dict[str, Any]) -> None:
+    def __init__(self, visual: Any, preprocess: dict[str, Any]) -> None:
         """Takes a model that timm made without a classifier."""
         super().__init__()
-        self.visual: Any = visual
-        self.visual.preprocess_cfg = preprocess
+        visual.preprocess_cfg = preprocess
+        self.visual = visual
         # no weight of the model, so it does not count for its digest
         self.register_buffer("logit_scale", torch.tensor(math.log(_LOGIT_SCALE)), persistent=False)
 

@@ -42,6 +42,9 @@ from ulfine_fast.ops.transport import sinkhorn
 class ULFineOptions(RunningAdjustmentOptions, PseudoLabelOptions, RunningOptions, LabeledOptions):
     """Options of :class:`ULFine`."""
 
+    threshold: float = option(
+        0.7, "smallest probability of a pseudo-label that trains", low=0.0, high=1.0, search={"low": 0.5, "high": 0.98}
+    )
     paf: bool = option(True, "fit the textual prototypes to the visual ones")
     mu: float = option(
         0.01,

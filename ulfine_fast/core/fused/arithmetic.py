@@ -72,13 +72,12 @@ def _rounded(tensor: Tensor) -> Tensor:
 @contextmanager
 def _rounding_products() -> Iterator[None]:
     """Products of float32 may round their inputs to bfloat16 on a processor that has such products."""
-    matmul = torch.backends.mkldnn.matmul
-    before = matmul.fp32_precision
-    matmul.fp32_precision = "bf16"
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
     try:
         yield
     finally:
-        matmul.fp32_precision = before
+        torch.set_float32_matmul_precision(before)
 
 
 @functools.cache
