@@ -49,11 +49,15 @@ COMMANDS: dict[str, Command | Group] = {
         "Find images that are nearly the same, within and across splits.",
     ),
     "cache": Group(
-        "Add to a cache, merge caches, export them as plain arrays, import features of other programs.",
+        "Add to a cache, describe its classes, merge caches, export them, import features of other programs.",
         {
             "append": Command(
                 "ulfine_fast.cli.cache:append",
                 "Add the images and classes of a source that a cache lacks; model and settings are those of the cache.",
+            ),
+            "describe": Command(
+                "ulfine_fast.cli.cache:describe",
+                "Add sentences about classes to a finished cache, with the text encoder alone.",
             ),
             "merge": Command(
                 "ulfine_fast.cli.cache:merge",
