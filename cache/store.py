@@ -27,6 +27,7 @@ from ulfine_fast.cache.arrays import (
     check_text_features,
     refuse_bad_labels,
 )
+from ulfine_fast.cache.descriptions import Descriptions, read_descriptions
 from ulfine_fast.cache.ids import RowIndex, read_ids
 from ulfine_fast.cache.io.errors import InputError
 from ulfine_fast.cache.io.paths import is_remote, to_path
@@ -65,6 +66,7 @@ class FeatureCache:
         head: the last layers of an open_clip ViT, see `ulfine_fast.cache.text.TextFeatures`; else empty.
         records: the record of each shard, in order.
         relabeled: hex SHA-256 of labels that replace the cache's own; None where they do not.
+        descriptions: sentences about classes beside the prompts; None where there are none.
         second: the cache of the same images by a second encoder, whose features are behind this one's in every row, see
             `ulfine_fast.cache.two_encoders.beside`; None for one encoder.
     """
@@ -94,6 +96,7 @@ class FeatureCache:
         self.head: dict[str, NDArray[np.float32]] = head or {}
         self.records: list[ShardRecord] = list(records)
         self.relabeled: str | None = None
+        self.descriptions: Descriptions | None = None
         self.second: FeatureCache | None = None
         self._loaded = arrays
         self._tokens: Tokens | None = None
@@ -110,7 +113,7 @@ class FeatureCache:
         folder = to_path(path)
         manifest = Manifest.read(folder)
         text = read_text(folder, manifest)
-        return cls(
+        cache = cls(
             class_names=manifest.class_names,
             dim=manifest.dim,
             text_features=text.features if manifest.prompts else None,
@@ -121,6 +124,8 @@ class FeatureCache:
             records=read_records(folder, manifest),
             head=text.head,
         )
+        cache.descriptions = read_descriptions(folder, manifest)
+        return cache
 
     @classmethod
     def from_arrays(
@@ -468,6 +473,7 @@ class FeatureCache:
             path, manifest = self.path, self.manifest
             try:
                 read_text(path, manifest)
+                read_descriptions(path, manifest)
             except InputError as error:
                 problems.append(str(error))
             ids: Counter[str] = Counter()

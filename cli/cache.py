@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from ulfine_fast.cache.io.terminal import printable
 from ulfine_fast.cli.filling import (
     AsJson,
     ClassNames,
@@ -23,6 +24,45 @@ from ulfine_fast.cli.filling import (
     print_encoded,
     print_notes,
 )
+
+
+def describe(
+    cache: Annotated[Path, typer.Argument(help="Folder of a finished cache.", show_default=False)],
+    descriptions: Annotated[
+        Path,
+        typer.Option(
+            help="JSON of class name to sentences, or a table with the columns class and sentence.", show_default=False
+        ),
+    ],
+    device: Device = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Add sentences about classes to a finished cache, with the text encoder alone.
+
+    ulfine_plus reads them where held-out labels say that they help.
+    """
+    from ulfine_fast.cache.descriptions import describe as run
+    from ulfine_fast.cache.descriptions import read_sentences
+    from ulfine_fast.cache.io.progress import working
+    from ulfine_fast.cache.manifest import Manifest
+    from ulfine_fast.cache.models.options import ModelOptions
+
+    # the file first: a wrong name should not cost the loading of a model
+    manifest = Manifest.read(cache)
+    sentences = read_sentences(descriptions, manifest.class_names)
+    with working("load model"):
+        encoder = ModelOptions.of_manifest(manifest).load(device)
+    with working("encode sentences"):
+        made = run(cache, encoder, sentences)
+    missing = [name for name in manifest.class_names if name not in sentences]
+    if as_json:
+        counts = {"sentences": len(made.sentences), "classes": len(sentences), "missing": missing}
+        typer.echo(json.dumps({"cache": str(cache), **counts}))
+        return
+    typer.echo(f"{cache}: {len(made.sentences)} sentences about {len(sentences)} classes")
+    if missing:
+        shown = ", ".join(missing[:10]) + (", ..." if len(missing) > 10 else "")
+        typer.echo(printable(f"no sentence, so their prompts alone: {shown}"))
 
 
 def append(

@@ -74,7 +74,7 @@ COMMANDS: dict[str, Command | Group] = {
         ),
     ),
     "cache": Group(
-        "Add to a cache, merge caches, export them as plain arrays, import features of other programs.",
+        "Add to a cache, describe its classes, merge caches, export them, import features of other programs.",
         {
             "append": Command(
                 "ulfine_fast.cli.cache:append",
@@ -84,6 +84,10 @@ COMMANDS: dict[str, Command | Group] = {
                     "images",
                 ),
                 examples=("cache append cache new-images",),
+            ),
+            "describe": Command(
+                "ulfine_fast.cli.cache:describe",
+                "Add sentences about classes to a finished cache, with the text encoder alone.",
             ),
             "merge": Command(
                 "ulfine_fast.cli.cache:merge",

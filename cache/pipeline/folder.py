@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+from ulfine_fast.cache import descriptions
 from ulfine_fast.cache import manifest as manifests
 from ulfine_fast.cache import text as texts
 from ulfine_fast.cache.io import lock
@@ -93,6 +94,7 @@ def _remove_features(out: Path) -> None:
         for path in sorted(files, key=lambda path: path.suffix != ".json"):
             path.unlink()
         (out / texts.NAME).unlink(missing_ok=True)
+        (out / descriptions.NAME).unlink(missing_ok=True)
 
 
 def _is_first_write(path: Path) -> bool:

@@ -58,7 +58,7 @@ def test_an_encoder_that_knows_the_classes_is_chosen_and_its_worth_is_told():
     assert low < gain < high
     lines = evidence_lines([both.metrics], both.class_names)
     assert f"second encoder {100 * gain:+.1f} [{100 * low:.1f}, {100 * high:.1f}]" in lines[0]
-    assert lines[1].startswith("share of the second encoder in the feature: 0.")
+    assert lines[1].startswith("the second encoder: read by 1 of 1 fits as 0.")
 
 
 def test_an_encoder_of_noise_is_left_out_and_changes_nothing():
@@ -67,7 +67,7 @@ def test_an_encoder_of_noise_is_left_out_and_changes_nothing():
     both = fit(beside(good, noise), FitConfig(), device="cpu", progress=False)
     assert both.metrics["weight_of_second"] == 0
     np.testing.assert_allclose(both.test_probabilities, alone.test_probabilities, atol=1e-4)
-    assert "left out of 1 of 1 fits" in evidence_lines([both.metrics], both.class_names)[1]
+    assert evidence_lines([both.metrics], both.class_names)[1] == "the second encoder: read by 0 of 1 fits"
 
 
 def test_trials_choose_for_themselves():

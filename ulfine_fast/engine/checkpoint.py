@@ -151,6 +151,8 @@ def cache_fingerprint(cache: FeatureCache) -> str:
         for record in cache.records:
             digest.update(record.checksum.encode())
         digest.update((cache.relabeled or "").encode())
+        if cache.descriptions is not None:
+            digest.update(json.dumps([cache.descriptions.classes, cache.descriptions.sentences]).encode())
         if cache.second is not None:
             digest.update(cache_fingerprint(cache.second).encode())
         return digest.hexdigest()

@@ -53,6 +53,11 @@ if TYPE_CHECKING:
 WIDE = 192
 # candidates: the length of a second encoder's feature in the joined one, beside leaving it out
 SECOND_WEIGHTS = (0.5, 0.5**0.5, 0.75**0.5)
+# candidates: sharpness of the weights of a class's prompts and descriptions by their cosine with its cluster, beside
+# its prompts alone
+TEXT_SHARPNESS = (0.0, 10.0)
+# of the assignment that these clusters come from
+TEXT_SCALE = 25.0
 PROBE_STEPS = 100
 PROBE_RATE = 0.2
 # candidates: scale, and whether strong views train too; which of them is best depends on the encoder
@@ -178,50 +183,67 @@ class ULFinePlus(Method):
         return sample * (dim + candidates) + clusters + probes + labeled + 4 * TOGETHER * views * dim + 8 * dim * dim
 
     def inputs(self, cache: FeatureCache, splits: Sequence[Split], device: torch.device) -> Inputs:
-        """Whether the classes have texts, whose worth is then measured, and the length of a second encoder's rows."""
+        """What held-out labels judge of the cache: texts, descriptions of classes, and a second encoder.
+
+        "has_text", "second", the length of the second encoder's rows, and of classes that are described "texts" (M, D),
+        all prompts and sentences, and their classes "text_labels" (M,).
+        """
         second = 0 if cache.second is None else cache.second.dim
-        return Inputs(shared={"has_text": torch.tensor(cache.prototypes is not None), "second": torch.tensor(second)})
+        shared = {"has_text": torch.tensor(cache.prototypes is not None), "second": torch.tensor(second)}
+        if cache.descriptions is not None and cache.text_features is not None:
+            classes, prompts = cache.text_features.shape[:2]
+            labels = torch.from_numpy(cache.descriptions.labels(cache.class_names))
+            texts = torch.cat(
+                [torch.from_numpy(cache.text_features).flatten(0, 1), torch.from_numpy(cache.descriptions.features)]
+            )
+            of_prompts = torch.arange(classes).repeat_interleave(prompts)
+            shared |= {"texts": texts.to(device), "text_labels": torch.cat([of_prompts, labels]).to(device)}
+        return Inputs(shared=shared)
 
     def start(self, trials: Trials) -> State:
         """The textual prototypes (T, K, D), until the pool has been seen."""
         return State({}, {"linear": trials.prototypes.clone()})
 
     def refresh(self, trials: Trials, state: State, pool: Pool, step: int) -> None:
-        """Fit the clusters; of two encoders with each weight of the second, of which held-out labels choose one."""
-        if not int(trials.inputs.shared.get("second", torch.zeros(()))):
-            self._fit(trials, state, pool)
+        """Fit the clusters; of several readings of the cache, held-out labels choose one for each trial."""
+        readings = _readings(trials)
+        if len(readings) == 1:
+            self._fit(trials, state, pool, readings[0])
             return
         fits = []
-        weights = (0.0, *SECOND_WEIGHTS)
-        for number, weight in enumerate(weights):
+        for number, reading in enumerate(readings):
 
             def report(fraction: float, number: int = number) -> None:
-                pool.report((number + fraction) / len(weights))
+                pool.report((number + fraction) / len(readings))
 
             fits.append(State({}))
-            self._fit(trials, fits[-1], replace(pool, report=report), weight)
+            self._fit(trials, fits[-1], replace(pool, report=report), reading)
 
-        # the weight under which held-out labels are most likely, where they are more so than by chance
+        # the reading under which held-out labels are most likely, where they are more so than by chance
         classes = trials.prototypes.shape[1]
         known = fits[0].scratch["held_out_probabilities"].isfinite()  # (T, L)
         likelihoods = torch.stack([_log_likelihoods(one.scratch) for one in fits])  # (V, T, L)
         gains = torch.stack([balanced_gain(one - likelihoods[0], pool.labels, known, classes) for one in likelihoods])
-        best, best_gain = _best_gain(gains)
+        best, best_gain = _best_gain(gains, range(1, len(readings)))
         chosen = torch.where(_exceeds_error(best_gain), best, 0)  # (T,)
         state.memory |= _of_variant([one.memory for one in fits], chosen)
         state.scratch |= _of_variant([one.scratch for one in fits], chosen)
-        state.scratch["weight_of_second"] = torch.tensor(weights, device=chosen.device)[chosen].square()
 
-        # what the second encoder is worth at its best weight, whether it was chosen or not
+        # what each addition is worth by itself, at its best, whether it was chosen or not
         rights = torch.stack([one.scratch["held_out_right"] for one in fits]).nan_to_num()  # (V, T, L)
-        right = rights[best, torch.arange(len(best), device=best.device)]
-        state.scratch["gain_second"] = balanced_gain(right - rights[0], pool.labels, known, classes)
+        for name, of_readings, only in (
+            ("second", [reading.weight or 0.0 for reading in readings], lambda one: one.sharpness is None),
+            ("descriptions", [float(one.sharpness is not None) for one in readings], lambda one: not one.weight),
+        ):
+            added = [v for v, reading in enumerate(readings) if of_readings[v] and only(reading)]
+            if added:
+                best = _best_gain(gains, added)[0]
+                right = rights[best, torch.arange(len(best), device=best.device)]
+                state.scratch[f"gain_{name}"] = balanced_gain(right - rights[0], pool.labels, known, classes)
+                state.scratch[f"weight_of_{name}"] = torch.tensor(of_readings, device=chosen.device)[chosen].square()
 
-    def _fit(self, trials: Trials, state: State, pool: Pool, weight: float | None = None) -> None:
-        """Judge the starting priors by labels that are held out, then fit those that are worth it with all labels.
-
-        With the features of two encoders the second one's has the length `weight` in the joined feature.
-        """
+    def _fit(self, trials: Trials, state: State, pool: Pool, reading: _Reading) -> None:
+        """Judge the starting priors by labels that are held out, then fit those that are worth it with all labels."""
         values = trials.values
         classes = trials.prototypes.shape[1]
 
@@ -240,9 +262,12 @@ class ULFinePlus(Method):
         # the feature before the projection, or of a second encoder, in main directions, which a sample shows
         index, present = _sample_rows(trials.seeds, pool, sample_size)
         joining: Tensors = {}
-        if trials.config.feature == "pre-projection" or weight is not None:
+        texts_mean = trials.prototypes.mean(1, keepdim=True)
+        if trials.config.feature == "pre-projection" or reading.weight is not None:
             rows = torch.cat([pool.labeled_rows, index], dim=1)
-            joining = _joining(trials, pool.features, rows, torch.cat([pool.labels >= 0, present], dim=1), weight)
+            joining = _joining(
+                trials, pool.features, rows, torch.cat([pool.labels >= 0, present], dim=1), reading.weight
+            )
             pool = replace(pool, features=_Joined.of(pool.features, joining))
             trials = replace(trials, prototypes=_joined_texts(trials.prototypes, joining))
 
@@ -253,7 +278,11 @@ class ULFinePlus(Method):
 
         # probes, and features whitened
         views = pool.labeled_views  # (T, L, V, D)
-        heads, kinds = _probes(pool, views, trials, kept, folds, work.part("probes"))  # (T, J, K, D), (T,)
+        starts = trials.prototypes.unsqueeze(1)  # (T, 1, K, D)
+        if reading.sharpness is not None:
+            starts = _described(trials, pool, joining, kept, index, present, texts_mean, reading.sharpness)
+        starts = starts.expand(-1, kept.shape[2], -1, -1)
+        heads, kinds = _probes(pool, views, trials, kept, folds, starts, work.part("probes"))  # (T, J, K, D), (T,)
         space = _space(pool, values)
         whitened, offsets = space.linear(values["probe_weight"].view(-1, 1, 1, 1) * heads)
         everything = RowChunks(
@@ -348,8 +377,8 @@ class ULFinePlus(Method):
     def evidence(self, trials: Trials, state: State) -> Tensors:
         """Gains on held-out labels, with intervals, and what the unlabelled images are like."""
         names = (
-            *("held_out", "gain_unlabeled", "gain_text", "gain_second", "weight_of_second"),
-            *("weight_of_probe", "no_class", "estimated_prior"),
+            *("held_out", "gain_unlabeled", "gain_text", "gain_second", "weight_of_second", "gain_descriptions"),
+            *("weight_of_descriptions", "weight_of_probe", "no_class", "estimated_prior"),
         )
         return {name: state.scratch[name] for name in names if name in state.scratch}
 
@@ -394,6 +423,30 @@ class ULFinePlus(Method):
         rows = Whitening(tensors["mean"], tensors["map"])(features)
         fused = _fused(trials.values, cosines(rows, tensors["centers"], Metric(factors)), linear)  # (T, B, S, K)
         return torch.cat([linear, fused], dim=2)
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """One way of reading the cache, that held-out labels judge.
+
+    Attributes:
+        weight: length of the second encoder's feature in the joined one; None without a second encoder.
+        sharpness: of the weights of a class's prompts and descriptions; None for its prompts alone.
+    """
+
+    weight: float | None = None
+    sharpness: float | None = None
+
+
+def _readings(trials: Trials) -> list[_Reading]:
+    """All readings of what the cache holds, the plainest first."""
+    shared = trials.inputs.shared
+    second = "second" in shared and int(shared["second"]) > 0
+    return [
+        _Reading(weight, sharpness)
+        for sharpness in ((None, *TEXT_SHARPNESS) if "texts" in shared else (None,))
+        for weight in ((0.0, *SECOND_WEIGHTS) if second else (None,))
+    ]
 
 
 class _Work:
@@ -548,13 +601,15 @@ def _log_likelihoods(scratch: Tensors) -> Tensor:
     return torch.log(scratch["held_out_probabilities"].nan_to_num(1.0).clamp(min=1e-12))
 
 
-def _best_gain(gains: Tensor) -> tuple[Tensor, Tensor]:
-    """The variant of the largest mean gain but the first, which the others are compared with (T,), and its gain (T, 3).
+def _best_gain(gains: Tensor, among: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """The reading of the largest mean gain among some (T,), and its gain (T, 3).
 
     Args:
         gains: mean, lower and upper end (V, T, 3), NaN where there are too few labels.
+        among: readings.
     """
-    best = 1 + gains[1:, :, 0].nan_to_num(-torch.inf).argmax(0)
+    chosen = torch.tensor(list(among), device=gains.device)
+    best = chosen[gains[chosen, :, 0].nan_to_num(-torch.inf).argmax(0)]
     return best, gains[best, torch.arange(len(best), device=best.device)]
 
 
@@ -637,11 +692,11 @@ def _of_fold(values: Tensor, fold: Tensor) -> Tensor:
 
 
 def _probes(
-    pool: Pool, views: Tensor, trials: Trials, kept: Tensor, folds: Tensor, report: Report
+    pool: Pool, views: Tensor, trials: Trials, kept: Tensor, folds: Tensor, starts: Tensor, report: Report
 ) -> tuple[Tensor, Tensor]:
     """Labelled-only heads (T, J, K, D) of the kind (T,) that held-out labels prefer, as long as their scale.
 
-    Every kind is fitted without each fold, the preferred one with all labels too.
+    They start from prototypes (T, J, K, D). Every kind is fitted without each fold, the preferred one with all labels too.
     """
     classes, parts = trials.prototypes.shape[1], len(PROBES) + 1
 
@@ -650,7 +705,7 @@ def _probes(
 
     heads, scores = [], []
     for kind in range(len(PROBES)):
-        heads.append(_probe(pool, views, trials, kind, kept[:, :, 1:], trials.prototypes, fitted(kind)))
+        heads.append(_probe(pool, views, trials, kind, kept[:, :, 1:], starts[:, 1:], fitted(kind)))
         likelihoods = [
             label_likelihoods(logits.unsqueeze(2), pool.labels[:, part])
             for part, logits in _probe_logits(pool, heads[-1], folds)
@@ -660,7 +715,7 @@ def _probes(
     without = torch.stack(heads, dim=1)[torch.arange(len(kinds), device=kinds.device), kinds]  # (T, J - 1, K, D)
     whole = torch.zeros_like(without[:, :1])
     for kind in kinds.unique().tolist():
-        chosen = _probe(pool, views, trials, kind, kept[:, :, :1], trials.prototypes, fitted(len(PROBES)))
+        chosen = _probe(pool, views, trials, kind, kept[:, :, :1], starts[:, :1], fitted(len(PROBES)))
         whole = torch.where((kinds == kind).view(-1, 1, 1, 1), chosen, whole)
     return torch.cat([whole, without], dim=1), kinds
 
@@ -708,6 +763,61 @@ def _right_without_text(
             hits = (logits.argmax(-1) == pool.labels[:, part]).to(right.dtype)
             right[:, part] = torch.where((kinds == kind).unsqueeze(1), hits, right[:, part])
     return right
+
+
+def _described(
+    trials: Trials,
+    pool: Pool,
+    joining: Tensors,
+    kept: Tensor,
+    index: Tensor,
+    present: Tensor,
+    texts_mean: Tensor,
+    sharpness: float,
+) -> Tensor:
+    """Prototypes (T, J, K, D) of all prompts and sentences of a class, weighted by their cosine with its cluster.
+
+    A cluster has the labelled images that a fold keeps, and unlabelled images by a first assignment to the class's
+    prompts and labelled images, so that it knows no label that the fold holds out.
+
+    Args:
+        trials: with prototypes of the space that is classified.
+        pool: likewise.
+        joining: see :func:`_join`.
+        kept: labelled images of each fold (T, L, J).
+        index: rows of unlabelled images (T, n).
+        present: which of them are there (T, n).
+        texts_mean: mean of the class prototypes as the cache has them (T, 1, D).
+        sharpness: factor on the cosines, at least 0.
+    """
+    owner, classes = trials.inputs.shared["text_labels"], trials.prototypes.shape[1]
+    texts = trials.inputs.shared["texts"].expand(len(kept), -1, -1)  # (T, M, D)
+    width = texts.shape[-1]
+    if "center" in joining:
+        texts = normalize(texts - texts_mean[..., :width])
+    of_class = F.one_hot(owner, classes).to(texts.dtype).expand(len(kept), -1, -1)  # (T, M, K)
+    prompts = trials.prototypes[..., :width]
+    # of joined prototypes the first encoder's projected part alone is one of texts
+    lengths = prompts.square().sum(-1, keepdim=True).sqrt()
+    rows = normalize(pool.features.rows(index)[..., :width]) * present.unsqueeze(-1)  # (T, n, D)
+    labeled = normalize(pool.labeled[..., :width])
+
+    folds = []
+    for fold in kept.unbind(2):
+        # what is not kept is a class of its own, which is dropped
+        own = F.one_hot(torch.where(fold, pool.labels, classes), classes + 1)[..., :classes]  # (T, L, K)
+        own = own.to(rows.dtype)
+        of_labeled = own.transpose(1, 2) @ labeled  # (T, K, D)
+        guide = normalize(normalize(prompts) + normalize(of_labeled))
+        assigned = torch.softmax(TEXT_SCALE * rows @ guide.transpose(1, 2), dim=-1)  # (T, n, K)
+        clusters = normalize(of_labeled + assigned.transpose(1, 2) @ rows)
+        clusters = normalize(clusters - clusters.mean(1, keepdim=True))
+        centered = normalize(texts - texts.mean(1, keepdim=True))
+        agreement = (centered * clusters[:, owner]).sum(-1)  # (T, M)
+        weights = torch.exp(sharpness * (agreement - agreement.amax(1, keepdim=True))).unsqueeze(-1) * of_class
+        direction = normalize((weights / weights.sum(1, keepdim=True)).transpose(1, 2) @ texts)  # (T, K, D)
+        folds.append(torch.cat([lengths * direction, trials.prototypes[..., width:]], dim=-1))
+    return torch.stack(folds, dim=1)
 
 
 def _class_directions(pool: Pool, kept: Tensor, classes: int) -> Tensor:

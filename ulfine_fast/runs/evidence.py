@@ -34,6 +34,7 @@ def evidence_lines(metrics: Sequence[Mapping[str, Any]], class_names: Sequence[s
             ("unlabelled images", "gain_unlabeled"),
             ("text", "gain_text"),
             ("second encoder", "gain_second"),
+            ("descriptions", "gain_descriptions"),
         )
         if (gain := _gain(metrics, key))
     ]
@@ -43,11 +44,12 @@ def evidence_lines(metrics: Sequence[Mapping[str, Any]], class_names: Sequence[s
         lines = [f"evidence on {held_out} held-out labels, points of balanced accuracy: {'; '.join(gains)}{seeds}"]
 
     # what predicts
-    chosen = [float(values["weight_of_second"]) for values in metrics if values.get("weight_of_second") is not None]
-    if chosen and held_out >= LEAST_HELD_OUT:
-        unused = sum(weight == 0 for weight in chosen)
-        left_out = f"; left out of {unused} of {len(chosen)} fits" if unused else ""
-        lines.append(f"share of the second encoder in the feature: {sum(chosen) / len(chosen):.2f}{left_out}")
+    for title, key in (("the second encoder", "weight_of_second"), ("the descriptions", "weight_of_descriptions")):
+        chosen = [float(values[key]) for values in metrics if values.get(key) is not None]
+        used = [weight for weight in chosen if weight]
+        if chosen:
+            share = f" as {np.mean(used):.2f} of the feature" if used and key == "weight_of_second" else ""
+            lines.append(f"{title}: read by {len(used)} of {len(chosen)} fits{share}")
     probe = _mean(metrics, "weight_of_probe")
     if probe > 0.5:
         lines.append(

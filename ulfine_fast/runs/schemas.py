@@ -99,6 +99,8 @@ class Metrics(SplitMetrics):
     gain_text: _Interval | None = None
     gain_second: _Interval | None = None
     weight_of_second: float | None = None
+    gain_descriptions: _Interval | None = None
+    weight_of_descriptions: float | None = None
     estimated_prior: list[float] | None = None
     per_class_accuracy: _Fractions | None = None
     per_class_pseudo_label_precision: _Fractions | None = None
