@@ -95,6 +95,24 @@ void inverse_lengths(const float *x, float *out, integer trials, integer rows, i
         }
 }
 
+/* A contiguous copy of rows (T, n, D), and 1 / length of each. */
+void copy_and_measure(const float *x, float *copy, float *out, integer trials, integer rows, integer dim,
+                      integer at_trial)
+{
+    for (integer t = 0; t < trials; t++)
+        for (integer b = 0; b < rows; b++) {
+            const float *row = x + t * at_trial + b * dim;
+            float *target = copy + (t * rows + b) * dim, square = 0.0f;
+#pragma omp simd reduction(+ : square)
+            for (integer d = 0; d < dim; d++) {
+                target[d] = row[d];
+                square += row[d] * row[d];
+            }
+            float length = sqrtf(square);
+            out[t * rows + b] = 1.0f / (length < SHORTEST ? SHORTEST : length);
+        }
+}
+
 /* The adapter's down matrix (D, r) with the norm's scale in it, its sum over D, and the shift's product with it. */
 void adapter_prepare(const float *down, const float *scale, const float *shift, float *first, float *sums,
                      float *offset, integer trials, integer dim, integer rank, integer at_trial)

@@ -95,6 +95,12 @@ def inverse_lengths(rows: Tensor, out: Tensor) -> None:
     _call("inverse_lengths", rows, out, trials, count, dim, rows.stride(0), out.stride(0))
 
 
+def copy_and_measure(rows: Tensor, copy: Tensor, out: Tensor) -> None:
+    """Copy rows (T, n, D) to contiguous memory, and write 1 / length of each to (T, n), contiguous."""
+    trials, count, dim = rows.shape
+    _call("copy_and_measure", rows, copy, out, trials, count, dim, rows.stride(0))
+
+
 def adapter_prepare(down: Tensor, scale: Tensor, shift: Tensor, first: Tensor, sums: Tensor, offset: Tensor) -> None:
     """Fold the norm's scale into the adapter's down matrix.
 

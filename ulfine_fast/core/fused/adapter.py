@@ -83,6 +83,7 @@ class FusedAdapter:
     def prepare(self) -> None:
         """Fold the norm's scale and s into the products; once a step, before :meth:`forward`."""
         if self.compiled:
+            self.second.copy_(self.up)
             native.adapter_prepare(self.down, self.scale, self.shift, self.first, self.sums, self.offset)
             return
         torch.mul(self.down, self.scale, out=self.first)
@@ -121,7 +122,7 @@ class FusedAdapter:
                 self.strength,
                 mean_square,
             )
-            self.arithmetic.add(rows.hidden, self.up, out=rows.adapted)
+            self.arithmetic.add(rows.hidden, self.second, out=rows.adapted)
             return
         torch.mean(rows.features, -1, keepdim=True, out=rows.mean)
         torch.addcmul(self.mean_square, rows.mean, rows.mean, value=-1.0, out=rows.inverse).rsqrt_()
@@ -164,7 +165,7 @@ class FusedAdapter:
         velocity, lend, multiply = self.velocity, self.buffers.lend, self.arithmetic.multiply
         trials, _, rank = self.down.shape
         sums, drift = lend("inner_sums", trials, 1, rank), lend("drift", trials, 1, rank)
-        inner = multiply(adapted_gradient, self.up.transpose(1, 2), out=lend("inner", *rows.hidden.shape))
+        inner = multiply(adapted_gradient, self.second.transpose(1, 2), out=lend("inner", *rows.hidden.shape))
         native.adapter_hidden_gradient_(inner, rows.hidden, rows.inverse, rows.shifted, self.strength, sums, drift)
         self.arithmetic.add(rows.hidden.transpose(1, 2), adapted_gradient, out=velocity["adapter.up"], kept=momentum)
         quotient = multiply(rows.features.transpose(1, 2), inner, out=lend("quotient", *self.down.shape))

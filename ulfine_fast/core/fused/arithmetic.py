@@ -27,7 +27,7 @@ class Arithmetic:
 
     def multiply(self, left: Tensor, right: Tensor, out: Tensor) -> Tensor:
         """Write left right, of (T, n, D) and (T, D, m), to `out`; returns it."""
-        if not self.bfloat16:
+        if not self.bfloat16 or (_rounds(left.device) and _are_dense(left, right, out)):
             torch.bmm(left, right, out=out)
         elif _rounds(left.device):
             # one trial's matrices are contiguous; batched products of bfloat16 copy what is not so over all trials
@@ -39,7 +39,7 @@ class Arithmetic:
 
     def add(self, left: Tensor, right: Tensor, out: Tensor, kept: float = 1.0) -> None:
         """Write kept out + left right to `out`."""
-        if not self.bfloat16:
+        if not self.bfloat16 or (_rounds(left.device) and _are_dense(left, right, out)):
             out.baddbmm_(left, right, beta=kept)
         elif _rounds(left.device):
             for a, b, c in zip(left.unbind(0), right.unbind(0), out.unbind(0), strict=True):
@@ -63,6 +63,11 @@ class Arithmetic:
 
 FLOAT32 = Arithmetic()
 """Plain PyTorch and float32 products."""
+
+
+def _are_dense(*matrices: Tensor) -> bool:
+    """Whether matrices (T, n, m), or their transposes, are contiguous over all trials."""
+    return all(matrix.is_contiguous() or matrix.transpose(1, 2).is_contiguous() for matrix in matrices)
 
 
 def _rounded(tensor: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from ulfine_fast.ops.sgd import cosine_rate
 # float32 values of parameters and activations in a block of trials, 64 MB: larger blocks are not faster
 _BLOCK_VALUES = 16 << 20
 # and so many that another core pays for them
-_CORE_VALUES = 3 << 20
+_CORE_VALUES = 2 << 20
 
 
 class FusedSteps:

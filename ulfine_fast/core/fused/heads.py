@@ -66,7 +66,11 @@ class FusedHeads:
         self.scale = scale.view(-1, 1, 1)
         self.learns = learns
         self.buffers = buffers
-        self.transposed = weights.transpose(1, 2)
+        # batched products of bfloat16 need memory that is contiguous over all trials
+        self.dense = weights
+        if arithmetic.compiled and arithmetic.bfloat16:
+            self.dense = buffers.lend("dense", *weights.shape)
+        self.transposed = self.dense.transpose(1, 2)
         self.inverse = buffers.lend("vector_inverse", weights.shape[0], weights.shape[1])
         self.column_scale = self.inverse.unsqueeze(1)  # (T, 1, M)
         # with compiled passes: what backward leaves to the update, the velocity's multiples of the vectors
@@ -74,6 +78,9 @@ class FusedHeads:
 
     def prepare(self) -> None:
         """Measure the class vectors; once a step, before :meth:`forward`."""
+        if self.compiled and self.arithmetic.bfloat16:
+            native.copy_and_measure(self.weights, self.dense, self.inverse)
+            return
         if self.compiled:
             native.inverse_lengths(self.weights, self.inverse)
             return
@@ -141,7 +148,7 @@ class FusedHeads:
         along_rows = self.buffers.lend("along_rows", trials, count, 1)
         native.logit_gradient_(logit_gradient, rows.logits, rows.row_scale, self.column_scale, along, along_rows)
         if rows_gradient is not None:
-            self.arithmetic.multiply(logit_gradient, self.weights, out=rows_gradient)
+            self.arithmetic.multiply(logit_gradient, self.dense, out=rows_gradient)
             native.subtract_rows_(rows_gradient, rows.adapted, along_rows, rows.inverse)
         if self.learns is not None:
             logit_gradient.mul_(self.learns.unsqueeze(1))
