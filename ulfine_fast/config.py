@@ -289,25 +289,31 @@ def _restored(values: dict[str, Any]) -> FitConfig:
     return FitConfig(**values)
 
 
-_CLASSES: dict[type[Any], type[FitConfig]] = {}
+_CLASSES: dict[tuple[Any, ...], type[FitConfig]] = {}
 
 
 def config_class(method: str) -> type[FitConfig]:
     """The class of a method's configs: the shared options and the method's own.
 
     Raises:
-        InputError: an unknown method, or one whose option has the name of a shared one.
+        InputError: an unknown method, one whose option has the name of a shared one, or a default of no shared option.
     """
-    options = registry.find(method).options
-    if options not in _CLASSES:
-        shared = {spec.name for spec in dataclasses.fields(FitConfig)}
+    registration = registry.find(method)
+    options, defaults = registration.options, registration.defaults
+    key = (options, *sorted(defaults.items()))
+    if key not in _CLASSES:
+        shared = {spec.name: spec for spec in dataclasses.fields(FitConfig)}
         own = []
         for spec in dataclasses.fields(options):
             if spec.name in shared:
                 raise InputError(f"option {spec.name} of method {method} is a shared option; give it another name")
             own.append((spec.name, spec.type, field(default=spec.default, metadata=spec.metadata)))
-        _CLASSES[options] = dataclasses.make_dataclass("FitConfig", own, bases=(FitConfig,), frozen=True, kw_only=True)
-    return _CLASSES[options]
+        for name, default in defaults.items():
+            if name not in shared:
+                raise InputError(f"method {method} has a default of {name!r}, which is no shared option; remove it")
+            own.append((name, shared[name].type, field(default=default, metadata=shared[name].metadata)))
+        _CLASSES[key] = dataclasses.make_dataclass("FitConfig", own, bases=(FitConfig,), frozen=True, kw_only=True)
+    return _CLASSES[key]
 
 
 def options_of(method: str) -> dict[str, dataclasses.Field[Any]]:

@@ -45,15 +45,17 @@ def _defaults(method: str | None) -> dict[str, Any]:
     """Parameters and their defaults, made from the options, so that none is written down twice.
 
     Args:
-        method: of a class for one method alone, which then is no parameter; None for all methods, whose own options
-            then are None unless they are set.
+        method: of a class for one method alone, which then is no parameter; None for all methods: what depends on the
+            method, its own options among it, then is None unless it is set.
     """
     shared = {name: spec.default for name, spec in shared_options().items() if name not in _NOT_HERE}
     if method is not None:
         own = {name: spec.default for name, spec in own_options(method).items() if _is_value(spec)}
-        return {**_ESTIMATOR_OPTIONS, **shared, **own}
+        return {**_ESTIMATOR_OPTIONS, **shared, **registry.find(method).defaults, **own}
     names = {name for each in registry.names() for name, spec in own_options(each).items() if _is_value(spec)}
-    return {"method": FitConfig.method, **_ESTIMATOR_OPTIONS, **shared, **dict.fromkeys(sorted(names))}
+    differing = {name for each in registry.names() for name in registry.find(each).defaults}
+    unset = dict.fromkeys(sorted(names | differing))
+    return {"method": FitConfig.method, **_ESTIMATOR_OPTIONS, **shared, **unset}
 
 
 def _is_value(spec: dataclasses.Field[Any]) -> bool:
@@ -247,7 +249,7 @@ class FeatureClassifier(ClassifierMixin, BaseEstimator):
         """The options as the engine takes them."""
         method = self._method or self.method
         values = {name: _plain(getattr(self, name)) for name in _defaults(self._method)}
-        # None is what options of other methods are unless they are set
+        # None is what depends on the method unless it is set
         options = {
             name: value
             for name, value in values.items()
@@ -256,7 +258,9 @@ class FeatureClassifier(ClassifierMixin, BaseEstimator):
         seed = self.random_state
         if not isinstance(seed, (int, np.integer)):
             seed = check_random_state(seed).randint(2**31 - 1)
-        return FitConfig(method=method, seed=int(seed), eval_every=options["steps"], **options)
+        config = FitConfig(method=method, seed=int(seed), **options)
+        # nothing is held out for validations before the last step
+        return dataclasses.replace(config, eval_every=config.steps)
 
     def _cache(self, features: NDArray[np.float64], classes: NDArray[np.int64], weak: Any, strong: Any) -> FeatureCache:
         # rows without views of their own are their own views

@@ -14,6 +14,7 @@ from ulfine_fast.cache.io.errors import InputError
 from ulfine_fast.config import FitConfig, option, options_of
 from ulfine_fast.core.heads import cosine_logits
 from ulfine_fast.core.types import State
+from ulfine_fast.estimator import FeatureClassifier
 from ulfine_fast.methods import registry
 from ulfine_fast.methods.base import Method
 from ulfine_fast.methods.registry import register
@@ -139,6 +140,23 @@ def test_an_option_must_not_have_the_name_of_a_shared_one():
     register("toy_clash", options=Clashing)(toy_method())
     with pytest.raises(InputError, match="option lr of method toy_clash is a shared option; give it another name"):
         FitConfig(method="toy_clash")
+
+
+def test_a_method_may_have_other_defaults_of_shared_options():
+    register("toy_slow", options=SharpOptions, defaults={"lr": 0.25})(toy_method())
+    assert FitConfig(method="toy_slow").lr == options_of("toy_slow")["lr"].default == 0.25
+    assert FitConfig(method="toy_slow", lr=0.5).lr == 0.5
+    # of two methods with the same options, the other one keeps the usual default
+    register("toy_usual", options=SharpOptions)(toy_method())
+    assert FitConfig(method="toy_usual").lr == FitConfig().lr != 0.25
+    # estimators of all methods leave it to the method
+    assert FeatureClassifier(method="toy_slow").lr is None
+
+
+def test_a_default_must_be_one_of_a_shared_option():
+    register("toy_wrong", defaults={"speed": 1})(toy_method())
+    with pytest.raises(InputError, match="method toy_wrong has a default of 'speed', which is no shared option"):
+        FitConfig(method="toy_wrong")
 
 
 def test_a_method_of_a_test_is_fitted_with_its_option(clusters, quick):

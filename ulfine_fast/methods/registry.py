@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -46,6 +46,7 @@ class Registration:
         source: the paper that it comes from.
         replaces: the method that it was an option of in version 0.1, if any.
         searches: shared options that a sweep of it tries beside the usual ones.
+        defaults: of shared options, where they are not the usual ones.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Registration:
     source: str
     replaces: str | None = None
     searches: tuple[str, ...] = ()
+    defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def summary(self) -> str:
@@ -83,6 +85,7 @@ def register(
     source: str = "",
     replaces: str | None = None,
     searches: tuple[str, ...] = (),
+    defaults: Mapping[str, Any] | None = None,
 ) -> Callable[[_MethodClass], _MethodClass]:
     """A class decorator that makes a method known to fit, sweep, report, the estimators and the command line.
 
@@ -92,6 +95,7 @@ def register(
         source: the paper that it comes from, such as "arXiv 2505.05062".
         replaces: the method whose option it was in version 0.1, if any.
         searches: shared options that a sweep of it tries beside the usual ones.
+        defaults: of shared options, where they are not the usual ones, such as {"lr": 0.03}.
 
     Raises:
         InputError: the name is taken by another class, or is no identifier; an option without help.
@@ -111,7 +115,7 @@ def register(
         same_class = known is None or known.method.__qualname__ == method.__qualname__
         if owner is not None and (owner != method.__module__ or not same_class):
             raise InputError(f"method {name} is registered already, by {owner}; choose another name")
-        _REGISTERED[name] = Registration(name, method, options, source, replaces, searches)
+        _REGISTERED[name] = Registration(name, method, options, source, replaces, searches, defaults or {})
         return method
 
     return add

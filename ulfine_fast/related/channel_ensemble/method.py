@@ -54,11 +54,16 @@ class ChannelFreeMatchOptions(EnsembleOptions, FreeMatchOptions):
 class ChannelULFineOptions(EnsembleOptions, ULFineOptions):
     """Options of :class:`ChannelULFine`."""
 
+    threshold: float = option(
+        0.9, "smallest probability of a pseudo-label that trains", low=0.0, high=1.0, search={"low": 0.5, "high": 0.98}
+    )
+
 
 _SOURCE = "Channel-Ensemble, arXiv 2403.18407"
+_DEFAULTS = {"lr": 0.03}
 
 
-@register("channel_fixmatch", options=ChannelFixMatchOptions, source=_SOURCE, replaces="fixmatch")
+@register("channel_fixmatch", options=ChannelFixMatchOptions, source=_SOURCE, replaces="fixmatch", defaults=_DEFAULTS)
 class ChannelFixMatch(FixMatch):
     """FixMatch with M heads on a shared adapter."""
 
@@ -92,12 +97,14 @@ class ChannelFixMatch(FixMatch):
         return all_heads(trials, tensors, features).mean(2)
 
 
-@register("channel_freematch", options=ChannelFreeMatchOptions, source=_SOURCE, replaces="freematch")
+@register(
+    "channel_freematch", options=ChannelFreeMatchOptions, source=_SOURCE, replaces="freematch", defaults=_DEFAULTS
+)
 class ChannelFreeMatch(ChannelFixMatch, FreeMatch):
     """FreeMatch with M heads on a shared adapter."""
 
 
-@register("channel_ulfine", options=ChannelULFineOptions, source=_SOURCE, replaces="ulfine")
+@register("channel_ulfine", options=ChannelULFineOptions, source=_SOURCE, replaces="ulfine", defaults=_DEFAULTS)
 class ChannelULFine(ULFine):
     """ULFine with M linear heads beside one similarity head, fused with it one by one."""
 

@@ -108,7 +108,7 @@ class BagSource(BatchSource):
             yield step, batch
 
 
-@register("proportions", options=ProportionsOptions, source="PLOT, arXiv 2105.10635")
+@register("proportions", options=ProportionsOptions, source="PLOT, arXiv 2105.10635", defaults={"lr": 0.03})
 class Proportions(LinearProbe):
     """The head of `linear_probe`, trained on class proportions of bags; no image's own label is read."""
 

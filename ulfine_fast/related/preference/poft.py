@@ -63,7 +63,7 @@ class PreferenceFixMatchOptions(ReferenceOptions, PseudoLabelOptions):
     )
 
 
-@register("poft", options=PoFTOptions, source="PoFT, arXiv 2412.12865")
+@register("poft", options=PoFTOptions, source="PoFT, arXiv 2412.12865", defaults={"lr": 0.03})
 class PoFT(LinearProbe):
     """The head of `linear_probe`, trained to rate a label higher than the zero-shot classifiers do.
 
@@ -88,7 +88,11 @@ class PoFT(LinearProbe):
 
 
 @register(
-    "preference_fixmatch", options=PreferenceFixMatchOptions, source="after PoFT, arXiv 2412.12865", replaces="fixmatch"
+    "preference_fixmatch",
+    options=PreferenceFixMatchOptions,
+    source="after PoFT, arXiv 2412.12865",
+    replaces="fixmatch",
+    defaults={"lr": 0.03},
 )
 class PreferenceFixMatch(FixMatch):
     """FixMatch whose pseudo-labels train by the preference loss, with the zero-shot classifiers as references."""
