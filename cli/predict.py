@@ -15,7 +15,7 @@ from ulfine_fast.cli.filling import print_notes
 def predict(
     run: Annotated[Path, typer.Argument(help="Run folder that `fit` wrote; several seeds are averaged.")],
     images: Annotated[
-        Path, typer.Argument(help="An image, a folder of images at any depth, or a csv or parquet table.")
+        Path, typer.Argument(help="An image, a folder of images at any depth, a csv or parquet table, or a cache.")
     ],
     out: Annotated[Path, typer.Option("--out", "-o", help="Table to write: .csv or .parquet.")] = Path(
         "predictions.csv"
@@ -42,11 +42,11 @@ def predict(
     as_json: Annotated[bool, typer.Option("--json", help="Print counts as JSON.")] = False,
 ) -> None:
     """Predict the class of each image: id, class, probability and the five likeliest classes."""
-    from ulfine_fast.runs.predict import images_at, mean_of_seeds, predict_images, refuse_output, write_predictions
+    from ulfine_fast.runs.predict import inputs_at, mean_of_seeds, predict_images, refuse_output, write_predictions
     from ulfine_fast.runs.seeds import load_seeds
 
     refuse_output(out)
-    runs, source = load_seeds(run), images_at(images)
+    runs, source = load_seeds(run), inputs_at(images)
     print_notes(source)
     predictions = predict_images(
         runs[0],
