@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +37,9 @@ NAMES = (
     "mnist",
     "cifar10",
     "cifar100",
+    "cifar100_superclasses",
+    "cifar100_mixed",
+    "cifar100_permuted",
     "stl10",
     "food101",
     "folder=PATH",
@@ -50,6 +53,28 @@ TUX_PAINT = Path("/usr/share/tuxpaint/stamps")
 
 _GARMENTS = (0, 2, 3, 4, 6)  # t-shirt, pullover, dress, coat and shirt: the classes that look alike
 _MNIST_COUNTS = {"train": 350, "test": 100}  # images of each digit
+_CIFAR100 = {
+    "aquatic mammal": "beaver, dolphin, otter, seal, whale",
+    "fish": "aquarium fish, flatfish, ray, shark, trout",
+    "flower": "orchid, poppy, rose, sunflower, tulip",
+    "food container": "bottle, bowl, can, cup, plate",
+    "fruit or vegetable": "apple, mushroom, orange, pear, sweet pepper",
+    "household electrical device": "clock, keyboard, lamp, telephone, television",
+    "household furniture": "bed, chair, couch, table, wardrobe",
+    "insect": "bee, beetle, butterfly, caterpillar, cockroach",
+    "large carnivore": "bear, leopard, lion, tiger, wolf",
+    "large man-made outdoor thing": "bridge, castle, house, road, skyscraper",
+    "large natural outdoor scene": "cloud, forest, mountain, plain, sea",
+    "large omnivore or herbivore": "camel, cattle, chimpanzee, elephant, kangaroo",
+    "medium-sized mammal": "fox, porcupine, possum, raccoon, skunk",
+    "non-insect invertebrate": "crab, lobster, snail, spider, worm",
+    "person": "baby, boy, girl, man, woman",
+    "reptile": "crocodile, dinosaur, lizard, snake, turtle",
+    "small mammal": "hamster, mouse, rabbit, shrew, squirrel",
+    "tree": "maple tree, oak tree, palm tree, pine tree, willow tree",
+    "vehicle on roads or rails": "bicycle, bus, motorcycle, pickup truck, train",
+    "other vehicle": "lawn mower, rocket, streetcar, tank, tractor",
+}
 _UNKNOWN_CLASSES = 3
 _UNKNOWN_IMAGES = 300  # of each unknown class
 
@@ -100,6 +125,12 @@ def open_data(name: str, model: str = MODEL, device: str = "auto") -> FeatureCac
             return fashion_mnist_random()
         case "fashion_mnist_merged":
             return merged(fashion_mnist(model, device), seed=int(value or 0))
+        case "cifar100_superclasses":
+            return merge_classes(open_data("cifar100", model, device), superclasses())
+        case "cifar100_mixed":
+            return merge_classes(open_data("cifar100", model, device), mixed_superclasses())
+        case "cifar100_permuted":
+            return with_permuted_labels(open_data("cifar100", model, device), superclasses())
         case "fashion_mnist_open":
             return with_unknown_classes(fashion_mnist(model, device))
         case "tux_paint":
@@ -350,17 +381,57 @@ def merged(cache: FeatureCache, seed: int = 0) -> FeatureCache:
     others = [k for k in range(10) if k not in _GARMENTS]
     partners = np.random.default_rng([seed, 0x3E6]).permutation(others).tolist()
     pairs = list(zip(_GARMENTS, partners, strict=True))
-    superclass = np.empty(10, dtype=np.int64)
-    for k, pair in enumerate(pairs):
-        superclass[list(pair)] = k
+    names = cache.class_names
+    return merge_classes(cache, {f"{names[a]} or {names[b]}": [names[a], names[b]] for a, b in pairs})
+
+
+def merge_classes(cache: FeatureCache, groups: Mapping[str, Sequence[str]]) -> FeatureCache:
+    """A cache whose classes are groups of another one's classes, each with the texts of all its members.
+
+    Args:
+        cache: the other one.
+        groups: names of the members, all groups of one size, by the group's name; every class is in one group.
+    """
+    members = [[cache.class_names.index(name) for name in group] for group in groups.values()]
+    group_of = np.empty(len(cache.class_names), dtype=np.int64)
+    for number, group in enumerate(members):
+        group_of[group] = number
     text = cache.text_features
     return changed_cache(
         cache,
-        labels=superclass[cache.labels],
-        class_names=[f"{cache.class_names[a]} or {cache.class_names[b]}" for a, b in pairs],
-        # (5, 2 P, D)
-        text_features=None if text is None else np.stack([np.concatenate([text[a], text[b]]) for a, b in pairs]),
+        labels=group_of[cache.labels],
+        class_names=list(groups),
+        # (groups, members x P, D)
+        text_features=None if text is None else np.stack([np.concatenate(list(text[group])) for group in members]),
     )
+
+
+def superclasses() -> dict[str, list[str]]:
+    """The 20 superclasses of CIFAR-100, five classes each."""
+    return {name: [member.strip() for member in members.split(",")] for name, members in _CIFAR100.items()}
+
+
+def mixed_superclasses() -> dict[str, list[str]]:
+    """As many classes of as many members, whose members are of five different superclasses: unlike each other."""
+    groups = list(superclasses().values())
+    mixed = [[groups[(number + 4 * place) % len(groups)][place] for place in range(5)] for number in range(len(groups))]
+    return {" or ".join(members): members for members in mixed}
+
+
+def with_permuted_labels(cache: FeatureCache, groups: Mapping[str, Sequence[str]], seed: int = 0) -> FeatureCache:
+    """A cache in which every image has the label of a class drawn from its group, of training and test images alike.
+
+    What the images show is then the group; which of its classes an image has is chance.
+    """
+    rng = np.random.default_rng([seed, 0x9E2])
+    labels = cache.labels.copy()
+    for group in groups.values():
+        members = np.array([cache.class_names.index(name) for name in group])
+        for split in ("train", "test"):
+            rows = np.flatnonzero(np.isin(cache.labels, members) & (cache.splits == split))
+            # as many of each class as before
+            labels[rows] = rng.permutation(cache.labels[rows])
+    return changed_cache(cache, labels=labels)
 
 
 def with_unknown_classes(cache: FeatureCache, seed: int = 0) -> FeatureCache:

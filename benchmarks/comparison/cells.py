@@ -77,6 +77,7 @@ class Cell:
         return FitConfig.from_dict({**split, **options})
 
 
+_SUPERCLASSES = {150: Protocol(10, 10, 1000, 250)}
 _FASHION_MNIST = {150: Protocol(100, 100, 1000, 250), 50: Protocol(50, 100, 1000, 250)}
 
 _PROTOCOLS = {
@@ -90,6 +91,9 @@ _PROTOCOLS = {
         150: Protocol(100, 100, 1000, 250),
     },
     "cifar100": {150: Protocol(10, 10, 300, 300), 50: Protocol(10, 10, 400, 400)},
+    "cifar100_permuted": {50: Protocol(10, 10, 200, 200)},
+    "cifar100_superclasses": _SUPERCLASSES,
+    "cifar100_mixed": _SUPERCLASSES,
     "food101": {150: Protocol(10, 10, 300, 300), 50: Protocol(10, 10, 400, 400)},
     "stl10": {450: Protocol(10, 10), 150: Protocol(10, 10)},
     "mnist": {50: Protocol(50, 50, 250, 150), 15: Protocol(15, 50, 250, 150)},

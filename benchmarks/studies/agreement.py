@@ -1,12 +1,14 @@
 """How far the fast ways to read images agree with the model's own preprocessing, and what they save.
 
     python -m benchmarks.studies.agreement --json agreement.json
+    python -m benchmarks.studies.agreement --ways exact --precision bf16     # products of less precision alone
 
 Features of the same images, plain and drawn views, once as open_clip prepares them and once as each way does: cosines
 of the two. `reduced` is what an extraction on a processor does by default: images of twice the model's side or more
 are reduced by a whole number before they are resized, JPEG files while they are decoded. `device` is what it does
 beside a GPU: images travel whole, and batched products resize, crop and augment all views there. On a machine without
-a GPU the same products run on the processor, for the pixels' sake alone.
+a GPU the same products run on the processor, for the pixels' sake alone. `exact` reads as open_clip does: what remains
+is the difference between the model at `--precision` and in float32.
 """
 
 from __future__ import annotations
@@ -34,18 +36,21 @@ from ulfine_fast.cache.sources import ListedSource
 from ulfine_fast.cache.sources import Row as ImageRow
 from ulfine_fast.cli.main import guarded
 
-WAYS = ("reduced", "device")
+WAYS = ("exact", "reduced", "device")
 VIEW_KINDS = ("plain", "weak", "strong")
 _BATCH = 16
 
 
-def measure(source: ListedSource, encoder: Encoder, ways: Sequence[str] = WAYS) -> list[Row]:
+def measure(
+    source: ListedSource, encoder: Encoder, ways: Sequence[str] = WAYS[1:], rounded: Encoder | None = None
+) -> list[Row]:
     """One row for each way and kind of view.
 
     Args:
         source: images.
         encoder: the model; its preprocessing must have a form for devices.
         ways: of `WAYS`.
+        rounded: the same model at another precision, with which the ways' features are made.
     """
     assert encoder.resampling is not None
     exact = ImageReader(source, encoder.resize, ViewRecipe(), encoder.spec.image_size)
@@ -62,7 +67,7 @@ def measure(source: ListedSource, encoder: Encoder, ways: Sequence[str] = WAYS) 
     with one_core():
         exact_features, exact_rate = _features(source.rows, encoder, *pixels_of("exact"))
         for way in ways:
-            features, rate = _features(source.rows, encoder, *pixels_of(way))
+            features, rate = _features(source.rows, rounded or encoder, *pixels_of(way))
             cosines = (exact_features * features).sum(dim=-1)  # (N, V)
             rows += [
                 {
@@ -106,7 +111,8 @@ def agreement(
         str, typer.Option(help="demo, tux_paint, png28, jpeg500, photograph or folders, separated by commas.")
     ] = "demo,tux_paint,jpeg500,photograph",
     models: Annotated[str, typer.Option(help="lite0-minilm, ViT-B-32 (random weights) or both.")] = "lite0-minilm",
-    ways: Annotated[str, typer.Option(help="reduced, device or both.")] = "reduced,device",
+    ways: Annotated[str, typer.Option(help="Of exact, reduced, device.")] = "reduced,device",
+    precision: Annotated[str, typer.Option(help="fp32, bf16 or fp16, of the model that is compared.")] = "fp32",
     count: Annotated[int, typer.Option(help="Images at most.", min=1)] = 1000,
     device: DeviceOption = "auto",
     as_json: JsonOption = None,
@@ -116,9 +122,10 @@ def agreement(
     rows: list[Row] = []
     for model in parse_names(models, (LITE0, VIT), "models"):
         encoder = load_encoder(model_name(model), device=device)
+        rounded = load_encoder(model_name(model), device=device, precision=precision)
         for name in split_names(data):
-            measured = measure(image_source(name, count), encoder, chosen_ways)
-            rows += [{"model": model, "data": Path(name).name, **row} for row in measured]
+            measured = measure(image_source(name, count), encoder, chosen_ways, rounded)
+            rows += [{"model": model, "precision": precision, "data": Path(name).name, **row} for row in measured]
     write_rows(as_json, rows)
     lines = [
         [

@@ -50,6 +50,43 @@ def test_superclasses_depend_on_the_seed(ten):
     assert len({tuple(data.merged(ten, seed=seed).class_names) for seed in range(5)}) > 1
 
 
+def test_superclasses_of_a_hundred_classes_have_five_members_each():
+    members = [name for group in data.superclasses().values() for name in group]
+    assert len(data.superclasses()) == 20
+    assert len(set(members)) == 100
+    assert {len(group) for group in data.superclasses().values()} == {5}
+
+
+def test_mixed_superclasses_have_members_unlike_each_other():
+    groups = data.superclasses()
+    home = {name: number for number, group in enumerate(groups.values()) for name in group}
+    mixed = data.mixed_superclasses()
+    assert sorted(name for group in mixed.values() for name in group) == sorted(home)
+    for group in mixed.values():
+        assert len({home[name] for name in group}) == 5
+
+
+def test_a_group_of_classes_keeps_its_members_images_and_texts(ten):
+    names = ten.class_names
+    groups = {"even": names[::2], "odd": names[1::2]}
+    merged = data.merge_classes(ten, groups)
+    assert merged.class_names == ["even", "odd"]
+    assert np.array_equal(merged.labels, ten.labels % 2)
+    assert np.array_equal(merged.text_features[1], np.concatenate(list(ten.text_features[1::2])))
+
+
+def test_labels_are_permuted_inside_a_group_and_split(ten):
+    names = ten.class_names
+    groups = {"low": names[:5], "high": names[5:]}
+    permuted = data.with_permuted_labels(ten, groups)
+    assert np.array_equal(permuted.labels // 5, ten.labels // 5)
+    assert (permuted.labels == ten.labels).mean() < 0.5
+    for split in ("train", "test"):
+        rows = ten.splits == split
+        assert np.array_equal(np.bincount(permuted.labels[rows]), np.bincount(ten.labels[rows]))
+    assert np.array_equal(data.with_permuted_labels(ten, groups).labels, permuted.labels)
+
+
 def test_unknown_classes_are_among_the_unlabelled_rows_only(ten):
     cache = data.with_unknown_classes(ten)
     assert len(cache.class_names) == 7

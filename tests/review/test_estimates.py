@@ -43,7 +43,7 @@ def test_two_right_labels_do_not_make_a_class_certain():
     measured = estimate(make_fit([0, 0, *[1] * 20, *[2] * 20], [0, 0, *[1] * 15, *[0] * 5, *[2] * 20]))
     assert measured.high[0] == measured.accuracy[0] == 1
     assert measured.low[0] < 0.7
-    assert measured.low[2] > 0.8
+    assert measured.low[2] > 0.75
 
 
 @pytest.mark.parametrize("labels", [4, 10, 40])

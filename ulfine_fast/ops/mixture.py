@@ -88,8 +88,9 @@ class Metric:
 
     def inverse_lengths(self, rows: Tensor) -> Tensor:
         """1 / length of rows (T, n, D) for each candidate (T, n, C)."""
-        squared = rows.square().sum(-1, keepdim=True) + products(rows, self.factors).square().sum(-1)
-        return torch.rsqrt(squared.clamp(min=_EPS))
+        own = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
+        squared = torch.linalg.vector_norm(products(rows, self.factors), dim=-1).square_().add_(own.square_())
+        return squared.clamp_(min=_EPS).rsqrt_()
 
 
 def products(rows: Tensor, vectors: Tensor) -> Tensor:

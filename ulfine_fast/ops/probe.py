@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ulfine_fast.ops.prototypes import normalize
@@ -63,26 +62,35 @@ def fit_probe(
         rows, targets, trained = views[:, :, step % views.shape[2]], index, member
         if parts is not None:
             position, present = parts(step // views.shape[2])  # (T, m)
-            rows = rows.gather(1, position.unsqueeze(-1).expand(-1, -1, rows.shape[-1]))
+            rows = _rows(views, position, step % views.shape[2])
             targets = index.gather(1, position)
             trained = member.gather(1, position.unsqueeze(-1).expand(-1, -1, count)) * present.unsqueeze(-1)
-        row_weight = trained / trained.sum(1, keepdim=True).clamp(min=1e-9)  # (T, m, J)
+        row_weight = trained / trained.sum(1, keepdim=True).clamp(min=1e-9) * sigma.squeeze(-1)  # (T, m, J)
 
-        # the gradient of the adjusted cross-entropy
-        unit, length = normalize(weights), weights.norm(dim=-1, keepdim=True).clamp(min=1e-6)
-        flat = unit.flatten(1, 2)  # (T, J K, D)
-        logits = sigma * (rows @ flat.transpose(1, 2)).unflatten(-1, (count, classes))
-        error = torch.softmax(logits + log_prior, -1)  # (T, m, J, K)
-        error -= F.one_hot(targets, classes).unsqueeze(2)
-        error *= row_weight.unsqueeze(-1) * sigma
+        # the gradient of the adjusted cross-entropy, in the memory of the logits
+        inverse = torch.linalg.vector_norm(weights, dim=-1, keepdim=True).clamp(min=1e-6).reciprocal()  # (T, J, K, 1)
+        unit = weights * inverse
+        logits = (rows @ unit.flatten(1, 2).transpose(1, 2)).unflatten(-1, (count, classes))  # (T, m, J, K)
+        error = torch.softmax(logits.mul_(sigma).add_(log_prior), -1).mul_(row_weight.unsqueeze(-1))
+        own = targets[:, :, None, None].expand(-1, -1, count, 1)
+        error.scatter_add_(-1, own, -row_weight.unsqueeze(-1))
         gradient = (error.flatten(2).transpose(1, 2) @ rows).unflatten(1, (count, classes))
         # the cosine does not see a vector's length, so neither does its gradient
-        gradient = (gradient - (gradient * unit).sum(-1, keepdim=True) * unit) / length
-        velocity = 0.9 * velocity + gradient + decay * weights
-        weights = weights - 0.5 * rate * (1 + math.cos(math.pi * step / steps)) * velocity
+        along = (gradient * unit).sum(-1, keepdim=True)
+        gradient.addcmul_(unit, along, value=-1).mul_(inverse)
+        velocity.mul_(0.9).add_(gradient).add_(weights, alpha=decay)
+        weights.sub_(velocity, alpha=0.5 * rate * (1 + math.cos(math.pi * step / steps)))
         if report is not None:
             report((step + 1) / steps)
     return normalize(weights)
+
+
+def _rows(views: Tensor, position: Tensor, view: int) -> Tensor:
+    """One of the views (T, n, V, D) of rows (T, m): (T, m, D). Whole rows are copied, which a gather does not do."""
+    trials, count, drawn, dim = views.shape
+    first = torch.arange(trials, device=views.device).unsqueeze(1) * count
+    index = (first + position) * drawn + view
+    return views.reshape(-1, dim).index_select(0, index.flatten()).view(trials, -1, dim)
 
 
 def _parts(known: Tensor) -> Callable[[int], tuple[Tensor, Tensor]] | None:

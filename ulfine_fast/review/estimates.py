@@ -9,8 +9,9 @@ import torch
 from numpy.typing import NDArray
 
 from ulfine_fast.data.splits import Rows
+from ulfine_fast.metrics.intervals import balanced_interval, recall_interval
 from ulfine_fast.ops.evidence import balanced_gain
-from ulfine_fast.review.quick import QuickFit
+from ulfine_fast.review.quick import FOLDS, QuickFit
 
 Floats = NDArray[np.float64]
 
@@ -22,9 +23,6 @@ LEARNING_RATE = 0.25
 
 Measured by `python -m benchmarks.studies.review_labels`, which prints expected beside actual gains.
 """
-
-_DRAWS = 2000
-_PSEUDO_COUNT = 1.0  # labels' worth of the accuracy over all classes that a class's own is mixed with
 
 
 @dataclass(frozen=True)
@@ -69,10 +67,9 @@ class Estimate:
 
 
 def estimate(fit: QuickFit) -> Estimate:
-    """Accuracy on held-out labels by class, and its mean.
+    """Accuracy on held-out labels by class, and its mean, with intervals of cross-validation.
 
-    Intervals are of beta posteriors, whose prior is worth one label of the accuracy over all classes: two labels that
-    are both right do not make a class certain.
+    Two labels that are both right do not make a class certain.
 
     Args:
         fit: as :func:`ulfine_fast.review.quick.quick_fit` returns it.
@@ -84,18 +81,11 @@ def estimate(fit: QuickFit) -> Estimate:
     low, high = accuracy.copy(), accuracy.copy()
     if not known.any():
         return Estimate(None, accuracy, low, high, held_out)
-    overall = (right.sum() + 1) / (held_out.sum() + 2)
-    random = np.random.default_rng(0)
-    draws = random.beta(
-        right[known] + _PSEUDO_COUNT * overall,
-        held_out[known] - right[known] + _PSEUDO_COUNT * (1 - overall),
-        size=(_DRAWS, int(known.sum())),
-    )
     accuracy[known] = right[known] / held_out[known]
-    low[known], high[known] = _ends(draws, accuracy[known])
-    mean = accuracy[known].mean()
-    below, above = _ends(draws.mean(1), mean)
-    balanced = Interval(float(mean), float(below), float(above), int(held_out[known].sum()))
+    for k in np.flatnonzero(known):
+        low[k], high[k] = recall_interval(accuracy[k], held_out[k], FOLDS)
+    below, above = balanced_interval(accuracy[known], held_out[known], FOLDS)
+    balanced = Interval(float(accuracy[known].mean()), below, above, int(held_out[known].sum()))
     return Estimate(balanced, accuracy, low, high, held_out)
 
 
@@ -151,9 +141,3 @@ def _class_counts(fit: QuickFit, rows: Rows, labels: Rows) -> tuple[Rows, Rows]:
     """Right ones among the held-out labels of each class, and all of them (K,)."""
     right = labels[fit.probabilities[rows].argmax(1) == labels]
     return np.bincount(right, minlength=fit.classes), np.bincount(labels, minlength=fit.classes)
-
-
-def _ends(draws: Floats, value: NDArray[np.float64]) -> tuple[Floats, Floats]:
-    """Ends of the 95% interval of draws (n, ...), which holds the value itself."""
-    low, high = np.quantile(draws, (0.025, 0.975), axis=0)
-    return np.minimum(low, value), np.maximum(high, value)

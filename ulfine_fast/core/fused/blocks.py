@@ -57,10 +57,15 @@ class FusedSteps:
         # sizes: a GPU takes all trials together
         count = len(trials.seeds)
         values = _values(step, state, batches)
-        cores = torch.get_num_threads() if threads and not flat.parameters.is_cuda else 1
+        on_gpu = flat.parameters.is_cuda
+        cores = torch.get_num_threads() if threads and not on_gpu else 1
         workers = min(cores, count, max(1, count * values // _CORE_VALUES))
-        block = count if flat.parameters.is_cuda else max(1, _BLOCK_VALUES // values)
-        size = min(block, math.ceil(count / workers))
+        largest = count if on_gpu else max(1, _BLOCK_VALUES // values)
+        # blocks as even as they can be: a last one of few trials would cost as much as a full one
+        blocks = workers * math.ceil(count / (workers * largest))
+        size = math.ceil(count / blocks)
+        # to split small matrices between cores costs more than it brings
+        self.one_core_each = workers > 1 or (cores > 1 and count * values < _CORE_VALUES)
 
         # blocks that run one after another, by worker
         self.queues: list[list[tuple[slice, FusedStep]]] = [[] for _ in range(workers)]
@@ -89,7 +94,7 @@ class FusedSteps:
         rates = (factors * peak).to(peak)  # (S, T)
         ramps = (done / warmup.clamp(min=1e-9)).clamp(max=1.0).to(peak)  # (S, T)
         works = [self._work(blocks, range(start, stop), rates, ramps) for blocks in self.queues]
-        yield from works[0] if len(works) == 1 else interleaved(works)
+        yield from interleaved(works) if self.one_core_each else works[0]
 
     def _work(
         self, blocks: list[tuple[slice, FusedStep]], steps: range, rates: Tensor, ramps: Tensor
