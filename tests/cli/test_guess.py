@@ -95,7 +95,7 @@ def test_caches_runs_and_sweeps_below_a_folder(things):
         ("predict my-cache", "my-cache is a cache, and predict takes a run; to train on it: ulfine-fast fit my-cache"),
         ("predict my-cache photos", "my-cache is a cache, and predict takes a run"),
         ("predict photos runs/plus", "in another order; did you mean `ulfine-fast predict runs/plus photos`?"),
-        ("predict runs/plus my-cache", "my-cache is a cache, and predict takes images"),
+        ("predict runs/plus seeds", "seeds is a folder of runs, and predict takes images or a cache"),
         ("report my-cache", "my-cache is a cache, and report takes a run"),
         ("extract my-cache --out c", "my-cache is a cache, and extract takes images; to train on it"),
         ("eval seeds", "did you mean `ulfine-fast eval seeds/seed-0`?"),

@@ -696,7 +696,8 @@ def _probes(
 ) -> tuple[Tensor, Tensor]:
     """Labelled-only heads (T, J, K, D) of the kind (T,) that held-out labels prefer, as long as their scale.
 
-    They start from prototypes (T, J, K, D). Every kind is fitted without each fold, the preferred one with all labels too.
+    They start from prototypes (T, J, K, D). Every kind is fitted without each fold, the preferred one with all labels
+    too.
     """
     classes, parts = trials.prototypes.shape[1], len(PROBES) + 1
 

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from ulfine_fast.cache.io.errors import CacheMismatch, InputError
 from ulfine_fast.cache.io.progress import progress_bar, working
+from ulfine_fast.cache.manifest import is_cache
 from ulfine_fast.cache.models.encoder import Encoder, load_encoder
 from ulfine_fast.cache.pipeline.encode import encoded
 from ulfine_fast.cache.pipeline.five_crops import NUM_CROPS, cropped
@@ -24,8 +25,10 @@ from ulfine_fast.cache.pipeline.read import ImageReader
 from ulfine_fast.cache.pipeline.views import ViewRecipe
 from ulfine_fast.cache.sources import ImageFolder, ImageTable
 from ulfine_fast.cache.sources.table import SUFFIXES
+from ulfine_fast.cache.store import FeatureCache
 from ulfine_fast.metrics import classification as metrics
 from ulfine_fast.runs.calibration import Calibration, ClassSets, Rejected, class_sets, mean_calibration, reject
+from ulfine_fast.runs.evaluate import inputs_of, refuse_other_encoder
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -161,7 +164,7 @@ def predict_images(
     Args:
         run: a fitted run.
         images: an image, a folder of images at any depth, or a table with a column `path`; or a data
-            frame of pandas or Polars with that column; or what :func:`images_at` made of one of these.
+            frame of pandas or Polars with that column; or what :func:`inputs_at` made of one of these.
         device: where to encode.
         batch_size: images encoded together, at least 1.
         five_crops: average the logits of four corners and the middle of each image (LIFT's test-time ensembling,
@@ -178,6 +181,10 @@ def predict_images(
     """
     if batch_size < 1:
         raise InputError(f"batch_size must be at least 1, got {batch_size}")
+    if isinstance(images, FeatureCache) and five_crops:
+        raise InputError("five crops are of images, and a cache holds one feature of each; leave them out")
+    if isinstance(images, FeatureCache):
+        return predict_cache(run, images, scorer=scorer, rate=rate, coverage=coverage)
     scorer = scorer or Scorer(run.predict_proba, run.scores, run.class_names, run.calibrated)
     scorer.check(rate, coverage, five_crops)
     source = images_at(images)
@@ -199,6 +206,35 @@ def predict_images(
         probabilities.append(scorer.probabilities(features))
     scores = None if rate is None else scorer.scores(features)
     return judged(ids, mean_of_logits(probabilities), scores, skipped, scorer, rate, coverage)
+
+
+def predict_cache(
+    run: Run,
+    cache: FeatureCache,
+    *,
+    scorer: Scorer | None = None,
+    rate: float | None = None,
+    coverage: float | None = None,
+) -> Predictions:
+    """Predict the classes of all images of a cache; no encoder is loaded.
+
+    Args:
+        run: a fitted run.
+        cache: features of the run's encoder, or of the same other program.
+        scorer: see :func:`predict_images`.
+        rate: likewise.
+        coverage: likewise.
+
+    Raises:
+        InputError: a rate or coverage outside 0..1, or of a run without held-out labels.
+        CacheMismatch: the features come from another encoder.
+    """
+    scorer = scorer or Scorer(run.predict_proba, run.scores, run.class_names, run.calibrated)
+    scorer.check(rate, coverage)
+    refuse_other_encoder(run, cache)
+    inputs = inputs_of(run, cache)
+    scores = None if rate is None else scorer.scores(inputs)
+    return judged(list(cache.ids), scorer.probabilities(inputs), scores, [], scorer, rate, coverage)
 
 
 def judged(
@@ -230,6 +266,11 @@ def images_at(where: str | Path | Any) -> ListedSource:
         return ImageTable(where)
     path = Path(where)
     return ImageTable(path) if path.suffix.lower() in SUFFIXES else ImageFolder(path)
+
+
+def inputs_at(where: Path) -> ListedSource | FeatureCache:
+    """The features of a cache, or else images, see :func:`images_at`."""
+    return FeatureCache.open(where) if is_cache(where) else images_at(where)
 
 
 def mean_of_seeds(runs: Sequence[Run]) -> Scorer:
@@ -274,6 +315,11 @@ def recorded_encoder(record: dict[str, Any] | None, input_shape: Sequence[int], 
     """
     if record is None:
         raise InputError("this run was fitted on arrays, not on images; give features to Run.predict instead")
+    if not record["sha256"]:
+        raise InputError(
+            "the features that this run was fitted on were imported without --model, so that images cannot be encoded; "
+            "predict a cache of features instead: ulfine-fast predict RUN CACHE"
+        )
     *tokens, _ = input_shape
     encoder = load_encoder(
         record["name"],
