@@ -45,19 +45,11 @@ def predict(
     as_json: Annotated[bool, typer.Option("--json", help="Print counts as JSON.")] = False,
 ) -> None:
     """Predict the class of each image: id, class, probability and the five likeliest classes."""
-<<<<<<< HEAD
     from ulfine_fast.exports.load import open_predictor
-    from ulfine_fast.runs.predict import images_at, refuse_output, write_predictions
+    from ulfine_fast.runs.predict import inputs_at, refuse_output, write_predictions
 
     refuse_output(out)
-    predictor, source = open_predictor(run), images_at(images)
-=======
-    from ulfine_fast.runs.predict import inputs_at, mean_of_seeds, predict_images, refuse_output, write_predictions
-    from ulfine_fast.runs.seeds import load_seeds
-
-    refuse_output(out)
-    runs, source = load_seeds(run), inputs_at(images)
->>>>>>> guess
+    predictor, source = open_predictor(run), inputs_at(images)
     print_notes(source)
     predictions = predictor.predict(
         source, device=device, batch_size=batch_size, five_crops=five_crops, rate=reject, coverage=sets

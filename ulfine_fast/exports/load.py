@@ -14,6 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from ulfine_fast.cache.io.device import pick_device
 from ulfine_fast.cache.io.errors import InputError
+from ulfine_fast.cache.store import FeatureCache
 from ulfine_fast.config import FitConfig
 from ulfine_fast.exports.config import IMAGES, calibration_of, check_model_file, is_export, outputs_of, read_config
 from ulfine_fast.exports.hub import SCHEME, pull
@@ -155,6 +156,8 @@ class Loaded:
         from ulfine_fast.runs.predict import Scorer, predict_images, recorded_encoder
 
         scorer = Scorer(self.predict_proba, self.scores, self.class_names, self._run.calibrated)
+        if self.takes_images and isinstance(images, FeatureCache):
+            raise InputError("this model takes images, and a cache holds features; name the folder of images instead")
         if self.takes_images:
             from ulfine_fast.exports.images import predict_without_encoder
 
