@@ -79,7 +79,8 @@ def fit_many(
         device: "auto", "cpu", "cuda" or "cuda:N".
         progress: draw a progress bar; None draws it where stderr is a terminal.
         engine: "specification" for steps through autograd; "fused" for steps without it, which some methods have;
-            "auto" for the fused steps where the method has them.
+            "native" for those with passes that the machine's C compiler builds, on a processor; "auto" for "fused"
+            where the method has it.
         read_test: whether test metrics and predictions are made; a search must not see them.
         cross_validate: whether a trial without a test split, drawn from a config that neither has `test_fraction` nor
             follows the protocol (`n1`), trains on every label and is judged by repeated stratified cross-validation,
