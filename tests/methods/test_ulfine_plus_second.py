@@ -90,7 +90,7 @@ def test_a_reading_is_changed_for_a_gain_above_its_error():
 
 
 def test_trials_choose_for_themselves():
-    caches = arrays(3.0, 12, seed=0), arrays(3.0, 20, seed=1)
+    caches = arrays(5.0, 12, seed=0), arrays(1.6, 20, seed=1)
     cache = beside(*caches)
     configs = [FitConfig(seed=seed) for seed in range(5)]
     together = fit_many(cache, configs, device="cpu", progress=False)
