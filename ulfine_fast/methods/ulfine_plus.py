@@ -51,7 +51,8 @@ if TYPE_CHECKING:
 
 # dimensions of the feature before the projection that are kept beside the projected one, and of a second encoder
 WIDE = 192
-# candidates: the length of a second encoder's feature in the joined one, beside leaving it out
+# candidates: the length of a second encoder's feature in the joined one, beside leaving it out; the first stays unless
+# another one is more likely than by chance
 SECOND_WEIGHTS = (0.5, 0.5**0.5, 0.75**0.5)
 # candidates: sharpness of the weights of a class's prompts and descriptions by their cosine with its cluster, beside
 # its prompts alone
@@ -219,28 +220,33 @@ class ULFinePlus(Method):
             fits.append(State({}))
             self._fit(trials, fits[-1], replace(pool, report=report), reading)
 
-        # the reading under which held-out labels are most likely, where they are more so than by chance
+        # the reading under which held-out labels are most likely, where they are more so than by chance; the usual one
+        # leaves descriptions aside and reads a second encoder, which was asked for, at its first weight
         classes = trials.prototypes.shape[1]
         known = fits[0].scratch["held_out_probabilities"].isfinite()  # (T, L)
         likelihoods = torch.stack([_log_likelihoods(one.scratch) for one in fits])  # (V, T, L)
-        gains = torch.stack([balanced_gain(one - likelihoods[0], pool.labels, known, classes) for one in likelihoods])
-        best, best_gain = _best_gain(gains, range(1, len(readings)))
-        chosen = torch.where(_exceeds_error(best_gain), best, 0)  # (T,)
+        weights = [reading.weight or 0.0 for reading in readings]
+        usual = 1 if any(weights) else 0
+        others = [number for number in range(len(readings)) if number != usual]
+        gains = torch.stack(
+            [balanced_gain(one - likelihoods[usual], pool.labels, known, classes) for one in likelihoods]
+        )
+        best, best_gain = _best_gain(gains, others)
+        chosen = torch.where(_exceeds_error(best_gain), best, usual)  # (T,)
         state.memory |= _of_variant([one.memory for one in fits], chosen)
         state.scratch |= _of_variant([one.scratch for one in fits], chosen)
 
-        # what each addition is worth by itself, at its best, whether it was chosen or not
+        # what each addition is worth by itself, as it is read, or at its best where it is not
         rights = torch.stack([one.scratch["held_out_right"] for one in fits]).nan_to_num()  # (V, T, L)
-        for name, of_readings, only in (
-            ("second", [reading.weight or 0.0 for reading in readings], lambda one: one.sharpness is None),
-            ("descriptions", [float(one.sharpness is not None) for one in readings], lambda one: not one.weight),
-        ):
-            added = [v for v, reading in enumerate(readings) if of_readings[v] and only(reading)]
+        described = [float(reading.sharpness is not None) for reading in readings]
+        for name, strength, other in (("second", weights, described), ("descriptions", described, weights)):
+            added = [number for number in range(len(readings)) if strength[number] and not other[number]]
             if added:
-                best = _best_gain(gains, added)[0]
-                right = rights[best, torch.arange(len(best), device=best.device)]
+                is_read = torch.isin(chosen, torch.tensor(added, device=chosen.device))
+                shown = torch.where(is_read, chosen, _best_gain(gains, added)[0])
+                right = rights[shown, torch.arange(len(shown), device=shown.device)]
                 state.scratch[f"gain_{name}"] = balanced_gain(right - rights[0], pool.labels, known, classes)
-                state.scratch[f"weight_of_{name}"] = torch.tensor(of_readings, device=chosen.device)[chosen].square()
+                state.scratch[f"weight_of_{name}"] = torch.tensor(strength, device=chosen.device)[chosen].square()
 
     def _fit(self, trials: Trials, state: State, pool: Pool, reading: _Reading) -> None:
         """Judge the starting priors by labels that are held out, then fit those that are worth it with all labels."""
