@@ -6,6 +6,7 @@ import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -77,7 +78,7 @@ def _rounded(tensor: Tensor) -> Tensor:
 @contextmanager
 def _rounding_products() -> Iterator[None]:
     """Products of float32 may round their inputs to bfloat16 on a processor that has such products."""
-    matmul = torch.backends.mkldnn.matmul
+    matmul: Any = getattr(torch.backends.mkldnn, "matmul")  # noqa: B009 - PyTorch's types do not know it
     before = matmul.fp32_precision
     matmul.fp32_precision = "bf16"
     try:
