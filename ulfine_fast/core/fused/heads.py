@@ -191,7 +191,7 @@ def add_orthogonality_gradient(
         gram = buffers.lend("gram", trials, classes, classes)
         arithmetic.multiply(vectors, vectors.transpose(1, 2), out=gram)
         passes = native if arithmetic.compiled else kernels
-        penalty = passes.orthogonality_gradient_(gram, inverse, weight)
+        penalty: Tensor = passes.orthogonality_gradient_(gram, inverse, weight)
         arithmetic.add(gram, vectors, out=velocity)
         return penalty
     scales = inverse.unsqueeze(2) * inverse.unsqueeze(1)  # (T, K, K)
