@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ulfine_fast.cache.io.errors import InputError
+from ulfine_fast.cache.io.hub import why_no_hub
 from ulfine_fast.exports.config import CARD, CONFIG, FORMATS, check_model_file, read_config
 
 SCHEME = "hf://"
@@ -48,8 +49,13 @@ def push(
     files = [Path(folder) / name for name in names if (Path(folder) / name).is_file()]
     operations = [CommitOperationAdd(path_in_repo=path.name, path_or_fileobj=path) for path in files]
     message = message or f"{config['method']} over {len(config['class_names'])} classes, as {config['to']}"
-    api = HfApi(endpoint=endpoint or os.environ.get("HF_ENDPOINT"), token=token)
+    server = endpoint or os.environ.get("HF_ENDPOINT")
+    api = HfApi(endpoint=server, token=token)
     name = repo.removeprefix(SCHEME)
+    # the client would try again for a minute
+    reason = why_no_hub(server)
+    if reason is not None:
+        raise InputError(f"{name} cannot be reached ({reason}); check the network and HF_ENDPOINT")
     with _server_errors(name):
         repo_id = api.create_repo(name, private=private, exist_ok=True).repo_id
         return api.create_commit(repo_id, operations, commit_message=message).commit_url
