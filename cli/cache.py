@@ -119,8 +119,8 @@ def export(
     cache: Annotated[Path, typer.Argument(help="Folder of a finished cache.", show_default=False)],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write to.", show_default=False)],
     to: Annotated[
-        Literal["clip-retrieval", "npy", "parquet"],
-        typer.Option(help="img_emb, text_emb and metadata; one array each; one table with a 2-d map."),
+        Literal["clip-retrieval", "npy", "parquet", "lance"],
+        typer.Option(help="img_emb, text_emb and metadata; one array each; one table with a 2-d map, in two formats."),
     ] = "clip-retrieval",
     rows_per_file: Annotated[int, typer.Option(help="Rows of a file of clip-retrieval at most.")] = 1_000_000,
     as_json: AsJson = False,
@@ -138,7 +138,8 @@ def import_(
     where: Annotated[
         Path,
         typer.Argument(
-            help="clip-retrieval's folder, a folder of .npy files, an .npz, .npy or .parquet file.", show_default=False
+            help="clip-retrieval's folder; .npy files, .npz, parquet, Lance, or a saved data set of Hugging Face.",
+            show_default=False,
         ),
     ],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the cache.", show_default=False)],
@@ -158,10 +159,10 @@ def import_(
     ] = None,
     column: Annotated[
         str | None,
-        typer.Option(help="Column of a .parquet file's features.", show_default="the only one of lists of floats"),
+        typer.Option(help="Column of a table's features.", show_default="the only one of lists of floats"),
     ] = None,
     label_column: Annotated[
-        str | None, typer.Option(help="Column of the labels in a .parquet file.", show_default="label")
+        str | None, typer.Option(help="Column of the labels in a table.", show_default="label")
     ] = None,
     id_column: Annotated[
         str | None, typer.Option(help="Column of the rows' ids.", show_default="id, image_path or key")

@@ -1,5 +1,5 @@
 """Other programs' formats.
 
-Caches out: `export`, with `writers`. Features in: `arrays` and `clip_retrieval` open files as `external_features`, and
-`import_features` makes a cache of them.
+Caches out: `export`, with `writers` and `lance_table`. Features in: `arrays`, `clip_retrieval` and `embedding_table`
+open files and tables as `external_features`, and `import_features` makes a cache of them.
 """

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from ulfine_fast._version import __version__
 from ulfine_fast.cache.ids import read_ids
 from ulfine_fast.cache.interop.embedding_table import CLASS_NAMES, FILE
+from ulfine_fast.cache.interop.lance_table import LANCE, require_lance, write_lance
 from ulfine_fast.cache.interop.writers import array_writer, table_writer
 from ulfine_fast.cache.io.errors import InputError
 from ulfine_fast.cache.io.files import make_folder, write_atomically
@@ -35,7 +36,7 @@ from ulfine_fast.cache.text import TextFeatures, read_text
 
 FORMAT = "ulfine-fast-export"
 NOTE = "ulfine-fast.json"
-LAYOUTS = ("clip-retrieval", "npy", "parquet")
+LAYOUTS = ("clip-retrieval", "npy", "parquet", "lance")
 # Sources whose ids are paths below (the folder of) their own path.
 _ROOTS = {"folder": lambda path: path, "table": os.path.dirname}
 _METADATA = pa.schema(
@@ -86,7 +87,7 @@ def export(
         out: folder to write to: new, empty, or what an interrupted export of the same cache left.
         to: "clip-retrieval" (img_emb, text_emb and metadata, as its index and back end read them) or "npy" (one
             array for each of features, views, labels, splits, ids, class names and text features) or "parquet" (one
-            table of id, image_uri, label, split, vector, and x and y, a 2-d map by PCA).
+            table of id, image_uri, label, split, vector, and x and y, a 2-d map by PCA) or "lance" (the same table).
         rows_per_file: rows of a file of "clip-retrieval" at most, at least 1; a shard is never split.
         progress: whether to draw a bar on stderr; by default where that is a terminal.
 
@@ -97,6 +98,8 @@ def export(
         raise one_of("the layout of an export", to, LAYOUTS)
     if rows_per_file < 1:
         raise InputError(f"rows per file must be at least 1, got {rows_per_file}")
+    if to == "lance":
+        require_lance()
     opened = _FinishedCache.open(to_path(cache))
     if to == "clip-retrieval" and not opened.manifest.prompts:
         raise InputError(f"{opened.folder} has no texts of its classes, which clip-retrieval reads; use --to npy")
@@ -106,7 +109,7 @@ def export(
     kept = 0
     with progress_bar(progress) as bar:
         # a table reads the features twice, first for its map
-        task = bar.add_task("export", total=2 * rows if to == "parquet" else rows, unit="rows", note="")
+        task = bar.add_task("export", total=2 * rows if to in ("parquet", "lance") else rows, unit="rows", note="")
 
         def advance(rows: int) -> None:
             bar.update(task, advance=rows)
@@ -115,6 +118,9 @@ def export(
             files, kept = _write_clip_retrieval(opened, target, rows_per_file, advance)
         elif to == "parquet":
             files = _write_parquet(opened, target, advance)
+        elif to == "lance":
+            write_lance(target / LANCE, *_as_tables(opened, advance))
+            files = 1
         else:
             files = _write_arrays(opened, target, advance)
     # The classes, in every layout.
@@ -276,6 +282,15 @@ def _root(manifest: Manifest) -> str | None:
 
 def _write_parquet(cache: _FinishedCache, out: Path, advance: Callable[[int], None]) -> int:
     """One table, a row group for each shard, written again from the start after an interruption."""
+    schema, tables = _as_tables(cache, advance)
+    with table_writer(out / FILE, schema) as append:
+        for table in tables:
+            append(table)
+    return 1
+
+
+def _as_tables(cache: _FinishedCache, advance: Callable[[int], None]) -> tuple[pa.Schema, Iterator[pa.Table]]:
+    """The columns of the one table, and its rows, shard by shard."""
 
     def plain_features() -> Iterator[NDArray[Any]]:
         for record in cache.records:
@@ -306,7 +321,8 @@ def _write_parquet(cache: _FinishedCache, out: Path, advance: Callable[[int], No
         metadata=metadata,
     )
     names, root = [*manifest.class_names, None], _root(manifest)  # label -1 is the last one
-    with table_writer(out / FILE, schema) as append:
+
+    def tables() -> Iterator[pa.Table]:
         for record in cache.records:
             shard = cache.shard(record)
             features = shard.plain[:, 0]  # (n, D)
@@ -316,13 +332,16 @@ def _write_parquet(cache: _FinishedCache, out: Path, advance: Callable[[int], No
                 "image_uri": [None if root is None else os.path.join(root, name) for name in shard.ids],
                 "label": [names[label] for label in shard.labels],
                 "split": [shard.split] * len(shard.ids),
-                "vector": pa.FixedSizeListArray.from_arrays(np.ascontiguousarray(features).ravel(), type=vector),
+                "vector": pa.FixedSizeListArray.from_arrays(
+                    np.require(features, requirements=["C", "A"]).ravel(), type=vector
+                ),
                 "x": positions[:, 0],
                 "y": positions[:, 1],
             }
-            append(pa.table(columns, schema=schema))
+            yield pa.table(columns, schema=schema)
             advance(record.rows)
-    return 1
+
+    return schema, tables()
 
 
 # -- arrays

@@ -17,7 +17,7 @@ from ulfine_fast.cache.arrays import refuse_equal_texts
 from ulfine_fast.cache.ids import refuse_shared_ids
 from ulfine_fast.cache.interop.arrays import open_arrays
 from ulfine_fast.cache.interop.clip_retrieval import open_clip_retrieval
-from ulfine_fast.cache.interop.embedding_table import FILE, open_embedding_table
+from ulfine_fast.cache.interop.embedding_table import FRAME, is_embedding_table, open_embedding_table
 from ulfine_fast.cache.interop.export import FORMAT, NOTE
 from ulfine_fast.cache.interop.external_features import ExternalFeatures, OpenedFiles, RowLabels, check_texts
 from ulfine_fast.cache.io.errors import InputError
@@ -48,7 +48,7 @@ _IDS_AT_A_TIME = 65536
 
 
 def open_features(
-    where: str | Path,
+    where: str | Path | Any,
     *,
     class_names: Sequence[str] | None = None,
     column: str | None = None,
@@ -60,10 +60,11 @@ def open_features(
 
     Args:
         where: a folder of clip-retrieval (`img_emb` and `metadata`), a folder of .npy files or an .npz file with
-            `features` and perhaps labels, ids, splits, weak, strong, class_names, text_features, one .npy file, a
-            .parquet table with a column of features, or the folder of an export to one.
+            `features` and perhaps labels, ids, splits, weak, strong, class_names, text_features, one .npy file; or
+            a table with a column of features, as `open_embedding_table` takes it: parquet, Lance, a saved data set of
+            Hugging Face, a data frame.
         class_names: (K,) in the order of the labels; replace those of the files.
-        column: of a .parquet table's features; by default the only one of lists of floats.
+        column: of a table's features; by default the only one of lists of floats.
         label_column: of the metadata or the table; "label" by default, where there is one.
         id_column: likewise; id, image_path or key by default.
         split: of rows without one; by default train where the label is known, else unlabeled.
@@ -71,14 +72,15 @@ def open_features(
     Raises:
         InputError: no such files, or files that do not fit together; names the file.
     """
-    path = Path(where).expanduser().absolute()
+    path = Path(where).expanduser().absolute() if isinstance(where, (str, Path)) else FRAME
     if split is not None and split not in SPLITS:
         raise one_of("split", split, SPLITS)
-    is_table = (path / FILE).is_file() or path.suffix.lower() == ".parquet"
+    table = path if isinstance(where, (str, Path)) else where
+    is_table = is_embedding_table(table)
     if column is not None and not is_table:
-        raise InputError(f"{path} is no .parquet table; leave out the column {column!r} of features")
+        raise InputError(f"{path} is no table; leave out the column {column!r} of features")
     if is_table:
-        opened = open_embedding_table(path, column, label_column, id_column)
+        opened = open_embedding_table(table, column, label_column, id_column)
     elif (path / "img_emb").is_dir():
         opened = open_clip_retrieval(path, label_column, id_column)
     elif label_column or id_column:

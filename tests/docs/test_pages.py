@@ -231,7 +231,8 @@ def _registered_by_tests() -> set[str]:
     return {name for name in registry.names() if not registry.find(name).method.__module__.startswith("ulfine_fast.")}
 
 
-def test_programs_of_the_page_on_own_features_run():
+def test_programs_of_the_page_on_own_features_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     for number, program in enumerate(blocks(ROOT / "docs/own-features.md", "python")):
         exec(compile(program, f"own-features.md, program {number}", "exec"), {})
 

@@ -8,6 +8,7 @@ reason. Commands of benchmarks run in tests/benchmarks on small data.
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import shlex
 import shutil
@@ -40,9 +41,15 @@ PROGRAMS_NOT_RUN = {
     r"hf://": "needs the hub; tests/exports use a local server",
     r"\.show\(\)": "opens a browser",
 }
+# Packages of recipes that are not among our extras; they run where they are installed.
+RECIPES = ("cleanlab", "fiftyone", "lancedb", "renumics", "tabicl")
+PROGRAMS_NOT_RUN |= {
+    rf"(?m)^(import|from) {name}\b": "not installed" for name in RECIPES if importlib.util.find_spec(name) is None
+}
+PROGRAMS_NOT_RUN |= {r"launch_app|spotlight\.show": "opens a browser", r"TabICL": "downloads weights"}
 # Pages whose commands and programs run in another test, with the demo's own images.
 ELSEWHERE = {"tour.md", "own-features.md", "own-method.md", "cache-format.md"}
-OTHER_PROGRAMS = {"make", "pip", "uvx", "python", "ray", "optuna-dashboard"}
+OTHER_PROGRAMS = {"embedding-atlas", "make", "pip", "uvx", "python", "ray", "optuna-dashboard"}
 # Numbers that are too large for a few noise images.
 SMALLER = {
     "--trials": "2",

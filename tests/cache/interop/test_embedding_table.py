@@ -102,5 +102,133 @@ def test_a_file_that_is_no_table(tmp_path):
     with pytest.raises(InputError, match="cannot be read as a parquet table"):
         open_features(tmp_path / "t.parquet")
     np.save(tmp_path / "features.npy", unit_rows(3))
-    with pytest.raises(InputError, match=r"no \.parquet table; leave out the column 'v'"):
+    with pytest.raises(InputError, match=r"is no table; leave out the column 'v'"):
         open_features(tmp_path / "features.npy", column="v")
+
+
+def unit_table(n=6):
+    """Columns of a table with embeddings, every third row without a label."""
+    return {
+        "id": [f"img-{row}" for row in range(n)],
+        "emb": unit_rows(n).tolist(),
+        "label": [None if row % 3 == 2 else ("cat", "dog")[row % 2] for row in range(n)],
+    }
+
+
+def check(cache, n=6):
+    assert cache.verify() == []
+    columns = unit_table(n)
+    rows = {name: row for row, name in enumerate(columns["id"])}
+    order = [rows[name] for name in cache.ids]
+    assert sorted(order) == list(range(n))
+    np.testing.assert_allclose(cache.plain, np.array(columns["emb"])[order], atol=1e-6)
+    names = [None if k < 0 else cache.class_names[k] for k in cache.labels]
+    assert names == [columns["label"][row] for row in order]
+
+
+def polars_frame(columns):
+    """What Polars gives Arrow, without Polars: its C stream, with large lists and texts."""
+
+    class Frame:
+        def __arrow_c_stream__(self, requested_schema=None):
+            types = {"id": pa.large_string(), "emb": pa.large_list(pa.float32()), "label": pa.large_string()}
+            return pa.table(columns, schema=pa.schema(types)).__arrow_c_stream__(requested_schema)
+
+    return Frame()
+
+
+def pandas_frame(columns):
+    import pandas as pd
+
+    return pd.DataFrame({**columns, "emb": [np.array(row, np.float32) for row in columns["emb"]]})
+
+
+@pytest.mark.parametrize("made_by", [pa.table, pandas_frame, polars_frame], ids=["arrow", "pandas", "polars"])
+def test_a_data_frame(tmp_path, made_by):
+    frame = made_by(unit_table())
+    import_features(open_features(frame), tmp_path / "cache", text_features=TEXT)
+    check(FeatureCache.open(tmp_path / "cache"))
+    assert FeatureCache.open(tmp_path / "cache").manifest.source["path"] == "the data frame"
+    # interrupted, the same frame goes on; another one is another cache
+    import_features(open_features(frame), tmp_path / "cache", text_features=TEXT)
+    other = made_by({**unit_table(), "label": ["cat"] * 5 + ["dog"]})
+    with pytest.raises(InputError, match="holds another cache"):
+        import_features(open_features(other), tmp_path / "cache", text_features=TEXT)
+
+
+def test_a_data_frame_that_has_no_features():
+    with pytest.raises(InputError, match="the data frame has 0 columns that may be features"):
+        open_features(pa.table({"id": ["a"]}))
+    with pytest.raises(InputError, match="expected a path or a data frame"):
+        open_features(7)
+
+
+def test_a_folder_of_parquet_files(tmp_path):
+    table = pa.table(unit_table())
+    for number, part in enumerate((table[:2], table[2:])):
+        parquet.write_table(part, tmp_path / f"part-{number}.parquet")
+    import_features(open_features(tmp_path), tmp_path / "cache", text_features=TEXT)
+    check(FeatureCache.open(tmp_path / "cache"))
+
+
+def test_a_saved_data_set_of_hugging_face(tmp_path):
+    datasets = pytest.importorskip("datasets", reason="datasets is not installed (extra datasets)")
+    columns = unit_table()
+    made = datasets.Dataset.from_dict(columns)
+    made.save_to_disk(tmp_path / "one", num_shards=2)
+    import_features(open_features(tmp_path / "one"), tmp_path / "cache", text_features=TEXT)
+    check(FeatureCache.open(tmp_path / "cache"))
+
+    # splits by name, classes by ClassLabel, and rows that were chosen
+    features = datasets.Features(
+        {
+            "id": datasets.Value("string"),
+            "emb": datasets.Sequence(datasets.Value("float32"), length=4),
+            "label": datasets.ClassLabel(names=["dog", "cat"]),
+        }
+    )
+    numbered = {**columns, "label": [-1 if name is None else ["dog", "cat"].index(name) for name in columns["label"]]}
+    typed = datasets.Dataset.from_dict(numbered, features=features)
+    parts = {"train": typed.select([5, 0, 1]), "validation": typed.select([3]), "test": typed.select([4])}
+    datasets.DatasetDict(parts).save_to_disk(tmp_path / "dict")
+    import_features(open_features(tmp_path / "dict"), tmp_path / "cache-2", text_features=TEXT)
+    cache = FeatureCache.open(tmp_path / "cache-2")
+    assert cache.class_names == ["dog", "cat"]
+    assert dict(zip(cache.ids, cache.splits.tolist(), strict=True)) == {
+        **dict.fromkeys(["img-5", "img-0", "img-1"], "train"),
+        "img-3": "val",
+        "img-4": "test",
+    }
+    assert dict(zip(cache.ids, cache.labels.tolist(), strict=True))["img-0"] == 1
+
+    datasets.DatasetDict({"extra": typed}).save_to_disk(tmp_path / "extra")
+    with pytest.raises(InputError, match="has the split 'extra'"):
+        open_features(tmp_path / "extra")
+
+
+def test_lance_without_the_package_names_the_extra(pets, tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "lance", None)
+    with pytest.raises(InputError, match=r"ulfine-fast\[lance\]"):
+        export(pets.path, tmp_path / "out", to="lance")
+    assert not (tmp_path / "out").exists()
+
+
+def test_lance_there_and_back(pets, tmp_path):
+    lance = pytest.importorskip("lance", reason="Lance is not installed (extra lance)")
+    export(pets.path, tmp_path / "out", to="lance")
+    data = lance.dataset(str(tmp_path / "out/features.lance"))
+    assert data.schema.names == ["id", "image_uri", "label", "split", "vector", "x", "y"]
+    assert data.schema.field("vector").type == pa.list_(pa.float16(), pets.dim)
+    import_features(open_features(tmp_path / "out"), tmp_path / "back")
+    back = FeatureCache.open(tmp_path / "back")
+    assert (back.ids, back.labels.tolist(), back.splits.tolist()) == (
+        pets.ids,
+        pets.labels.tolist(),
+        pets.splits.tolist(),
+    )
+    assert np.array_equal(back.plain.view(np.uint16), pets.plain.view(np.uint16))
+    # the data set alone, and written again over what an interrupted export left
+    alone = open_features(tmp_path / "out/features.lance")
+    assert (alone.class_names, alone.dim) == (pets.class_names, pets.dim)
+    export(pets.path, tmp_path / "out", to="lance")
+    assert len(open_features(tmp_path / "out").labels) == len(pets)

@@ -142,7 +142,10 @@ def test_other_contents_are_not_written_over(pets, tmp_path):
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"to": "csv"}, "one of clip-retrieval, npy, parquet, got 'csv'"), ({"rows_per_file": 0}, "at least 1, got 0")],
+    [
+        ({"to": "csv"}, "one of clip-retrieval, npy, parquet, lance, got 'csv'"),
+        ({"rows_per_file": 0}, "at least 1, got 0"),
+    ],
 )
 def test_values_out_of_range(pets, tmp_path, options, message):
     with pytest.raises(InputError, match=message):
