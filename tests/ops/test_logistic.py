@@ -108,6 +108,7 @@ def test_gradients_are_those_of_finite_differences(cosine):
     trials = 2
     problem = logistic._Problem(
         rows=rows,
+        columns=rows.T,
         labels=labels,
         weights=torch.rand(trials, len(rows), dtype=DOUBLE),
         offsets=torch.randn(trials, K, dtype=DOUBLE),
@@ -154,6 +155,52 @@ def test_trials_stop_by_themselves_and_do_not_see_their_neighbours(cosine):
         assert alone.steps.item() == together.steps[t]
         torch.testing.assert_close(alone.weight[0], together.weight[t], rtol=1e-6, atol=1e-8)
         torch.testing.assert_close(alone.bias[0], together.bias[t], rtol=1e-6, atol=1e-8)
+
+
+PATH = torch.tensor([1e3, 1.0, 0.3, 0.1, 0.07, 0.01, 1e-3, 0.0], dtype=DOUBLE)
+
+
+def test_trials_of_one_path_do_not_see_their_neighbours():
+    rows, labels = world()
+    weights = torch.ones(len(PATH), len(rows), dtype=DOUBLE)
+    together = fit_affine(rows, labels, weights, PATH)
+    for t in range(len(PATH)):
+        alone = fit_affine(rows, labels, weights[:1], PATH[t : t + 1])
+        assert alone.steps.item() == together.steps[t]
+        torch.testing.assert_close(alone.weight[0], together.weight[t], rtol=1e-6, atol=1e-8)
+
+
+def test_a_path_ends_in_the_same_minimum_in_fewer_steps(monkeypatch):
+    rows, labels = world()
+    ridge = PATH[PATH > 0]
+    weights = torch.ones(len(ridge), len(rows), dtype=DOUBLE)
+    along = fit_affine(rows, labels, weights, ridge, tolerance=1e-10)
+    # of two stages, the weakest penalties start far from the last solution
+    monkeypatch.setattr(logistic, "_MOST_STAGES", 2)
+    short = fit_affine(rows, labels, weights, ridge, tolerance=1e-10)
+    monkeypatch.setattr(logistic, "_FIRST", 1e-12)
+    apart = fit_affine(rows, labels, weights, ridge, tolerance=1e-10)
+    torch.testing.assert_close(along.objective, apart.objective, rtol=1e-7, atol=0)
+    torch.testing.assert_close(short.objective, apart.objective, rtol=1e-7, atol=0)
+    assert along.steps[-1] < 0.5 * apart.steps[-1]
+    assert along.steps[-1] < short.steps[-1]
+
+
+def test_paths_have_equal_weights_and_offsets():
+    weights = torch.tensor([[1.0, 0.0], [1.0, 1.0], [1.0, 0.0], [1.0, 0.0]])
+    offsets = torch.tensor([[0.0, -torch.inf], [0.0, 0.0], [0.0, -torch.inf], [0.0, -1.0]])
+    path = logistic.paths(weights, offsets).tolist()
+    assert path[0] == path[2]
+    assert len(set(path)) == 3
+
+
+def test_rows_of_one_class_are_fitted():
+    rows, _ = world()
+    labels = torch.zeros(len(rows), dtype=torch.int64)
+    weights = torch.ones(2, len(rows), dtype=DOUBLE)
+    fit = fit_affine(rows, labels, weights, torch.tensor([1.0, 1e-3], dtype=DOUBLE), classes=2)
+    assert (fit.stop == Stop.CONVERGED).all()
+    assert ((rows @ fit.weight[0].T + fit.bias[0]).argmax(1) == 0).all()
 
 
 def test_a_class_without_rows_is_never_predicted_and_changes_nothing():

@@ -3,7 +3,7 @@
 Trials differ in weights of rows, class offsets and penalty. Their class vectors are one matrix, so that all logits are
 one product of (T K, D) with (D, N), and all gradients one of (T K, N) with (N, D). The solver is L-BFGS (Liu and
 Nocedal 1989), preconditioned in the rows' principal axes; of Newton's method with conjugate gradients, the number of
-products was larger.
+products was larger. Affine heads follow the path of penalties from strong to weak.
 """
 
 from __future__ import annotations
@@ -20,6 +20,9 @@ AXES_ROWS = 1 << 14
 """So many evenly spaced rows are enough for :func:`principal_axes`."""
 
 TOLERANCE = 1e-7
+AFFINE_TOLERANCE = 5e-8
+"""From a start near the minimum, the inverse Hessian is less exact when a trial stops, and promises too little."""
+
 MOST_STEPS = 3000
 
 # pairs of steps and gradients that make up the inverse Hessian
@@ -35,9 +38,11 @@ _VALUES, _VALUES_GPU = 1 << 19, 1 << 27
 _LEAST_CURVATURE = 1e-6
 # stages in a decade of penalties, the most stages of a path, and how many solutions a start is extrapolated from
 _STAGES, _MOST_STAGES, _SOLUTIONS = 4, 48, 3
+# penalty at which a path starts, as a fraction of the losses' largest curvature
 _FIRST = 0.03
 # penalties so close, in stages, are one
 _SAME_STAGE = 1e-5
+_LEAST_RIDGE = 1e-30
 # of a class, in the first start
 _LEAST_FREQUENCY = 1e-6
 
@@ -81,7 +86,7 @@ class LogisticFit:
         bias: (T, K); zero for cosine heads. A class without rows that is left out has the logarithm of 1e-8 below the
             mean log-sum-exp of the trial's rows.
         objective: weighted sum of the rows' losses and the penalty, float64 (T,).
-        steps: L-BFGS steps (T,).
+        steps: L-BFGS steps from a trial's start (T,).
         stop: why it stopped, values of :class:`Stop` (T,).
     """
 
@@ -113,13 +118,14 @@ def fit_affine(
     offsets: Tensor | None = None,
     axes: Axes | None = None,
     classes: int | None = None,
-    tolerance: float = TOLERANCE,
+    tolerance: float = AFFINE_TOLERANCE,
     most_steps: int = MOST_STEPS,
 ) -> LogisticFit:
     """Minimise sum_n w_n CE(W x_n + b + o, y_n) + ridge / 2 |W|^2 for each trial.
 
     With weights of one and offsets of zero this is scikit-learn's `LogisticRegression` with C = 1 / ridge, for K > 2.
     For K = 2 scikit-learn has one vector, the difference of ours, and the same minimum at C = 2 / ridge.
+    Trials with weak penalties start where the solutions of stronger ones lead; see :func:`paths`.
 
     Args:
         rows: features (N, D), shared by all trials; float32 or float64.
@@ -133,7 +139,7 @@ def fit_affine(
         classes: K; by default the number of offsets, or the largest label + 1.
         tolerance: a trial stops when its gradient, in the norm of the inverse Hessian, promises no larger decrease
             than this fraction of its loss.
-        most_steps: of L-BFGS.
+        most_steps: of L-BFGS, from its start.
     """
     count = classes or (int(labels.max()) + 1 if offsets is None else offsets.shape[1])
     frequency = _frequency(labels, weights, count)  # (T, K)
@@ -144,8 +150,10 @@ def fit_affine(
     total = weights.sum(1)  # (T,)
     penalty = (ridge / total).unsqueeze(1).repeat(1, rows.shape[1] + 1)
     penalty[:, -1] = 0  # the bias is free
+    coordinates = torch.cat([(rows - axes.mean) @ axes.directions, ones], 1)  # (N, D + 1)
     problem = _Problem(
-        rows=torch.cat([(rows - axes.mean) @ axes.directions, ones], 1),  # (N, D + 1)
+        rows=coordinates,
+        columns=coordinates.T.contiguous(),
         labels=labels,
         weights=weights / total.unsqueeze(1),
         offsets=offsets,
@@ -202,8 +210,10 @@ def fit_cosine(
     axes = axes or principal_axes(rows)
     total = weights.sum(1)
     anchors = normalize(start) @ axes.directions
+    coordinates = rows @ axes.directions
     problem = _Problem(
-        rows=rows @ axes.directions,
+        rows=coordinates,
+        columns=coordinates.T.contiguous(),
         labels=labels,
         weights=weights / total.unsqueeze(1),
         offsets=start.new_zeros(start.shape[:2]) if offsets is None else offsets,
@@ -231,6 +241,7 @@ class _Problem:
 
     Attributes:
         rows: (N, P), shared.
+        columns: the same transposed (P, N), contiguous: products with few class vectors take half the time.
         labels: (N,), shared.
         weights: (T, N), of sum one.
         offsets: (T, K).
@@ -240,6 +251,7 @@ class _Problem:
     """
 
     rows: Tensor
+    columns: Tensor
     labels: Tensor
     weights: Tensor
     offsets: Tensor
@@ -260,7 +272,7 @@ class _Problem:
 
     def products(self, vectors: Tensor) -> Tensor:
         """Products (T, K, N) of class vectors (T, K, P) and rows."""
-        return (vectors.flatten(0, 1) @ self.rows.T).view(*vectors.shape[:2], -1)
+        return (vectors.flatten(0, 1) @ self.columns).view(*vectors.shape[:2], -1)
 
     def curvature(self, frequency: Tensor) -> Tensor:
         """Diagonal (T, K, P) of the Hessian where each row's probabilities are the class frequencies (T, K)."""
@@ -270,11 +282,11 @@ class _Problem:
             spread = spread * self.scale.square().view(-1, 1, 1)
         return self._penalised(spread * squares.unsqueeze(1))
 
-    def curvature_at(self, parameters: Tensor) -> Tensor:
-        """Diagonal (T, K, P) of the Hessian of affine heads with some class vectors (T, K, P)."""
+    def curvature_at(self, parameters: Tensor, squares: Tensor) -> Tensor:
+        """Diagonal (T, K, P) of the Hessian of affine heads with some class vectors (T, K, P), by rows' squares."""
         probabilities = torch.softmax(self.products(parameters) + self.offsets.unsqueeze(-1), 1)  # (T, K, N)
         spread = probabilities * (1 - probabilities) * self.weights.unsqueeze(1)
-        return self._penalised((spread.flatten(0, 1) @ self.rows.square()).view_as(parameters))
+        return self._penalised((spread.flatten(0, 1) @ squares).view_as(parameters))
 
     def _penalised(self, diagonal: Tensor) -> Tensor:
         """Diagonal (T, K, P) of the losses' Hessian with that of the penalty, away from zero."""
@@ -291,7 +303,7 @@ class _Problem:
         """
         loss = torch.empty(len(index), dtype=torch.float64, device=products.device)
         gradient = torch.empty_like(parameters)
-        length = parameters.norm(dim=-1, keepdim=True)  # (t, K, 1)
+        length = parameters.norm(dim=-1, keepdim=True) if self.scale is not None else None  # (t, K, 1)
         labels = self.labels.view(1, 1, -1)
         values = _VALUES_GPU if products.is_cuda else _VALUES
         together = max(1, values // products[0].numel())
@@ -299,7 +311,7 @@ class _Problem:
             block = slice(first, min(first + together, len(index)))
             trials = index[block]
             logits = products[block]  # (b, K, N)
-            if self.scale is not None:
+            if self.scale is not None and length is not None:
                 factor = self.scale[trials].view(-1, 1, 1) / length[block]
                 logits *= factor
             logits += self.offsets[trials].unsqueeze(-1)
@@ -319,7 +331,7 @@ class _Problem:
             torch.mm(logits.flatten(0, 1), self.rows, out=gradient[block].flatten(0, 1))
 
         penalty = self.penalty[index].unsqueeze(1)
-        if self.anchors is None:
+        if self.anchors is None or length is None:
             loss += 0.5 * (penalty * parameters.square()).double().sum((1, 2))
             return loss, gradient + penalty * parameters
         unit, anchors = parameters / length, self.anchors[index]
@@ -395,10 +407,12 @@ def _follow_paths(
     trials = torch.arange(len(ridge), device=ridge.device)
     leaders = trials.new_full((int(path.max()) + 1,), len(trials)).scatter_reduce(0, path, trials, "amin")  # (C,)
 
-    # a path starts where the penalty's curvature is that of the losses; trials without a penalty are not on the way
+    # stronger penalties take few steps without a path, and without a penalty there is no way to it
+    squares = problem.rows.square()
     losses = replace(problem.part(leaders), penalty=torch.zeros_like(problem.penalty[leaders]))
     strongest = losses.curvature(frequency[leaders]).amax((1, 2)) * total[leaders]
-    first = _stage(_FIRST * strongest).floor()  # (C,)
+    # rows of one class have no curvature
+    first = _stage((_FIRST * strongest).clamp(min=_LEAST_RIDGE)).floor()  # (C,)
     position = _stage(ridge)  # (T,)
     stage_of = position.ceil().clamp(max=(first + _MOST_STAGES)[path])
     stage_of = torch.where(ridge > 0, torch.maximum(stage_of, first[path]), first[path])
@@ -436,7 +450,7 @@ def _follow_paths(
         factors = polynomials[known - 1, :, torch.arange(len(members), device=known.device)]  # (t, 3)
         start = torch.einsum("ts,tskp->tkp", factors.to(recent), recent[path[members]])
 
-        fit = _minimise(part, start, part.curvature_at(start), tolerance, most_steps)
+        fit = _minimise(part, start, part.curvature_at(start, squares), tolerance, most_steps)
         solution.put(own, fit.part(slice(0, len(own))))
         passed = (at == stage) & further[path[members]]
         to = path[members[passed]]
