@@ -48,8 +48,8 @@ def evidence_lines(metrics: Sequence[Mapping[str, Any]], class_names: Sequence[s
         chosen = [float(values[key]) for values in metrics if values.get(key) is not None]
         used = [weight for weight in chosen if weight]
         if chosen:
-            share = f" as {np.mean(used):.2f} of the feature" if used and key == "weight_of_second" else ""
-            lines.append(f"{title}: read by {len(used)} of {len(chosen)} fits{share}")
+            fraction = f" as {np.mean(used):.2f} of the feature" if used and key == "weight_of_second" else ""
+            lines.append(f"{title}: read by {len(used)} of {len(chosen)} fits{fraction}")
     probe = _mean(metrics, "weight_of_probe")
     if probe > 0.5:
         lines.append(
