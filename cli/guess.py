@@ -141,8 +141,8 @@ def next_command(kind: Content, path: Path) -> str:
         "run": f"to see it: {PROGRAM} report {named}; to classify images: {PROGRAM} predict {named} IMAGES",
         "runs": f"to compare them: {PROGRAM} report {named}; to classify images: {PROGRAM} predict {named} IMAGES",
         "sweep": f"to see it: {PROGRAM} report {named}",
-        "export": f"to classify images: {PROGRAM} predict {named} IMAGES; to send it to a model hub: {PROGRAM} push {named} "
-        "OWNER/NAME",
+        "export": f"to classify images: {PROGRAM} predict {named} IMAGES; to send it to a model hub: "
+        f"{PROGRAM} push {named} OWNER/NAME",
         "images": f"to make a cache of them: {PROGRAM} extract {named} --out cache",
         "image": f"to classify it: {PROGRAM} predict RUN {named}",
         "table": f"if it lists images: {PROGRAM} extract {named} --out cache",
