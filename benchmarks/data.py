@@ -262,8 +262,8 @@ def _fashion_source() -> FirstOfEachClass:
 
 
 def fashion_mnist(model: str = MODEL, device: str = "auto") -> FeatureCache:
-    """Fashion-MNIST, 1,500 training and 500 test images a class, with as many views as `extract` draws by default."""
-    return extracted("fashion-mnist", _fashion_source, model, device, views={})
+    """Fashion-MNIST, 1,500 training and 500 test images a class, plain, two weak and four strong views."""
+    return extracted("fashion-mnist", _fashion_source, model, device)
 
 
 def tux_paint(folder: Path = TUX_PAINT, model: str = MODEL, device: str = "auto") -> FeatureCache:

@@ -94,7 +94,7 @@ def test_caches_runs_and_sweeps_below_a_folder(things):
         ("fit photos", "photos is a folder of images, and fit takes a cache; to make a cache of them"),
         (
             "predict my-cache",
-            "my-cache is a cache, and predict takes a run or an exported classifier; to train on it: ulfine-fast fit my-cache",
+            "my-cache is a cache, and predict takes a run or an exported classifier; to train on it: ulfine-fast fit",
         ),
         ("predict my-cache photos", "my-cache is a cache, and predict takes a run"),
         ("predict photos runs/plus", "in another order; did you mean `ulfine-fast predict runs/plus photos`?"),
