@@ -54,7 +54,7 @@ def test_an_affine_head_is_scikit_learns_logistic_regression(clusters, options, 
     reached = torch.log_softmax(torch.from_numpy(run.logits(rows[split.test])), 1).numpy()
     np.testing.assert_allclose(reached, wanted, rtol=0.02, atol=0.01)
     assert run.metrics["converged"] == 1
-    assert run.metrics["solver_steps"] > 1
+    assert run.metrics["solver_steps"] > 0
 
 
 @pytest.mark.parametrize("head", ["cosine", "affine"])

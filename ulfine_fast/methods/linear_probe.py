@@ -24,7 +24,7 @@ from ulfine_fast.core.threads import interleaved
 from ulfine_fast.core.types import Batch, Losses, Pool, State, Trials
 from ulfine_fast.methods.base import LabeledOptions, Method
 from ulfine_fast.methods.registry import register
-from ulfine_fast.ops.logistic import AXES_ROWS, Axes, LogisticFit, Stop, fit_affine, fit_cosine, principal_axes
+from ulfine_fast.ops.logistic import AXES_ROWS, Axes, LogisticFit, Stop, fit_affine, fit_cosine, paths, principal_axes
 from ulfine_fast.ops.losses import adjusted_cross_entropy
 
 if TYPE_CHECKING:
@@ -170,9 +170,12 @@ class ConvergedProbe(LinearProbe):
             weights = torch.where(balanced, weights * inverse[:, group.labels], weights)
             weights = weights.repeat_interleave(views, 1) / views
 
-            # cores work on different trials, each on strong and weak penalties
-            cores = 1 if rows.is_cuda else min(torch.get_num_threads(), len(own))
-            parts = [slice(core, None, cores) for core in range(cores)]
+            # cores work on different trials: on whole paths of affine heads, else each on strong and weak penalties
+            units = torch.arange(len(own), device=own.device)
+            if trials.config.head == "affine":
+                units = paths(weights, trials.values["tau"][own].unsqueeze(1) * log_prior)
+            cores = 1 if rows.is_cuda else min(torch.get_num_threads(), int(units.max()) + 1)
+            parts = [(units % cores == core).nonzero().squeeze(1) for core in range(cores)]
             fits = [_fit(trials, own[part], rows.flatten(0, 1), labels, weights[part], axes) for part in parts]
             for positions, fit in fits[0] if cores == 1 else interleaved(fits):
                 state.memory["linear"][positions] = fit.weight

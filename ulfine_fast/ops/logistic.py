@@ -33,6 +33,13 @@ _SEPARATED_LOSS = 1e-3
 _VALUES, _VALUES_GPU = 1 << 19, 1 << 27
 # smallest curvature of a direction, as a fraction of the largest
 _LEAST_CURVATURE = 1e-6
+# stages in a decade of penalties, the most stages of a path, and how many solutions a start is extrapolated from
+_STAGES, _MOST_STAGES, _SOLUTIONS = 4, 48, 3
+_FIRST = 0.03
+# penalties so close, in stages, are one
+_SAME_STAGE = 1e-5
+# of a class, in the first start
+_LEAST_FREQUENCY = 1e-6
 
 
 class Stop(IntEnum):
@@ -144,8 +151,7 @@ def fit_affine(
         offsets=offsets,
         penalty=penalty,
     )
-    start = rows.new_zeros(*offsets.shape, rows.shape[1] + 1)
-    solution = _minimise(problem, start, frequency, tolerance, most_steps)
+    solution = _follow_paths(problem, paths(weights, offsets), ridge, total, frequency, tolerance, most_steps)
 
     # back to the features' own axes
     weight = solution.parameters[..., :-1] @ axes.directions.T
@@ -206,7 +212,8 @@ def fit_cosine(
         anchors=anchors,
     )
     frequency = _frequency(labels, weights, start.shape[1])
-    solution = _minimise(problem, anchors.clone(), frequency, tolerance, most_steps)
+    curvature = problem.curvature(frequency)
+    solution = _minimise(problem, anchors.clone(), curvature, tolerance, most_steps)
     weight = normalize(solution.parameters @ axes.directions.T)
     objective = solution.loss * total.double()
     return LogisticFit(weight, weight.new_zeros(weight.shape[:2]), objective, solution.steps, solution.stop)
@@ -261,7 +268,17 @@ class _Problem:
         spread = (frequency * (1 - frequency)).unsqueeze(-1)  # (T, K, 1)
         if self.scale is not None:
             spread = spread * self.scale.square().view(-1, 1, 1)
-        diagonal = spread * squares.unsqueeze(1) + self.penalty.unsqueeze(1)
+        return self._penalised(spread * squares.unsqueeze(1))
+
+    def curvature_at(self, parameters: Tensor) -> Tensor:
+        """Diagonal (T, K, P) of the Hessian of affine heads with some class vectors (T, K, P)."""
+        probabilities = torch.softmax(self.products(parameters) + self.offsets.unsqueeze(-1), 1)  # (T, K, N)
+        spread = probabilities * (1 - probabilities) * self.weights.unsqueeze(1)
+        return self._penalised((spread.flatten(0, 1) @ self.rows.square()).view_as(parameters))
+
+    def _penalised(self, diagonal: Tensor) -> Tensor:
+        """Diagonal (T, K, P) of the losses' Hessian with that of the penalty, away from zero."""
+        diagonal = diagonal + self.penalty.unsqueeze(1)
         return torch.maximum(diagonal, _LEAST_CURVATURE * diagonal.amax((1, 2), keepdim=True))
 
     def evaluate(self, index: Tensor, parameters: Tensor, products: Tensor) -> tuple[Tensor, Tensor]:
@@ -328,26 +345,133 @@ class _Solution:
     steps: Tensor
     stop: Tensor
 
+    @classmethod
+    def empty(cls, parameters: Tensor) -> _Solution:
+        """Of trials that are not solved yet, from a tensor like their parameters."""
+        loss = torch.zeros(len(parameters), dtype=torch.float64, device=parameters.device)
+        steps = torch.zeros(len(parameters), dtype=torch.int64, device=parameters.device)
+        return cls(torch.zeros_like(parameters), loss, steps, torch.zeros_like(steps))
 
-def _minimise(
+    def part(self, index: slice) -> _Solution:
+        """Some trials alone."""
+        return _Solution(self.parameters[index], self.loss[index], self.steps[index], self.stop[index])
+
+    def put(self, index: Tensor, part: _Solution) -> None:
+        """Set the solutions of the trials at some positions."""
+        self.parameters[index], self.loss[index] = part.parameters, part.loss
+        self.steps[index], self.stop[index] = part.steps, part.stop
+
+
+def paths(weights: Tensor, offsets: Tensor) -> Tensor:
+    """Number (T,) of each trial's path: trials of equal weights (T, N) and offsets (T, K) are on the same one."""
+    return torch.cat([weights, offsets], 1).unique(dim=0, return_inverse=True)[1]
+
+
+def _follow_paths(
     problem: _Problem,
-    parameters: Tensor,
+    path: Tensor,
+    ridge: Tensor,
+    total: Tensor,
     frequency: Tensor,
     tolerance: float,
     most_steps: int,
 ) -> _Solution:
-    """L-BFGS for all trials side by side; trials that have stopped leave the products."""
+    """Minimise from strong penalties to weak ones, each trial from where the solutions of stronger ones lead.
+
+    The solution is a smooth curve over the logarithm of the penalty. Stages are fixed penalties, a quarter of a decade
+    apart. A stage fits the trials since the last one, and its own penalty where weaker ones follow, all paths side by
+    side. Starts are extrapolated from the solutions at earlier stages alone: a trial has the same start whichever
+    others are on its path.
+
+    Args:
+        problem: of all trials, affine.
+        path: number of each trial's path (T,); see :func:`paths`.
+        ridge: penalty of each trial (T,), at least 0.
+        total: sum of each trial's weights (T,).
+        frequency: see :func:`_frequency`.
+        tolerance: see :func:`fit_affine`.
+        most_steps: of each fit.
+    """
+    trials = torch.arange(len(ridge), device=ridge.device)
+    leaders = trials.new_full((int(path.max()) + 1,), len(trials)).scatter_reduce(0, path, trials, "amin")  # (C,)
+
+    # a path starts where the penalty's curvature is that of the losses; trials without a penalty are not on the way
+    losses = replace(problem.part(leaders), penalty=torch.zeros_like(problem.penalty[leaders]))
+    strongest = losses.curvature(frequency[leaders]).amax((1, 2)) * total[leaders]
+    first = _stage(_FIRST * strongest).floor()  # (C,)
+    position = _stage(ridge)  # (T,)
+    stage_of = position.ceil().clamp(max=(first + _MOST_STAGES)[path])
+    stage_of = torch.where(ridge > 0, torch.maximum(stage_of, first[path]), first[path])
+    last = first.scatter_reduce(0, path, stage_of, "amax")
+
+    # without weights, the bias makes the probabilities the class frequencies
+    recent = problem.rows.new_zeros(len(first), _SOLUTIONS, frequency.shape[1], problem.rows.shape[1])
+    level = frequency.clamp(min=_LEAST_FREQUENCY).log() - problem.offsets
+    recent[:, 0, :, -1] = level.masked_fill(problem.offsets.isinf(), 0.0)[leaders]
+    solution = _Solution.empty(recent.new_empty(len(trials), *recent.shape[2:]))
+    for stage in range(int(first.min()), int(last.max()) + 1):
+        # who is fitted, with which penalty
+        own = (stage_of == stage).nonzero().squeeze(1)
+        further = (first <= stage) & (stage < last)  # (C,)
+        missing = further.clone()
+        missing[path[own[position[own] == stage]]] = False
+        members = torch.cat([own, leaders[missing]])
+        at = torch.cat([position[own], position.new_full((len(members) - len(own),), stage)])
+        penalty = torch.cat([ridge[own], ridge.new_full((len(members) - len(own),), 10 ** (-stage / _STAGES))])
+        part = problem.part(members)
+        part = replace(part, penalty=part.penalty.new_zeros(part.penalty.shape))
+        part.penalty[:, :-1] = (penalty / total[members]).unsqueeze(1)
+
+        # the polynomial through the last solutions
+        beyond = (at - (stage - 1)).clamp(0, 1)  # stages from the last one
+        zero, one = torch.zeros_like(beyond), torch.ones_like(beyond)
+        polynomials = torch.stack(
+            [
+                torch.stack([one, zero, zero]),
+                torch.stack([1 + beyond, -beyond, zero]),
+                torch.stack([(1 + beyond) * (2 + beyond) / 2, -beyond * (2 + beyond), beyond * (1 + beyond) / 2]),
+            ]
+        )  # (3, 3, t)
+        known = (stage - first[path[members]]).clamp(1, _SOLUTIONS).long()
+        factors = polynomials[known - 1, :, torch.arange(len(members), device=known.device)]  # (t, 3)
+        start = torch.einsum("ts,tskp->tkp", factors.to(recent), recent[path[members]])
+
+        fit = _minimise(part, start, part.curvature_at(start), tolerance, most_steps)
+        solution.put(own, fit.part(slice(0, len(own))))
+        passed = (at == stage) & further[path[members]]
+        to = path[members[passed]]
+        recent[to] = torch.cat([fit.parameters[passed].unsqueeze(1), recent[to, :-1]], 1)
+    return solution
+
+
+def _stage(ridge: Tensor) -> Tensor:
+    """Position of a penalty among the stages, float64: rising as it falls, whole at a stage, infinite at 0."""
+    position = -_STAGES * ridge.double().log10()
+    nearest = position.round()
+    return torch.where((position - nearest).abs() < _SAME_STAGE, nearest, position)
+
+
+def _minimise(
+    problem: _Problem,
+    parameters: Tensor,
+    curvature: Tensor,
+    tolerance: float,
+    most_steps: int,
+) -> _Solution:
+    """L-BFGS for all trials side by side; trials that have stopped leave the products.
+
+    Args:
+        problem: of the trials.
+        parameters: where they start (T, K, P).
+        curvature: diagonal of the Hessian (T, K, P), by which the first inverse Hessian is made.
+        tolerance: see :func:`fit_affine`.
+        most_steps: of each trial.
+    """
     count = len(parameters)
     device = parameters.device
-    solution = _Solution(
-        torch.zeros_like(parameters),
-        torch.zeros(count, dtype=torch.float64, device=device),
-        torch.zeros(count, dtype=torch.int64, device=device),
-        torch.zeros(count, dtype=torch.int64, device=device),
-    )
+    solution = _Solution.empty(parameters)
     members = torch.arange(count, device=device)
     running = torch.ones(count, dtype=torch.bool, device=device)
-    curvature = problem.curvature(frequency)
     history = _History([], [], [], torch.ones_like(problem.penalty[:, 0]))
     products = problem.products(parameters)  # (T, K, N)
     loss, gradient = problem.evaluate(members, parameters, products.clone())
@@ -371,10 +495,8 @@ def _minimise(
         stops = running & (reason >= 0)
         if bool(stops.any()):
             who = members[stops]
-            solution.parameters[who] = parameters[stops]
-            solution.loss[who] = loss[stops]
-            solution.steps[who] = step
-            solution.stop[who] = reason[stops]
+            steps = torch.full_like(who, step)
+            solution.put(who, _Solution(parameters[stops], loss[stops], steps, reason[stops]))
             running &= ~stops
         left = int(running.sum())
         if not left:
