@@ -32,6 +32,7 @@ NAMES = (
     "fashion_mnist_merged",
     "fashion_mnist_random",
     "fashion_mnist_open",
+    "fashion_mnist_wide",
     "tux_paint",
     "digits",
     "mnist",
@@ -133,6 +134,9 @@ def open_data(name: str, model: str = MODEL, device: str = "auto") -> FeatureCac
             return with_permuted_labels(open_data("cifar100", model, device), superclasses())
         case "fashion_mnist_open":
             return with_unknown_classes(fashion_mnist(model, device))
+        case "fashion_mnist_wide":
+            source, features = _fashion_source, "pre-projection"
+            return extracted("fashion-mnist-wide", source, model, device, views={}, features=features)
         case "tux_paint":
             return tux_paint(model=model, device=device)
         case "mnist":
@@ -152,6 +156,7 @@ def extracted(
     model: str = MODEL,
     device: str = "auto",
     views: Mapping[str, Any] = VIEWS,
+    features: str = "projected",
 ) -> FeatureCache:
     """The cache of a source under `cache_home()/benchmarks/NAME`, extracted on the first call or resumed.
 
@@ -161,6 +166,7 @@ def extracted(
         model: what encodes the images.
         device: where it runs.
         views: arguments of the view recipe.
+        features: as `extract --features`.
     """
     folder = cache_home() / "benchmarks" / (name if model == MODEL else f"{name}-{_slug(model)}")
     # loading a model and listing the images takes longer than most fits, so a finished cache is opened without both
@@ -174,7 +180,7 @@ def extracted(
     from ulfine_fast.cache.pipeline.extract import extract
     from ulfine_fast.cache.pipeline.views import ViewRecipe
 
-    extract(images, load_encoder(model, device=device), folder, views=ViewRecipe(**views))
+    extract(images, load_encoder(model, device=device, features=features), folder, views=ViewRecipe(**views))
     return FeatureCache.open(folder)
 
 
@@ -262,8 +268,8 @@ def _fashion_source() -> FirstOfEachClass:
 
 
 def fashion_mnist(model: str = MODEL, device: str = "auto") -> FeatureCache:
-    """Fashion-MNIST, 1,500 training and 500 test images a class, with as many views as `extract` draws by default."""
-    return extracted("fashion-mnist", _fashion_source, model, device, views={})
+    """Fashion-MNIST, 1,500 training and 500 test images a class, plain, two weak and four strong views."""
+    return extracted("fashion-mnist", _fashion_source, model, device)
 
 
 def tux_paint(folder: Path = TUX_PAINT, model: str = MODEL, device: str = "auto") -> FeatureCache:

@@ -9,9 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-Takes = Literal["cache", "run", "runs", "sweep", "export", "images", "inputs", "table", "text"]
-"""What an argument of a command is: "runs" a run or a folder above runs, "images" also one image or a table, "inputs"
-images or a cache, "text" anything."""
+Takes = Literal["cache", "run", "runs", "classifier", "sweep", "export", "images", "inputs", "table", "text"]
+"""What an argument of a command is: "runs" a run or a folder above runs, "classifier" also an exported one, "images"
+also one image or a table, "inputs" images or a cache, "text" anything."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +88,8 @@ COMMANDS: dict[str, Command | Group] = {
             "describe": Command(
                 "ulfine_fast.cli.cache:describe",
                 "Add sentences about classes to a finished cache, with the text encoder alone.",
+                takes=("cache",),
+                examples=("cache describe cache --descriptions sentences.json",),
             ),
             "merge": Command(
                 "ulfine_fast.cli.cache:merge",
@@ -163,7 +165,7 @@ COMMANDS: dict[str, Command | Group] = {
         "ulfine_fast.cli.predict:predict",
         "Predict the class of each image: id, class, probability and the five likeliest classes.",
         takes=(
-            "runs",
+            "classifier",
             "inputs",
         ),
         examples=(
@@ -212,6 +214,11 @@ COMMANDS: dict[str, Command | Group] = {
     "distill": Command(
         "ulfine_fast.cli.distill:distill",
         "Train a small network on a run's soft labels over all images; it needs no encoder.",
+        takes=(
+            "runs",
+            "images",
+        ),
+        examples=("distill run images --student mobilenetv3_small_050 --out student",),
     ),
     "push": Command(
         "ulfine_fast.cli.push:push",

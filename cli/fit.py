@@ -48,7 +48,7 @@ def fit(
     from ulfine_fast.engine.checkpoint import saved_step
     from ulfine_fast.engine.fit import fit_many
     from ulfine_fast.runs.estimate import estimate_lines, next_steps, selection_lines
-    from ulfine_fast.runs.evidence import evidence_lines
+    from ulfine_fast.runs.evidence import evidence_lines, unread_lines
     from ulfine_fast.runs.files import load_runs, split_at
     from ulfine_fast.runs.folder import CHECKPOINT, locked
     from ulfine_fast.runs.loggers import log_run, refuse_unknown
@@ -98,6 +98,7 @@ def fit(
                     *estimate_lines(done, features.class_names),
                     *selection_lines(list(fitted.values())),
                     *evidence_lines(done, features.class_names),
+                    *unread_lines(features, runs[0].config),
                 ]:
                     typer.echo(printable(line))
                 typer.echo(f"run: {out}")

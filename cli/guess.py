@@ -34,6 +34,7 @@ _FITS: dict[Takes, tuple[Content, ...]] = {
     "cache": ("cache",),
     "run": ("run",),
     "runs": ("run", "runs", "sweep"),
+    "classifier": ("run", "runs", "sweep", "export"),
     "sweep": ("sweep",),
     "export": ("export",),
     "images": ("images", "image", "table"),
@@ -44,6 +45,7 @@ _WANTED: dict[Takes, str] = {
     "cache": "a cache",
     "run": "a run",
     "runs": "a run",
+    "classifier": "a run or an exported classifier",
     "sweep": "the folder of a sweep",
     "export": "an exported classifier",
     "images": "images",
@@ -139,7 +141,8 @@ def next_command(kind: Content, path: Path) -> str:
         "run": f"to see it: {PROGRAM} report {named}; to classify images: {PROGRAM} predict {named} IMAGES",
         "runs": f"to compare them: {PROGRAM} report {named}; to classify images: {PROGRAM} predict {named} IMAGES",
         "sweep": f"to see it: {PROGRAM} report {named}",
-        "export": f"to send it to a model hub: {PROGRAM} push {named} OWNER/NAME",
+        "export": f"to classify images: {PROGRAM} predict {named} IMAGES; to send it to a model hub: "
+        f"{PROGRAM} push {named} OWNER/NAME",
         "images": f"to make a cache of them: {PROGRAM} extract {named} --out cache",
         "image": f"to classify it: {PROGRAM} predict RUN {named}",
         "table": f"if it lists images: {PROGRAM} extract {named} --out cache",
@@ -157,7 +160,7 @@ def _instead(kind: Content, path: Path, wanted: Takes) -> str | None:
         ]
     if kind == "runs" and wanted == "run":
         candidates = sorted(path.glob("seed-*"))
-    if kind == "sweep" and wanted in ("run", "runs"):
+    if kind == "sweep" and wanted in ("run", "runs", "classifier"):
         candidates = [path / "best-1", *sorted((path / "best-1").glob("seed-*"))]
     if kind == "run" and wanted == "sweep":
         candidates = [*path.parents][:2]

@@ -137,7 +137,9 @@ def test_every_method_predicts_what_it_predicted(name, cache):
     features = np.asarray(cache.plain[cache.row_of(ids)], dtype=np.float32)
     with warnings.catch_warnings():
         warnings.simplefilter("error", FutureWarning)
-        configs = [FitConfig(**SPLIT, **options, seed=seed) for seed in (0, 1)]
+        # defaults of version 0.1 that are others today
+        former = {"lr": 0.03, **({"threshold": 0.9} if options["method"] == "ulfine" else {})}
+        configs = [FitConfig(**{**former, **SPLIT, **options, "seed": seed}) for seed in (0, 1)]
     for run in fit_many(cache, configs, device="cpu", progress=False, engine="fused" if suffix else "specification"):
         expected = PREDICTIONS[f"{name}/{run.config.seed}"]
         if run.config.method == "ulfine_plus":

@@ -85,6 +85,7 @@ _PROTOCOLS = {
     "fashion_mnist_merged": _FASHION_MNIST,
     "fashion_mnist_random": _FASHION_MNIST,
     "fashion_mnist_open": _FASHION_MNIST,
+    "fashion_mnist_wide": _FASHION_MNIST,
     "cifar10": {
         1500: Protocol(100, 100, 3000, 3000),
         500: Protocol(100, 100, 4000, 4000),

@@ -35,7 +35,7 @@ from benchmarks.options import (
 from benchmarks.results import Row, grouped, mean_and_gap, mean_text, print_table, write_rows
 from ulfine_fast.cache.store import FeatureCache
 from ulfine_fast.cli.main import guarded
-from ulfine_fast.config import FitConfig
+from ulfine_fast.config import FitConfig, options_of
 from ulfine_fast.data.splits import Split, draw_split, labeled_counts
 from ulfine_fast.engine.fit import fit_many
 from ulfine_fast.metrics.classification import classification, softmax
@@ -75,7 +75,10 @@ def arms(heads: int, fraction: float, weight: float) -> dict[str, Row | None]:
 def arm_configs(method: str, seeds: Sequence[int], options: Row, ensemble: Row | None) -> list[FitConfig]:
     """A trial for each seed, of the method itself or of its form with several heads."""
     if ensemble is None:
-        return trial_configs([method], seeds, options)
+        # with the defaults of the other arms
+        own, form = options_of(method), options_of(f"channel_{method}")
+        defaults = {name: form[name].default for name in own if form[name].default != own[name].default}
+        return trial_configs([method], seeds, {**defaults, **options})
     return trial_configs([f"channel_{method}"], seeds, {**options, **ensemble})
 
 

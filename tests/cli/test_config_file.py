@@ -65,7 +65,10 @@ def test_a_file_changes_what_is_done(tmp_path):
         ("[fitt]\nlr = 1", "options stand under their command"),
         ("lr = 1", "options stand under their command"),
         ("[fit", "is not TOML"),
-        ("[cache]\nprefix = true", "options stand under their command: [cache.append], [cache.merge]"),
+        (
+            "[cache]\nprefix = true",
+            "options stand under their command: [cache.append], [cache.describe], [cache.merge]",
+        ),
     ],
 )
 def test_a_wrong_file_ends_in_one_sentence(tmp_path, text, said):

@@ -60,7 +60,7 @@ def test_other_settings_do_not_go_on_from_there(cache, interrupted):
     done = run("fit", cache, *OPTIONS, "--lr", 0.5, "--out", interrupted)
     assert done.exit_code == 2
     sentence = done.stderr.strip().splitlines()[-1]
-    assert "is the checkpoint of a fit with lr = 0.03, not 0.5; finish that one, or remove the folder" in sentence
+    assert "is the checkpoint of a fit with lr = 0.01, not 0.5; finish that one, or remove the folder" in sentence
 
 
 def test_a_diverged_run_is_one_sentence_and_no_folder(cache, tmp_path):

@@ -105,7 +105,9 @@ def test_runs_of_two_fits_are_not_averaged(seeds, folder):
         done = run("fit", folder / "cache", "--method", method, "--out", other / name)
         assert done.exit_code == 0, done.output
     assert "is no seed of the same fit as" in refused("predict", other, folder / "images", "--out", folder / "x.csv")
-    assert "is no run" in refused("predict", folder / "images", folder / "images", "--out", folder / "x.csv")
+    assert "predict takes a run or an exported classifier" in refused(
+        "predict", folder / "images", folder / "images", "--out", folder / "x.csv"
+    )
 
 
 def test_the_summary_has_the_estimate_and_its_interval(seeds):

@@ -92,7 +92,10 @@ def test_caches_runs_and_sweeps_below_a_folder(things):
         ("fit runs/plus", "runs/plus is a run, and fit takes a cache; did you mean `ulfine-fast fit my-cache`?"),
         ("fit seeds", "seeds is a folder of runs, and fit takes a cache; to compare them: ulfine-fast report seeds"),
         ("fit photos", "photos is a folder of images, and fit takes a cache; to make a cache of them"),
-        ("predict my-cache", "my-cache is a cache, and predict takes a run; to train on it: ulfine-fast fit my-cache"),
+        (
+            "predict my-cache",
+            "my-cache is a cache, and predict takes a run or an exported classifier; to train on it: ulfine-fast fit",
+        ),
         ("predict my-cache photos", "my-cache is a cache, and predict takes a run"),
         ("predict photos runs/plus", "in another order; did you mean `ulfine-fast predict runs/plus photos`?"),
         ("predict runs/plus seeds", "seeds is a folder of runs, and predict takes images or a cache"),

@@ -33,6 +33,7 @@ NOT_RUN = {
     r"s3://": "needs S3; tests/cache and tests/end_to_end use a local server",
     r"^push\b": "needs the hub; tests/exports use a local server",
     r"cifar10": "needs torchvision's download; tests/cache/sources/test_torchvision_sets.py",
+    r"^fit first\b": "needs two caches of CIFAR-10; tests/methods/test_ulfine_plus_second.py",
     r"^extract hf:": "needs a saved data set; tests/cache/sources/test_huggingface.py",
     r"--to onnx": "seconds of other libraries; tests/exports",
     r"^log\b": "half a minute of other libraries; tests/runs",

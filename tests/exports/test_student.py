@@ -210,7 +210,9 @@ def test_what_cannot_be_is_refused_before_any_training(world, student, tmp_path,
         assert words in refused("distill", run, images, *SMALL, option, value, "--out", out)
     # no hub can be reached
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    assert "cannot be downloaded" in refused("distill", run, images, *SMALL, "--pretrained", "--out", out)
+    assert "no model hub could be reached (HF_HUB_OFFLINE is set)" in refused(
+        "distill", run, images, *SMALL, "--pretrained", "--out", out
+    )
     assert not out.exists()
 
 

@@ -16,6 +16,7 @@ from ulfine_fast.cache.store import FeatureCache
 from ulfine_fast.config import FitConfig
 from ulfine_fast.engine.fit import fit, fit_many
 from ulfine_fast.runs.evaluate import evaluate
+from ulfine_fast.runs.evidence import unread_lines
 from ulfine_fast.runs.predict import predict_images
 from ulfine_fast.runs.run import Run
 
@@ -103,3 +104,13 @@ def test_what_it_cannot_do_is_said(caches, clusters):
         fit(clusters, WIDE, device="cpu", progress=False)
     with pytest.raises(InputError, match="method ulfine_plus takes no adapter adaptformer; use one of abc, "):
         fit(caches["last-block"], FitConfig(adapter="adaptformer"), device="cpu", progress=False)
+
+
+def test_a_fit_says_that_the_cache_holds_more_than_it_read(caches):
+    assert "--feature pre-projection reads it" in unread_lines(caches["pre-projection"], FitConfig())[0]
+    assert unread_lines(caches["pre-projection"], WIDE) == []
+    # other methods have no such option, other caches no such feature
+    assert unread_lines(caches["pre-projection"], FitConfig(method="linear_probe")) == []
+    plain = caches["pre-projection"]
+    arrays = FeatureCache.from_arrays(plain.plain, plain.labels, text_features=plain.text_features)
+    assert unread_lines(arrays, FitConfig()) == []

@@ -293,3 +293,11 @@ def test_leading_directions_span_the_leading_eigenvectors():
     torch.testing.assert_close(directions.transpose(1, 2) @ directions, torch.eye(3).expand(2, 3, 3), atol=1e-5, rtol=0)
     wanted = basis[:, :, :3] @ basis[:, :, :3].transpose(1, 2)
     torch.testing.assert_close(directions @ directions.transpose(1, 2), wanted, atol=1e-3, rtol=0)
+
+
+def test_lengths_have_gradients():
+    """Adaptation to a stream differentiates through the clusters' cosines."""
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(2, 3, 4, generator=generator, dtype=torch.float64, requires_grad=True)
+    metric = Metric(torch.randn(2, 5, 2, 4, generator=generator, dtype=torch.float64))
+    assert torch.autograd.gradcheck(metric.inverse_lengths, (rows,))

@@ -19,6 +19,7 @@ EXTRAS = {
     "offline": "the small encoder lite0-minilm and the demo, without a model hub",
     "review": "labelling images on a local page: `review`",
     "export": "ONNX models: `export --to onnx`",
+    "lance": "Lance data sets: `cache export --to lance`, `cache import`",
     "datasets": "data sets of Hugging Face: `extract hf:NAME`",
     "heif": "images in HEIC and HEIF",
     "s3": "caches in an S3 bucket: `s3://bucket/cache`",

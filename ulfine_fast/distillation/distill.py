@@ -196,7 +196,8 @@ def distill(
         calibration = _own_calibration(teachers, teaching, held_out, logits)
 
         # the files, config.json last: with it the folder is a model
-        network.to("cpu", memory_format=torch.contiguous_format)
+        network.to("cpu")
+        network.network.to(memory_format=torch.contiguous_format)
         config = student_config(teachers[0], network, calibration, about)
         tensors = {name: tensor.contiguous() for name, tensor in network.state_dict().items()}
         write_atomically(folder / FORMATS["safetensors"], save(tensors))

@@ -157,7 +157,8 @@ def train_student(
     Raises:
         InputError: the loss is no longer finite, or a disk refuses.
     """
-    student.to(device, memory_format=torch.channels_last)
+    student.to(device)
+    student.network.to(memory_format=torch.channels_last)
     # biases and the scales of norms are not decayed
     optimizer = create_optimizer_v2(student.network, opt="adamw", lr=schedule.lr, weight_decay=WEIGHT_DECAY)
     checkpoint.restore(student, optimizer)

@@ -18,6 +18,7 @@ from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
 from ulfine_fast.cache.io.errors import InputError
+from ulfine_fast.cache.io.hub import load_from_hub, one_line
 from ulfine_fast.cache.pipeline.resample import Resampling
 
 
@@ -107,7 +108,7 @@ class Student(nn.Module):
         # each network has errors of its own for a size that its layers cannot halve often enough
         except Exception as error:
             raise InputError(
-                f"{self.name} does not take images of {self.image_size} pixels ({_one_line(error)}); choose another "
+                f"{self.name} does not take images of {self.image_size} pixels ({one_line(error)}); choose another "
                 "--image-size"
             ) from error
         if shape != (2, classes):
@@ -159,16 +160,15 @@ def outputs_on(student: Student, device: torch.device) -> Callable[[NDArray[Any]
 
 
 def _created(name: str, pretrained: bool, **settings: Any) -> Any:
+    if pretrained:
+        fix = "give a file with --weights, or leave --pretrained out"
+        return load_from_hub(
+            lambda: timm.create_model(name, pretrained=True, **settings), f"the weights of {name}", fix
+        )
     try:
-        return timm.create_model(name, pretrained=pretrained, **settings)
-    # the hub's client has errors of its own, another one with each major version
+        return timm.create_model(name, **settings)
     except Exception as error:
-        if pretrained:
-            raise InputError(
-                f"the weights of {name} cannot be downloaded ({_one_line(error)}); check the network, give a file with "
-                "--weights, or leave --pretrained out"
-            ) from error
-        raise InputError(f"timm cannot make {name} ({_one_line(error)}); choose another student") from error
+        raise InputError(f"timm cannot make {name} ({one_line(error)}); choose another student") from error
 
 
 def _load_weights(network: Any, file: Path) -> None:
@@ -176,7 +176,7 @@ def _load_weights(network: Any, file: Path) -> None:
     try:
         tensors = load_file(file)
     except (SafetensorError, OSError, ValueError) as error:
-        raise InputError(f"{file} cannot be read as safetensors ({_one_line(error)})") from error
+        raise InputError(f"{file} cannot be read as safetensors ({one_line(error)})") from error
     own = network.state_dict()
     names = network.default_cfg.get("classifier") or ()
     heads = tuple(f"{name}." for name in ([names] if isinstance(names, str) else names))
@@ -190,7 +190,3 @@ def _load_weights(network: Any, file: Path) -> None:
     if other:
         raise InputError(f"{file} has the weights of another network: {other[0]} is missing, new or of another shape")
     network.load_state_dict(kept, strict=False)
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:160] or type(error).__name__

@@ -88,9 +88,9 @@ class Metric:
 
     def inverse_lengths(self, rows: Tensor) -> Tensor:
         """1 / length of rows (T, n, D) for each candidate (T, n, C)."""
-        own = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
-        squared = torch.linalg.vector_norm(products(rows, self.factors), dim=-1).square_().add_(own.square_())
-        return squared.clamp_(min=_EPS).rsqrt_()
+        # norms read the rows once, and what is left has no dimension of theirs
+        own, more = (torch.linalg.vector_norm(x, dim=-1).square() for x in (rows, products(rows, self.factors)))
+        return torch.rsqrt((own.unsqueeze(-1) + more).clamp(min=_EPS))
 
 
 def products(rows: Tensor, vectors: Tensor) -> Tensor:

@@ -3,12 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ulfine_fast.config import FitConfig
+from ulfine_fast.core.features import encoder_tokens
+
+if TYPE_CHECKING:
+    from ulfine_fast.cache.store import FeatureCache
+
 LEAST_HELD_OUT = 20
 """Held-out labels below which no gain is told."""
+
+
+def unread_lines(cache: FeatureCache, config: FitConfig) -> list[str]:
+    """A line where the cache holds a wider feature that this method could read and was not told to."""
+    if getattr(config, "feature", None) != "projected" or not encoder_tokens(cache):
+        return []
+    return ["the cache also holds what the encoder has before its projection; --feature pre-projection reads it"]
 
 
 def evidence_lines(metrics: Sequence[Mapping[str, Any]], class_names: Sequence[str]) -> list[str]:
@@ -48,8 +61,8 @@ def evidence_lines(metrics: Sequence[Mapping[str, Any]], class_names: Sequence[s
         chosen = [float(values[key]) for values in metrics if values.get(key) is not None]
         used = [weight for weight in chosen if weight]
         if chosen:
-            share = f" as {np.mean(used):.2f} of the feature" if used and key == "weight_of_second" else ""
-            lines.append(f"{title}: read by {len(used)} of {len(chosen)} fits{share}")
+            fraction = f" as {np.mean(used):.2f} of the feature" if used and key == "weight_of_second" else ""
+            lines.append(f"{title}: read by {len(used)} of {len(chosen)} fits{fraction}")
     probe = _mean(metrics, "weight_of_probe")
     if probe > 0.5:
         lines.append(
