@@ -420,7 +420,9 @@ def superclasses() -> dict[str, list[str]]:
 def mixed_superclasses() -> dict[str, list[str]]:
     """As many classes of as many members, whose members are of five different superclasses: unlike each other."""
     groups = list(superclasses().values())
-    mixed = [[groups[(number + 4 * place) % len(groups)][place] for place in range(5)] for number in range(len(groups))]
+    mixed = [
+        [groups[(number + 4 * member) % len(groups)][member] for member in range(5)] for number in range(len(groups))
+    ]
     return {" or ".join(members): members for members in mixed}
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
@@ -17,6 +16,7 @@ from ulfine_fast.cache import hdf5
 from ulfine_fast.cache.io.errors import CacheMismatch, InputError
 from ulfine_fast.cache.io.files import read_regular_file, write_atomically
 from ulfine_fast.cache.io.json_files import parse_json, read_json
+from ulfine_fast.cache.io.names import near_names
 from ulfine_fast.cache.io.paths import is_remote
 from ulfine_fast.cache.io.tables import label_key, read_table
 from ulfine_fast.cache.manifest import Manifest
@@ -75,8 +75,8 @@ def read_sentences(file: Path, class_names: Sequence[str]) -> dict[str, list[str
     for name, text in pairs:
         key = label_key(name)
         if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            hint = f"; did you mean {known[near[0]]!r}?" if near else f": {', '.join(list(class_names)[:5])}"
+            near = near_names(name, known.values())
+            hint = f"; did you mean {near[0]!r}?" if near else f": {', '.join(list(class_names)[:5])}"
             raise InputError(f"{file} describes {name!r}, which is none of the {len(known)} classes of the cache{hint}")
         sentence = " ".join(text.split())
         if sentence and sentence not in by_class.setdefault(known[key], []):

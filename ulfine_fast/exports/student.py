@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 
 from ulfine_fast.cache.io.errors import InputError
 from ulfine_fast.cache.io.hub import load_from_hub, one_line
+from ulfine_fast.cache.io.names import near_names
 from ulfine_fast.cache.pipeline.resample import Resampling
 
 
@@ -122,7 +122,7 @@ def refuse_unknown_student(name: str, pretrained: bool = False) -> None:
         InputError: names the nearest names.
     """
     if not timm.is_model(name):
-        near = difflib.get_close_matches(name, timm.list_models(), n=3, cutoff=0.5)
+        near = near_names(name, timm.list_models(), most=3)
         hint = f"did you mean {', '.join(near)}?" if near else "such as mobilenetv3_small_050"
         raise InputError(f"unknown student {name!r}; name a model of timm, {hint}")
     if pretrained and not timm.models.is_model_pretrained(name):

@@ -116,6 +116,11 @@ class Scorer:
     class_names: list[str]
     calibration: Callable[[], Calibration]
 
+    @classmethod
+    def of(cls, run: Run) -> Scorer:
+        """The run's own predictions."""
+        return cls(run.predict_proba, run.scores, run.class_names, run.calibrated)
+
     def check(self, rate: float | None, coverage: float | None, five_crops: bool = False) -> None:
         """Refuse a rate or coverage before any image is encoded.
 
@@ -185,7 +190,7 @@ def predict_images(
         raise InputError("five crops are of images, and a cache holds one feature of each; leave them out")
     if isinstance(images, FeatureCache):
         return predict_cache(run, images, scorer=scorer, rate=rate, coverage=coverage)
-    scorer = scorer or Scorer(run.predict_proba, run.scores, run.class_names, run.calibrated)
+    scorer = scorer or Scorer.of(run)
     scorer.check(rate, coverage, five_crops)
     source = images_at(images)
     if encoder is None:
@@ -229,7 +234,7 @@ def predict_cache(
         InputError: a rate or coverage outside 0..1, or of a run without held-out labels.
         CacheMismatch: the features come from another encoder.
     """
-    scorer = scorer or Scorer(run.predict_proba, run.scores, run.class_names, run.calibrated)
+    scorer = scorer or Scorer.of(run)
     scorer.check(rate, coverage)
     refuse_other_encoder(run, cache)
     inputs = inputs_of(run, cache)
