@@ -281,6 +281,11 @@ class FeatureCache:
         """Names of the S tokens stored beside each feature; often none."""
         return [] if self.manifest is None else list(self.manifest.tokens)
 
+    @property
+    def trainable_tokens(self) -> list[str]:
+        """The same where trials can train on them, through the encoder's own end and with its texts; else none."""
+        return self.token_kinds if "projection" in self.head and self.prototypes is not None else []
+
     def tokens(self, kind: str) -> NDArray[Any]:
         """The model's values of each view before its last layers; read on first use, without the features.
 

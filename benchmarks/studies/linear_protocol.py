@@ -28,7 +28,6 @@ from ulfine_fast.cache.io.errors import InputError
 from ulfine_fast.cache.store import FeatureCache
 from ulfine_fast.cli.main import guarded
 from ulfine_fast.config import FitConfig
-from ulfine_fast.core.features import encoder_tokens
 from ulfine_fast.core.heads import frozen_end, last_norm
 from ulfine_fast.data.splits import Split
 from ulfine_fast.engine.fit import draw_splits, fit_many
@@ -54,7 +53,7 @@ def feature_choices(cache: FeatureCache) -> dict[str, FeatureCache]:
     choices = {"plain": changed_cache(cache, **bare)}
     if cache.views("weak").shape[1]:
         choices["views"] = changed_cache(cache, text_features=None, strong=None)
-    if encoder_tokens(cache):
+    if cache.trainable_tokens:
         wide = unit_rows(before_projection(cache))
         both = np.concatenate([unit_rows(cache.plain), wide], axis=1)
         choices["pre-projection"] = changed_cache(cache, plain=wide, **bare)

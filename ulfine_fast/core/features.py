@@ -22,11 +22,6 @@ _WIDENED_BYTES = 1 << 29
 _ROWS = 1 << 14
 
 
-def encoder_tokens(cache: FeatureCache) -> list[str]:
-    """Kinds of the last block's tokens that trials can train on; none without the encoder's end, or without texts."""
-    return cache.token_kinds if "projection" in cache.head and cache.prototypes is not None else []
-
-
 @dataclass(frozen=True)
 class DeviceFeatures:
     """Features of all rows.

@@ -9,7 +9,6 @@ import numpy as np
 
 from ulfine_fast.cache.io.errors import InputError
 from ulfine_fast.config import FitConfig
-from ulfine_fast.core.features import encoder_tokens
 from ulfine_fast.data.splits import Split
 from ulfine_fast.methods import registry
 from ulfine_fast.methods.registry import method_of
@@ -27,7 +26,7 @@ def check_tokens(cache: FeatureCache, configs: Sequence[FitConfig]) -> None:
     for config in configs:
         if not config.reads_tokens:
             continue
-        if config.adapter == "adaptformer" and encoder_tokens(cache) != ["pre", "post"]:
+        if config.adapter == "adaptformer" and cache.trainable_tokens != ["pre", "post"]:
             raise InputError(
                 "adapter adaptformer trains on the tokens of the encoder's last block, which this cache does not hold; "
                 "extract again with --features last-block, or take adapter residual"

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from ulfine_fast.cache.io.errors import InputError
 from ulfine_fast.config import FitConfig, option
-from ulfine_fast.core.features import encoder_tokens
 from ulfine_fast.core.fused.step import FusedStep
 from ulfine_fast.core.heads import Tensors, cosine_logits, frozen_end, last_norm
 from ulfine_fast.core.types import State, Trials
@@ -52,7 +51,7 @@ class LiftHead(LinearProbe):
 
     def check(self, cache: FeatureCache, config: FitConfig, split: Split) -> None:
         """Refuse the feature before the projection where the cache does not hold it."""
-        if config.feature == "pre-projection" and not encoder_tokens(cache):
+        if config.feature == "pre-projection" and not cache.trainable_tokens:
             raise InputError(
                 "feature pre-projection trains on what the encoder has before its projection, which this cache does "
                 "not hold; extract again with --features last-block or pre-projection, or take feature projected"

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ulfine_fast.cache.io.errors import InputError
 from ulfine_fast.config import FitConfig, option
-from ulfine_fast.core.features import DeviceFeatures, encoder_tokens
+from ulfine_fast.core.features import DeviceFeatures
 from ulfine_fast.core.heads import Tensors, frozen_end, last_norm
 from ulfine_fast.core.types import Inputs, Pool, Report, State, Trials
 from ulfine_fast.data.splits import Split
@@ -168,7 +168,7 @@ class ULFinePlus(Method):
 
     def check(self, cache: FeatureCache, config: FitConfig, split: Split) -> None:
         """Refuse a feature that the cache does not hold."""
-        if config.feature == "pre-projection" and not encoder_tokens(cache):
+        if config.feature == "pre-projection" and not cache.trainable_tokens:
             raise InputError(
                 "feature pre-projection reads what the encoder has before its projection, which this cache does not "
                 "hold; extract again with --features pre-projection, or take feature projected"

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ulfine_fast.config import FitConfig
-from ulfine_fast.core.features import encoder_tokens
 
 if TYPE_CHECKING:
     from ulfine_fast.cache.store import FeatureCache
@@ -19,7 +18,7 @@ LEAST_HELD_OUT = 20
 
 def unread_lines(cache: FeatureCache, config: FitConfig) -> list[str]:
     """A line where the cache holds a wider feature that this method could read and was not told to."""
-    if getattr(config, "feature", None) != "projected" or not encoder_tokens(cache):
+    if getattr(config, "feature", None) != "projected" or not cache.trainable_tokens:
         return []
     return ["the cache also holds what the encoder has before its projection; --feature pre-projection reads it"]
 
