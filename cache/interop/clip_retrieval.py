@@ -20,12 +20,11 @@ from ulfine_fast.cache.interop.external_features import (
     RowLabels,
     check_features,
     numbered_ids,
-    one_line,
     read_array,
     split_indices,
     text_labels,
 )
-from ulfine_fast.cache.io.errors import InputError
+from ulfine_fast.cache.io.errors import InputError, one_line
 from ulfine_fast.cache.io.files import refuse_irregular_file
 from ulfine_fast.cache.io.names import did_you_mean, listed
 from ulfine_fast.cache.sources.rows import UNKNOWN

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ulfine_fast.cache.io.errors import InputError
+from ulfine_fast.cache.io.errors import InputError, one_line
 from ulfine_fast.cache.io.files import refuse_irregular_file
 from ulfine_fast.cache.io.names import did_you_mean
 from ulfine_fast.cache.io.tables import label_key, whole_number
@@ -214,8 +214,3 @@ def texts_in(array: NDArray[Any], what: str) -> list[str]:
 def numbered_ids(rows: NDArray[np.int64]) -> list[str]:
     """Row numbers as ids, for rows that have no other."""
     return [f"{row:09d}" for row in rows.tolist()]
-
-
-def one_line(error: BaseException) -> str:
-    """The start of an error's text, fit for the middle of a sentence."""
-    return " ".join(str(error).split())[:160] or type(error).__name__

@@ -32,3 +32,9 @@ class CacheMismatch(InputError):
     def with_fix(self, fix: str) -> CacheMismatch:
         """The same mismatch with other advice."""
         return CacheMismatch(self.field, self.found, self.wanted, fix)
+
+
+def one_line(error: BaseException) -> str:
+    """The start of an error's text, fit for the middle of a sentence."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 160 else text[:157] + "..."

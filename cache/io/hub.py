@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
-from ulfine_fast.cache.io.errors import InputError
+from ulfine_fast.cache.io.errors import InputError, one_line
 
 SECONDS = 4.0
 """How long an answer is waited for. The libraries try again for a minute, which would help only a hub that is slow."""
@@ -82,12 +82,6 @@ def local_files_only() -> Iterator[None]:
     finally:
         constants.HF_HUB_OFFLINE = before
         forget()
-
-
-def one_line(error: BaseException) -> str:
-    """The start of an error's text, fit for the middle of a sentence."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 160 else text[:157] + "..."
 
 
 def _ask(server: str, seconds: float) -> str | None:

@@ -20,9 +20,9 @@ from torch.nn import functional
 from torchvision.transforms import Compose
 
 from ulfine_fast.cache.io.device import float32_products, pick_device
-from ulfine_fast.cache.io.errors import InputError
+from ulfine_fast.cache.io.errors import InputError, one_line
 from ulfine_fast.cache.io.home import cache_home
-from ulfine_fast.cache.io.hub import load_from_hub, one_line
+from ulfine_fast.cache.io.hub import load_from_hub
 from ulfine_fast.cache.io.names import did_you_mean, one_of
 from ulfine_fast.cache.models import image_model, lite0_minilm
 from ulfine_fast.cache.models.tokens import TokenHooks

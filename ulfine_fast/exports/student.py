@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
-from ulfine_fast.cache.io.errors import InputError
-from ulfine_fast.cache.io.hub import load_from_hub, one_line
+from ulfine_fast.cache.io.errors import InputError, one_line
+from ulfine_fast.cache.io.hub import load_from_hub
 from ulfine_fast.cache.io.names import near_names
 from ulfine_fast.cache.pipeline.resample import Resampling
 

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 
 from ulfine_fast._version import __version__
 from ulfine_fast.cache.io.digests import BLANK, file_digest, is_sealed, sealed
-from ulfine_fast.cache.io.errors import InputError
+from ulfine_fast.cache.io.errors import InputError, one_line
 from ulfine_fast.cache.io.files import opened_regular_file, read_regular_file
 from ulfine_fast.cache.io.json_files import MAX_BYTES, check_schema, parse_json
 from ulfine_fast.cache.io.paths import names_another_machine
@@ -211,7 +211,7 @@ class RunFiles:
             correct = table["correct"].cast(pa.float64()).to_numpy() if split == HELD_OUT else None
             missing = sum(table[name].null_count for name in ("id", "label", "predicted"))
         except (pa.ArrowException, KeyError, OSError, ValueError, TypeError, AttributeError, MemoryError) as error:
-            raise InputError(f"{file} cannot be read ({_one_line(error)}); it is damaged, {_FIX}") from error
+            raise InputError(f"{file} cannot be read ({one_line(error)}); it is damaged, {_FIX}") from error
         if missing or not np.isfinite(probabilities).all() or (correct is not None and np.isnan(correct).any()):
             raise InputError(f"{file} has an empty cell or a probability that is no number; {_FIX}")
         if ((labels < -1) | (labels >= classes) | (predicted < 0) | (predicted >= classes)).any():
@@ -236,7 +236,7 @@ class RunFiles:
             probabilities, scores = (table[name].cast(pa.float32()).to_numpy() for name in ("probability", "score"))
             missing = sum(column.null_count for column in table.columns)
         except (pa.ArrowException, KeyError, OSError, ValueError, TypeError, AttributeError, MemoryError) as error:
-            raise InputError(f"{file} cannot be read ({_one_line(error)}); it is damaged, {_FIX}") from error
+            raise InputError(f"{file} cannot be read ({one_line(error)}); it is damaged, {_FIX}") from error
         if score != SCORE:
             raise InputError(f"{file} holds the score {score!r}, this program rejects by {SCORE!r}; {_FIX}")
         if missing or not (np.isfinite(probabilities).all() and np.isfinite(scores).all()):
@@ -270,7 +270,7 @@ class RunFiles:
                 return load_file(file)
         # the library has errors of its own for a header of other types
         except (SafetensorError, OSError, ValueError, TypeError, KeyError, RuntimeError, OverflowError) as error:
-            raise InputError(f"{file} cannot be read ({_one_line(error)}); it is cut or damaged, {_FIX}") from error
+            raise InputError(f"{file} cannot be read ({one_line(error)}); it is cut or damaged, {_FIX}") from error
 
 
 def write_run(run: Run, folder: Path) -> None:
@@ -339,7 +339,7 @@ def write_tensors(run: Run, file: Path) -> None:
     try:
         save_file({name: tensor.contiguous() for name, tensor in run.tensors.items()}, file)
     except SafetensorError as error:
-        raise OSError(_one_line(error)) from error
+        raise OSError(one_line(error)) from error
 
 
 def may_replace(folder: Path) -> bool:
@@ -564,10 +564,6 @@ def _refuse_missing(file: Path) -> None:
         raise InputError(f"{file.name} is missing in {file.parent}; the run was not finished, fit it again")
 
 
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
-
-
 def _number(value: object, key: str, file: Path) -> float:
     if value is None:
         return math.nan
@@ -596,7 +592,7 @@ def _read_history(file: Path, *, needed: bool) -> dict[str, np.ndarray]:
         text = data.decode("utf-8")
         rows = list(csv.reader(text.splitlines()))
     except (ValueError, csv.Error) as error:
-        raise InputError(f"{file} cannot be read ({_one_line(error)}); {_FIX}") from error
+        raise InputError(f"{file} cannot be read ({one_line(error)}); {_FIX}") from error
     if not rows:
         return {}
     # a file cut in the middle of its last number has a whole row, but no end of line

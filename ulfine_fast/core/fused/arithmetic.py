@@ -27,14 +27,8 @@ class Arithmetic:
 
     def multiply(self, left: Tensor, right: Tensor, out: Tensor) -> Tensor:
         """Write left right, of (T, n, D) and (T, D, m), to `out`; returns it."""
-        if not self.bfloat16 or (_rounds(left.device) and _are_dense(left, right, out)):
-            torch.bmm(left, right, out=out)
-        elif _rounds(left.device):
-            # one trial's matrices are contiguous; batched products of bfloat16 copy what is not so over all trials
-            for a, b, c in zip(left.unbind(0), right.unbind(0), out.unbind(0), strict=True):
-                torch.mm(a, b, out=c)
-        else:
-            torch.bmm(_rounded(left), _rounded(right), out=out)
+        # what `out` held is not read at a factor of zero, be it not finite
+        self.add(left, right, out, kept=0.0)
         return out
 
     def add(self, left: Tensor, right: Tensor, out: Tensor, kept: float = 1.0) -> None:
@@ -42,6 +36,7 @@ class Arithmetic:
         if not self.bfloat16 or (_rounds(left.device) and _are_dense(left, right, out)):
             out.baddbmm_(left, right, beta=kept)
         elif _rounds(left.device):
+            # one trial's matrices are contiguous; batched products of bfloat16 copy what is not so over all trials
             for a, b, c in zip(left.unbind(0), right.unbind(0), out.unbind(0), strict=True):
                 c.addmm_(a, b, beta=kept)
         else:
