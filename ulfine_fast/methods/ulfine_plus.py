@@ -371,7 +371,7 @@ class ULFinePlus(Method):
             state.scratch[f"held_out_{name}"] = torch.where(known, torch.cat(columns_of, dim=1), torch.nan)
         state.scratch["gain_unlabeled"] = balanced_gain(gain, pool.labels, known, classes)
         if bool(trials.inputs.shared["has_text"]):
-            blind = _right_without_text(pool, views, trials, kept, folds, kinds)
+            blind = _right_without_text(pool, views, kept, folds, kinds, classes)
             state.scratch["gain_text"] = balanced_gain(right - blind, pool.labels, known, classes)
         own = state.memory["weights"][:, 1:]  # (T, S')
         prior = (own.unsqueeze(-1) * clusters.prior).sum(1) + 1e-12
@@ -705,49 +705,71 @@ def _probes(
     They start from prototypes (T, J, K, D). Every kind is fitted without each fold, the preferred one with all labels
     too.
     """
-    classes, parts = trials.prototypes.shape[1], len(PROBES) + 1
+    classes, fits = trials.prototypes.shape[1], kept.shape[2] - 1
+    folds_kept, folds_starts = kept[:, :, 1:], starts[:, 1:]
 
-    def fitted(part: int) -> Report:
-        return lambda fraction: report((part + fraction) / parts)
+    # kinds that read the same views are fitted side by side
+    heads = [folds_starts] * len(PROBES)
+    done = 0
+    for with_strong in dict.fromkeys(strong for _, strong in PROBES):
+        kinds = [kind for kind, (_, strong) in enumerate(PROBES) if strong == with_strong]
+        scales = trials.zeros().unsqueeze(1) + heads[0].new_tensor([PROBES[kind][0] for kind in kinds])  # (T, kinds)
 
-    heads, scores = [], []
-    for kind in range(len(PROBES)):
-        heads.append(_probe(pool, views, trials, kind, kept[:, :, 1:], starts[:, 1:], fitted(kind)))
+        def reported(fraction: float, before: int = done, count: int = len(kinds)) -> None:
+            report((before + count * fraction) / (len(PROBES) + 1))
+
+        fitted = _probe(
+            _probe_views(pool, views, with_strong),
+            pool.labels,
+            folds_kept.repeat(1, 1, len(kinds)),
+            folds_starts.repeat(1, len(kinds), 1, 1),
+            scales.repeat_interleave(fits, dim=1),
+            reported,
+        )
+        for kind, of_kind in zip(kinds, fitted.split(fits, dim=1), strict=True):
+            heads[kind] = of_kind
+        done += len(kinds)
+
+    # the kind that held-out labels prefer, with all labels too
+    scores = []
+    for of_kind in heads:
         likelihoods = [
             label_likelihoods(logits.unsqueeze(2), pool.labels[:, part])
-            for part, logits in _probe_logits(pool, heads[-1], folds)
+            for part, logits in _probe_logits(pool, of_kind, folds)
         ]
         scores.append(held_out_scores(torch.cat(likelihoods, dim=1), pool.labels, folds > 0, classes)[0].squeeze(1))
-    kinds = torch.stack(scores).argmax(0)  # (T,)
-    without = torch.stack(heads, dim=1)[torch.arange(len(kinds), device=kinds.device), kinds]  # (T, J - 1, K, D)
-    whole = torch.zeros_like(without[:, :1])
-    for kind in kinds.unique().tolist():
-        chosen = _probe(pool, views, trials, kind, kept[:, :, :1], starts[:, :1], fitted(len(PROBES)))
-        whole = torch.where((kinds == kind).view(-1, 1, 1, 1), chosen, whole)
-    return torch.cat([whole, without], dim=1), kinds
+    chosen = torch.stack(scores).argmax(0)  # (T,)
+    without = torch.stack(heads, dim=1)[torch.arange(len(chosen), device=chosen.device), chosen]  # (T, J - 1, K, D)
+    whole = _probe_of_kinds(pool, views, chosen, kept[:, :, :1], starts[:, :1])
+    report(1.0)
+    return torch.cat([whole, without], dim=1), chosen
+
+
+def _probe_of_kinds(pool: Pool, views: Tensor, kinds: Tensor, kept: Tensor, start: Tensor) -> Tensor:
+    """Heads (T, J, K, D) of each trial's own kind (T,)."""
+    heads = torch.zeros_like(start)
+    scales = start.new_tensor([scale for scale, _ in PROBES])[kinds]  # (T,)
+    reads_strong = torch.tensor([strong for _, strong in PROBES], device=kinds.device)[kinds]
+    for with_strong in (True, False):
+        of = (reads_strong == with_strong).nonzero().squeeze(1)
+        if len(of):
+            own = _probe_views(pool, views if len(of) == len(views) else views[of], with_strong)
+            of_fits = scales[of].unsqueeze(1).expand(-1, kept.shape[2])
+            heads[of] = _probe(own, pool.labels[of], kept[of], start[of], of_fits)
+    return heads
+
+
+def _probe_views(pool: Pool, views: Tensor, with_strong: bool) -> Tensor:
+    """Views (T, L, V, D) of the labelled images, or those of them that are not strong."""
+    return views if with_strong else views[:, :, : pool.features.easy]
 
 
 def _probe(
-    pool: Pool,
-    views: Tensor,
-    trials: Trials,
-    kind: int,
-    kept: Tensor,
-    start: Tensor,
-    report: Report | None = None,
+    views: Tensor, labels: Tensor, kept: Tensor, start: Tensor, scales: Tensor, report: Report | None = None
 ) -> Tensor:
-    """Heads (T, J, K, D) of one kind, as long as their scale, from views (T, L, V, D) of the labelled images."""
-    scale, with_strong = PROBES[kind]
-    return scale * fit_probe(
-        views if with_strong else views[:, :, : pool.features.easy],
-        pool.labels,
-        kept,
-        start,
-        scale=trials.zeros() + scale,
-        rate=PROBE_RATE,
-        steps=PROBE_STEPS,
-        report=report,
-    )
+    """Heads (T, J, K, D) as long as their scale (T, J), from views (T, L, V, D) of images with labels (T, L)."""
+    heads = fit_probe(views, labels, kept, start, scale=scales, rate=PROBE_RATE, steps=PROBE_STEPS, report=report)
+    return heads.mul_(scales[:, :, None, None])
 
 
 def _probe_logits(pool: Pool, heads: Tensor, folds: Tensor) -> Iterator[tuple[slice, Tensor]]:
@@ -758,18 +780,13 @@ def _probe_logits(pool: Pool, heads: Tensor, folds: Tensor) -> Iterator[tuple[sl
         yield part, _of_fold(logits, (folds[:, part] - 1).clamp(min=0))
 
 
-def _right_without_text(
-    pool: Pool, views: Tensor, trials: Trials, kept: Tensor, folds: Tensor, kinds: Tensor
-) -> Tensor:
+def _right_without_text(pool: Pool, views: Tensor, kept: Tensor, folds: Tensor, kinds: Tensor, classes: int) -> Tensor:
     """Whether probes that start from the labelled images' class means hit each held-out label: 1 or 0, (T, L)."""
     kept = kept[:, :, 1:]
-    start = torch.stack([_class_directions(pool, fold, trials.prototypes.shape[1]) for fold in kept.unbind(2)], dim=1)
-    right = torch.zeros_like(folds, dtype=start.dtype)
-    for kind in kinds.unique().tolist():
-        for part, logits in _probe_logits(pool, _probe(pool, views, trials, kind, kept, start), folds):
-            hits = (logits.argmax(-1) == pool.labels[:, part]).to(right.dtype)
-            right[:, part] = torch.where((kinds == kind).unsqueeze(1), hits, right[:, part])
-    return right
+    start = torch.stack([_class_directions(pool, fold, classes) for fold in kept.unbind(2)], dim=1)
+    heads = _probe_of_kinds(pool, views, kinds, kept, start)
+    hits = [logits.argmax(-1) == pool.labels[:, part] for part, logits in _probe_logits(pool, heads, folds)]
+    return torch.cat(hits, dim=1).to(start.dtype)
 
 
 def _described(

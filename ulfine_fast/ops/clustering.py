@@ -250,19 +250,22 @@ def _pass(
     mass = zeros(trials, candidates, classes)
     unit, plain = zeros(trials, candidates * classes, dim), zeros(trials, candidates * classes, dim)
     for position, rows, present in evidence.unlabeled.split(candidates * classes):
-        chunk_inverse = inverse[:, position].unsqueeze(-1)  # (T, n, C, 1)
-        anchor = products(rows, evidence.heads) + evidence.offsets.unsqueeze(1)  # (T, n, J, K)
+        # rows come last, as a softmax over a last dimension of few classes is slow
+        chunk_inverse = inverse[:, position].transpose(1, 2).unsqueeze(2).contiguous()  # (T, C, 1, n)
+        columns = rows.transpose(1, 2)  # (T, D, n)
+        anchor = (evidence.heads.flatten(1, 2) @ columns).unflatten(1, (fits, classes)) + evidence.offsets.unsqueeze(-1)
         if vectors is None:
-            scores = log_weights.unsqueeze(1).expand(-1, rows.shape[1], -1, -1).clone()
+            scores = log_weights.unsqueeze(-1).expand(-1, -1, -1, rows.shape[1]).clone()
         else:
-            scores = products(rows, vectors).mul_(chunk_inverse).add_(log_weights.unsqueeze(1))
-        scores.unflatten(2, (fits, -1)).add_(anchor.unsqueeze(3))
-        probabilities = torch.softmax(scores, dim=-1).mul_(present[:, :, None, None])  # (T, n, C, K)
-        mass += probabilities.sum(1)
+            scores = (vectors.flatten(1, 2) @ columns).unflatten(1, (candidates, classes))  # (T, C, K, n)
+            scores.mul_(chunk_inverse).add_(log_weights.unsqueeze(-1))
+        scores.unflatten(1, (fits, -1)).add_(anchor.unsqueeze(2))
+        probabilities = torch.softmax(scores, dim=2).mul_(present[:, None, None].to(scores.dtype))  # (T, C, K, n)
+        mass += probabilities.sum(-1)
         if plain_too:
-            plain.baddbmm_(probabilities.flatten(2).transpose(1, 2), rows)
+            plain.baddbmm_(probabilities.flatten(1, 2), rows)
         if sums_too:
-            unit.baddbmm_(probabilities.mul_(chunk_inverse).flatten(2).transpose(1, 2), rows)
+            unit.baddbmm_(probabilities.mul_(chunk_inverse).flatten(1, 2), rows)
     shape = (candidates, classes)
     return _Totals(mass, unit.unflatten(1, shape), plain.unflatten(1, shape))
 

@@ -35,7 +35,7 @@ def fit_probe(
         labels: their classes, -1 for padding (T, n).
         kept: whether a row trains a classifier, for J classifiers of each trial (T, n, J).
         start: weights to begin with (T, K, D), or others for each classifier (T, J, K, D).
-        scale: cosine scale sigma (T,).
+        scale: cosine scale sigma of each trial (T,), or of each classifier (T, J).
         rate: peak learning rate, cosine schedule to zero.
         steps: gradient steps.
         decay: weight decay.
@@ -52,11 +52,11 @@ def fit_probe(
         2, index.unsqueeze(1).expand(-1, count, -1), member.transpose(1, 2)
     )  # (T, J, K)
     total = frequency.sum(-1, keepdim=True).clamp(min=1e-9)
-    log_prior = torch.log((frequency / total).clamp(min=1e-8)).unsqueeze(1)  # (T, 1, J, K)
+    log_prior = torch.log((frequency / total).clamp(min=1e-8)).unsqueeze(-1)  # (T, J, K, 1)
     parts = _parts(known)
     weights = start.clone() if start.dim() == 4 else start.unsqueeze(1).repeat(1, count, 1, 1)  # (T, J, K, D)
     velocity = torch.zeros_like(weights)
-    sigma = scale.view(-1, 1, 1, 1)
+    sigma = (scale if scale.dim() == 2 else scale.unsqueeze(1)).view(len(scale), -1, 1, 1)  # (T, J, 1, 1)
     for step in range(steps):
         # the rows of this step
         rows, targets, trained = views[:, :, step % views.shape[2]], index, member
@@ -65,16 +65,17 @@ def fit_probe(
             rows = _rows(views, position, step % views.shape[2])
             targets = index.gather(1, position)
             trained = member.gather(1, position.unsqueeze(-1).expand(-1, -1, count)) * present.unsqueeze(-1)
-        row_weight = trained / trained.sum(1, keepdim=True).clamp(min=1e-9) * sigma.squeeze(-1)  # (T, m, J)
+        row_weight = trained / trained.sum(1, keepdim=True).clamp(min=1e-9)  # (T, m, J)
+        row_weight = row_weight.transpose(1, 2).unsqueeze(2) * sigma  # (T, J, 1, m)
 
-        # the gradient of the adjusted cross-entropy, in the memory of the logits
+        # the gradient of the adjusted cross-entropy, in the memory of the logits; rows come last, as a softmax over a
+        # last dimension of few classes is slow
         inverse = torch.linalg.vector_norm(weights, dim=-1, keepdim=True).clamp(min=1e-6).reciprocal()  # (T, J, K, 1)
         unit = weights * inverse
-        logits = (rows @ unit.flatten(1, 2).transpose(1, 2)).unflatten(-1, (count, classes))  # (T, m, J, K)
-        error = torch.softmax(logits.mul_(sigma).add_(log_prior), -1).mul_(row_weight.unsqueeze(-1))
-        own = targets[:, :, None, None].expand(-1, -1, count, 1)
-        error.scatter_add_(-1, own, -row_weight.unsqueeze(-1))
-        gradient = (error.flatten(2).transpose(1, 2) @ rows).unflatten(1, (count, classes))
+        logits = (unit.flatten(1, 2) @ rows.transpose(1, 2)).unflatten(1, (count, classes))  # (T, J, K, m)
+        error = torch.softmax(logits.mul_(sigma).add_(log_prior), 2).mul_(row_weight)
+        error.scatter_add_(2, targets[:, None, None].expand_as(row_weight), -row_weight)
+        gradient = (error.flatten(1, 2) @ rows).unflatten(1, (count, classes))
         # the cosine does not see a vector's length, so neither does its gradient
         along = (gradient * unit).sum(-1, keepdim=True)
         gradient.addcmul_(unit, along, value=-1).mul_(inverse)

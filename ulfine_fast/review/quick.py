@@ -77,19 +77,20 @@ def quick_fit(cache: FeatureCache, labeled: Rows, val: Rows, scale: float | None
     numbers = torch.arange(FOLDS + 1)
     kept = (numbers == 0) | (fold.unsqueeze(-1) != numbers)  # (1, L, J)
 
-    # heads of each scale, one trial each
-    scales = torch.tensor(_SCALES if scale is None else (scale,))
-    count = len(scales)
-    start = _start(cache, rows, labels)
-    heads = scales.view(-1, 1, 1, 1) * fit_probe(
-        rows.view(1, len(rows), 1, -1).expand(count, -1, -1, -1),
-        labels.expand(count, -1),
-        kept.expand(count, -1, -1),
-        start.expand(count, -1, -1),
-        scale=scales,
+    # heads of each scale, side by side
+    scales = torch.tensor(_SCALES if scale is None else (scale,))  # (S,)
+    count, fits = len(scales), kept.shape[2]
+    of_fits = scales.repeat_interleave(fits)  # (S J,)
+    fitted = fit_probe(
+        rows.view(1, len(rows), 1, -1),
+        labels.unsqueeze(0),
+        kept.repeat(1, 1, count),
+        _start(cache, rows, labels),
+        scale=of_fits.unsqueeze(0),
         rate=_RATE,
         steps=_STEPS,
-    )  # (S, J, K, D)
+    )
+    heads = (of_fits.view(-1, 1, 1) * fitted[0]).unflatten(0, (count, fits))  # (S, J, K, D)
 
     # the scale and temperature that held-out labels prefer
     logits = torch.einsum("ld,sjkd->lsjk", rows, heads)
