@@ -58,9 +58,9 @@ def multiply_adds(size: Size, labeled: int, survivors: int, folds: int = 4) -> i
     """
     images, classes, dim = size
     vector = classes * dim
-    # each kind and one from class means without each fold, one with all labels
-    heads = (len(ulfine_plus.PROBES) + 1) * folds + 1
-    probes = heads * ulfine_plus.PROBE_STEPS * 2 * min(labeled, MOST_ROWS) * vector
+    # each scale with all labels and without each fold, and one scale from class means without each fold
+    heads = len(ulfine_plus.PROBE_SCALES) * (1 + folds) + folds
+    probes = heads * max(ulfine_plus.PROBE_STOPS) * 2 * min(labeled, MOST_ROWS) * vector
     scatter = (images + labeled) * (1 + _VIEWS) * dim * dim
     sample = min(images, max(ulfine_plus.SAMPLE, ulfine_plus.SAMPLE_PER_CLASS * classes))
 

@@ -22,7 +22,7 @@ ULFINE = {"method": "ulfine", **SMALL}
 @pytest.fixture(autouse=True)
 def brief(monkeypatch):
     """Short probes need the same memory."""
-    monkeypatch.setattr(ulfine_plus, "PROBE_STEPS", 3)
+    monkeypatch.setattr(ulfine_plus, "PROBE_STOPS", (1, 2, 3))
 
 
 def prepared(cache, configs):

@@ -57,7 +57,7 @@ def every_shape(cache):
 @pytest.fixture
 def brief(monkeypatch):
     """Short probes, for tests that are not about how good they are."""
-    monkeypatch.setattr(ulfine_plus, "PROBE_STEPS", 20)
+    monkeypatch.setattr(ulfine_plus, "PROBE_STOPS", (4, 20))
 
 
 @pytest.fixture
@@ -195,8 +195,9 @@ def test_candidates_never_see_the_labels_of_their_fold(clusters, watched, monkey
     truth = torch.from_numpy(clusters.labels[split.labeled])
     folds = fold_numbers(torch.tensor([0]), truth.unsqueeze(0), 4, 4)
     monkeypatch.setattr(ulfine_plus, "fold_numbers", lambda *_: folds)
-    # the choice among probes reads all held-out labels, so there is no choice here
-    monkeypatch.setattr(ulfine_plus, "PROBES", ulfine_plus.PROBES[:1])
+    # the weights of probes read all held-out labels, so there is one probe here
+    monkeypatch.setattr(ulfine_plus, "PROBE_SCALES", (10.0,))
+    monkeypatch.setattr(ulfine_plus, "PROBE_STOPS", (20,))
     held = torch.nonzero(folds[0] == 2).flatten()
     first, second = next((a, b) for a in held for b in held if truth[a] != truth[b])
     labels = clusters.labels.copy()
@@ -323,13 +324,24 @@ def test_before_any_image_is_seen_the_text_predicts(world):
 
 
 @pytest.mark.usefixtures("brief")
-def test_the_probe_is_of_a_kind_that_held_out_labels_prefer(clusters, monkeypatch):
-    every, kinds = ulfine_plus.PROBES, []
-    for kind in every:
-        monkeypatch.setattr(ulfine_plus, "PROBES", (kind,))
-        kinds.append(fit(clusters, plus()).tensors["linear"])
-    monkeypatch.setattr(ulfine_plus, "PROBES", every)
-    chosen = fit(clusters, plus()).tensors["linear"]
-    assert any(torch.allclose(chosen, kind, atol=1e-5) for kind in kinds)
-    scales = [float(kind.norm(dim=-1).mean()) for kind in kinds]
-    assert scales == pytest.approx([scale for scale, _ in every], rel=1e-4)
+def test_the_probe_is_the_mean_of_candidates_weighted_by_held_out_labels(clusters, monkeypatch):
+    wanted = fit(clusters, plus()).tensors["linear"]
+    count = len(ulfine_plus.PROBE_SCALES)
+    scores, heads = [], []
+
+    def watching(*arguments):
+        scores.append(held_out_scores(*arguments)[0])
+        return held_out_scores(*arguments)
+
+    def watching_probe(*arguments, **options):
+        heads.append(fit_probe(*arguments, **options) * options["scale"][:, None, :, None, None])
+        return fit_probe(*arguments, **options)
+
+    held_out_scores, fit_probe = ulfine_plus.held_out_scores, ulfine_plus.fit_probe
+    monkeypatch.setattr(ulfine_plus, "held_out_scores", watching)
+    monkeypatch.setattr(ulfine_plus, "fit_probe", watching_probe)
+    fit(clusters, plus())
+    weights = torch.softmax(20.0 * torch.cat(scores[: count * len(ulfine_plus.PROBE_STOPS)], dim=1)[0], 0)
+    # of every stop the heads that are fitted with all labels, which are the first of each scale
+    of_all = heads[0][0, :, :: heads[0].shape[2] // count]  # (stops, scales, K, D)
+    torch.testing.assert_close((weights.view(-1, 1, 1) * of_all.flatten(0, 1)).sum(0), wanted, rtol=1e-4, atol=1e-5)

@@ -65,7 +65,7 @@ def test_sentences_about_other_classes_do_no_harm(monkeypatch):
     monkeypatch.undo()
     cache.descriptions = None
     alone = fit(cache, FitConfig(), device="cpu", progress=False)
-    assert believed.metrics["balanced_accuracy"] < alone.metrics["balanced_accuracy"] - 0.1
+    assert believed.metrics["balanced_accuracy"] < alone.metrics["balanced_accuracy"] - 0.02
     assert judged.metrics["balanced_accuracy"] > alone.metrics["balanced_accuracy"] - 0.02
 
 

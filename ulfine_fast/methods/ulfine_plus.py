@@ -45,6 +45,7 @@ from ulfine_fast.ops.mixture import (
 from ulfine_fast.ops.philox import Purpose, uniforms
 from ulfine_fast.ops.probe import fit_probe
 from ulfine_fast.ops.prototypes import class_means, normalize
+from ulfine_fast.ops.softmax import log_softmax, softmax
 
 if TYPE_CHECKING:
     from ulfine_fast.cache.store import FeatureCache
@@ -59,10 +60,10 @@ SECOND_WEIGHTS = (0.5, 0.5**0.5, 0.75**0.5)
 TEXT_SHARPNESS = (0.0, 10.0)
 # of the assignment that these clusters come from
 TEXT_SCALE = 25.0
-PROBE_STEPS = 100
 PROBE_RATE = 0.2
-# candidates: scale, and whether strong views train too; which of them is best depends on the encoder
-PROBES = ((10.0, True), (25.0, True), (25.0, False))
+# candidates: scale of the cosines, and step at which the probe is read; the earlier, the nearer to the texts
+PROBE_SCALES = (10.0, 25.0)
+PROBE_STOPS = (4, 20, 100)
 # starting priors of the clusters
 STARTS = 5
 # of the clustering: rounds, fewer where candidates are only judged, EM steps in each, and first rounds in which the
@@ -179,7 +180,7 @@ class ULFinePlus(Method):
         sample = min(images, max(SAMPLE, SAMPLE_PER_CLASS * classes))
         candidates = STARTS * config.folds
         clusters = candidates * classes * (6 * dim + 2 * min(classes, dim))
-        probes = 2 * len(PROBES) * (1 + config.folds) * classes * dim
+        probes = (2 + len(PROBE_STOPS)) * len(PROBE_SCALES) * (1 + config.folds) * classes * dim
         labeled = min(images, sample) * (views + 2) * dim
         return sample * (dim + candidates) + clusters + probes + labeled + 4 * TOGETHER * views * dim + 8 * dim * dim
 
@@ -257,7 +258,7 @@ class ULFinePlus(Method):
         sample_size = min(images, max(SAMPLE, SAMPLE_PER_CLASS * classes))
         work = _Work(
             {
-                "probes": len(PROBES) * PROBE_STEPS * (1 + trials.config.folds) * pool.labels.shape[1],
+                "probes": len(PROBE_SCALES) * max(PROBE_STOPS) * (1 + trials.config.folds) * pool.labels.shape[1],
                 "folds": JUDGED_ROUNDS * STEPS * STARTS * trials.config.folds * sample_size,
                 "sample": ROUNDS * STEPS * STARTS * sample_size,
                 "all": LAST_ROUNDS * STEPS * STARTS * images if images > sample_size else 0,
@@ -288,7 +289,8 @@ class ULFinePlus(Method):
         if reading.sharpness is not None:
             starts = _described(trials, pool, joining, kept, index, present, texts_mean, reading.sharpness)
         starts = starts.expand(-1, kept.shape[2], -1, -1)
-        heads, kinds = _probes(pool, views, trials, kept, folds, starts, work.part("probes"))  # (T, J, K, D), (T,)
+        scales = starts.new_tensor(PROBE_SCALES).expand(len(starts), -1)
+        heads, scale_weights = _probes(pool, views, trials, scales, kept, folds, starts, work.part("probes"))
         space = _space(pool, values)
         whitened, offsets = space.linear(values["probe_weight"].view(-1, 1, 1, 1) * heads)
         everything = RowChunks(
@@ -359,7 +361,7 @@ class ULFinePlus(Method):
             mixture = _log_mixture(logits, weights, temperatures)  # (T, n, K)
             by_probe.append(logits[:, :, 0].argmax(-1) == labels)
             by_mixture.append(mixture.argmax(-1) == labels)
-            own = torch.softmax(mixture, dim=-1).gather(-1, labels.clamp(min=0).unsqueeze(-1))
+            own = softmax(mixture).gather(-1, labels.clamp(min=0).unsqueeze(-1))
             own_probabilities.append(own.squeeze(-1))
             own_scores.append(torch.logsumexp(_mixed_logits(logits, weights, temperatures), dim=-1))
         right = torch.cat(by_probe, dim=1).to(weights.dtype)  # (T, L)
@@ -371,7 +373,9 @@ class ULFinePlus(Method):
             state.scratch[f"held_out_{name}"] = torch.where(known, torch.cat(columns_of, dim=1), torch.nan)
         state.scratch["gain_unlabeled"] = balanced_gain(gain, pool.labels, known, classes)
         if bool(trials.inputs.shared["has_text"]):
-            blind = _right_without_text(pool, views, kept, folds, kinds, classes)
+            # of the scale that predicts held-out labels best
+            scale = scales.gather(1, scale_weights.argmax(1, keepdim=True))
+            blind = _right_without_text(pool, views, trials, scale, kept[:, :, 1:], folds, classes)
             state.scratch["gain_text"] = balanced_gain(right - blind, pool.labels, known, classes)
         own = state.memory["weights"][:, 1:]  # (T, S')
         prior = (own.unsqueeze(-1) * clusters.prior).sum(1) + 1e-12
@@ -698,95 +702,76 @@ def _of_fold(values: Tensor, fold: Tensor) -> Tensor:
 
 
 def _probes(
-    pool: Pool, views: Tensor, trials: Trials, kept: Tensor, folds: Tensor, starts: Tensor, report: Report
+    pool: Pool,
+    views: Tensor,
+    trials: Trials,
+    scales: Tensor,
+    kept: Tensor,
+    folds: Tensor,
+    starts: Tensor,
+    report: Report | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Labelled-only heads (T, J, K, D) of the kind (T,) that held-out labels prefer, as long as their scale.
+    """Labelled-only heads (T, J, K, D), each the mean of its candidates, and the weights of their scales (T, S).
 
-    They start from prototypes (T, J, K, D). Every kind is fitted without each fold, the preferred one with all labels
-    too.
+    A head is as long as its scale, so that the mean of heads is that of their logits. The better a candidate predicts
+    held-out labels, the more it weighs.
+
+    Args:
+        pool: with labels (T, L).
+        views: unit rows of the labelled images (T, L, V, D).
+        trials: with their options.
+        scales: of the candidates (T, S); each is read at every stop.
+        kept: which images each head is fitted to (T, L, J); the last heads are each without one fold.
+        folds: of the labelled images (T, L).
+        starts: prototypes that heads start from (T, J, K, D).
+        report: called with the fraction done.
     """
-    classes, fits = trials.prototypes.shape[1], kept.shape[2] - 1
-    folds_kept, folds_starts = kept[:, :, 1:], starts[:, 1:]
+    fits, classes = starts.shape[1:3]
+    count = scales.shape[1]
+    of_heads = scales.repeat_interleave(fits, dim=1)  # (T, S J)
+    heads = fit_probe(
+        views,
+        pool.labels,
+        kept.repeat(1, 1, count),
+        starts.repeat(1, count, 1, 1),
+        scale=of_heads,
+        rate=PROBE_RATE,
+        stops=PROBE_STOPS,
+        report=report,
+    )
+    heads.mul_(of_heads[:, None, :, None, None])
+    candidates = heads.unflatten(2, (count, fits)).flatten(1, 2).unbind(1)  # stop by stop
 
-    # kinds that read the same views are fitted side by side
-    heads = [folds_starts] * len(PROBES)
-    done = 0
-    for with_strong in dict.fromkeys(strong for _, strong in PROBES):
-        kinds = [kind for kind, (_, strong) in enumerate(PROBES) if strong == with_strong]
-        scales = trials.zeros().unsqueeze(1) + heads[0].new_tensor([PROBES[kind][0] for kind in kinds])  # (T, kinds)
-
-        def reported(fraction: float, before: int = done, count: int = len(kinds)) -> None:
-            report((before + count * fraction) / (len(PROBES) + 1))
-
-        fitted = _probe(
-            _probe_views(pool, views, with_strong),
-            pool.labels,
-            folds_kept.repeat(1, 1, len(kinds)),
-            folds_starts.repeat(1, len(kinds), 1, 1),
-            scales.repeat_interleave(fits, dim=1),
-            reported,
-        )
-        for kind, of_kind in zip(kinds, fitted.split(fits, dim=1), strict=True):
-            heads[kind] = of_kind
-        done += len(kinds)
-
-    # the kind that held-out labels prefer, with all labels too
     scores = []
-    for of_kind in heads:
+    for candidate in candidates:
         likelihoods = [
             label_likelihoods(logits.unsqueeze(2), pool.labels[:, part])
-            for part, logits in _probe_logits(pool, of_kind, folds)
+            for part, logits in _probe_logits(pool, candidate[:, -trials.config.folds :], folds)
         ]
-        scores.append(held_out_scores(torch.cat(likelihoods, dim=1), pool.labels, folds > 0, classes)[0].squeeze(1))
-    chosen = torch.stack(scores).argmax(0)  # (T,)
-    without = torch.stack(heads, dim=1)[torch.arange(len(chosen), device=chosen.device), chosen]  # (T, J - 1, K, D)
-    whole = _probe_of_kinds(pool, views, chosen, kept[:, :, :1], starts[:, :1])
-    report(1.0)
-    return torch.cat([whole, without], dim=1), chosen
-
-
-def _probe_of_kinds(pool: Pool, views: Tensor, kinds: Tensor, kept: Tensor, start: Tensor) -> Tensor:
-    """Heads (T, J, K, D) of each trial's own kind (T,)."""
-    heads = torch.zeros_like(start)
-    scales = start.new_tensor([scale for scale, _ in PROBES])[kinds]  # (T,)
-    reads_strong = torch.tensor([strong for _, strong in PROBES], device=kinds.device)[kinds]
-    for with_strong in (True, False):
-        of = (reads_strong == with_strong).nonzero().squeeze(1)
-        if len(of):
-            own = _probe_views(pool, views if len(of) == len(views) else views[of], with_strong)
-            of_fits = scales[of].unsqueeze(1).expand(-1, kept.shape[2])
-            heads[of] = _probe(own, pool.labels[of], kept[of], start[of], of_fits)
-    return heads
-
-
-def _probe_views(pool: Pool, views: Tensor, with_strong: bool) -> Tensor:
-    """Views (T, L, V, D) of the labelled images, or those of them that are not strong."""
-    return views if with_strong else views[:, :, : pool.features.easy]
-
-
-def _probe(
-    views: Tensor, labels: Tensor, kept: Tensor, start: Tensor, scales: Tensor, report: Report | None = None
-) -> Tensor:
-    """Heads (T, J, K, D) as long as their scale (T, J), from views (T, L, V, D) of images with labels (T, L)."""
-    heads = fit_probe(views, labels, kept, start, scale=scales, rate=PROBE_RATE, steps=PROBE_STEPS, report=report)
-    return heads.mul_(scales[:, :, None, None])
+        scores.append(held_out_scores(torch.cat(likelihoods, dim=1), pool.labels, folds > 0, classes)[0])
+    weights = torch.softmax(trials.values["evidence_temperature"].view(-1, 1) * torch.cat(scores, dim=1), dim=1)
+    mean = torch.zeros_like(starts)
+    for candidate, weight in zip(candidates, weights.unbind(1), strict=True):
+        mean.addcmul_(candidate, weight.view(-1, 1, 1, 1))
+    return mean, weights.unflatten(1, (-1, count)).sum(1)
 
 
 def _probe_logits(pool: Pool, heads: Tensor, folds: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Chunks of labelled images: logits (T, n, K) by the head (T, J, K, D) of each image's fold."""
+    """Chunks of labelled images: logits (T, n, K) by the head (T, J, K, D) that is without each image's fold."""
     for first in range(0, folds.shape[1], TOGETHER):
         part = slice(first, first + TOGETHER)
         logits = products(pool.features.rows(pool.labeled_rows[:, part]), heads)  # (T, n, J, K)
         yield part, _of_fold(logits, (folds[:, part] - 1).clamp(min=0))
 
 
-def _right_without_text(pool: Pool, views: Tensor, kept: Tensor, folds: Tensor, kinds: Tensor, classes: int) -> Tensor:
-    """Whether probes that start from the labelled images' class means hit each held-out label: 1 or 0, (T, L)."""
-    kept = kept[:, :, 1:]
-    start = torch.stack([_class_directions(pool, fold, classes) for fold in kept.unbind(2)], dim=1)
-    heads = _probe_of_kinds(pool, views, kinds, kept, start)
+def _right_without_text(
+    pool: Pool, views: Tensor, trials: Trials, scale: Tensor, kept: Tensor, folds: Tensor, classes: int
+) -> Tensor:
+    """Whether probes of a scale (T, 1) that start from class means hit each held-out label: 1 or 0, (T, L)."""
+    starts = torch.stack([_class_directions(pool, fold, classes) for fold in kept.unbind(2)], dim=1)
+    heads, _ = _probes(pool, views, trials, scale, kept, folds, starts)
     hits = [logits.argmax(-1) == pool.labels[:, part] for part, logits in _probe_logits(pool, heads, folds)]
-    return torch.cat(hits, dim=1).to(start.dtype)
+    return torch.cat(hits, dim=1).to(starts.dtype)
 
 
 def _described(
@@ -891,7 +876,7 @@ def _fused(values: Tensors, similarity: Tensor, linear: Tensor) -> Tensor:
 
 def _log_mixture(logits: Tensor, weights: Tensor, temperatures: Tensor) -> Tensor:
     """Log of the weighted mean of the candidates' probabilities: (T, n, 1 + S, K) to (T, n, K)."""
-    log_probabilities = torch.log_softmax(logits / temperatures[:, None, :, None], dim=-1)
+    log_probabilities = log_softmax(logits / temperatures[:, None, :, None])
     return torch.logsumexp(log_probabilities + torch.log(weights + 1e-12)[:, None, :, None], dim=2)
 
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ulfine_fast.ops.philox import Purpose, uniforms
+from ulfine_fast.ops.softmax import log_softmax
 
 _TEMPERATURES = tuple(2.0 ** (step / 2) for step in range(-2, 9))
 
@@ -70,7 +71,7 @@ def label_likelihoods(logits: Tensor, labels: Tensor) -> Tensor:
         (T, n, S, G).
     """
     target = labels.clamp(min=0)[:, :, None, None].expand(-1, -1, logits.shape[2], 1)
-    by_temperature = [torch.log_softmax(logits / temperature, -1).gather(-1, target) for temperature in _TEMPERATURES]
+    by_temperature = [log_softmax(logits / temperature).gather(-1, target) for temperature in _TEMPERATURES]
     return torch.cat(by_temperature, dim=-1)
 
 

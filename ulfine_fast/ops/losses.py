@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from ulfine_fast.ops.softmax import softmax
 
 
 def adjusted_cross_entropy(logits: Tensor, labels: Tensor, log_prior: Tensor, tau: Tensor) -> Tensor:
@@ -50,7 +51,7 @@ def pseudo_labels(logits: Tensor, threshold: Tensor, temperature: Tensor) -> Pse
     Returns:
         Labels, float mask of 0 and 1, and probabilities; none carries a gradient.
     """
-    probabilities = torch.softmax(logits.detach() / temperature.view(-1, 1, 1), dim=-1)  # (T, B, K)
+    probabilities = softmax(logits.detach() / temperature.view(-1, 1, 1))  # (T, B, K)
     confidence, labels = probabilities.max(dim=-1)
     mask = (confidence >= threshold.view(-1, 1)).to(logits.dtype)
     return PseudoLabels(labels, mask, probabilities)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ def fit_probe(
     start: Tensor,
     scale: Tensor,
     rate: float,
-    steps: int,
+    stops: Sequence[int],
     decay: float = 5e-4,
     report: Callable[[float], None] | None = None,
 ) -> Tensor:
@@ -36,13 +36,13 @@ def fit_probe(
         kept: whether a row trains a classifier, for J classifiers of each trial (T, n, J).
         start: weights to begin with (T, K, D), or others for each classifier (T, J, K, D).
         scale: cosine scale sigma of each trial (T,), or of each classifier (T, J).
-        rate: peak learning rate, cosine schedule to zero.
-        steps: gradient steps.
+        rate: peak learning rate, cosine schedule to zero at the last stop.
+        stops: after how many gradient steps the classifiers are read, rising; the fewer, the nearer to the start.
         decay: weight decay.
         report: called with the fraction of the steps done.
 
     Returns:
-        Unit class vectors (T, J, K, D).
+        Unit class vectors at each stop (T, S, J, K, D).
     """
     classes, count = start.shape[-2], kept.shape[2]
     known = labels >= 0
@@ -57,6 +57,8 @@ def fit_probe(
     weights = start.clone() if start.dim() == 4 else start.unsqueeze(1).repeat(1, count, 1, 1)  # (T, J, K, D)
     velocity = torch.zeros_like(weights)
     sigma = (scale if scale.dim() == 2 else scale.unsqueeze(1)).view(len(scale), -1, 1, 1)  # (T, J, 1, 1)
+    steps = max(stops)
+    read = []
     for step in range(steps):
         # the rows of this step
         rows, targets, trained = views[:, :, step % views.shape[2]], index, member
@@ -81,9 +83,11 @@ def fit_probe(
         gradient.addcmul_(unit, along, value=-1).mul_(inverse)
         velocity.mul_(0.9).add_(gradient).add_(weights, alpha=decay)
         weights.sub_(velocity, alpha=0.5 * rate * (1 + math.cos(math.pi * step / steps)))
+        if step + 1 in stops:
+            read.append(normalize(weights))
         if report is not None:
             report((step + 1) / steps)
-    return normalize(weights)
+    return torch.stack(read, dim=1)
 
 
 def _rows(views: Tensor, position: Tensor, view: int) -> Tensor:

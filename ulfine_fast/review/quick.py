@@ -88,9 +88,9 @@ def quick_fit(cache: FeatureCache, labeled: Rows, val: Rows, scale: float | None
         _start(cache, rows, labels),
         scale=of_fits.unsqueeze(0),
         rate=_RATE,
-        steps=_STEPS,
+        stops=(_STEPS,),
     )
-    heads = (of_fits.view(-1, 1, 1) * fitted[0]).unflatten(0, (count, fits))  # (S, J, K, D)
+    heads = (of_fits.view(-1, 1, 1) * fitted[0, 0]).unflatten(0, (count, fits))  # (S, J, K, D)
 
     # the scale and temperature that held-out labels prefer
     logits = torch.einsum("ld,sjkd->lsjk", rows, heads)

@@ -28,12 +28,13 @@ def test_a_row_has_seconds_above_the_floor():
 
 
 def test_multiply_adds_by_hand(monkeypatch):
-    monkeypatch.setattr(method, "PROBES", ((10.0, True),))
+    monkeypatch.setattr(method, "PROBE_SCALES", (10.0,))
     monkeypatch.setattr(method, "SAMPLE", 10)
     monkeypatch.setattr(method, "SAMPLE_PER_CLASS", 1)
     size, labeled, survivors, folds = Size(30, 2, 5), 7, 3, 2
     vector = 2 * 5
-    probes = method.PROBE_STEPS * 2 * 7 * (2 + 2 + 1) * vector
+    # one with all labels, two without a fold, two of these from class means
+    probes = method.PROBE_STOPS[-1] * 2 * 7 * (1 + 2 + 2) * vector
     scatter = 37 * 3 * 5 * 5 + 37 * 5 * 5
 
     def clusters(rows, fits, candidates, rounds, first):

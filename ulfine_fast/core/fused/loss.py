@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ulfine_fast.ops import kernels
+from ulfine_fast.ops.softmax import softmax
 
 
 def cross_entropy_gradient_(logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
@@ -23,7 +24,7 @@ def cross_entropy_gradient_(logits: Tensor, labels: Tensor, weights: Tensor) -> 
     """
     if kernels.usable(logits):
         return kernels.cross_entropy_gradient_(logits, labels, weights)
-    torch.softmax(logits, dim=-1, out=logits)
+    logits.copy_(softmax(logits))
     chosen = labels.view(*labels.shape, 1, 1).expand(-1, -1, logits.shape[2], 1)  # (T, n, H, 1)
     picked = logits.gather(-1, chosen)
     logits.scatter_(-1, chosen, picked - 1.0)
