@@ -37,6 +37,7 @@ MAY_IMPORT = {
     "related": {*ENGINE, "exports", "search", "report"},
     "cli": {*ENGINE, "demo", "exports", "distillation", "search", "report", "review"},
     "command": {*ENGINE, "exports", "search", "report", "related", "cli"},
+    "__main__": {"cli"},
 }
 
 

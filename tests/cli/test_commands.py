@@ -112,3 +112,11 @@ def test_completion_knows_the_commands(typed, completed):
     }
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment, check=False)
     assert done.stdout.split() == completed, done.stderr
+
+
+def test_the_package_can_be_run_as_a_module():
+    command = [sys.executable, "-m", "ulfine_fast", "methods", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert '"ulfine_plus"' in done.stdout
+    wrong = subprocess.run([*command[:3], "fitt"], capture_output=True, text=True)
+    assert (wrong.returncode, wrong.stderr) == (2, "error: no such command: fitt; did you mean fit?\n")
