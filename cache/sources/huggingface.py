@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
-from ulfine_fast.cache.io.errors import InputError
+from ulfine_fast.cache.io.errors import InputError, one_line
+from ulfine_fast.cache.io.hub import load_from_hub
 from ulfine_fast.cache.sources.image import UnreadableImage, load_image
 from ulfine_fast.cache.sources.labels import (
     IMAGE_COLUMNS,
@@ -25,6 +27,9 @@ from ulfine_fast.cache.sources.streams import split_named
 
 PREFIX = "hf:"
 _MARKS = ("dataset_dict.json", "dataset_info.json")
+# NAME or OWNER/NAME; everything else is a folder
+_HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
+_SAVED_FIX = "name a folder it is saved in"
 
 
 class HuggingFaceSource:
@@ -151,12 +156,13 @@ def _open(where: str) -> Any:
         import datasets
     except ImportError as error:
         raise InputError('data sets of Hugging Face need a package: pip install "ulfine-fast[datasets]"') from error
+    if not os.path.isdir(where) and _HUB_NAME.fullmatch(where):
+        return load_from_hub(lambda: datasets.load_dataset(where), f"the images of {where}", _SAVED_FIX)
     try:
-        return datasets.load_from_disk(where) if os.path.isdir(where) else datasets.load_dataset(where)
-    # Whatever the network, the hub or a damaged file raised.
+        return datasets.load_from_disk(where)
+    # Whatever a damaged file raised.
     except Exception as error:
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise InputError(f"the data set {where} cannot be opened ({reason}); name a folder it is saved in") from error
+        raise InputError(f"the data set {where} cannot be opened ({one_line(error)}); {_SAVED_FIX}") from error
 
 
 def _known_splits(where: str) -> tuple[dict[str, Any], list[str]]:

@@ -44,7 +44,8 @@ def open_source(where: str | Path, *, class_names_file: Path | None = None) -> S
     if left_over and os.path.isdir(path) and holds_labelled_images(path):
         # Files that were left in class folders do not turn these into something else; the source names them.
         return FolderSource(path, class_names_file=class_names_file)
-    if name.startswith(HF) or is_saved(path):
+    # hf://datasets/... is the address of files, like s3://...
+    if (name.startswith(HF) and not name.startswith(f"{HF}//")) or is_saved(path):
         return HuggingFaceSource(name.removeprefix(HF), class_names_file=class_names_file)
     if _is_parquet_with_images(name):
         return ParquetSource(name, class_names_file=class_names_file)

@@ -154,6 +154,14 @@ def test_the_setting_of_the_client_comes_back():
     assert (seen, constants.HF_HUB_OFFLINE) == ([True], False)
 
 
+def test_a_data_set_by_name_without_a_hub_ends_with_one_line(monkeypatch, tmp_path, refusing):
+    pytest.importorskip("datasets")
+    monkeypatch.setattr(constants, "ENDPOINT", refusing)
+    sentence = refused("extract", "hf:ada/shoes", "--out", tmp_path / "cache")
+    assert "the images of ada/shoes are not on this machine and no model hub could be reached" in sentence
+    assert sentence.endswith("; name a folder it is saved in")
+
+
 @pytest.mark.parametrize("model", [("hf-hub:ada/shoes",), ("RN50", "--pretrained", "openai")])
 def test_extract_without_a_hub_ends_with_one_line(monkeypatch, tmp_path, refusing, model):
     monkeypatch.setattr(constants, "ENDPOINT", refusing)

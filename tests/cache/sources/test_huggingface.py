@@ -92,3 +92,8 @@ def test_bad_sets_are_named(tmp_path):
     datasets.DatasetDict({"extra": made([0])}).save_to_disk(tmp_path / "other")
     with pytest.raises(InputError, match="has no split called"):
         open_source(tmp_path / "other")
+
+
+def test_an_address_of_files_on_the_hub_is_no_name_of_a_data_set():
+    with pytest.raises(InputError, match="a tar file does not say its classes"):
+        open_source("hf://datasets/ada/shoes/train.tar")
