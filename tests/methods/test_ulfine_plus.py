@@ -190,7 +190,9 @@ def test_hidden_labels_change_nothing(clusters):
     assert one.metrics["pseudo_label_precision"] > other.metrics["pseudo_label_precision"]
 
 
-def test_candidates_never_see_the_labels_of_their_fold(clusters, watched, monkeypatch):
+@pytest.mark.parametrize("text", [True, False])
+def test_candidates_never_see_the_labels_of_their_fold(watched, monkeypatch, text):
+    clusters = make_clusters(text=text)
     split = draw_split(clusters.labels, clusters.splits, clusters.class_names, plus())
     truth = torch.from_numpy(clusters.labels[split.labeled])
     folds = fold_numbers(torch.tensor([0]), truth.unsqueeze(0), 4, 4)

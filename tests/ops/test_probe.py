@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ulfine_fast.ops import probe
-from ulfine_fast.ops.probe import fit_probe
+from ulfine_fast.ops.probe import class_starts, fit_probe
 from ulfine_fast.ops.prototypes import normalize
 
 T, N, V, J, K, D = 2, 9, 3, 2, 4, 6
@@ -164,3 +164,24 @@ def test_a_scale_for_each_classifier():
     for j in range(J):
         alone = fit_probe(views, labels, kept[:, :, j : j + 1], start, scales[:, j], 0.1, (20,))
         torch.testing.assert_close(result[:, :, j : j + 1], alone, rtol=0, atol=1e-5)
+
+
+def test_class_starts_are_means_of_the_rows_kept():
+    views, labels, kept, _ = problem()
+    rows = views[:, :, 0]
+    starts = class_starts(rows, labels, kept, K)
+    assert starts.shape == (T, J, K, D)
+    for t in range(T):
+        for j in range(J):
+            chosen = kept[t, :, j] & (labels[t] >= 0)
+            for k in range(K):
+                own = rows[t, chosen & (labels[t] == k)]
+                wanted = (own if len(own) else rows[t, chosen]).mean(0)
+                torch.testing.assert_close(starts[t, j, k], normalize(wanted))
+
+
+def test_a_class_without_rows_starts_at_the_mean_of_all():
+    rows = normalize(torch.randn(1, 4, D))
+    labels, kept = torch.tensor([[0, 0, 2, -1]]), torch.tensor([True, True, True, True]).view(1, 4, 1)
+    starts = class_starts(rows, labels, kept, 3)
+    torch.testing.assert_close(starts[0, 0, 1], normalize(rows[0, :3].mean(0)))

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from tests.conftest import make_clusters
+from ulfine_fast.cache.store import FeatureCache
 from ulfine_fast.review.quick import quick_fit
 
 NONE = np.zeros(0, dtype=np.int64)
@@ -73,3 +74,11 @@ def test_the_scale_of_an_earlier_fit_is_kept(noisy):
     assert again.scale == fit.scale
     np.testing.assert_allclose(again.probabilities, fit.probabilities, atol=1e-5)
     assert quick_fit(cache, train, NONE, 5.0).scale == 5.0
+
+
+def test_without_texts_too():
+    """Features that say nothing of the labels: a probe that knew the held-out ones would be better than chance."""
+    features = np.random.default_rng(0).standard_normal((16, 1024)).astype(np.float32)
+    cache = FeatureCache.from_arrays(features, np.arange(16) % 4, splits=["train"] * 16)
+    fit = quick_fit(cache, np.arange(16), NONE, scale=10.0)
+    assert fit.probabilities[np.arange(16), cache.labels].mean() < 0.3

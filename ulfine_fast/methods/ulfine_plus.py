@@ -43,8 +43,8 @@ from ulfine_fast.ops.mixture import (
     whitening,
 )
 from ulfine_fast.ops.philox import Purpose, uniforms
-from ulfine_fast.ops.probe import fit_probe
-from ulfine_fast.ops.prototypes import class_means, normalize
+from ulfine_fast.ops.probe import class_starts, fit_probe
+from ulfine_fast.ops.prototypes import normalize
 from ulfine_fast.ops.softmax import log_softmax, softmax
 
 if TYPE_CHECKING:
@@ -285,10 +285,14 @@ class ULFinePlus(Method):
 
         # probes, and features whitened
         views = pool.labeled_views  # (T, L, V, D)
-        starts = trials.prototypes.unsqueeze(1)  # (T, 1, K, D)
+        has_text = bool(trials.inputs.shared["has_text"])
         if reading.sharpness is not None:
             starts = _described(trials, pool, joining, kept, index, present, texts_mean, reading.sharpness)
-        starts = starts.expand(-1, kept.shape[2], -1, -1)
+        elif has_text:
+            starts = trials.prototypes.unsqueeze(1).expand(-1, kept.shape[2], -1, -1)  # (T, J, K, D)
+        else:
+            # class means of all labels would know what a fold holds out
+            starts = class_starts(pool.labeled, pool.labels, kept, classes)
         scales = starts.new_tensor(PROBE_SCALES).expand(len(starts), -1)
         heads, scale_weights = _probes(pool, views, trials, scales, kept, folds, starts, work.part("probes"))
         space = _space(pool, values)
@@ -372,7 +376,7 @@ class ULFinePlus(Method):
         for name, columns_of in (("probabilities", own_probabilities), ("scores", own_scores)):
             state.scratch[f"held_out_{name}"] = torch.where(known, torch.cat(columns_of, dim=1), torch.nan)
         state.scratch["gain_unlabeled"] = balanced_gain(gain, pool.labels, known, classes)
-        if bool(trials.inputs.shared["has_text"]):
+        if has_text:
             # of the scale that predicts held-out labels best
             scale = scales.gather(1, scale_weights.argmax(1, keepdim=True))
             blind = _right_without_text(pool, views, trials, scale, kept[:, :, 1:], folds, classes)
@@ -768,7 +772,7 @@ def _right_without_text(
     pool: Pool, views: Tensor, trials: Trials, scale: Tensor, kept: Tensor, folds: Tensor, classes: int
 ) -> Tensor:
     """Whether probes of a scale (T, 1) that start from class means hit each held-out label: 1 or 0, (T, L)."""
-    starts = torch.stack([_class_directions(pool, fold, classes) for fold in kept.unbind(2)], dim=1)
+    starts = class_starts(pool.labeled, pool.labels, kept, classes)
     heads, _ = _probes(pool, views, trials, scale, kept, folds, starts)
     hits = [logits.argmax(-1) == pool.labels[:, part] for part, logits in _probe_logits(pool, heads, folds)]
     return torch.cat(hits, dim=1).to(starts.dtype)
@@ -827,14 +831,6 @@ def _described(
         direction = normalize((weights / weights.sum(1, keepdim=True)).transpose(1, 2) @ texts)  # (T, K, D)
         folds.append(torch.cat([lengths * direction, trials.prototypes[..., width:]], dim=-1))
     return torch.stack(folds, dim=1)
-
-
-def _class_directions(pool: Pool, kept: Tensor, classes: int) -> Tensor:
-    """Unit means (T, K, D) of the labelled images kept (T, L), by class; the mean of all where a class has none."""
-    # what is not kept is a class of its own, which is dropped
-    means, counts = class_means(pool.labeled, torch.where(kept, pool.labels, classes), classes + 1)
-    means, counts = means[:, :classes], counts[:, :classes].unsqueeze(-1)
-    return normalize(torch.where(counts > 0, means, (means * counts).sum(1, keepdim=True)))
 
 
 def _least_similarity(largest: Tensor, known: Tensor) -> Tensor:

@@ -8,10 +8,34 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ulfine_fast.ops.prototypes import normalize
+from ulfine_fast.ops.prototypes import class_means, normalize
 
 # rows that a step reads; full-batch steps over more rows cost more than they bring
 MOST_ROWS = 512
+
+
+def class_starts(rows: Tensor, labels: Tensor, kept: Tensor, classes: int) -> Tensor:
+    """What J classifiers start from where there are no texts: class means of the rows that each is fitted to.
+
+    Means of all rows would tell a classifier of those that it is judged by.
+
+    Args:
+        rows: unit rows (T, n, D).
+        labels: their classes, -1 for padding (T, n).
+        kept: whether a row trains a classifier (T, n, J).
+        classes: K.
+
+    Returns:
+        Unit vectors (T, J, K, D); that of a class without rows is the mean of all rows kept.
+    """
+    starts = []
+    for fold in kept.unbind(2):
+        # what is not kept is a class of its own, which is dropped
+        own = torch.where(fold & (labels >= 0), labels, classes)
+        means, counts = class_means(rows, own, classes + 1)
+        means, counts = means[:, :classes], counts[:, :classes].unsqueeze(-1)
+        starts.append(normalize(torch.where(counts > 0, means, (means * counts).sum(1, keepdim=True))))
+    return torch.stack(starts, dim=1)
 
 
 def fit_probe(

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from ulfine_fast.data.splits import Rows
 from ulfine_fast.ops.evidence import fold_numbers, held_out_scores, label_likelihoods
-from ulfine_fast.ops.probe import fit_probe
-from ulfine_fast.ops.prototypes import class_means, normalize
+from ulfine_fast.ops.probe import class_starts, fit_probe
+from ulfine_fast.ops.prototypes import normalize
 
 if TYPE_CHECKING:
     from ulfine_fast.cache.store import FeatureCache
@@ -85,7 +85,7 @@ def quick_fit(cache: FeatureCache, labeled: Rows, val: Rows, scale: float | None
         rows.view(1, len(rows), 1, -1),
         labels.unsqueeze(0),
         kept.repeat(1, 1, count),
-        _start(cache, rows, labels),
+        _starts(cache, rows, labels, kept).repeat(1, count, 1, 1),
         scale=of_fits.unsqueeze(0),
         rate=_RATE,
         stops=(_STEPS,),
@@ -117,9 +117,9 @@ def _unit(features: NDArray[np.generic]) -> Tensor:
     return normalize(torch.from_numpy(np.asarray(features, dtype=np.float32)))
 
 
-def _start(cache: FeatureCache, rows: Tensor, labels: Tensor) -> Tensor:
-    """Class vectors to begin with (1, K, D): of the texts, or the labelled images' means."""
-    if cache.prototypes is not None:
-        return normalize(torch.from_numpy(np.asarray(cache.prototypes, dtype=np.float32))).unsqueeze(0)
-    means, counts = class_means(rows.unsqueeze(0), labels.unsqueeze(0), len(cache.class_names))
-    return normalize(torch.where(counts.unsqueeze(-1) > 0, means, rows.mean(0)))
+def _starts(cache: FeatureCache, rows: Tensor, labels: Tensor, kept: Tensor) -> Tensor:
+    """Class vectors that each classifier begins with (1, J, K, D): of the texts, or the means of its images kept."""
+    if cache.prototypes is None:
+        return class_starts(rows.unsqueeze(0), labels.unsqueeze(0), kept, len(cache.class_names))
+    texts = normalize(torch.from_numpy(np.asarray(cache.prototypes, dtype=np.float32)))
+    return texts.expand(1, kept.shape[2], -1, -1)
