@@ -31,7 +31,7 @@ from ulfine_fast.report.sweeps import find_sweeps, sweeps_section
 
 ROOT = Path(__file__).parents[2]
 V0_1 = ROOT / "tests/fixtures/v0_1"
-DEFAULT = 240  # damages, half of them of each sweep
+DEFAULT = 120  # damages, half of them of each sweep
 KILLS = 5
 HANG_SECONDS = 120
 CELLS = ["", "0", "-1", "1e400", "nan", "x", "0.5", "1" * 5000, "\0", '"', "\ud800", "9" * 200_000]
