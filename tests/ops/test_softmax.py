@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ulfine_fast.ops.softmax import log_softmax, softmax
+from ulfine_fast.ops.softmax import class_scores, class_softmax, log_softmax, softmax
 
 
 @pytest.mark.parametrize("shape", [(5,), (0, 3), (7, 1), (2, 3, 2), (2, 3, 5, 15), (4, 16), (3, 100)])
@@ -29,3 +29,15 @@ def test_rows_that_do_not_lie_side_by_side():
 def test_infinite_logits_give_zero():
     logits = torch.tensor([[0.0, -torch.inf, 0.0]])
     torch.testing.assert_close(softmax(logits), torch.tensor([[0.5, 0.0, 0.5]]))
+
+
+@pytest.mark.parametrize("classes", [1, 3, 15, 16, 40])
+def test_scores_and_probabilities_of_classes(classes):
+    torch.manual_seed(0)
+    vectors, rows = torch.randn(2, 3, classes, 6), torch.randn(2, 5, 6)
+    scores = class_scores(vectors, rows)
+    torch.testing.assert_close(scores, torch.einsum("tckd,tnd->tckn", vectors, rows))
+    probabilities = class_softmax(scores.mul_(2.0))
+    torch.testing.assert_close(probabilities, torch.softmax(scores, 2))
+    # what is made of them is one matrix product, without a copy
+    assert probabilities.flatten(1, 2).data_ptr() == probabilities.data_ptr()

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ulfine_fast.ops.mixture import Metric, products, sums
+from ulfine_fast.ops.softmax import class_scores, class_softmax
 
 LEAST_PRIOR = 0.01
 """Smallest class prior, in units of an even one."""
@@ -250,17 +251,16 @@ def _pass(
     mass = zeros(trials, candidates, classes)
     unit, plain = zeros(trials, candidates * classes, dim), zeros(trials, candidates * classes, dim)
     for position, rows, present in evidence.unlabeled.split(candidates * classes):
-        # rows come last, as a softmax over a last dimension of few classes is slow
         chunk_inverse = inverse[:, position].transpose(1, 2).unsqueeze(2).contiguous()  # (T, C, 1, n)
-        columns = rows.transpose(1, 2)  # (T, D, n)
-        anchor = (evidence.heads.flatten(1, 2) @ columns).unflatten(1, (fits, classes)) + evidence.offsets.unsqueeze(-1)
+        anchor = class_scores(evidence.heads, rows) + evidence.offsets.unsqueeze(-1)  # (T, J, K, n)
+        by_fit = (fits, -1)
         if vectors is None:
-            scores = log_weights.unsqueeze(-1).expand(-1, -1, -1, rows.shape[1]).clone()
+            scores = (log_weights.unsqueeze(-1).unflatten(1, by_fit) + anchor.unsqueeze(2)).flatten(1, 2)
         else:
-            scores = (vectors.flatten(1, 2) @ columns).unflatten(1, (candidates, classes))  # (T, C, K, n)
+            scores = class_scores(vectors, rows)  # (T, C, K, n)
             scores.mul_(chunk_inverse).add_(log_weights.unsqueeze(-1))
-        scores.unflatten(1, (fits, -1)).add_(anchor.unsqueeze(2))
-        probabilities = torch.softmax(scores, dim=2).mul_(present[:, None, None].to(scores.dtype))  # (T, C, K, n)
+            scores.unflatten(1, by_fit).add_(anchor.unsqueeze(2))
+        probabilities = class_softmax(scores).mul_(present[:, None, None].to(scores.dtype))  # (T, C, K, n)
         mass += probabilities.sum(-1)
         if plain_too:
             plain.baddbmm_(probabilities.flatten(1, 2), rows)

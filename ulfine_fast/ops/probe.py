@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ulfine_fast.ops.prototypes import class_means, normalize
+from ulfine_fast.ops.softmax import class_scores, class_softmax
 
 # rows that a step reads; full-batch steps over more rows cost more than they bring
 MOST_ROWS = 512
@@ -94,12 +95,11 @@ def fit_probe(
         row_weight = trained / trained.sum(1, keepdim=True).clamp(min=1e-9)  # (T, m, J)
         row_weight = row_weight.transpose(1, 2).unsqueeze(2) * sigma  # (T, J, 1, m)
 
-        # the gradient of the adjusted cross-entropy, in the memory of the logits; rows come last, as a softmax over a
-        # last dimension of few classes is slow
+        # the gradient of the adjusted cross-entropy, in the memory of the logits
         inverse = torch.linalg.vector_norm(weights, dim=-1, keepdim=True).clamp(min=1e-6).reciprocal()  # (T, J, K, 1)
         unit = weights * inverse
-        logits = (unit.flatten(1, 2) @ rows.transpose(1, 2)).unflatten(1, (count, classes))  # (T, J, K, m)
-        error = torch.softmax(logits.mul_(sigma).add_(log_prior), 2).mul_(row_weight)
+        logits = class_scores(unit, rows)  # (T, J, K, m)
+        error = class_softmax(logits.mul_(sigma).add_(log_prior)).mul_(row_weight)
         error.scatter_add_(2, targets[:, None, None].expand_as(row_weight), -row_weight)
         gradient = (error.flatten(1, 2) @ rows).unflatten(1, (count, classes))
         # the cosine does not see a vector's length, so neither does its gradient
