@@ -8,7 +8,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from ulfine_fast.cache.io.errors import InputError
+from ulfine_fast.cache.io.errors import InputError, one_line
 
 LANCE = "features.lance"
 """The data set in the folder of an export; LanceDB calls its table "features"."""
@@ -30,7 +30,7 @@ def open_lance(folder: Path) -> Any:
         return lance.dataset(str(folder))
     # the library raises ValueError, OSError and errors of its own
     except Exception as error:
-        raise InputError(f"{folder} cannot be read as Lance: {' '.join(str(error).split())[:160]}") from error
+        raise InputError(f"{folder} cannot be read as Lance: {one_line(error)}") from error
 
 
 def write_lance(folder: Path, schema: pa.Schema, tables: Iterable[pa.Table]) -> None:
@@ -50,7 +50,7 @@ def write_lance(folder: Path, schema: pa.Schema, tables: Iterable[pa.Table]) -> 
         lance.write_dataset(reader, str(folder), schema=schema, mode="overwrite")
     except OSError as error:
         raise InputError(
-            f"cannot write {folder} ({' '.join(str(error).split())[:160]}); make room, then run the same command again"
+            f"cannot write {folder} ({one_line(error)}); make room, then run the same command again"
         ) from error
 
 

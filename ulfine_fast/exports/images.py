@@ -10,7 +10,7 @@ import torch
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from torchvision.transforms import Compose
 
-from ulfine_fast.cache.io.errors import InputError
+from ulfine_fast.cache.io.errors import InputError, one_line
 from ulfine_fast.cache.io.progress import progress_bar
 from ulfine_fast.cache.pipeline.plan import batches_of
 from ulfine_fast.cache.pipeline.read import ImageReader
@@ -51,7 +51,7 @@ def predict_without_encoder(
         reader = image_reader(source, model.config[IMAGES])
     # of another program: names and types may be anything
     except Exception as error:
-        reason = " ".join(str(error).split())[:160] or type(error).__name__
+        reason = one_line(error)
         raise InputError(
             f"config.json in {model.folder} has a preprocessing that is not one of open_clip's ({reason}); export the "
             "run again"

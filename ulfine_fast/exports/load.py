@@ -13,7 +13,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 
 from ulfine_fast.cache.io.device import pick_device
-from ulfine_fast.cache.io.errors import InputError
+from ulfine_fast.cache.io.errors import InputError, one_line
 from ulfine_fast.cache.store import FeatureCache
 from ulfine_fast.config import FitConfig
 from ulfine_fast.exports.config import IMAGES, calibration_of, check_model_file, is_export, outputs_of, read_config
@@ -236,7 +236,7 @@ def load(folder: str | Path) -> Loaded:
         raise
     # other programs may write anything: settings of other types, tensors of other names, a graph of other operations
     except Exception as error:
-        reason = " ".join(str(error).split())[:160] or type(error).__name__
+        reason = one_line(error)
         raise InputError(f"{folder} is damaged or of another program ({reason}); export the run again") from error
 
 

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from ulfine_fast.cache.io.errors import InputError
+from ulfine_fast.cache.io.errors import InputError, one_line
 from ulfine_fast.config import FitConfig, per_trial_options
 from ulfine_fast.core.heads import Tensors, apply_adapter
 from ulfine_fast.core.types import Trials
@@ -338,7 +338,7 @@ class Run:
                 classes = head.logits(head.rows(torch.zeros(1, *self.input_shape))).shape[-1]
         # a tensor that is missing, of another shape or of another type, wherever the method uses it
         except Exception as error:
-            reason = " ".join(str(error).split())[:160] or type(error).__name__
+            reason = one_line(error)
             raise InputError(f"{file} does not fit the settings beside it ({reason}); fit the run again") from error
         if classes != len(self.class_names):
             raise InputError(f"{file} is of {classes} classes, not {len(self.class_names)}; fit the run again")
